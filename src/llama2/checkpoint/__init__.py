@@ -20,7 +20,7 @@ from llama2.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "RawTensor", "Stored", "open", "read_json"]
+__all__ = ["Checkpoint", "RawTensor", "Stored", "open", "read_json", "refuse_foreign"]
 
 
 class Stored(NamedTuple):
@@ -90,6 +90,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object; fetch the file again")
     return content
+
+
+def refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
+    """Raises CheckpointError where the content of a config.json is of another architecture than Llama."""
+    kind, classes = fields.get("model_type"), fields.get("architectures") or []
+    named = kind if kind is not None else next((c for c in classes if not str(c).startswith("Llama")), "llama")
+    if named != "llama":
+        raise CheckpointError(
+            f"{where} describes a {named!r} model (architectures {classes}), but this library runs 'llama' only; "
+            "load that checkpoint with a library for its architecture"
+        )
 
 
 _FORMATS: dict[str, Callable[..., Checkpoint]] = {

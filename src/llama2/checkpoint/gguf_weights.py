@@ -45,8 +45,8 @@ class GgufCheckpoint(Checkpoint):
         end = start + math.prod(info.shape[:-1]) * block.row_bytes(info.shape[-1])
         if info.offset % 8 or end > len(self.file.data):
             raise CheckpointError(
-                f"{self.path} is truncated or malformed: tensor {info.name!r} ({block.name}, {info.shape}) lies at bytes "
-                f"{start} to {end}, the file ends at byte {len(self.file.data)}. Fetch the file again"
+                f"{self.path} is truncated or malformed: tensor {info.name!r} ({block.name}, {info.shape}) lies at "
+                f"bytes {start} to {end}, the file ends at byte {len(self.file.data)}. Fetch the file again"
             )
 
     @cached_property
@@ -89,7 +89,7 @@ class GgufCheckpoint(Checkpoint):
         items = rows.view(info.shape[0], -1)  # a bias is one row of F32; its values move, not its bytes
         if info.shape[0] % (2 * heads):
             raise CheckpointError(
-                f"{self.path}: tensor {info.name!r} has {info.shape[0]} rows, which {heads} heads do not divide evenly; "
+                f"{self.path}: tensor {info.name!r} has {info.shape[0]} rows, which {heads} heads do not divide; "
                 "the head counts of the file do not fit its tensors"
             )
         return to_half_split(items, heads).reshape(rows.shape)

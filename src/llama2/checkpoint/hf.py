@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_json
+from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_json, refuse_foreign
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError
 
@@ -123,8 +123,8 @@ class HfCheckpoint(Checkpoint):
         if quantization := fields.get("quantization_config"):
             method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
             raise CheckpointError(
-                f"{self.path} is quantised with {method!r} (quantization_config in config.json), which this version does "
-                "not load; give the unquantised checkpoint or a GGUF file"
+                f"{self.path} is quantised with {method!r} (quantization_config in config.json), which this version "
+                "does not load; give the unquantised checkpoint or a GGUF file"
             )
         return LlamaConfig.from_dict(fields)
 
@@ -174,17 +174,6 @@ def find_files(folder: Path, use_safetensors: bool | None = None, variant: str |
         + (f"it holds {', '.join(there[:8])}" if there else "it holds no weights at all")
         + ". Check the path, `variant` and `use_safetensors`"
     )
-
-
-def refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
-    """Raises CheckpointError where the content of a config.json is of another architecture than Llama."""
-    kind, classes = fields.get("model_type"), fields.get("architectures") or []
-    named = kind if kind is not None else next((c for c in classes if not str(c).startswith("Llama")), "llama")
-    if named != "llama":
-        raise CheckpointError(
-            f"{where} describes a {named!r} model (architectures {classes}), but this library runs 'llama' only; "
-            "load that checkpoint with a library for its architecture"
-        )
 
 
 def is_safetensors(path: Path) -> bool:

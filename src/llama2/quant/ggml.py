@@ -19,7 +19,7 @@ _CHUNK = 1 << 19
 
 @dataclass(frozen=True)
 class BlockType:
-    """One ggml type: `weights` values are stored in `bytes` bytes; `decode` turns (N, bytes) uint8 into (N, weights)."""
+    """One ggml type: `weights` values in `bytes` bytes; `decode` turns (N, bytes) uint8 into (N, weights) float32."""
 
     id: int
     name: str
@@ -36,7 +36,7 @@ class BlockType:
         """Bytes of one row of `columns` weights; raises CheckpointError when blocks would straddle rows."""
         if columns % self.weights:
             raise CheckpointError(
-                f"a row of {columns} weights cannot be stored as {self.name}: its blocks hold {self.weights} weights each. "
+                f"a row of {columns} weights cannot be stored as {self.name}: its blocks hold {self.weights} weights. "
                 "Convert the file again with a type whose block divides the row."
             )
         return columns // self.weights * self.bytes
@@ -58,7 +58,8 @@ def dequantize(rows: Tensor, kind: int | str | BlockType, dtype: torch.dtype = t
     """Weights (..., columns) in `dtype` from packed rows (..., row_bytes) of uint8.
 
     The arithmetic is float32 in ggml's order; `dtype` rounds the result once. Dense types (F32, F16, BF16) of the same
-    dtype come back as a view of `rows` where its alignment allows that. Raises InputError for rows that are not whole blocks.
+    dtype come back as a view of `rows` where its alignment allows that. Raises InputError for rows that are
+    not whole blocks.
     """
     block = kind if isinstance(kind, BlockType) else block_type(kind)
     if rows.dtype != torch.uint8 or rows.shape[-1] % block.bytes:
