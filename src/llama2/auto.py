@@ -96,7 +96,7 @@ class _AutoModel:
 
     @classmethod
     def from_config(cls, config: LlamaConfig, **kwargs: Any) -> Any:
-        """A model with fresh weights; keywords: dtype (None: the configuration's, else torch's), attn_implementation."""
+        """A model with fresh weights; dtype=None means the configuration's, else torch's."""
         return _new_model(cls._class_name, config, **kwargs)
 
 

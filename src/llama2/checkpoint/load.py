@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import llama2.model
 from llama2.checkpoint import Checkpoint, Stored
@@ -91,7 +92,7 @@ def from_pretrained(
     if pretrained_model_name_or_path is not None:
         settings.name_or_path = str(pretrained_model_name_or_path)
 
-    with torch.device("meta"):
+    with torch.device("meta"), _NoDraws():
         model = cls(settings, *model_args)
     report = match(model, weights, ignore_mismatched_sizes)
     fill(model, weights, report, chosen, device)
@@ -119,6 +120,17 @@ def from_config_named(
         config._attn_implementation = attn_implementation
     chosen = resolve_dtype(dtype, torch_dtype) or DTYPES.get(config.dtype or "")
     return getattr(llama2.model, name).from_config(config, dtype=chosen)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves random initialisation out: on meta it has no effect, but torch imports its compiler for it (over 1 s)."""
+
+    _DRAWS = frozenset({"normal_", "uniform_", "kaiming_uniform_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self._DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------
