@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import llama2.checkpoint as checkpoint
 import pytest
 import torch
 from checkpoint.gguf_bytes import gguf, interleave, llama_metadata, llama_tensors, rope_freqs, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import llama2.checkpoint as checkpoint
 from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.names import GGUF, gguf_to_hf, hf_to_gguf, to_half_split, to_pairs
 from llama2.config import LlamaConfig

@@ -4,6 +4,7 @@ import struct
 
 import pytest
 import torch
+
 from llama2.errors import CheckpointError, InputError
 from llama2.quant.ggml import TYPES, block_type, dequantize
 
