@@ -1,7 +1,6 @@
 """from_pretrained: build on meta, take each tensor from the memory map, demand exact coverage."""
 
 import copy
-import difflib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import llama2.model
 from llama2.checkpoint import Checkpoint, Stored
 from llama2.checkpoint.hf import CODES
-from llama2.checkpoint.source import open_source, split_hub_options
+from llama2.checkpoint.source import open_source, override, split_hub_options
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.generation_config import GenerationConfig
@@ -32,8 +31,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
 _WEIGHT_TYPES = {"F64", *ggml.TYPES}
-# Nothing to do for these here: weights are always mapped, nothing is offloaded, no remote code ever runs.
-_ALWAYS = ("low_cpu_mem_usage", "trust_remote_code")
 _NOT_YET = ("quantization_config", "load_in_4bit", "load_in_8bit")
 
 
@@ -178,8 +175,7 @@ def resolve_device(device_map: Any) -> torch.device:
 
 
 def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
-    for key in _ALWAYS:
-        kwargs.pop(key, None)
+    kwargs.pop("low_cpu_mem_usage", None)  # always so: weights are mapped and assigned
     for key in _NOT_YET:
         if kwargs.pop(key, None):
             raise InputError(
@@ -213,29 +209,6 @@ def _configure(
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     return config
-
-
-def override(config: LlamaConfig, fields: Mapping[str, Any]) -> LlamaConfig:
-    """The configuration with these fields replaced. Raises InputError for a keyword that is no field."""
-    if not fields:
-        return config
-    unknown = [key for key in fields if not hasattr(config, key) or key.startswith("_")]
-    if unknown:
-        known = [key for key in dir(config) if not key.startswith("_")]
-        close = [
-            f"{key} (did you mean {near[0]}?)" for key in unknown if (near := difflib.get_close_matches(key, known))
-        ]
-        raise InputError(
-            f"from_pretrained does not know {', '.join(map(repr, unknown))}: neither its arguments nor fields of the "
-            f"configuration{'; ' + '; '.join(close) if close else ''}"
-        )
-    stored = config.to_dict()
-    if {"num_labels", "id2label"} & set(fields):
-        stored.pop("id2label", None)
-        stored.pop("label2id", None)
-    changed = type(config).from_dict(stored, **fields)
-    changed._attn_implementation = config._attn_implementation
-    return changed
 
 
 def _generation_config(source: Checkpoint | None, config: LlamaConfig) -> GenerationConfig:
