@@ -38,8 +38,11 @@ def local_path(name: str | Path, subfolder: str = "") -> Path | None:
 
 
 def split_hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Takes the hub settings out of `kwargs`, and trust_remote_code, which changes nothing: no remote code ever runs."""
-    kwargs.pop("trust_remote_code", None)
+    """Takes the hub settings out of `kwargs`. Downloads always resume and remote code never runs, so those go too."""
+    for key in ("trust_remote_code", "resume_download"):
+        kwargs.pop(key, None)
+    if (old_name := kwargs.pop("use_auth_token", None)) is not None:
+        kwargs.setdefault("token", old_name)
     return {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
 
 
@@ -90,9 +93,8 @@ def override(config: LlamaConfig, fields: Mapping[str, Any]) -> LlamaConfig:
     """The configuration with these fields replaced. Raises InputError for a keyword that is no field."""
     if not fields:
         return config
-    unknown = [key for key in fields if not hasattr(config, key) or key.startswith("_")]
-    if unknown:
-        known = [key for key in dir(config) if not key.startswith("_")]
+    known = {key for key in dir(config) if not key.startswith("_") and not callable(getattr(config, key))}
+    if unknown := [key for key in fields if key not in known]:
         close = [
             f"{key} (did you mean {near[0]}?)" for key in unknown if (near := difflib.get_close_matches(key, known))
         ]
