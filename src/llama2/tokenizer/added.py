@@ -97,6 +97,9 @@ class TokenMatcher:
         self._pattern = re.compile(_trie_pattern(self._tokens)) if self._tokens else None
         self._few = tuple(self._tokens) if len(self._tokens) <= 24 else None
 
+    def __bool__(self) -> bool:
+        return self._pattern is not None
+
     def any_in(self, text: str) -> bool:
         """Whether the text contains one of the tokens (before their `single_word` condition)."""
         if self._few is not None:  # a substring search per token beats one regular expression by far

@@ -1,6 +1,6 @@
 """Rows to rectangles: truncation into windows, and padding of columns."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from llama2.errors import TokenizerError
 from llama2.tokenizer.encoding import Segment
@@ -23,8 +23,9 @@ def padding_of(padding: bool | str | None) -> Padding:
     table: dict[Any, Padding] = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
     if value in table:
         return table[value]
-    if value in ("longest", "max_length", "do_not_pad"):
-        return value
+    for name in get_args(Padding):
+        if value == name:
+            return name  # type: ignore[no-any-return]
     raise TokenizerError(f"padding={padding!r}; use True, False, 'longest' or 'max_length'")
 
 
@@ -34,8 +35,9 @@ def truncation_of(truncation: bool | str | None) -> Truncation:
     table: dict[Any, Truncation] = {True: "longest_first", False: "do_not_truncate", None: "do_not_truncate"}
     if value in table:
         return table[value]
-    if value in ("longest_first", "only_first", "only_second", "do_not_truncate"):
-        return value
+    for name in get_args(Truncation):
+        if value == name:
+            return name  # type: ignore[no-any-return]
     raise TokenizerError(f"truncation={truncation!r}; use True, False, 'longest_first', 'only_first' or 'only_second'")
 
 

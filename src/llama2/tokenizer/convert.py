@@ -55,7 +55,7 @@ def style(backend: tokenizers.Tokenizer, prefix: Prefix) -> tokenizers.Tokenizer
     return backend
 
 
-_EMPTY = {
+_EMPTY: dict[str, Any] = {
     "version": "1.0",
     "truncation": None,
     "padding": None,

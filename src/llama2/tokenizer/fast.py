@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import tokenizers
 from tokenizers import models
@@ -31,7 +31,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
     is unless `legacy` or `add_prefix_space` is given; tokenizer_object: a `tokenizers.Tokenizer`.
     """
 
-    is_fast: ClassVar[bool] = True
+    is_fast = True
     padding_side = "left"
     truncation_side = "right"
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012
@@ -72,16 +72,11 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             self._restyle(prefix or prefix_of(legacy, add_prefix_space))
         own = template_from_json(state_of(self._tokenizer.post_processor))
         own_bos, own_eos = (not self._byte_level, False) if own is None else ends_of(own)
-        ends = (
-            own_bos if add_bos_token is None else add_bos_token,
-            own_eos if add_eos_token is None else add_eos_token,
-        )
+        bos = own_bos if add_bos_token is None else add_bos_token
+        eos = own_eos if add_eos_token is None else add_eos_token
         self._setup(
             tokens={"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token},
-            ends=(
-                own_bos if add_bos_token is None else add_bos_token,
-                own_eos if add_eos_token is None else add_eos_token,
-            ),
+            ends=(bos, eos),
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             use_default_system_prompt=use_default_system_prompt,
             template=(own or (BARE if self._byte_level else None)) if add_bos_token is add_eos_token is None else None,
@@ -165,7 +160,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
                 token = AddedToken(
                     old.content, old.single_word, old.lstrip, old.rstrip, old.special or token.special, old.normalized
                 )
-            self._added[token.content] = (self._tokenizer.token_to_id(token.content), token)
+            self._added[token.content] = (int(self._tokenizer.token_to_id(token.content)), token)
         return len(self) - before
 
     def _changed(self) -> None:

@@ -14,6 +14,7 @@ from llama2.tokenizer.batching import check_side
 from llama2.tokenizer.prefix import Prefix, recognise
 from llama2.tokenizer.special import NAMES, SpecialTokens
 from llama2.tokenizer.spm import SentencePieceModel
+from llama2.tokenizer.stream import PieceTable
 from llama2.tokenizer.template import Template
 
 _HUB = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -33,7 +34,8 @@ class Files(SpecialTokens):
     init_kwargs: dict[str, Any]
     _prefix: Prefix | None
     _spm: SentencePieceModel | None
-    is_fast: Any
+    is_fast: bool = False
+    _table: PieceTable | None
     padding_side: str
     truncation_side: str
 
@@ -210,7 +212,7 @@ class Files(SpecialTokens):
             "add_bos_token": self._add_bos,
             "add_eos_token": self._add_eos,
             "added_tokens_decoder": {str(i): token.to_dict() for i, token in self.added_tokens_decoder.items()},
-            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,  # type: ignore[attr-defined]
+            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
             "model_max_length": self.model_max_length,
             "model_input_names": self.model_input_names,
             "padding_side": self.padding_side,

@@ -76,9 +76,9 @@ def recognise(normalizer: Any, pre_tokenizer: Any) -> Prefix | None:
         scheme = pre_tokenizer.get("prepend_scheme", "always")
         pre_tokenizer = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     for prefix in ("every", "first", "metaspace", "never"):
-        ours = components(prefix)  # type: ignore[arg-type]
+        ours = components(prefix)
         if (ours["normalizer"], ours["pre_tokenizer"]) == (normalizer, pre_tokenizer):
-            return prefix  # type: ignore[return-value]
+            return prefix
     return None
 
 

@@ -50,14 +50,14 @@ class LlamaTokenizer(PreTrainedTokenizer):
                 "Cannot load the tokenizer: vocab_file is 'None'. Pass the path of tokenizer.model; a folder that has "
                 "only tokenizer.json loads with LlamaTokenizerFast"
             )
-        self._spm = (
+        self._vocab = (
             vocab_file if isinstance(vocab_file, SentencePieceModel) else SentencePieceModel.from_file(vocab_file)
         )
-        self._spm.check_llama()
+        self._spm = self._vocab.check_llama()
         self.vocab_file = None if isinstance(vocab_file, SentencePieceModel) else str(vocab_file)
         self.sp_model_kwargs = dict(sp_model_kwargs or {})
         self._prefix: Prefix = kwargs.pop("prefix", None) or prefix_of(legacy, add_prefix_space)
-        self._ids: dict[str, int] = {piece: i for i, piece in enumerate(self._spm.pieces)}
+        self._ids: dict[str, int] = {piece: i for i, piece in enumerate(self._vocab.pieces)}
         self._processors: dict[bool, Any] = {}
         self._matchers: tuple[TokenMatcher, TokenMatcher] | None = None
         self._added = {}
@@ -79,7 +79,9 @@ class LlamaTokenizer(PreTrainedTokenizer):
         if dummy_prefix not in self._processors:
             import sentencepiece
 
-            model = self._spm if dummy_prefix == self._spm.add_dummy_prefix else _with_prefix(self._spm, dummy_prefix)
+            model = (
+                self._vocab if dummy_prefix == self._vocab.add_dummy_prefix else _with_prefix(self._vocab, dummy_prefix)
+            )
             loaded = sentencepiece.SentencePieceProcessor(model_proto=model.to_bytes(), **self.sp_model_kwargs)
             self._processors[dummy_prefix] = loaded
         return self._processors[dummy_prefix]
@@ -91,7 +93,7 @@ class LlamaTokenizer(PreTrainedTokenizer):
     @property
     def vocab_size(self) -> int:
         """Pieces of the SentencePiece model (32,000 for Llama 2)."""
-        return len(self._spm.pieces)
+        return len(self._vocab.pieces)
 
     def get_vocab(self) -> dict[str, int]:
         """Every token -> id, added ones included."""
@@ -102,8 +104,8 @@ class LlamaTokenizer(PreTrainedTokenizer):
         return self._ids.get(token) if entry is None else entry[0]
 
     def _id_token(self, token_id: int) -> str:
-        if 0 <= token_id < len(self._spm.pieces):
-            return self._spm.pieces[token_id]
+        if 0 <= token_id < len(self._vocab.pieces):
+            return self._vocab.pieces[token_id]
         added = {i: token.content for i, token in self._added.values()}
         if token_id not in added:
             raise TokenizerError(f"token id {token_id} is outside the vocabulary of {len(self)} tokens")
@@ -142,15 +144,18 @@ class LlamaTokenizer(PreTrainedTokenizer):
         return self._matchers
 
     def _encode_ids(self, texts: list[str], keep_special: bool) -> list[list[int]]:
-        raw, late = self._matching
         try:
-            if self._prefix == "every" and not any(raw.any_in(t) or late.any_in(normalize(t, "every")) for t in texts):
+            if self._prefix == "every" and not any(map(self._has_added, texts)):
                 processor = self._processor(True)
                 rows: list[list[int]] = [processor.encode(texts[0])] if len(texts) == 1 else processor.encode(texts)
                 return rows
             return [self._encode_one(text, keep_special) for text in texts]
         except RuntimeError as error:
             raise TokenizerError(surrogate_message(texts)) from error
+
+    def _has_added(self, text: str) -> bool:
+        raw, late = self._matching
+        return raw.any_in(text) or (bool(late) and late.any_in(normalize(text, self._prefix)))
 
     def _encode_one(self, text: str, keep_special: bool) -> list[int]:
         plain = self._processor(False)
@@ -211,9 +216,9 @@ class LlamaTokenizer(PreTrainedTokenizer):
         """The characters of `text` that each id covers; all bytes of a character cover it whole."""
         at = left = 0
         for token_id in ids:
-            if self._spm.types[token_id] != BYTE:
-                at, left = at + len(self._spm.pieces[token_id]), 0
-                yield at - len(self._spm.pieces[token_id]), at
+            if self._vocab.types[token_id] != BYTE:
+                at, left = at + len(self._vocab.pieces[token_id]), 0
+                yield at - len(self._vocab.pieces[token_id]), at
                 continue
             if left == 0:
                 at, left = at + 1, len(text[at].encode("utf-8"))
@@ -234,13 +239,13 @@ class LlamaTokenizer(PreTrainedTokenizer):
     # -- decoding ------------------------------------------------------------------------------------------------
     def _make_table(self) -> PieceTable:
         added = dict(self._added.values())
-        raw = frozenset(i for i, kind in enumerate(self._spm.types) if kind == BYTE)
+        raw = frozenset(i for i, kind in enumerate(self._vocab.types) if kind == BYTE)
 
         def piece_bytes(token_id: int) -> bytes:
             if token_id in added:
                 return added_bytes(added[token_id], self._prefix)
             if token_id in raw:
-                return bytes([int(self._spm.pieces[token_id][1:-1], 16)])
+                return bytes([int(self._vocab.pieces[token_id][1:-1], 16)])
             return self._id_token(token_id).replace("▁", " ").encode()
 
         return PieceTable(piece_bytes, strip=self._prefix != "never", errors=EACH_BYTE, raw_bytes=raw)
@@ -248,7 +253,7 @@ class LlamaTokenizer(PreTrainedTokenizer):
     # -- files ---------------------------------------------------------------------------------------------------
     def _document(self) -> dict[str, Any]:
         """The fast tokenizer's file."""
-        backend = backend_from_spm(self._spm, self._prefix)
+        backend = backend_from_spm(self._vocab, self._prefix)
         for token in self.added_tokens_decoder.values():
             add_to_backend(backend, token)
         document: dict[str, Any] = json.loads(backend.to_str())
