@@ -1,8 +1,10 @@
 """from_pretrained: build on meta, take each tensor from the memory map, demand exact coverage."""
 
 import copy
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -377,9 +379,12 @@ def fill(model: PreTrainedModel, weights: Weights, report: Report, dtype: torch.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
     by_name = {name: names for names in shared.values() for name in names}
-    for name, file_name in report.found.items():
-        old = model.get_parameter(name)
-        new = nn.Parameter(weights.read(file_name, dtype).to(device), requires_grad=old.requires_grad)
+
+    def read(name: str) -> Tensor:
+        return weights.read(report.found[name], dtype).to(device)
+
+    for name, tensor in zip(report.found, in_single_threads(read, report.found), strict=True):
+        new = nn.Parameter(tensor, requires_grad=model.get_parameter(name).requires_grad)
         for alias in by_name[name]:
             module_name, _, leaf = alias.rpartition(".")
             model.get_submodule(module_name)._parameters[leaf] = new
@@ -387,3 +392,26 @@ def fill(model: PreTrainedModel, weights: Weights, report: Report, dtype: torch.
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise CheckpointError(f"{name} of {type(model).__name__} is stored in no checkpoint and has no value")
+
+
+def in_single_threads(read: Callable[[str], Tensor], names: Iterable[str]) -> Iterator[Tensor]:
+    """read(name) for each name, in order, on as many Python threads as torch has, each computing on its own.
+
+    Dequantising a file is thousands of short operations. Spread over OpenMP threads each one waits for the slowest
+    core; on a busy machine that made a load of 0.4 s take 2 to 30 s (docs/LOG.md).
+    """
+    count = torch.get_num_threads()
+    if count == 1:
+        yield from map(read, names)
+        return
+    barrier = threading.Barrier(count)
+
+    def compute_alone(_: int) -> None:
+        torch.get_num_threads()  # a thread takes over the process's number at its first call, so let that pass
+        torch.set_num_threads(1)
+        barrier.wait()
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(compute_alone, range(count)))
+        torch.set_num_threads(count)  # for threads to come; the workers keep 1
+        yield from pool.map(read, names)
