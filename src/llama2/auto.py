@@ -1,12 +1,11 @@
 """The Auto classes: the right class for a path, a GGUF file or a hub id. There is one architecture, so they are short.
 
-Nothing here imports torch before a model is asked for.
+Nothing here imports torch, or a tokenizer's packages, before a model or a tokenizer is asked for.
 """
 
 from pathlib import Path
 from typing import Any, ClassVar
 
-import llama2.tokenizer
 from llama2 import checkpoint
 from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.source import fetch_files, override, split_hub_options
@@ -14,6 +13,8 @@ from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import InputError
 
+_load_tokenizer = door("tokenizer", "load", "A tokenizer from files.")
+_gguf_tokenizer = door("tokenizer", "from_gguf", "A tokenizer from GGUF metadata.")
 _load_model = door("checkpoint.load", "from_pretrained_named", "A model from files.")
 _new_model = door("checkpoint.load", "from_config_named", "A model with fresh weights.")
 
@@ -64,8 +65,8 @@ class AutoTokenizer:
         """A tokenizer from a folder, a tokenizer file, a GGUF file or a hub id; other keywords are the tokenizer's."""
         path = fetch_files(pretrained_model_name_or_path, split_hub_options(kwargs), "tokenizer", gguf_file)
         if gguf := checkpoint.find_gguf(path):
-            return llama2.tokenizer.from_gguf(read_metadata(gguf), **kwargs)
-        return llama2.tokenizer.load(path, **kwargs)
+            return _gguf_tokenizer(read_metadata(gguf), **kwargs)
+        return _load_tokenizer(path, **kwargs)
 
 
 class _AutoModel:
