@@ -6,7 +6,7 @@ longest match; tokens with `normalized=False` are looked up in the raw text, the
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llama2.errors import TokenizerError
@@ -35,6 +35,10 @@ class AddedToken:
 
     def __str__(self) -> str:
         return self.content
+
+    def merged(self, again: "AddedToken") -> "AddedToken":
+        """This token after it is added `again`: its flags stay, except that it may become special."""
+        return replace(self, special=self.special or again.special)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of `added_tokens_decoder` in tokenizer_config.json."""

@@ -25,7 +25,7 @@ def padding_of(padding: bool | str | None) -> Padding:
         return table[value]
     for name in get_args(Padding):
         if value == name:
-            return name  # type: ignore[no-any-return]
+            return name
     raise TokenizerError(f"padding={padding!r}; use True, False, 'longest' or 'max_length'")
 
 
@@ -37,7 +37,7 @@ def truncation_of(truncation: bool | str | None) -> Truncation:
         return table[value]
     for name in get_args(Truncation):
         if value == name:
-            return name  # type: ignore[no-any-return]
+            return name
     raise TokenizerError(f"truncation={truncation!r}; use True, False, 'longest_first', 'only_first' or 'only_second'")
 
 

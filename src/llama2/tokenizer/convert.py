@@ -1,6 +1,8 @@
 """SentencePiece model -> `tokenizers` backend with the same ids."""
 
 import json
+from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import tokenizers
@@ -16,17 +18,24 @@ def state_of(component: Any) -> Any:
     return None if component is None else json.loads(component.__getstate__())
 
 
-def add_to_backend(backend: tokenizers.Tokenizer, token: AddedToken) -> None:
-    """Register one added token; a token that the backend knows keeps its id."""
-    rust = tokenizers.AddedToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=bool(token.normalized),
-        special=token.special,
-    )
-    (backend.add_special_tokens if token.special else backend.add_tokens)([rust])
+def add_to_backend(backend: tokenizers.Tokenizer, tokens: Iterable[AddedToken]) -> None:
+    """Register added tokens in order; one that the backend knows keeps its id.
+
+    In runs of one kind: each call rebuilds the backend's matcher, so that one call a token would be quadratic.
+    """
+    for special, run in groupby(tokens, key=lambda token: token.special):
+        rust = [
+            tokenizers.AddedToken(
+                token.content,
+                single_word=token.single_word,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                normalized=bool(token.normalized),
+                special=token.special,
+            )
+            for token in run
+        ]
+        (backend.add_special_tokens if special else backend.add_tokens)(rust)
 
 
 def backend_from_spm(model: SentencePieceModel, prefix: Prefix) -> tokenizers.Tokenizer:

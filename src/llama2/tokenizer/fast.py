@@ -151,16 +151,12 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
 
     def _register(self, tokens: Sequence[AddedToken]) -> int:
         before = len(self)
+        tokens = [fit(token, self._prefix) for token in tokens]
+        add_to_backend(self._tokenizer, tokens)
         for token in tokens:
-            token = fit(token, self._prefix)
-            add_to_backend(self._tokenizer, token)
-            known = self._added.get(token.content)
-            if known is not None:
-                old = known[1]
-                token = AddedToken(
-                    old.content, old.single_word, old.lstrip, old.rstrip, old.special or token.special, old.normalized
-                )
-            self._added[token.content] = (int(self._tokenizer.token_to_id(token.content)), token)
+            if token.content in self._added:
+                token = self._added[token.content][1].merged(token)
+            self._added[token.content] = (self._tokenizer.token_to_id(token.content) or 0, token)
         return len(self) - before
 
     def _changed(self) -> None:

@@ -95,9 +95,9 @@ class Files(SpecialTokens):
 
     def _add_decoder(self, decoder: Mapping[int | str, Any]) -> None:
         """Tokens with the ids that a file gives them; ids that cannot be honoured are an error."""
-        for key, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
-            token = as_added_token(entry)
-            self._register([token])
+        entries = [(key, as_added_token(decoder[key])) for key in sorted(decoder, key=int)]
+        self._register([token for _, token in entries])
+        for key, token in entries:
             found = self._token_id(token.content)
             if found != int(key):
                 raise CheckpointError(

@@ -79,9 +79,8 @@ class LlamaTokenizer(PreTrainedTokenizer):
         if dummy_prefix not in self._processors:
             import sentencepiece
 
-            model = (
-                self._vocab if dummy_prefix == self._vocab.add_dummy_prefix else _with_prefix(self._vocab, dummy_prefix)
-            )
+            fits = dummy_prefix == self._vocab.add_dummy_prefix
+            model = self._vocab if fits else replace(self._vocab, add_dummy_prefix=dummy_prefix, raw=b"")
             loaded = sentencepiece.SentencePieceProcessor(model_proto=model.to_bytes(), **self.sp_model_kwargs)
             self._processors[dummy_prefix] = loaded
         return self._processors[dummy_prefix]
@@ -106,25 +105,20 @@ class LlamaTokenizer(PreTrainedTokenizer):
     def _id_token(self, token_id: int) -> str:
         if 0 <= token_id < len(self._vocab.pieces):
             return self._vocab.pieces[token_id]
-        added = {i: token.content for i, token in self._added.values()}
+        added = self.added_tokens_decoder
         if token_id not in added:
             raise TokenizerError(f"token id {token_id} is outside the vocabulary of {len(self)} tokens")
-        return added[token_id]
+        return added[token_id].content
 
     def _register(self, tokens: Sequence[AddedToken]) -> int:
-        new = 0
+        new, size = 0, len(self)
         for token in tokens:
             known = self._added.get(token.content)
             if known is not None:
-                # flags of a known token stay, except that it may become special: as the `tokenizers` package has it
-                token_id, old = known
-                merged = AddedToken(
-                    old.content, old.single_word, old.lstrip, old.rstrip, old.special or token.special, old.normalized
-                )
-                self._added[token.content] = (token_id, merged)
+                self._added[token.content] = (known[0], known[1].merged(token))
                 continue
             base = self._ids.get(token.content)
-            token_id = len(self) if base is None else base
+            token_id = size + new if base is None else base
             new += base is None
             self._added[token.content] = (token_id, fit(token, self._prefix))
         return new
@@ -254,11 +248,6 @@ class LlamaTokenizer(PreTrainedTokenizer):
     def _document(self) -> dict[str, Any]:
         """The fast tokenizer's file."""
         backend = backend_from_spm(self._vocab, self._prefix)
-        for token in self.added_tokens_decoder.values():
-            add_to_backend(backend, token)
+        add_to_backend(backend, self.added_tokens_decoder.values())
         document: dict[str, Any] = json.loads(backend.to_str())
         return document
-
-
-def _with_prefix(model: SentencePieceModel, dummy_prefix: bool) -> SentencePieceModel:
-    return replace(model, add_dummy_prefix=dummy_prefix, raw=b"")
