@@ -144,6 +144,9 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         return found
 
     def _id_token(self, token_id: int) -> str:
+        added = self._added_ids.get(token_id)
+        if added is not None:  # the backend would name a normalised token as it is matched: "▁newtok"
+            return added
         token: str | None = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             raise TokenizerError(f"token id {token_id} is outside the vocabulary of {len(self)} tokens")
@@ -151,12 +154,16 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
 
     def _register(self, tokens: Sequence[AddedToken]) -> int:
         before = len(self)
-        tokens = [fit(token, self._prefix) for token in tokens]
-        add_to_backend(self._tokenizer, tokens)
-        for token in tokens:
-            if token.content in self._added:
-                token = self._added[token.content][1].merged(token)
+        fresh = []
+        for token in (fit(token, self._prefix) for token in tokens):
+            known = self._added.get(token.content)
+            entry = token if known is None else known[1].merged(token)
+            if known is None or entry != known[1]:
+                fresh.append(entry)
+        add_to_backend(self._tokenizer, fresh)
+        for token in fresh:
             self._added[token.content] = (self._tokenizer.token_to_id(token.content) or 0, token)
+        self._by_id = None
         return len(self) - before
 
     def _changed(self) -> None:

@@ -105,10 +105,9 @@ class LlamaTokenizer(PreTrainedTokenizer):
     def _id_token(self, token_id: int) -> str:
         if 0 <= token_id < len(self._vocab.pieces):
             return self._vocab.pieces[token_id]
-        added = self.added_tokens_decoder
-        if token_id not in added:
+        if token_id not in self._added_ids:
             raise TokenizerError(f"token id {token_id} is outside the vocabulary of {len(self)} tokens")
-        return added[token_id].content
+        return self._added_ids[token_id]
 
     def _register(self, tokens: Sequence[AddedToken]) -> int:
         new, size = 0, len(self)
@@ -121,6 +120,7 @@ class LlamaTokenizer(PreTrainedTokenizer):
             token_id = size + new if base is None else base
             new += base is None
             self._added[token.content] = (token_id, fit(token, self._prefix))
+        self._by_id = None
         return new
 
     def _changed(self) -> None:
