@@ -28,9 +28,9 @@ GOLDEN = [
 
 
 @pytest.fixture(params=[LlamaTokenizer, LlamaTokenizerFast])
-def make(request: Any, tokenizer_model: Any) -> Any:
+def make(request: Any, spm: Any) -> Any:
     """A constructor: `make(**options)` is a new tokenizer of each class in turn."""
-    return lambda **options: request.param(tokenizer_model, **options)
+    return lambda **options: request.param(spm, **options)
 
 
 @pytest.fixture
