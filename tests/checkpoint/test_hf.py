@@ -78,6 +78,8 @@ def test_hand_written_safetensors(tmp_path: Path) -> None:
         assert tensors["b"].tolist() == [1.0, -2.0]
         assert tensors["empty"].shape == (0, 3)
         assert tensors["scalar"].item() == -7
+        assert all(t.data_ptr() % t.element_size() == 0 for t in tensors.values())
+    assert len(json.dumps(header)) % 4 != 0  # else the unpadded file would prove nothing
 
 
 def test_training_in_place_leaves_the_file_alone(tmp_path: Path) -> None:
