@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from llama2.cli import explain, terminal
 from llama2.cli.args import nearest, option
-from llama2.cli.conversation import Conversation, Turn, render
+from llama2.cli.conversation import Conversation, TemplateOptions, Turn
 from llama2.cli.loading import RunOptions, load, model_path
 from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError, Llama2Error
@@ -16,12 +16,11 @@ _SETTINGS = [f.name for f in fields(SamplingOptions) if f.name not in ("greedy",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SamplingOptions, RunOptions):
+class Options(SamplingOptions, TemplateOptions, RunOptions):
     """Talk with a model. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, leaves; /help lists the
     commands. A line that ends with a backslash goes on in the next; three double quotes on a line of their own begin
     and end a message of several lines. Without a terminal each line of the standard input is a message."""
 
-    system: str | None = option(None, "the system message, which stays when old turns are dropped")
     load: str | None = option(None, "go on with a conversation that /save wrote", metavar="FILE")
 
 
@@ -36,7 +35,7 @@ def run(options: Options) -> int:
     model, tokenizer = load(options)
     from llama2.cli.speaker import Speaker
 
-    render(tokenizer, [{"role": "user", "content": "hello"}])  # a model without a template is refused before talking
+    options.install(tokenizer)
     return Chat(Speaker(model, tokenizer), conversation, options).loop()
 
 
@@ -139,9 +138,9 @@ class Chat:
         if name in _SETTINGS:
             return self._set(name, argument.strip())
         if word not in COMMANDS:
-            known = [f"/{known}" for known in (*COMMANDS, *_SETTINGS, "exit")]
-            hint = nearest("/" + name, known) or "; /help lists them"
-            raise InputError(f"there is no command /{word}{hint}. To say it to the model, put a space in front")
+            known = [*COMMANDS, *(setting.replace("_", "-") for setting in _SETTINGS), "exit"]
+            hint = nearest(word, known) or "; /help lists them"
+            raise InputError(f"/{word} is no command (to say it to the model, put a space in front){hint}")
         return COMMANDS[word][1](self, argument.strip())
 
     def _help(self, _: str) -> None:
