@@ -4,6 +4,7 @@ import json
 import struct
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -570,5 +571,7 @@ def test_threads_keep_order_and_the_process_keeps_its_number() -> None:
         assert [t[0].item() for t in read] == list(range(40))
         assert {t[1].item() for t in read} == {1}
         assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:  # a thread that is new takes the process's number
+            assert pool.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(before)
