@@ -43,7 +43,7 @@ def test_call_options_agree(fast: LlamaTokenizerFast, tmp_path: Path, random_tex
         {"truncation": True, "max_length": 7},
         {"truncation": True, "max_length": 9, "stride": 2, "return_overflowing_tokens": True},
         {"return_offsets_mapping": True, "return_special_tokens_mask": True},
-        {"padding": "max_length", "max_length": 40, "truncation": True, "pad_to_multiple_of": 16},
+        {"padding": "max_length", "max_length": 48, "truncation": True, "pad_to_multiple_of": 16},
         {"add_special_tokens": False, "return_length": True},
     ]
     for option in options:

@@ -38,6 +38,12 @@ class Call:
         self.padding = batching.padding_of(padding)
         self.max_length, self.truncation = self._limit(truncation, max_length)
         self.stride, self.multiple, self.side = stride, pad_to_multiple_of, padding_side
+        both = self.truncation != "do_not_truncate" and self.padding != "do_not_pad"
+        if both and self.multiple and self.max_length and self.max_length % self.multiple:
+            raise TokenizerError(
+                f"max_length={self.max_length} truncates to a length that is not a multiple of "
+                f"pad_to_multiple_of={self.multiple}; make it one"
+            )
         self.tensors, self.overflow, self.offsets = return_tensors, return_overflowing_tokens, return_offsets_mapping
         names = tok.model_input_names
         self.types = "token_type_ids" in names if return_token_type_ids is None else return_token_type_ids

@@ -209,8 +209,8 @@ def _special_ids(model: SentencePieceModel) -> bytes:
     """TrainerSpec 40 to 43 (unk, bos, eos, pad id) and 45 to 47 (their pieces): SentencePiece checks that they fit."""
     unk = model.types.index(UNKNOWN) if UNKNOWN in model.types else 0
     out = _number(40, unk) + _string(45, model.pieces[unk].encode())
-    for field, piece in ((41, "<s>"), (42, "</s>")):
+    for number, piece in ((41, "<s>"), (42, "</s>")):
         known = piece in model.pieces
         # -1 (absent) is written as the 64-bit two's complement that protobuf uses for a negative int32
-        out += _number(field, model.pieces.index(piece) if known else 2**64 - 1)
+        out += _number(number, model.pieces.index(piece) if known else 2**64 - 1)
     return out + _number(43, 2**64 - 1)
