@@ -449,6 +449,9 @@ def test_shape_mismatch(saved: Path) -> None:
     assert info["mismatched_keys"][0] == ("model.embed_tokens.weight", (41, 32), (50, 32))
     assert model(torch.tensor([[49]])).logits.shape == (1, 1, 50)
     assert 0 < model.lm_head.weight.std() < 0.1
+    with pytest.warns(UserWarning, match="newly"):
+        wider = LlamaForCausalLM.from_pretrained(saved, hidden_size=64, ignore_mismatched_sizes=True)
+    assert bool((wider.model.norm.weight == 1).all())
 
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
