@@ -205,10 +205,16 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     model = make()
     model.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+
+    def full(file: Any, tensors: Any) -> None:
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("llama2.checkpoint.save.write_safetensors", full)
     with pytest.raises(OSError, match="disk full"):
         save_pretrained(make(initializer_range=0.5), tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_variant(tmp_path: Path) -> None:
@@ -545,6 +551,8 @@ def test_a_state_dict_instead_of_a_file(saved: Path) -> None:
     state = {name: t.double() for name, t in make().state_dict().items()}
     model = LlamaForCausalLM.from_pretrained(None, config=LlamaConfig(**TINY), state_dict=state)
     assert model.dtype == torch.float64 and torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    bare = {name.removeprefix("model."): t for name, t in state.items()}
+    same(LlamaForCausalLM.from_pretrained(None, config=LlamaConfig(**TINY), state_dict=bare), model)
     with pytest.raises(InputError, match="needs both config= and state_dict="):
         LlamaForCausalLM.from_pretrained(None)
 
