@@ -303,6 +303,7 @@ class Terminal:
         return before + found
 
     def type(self, text: str) -> None:
+        time.sleep(0.3)  # between printing the prompt and waiting for keys, readline would miss a Ctrl-C
         os.write(self.main, text.encode())
 
     def close(self) -> None:
@@ -332,7 +333,6 @@ def test_on_a_terminal(long_checkpoint: Path) -> None:
         screen.wait("> ")
         screen.type("Hi\n")
         screen.wait("Hi\r\n")
-        time.sleep(0.5)
         screen.type("\x03")  # stops the answer, not the program
         assert "Traceback" not in screen.wait("; interrupted]")
         screen.wait("> ")
@@ -361,6 +361,7 @@ def test_interrupt_while_loading(smollm2: Path) -> None:
     try:
         screen.wait("loading")
         screen.process.send_signal(signal.SIGINT)
-        assert screen.process.wait(30) == 130
+        # Python dies of the signal where it came inside exec(), as in making a dataclass; to a shell both are 130
+        assert screen.process.wait(30) in (130, -signal.SIGINT)
     finally:
         screen.close()
