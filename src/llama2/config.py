@@ -481,8 +481,6 @@ class LlamaConfig:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LlamaConfig) and self.to_dict() == other.to_dict()
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"LlamaConfig {self.to_json_string()}"
 
