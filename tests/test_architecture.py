@@ -24,6 +24,7 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("auto", "engine"), 12),
     **dict.fromkeys(("pipelines", "serve", "train", "evaluate"), 13),
     "cli": 14,
+    "convert_llama_weights_to_hf": 15,
 }
 STRANGERS = {"quant": {"model"}, "model": {"quant"}}
 NO_TORCH = ("tokenizer", "config.py", "generation_config.py", "errors.py", "doors.py")

@@ -74,6 +74,10 @@ class Checkpoint(ABC):
     def read(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """One tensor on the CPU, converted to `dtype` (None: as stored; float32 for quantised blocks)."""
 
+    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Rows start to stop of a matrix as `read` gives them, without the rest of it in memory where that can be."""
+        return self.read(name)[start:stop]
+
     @abstractmethod
     def raw(self, name: str) -> RawTensor:
         """One tensor still packed, for engines with kernels of their own."""
@@ -105,6 +109,7 @@ def refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
 
 _FORMATS: dict[str, Callable[..., Checkpoint]] = {
     "hf": door("checkpoint.hf", "HfCheckpoint", "Folders and files that transformers writes."),
+    "meta": door("checkpoint.meta", "MetaCheckpoint", "A folder of Meta's original files."),
     "gguf": door("checkpoint.gguf_weights", "GgufCheckpoint", "A GGUF file."),
 }
 
@@ -119,9 +124,9 @@ def open(
 ) -> Checkpoint:
     """Opens a checkpoint folder or file; its content, not its name, decides the format.
 
-    A folder: safetensors before .bin (`use_safetensors` True or False admits one of them only), each single or by
-    index, with `variant` in the file name; `gguf_file` names a GGUF file in it. Raises CheckpointError for what is
-    missing, truncated, malformed or not a Llama model.
+    A folder: Meta's (params.json) unless it has a config.json; safetensors before .bin (`use_safetensors` True or False
+    admits one of them only), each single or by index, with `variant` in the file name; `gguf_file` names a GGUF file in
+    it. Raises CheckpointError for what is missing, truncated, malformed or not a Llama model.
     """
     path = Path(path)
     if gguf_file is not None:
@@ -132,8 +137,8 @@ def open(
         path, kind = _sniff_folder(path)
     else:
         kind = _sniff_file(path)
-    if kind == "gguf":
-        return _FORMATS["gguf"](path)
+    if kind != "hf":
+        return _FORMATS[kind](path)
     return _FORMATS["hf"](path, use_safetensors=use_safetensors, variant=variant, weights_only=weights_only)
 
 
@@ -154,11 +159,8 @@ def _sniff_folder(folder: Path) -> tuple[Path, str]:
         return folder, "hf"
     if gguf := find_gguf(folder):
         return gguf, _sniff_file(gguf)
-    if (folder / "params.json").exists():
-        raise CheckpointError(
-            f"{folder} holds Meta's original format (params.json), which this version does not read; "
-            "give the converted folder, the one that holds config.json"
-        )
+    if (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth")):
+        return folder, "meta"
     if several := sorted(folder.glob("*.gguf")):
         raise CheckpointError(
             f"{folder} holds {len(several)} GGUF files and no config.json; choose one with gguf_file=, "

@@ -95,8 +95,8 @@ class HfCheckpoint(Checkpoint):
             )
         if any(name in located for name in _META_NAMES):
             raise CheckpointError(
-                f"{self.path} holds Meta's original tensor names ({_META_NAMES[0]}, ...), which this version does not "
-                "read; give the converted checkpoint, the folder that holds config.json"
+                f"{self.path} holds Meta's original tensor names ({_META_NAMES[0]}, ...); "
+                "give the folder that holds them together with params.json, and no config.json"
             )
         return {name: file for name, file in located.items() if not name.endswith(_STALE)}
 

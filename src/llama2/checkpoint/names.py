@@ -31,7 +31,25 @@ GGUF: dict[str, str] = {  # Hugging Face -> llama.cpp, gguf-py/gguf/tensor_mappi
     "model.layers.{i}.mlp.down_proj.bias": "blk.{i}.ffn_down.bias",
 }
 
+# Hugging Face -> Meta, and the axis along which Meta's shards divide the tensor (None: each holds all of it).
+META: dict[str, tuple[str, int | None]] = {
+    "model.embed_tokens.weight": ("tok_embeddings.weight", 1),
+    "model.norm.weight": ("norm.weight", None),
+    "lm_head.weight": ("output.weight", 0),
+    "model.layers.{i}.input_layernorm.weight": ("layers.{i}.attention_norm.weight", None),
+    "model.layers.{i}.self_attn.q_proj.weight": ("layers.{i}.attention.wq.weight", 0),
+    "model.layers.{i}.self_attn.k_proj.weight": ("layers.{i}.attention.wk.weight", 0),
+    "model.layers.{i}.self_attn.v_proj.weight": ("layers.{i}.attention.wv.weight", 0),
+    "model.layers.{i}.self_attn.o_proj.weight": ("layers.{i}.attention.wo.weight", 1),
+    "model.layers.{i}.post_attention_layernorm.weight": ("layers.{i}.ffn_norm.weight", None),
+    "model.layers.{i}.mlp.gate_proj.weight": ("layers.{i}.feed_forward.w1.weight", 0),
+    "model.layers.{i}.mlp.up_proj.weight": ("layers.{i}.feed_forward.w3.weight", 0),
+    "model.layers.{i}.mlp.down_proj.weight": ("layers.{i}.feed_forward.w2.weight", 1),
+}
+
 _GGUF_TO_HF = {theirs: ours for ours, theirs in GGUF.items()}
+_HF_TO_META = {ours: theirs for ours, (theirs, _) in META.items()}
+_META_TO_HF = {theirs: ours for ours, (theirs, _) in META.items()}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _ROTATED = re.compile(r"\.self_attn\.([qk])_proj\.(weight|bias)$")
 
@@ -50,6 +68,21 @@ def gguf_to_hf(name: str) -> str | None:
 def hf_to_gguf(name: str) -> str | None:
     """The GGUF name of a Hugging Face tensor; None where there is none."""
     return _translate(name, GGUF)
+
+
+def meta_to_hf(name: str) -> str | None:
+    """The Hugging Face name of a tensor of Meta's; None where there is none."""
+    return _translate(name, _META_TO_HF)
+
+
+def hf_to_meta(name: str) -> str | None:
+    """Meta's name of a Hugging Face tensor; None where there is none."""
+    return _translate(name, _HF_TO_META)
+
+
+def meta_axis(name: str) -> int | None:
+    """The axis along which Meta's shards divide the tensor with this Hugging Face name."""
+    return META[_NUMBER.sub("{i}", name, count=1)][1]
 
 
 def rotated_heads(name: str, heads: int, kv_heads: int) -> int | None:

@@ -83,7 +83,7 @@ def save_pretrained(
         index = f"{stem}.{suffix}.index{'' if variant is None else '.' + variant}.json"
         if len(shards) > 1:
             with_index = stack.enter_context(replacing(folder / index))
-            with_index.write(_index_text(tensors, dict(zip(names, shards, strict=True))))
+            with_index.write(index_text(tensors, dict(zip(names, shards, strict=True))))
     _remove_stale(folder, {*names, *([index] if len(shards) > 1 else [])}, variant, safe_serialization)
     if push_to_hub:
         _upload(folder, repo_id or folder.name, token=token, private=private, commit_message=commit_message)
@@ -160,7 +160,8 @@ def shard_names(stem: str, suffix: str, variant: str | None, count: int) -> list
     return [f"{stem}{infix}-{i:05d}-of-{count:05d}.{suffix}" for i in range(1, count + 1)]
 
 
-def _index_text(tensors: Mapping[str, Tensor], shards: Mapping[str, list[str]]) -> bytes:
+def index_text(tensors: Mapping[str, Tensor], shards: Mapping[str, list[str]]) -> bytes:
+    """The content of model.safetensors.index.json; shards: the tensors of each file."""
     content = {
         "metadata": {
             "total_parameters": sum(t.numel() for t in tensors.values()),
@@ -192,8 +193,11 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file with metadata {"format": "pt"}, which transformers 4.46 demands. One tensor in memory."""
+def safetensors_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
+    """What stands before the data of these tensors (meta ones will do), and the order in which their data follows.
+
+    With metadata {"format": "pt"}, which transformers 4.46 demands. Raises InputError for a dtype without a code.
+    """
     # Wide types first, as the safetensors package orders them: every tensor is then aligned to its own width.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -210,7 +214,13 @@ def write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    return len(text).to_bytes(8, "little") + text, names
+
+
+def write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, one tensor in memory at a time."""
+    header, names = safetensors_header(tensors)
+    file.write(header)
     for name in names:
         data = tensors[name].detach().cpu().contiguous()
         file.write(data.reshape(-1).view(torch.uint8).numpy().data)

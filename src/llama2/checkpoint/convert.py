@@ -1,0 +1,379 @@
+"""Any checkpoint -> any format, in memory that does not grow with the model: open(source), then one tensor at a time.
+
+Weights go to hidden files beside their target. A journal, synced after every gigabyte, names the tensors that are on
+the disk; an interrupted conversion goes on from there when it is started again. When all is written the files are
+renamed, last of all the one without which no reader takes the folder for a checkpoint. SHA256SUMS (which `sha256sum -c`
+reads too) holds their hashes.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama2.checkpoint import Checkpoint
+from llama2.checkpoint.gguf_write import WRITABLE, GgufTarget
+from llama2.checkpoint.hf import DTYPES
+from llama2.checkpoint.hf_write import HfTarget
+from llama2.checkpoint.meta_write import MetaTarget
+from llama2.checkpoint.pooled import PooledCheckpoint
+from llama2.checkpoint.save import parse_size, replacing
+from llama2.checkpoint.source import open_source
+from llama2.checkpoint.target import Appender, Target, row_blocks
+from llama2.checkpoint.tokenizer_files import gguf_keys, write_folder, write_model
+from llama2.errors import CheckpointError, InputError, MismatchError
+
+FORMATS = ("hf", "meta", "gguf")
+SYNC_BYTES = 1 << 30  # written between two entries of the journal
+SUMS = "SHA256SUMS"
+_RESERVE = 64 << 20  # free space that is left for small files and the file system
+_FLOATS = {
+    "float32": ("F32", torch.float32),
+    "float16": ("F16", torch.float16),
+    "bfloat16": ("BF16", torch.bfloat16),
+}
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert. dtype: "keep", a float dtype, or for gguf a block type such as "q4_0". shards: of meta.
+    shard_size: of hf, bytes or "5GB". kv_heads: pool key and value heads to this number. chat: add Llama 2's chat
+    template; None does so for Meta folders whose name ends in "-chat"."""
+
+    to: str = "hf"
+    dtype: str = "keep"
+    shard_size: int | str = "5GB"
+    shards: int = 1
+    kv_heads: int | None = None
+    chat: bool | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did: the target, its format, bytes of weights, and bytes taken over from an interrupted run."""
+
+    path: Path
+    format: str
+    bytes: int
+    resumed_bytes: int
+
+
+def convert(
+    source: str | Path | Checkpoint, target: str | Path, options: Options, progress: Progress | None = None
+) -> Result:
+    """Converts `source` (path, hub id or open checkpoint) to the new folder, or GGUF file, `target`.
+
+    progress(bytes done, bytes in all, tensor) is called before each tensor. An interrupted conversion with the same
+    arguments is continued. Raises InputError for arguments that cannot be, CheckpointError for a source that is
+    damaged, a target that exists, or a full disk. The source is never written to.
+    """
+    opened = source if isinstance(source, Checkpoint) else open_source(source, {})
+    path = Path(target)
+    _check_target(opened, path, options)
+    if options.kv_heads is not None:
+        opened = PooledCheckpoint(opened, options.kv_heads)
+    run = _Run(make_target(opened, path.name, options), opened, path, options)
+    try:
+        return run.go(progress)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(
+            f"the disk of {path} is full; free some space and give the same command again, which goes on from the last "
+            "complete part"
+        ) from error
+
+
+# -- what is to be written ---------------------------------------------------------------------------------------
+
+
+def make_target(source: Checkpoint, file: str, options: Options) -> Target:
+    """The writer for these options. Raises InputError where the source cannot be stored so."""
+    names = model_tensors(source)
+    if options.to == "gguf":
+        kind = gguf_type(options.dtype)
+        keys = gguf_keys(source.tokenizer_source, source.config.vocab_size, wants_chat(source, options))
+        return GgufTarget(source, names, kind, file, keys)
+    dtypes = {name: dtype_of(source, name, options.dtype) for name in names}
+    if options.to == "meta":
+        return MetaTarget(source, dtypes, options.shards)
+    return HfTarget(source, dtypes, parse_size(options.shard_size))
+
+
+def wants_chat(source: Checkpoint, options: Options) -> bool:
+    """Whether Llama 2's chat template is to be added."""
+    if options.chat is not None:
+        return options.chat
+    return source.format == "meta" and source.path.resolve().name.lower().endswith("-chat")
+
+
+def model_tensors(source: Checkpoint) -> list[str]:
+    """Names to write, in the file's order. A head that the configuration ties must equal the embedding; it is left
+    out. Raises MismatchError where it differs."""
+    names = list(source.tensors)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not (source.config.tie_word_embeddings and head in names and embedding in names):
+        return names
+    for start, rows in row_blocks(source, head, source.config.head_dim):
+        if not torch.equal(rows, source.read_rows(embedding, start, start + len(rows))):
+            raise MismatchError(
+                f"the configuration of {source.path} ties the head to the embedding, but the file holds different "
+                "tensors for them; set tie_word_embeddings to false in config.json if both are meant"
+            )
+    return [name for name in names if name != head]
+
+
+def dtype_of(source: Checkpoint, name: str, wanted: str) -> torch.dtype:
+    """What a tensor of a folder is stored as. Norms of a GGUF file are float32 by rule, so "keep" there means what
+    the matrices are; bfloat16 where those are quantised."""
+    if wanted == "keep":
+        if source.format.endswith("gguf"):
+            return _FLOATS[source.auto_dtype][1]
+        return DTYPES[source.tensors[name].type]
+    if wanted not in _FLOATS:
+        raise InputError(f"dtype {wanted!r} is not one of keep, {', '.join(_FLOATS)}; block types need --to gguf")
+    return _FLOATS[wanted][1]
+
+
+def gguf_type(wanted: str) -> str | None:
+    """The ggml type for a dtype argument; None for "keep"."""
+    if wanted == "keep":
+        return None
+    kind = _FLOATS[wanted][0] if wanted in _FLOATS else wanted.upper()
+    if kind not in WRITABLE:
+        choices = ", ".join(("keep", *_FLOATS, *(name.lower() for name in WRITABLE[3:])))
+        raise InputError(f"dtype {wanted!r} cannot be written to GGUF; it is one of {choices}")
+    return kind
+
+
+def _check_target(source: Checkpoint, path: Path, options: Options) -> None:
+    if options.to not in FORMATS:
+        raise InputError(f"the format {options.to!r} is not one of {', '.join(FORMATS)}")
+    if options.to != "meta" and options.shards != 1:
+        raise InputError(f"shards={options.shards} is for Meta's format; for hf give shard_size")
+    if options.to != "hf" and options.shard_size != "5GB":
+        raise InputError(f"shard_size is for hf, not for {options.to}")
+    if options.shards < 1:
+        raise InputError(f"shards is {options.shards}; at least 1 is needed")
+    if options.to == "gguf" and (path.suffix != ".gguf" or path.is_dir()):
+        raise InputError(f"{path} is to be a GGUF file; give a path that ends in .gguf")
+    if options.to != "gguf" and path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; give a new folder")
+    home = source.path if source.path.is_dir() else source.path.parent
+    if path.resolve() == source.path.resolve() or (options.to != "gguf" and path.resolve() == home.resolve()):
+        raise InputError(f"{path} is the source; give another place, the source is never written to")
+
+
+# -- writing it --------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """One conversion: places, journal and the loop over the tensors."""
+
+    def __init__(self, target: Target, source: Checkpoint, path: Path, options: Options) -> None:
+        self.target, self.source, self.options = target, source, options
+        self.path = path
+        self.folder = path.parent if target.format == "gguf" else path
+        self.stem = f".{path.name}." if target.format == "gguf" else "."
+        self.journal = self.folder / f"{self.stem}convert.json"
+        self.small = self.folder / f"{self.stem}convert.files"
+        self.identity = fingerprint(source, options)
+
+    def part(self, file: str) -> Path:
+        """The hidden file that becomes `file`."""
+        return self.folder / f".{file}.partial"
+
+    def go(self, progress: Progress | None) -> Result:
+        """Writes, or continues, and renames."""
+        state = self._resume()
+        resumed = sum(state.get("sizes", ()))
+        if "renames" not in state:
+            self._check_space(resumed)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state = self._write(state, progress)
+        for name in state["renames"]:
+            hidden = self.small / name
+            hidden = hidden if hidden.exists() else self.part(name)
+            if hidden.exists():
+                os.replace(hidden, self.folder / name)
+        _sync_folder(self.folder)
+        shutil.rmtree(self.small, ignore_errors=True)
+        self.journal.unlink()
+        return Result(self.path, self.target.format, state["bytes"], resumed)
+
+    def _resume(self) -> dict[str, Any]:
+        """The journal of an interrupted run of the same conversion, or {}; raises where the target is taken."""
+        if not self.journal.exists():
+            if self.path.is_file() or (self.path.is_dir() and any(self._strangers())):
+                raise CheckpointError(f"{self.path} exists and is not empty; give a new path, nothing is overwritten")
+            return {}
+        try:
+            state: dict[str, Any] = json.loads(self.journal.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{self.journal} is malformed ({error}); delete it to start anew") from error
+        if state.get("identity") != self.identity:
+            raise CheckpointError(
+                f"{self.path} holds an interrupted conversion of another source or with other options; give those "
+                f"again to continue it, or delete {self.journal} and the .partial files beside it"
+            )
+        return state
+
+    def _strangers(self) -> list[Path]:
+        ours = {self.part(file) for file in self.target.files} | {self.small}
+        return [file for file in self.path.iterdir() if file not in ours]
+
+    def _check_space(self, have: int) -> None:
+        place = self.folder.absolute()
+        while not place.exists():
+            place = place.parent
+        free, needed = shutil.disk_usage(place).free, self.target.size - have + _RESERVE
+        if free < needed:
+            raise CheckpointError(
+                f"{self.path} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+                "free some space or give a path on another disk"
+            )
+
+    def _write(self, state: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
+        target, done = self.target, state.get("done", 0)
+        sizes: Sequence[int] = state.get("sizes", [0] * len(target.files))
+        with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+            out = []
+            for file, size in zip(target.files, sizes, strict=True):
+                hidden = self.part(file)
+                if size and (not hidden.exists() or hidden.stat().st_size < size):
+                    raise CheckpointError(f"{hidden} is shorter than {self.journal} says; delete both to start anew")
+                out.append(Appender(hidden, size, pool))
+                stack.callback(out[-1].close)
+            if done:
+                target.restore(state["target"])
+            else:
+                self._record(out, 0)
+                target.begin(out)
+            synced = sum(part.size for part in out)
+            for i, name in enumerate(target.steps[done:], done):
+                written = sum(part.size for part in out)
+                if progress is not None:
+                    progress(written, target.size, name)
+                if i > done and written - synced >= SYNC_BYTES:
+                    self._record(out, i)
+                    synced = written
+                target.write(name, self.source, out)
+            target.end(out)
+            for part in out:
+                part.sync()
+            if progress is not None:
+                progress(target.size, target.size, "")
+            return self._finish(out)
+
+    def _record(self, out: Sequence[Appender], done: int) -> None:
+        """Notes in the journal that the first `done` tensors are on the disk."""
+        for file in out:
+            file.sync()
+        state = {
+            "identity": self.identity,
+            "done": done,
+            "sizes": [file.size for file in out] if done else [0] * len(out),
+            "target": self.target.state,
+        }
+        _write_json(self.journal, state)
+
+    def _finish(self, out: Sequence[Appender]) -> dict[str, Any]:
+        """The small files, their hashes, and the journal entry after which only renaming is left."""
+        shutil.rmtree(self.small, ignore_errors=True)
+        self.small.mkdir()
+        tokenizer = self.source.tokenizer_source
+        if self.options.to == "hf":
+            write_folder(tokenizer, self.small, wants_chat(self.source, self.options))
+        elif self.options.to == "meta":
+            write_model(tokenizer, self.small)
+        last = self.target.describe(self.small)
+        small = sorted(file.name for file in self.small.iterdir())
+        sums = {name: file.hexdigest() for name, file in zip(self.target.files, out, strict=True)}
+        sums |= {name: sha256(self.small / name) for name in small}
+        manifest = SUMS if last is not None else f"{self.path.name}.sha256"
+        (self.small / manifest).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+        for path in self.small.iterdir():
+            with path.open("rb") as opened:
+                os.fsync(opened.fileno())
+        final = last or self.path.name
+        order = [name for name in (*self.target.files, *small, manifest) if name != final] + [final]
+        state = {
+            "identity": self.identity,
+            "renames": order,
+            "sizes": [file.size for file in out],
+            "bytes": sum(file.size for file in out),
+        }
+        _write_json(self.journal, state)
+        return state
+
+
+def fingerprint(source: Checkpoint, options: Options) -> str:
+    """What must be the same for an interrupted conversion to go on: the source's files and the options."""
+    inner = source.source if isinstance(source, PooledCheckpoint) else source
+    home = inner.path
+    files = [home] if home.is_file() else sorted(file for file in home.iterdir() if file.is_file())
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    told = repr((str(home.resolve()), stats, options))
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(content).encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- checking it -------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file as text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(path: str | Path, progress: Progress | None = None) -> list[str]:
+    """Hashes again what the manifest of a folder, or of a GGUF file, lists; returns the names.
+
+    Raises CheckpointError naming every file that is missing or differs, and where there is no manifest.
+    """
+    path = Path(path)
+    manifest = path / SUMS if path.is_dir() else path.with_name(f"{path.name}.sha256")
+    folder = manifest.parent
+    if not manifest.exists():
+        raise CheckpointError(f"{manifest} does not exist; only checkpoints that `llama2 convert` wrote have one")
+    lines = [line.split("  ", 1) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    if any(len(line) != 2 or Path(line[1]).name != line[1] for line in lines):
+        raise CheckpointError(f"{manifest} is malformed; each line is a hash, two spaces and a file name")
+    present = {name: (folder / name).stat().st_size for _, name in lines if (folder / name).exists()}
+    faults, done = [f"{name} is missing" for _, name in lines if name not in present], 0
+    for wanted, name in lines:
+        if name not in present:
+            continue
+        if progress is not None:
+            progress(done, sum(present.values()), name)
+        if sha256(folder / name) != wanted:
+            faults.append(f"{name} differs")
+        done += present[name]
+    if faults:
+        raise CheckpointError(f"{path} does not verify: {'; '.join(faults)}. Convert or fetch it again")
+    return [name for _, name in lines]

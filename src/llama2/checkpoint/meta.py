@@ -1,0 +1,361 @@
+"""Meta's original files: consolidated.NN.pth, one a model-parallel rank, beside params.json.
+
+Shards divide each matrix along one axis (`names.META`); q and k rows come in rotary pairs. The files are mapped and
+tensors assembled when they are read, so that opening costs nothing however large the model is.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_json
+from llama2.checkpoint.hf import CODES, load_bin
+from llama2.checkpoint.names import meta_axis, meta_to_hf, rotated_heads, to_half_split
+from llama2.config import LlamaConfig
+from llama2.errors import CheckpointError, MismatchError
+
+# What Meta's params.json cannot say (context, special ids, tied head) is kept beside it by our writer.
+SIDECAR = "huggingface_config.json"
+_SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+_STALE = "rope.freqs"
+_LLAMA3_VOCABULARY = 128256
+
+
+class MetaCheckpoint(Checkpoint):
+    """A folder with params.json and consolidated.*.pth. Shapes and shards are checked against params.json at once."""
+
+    format = "meta"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.params = read_params(path / "params.json")
+        self.files = find_shards(path)
+        self._shards = [_translated(file, load_bin(file)) for file in self.files]
+        _same_names(self.files, self._shards)
+        self.config  # noqa: B018 - heads and widths are checked before any tensor is placed
+        self._places = self._place_all()
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        first = "model.layers.0.mlp.gate_proj.weight"
+        for name in ("model.embed_tokens.weight", "model.norm.weight", first):
+            if name not in self._shards[0]:
+                raise CheckpointError(f"{self.files[0]} has no tensor for {name}; fetch the checkpoint again")
+        embedding = [shard["model.embed_tokens.weight"].shape for shard in self._shards]
+        dim = _whole(self.params, "dim", self.path)
+        by_rows = len(embedding) > 1 and embedding[0][-1] == dim
+        config = config_from(
+            self.params,
+            self.path,
+            vocab_size=sum(shape[0] for shape in embedding) if by_rows else embedding[0][0],
+            intermediate_size=sum(shard[first].shape[0] for shard in self._shards),
+            tied="lm_head.weight" not in self._shards[0],
+        )
+        sidecar = self.path / SIDECAR
+        return _with_sidecar(config, sidecar) if sidecar.exists() else config
+
+    def _place_all(self) -> dict[str, "_Place"]:
+        expected = shapes_of(self.config)
+        if extra := sorted(set(self._shards[0]) - set(expected)):
+            raise MismatchError(
+                f"{self.path}: {extra[0]} has no place in a model of {self.config.num_hidden_layers} layers "
+                f"(params.json), {len(extra)} such tensors in all; the files do not belong together"
+            )
+        if lost := [name for name in expected if name not in self._shards[0] and name != "lm_head.weight"]:
+            raise MismatchError(
+                f"{self.path} has no tensor for {lost[0]}, {len(lost)} missing in all, where params.json says "
+                f"{self.config.num_hidden_layers} layers; the files do not belong together"
+            )
+        return {
+            name: self._place(name, expected[name])
+            for name in expected
+            if name in self._shards[0] and not (name == "lm_head.weight" and self.config.tie_word_embeddings)
+        }
+
+    def _place(self, name: str, shape: tuple[int, ...]) -> "_Place":
+        parts = tuple(shard[name] for shard in self._shards)
+        if len({part.dtype for part in parts}) > 1:
+            raise MismatchError(f"{self.path}: the shards of {name} differ in dtype; fetch them again")
+        found = [tuple(part.shape) for part in parts]
+        axis = meta_axis(name)
+        if axis is None or len(parts) == 1:
+            if all(one == shape for one in found):
+                return _Place(parts[:1], None, shape)
+            raise self._misfit(name, found, shape)
+        # Llama 3 divides the embedding along the vocabulary, Llama 2 along the width.
+        axes = (1, 0) if name == "model.embed_tokens.weight" else (axis,)
+        for axis in axes:
+            if all(len(one) == 2 and one[1 - axis] == shape[1 - axis] for one in found):
+                if sum(one[axis] for one in found) == shape[axis]:
+                    return _Place(parts, axis, shape)
+                if name.endswith(("k_proj.weight", "v_proj.weight")):
+                    return self._replicated(name, parts, shape)
+        raise self._misfit(name, found, shape)
+
+    def _replicated(self, name: str, parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> "_Place":
+        """Key and value heads that several ranks hold in common, because there are more ranks than heads."""
+        kv_heads, width = self.config.num_key_value_heads, self.config.head_dim
+        copies = len(parts) // kv_heads
+        if copies * kv_heads != len(parts) or any(part.shape[0] != width for part in parts):
+            raise self._misfit(name, [tuple(part.shape) for part in parts], shape)
+        for i, part in enumerate(parts):
+            if not torch.equal(part, parts[i - i % copies]):
+                raise MismatchError(f"{self.path}: shards {i - i % copies} and {i} differ in {name}; fetch them again")
+        return _Place(parts[::copies], 0, shape)
+
+    def _misfit(self, name: str, found: list[tuple[int, ...]], shape: tuple[int, ...]) -> MismatchError:
+        shown = ", ".join(map(str, dict.fromkeys(found)))
+        return MismatchError(
+            f"{self.path}: {name} is {shown} in {len(found)} shard(s), but params.json makes it {shape}; "
+            "a shard is missing, or params.json belongs to another model"
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        return {name: Stored(place.shape, CODES[place.parts[0].dtype]) for name, place in self._places.items()}
+
+    @property
+    def generation_settings(self) -> dict[str, Any] | None:
+        file = self.path / "generation_config.json"
+        return read_json(file) if file.exists() else None
+
+    @property
+    def tokenizer_source(self) -> Path:
+        """The folder with tokenizer.model: this one, or the one above it, where Meta's download script puts it."""
+        inside = (self.path / "tokenizer.model").exists()
+        above = self.path.absolute().parent
+        return above if not inside and (above / "tokenizer.model").exists() else self.path
+
+    @cached_property
+    def auto_dtype(self) -> str:
+        return str(self._places["model.embed_tokens.weight"].parts[0].dtype).removeprefix("torch.")
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        tensor = self.read_rows(name, 0, self._places[name].shape[0])
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        place, config = self._places[name], self.config
+        if rotated_heads(name, config.num_attention_heads, config.num_key_value_heads) is None:
+            return place.rows(start, stop)
+        width = config.head_dim
+        low, high = start // width * width, -(-stop // width) * width  # RoPE reorders whole heads
+        return to_half_split(place.rows(low, high), (high - low) // width)[start - low : stop - low]
+
+    def raw(self, name: str) -> RawTensor:
+        tensor = self.read(name).contiguous()
+        return RawTensor(
+            tensor.reshape(-1, tensor.shape[-1]).view(torch.uint8), CODES[tensor.dtype], tuple(tensor.shape)
+        )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: its parts in rank order and the axis that joins them."""
+
+    parts: tuple[Tensor, ...]
+    axis: int | None
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if len(self.parts) == 1:
+            return self.parts[0][start:stop]
+        if self.axis == 1:
+            return torch.cat([part[start:stop] for part in self.parts], 1)
+        found, at = [], 0
+        for part in self.parts:
+            low, high = max(start - at, 0), min(stop - at, len(part))
+            if low < high:
+                found.append(part[low:high])
+            at += len(part)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """consolidated.00.pth and on, in rank order. Raises CheckpointError where there is none, or a number is skipped."""
+    numbered = {int(match[1]): file for file in folder.iterdir() if (match := _SHARD.fullmatch(file.name))}
+    if not numbered:
+        raise CheckpointError(f"{folder} holds no consolidated.*.pth; give the folder that Meta's download made")
+    if gaps := sorted(set(range(max(numbered) + 1)) - set(numbered)):
+        raise CheckpointError(
+            f"{folder} holds consolidated.*.pth up to number {max(numbered)}, but number {gaps[0]} is missing; "
+            "fetch it again"
+        )
+    return [numbered[i] for i in sorted(numbered)]
+
+
+def _translated(file: Path, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in shard.items():
+        if name.endswith(_STALE):
+            continue
+        ours = meta_to_hf(name)
+        if ours is None:
+            raise CheckpointError(
+                f"{file}: the tensor {name!r} {tuple(tensor.shape)} belongs to no Llama model of Meta's; "
+                "give the original checkpoint"
+            )
+        if not tensor.is_floating_point() or tensor.dtype not in CODES:
+            raise CheckpointError(f"{file}: {name!r} is {tensor.dtype}; weights are floating-point numbers")
+        found[ours] = tensor
+    if not found:
+        raise CheckpointError(f"{file} holds no tensor; fetch it again")
+    return found
+
+
+def _same_names(files: list[Path], shards: list[dict[str, Tensor]]) -> None:
+    for file, shard in zip(files, shards, strict=True):
+        if differing := sorted(set(shard) ^ set(shards[0])):
+            raise CheckpointError(
+                f"{file.name} and {files[0].name} hold different tensors ({differing[0]}, {len(differing)} in all); "
+                "the shards do not belong together"
+            )
+
+
+# -- params.json -------------------------------------------------------------------------------------------------
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """The content of params.json; some releases nest it under "model"."""
+    params = read_json(path)
+    inner = params.get("model")
+    return inner if isinstance(inner, dict) else params
+
+
+def _whole(params: Mapping[str, Any], key: str, where: Path, default: int | None = None) -> int:
+    value = params.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{where}/params.json: {key} is {value!r}; a whole number of at least 1 is needed")
+    return value
+
+
+def intermediate_size(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """Meta's rule: two thirds of 4 * dim, times the multiplier, rounded up to a multiple."""
+    hidden = int(8 * dim / 3)
+    if ffn_dim_multiplier is not None:
+        hidden = int(ffn_dim_multiplier * hidden)
+    return -(-hidden // multiple_of) * multiple_of
+
+
+def config_from(
+    params: Mapping[str, Any], where: Path, *, vocab_size: int, intermediate_size: int, tied: bool
+) -> LlamaConfig:
+    """The configuration behind params.json and the sizes found in the tensors, which win where params.json is silent.
+
+    Raises CheckpointError for missing keys and MismatchError where both speak and disagree.
+    """
+    dim, heads = _whole(params, "dim", where), _whole(params, "n_heads", where)
+    stated = params.get("vocab_size", -1)
+    if stated != -1 and stated != vocab_size:
+        raise MismatchError(
+            f"{where}: the embedding has {vocab_size} rows and params.json says {stated}; a shard is missing, or the "
+            "files do not belong together"
+        )
+    _check_feed_forward(params, where, dim, intermediate_size)
+    theta, scaling = float(params.get("rope_theta") or 10000.0), _scaling(params)
+    llama3 = vocab_size >= _LLAMA3_VOCABULARY
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=dim,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=_whole(params, "n_layers", where),
+        num_attention_heads=heads,
+        num_key_value_heads=_whole(params, "n_kv_heads", where, heads),
+        rms_norm_eps=float(params.get("norm_eps", 1e-5)),
+        max_position_embeddings=_context(params, theta, scaling, llama3),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        bos_token_id=128000 if llama3 else 1,
+        eos_token_id=128001 if llama3 else 2,
+        tie_word_embeddings=tied,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def _check_feed_forward(params: Mapping[str, Any], where: Path, dim: int, found: int) -> None:
+    if params.get("multiple_of") is None:
+        return
+    wanted = intermediate_size(dim, _whole(params, "multiple_of", where), params.get("ffn_dim_multiplier"))
+    if wanted != found:
+        raise MismatchError(
+            f"{where}: the shards hold {found} feed-forward rows together, but params.json makes them {wanted}; "
+            "a shard is missing, or params.json belongs to another model"
+        )
+
+
+def _scaling(params: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not params.get("use_scaled_rope"):
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": float(params.get("rope_scaling_factor") or 8.0),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": float(params.get("high_freq_factor") or 4.0),
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _context(params: Mapping[str, Any], theta: float, scaling: dict[str, Any] | None, llama3: bool) -> int:
+    """The trained context, which params.json seldom states. Llama 1 is told from Llama 2 by its eps of 1e-6."""
+    if isinstance(stated := params.get("max_seq_len"), int):
+        return stated
+    if scaling is not None:
+        return 131072
+    if llama3:
+        return 8192
+    if theta > 10000:
+        return 16384  # Code Llama
+    return 2048 if params.get("norm_eps") == 1e-6 else 4096
+
+
+def _with_sidecar(config: LlamaConfig, sidecar: Path) -> LlamaConfig:
+    """The configuration that our writer kept, where it describes the same sizes."""
+    full = LlamaConfig.from_dict(read_json(sidecar))
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_theta",
+    ):
+        here, there = getattr(config, key), getattr(full, key)
+        if here != there:
+            raise MismatchError(f"{sidecar} says {key} {there}, but params.json and the tensors say {here}; delete it")
+    return full
+
+
+def shapes_of(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a causal model without biases, in reading order."""
+    dim, inner = config.hidden_size, config.intermediate_size
+    queries, keys = (
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, dim)}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        shapes |= {
+            f"{layer}self_attn.q_proj.weight": (queries, dim),
+            f"{layer}self_attn.k_proj.weight": (keys, dim),
+            f"{layer}self_attn.v_proj.weight": (keys, dim),
+            f"{layer}self_attn.o_proj.weight": (dim, queries),
+            f"{layer}mlp.gate_proj.weight": (inner, dim),
+            f"{layer}mlp.up_proj.weight": (inner, dim),
+            f"{layer}mlp.down_proj.weight": (dim, inner),
+            f"{layer}input_layernorm.weight": (dim,),
+            f"{layer}post_attention_layernorm.weight": (dim,),
+        }
+    return {**shapes, "model.norm.weight": (dim,), "lm_head.weight": (config.vocab_size, dim)}

@@ -1,0 +1,66 @@
+"""`llama2 convert`: a checkpoint of any origin to Hugging Face's, Meta's or llama.cpp's format."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llama2.cli.args import option
+from llama2.cli.meter import Meter
+from llama2.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Convert a checkpoint: SRC is a folder, a file or a hub id and is recognised by its content; DST is new.
+
+    One tensor is in memory at a time. An interrupted conversion goes on when the same command is given again."""
+
+    paths: tuple[str, ...] = option((), "what to convert, and the new folder or .gguf file", metavar="SRC DST",
+                                    positional=True)  # fmt: skip
+    to: Literal["hf", "meta", "gguf"] | None = option(None, "format (default: gguf where DST ends in .gguf, else hf)")
+    dtype: str = option("keep", "keep, float16, bfloat16, float32; for gguf also q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, "
+                        "q5_k, q6_k", metavar="TYPE")  # fmt: skip
+    shard_size: str = option("5GB", "largest file of --to hf, such as 500MB or 5GiB", metavar="SIZE")
+    shards: int = option(1, "number of files of --to meta")
+    kv_heads: int | None = option(None, "pool the key and value heads to this many, by their mean (for uptraining)")
+    chat: bool = option(False, "add Llama 2's chat template (Meta folders named *-chat get it anyway)")
+    quiet: bool = option(False, "no progress bar")
+
+
+def run(options: Options) -> int:
+    """Runs the command."""
+    if len(options.paths) != 2:
+        raise InputError(f"convert needs a source and a target, but {len(options.paths)} paths were given")
+    return convert(
+        *options.paths,
+        to=options.to or ("gguf" if options.paths[1].endswith(".gguf") else "hf"),
+        dtype=options.dtype,
+        shard_size=options.shard_size,
+        shards=options.shards,
+        kv_heads=options.kv_heads,
+        chat=options.chat or None,
+        quiet=options.quiet,
+    )
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    to: str,
+    dtype: str = "keep",
+    shard_size: str = "5GB",
+    shards: int = 1,
+    kv_heads: int | None = None,
+    chat: bool | None = None,
+    quiet: bool = False,
+) -> int:
+    """Converts with a progress bar and says what came of it."""
+    from llama2.checkpoint import convert as engine
+
+    settings = engine.Options(to, dtype, shard_size, shards, kv_heads, chat)
+    with Meter("converting", quiet) as meter:
+        result = engine.convert(source, target, settings, meter)
+    again = f", {result.resumed_bytes / 1e9:.2f} GB of it by an earlier run" if result.resumed_bytes else ""
+    print(f"{Path(target)}: {result.format}, {result.bytes / 1e9:.2f} GB of weights{again}")
+    return 0
