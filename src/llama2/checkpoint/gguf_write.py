@@ -219,4 +219,9 @@ def rope_divisors(config: LlamaConfig) -> list[float] | None:
         turns = original * config.rope_theta ** (-2 * i / config.head_dim) / (2 * math.pi)
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
         table.append(1 / ((1 - smooth) / factor + smooth))
+    if abs(max(table) - factor) > 1e-4 * factor:
+        raise InputError(
+            f"with base {config.rope_theta:g} no frequency is slow enough to show the factor {factor} of {rope} in "
+            "GGUF's table; convert to hf instead"
+        )
     return table

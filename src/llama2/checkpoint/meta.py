@@ -142,6 +142,7 @@ class MetaCheckpoint(Checkpoint):
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         place, config = self._places[name], self.config
+        stop = min(stop, place.shape[0])
         if rotated_heads(name, config.num_attention_heads, config.num_key_value_heads) is None:
             return place.rows(start, stop)
         width = config.head_dim

@@ -33,6 +33,12 @@ _STORAGES: dict[torch.dtype, Any] = {
     torch.bfloat16: torch.BFloat16Storage,
 }
 _ALIGNMENT = 64
+_PUBLISHED: tuple[tuple[int, float | None], ...] = (  # Llama 2 7B and 13B; 70B; Llama 3 8B; 3.2 1B
+    (256, None),
+    (4096, 1.3),
+    (1024, 1.3),
+    (256, 1.5),
+)
 _HEADER, _DESCRIPTOR, _ENTRY, _END = b"PK\x03\x04", b"PK\x07\x08", b"PK\x01\x02", b"PK\x05\x06"
 _END64, _LOCATOR64 = b"PK\x06\x06", b"PK\x06\x07"
 _STREAMED, _VERSION, _DOS_DAY = 8, 45, 0x21  # sizes follow the data; zip64; 1 January 1980
@@ -194,17 +200,12 @@ def params_of(config: LlamaConfig) -> dict[str, Any]:
 
 def feed_forward_rule(dim: int, inner: int) -> tuple[int, float | None]:
     """multiple_of and ffn_dim_multiplier that give this width: the published pairs first, then the shortest."""
-    powers = [2**n for n in range(12, -1, -1) if inner % 2**n == 0]
-    if 256 in powers:
-        powers.insert(0, 256)
-    for multiple_of in powers:
-        if intermediate_size(dim, multiple_of, None) == inner:
-            return multiple_of, None
-    for multiple_of in sorted(set(powers) - {1}, reverse=True):
-        for digits in range(1, 5):
-            guess = round((inner - multiple_of / 2) / int(8 * dim / 3), digits)
-            if intermediate_size(dim, multiple_of, guess) == inner:
-                return multiple_of, guess
+    nearest = inner / int(8 * dim / 3)
+    powers = [2**n for n in range(12, 0, -1) if inner % 2**n == 0]
+    guesses = [(m, round(nearest - m / 2 / int(8 * dim / 3), digits)) for m in powers for digits in range(1, 5)]
+    for multiple_of, multiplier in (*_PUBLISHED, *((m, None) for m in powers), *guesses):
+        if intermediate_size(dim, multiple_of, multiplier) == inner:
+            return multiple_of, multiplier
     exact = (inner + 0.5) / int(8 * dim / 3)  # int() cuts the half off again
     if intermediate_size(dim, 1, exact) != inner:
         raise InputError(f"no multiple_of and ffn_dim_multiplier give {inner} feed-forward rows for width {dim}")

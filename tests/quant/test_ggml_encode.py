@@ -1,0 +1,89 @@
+"""Quantisers: hand-worked blocks, error bounds, bit equality with gguf."""
+
+import pytest
+import torch
+
+from llama2.errors import CheckpointError, InputError
+from llama2.quant.ggml import block_type, dequantize
+from llama2.quant.ggml_encode import ENCODERS, quantize
+
+
+def weights(rows: int = 40, columns: int = 512) -> torch.Tensor:
+    """Normal weights with rows that trip quantisers: zeros, constants, one sign, tiny, huge, one outlier."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(5)) * 0.05
+    x[0] = 0
+    x[1] = 0.25
+    x[2] = -0.25
+    x[3] = x[3].abs() + 1
+    x[4] = -x[4].abs() - 1
+    x[5] *= 1e-9
+    x[6] *= 1e4
+    x[7, 100] = 3.0
+    x[8, :64] = 0
+    return x
+
+
+def test_hand_worked_block() -> None:
+    """0, 1, ..., 31 in Q4_0: the extreme 31 becomes code 0 of d = -31 / 8; Q8_0: d = 31 / 127."""
+    row = torch.arange(32.0)[None]
+    packed = quantize(row, "Q4_0")
+    assert packed.shape == (1, 18) and packed[0, :2].view(torch.float16).item() == -3.875
+    assert packed[0, 2].item() & 15 == 8 and packed[0, 17].item() >> 4 == 0  # 0 -> code 8, 31 -> code 0
+    assert packed[0, 17].item() & 15 == 4  # 15 / -3.875 + 8.5 = 4.63
+    eight = quantize(row, "Q8_0")
+    assert eight[0, 2:].view(torch.int8)[[0, 1, 31]].tolist() == [0, 4, 127]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bound"),
+    [
+        ("Q8_0", 0.006), ("Q4_0", 0.095), ("Q4_1", 0.085), ("Q5_0", 0.047), ("Q5_1", 0.042),
+        ("Q4_K", 0.077), ("Q5_K", 0.040), ("Q6_K", 0.020),
+    ],
+)  # fmt: skip
+def test_relative_error(kind: str, bound: float) -> None:
+    """Of normal weights: the bound is a tenth above what the type's step allows; rows of constants stay close."""
+    x = weights()
+    y = dequantize(quantize(x, kind), kind)
+    normal = slice(9, None)
+    error = (x - y)[normal].square().mean().sqrt() / x[normal].square().mean().sqrt()
+    assert bound / 2 < error < bound
+    assert torch.equal(y[0], x[0])
+    assert ((x - y)[1:5].abs() <= 0.07 * x[1:5].abs().amax(1, keepdim=True)).all()
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoding_again_changes_little(kind: str) -> None:
+    """What is on the grid stays there, up to the search's freedom in choosing scales."""
+    once = dequantize(quantize(weights(), kind), kind)[9:]
+    twice = dequantize(quantize(once, kind), kind)
+    assert (once - twice).square().mean() < 0.02 * once.square().mean()
+    if kind == "Q8_0":
+        torch.testing.assert_close(once, twice, rtol=2e-3, atol=1e-6)
+
+
+def test_any_leading_shape_and_dtype() -> None:
+    x = weights(12)[:6].view(2, 3, 512)
+    assert quantize(x, "Q5_K").shape == (2, 3, 2 * 176)
+    assert torch.equal(quantize(x.bfloat16(), "Q4_1"), quantize(x.bfloat16().float(), "Q4_1"))
+    assert torch.equal(quantize(x[0, 0], "F16").view(torch.float16), x[0, 0].half())
+
+
+def test_refusals() -> None:
+    with pytest.raises(CheckpointError, match="row of 48 weights cannot be stored as Q4_0"):
+        quantize(torch.ones(2, 48), "Q4_0")
+    with pytest.raises(InputError, match="NaN or infinity"):
+        quantize(torch.full((1, 32), torch.nan), "Q8_0")
+    with pytest.raises(InputError, match="nothing here writes Q2_K"):
+        quantize(torch.ones(1, 256), "Q2_K")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_bit_equal_to_gguf(kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    x = weights(200, 1024)
+    expected = gguf.quants.quantize(x.numpy(), gguf.GGMLQuantizationType[kind])
+    assert torch.equal(quantize(x, kind), torch.from_numpy(expected))
+    assert block_type(kind).row_bytes(1024) == expected.shape[1]
