@@ -1,0 +1,143 @@
+"""Conversion against a plain copy: rate, and the memory it takes.
+
+    python bench/convert.py [--layers 32] [--shape 7b|70b] [--pairs meta:hf,hf:meta,hf:gguf] [--folder DIR]
+
+Makes the source itself (Meta's format, bfloat16, seeded; 13.5 GB for 7b with all its layers), in DIR, and removes all
+of it at the end. Each conversion runs in a process of its own, whose anonymous memory (RssAnon: what is not page cache)
+is sampled every 20 ms. A copy of the same bytes with an fsync runs before and after each, so that a slow minute of the
+disk falls on both. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from llama2 import LlamaConfig
+from llama2.checkpoint.meta import shapes_of
+from llama2.checkpoint.meta_write import params_of
+from llama2.checkpoint.names import hf_to_meta, meta_axis
+
+CONVERT = """
+import sys
+from llama2.checkpoint.convert import Options, convert
+convert({source!r}, {target!r}, Options({to!r}, shards={shards}))
+"""
+
+
+def make_source(folder: Path, config: LlamaConfig, shards: int) -> None:
+    """Meta's files by torch.save, with random bits that repeat (numbers do not matter to a conversion)."""
+    folder.mkdir(parents=True)
+    noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for rank in range(shards):
+        state = {}
+        for name, shape in shapes_of(config).items():
+            axis, part = meta_axis(name), list(shape)
+            if axis is not None:
+                part[axis] //= shards
+            count = torch.empty(part, device="meta").numel()
+            state[hf_to_meta(name)] = noise.repeat(-(-count // len(noise)))[:count].view(part).clone()
+        torch.save(state, folder / f"consolidated.{rank:02d}.pth")
+    (folder / "params.json").write_text(json.dumps(params_of(config)))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of the files in a folder."""
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + ".sha256").unlink(missing_ok=True)
+
+
+def copy(source: Path, target: Path) -> float:
+    """Bytes per second of a plain copy in blocks of 16 MiB, fsync included."""
+    files = [source] if source.is_file() else sorted(f for f in source.iterdir() if f.is_file())
+    target.mkdir()
+    start = time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as read, (target / file.name).open("wb", buffering=0) as write:
+            while block := read.read(16 << 20):
+                write.write(block)
+            os.fsync(write.fileno())
+    rate = size_of(source) / (time.perf_counter() - start)
+    shutil.rmtree(target)
+    return rate
+
+
+def watched(script: str) -> tuple[float, int, int]:
+    """(seconds, peak RssAnon, peak VmRSS) of a Python process that runs the script."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script])
+    anonymous = resident = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        found = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("RssAnon", "VmHWM")))
+        anonymous = max(anonymous, int(found.get("RssAnon", "0 kB").split()[0]) << 10)
+        resident = max(resident, int(found.get("VmHWM", "0 kB").split()[0]) << 10)
+        time.sleep(0.02)
+    if process.wait():
+        raise SystemExit(f"the conversion failed with {process.returncode}")
+    return time.perf_counter() - start, anonymous, resident
+
+
+def main() -> None:
+    """Runs the benchmark and prints its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["7b", "13b", "70b"], default="7b")
+    parser.add_argument("--layers", type=int, default=None, help="default: all (7b, 13b), 2 (70b)")
+    parser.add_argument("--shards", type=int, default=None, help="of Meta's format; default: as published")
+    parser.add_argument("--pairs", default="meta:hf", help="conversions, such as meta:hf,hf:meta,hf:gguf")
+    parser.add_argument("--folder", default=None, help="where to work; the system's temporary folder by default")
+    args = parser.parse_args()
+    changes = {"num_hidden_layers": args.layers or 2} if args.layers or args.shape == "70b" else {}
+    config = LlamaConfig.preset(args.shape, **changes)
+    shards = args.shards or {"7b": 1, "13b": 2, "70b": 8}[args.shape]
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder, rows = Path(name), []
+        places = {"meta": folder / "meta", "hf": folder / "hf", "gguf": folder / "x.gguf"}
+        make_source(places["meta"], config, shards)
+        for pair in args.pairs.split(","):
+            kind, to = pair.split(":")
+            source, target = places[kind], folder / ("out.gguf" if to == "gguf" else "out")
+            before = copy(source, folder / "copied")
+            script = CONVERT.format(source=str(source), target=str(target), to=to, shards=shards if to == "meta" else 1)
+            seconds, anonymous, resident = watched(script)
+            copied = (before + copy(source, folder / "copied")) / 2
+            rate = size_of(source) / seconds
+            rows.append({
+                "pair": pair, "GB": size_of(source) / 1e9, "seconds": seconds, "MB/s": rate / 1e6,
+                "copy MB/s": copied / 1e6, "ratio": rate / copied, "anonymous MB": anonymous / 1e6,
+                "resident MB": resident / 1e6,
+            })  # fmt: skip
+            if to != kind and not places[to].exists() and f"{to}:" in args.pairs:
+                target.rename(places[to])
+            else:
+                remove(target)
+    print(f"Llama 2 {args.shape} shape, {config.num_hidden_layers} layers, {shards} shard(s) of Meta's, bfloat16")
+    print("conversion    GB  seconds   MB/s   copy MB/s  ratio  anonymous MB  resident MB (with mapped pages)")
+    for row in rows:
+        print(
+            f"{row['pair']:<10} {row['GB']:5.2f} {row['seconds']:8.1f} {row['MB/s']:6.0f} {row['copy MB/s']:11.0f} "
+            f"{row['ratio']:6.2f} {row['anonymous MB']:13.0f} {row['resident MB']:12.0f}"
+        )
+    print(json.dumps({"bench": "convert", "shape": args.shape, "layers": config.num_hidden_layers, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
