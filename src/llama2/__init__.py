@@ -1,0 +1,47 @@
+"""llama2: the whole life of a Llama 2 model. Every public name, resolved at its first use; nothing else.
+
+Importing the package costs nothing: torch loads with the first name that needs it.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES: dict[str, tuple[str, ...]] = {
+    "config": ("LlamaConfig",),
+    "generation_config": ("GenerationConfig",),
+    "tokenizer": ("AddedToken", "BatchEncoding", "LlamaTokenizer", "LlamaTokenizerFast"),
+    "cache": ("DynamicCache", "KVCache", "StaticCache"),
+    "model": ("LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaModel"),
+    "pretrained": ("PreTrainedModel",),
+    "auto": ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer"),
+    "sampling": ("LogitsProcessor", "LogitsProcessorList"),
+    "stopping": ("StoppingCriteria", "StoppingCriteriaList"),
+    "streamers": ("AsyncTextIteratorStreamer", "TextIteratorStreamer", "TextStreamer"),
+    "pipelines": ("pipeline",),
+    "errors": (
+        "CheckpointError",
+        "ConfigError",
+        "InputError",
+        "Llama2Error",
+        "MismatchError",
+        "MissingDependencyError",
+        "TokenizerError",
+    ),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'llama2' has no attribute {name!r}; it exports {', '.join(__all__)}")
+    value = getattr(import_module(f"llama2.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

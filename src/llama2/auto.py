@@ -1,0 +1,118 @@
+"""The Auto classes: the right class for a path, a GGUF file or a hub id. There is one architecture, so they are short.
+
+Nothing here imports torch before a model is asked for.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import llama2.tokenizer
+from llama2 import checkpoint
+from llama2.checkpoint.gguf import GgufFile, read_metadata
+from llama2.checkpoint.source import fetch_files, split_hub_options
+from llama2.config import LlamaConfig
+from llama2.doors import door
+from llama2.errors import CheckpointError, InputError
+
+_load_model = door("checkpoint.load", "from_pretrained_named", "A model from files.")
+_new_model = door("checkpoint.load", "from_config_named", "A model with fresh weights.")
+
+
+def load_config(path: str | Path, *, gguf_file: str | None = None, **overrides: Any) -> LlamaConfig:
+    """The configuration of a folder, a GGUF file or a hub id; keywords override fields.
+
+    Raises CheckpointError where there is none or where it is not of a Llama model.
+    """
+    local = fetch_files(path, split_hub_options(overrides), "config") if gguf_file is None else Path(path) / gguf_file
+    if gguf := find_gguf(local):
+        config = GgufFile(gguf).config
+    else:
+        file = local / "config.json" if local.is_dir() else local
+        fields = checkpoint.read_json(file)
+        checkpoint.refuse_foreign(fields, file)
+        config = LlamaConfig.from_dict(fields)
+    return LlamaConfig.from_dict(config.to_dict(), **overrides) if overrides else config
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that the path is, or that is the only model in the folder; None where there is none."""
+    if path.is_dir():
+        files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+        return files[0] if len(files) == 1 else None
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file")
+    with path.open("rb") as file:
+        return path if file.read(4) == b"GGUF" else None
+
+
+class AutoConfig:
+    """AutoConfig.from_pretrained(path or hub id) -> LlamaConfig."""
+
+    def __init__(self) -> None:
+        raise InputError("AutoConfig is not constructed; call AutoConfig.from_pretrained(path)")
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LlamaConfig:
+        """See `load_config`."""
+        return load_config(pretrained_model_name_or_path, **kwargs)
+
+    @staticmethod
+    def for_model(model_type: str, **kwargs: Any) -> LlamaConfig:
+        """A fresh configuration; the only model_type is "llama"."""
+        return LlamaConfig.from_dict({"model_type": model_type, **kwargs})
+
+
+class AutoTokenizer:
+    """AutoTokenizer.from_pretrained(path or hub id) -> the tokenizer that the files describe."""
+
+    def __init__(self) -> None:
+        raise InputError("AutoTokenizer is not constructed; call AutoTokenizer.from_pretrained(path)")
+
+    @staticmethod
+    def from_pretrained(
+        pretrained_model_name_or_path: str | Path, *, gguf_file: str | None = None, **kwargs: Any
+    ) -> Any:
+        """A tokenizer from a folder, a tokenizer file, a GGUF file or a hub id; other keywords are the tokenizer's."""
+        path = fetch_files(pretrained_model_name_or_path, split_hub_options(kwargs), "tokenizer")
+        gguf = find_gguf(path if gguf_file is None else path / gguf_file)
+        if gguf is not None:
+            return llama2.tokenizer.from_gguf(read_metadata(gguf), **kwargs)
+        return llama2.tokenizer.load(path, **kwargs)
+
+
+class _AutoModel:
+    """The two ways to a model; the subclass names the class."""
+
+    _class_name: ClassVar[str]
+
+    def __init__(self) -> None:
+        name = type(self).__name__
+        raise InputError(f"{name} is not constructed; call {name}.from_pretrained(path) or {name}.from_config(config)")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Any:
+        """A model in eval mode; for the arguments see `llama2.checkpoint.load.from_pretrained`."""
+        return _load_model(cls._class_name, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: LlamaConfig, **kwargs: Any) -> Any:
+        """A model with fresh weights; dtype=None means the configuration's, else torch's."""
+        return _new_model(cls._class_name, config, **kwargs)
+
+
+class AutoModel(_AutoModel):
+    """The model without a head."""
+
+    _class_name = "LlamaModel"
+
+
+class AutoModelForCausalLM(_AutoModel):
+    """The model with a language-model head."""
+
+    _class_name = "LlamaForCausalLM"
+
+
+class AutoModelForSequenceClassification(_AutoModel):
+    """The model with a classifier on the last token."""
+
+    _class_name = "LlamaForSequenceClassification"

@@ -1,0 +1,170 @@
+"""Files <-> named tensors. One contract, `Checkpoint`; one table of the formats that implement it.
+
+Every format shows its tensors under Hugging Face names with half-split q/k rows, whatever the file calls them.
+Opening reads headers only and checks every size against the file before any weight is touched. No torch up here:
+`llama2.checkpoint.gguf.read_metadata` serves the tokenizer without it.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llama2.config import LlamaConfig
+from llama2.doors import door
+from llama2.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "RawTensor", "Stored", "open", "read_json", "refuse_foreign"]
+
+
+class Stored(NamedTuple):
+    """What the file says of one tensor: its shape as the model sees it, and its type ("BF16", "Q4_1", ...)."""
+
+    shape: tuple[int, ...]
+    type: str
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor as the file packs it: uint8 rows (rows, row_bytes) in half-split order, decoded by `quant.ggml`."""
+
+    rows: "torch.Tensor"
+    type: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint(ABC):
+    """An open checkpoint. Tensors are views of the mapped file wherever nothing needs decoding or reordering."""
+
+    format: str
+    path: Path
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Stored]:
+        """Every tensor of the file by Hugging Face name; stale rotary tables are left out."""
+
+    @cached_property
+    @abstractmethod
+    def config(self) -> LlamaConfig:
+        """The architecture. Raises CheckpointError where the file says none, or names another than Llama."""
+
+    @property
+    @abstractmethod
+    def generation_settings(self) -> dict[str, Any] | None:
+        """The content of generation_config.json, or None."""
+
+    @property
+    @abstractmethod
+    def tokenizer_source(self) -> Path | dict[str, Any]:
+        """What a tokenizer is made from: the folder, or GGUF metadata."""
+
+    @property
+    @abstractmethod
+    def auto_dtype(self) -> str:
+        """What dtype="auto" means: the stored dtype; "bfloat16" where weights are stored as quantised blocks."""
+
+    @abstractmethod
+    def read(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+        """One tensor on the CPU, converted to `dtype` (None: as stored; float32 for quantised blocks)."""
+
+    @abstractmethod
+    def raw(self, name: str) -> RawTensor:
+        """One tensor still packed, for engines with kernels of their own."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file of the checkpoint; raises CheckpointError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; the folder of a checkpoint must hold it") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch or save the file again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object; fetch the file again")
+    return content
+
+
+def refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
+    """Raises CheckpointError where the content of a config.json is of another architecture than Llama."""
+    kind, classes = fields.get("model_type"), fields.get("architectures") or []
+    named = kind if kind is not None else next((c for c in classes if not str(c).startswith("Llama")), "llama")
+    if named != "llama":
+        raise CheckpointError(
+            f"{where} describes a {named!r} model (architectures {classes}), but this library runs 'llama' only; "
+            "load that checkpoint with a library for its architecture"
+        )
+
+
+_FORMATS: dict[str, Callable[..., Checkpoint]] = {
+    "hf": door("checkpoint.hf", "HfCheckpoint", "Folders and files that transformers writes."),
+    "gguf": door("checkpoint.gguf_weights", "GgufCheckpoint", "A GGUF file."),
+}
+
+
+def open(
+    path: str | Path,
+    *,
+    use_safetensors: bool | None = None,
+    variant: str | None = None,
+    weights_only: bool = True,
+    gguf_file: str | None = None,
+) -> Checkpoint:
+    """Opens a checkpoint folder or file; its content, not its name, decides the format.
+
+    A folder: safetensors before .bin (`use_safetensors` True or False admits one of them only), each single or by
+    index, with `variant` in the file name; `gguf_file` names a GGUF file in it. Raises CheckpointError for what is
+    missing, truncated, malformed or not a Llama model.
+    """
+    path = Path(path)
+    if gguf_file is not None:
+        path = path / gguf_file
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a checkpoint folder, a .safetensors, .bin or .gguf file")
+    if path.is_dir():
+        path, kind = _sniff_folder(path)
+    else:
+        kind = _sniff_file(path)
+    if kind == "gguf":
+        return _FORMATS["gguf"](path)
+    return _FORMATS["hf"](path, use_safetensors=use_safetensors, variant=variant, weights_only=weights_only)
+
+
+def _sniff_folder(folder: Path) -> tuple[Path, str]:
+    if (folder / "config.json").exists():
+        return folder, "hf"
+    if (folder / "params.json").exists():
+        raise CheckpointError(
+            f"{folder} holds Meta's original format (params.json), which this version does not read; "
+            "give the converted folder, the one that holds config.json"
+        )
+    gguf = sorted(folder.glob("*.gguf"))
+    if len(gguf) == 1:
+        return gguf[0], _sniff_file(gguf[0])
+    if gguf:
+        raise CheckpointError(
+            f"{folder} holds {len(gguf)} GGUF files and no config.json; choose one with gguf_file=, "
+            f"such as {gguf[0].name!r}"
+        )
+    return folder, "hf"
+
+
+def _sniff_file(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[:4] == b"GGUF":
+        return "gguf"
+    # safetensors: 8 bytes of header length, then JSON; torch.save: a zip archive, or a bare pickle before 1.6.
+    if head[8:9] == b"{" or head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        return "hf"
+    raise CheckpointError(
+        f"{path} starts with {head[:8]!r}, which is neither GGUF, safetensors nor a PyTorch file; "
+        "fetch it again (a Git LFS pointer or an HTML error page is a common cause)"
+    )

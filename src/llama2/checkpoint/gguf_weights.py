@@ -1,0 +1,100 @@
+"""The tensors of a GGUF file under Hugging Face names, packed or dequantised."""
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama2.checkpoint import Checkpoint, RawTensor, Stored
+from llama2.checkpoint.gguf import GgufFile, TensorInfo
+from llama2.checkpoint.names import gguf_to_hf, rotated_heads, to_half_split
+from llama2.config import LlamaConfig
+from llama2.errors import CheckpointError
+from llama2.quant.ggml import BlockType, block_type, dequantize
+
+# Tables, not weights: the first becomes rope settings in the configuration, the others are what old files precomputed.
+_TABLES = ("rope_freqs.weight", "attn_rot_embd.weight", "attn_rot_embd")
+
+
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file. Every tensor's extent is checked against the file when it is opened."""
+
+    format = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = GgufFile(path)
+        self.config  # noqa: B018 - a foreign architecture is refused before its tensor names are looked at
+        self._infos: dict[str, tuple[TensorInfo, BlockType]] = {}
+        for info in self.file.tensors.values():
+            if info.name.endswith(_TABLES):
+                continue
+            name, block = gguf_to_hf(info.name), block_type(info.type_id)
+            if name is None:
+                raise CheckpointError(
+                    f"{path}: the tensor {info.name!r} {info.shape} belongs to no Llama model; "
+                    "load the file with a library for its architecture"
+                )
+            self._check_extent(info, block)
+            self._infos[name] = info, block
+
+    def _check_extent(self, info: TensorInfo, block: BlockType) -> None:
+        start = self.file.data_start + info.offset
+        end = start + math.prod(info.shape[:-1]) * block.row_bytes(info.shape[-1])
+        if info.offset % 8 or end > len(self.file.data):
+            raise CheckpointError(
+                f"{self.path} is truncated or malformed: tensor {info.name!r} ({block.name}, {info.shape}) lies at "
+                f"bytes {start} to {end}, the file ends at byte {len(self.file.data)}. Fetch the file again"
+            )
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        return {name: Stored(info.shape, block.name) for name, (info, block) in self._infos.items()}
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        return self.file.config
+
+    @property
+    def generation_settings(self) -> dict[str, Any] | None:
+        return None
+
+    @property
+    def tokenizer_source(self) -> dict[str, Any]:
+        return self.file.metadata
+
+    @cached_property
+    def auto_dtype(self) -> str:
+        kinds = {block.name: block for info, block in self._infos.values() if len(info.shape) > 1}
+        dense = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        if len(kinds) == 1 and (only := next(iter(kinds))) in dense:
+            return dense[only]
+        return "float32" if "F32" in kinds and all(kind in dense for kind in kinds) else "bfloat16"
+
+    def raw(self, name: str) -> RawTensor:
+        info, block = self._infos[name]
+        row_bytes = block.row_bytes(info.shape[-1])
+        count, start = math.prod(info.shape[:-1]) * row_bytes, self.file.data_start + info.offset
+        if count == 0:
+            raise CheckpointError(f"{self.path}: tensor {info.name!r} is empty {info.shape}; the file is malformed")
+        rows = torch.frombuffer(self.file.data, dtype=torch.uint8, count=count, offset=start).view(-1, row_bytes)
+        heads = rotated_heads(name, self.config.num_attention_heads, self.config.num_key_value_heads)
+        if heads is not None:
+            rows = self._half_split(rows, info, heads)
+        return RawTensor(rows, block.name, info.shape)
+
+    def _half_split(self, rows: torch.Tensor, info: TensorInfo, heads: int) -> torch.Tensor:
+        items = rows.view(info.shape[0], -1)  # a bias is one row of F32; its values move, not its bytes
+        if info.shape[0] % (2 * heads):
+            raise CheckpointError(
+                f"{self.path}: tensor {info.name!r} has {info.shape[0]} rows, which {heads} heads do not divide; "
+                "the head counts of the file do not fit its tensors"
+            )
+        return to_half_split(items, heads).reshape(rows.shape)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        raw = self.raw(name)
+        block = block_type(raw.type)
+        return dequantize(raw.rows, block, dtype or block.dense or torch.float32).view(raw.shape)

@@ -1,0 +1,276 @@
+"""Checkpoints as transformers writes them: safetensors or .bin, single or sharded by an index.
+
+A safetensors file is a u64 header length, a JSON header {name: {dtype, shape, data_offsets}} and the data. It is parsed
+here and not by the safetensors package, so that tensors are views of one copy-on-write map (parameters can be trained
+without a copy, and the file never changes) and so that every offset is checked before any byte is touched.
+"""
+
+import json
+import math
+import mmap
+import os
+import pickle
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_json, refuse_foreign
+from llama2.config import LlamaConfig
+from llama2.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the bound of the safetensors package
+# Hub Llama 2 files carry the rotary table of each layer in float16; the configuration says it exactly.
+_STALE = "rotary_emb.inv_freq"
+_META_NAMES = ("tok_embeddings.weight", "layers.0.attention.wq.weight")
+
+
+class HfCheckpoint(Checkpoint):
+    """A folder with config.json, or a single .safetensors or .bin file, alone or beside its config.json."""
+
+    format = "hf"
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        use_safetensors: bool | None = None,
+        variant: str | None = None,
+        weights_only: bool = True,
+    ) -> None:
+        self.path = path
+        self.folder = path if path.is_dir() else path.parent
+        if path.is_dir():
+            self.config  # noqa: B018 - a foreign architecture is refused before its files are looked for
+        self.files = find_files(path, use_safetensors, variant) if path.is_dir() else [path]
+        self._weights_only = weights_only
+        self._weight_map = self._read_index()
+        self._shards: dict[Path, Mapping[str, Tensor]] = {}
+
+    def _read_index(self) -> dict[str, Path] | None:
+        """Where each tensor is, by the index; None for a single file. Every shard named must exist."""
+        index = self.files[0]
+        if index.suffix != ".json":
+            return None
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map; fetch or save the checkpoint again")
+        for file in set(map(str, weight_map.values())):
+            if Path(file).name != file:
+                raise CheckpointError(f"{index} points to {file!r}; shards must lie beside their index")
+            if not (self.folder / file).exists():
+                raise CheckpointError(f"{index} names the shard {file!r}, which is missing; fetch the checkpoint again")
+        self.files = sorted({self.folder / file for file in weight_map.values()})
+        return {name: self.folder / file for name, file in weight_map.items()}
+
+    @cached_property
+    def _located(self) -> dict[str, Path]:
+        located: dict[str, Path] = {}
+        for file in self.files:
+            for name in self._shard(file):
+                if self._weight_map is None or self._weight_map.get(name, file) == file:
+                    located[name] = file
+        if self._weight_map is not None and (lost := sorted(set(self._weight_map) - set(located))):
+            raise CheckpointError(
+                f"the index of {self.folder} places {lost[0]!r} ({len(lost)} tensors in all) in "
+                f"{self._weight_map[lost[0]].name}, which does not hold it; fetch the checkpoint again"
+            )
+        if any(name in located for name in _META_NAMES):
+            raise CheckpointError(
+                f"{self.path} holds Meta's original tensor names ({_META_NAMES[0]}, ...), which this version does not "
+                "read; give the converted checkpoint, the folder that holds config.json"
+            )
+        return {name: file for name, file in located.items() if not name.endswith(_STALE)}
+
+    def _shard(self, file: Path) -> Mapping[str, Tensor]:
+        if file not in self._shards:
+            if is_safetensors(file):
+                self._shards[file] = map_safetensors(file)
+            else:
+                self._shards[file] = load_bin(file, weights_only=self._weights_only)
+        return self._shards[file]
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        found = {}
+        for name, file in self._located.items():
+            tensor = self._shard(file)[name]
+            found[name] = Stored(tuple(tensor.shape), CODES.get(tensor.dtype, str(tensor.dtype)))
+        return found
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        fields = read_json(self.folder / "config.json")
+        refuse_foreign(fields, self.folder / "config.json")
+        if quantization := fields.get("quantization_config"):
+            method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
+            raise CheckpointError(
+                f"{self.path} is quantised with {method!r} (quantization_config in config.json), which this version "
+                "does not load; give the unquantised checkpoint or a GGUF file"
+            )
+        return LlamaConfig.from_dict(fields)
+
+    @property
+    def generation_settings(self) -> dict[str, Any] | None:
+        file = self.folder / "generation_config.json"
+        return read_json(file) if file.exists() else None
+
+    @property
+    def tokenizer_source(self) -> Path:
+        return self.folder
+
+    @cached_property
+    def auto_dtype(self) -> str:
+        if (self.folder / "config.json").exists() and self.config.dtype is not None:
+            return self.config.dtype
+        for name, file in self._located.items():
+            tensor = self._shard(file)[name]
+            if tensor.is_floating_point():
+                return str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{self.path} holds no floating-point tensor; it is not a model")
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        tensor = self._shard(self._located[name])[name]
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def raw(self, name: str) -> RawTensor:
+        tensor = self.read(name).contiguous()
+        rows = tensor.reshape(-1, tensor.shape[-1]).view(torch.uint8)
+        return RawTensor(rows, CODES[tensor.dtype], tuple(tensor.shape))
+
+
+def find_files(folder: Path, use_safetensors: bool | None = None, variant: str | None = None) -> list[Path]:
+    """The first of the four places transformers looks in: a single safetensors file, its index, .bin, its index."""
+    infix = "" if variant is None else f".{variant}"
+    names = []
+    if use_safetensors is not False:
+        names += [f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"]
+    if use_safetensors is not True:
+        names += [f"pytorch_model{infix}.bin", f"pytorch_model.bin.index{infix}.json"]
+    for name in names:
+        if (folder / name).exists():
+            return [folder / name]
+    there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".gguf"))
+    raise CheckpointError(
+        f"{folder} holds none of {', '.join(names)}; "
+        + (f"it holds {', '.join(there[:8])}" if there else "it holds no weights at all")
+        + ". Check the path, `variant` and `use_safetensors`"
+    )
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the file begins as a safetensors file does: a header length, then JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def load_bin(path: Path, *, weights_only: bool = True) -> Mapping[str, Tensor]:
+    """A state dict that torch.save wrote, mapped where the format allows; CheckpointError for anything else."""
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=zipped)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} is truncated, malformed or not a plain state dict ({str(error).splitlines()[0]}); fetch it again, "
+            "or pass weights_only=False if you trust whoever made it to run code here"
+        ) from error
+    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors; it is not a checkpoint")
+    return content
+
+
+def map_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file as a view of the file, mapped copy-on-write; all offsets are checked first."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header_end, header = _read_header(path, file.read(8), size)
+        entries = _check_entries(path, _parse_header(path, file.read(header)), size - header_end)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, dtype, shape, start, end in entries:
+        count, at = math.prod(shape), header_end + start
+        if count == 0:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        elif at % dtype.itemsize == 0:
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=at).view(shape)
+        else:  # a header that is not padded to 8 bytes; the format allows it
+            copied = torch.frombuffer(data, dtype=torch.uint8, count=end - start, offset=at).clone()
+            tensors[name] = copied.view(dtype).view(shape)
+    return tensors
+
+
+def _read_header(path: Path, head: bytes, size: int) -> tuple[int, int]:
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(
+            f"{path} is truncated or not safetensors: its header of {length} bytes does not fit its {size} bytes; "
+            "fetch the file again"
+        )
+    return 8 + length, length
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a malformed safetensors header ({error}); fetch the file again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is a JSON {type(header).__name__}; fetch the file again")
+    header.pop("__metadata__", None)
+    return header
+
+
+_Entry = tuple[str, torch.dtype, tuple[int, ...], int, int]
+
+
+def _check_entries(path: Path, header: dict[str, Any], data_size: int) -> list[_Entry]:
+    """The directory with every dtype, shape and extent verified: tensors tile the data without gap or overlap."""
+    entries: list[_Entry] = []
+    for name, entry in header.items():
+        try:
+            code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            numbers = [*shape, start, end]
+        except (TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path}: the entry of tensor {name!r} is malformed ({error!r})") from error
+        if not all(type(n) is int and n >= 0 for n in numbers):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has shape {shape} and offsets {start}, {end}; none may be < 0"
+            )
+        if code not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name!r} has dtype {code!r}; supported are {', '.join(DTYPES)}")
+        if end - start != math.prod(shape) * DTYPES[code].itemsize:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} of {code} and shape {shape} needs {math.prod(shape) * DTYPES[code].itemsize} "
+                f"bytes, its offsets span {end - start}; the file is malformed, fetch it again"
+            )
+        entries.append((name, DTYPES[code], tuple(shape), start, end))
+    at = 0
+    for name, _, _, start, end in sorted(entries, key=lambda e: e[3:]):
+        if start != at:
+            raise CheckpointError(f"{path}: tensor {name!r} starts at byte {start}, the one before ends at {at}")
+        at = end
+    if at != data_size:
+        raise CheckpointError(
+            f"{path} is {'truncated' if at > data_size else 'malformed'}: its tensors take {at} bytes, the file holds "
+            f"{data_size} after the header; fetch the file again"
+        )
+    return entries

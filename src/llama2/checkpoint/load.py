@@ -1,0 +1,409 @@
+"""from_pretrained: build on meta, take each tensor from the memory map, demand exact coverage."""
+
+import copy
+import difflib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import llama2.model
+from llama2.checkpoint import Checkpoint, Stored
+from llama2.checkpoint.hf import CODES
+from llama2.checkpoint.source import open_source, split_hub_options
+from llama2.config import LlamaConfig
+from llama2.errors import CheckpointError, InputError, MismatchError
+from llama2.generation_config import GenerationConfig
+from llama2.pretrained import PreTrainedModel
+from llama2.quant import ggml
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
+_WEIGHT_TYPES = {"F64", *ggml.TYPES}
+# Nothing to do for these here: weights are always mapped, nothing is offloaded, no remote code ever runs.
+_ALWAYS = ("low_cpu_mem_usage", "trust_remote_code")
+_NOT_YET = ("quantization_config", "load_in_4bit", "load_in_8bit")
+
+
+def from_pretrained(
+    cls: type[Model],
+    pretrained_model_name_or_path: str | Path | None,
+    *model_args: Any,
+    config: LlamaConfig | str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    output_loading_info: bool = False,
+    ignore_mismatched_sizes: bool = False,
+    use_safetensors: bool | None = None,
+    weights_only: bool = True,
+    variant: str | None = None,
+    gguf_file: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> Model | tuple[Model, dict[str, list[Any]]]:
+    """A model in eval mode from a folder, a .safetensors, .bin or GGUF file, or a hub id.
+
+    dtype (or torch_dtype): "auto" and None mean the dtype the weights are stored in (config.json's where it names
+    one), and bfloat16 for GGUF files with quantised blocks; a torch.dtype or its name converts. device_map: one
+    device ("cpu", "cuda", 0, {"": "cuda:0"}), or "auto" for the GPU where there is one. Hub settings (revision,
+    cache_dir, token, local_files_only, force_download, subfolder) have no meaning for a local path. Any other keyword
+    must be a field of the configuration and overrides it. With output_loading_info a dict of missing_keys,
+    unexpected_keys, mismatched_keys and error_msgs comes back too.
+
+    A missing classifier head is drawn anew with a warning, and so are tensors of another shape with
+    ignore_mismatched_sizes. Every other parameter must be filled and every tensor used: MismatchError lists both.
+    """
+    hub = split_hub_options(kwargs)
+    _refuse_unsupported(kwargs)
+    device = resolve_device(device_map)
+    source: Checkpoint | None = None
+    if pretrained_model_name_or_path is not None:
+        source = open_source(
+            pretrained_model_name_or_path,
+            hub,
+            use_safetensors=use_safetensors,
+            variant=variant,
+            weights_only=weights_only,
+            gguf_file=gguf_file,
+        )
+    elif state_dict is None or config is None:
+        raise InputError("without a path, from_pretrained needs both config= and state_dict=")
+    settings = _configure(config, source, attn_implementation, kwargs)
+    weights: Weights = source if state_dict is None and source is not None else GivenWeights(state_dict or {})
+    chosen = resolve_dtype(dtype, torch_dtype)
+    if chosen is None:
+        given = settings.dtype if config is not None else None
+        chosen = DTYPES[given or weights.auto_dtype]
+    settings.dtype = str(chosen)
+    if pretrained_model_name_or_path is not None:
+        settings.name_or_path = str(pretrained_model_name_or_path)
+
+    with torch.device("meta"), _NoDraws():
+        model = cls(settings, *model_args)
+    report = match(model, weights, ignore_mismatched_sizes)
+    fill(model, weights, report, chosen, device)
+    model.generation_config = _generation_config(source, settings)
+    model.eval()
+    return (model, report.info()) if output_loading_info else model
+
+
+def from_pretrained_named(name: str, *args: Any, **kwargs: Any) -> Any:
+    """from_pretrained of the model class with this name; for callers that must not import torch before they load."""
+    return from_pretrained(getattr(llama2.model, name), *args, **kwargs)
+
+
+def from_config_named(
+    name: str,
+    config: LlamaConfig,
+    *,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+) -> Any:
+    """A model with fresh weights in `dtype`, else in the dtype the configuration names, else in torch's default."""
+    config = copy.deepcopy(config)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    chosen = resolve_dtype(dtype, torch_dtype) or DTYPES.get(config.dtype or "")
+    return getattr(llama2.model, name).from_config(config, dtype=chosen)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves random initialisation out: on meta it has no effect, but torch imports its compiler for it (over 1 s)."""
+
+    _DRAWS = frozenset({"normal_", "uniform_", "kaiming_uniform_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self._DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------
+
+
+def resolve_dtype(dtype: Any, torch_dtype: Any = None) -> torch.dtype | None:
+    """The dtype asked for, None for "auto" or nothing. Raises InputError listing the valid names."""
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise InputError(f"dtype is {dtype!r} and torch_dtype is {torch_dtype!r}; they are one setting, give one")
+    wanted = torch_dtype if dtype is None else dtype
+    if wanted is None or wanted == "auto":
+        return None
+    name = str(wanted).removeprefix("torch.") if isinstance(wanted, str | torch.dtype) else ""
+    found = DTYPES.get(_ALIASES.get(name, name))
+    if found is None:
+        raise InputError(
+            f"dtype is {wanted!r}; it must be 'auto', {', '.join(map(repr, DTYPES))} or the torch.dtype of that name"
+        )
+    return found
+
+
+def resolve_device(device_map: Any) -> torch.device:
+    """The one device that a device_map names. Raises InputError for maps over several devices."""
+    if device_map is None:
+        return torch.get_default_device()
+    if isinstance(device_map, Mapping):
+        places = {str(place) for place in device_map.values()}
+        if len(places) != 1:
+            raise InputError(
+                f"device_map spreads the model over {sorted(places) or 'no device'}; one device is supported. "
+                "Give device_map='auto' or {'': 'cuda:0'}"
+            )
+        device_map = next(iter(device_map.values()))
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"device_map is {device_map!r}; give 'auto', 'cpu', 'cuda', a device number or {{'': device}}"
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device_map is {device_map!r} but torch sees no CUDA device; give device_map='cpu' or 'auto'")
+    return device
+
+
+def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
+    for key in _ALWAYS:
+        kwargs.pop(key, None)
+    for key in _NOT_YET:
+        if kwargs.pop(key, None):
+            raise InputError(
+                f"{key} is not supported by this version: weights load unquantised, or from a GGUF file, whose blocks "
+                "are dequantised. Leave it out"
+            )
+    if kwargs.pop("max_memory", None) is not None:
+        raise InputError("max_memory spreads a model over devices; one device is supported. Leave it out")
+    for key in ("offload_folder", "offload_state_dict"):
+        if kwargs.pop(key, None):
+            warnings.warn(f"{key} has no effect: nothing is offloaded, the weights are mapped", stacklevel=4)
+
+
+def _configure(
+    given: LlamaConfig | str | Path | None,
+    source: Checkpoint | None,
+    attn_implementation: str | None,
+    overrides: dict[str, Any],
+) -> LlamaConfig:
+    """A configuration of the model's own: the one given, or the checkpoint's, with the keywords on top."""
+    if isinstance(given, LlamaConfig):
+        config = copy.deepcopy(given)
+    elif given is not None:
+        config = LlamaConfig.from_pretrained(given)
+    else:
+        assert source is not None
+        config = copy.deepcopy(source.config)
+    if overrides.pop("use_flash_attention_2", None):
+        attn_implementation = attn_implementation or "flash_attention_2"
+    config = override(config, overrides)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    return config
+
+
+def override(config: LlamaConfig, fields: Mapping[str, Any]) -> LlamaConfig:
+    """The configuration with these fields replaced. Raises InputError for a keyword that is no field."""
+    if not fields:
+        return config
+    unknown = [key for key in fields if not hasattr(config, key) or key.startswith("_")]
+    if unknown:
+        known = [key for key in dir(config) if not key.startswith("_")]
+        close = [
+            f"{key} (did you mean {near[0]}?)" for key in unknown if (near := difflib.get_close_matches(key, known))
+        ]
+        raise InputError(
+            f"from_pretrained does not know {', '.join(map(repr, unknown))}: neither its arguments nor fields of the "
+            f"configuration{'; ' + '; '.join(close) if close else ''}"
+        )
+    stored = config.to_dict()
+    if {"num_labels", "id2label"} & set(fields):
+        stored.pop("id2label", None)
+        stored.pop("label2id", None)
+    changed = type(config).from_dict(stored, **fields)
+    changed._attn_implementation = config._attn_implementation
+    return changed
+
+
+def _generation_config(source: Checkpoint | None, config: LlamaConfig) -> GenerationConfig:
+    settings = None if source is None else source.generation_settings
+    return GenerationConfig.from_model_config(config) if settings is None else GenerationConfig.from_dict(settings)
+
+
+# -- coverage ----------------------------------------------------------------------------------------------------
+
+
+class Weights(Protocol):
+    """The part of a checkpoint that filling a model uses."""
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]: ...
+
+    @property
+    def auto_dtype(self) -> str: ...
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor: ...
+
+
+class GivenWeights:
+    """A state dict in memory as Weights."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
+        self.state_dict = state_dict
+        self.tensors = {
+            name: Stored(tuple(t.shape), CODES.get(t.dtype, str(t.dtype))) for name, t in state_dict.items()
+        }
+
+    @property
+    def auto_dtype(self) -> str:
+        dtypes = (t.dtype for t in self.state_dict.values() if t.is_floating_point())
+        return str(next(dtypes, torch.get_default_dtype())).removeprefix("torch.")
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.state_dict[name].detach().to(dtype or self.state_dict[name].dtype)
+
+
+@dataclass
+class Report:
+    """Which tensor of the file fills which parameter, and what is left on either side."""
+
+    found: dict[str, str] = field(default_factory=dict)  # parameter -> name in the file
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    def info(self) -> dict[str, list[Any]]:
+        """The dict that output_loading_info returns."""
+        return {
+            "missing_keys": self.missing,
+            "unexpected_keys": self.unexpected,
+            "mismatched_keys": self.mismatched,
+            "error_msgs": [],
+        }
+
+
+def match(model: PreTrainedModel, weights: Weights, ignore_mismatched_sizes: bool = False) -> Report:
+    """Pairs parameters and tensors, adding or removing the base model's prefix. Raises MismatchError."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    report, stored = Report(), weights.tensors
+    names = _translated(model, stored)
+    for name, file_name in names.items():
+        if name not in parameters:
+            report.unexpected.append(name)
+        elif stored[file_name].shape != tuple(parameters[name].shape):
+            report.mismatched.append((name, stored[file_name].shape, tuple(parameters[name].shape)))
+        else:
+            report.found[name] = file_name
+    filled = {id(parameters[name]) for name in (*report.found, *(entry[0] for entry in report.mismatched))}
+    report.missing = [name for name, parameter in parameters.items() if id(parameter) not in filled]
+    _judge(model, parameters, stored, report, ignore_mismatched_sizes)
+    _check_tied(model, parameters, weights, report)
+    return report
+
+
+def _translated(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, str]:
+    """Names as the model says them -> names in the file."""
+    prefix = model.base_model_prefix + "."
+    has_head, file_has_prefix = model.base_model is not model, any(name.startswith(prefix) for name in stored)
+    if has_head == file_has_prefix:
+        return {name: name for name in stored}
+    if file_has_prefix:
+        return {name.removeprefix(prefix): name for name in stored}
+    inner = {prefix + name for name, _ in model.base_model.named_parameters()}
+    return {(prefix + name if prefix + name in inner else name): name for name in stored}
+
+
+def _judge(
+    model: PreTrainedModel,
+    parameters: Mapping[str, nn.Parameter],
+    stored: Mapping[str, Stored],
+    report: Report,
+    ignore_mismatched_sizes: bool,
+) -> None:
+    """Raises MismatchError for everything that is neither filled, used nor excused; warns of fresh weights."""
+    heads = {"score.weight", "lm_head.weight"}
+    # A file that says it is a causal model and has no head is damaged, or tied without saying so.
+    excused = {"score.weight"}
+    if "LlamaForCausalLM" not in (model.config.architectures or ()):
+        excused.add("lm_head.weight")
+    problems = [f"missing: {name} {tuple(parameters[name].shape)}" for name in report.missing if name not in excused]
+    problems += [f"not used: {name} {_shape(stored, name)}" for name in report.unexpected if name not in heads]
+    if not ignore_mismatched_sizes:
+        problems += [f"shape: {name} is {there} in the file, {here} here" for name, there, here in report.mismatched]
+    problems += [
+        f"type: {name} is stored as {stored[file_name].type}"
+        for name, file_name in report.found.items()
+        if stored[file_name].type not in _WEIGHT_TYPES
+    ]
+    if problems:
+        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise MismatchError(
+            f"the tensors do not fit {type(model).__name__} with this configuration: {shown}. "
+            "Check that config.json belongs to these weights"
+            + (" (a tied model needs tie_word_embeddings=True)" if "lm_head.weight" in report.missing else "")
+            + (" or pass ignore_mismatched_sizes=True to draw those anew" if report.mismatched else "")
+        )
+    if fresh := report.missing + [entry[0] for entry in report.mismatched]:
+        warnings.warn(
+            f"{', '.join(fresh)} of {type(model).__name__} cannot be taken from the checkpoint and are newly "
+            "initialised; train the model before you rely on it",
+            stacklevel=4,
+        )
+
+
+def _shape(stored: Mapping[str, Stored], name: str) -> tuple[int, ...] | str:
+    found = next((entry for key, entry in stored.items() if key.endswith(name)), None)
+    return "" if found is None else found.shape
+
+
+def _check_tied(
+    model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], weights: Weights, report: Report
+) -> None:
+    """A tied model whose file holds a head of its own: equal to the embedding, or the configuration is wrong."""
+    first: dict[int, str] = {}
+    for name in list(report.found):
+        other = first.setdefault(id(parameters[name]), name)
+        if other == name:
+            continue
+        if not torch.equal(weights.read(report.found[other]), weights.read(report.found[name])):
+            raise MismatchError(
+                f"the configuration ties {other} and {name}, but the file holds different tensors for them; "
+                "pass tie_word_embeddings=False to load both"
+            )
+        del report.found[name]
+
+
+# -- filling -----------------------------------------------------------------------------------------------------
+
+
+def fill(model: PreTrainedModel, weights: Weights, report: Report, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives every meta parameter the stored tensor (no copy where dtype and device allow), or fresh values."""
+    fresh = report.missing + [entry[0] for entry in report.mismatched]
+    for module_name in dict.fromkeys(name.rpartition(".")[0] for name in fresh):
+        module = model.get_submodule(module_name)
+        module.to_empty(device=device, recurse=False).to(dtype)
+        for parameter in module.parameters(recurse=False):
+            nn.init.ones_(parameter)  # norms; what _init_weights knows it draws over
+        model._init_weights(module)
+    for name, file_name in report.found.items():
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        trainable = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
+        module._parameters[leaf] = nn.Parameter(weights.read(file_name, dtype).to(device), requires_grad=trainable)
+    model.tie_weights()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} of {type(model).__name__} is stored in no checkpoint and has no value")

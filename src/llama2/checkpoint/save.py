@@ -1,0 +1,247 @@
+"""save_pretrained: config.json, generation_config.json and safetensors (or .bin) shards, tensor by tensor.
+
+Nothing is written in place. Every file goes to a temporary name beside its target, is synced, and all are renamed at
+the end, so an interrupted save leaves the previous checkpoint whole, even the one that the model is mapped from.
+"""
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from llama2.checkpoint.hf import CODES
+from llama2.doors import door
+from llama2.errors import InputError, Llama2Error
+from llama2.pretrained import PreTrainedModel
+
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B|)B?\s*", re.IGNORECASE)
+
+_upload = door("checkpoint.hub", "upload", "Uploads a folder to the hub.")
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "5GB",
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    repo_id: str | None = None,
+    commit_message: str = "Upload model",
+    private: bool | None = None,
+) -> None:
+    """Writes the model as transformers 4.46 and 5.x read it.
+
+    state_dict: weights to save instead of the model's own. max_shard_size: bytes, or "500MB" (10^6), "5GiB" (2^30);
+    a larger tensor gets a file of its own. Tied tensors are written once. safe_serialization=False writes .bin files.
+    Shards of an earlier save are removed. Only the main process writes. Raises InputError for a bad argument.
+    """
+    if not is_main_process:
+        return
+    folder = Path(save_directory)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"save_directory {str(folder)!r} is a file; give the path of a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = without_aliases(model.state_dict() if state_dict is None else state_dict)
+    shards = plan_shards(tensors, parse_size(max_shard_size))
+    stem, suffix = ("model", "safetensors") if safe_serialization else ("pytorch_model", "bin")
+    names = shard_names(stem, suffix, variant, len(shards))
+
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype)
+    model.config.save_pretrained(folder)
+    if model.get_output_embeddings() is not None:
+        _save_generation_config(model, folder)
+    with ExitStack() as stack:
+        for name, shard in zip(names, shards, strict=True):
+            file = stack.enter_context(replacing(folder / name))
+            write = write_safetensors if safe_serialization else _write_bin
+            write(file, {key: tensors[key] for key in shard})
+        index = f"{stem}.{suffix}.index{'' if variant is None else '.' + variant}.json"
+        if len(shards) > 1:
+            with_index = stack.enter_context(replacing(folder / index))
+            with_index.write(_index_text(tensors, dict(zip(names, shards, strict=True))))
+    _remove_stale(folder, {*names, *([index] if len(shards) > 1 else [])}, variant, safe_serialization)
+    if push_to_hub:
+        _upload(folder, repo_id or folder.name, token=token, private=private, commit_message=commit_message)
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload model",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    max_shard_size: int | str = "5GB",
+    safe_serialization: bool = True,
+    variant: str | None = None,
+) -> str:
+    """Saves to a temporary folder and uploads it; returns the address of the commit."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(
+            model, folder, max_shard_size=max_shard_size, safe_serialization=safe_serialization, variant=variant
+        )
+        address: str = _upload(Path(folder), repo_id, token=token, private=private, commit_message=commit_message)
+    return address
+
+
+# -- which tensor goes where -------------------------------------------------------------------------------------
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of 5000000, "500MB" (10^6) or "5GiB" (2^30). Raises InputError for anything else."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    count = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if count < 1:
+        raise InputError(f"max_shard_size is {size!r}; give bytes as an integer, or a text such as '500MB' or '5GiB'")
+    return count
+
+
+def without_aliases(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with each shared tensor under its first name only (a tied head is the embedding)."""
+    kept: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in state_dict.items():
+        if tensor.is_meta:
+            raise InputError(f"{name} has no data (it is on the meta device); load or initialise the model first")
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() == 0 or place not in seen:
+            seen.add(place)
+            kept[name] = tensor
+    return kept
+
+
+def plan_shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+    """Names by file, in order: a file is closed before it would pass `limit` bytes."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    return shards
+
+
+def shard_names(stem: str, suffix: str, variant: str | None, count: int) -> list[str]:
+    """model.safetensors, or model-00001-of-00003.safetensors, ...; a variant goes before the suffix or the number."""
+    if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+        raise InputError(f"variant is {variant!r}; it becomes part of a file name: letters, digits, - and _ only")
+    if count == 1:
+        return [f"{stem}{'' if variant is None else '.' + variant}.{suffix}"]
+    infix = "" if variant is None else f".{variant}"
+    return [f"{stem}{infix}-{i:05d}-of-{count:05d}.{suffix}" for i in range(1, count + 1)]
+
+
+def _index_text(tensors: Mapping[str, Tensor], shards: Mapping[str, list[str]]) -> bytes:
+    content = {
+        "metadata": {
+            "total_parameters": sum(t.numel() for t in tensors.values()),
+            "total_size": sum(t.nbytes for t in tensors.values()),
+        },
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[IO[bytes]]:
+    """A temporary file beside `target` that is synced and takes its place when the block ends without an error."""
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file with metadata {"format": "pt"}, which transformers 4.46 demands. One tensor in memory."""
+    # Wide types first, as the safetensors package orders them: every tensor is then aligned to its own width.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in CODES:
+            raise InputError(f"{name} is {tensor.dtype}, which safetensors cannot hold; convert it, or use .bin files")
+        header[name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        data = tensors[name].detach().cpu().contiguous()
+        file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _write_bin(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
+    # torch.save writes whole storages: a view of a larger one is copied first.
+    plain = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    torch.save({n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in plain.items()}, file)
+
+
+def _save_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    # Training for days and then failing on a sampling flag is the classic complaint: say it, and save.
+    try:
+        model.generation_config.save_pretrained(folder)
+    except Llama2Error as error:
+        warnings.warn(f"generation_config.json is saved although it is not consistent: {error}", stacklevel=4)
+        with replacing(folder / "generation_config.json") as file:
+            file.write((json.dumps(model.generation_config.to_dict(), indent=2, sort_keys=True) + "\n").encode())
+
+
+def _remove_stale(folder: Path, written: set[str], variant: str | None, safetensors: bool) -> None:
+    """Removes what an earlier save left of the same variant: loaders would take it for a part, or prefer it."""
+    infix = "" if variant is None else re.escape("." + variant)
+    families = [("model", "safetensors")] if safetensors else [("model", "safetensors"), ("pytorch_model", "bin")]
+    stale = re.compile(
+        "|".join(
+            rf"{stem}{infix}(-\d{{5}}-of-\d{{5}})?\.{suffix}|{stem}\.{suffix}\.index{infix}\.json"
+            for stem, suffix in families
+        )
+    )
+    for path in folder.iterdir():
+        if path.name not in written and stale.fullmatch(path.name):
+            path.unlink()

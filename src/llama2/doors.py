@@ -1,0 +1,28 @@
+"""The few calls that go up the map.
+
+Imports in this package point downward only, yet `transformers` users expect `LlamaForCausalLM.from_pretrained` and
+`model.generate` as methods. Such a method is a door: it names a function in a higher row, imports it at its first
+call, and holds no logic. `tests/test_architecture.py` lists every door; there is no other import inside a function.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+
+@cache
+def _resolve(module: str, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(import_module(f"llama2.{module}"), name)
+    return function
+
+
+def door(module: str, name: str, doc: str) -> Callable[..., Any]:
+    """A function that forwards every argument to `llama2.<module>.<name>`, imported at the first call."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _resolve(module, name)(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = doc
+    return call

@@ -1,0 +1,329 @@
+"""How to continue a prompt: every field of `transformers.GenerationConfig`. Standard library only.
+
+An object holds only what was set; anything else reads as its default. That is why a field given to `generate()` wins
+over `model.generation_config`, which wins over the defaults, and why a saved file lists only what someone chose.
+Saving is never refused; `validate()`, which `generate()` runs, refuses what cannot work.
+"""
+
+import copy
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from llama2.errors import CheckpointError, InputError
+
+# Defaults of transformers 4.46 and 5.x (the values that take effect there).
+DEFAULTS: dict[str, Any] = {
+    # length
+    "max_length": 20,
+    "max_new_tokens": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "early_stopping": False,
+    "max_time": None,
+    "stop_strings": None,
+    # strategy
+    "do_sample": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "use_cache": True,
+    "cache_implementation": None,
+    "cache_config": None,
+    "prefill_chunk_size": None,
+    # logits
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "top_h": None,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "diversity_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "force_words_ids": None,
+    "constraints": None,
+    "renormalize_logits": False,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "token_healing": False,
+    "guidance_scale": None,
+    "watermarking_config": None,
+    # outputs
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": None,
+    "return_dict_in_generate": False,
+    # ids
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    # assisted decoding
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4,
+    "prompt_lookup_num_tokens": None,
+    "max_matching_ngram_size": None,
+}
+SCHEDULES = ("constant", "heuristic", "heuristic_transient")
+CACHES = (None, "dynamic", "static")
+_NOT_IMPLEMENTED = {  # field -> remedy
+    "num_beam_groups": "use num_beams with do_sample=True for varied beams",
+    "diversity_penalty": "use num_beams with do_sample=True for varied beams",
+    "penalty_alpha": "use do_sample=True with top_k and repetition_penalty",
+    "dola_layers": "leave it out",
+    "force_words_ids": "use prefix_allowed_tokens_fn",
+    "constraints": "use prefix_allowed_tokens_fn",
+    "token_healing": "end the prompt before the last whole word",
+    "watermarking_config": "pass a logits_processor that marks the text",
+    "cache_config": "leave it out",
+}
+_SAMPLING_ONLY = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_BEAMS_ONLY = ("early_stopping", "length_penalty")
+_MAY_BE_NONE = {name for name, value in DEFAULTS.items() if value is None} | {
+    *_SAMPLING_ONLY,
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "assistant_confidence_threshold",
+}
+_NOT_SAVED = ("transformers_version", "_from_model_config", "generation_kwargs")
+
+
+class GenerationConfig:
+    """Settings of `generate()`; keywords are the fields of DEFAULTS, None means not given, unknown ones are kept."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        for name in _NOT_SAVED:
+            kwargs.pop(name, None)
+        vars(self).update({name: value for name, value in kwargs.items() if value is not None})
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only where nothing was set.
+        try:
+            return DEFAULTS[name]
+        except KeyError:
+            raise AttributeError(f"GenerationConfig has no field {name!r}") from None
+
+    def is_set(self, name: str) -> bool:
+        """Whether someone chose this field, to None included where None switches it off."""
+        return name in vars(self) and (vars(self)[name] is not None or name in _MAY_BE_NONE)
+
+    def value(self, name: str) -> Any:
+        """The field; its default where it was set to a None that has no meaning."""
+        value = getattr(self, name)
+        return DEFAULTS[name] if value is None and name not in _MAY_BE_NONE else value
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The end ids as a list; empty where there is none."""
+        return as_list(self.eos_token_id)
+
+    # -- dictionaries and files ----------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field with the value in force, plus the unknown keys."""
+        return copy.deepcopy(DEFAULTS | vars(self))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Only what was set: the content of generation_config.json."""
+        return {name: copy.deepcopy(value) for name, value in sorted(vars(self).items()) if value is not None}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """JSON text of `to_diff_dict`, or of `to_dict`."""
+        fields = self.to_diff_dict() if use_diff else self.to_dict()
+        if isinstance(bias := fields.get("sequence_bias"), Mapping):  # JSON has no tuple keys
+            fields["sequence_bias"] = [[list(key), value] for key, value in bias.items()]
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Self:
+        """Settings from the content of a generation_config.json; keywords override its entries."""
+        return cls(**{**config_dict, **overrides})
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], config_file_name: str = "generation_config.json", **overrides: Any
+    ) -> Self:
+        """Reads a folder's generation_config.json, or the JSON file itself; raises CheckpointError."""
+        file = Path(path)
+        if file.is_dir():
+            file = file / config_file_name
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointError(f"{file} does not exist; give a folder that holds {config_file_name}") from error
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not valid JSON ({error}); fetch or save the file again") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{file} holds a JSON {type(content).__name__}; it must be an object")
+        return cls.from_dict(content, **overrides)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], config_file_name: str = "generation_config.json"
+    ) -> None:
+        """Writes the fields that were set. Values that generate() would refuse are saved with a warning."""
+        for problem in self.problems():
+            warnings.warn(f"saved, but generate() will refuse it: {problem}", stacklevel=2)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".generation-", delete=False, encoding="utf-8") as f:
+            f.write(self.to_json_string())
+        os.chmod(f.name, 0o644)
+        os.replace(f.name, folder / config_file_name)
+
+    @classmethod
+    def from_model_config(cls, config: Any) -> Self:
+        """Token ids and, where an old config.json carries them, generation fields of a model configuration."""
+        fields = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if getattr(config, "use_cache", True) is False:
+            fields["use_cache"] = False
+        model_fields = {*fields, "use_cache", "output_attentions", "output_hidden_states"}
+        old = {k: v for k, v in vars(config).items() if k in DEFAULTS and k not in model_fields and v != DEFAULTS[k]}
+        return cls(**fields, **old)
+
+    def update(self, defaults_only: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Sets the fields among `kwargs` (with defaults_only: those not set yet) and returns the rest."""
+        unused = {}
+        for name, value in kwargs.items():
+            if name not in DEFAULTS and name not in vars(self):
+                unused[name] = value
+            elif not defaults_only or not self.is_set(name):
+                setattr(self, name, copy.deepcopy(value))
+        return unused
+
+    def over(self, base: "GenerationConfig") -> Self:
+        """A copy of these settings where `base` fills what was not set."""
+        merged = type(self)()
+        vars(merged).update(copy.deepcopy({k: v for k, v in vars(base).items() if base.is_set(k)}))
+        vars(merged).update(copy.deepcopy({k: v for k, v in vars(self).items() if self.is_set(k)}))
+        return merged
+
+    # -- refusal -------------------------------------------------------------------------------------------------
+
+    def problems(self) -> list[str]:
+        """Why generate() would refuse these settings: value, bound and remedy, one sentence each."""
+        found = [
+            f"{name} is {self.value(name)!r}; it must be {bound}"
+            for name, (good, bound) in _BOUNDS.items()
+            if not good(self.value(name))
+        ]
+        for name, remedy in _NOT_IMPLEMENTED.items():
+            if self.value(name) != DEFAULTS[name]:
+                found.append(f"{name} is {self.value(name)!r}, which this library does not implement; {remedy}")
+        return found or self._conflicts()
+
+    def _conflicts(self) -> list[str]:
+        beams, returned = self.value("num_beams"), self.value("num_return_sequences")
+        if returned > 1 and beams == 1 and not self.value("do_sample"):
+            return [
+                f"num_return_sequences is {returned} but greedy search has one answer; set do_sample=True or "
+                f"num_beams={returned}"
+            ]
+        if beams > 1 and returned > beams:
+            return [f"num_return_sequences is {returned} but num_beams is {beams}; it must be at most num_beams"]
+        return []
+
+    def validate(self) -> None:
+        """Raises InputError for the first value that cannot work."""
+        for problem in self.problems():
+            raise InputError(problem)
+
+    def unused(self, given: Mapping[str, Any]) -> list[str]:
+        """Names in `given` that have no effect with these settings, to be warned about."""
+        idle: list[str] = []
+        if not self.value("do_sample"):
+            idle += [n for n in _SAMPLING_ONLY if given.get(n, DEFAULTS[n]) not in (None, DEFAULTS[n])]
+        if self.value("num_beams") == 1:
+            idle += [n for n in _BEAMS_ONLY if given.get(n, DEFAULTS[n]) not in (None, DEFAULTS[n])]
+        return idle
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GenerationConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"GenerationConfig {self.to_json_string()}"
+
+
+def as_list(ids: Any) -> list[int]:
+    """None, an id, or several ids (tensors too) as a list of int."""
+    if ids is None:
+        return []
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    return [int(i) for i in ids] if isinstance(ids, list | tuple) else [int(ids)]
+
+
+def _integer(low: int, optional: bool = False) -> Any:
+    return lambda v: (v is None and optional) or (isinstance(v, int) and not isinstance(v, bool) and v >= low)
+
+
+def _number(good: Any) -> Any:
+    def check(value: Any) -> bool:
+        numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return value is None or bool(numeric and good(value))
+
+    return check
+
+
+def _ids(value: Any) -> bool:
+    return all(i >= 0 for i in as_list(value))
+
+
+_POSITIVE = _number(lambda v: v > 0)
+_SHARE = _number(lambda v: 0 <= v < 1)
+_BOUNDS: dict[str, tuple[Any, str]] = {
+    "max_new_tokens": (_integer(1, True), "an integer of at least 1"),
+    "max_length": (_integer(1), "an integer of at least 1"),
+    "min_length": (_integer(0), "an integer of at least 0"),
+    "min_new_tokens": (_integer(0, True), "an integer of at least 0"),
+    "max_time": (_POSITIVE, "a positive number of seconds"),
+    "num_beams": (_integer(1), "an integer of at least 1"),
+    "num_return_sequences": (_integer(1), "an integer of at least 1"),
+    "early_stopping": (lambda v: v in (True, False, "never"), "True, False or 'never'"),
+    "temperature": (_POSITIVE, "a positive number; for the most likely token every time set do_sample=False"),
+    "top_k": (_integer(0, True), "an integer of at least 1, or 0 for no limit"),
+    "top_p": (_number(lambda v: 0 <= v <= 1), "in [0, 1]; 1.0 switches it off"),
+    "top_h": (_number(lambda v: 0 < v <= 1), "in (0, 1]; None switches it off"),
+    "min_p": (_number(lambda v: 0 <= v <= 1), "in [0, 1]; None switches it off"),
+    "typical_p": (_number(lambda v: 0 < v <= 1), "in (0, 1]; 1.0 switches it off"),
+    "epsilon_cutoff": (_SHARE, "in [0, 1); 0.0 switches it off"),
+    "eta_cutoff": (_SHARE, "in [0, 1); 0.0 switches it off"),
+    "repetition_penalty": (_POSITIVE, "a positive number; 1.0 switches it off"),
+    "encoder_repetition_penalty": (_POSITIVE, "a positive number; 1.0 switches it off"),
+    "length_penalty": (_number(lambda v: True), "a finite number"),
+    "guidance_scale": (_number(lambda v: True), "a finite number; 1.0 switches it off"),
+    "no_repeat_ngram_size": (_integer(0, True), "an integer of at least 1, or 0 for no limit"),
+    "encoder_no_repeat_ngram_size": (_integer(0, True), "an integer of at least 1, or 0 for no limit"),
+    "prefill_chunk_size": (_integer(1, True), "an integer of at least 1"),
+    "cache_implementation": (lambda v: v in CACHES, "None, 'dynamic' or 'static'"),
+    "num_assistant_tokens": (_integer(1), "an integer of at least 1"),
+    "num_assistant_tokens_schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+    "assistant_confidence_threshold": (_number(lambda v: 0 <= v <= 1), "in [0, 1]; 0 switches it off"),
+    "prompt_lookup_num_tokens": (_integer(1, True), "an integer of at least 1"),
+    "max_matching_ngram_size": (_integer(1, True), "an integer of at least 1"),
+    "pad_token_id": (lambda v: v is None or v == -1 or _ids(v), "a token id of at least 0"),
+    "eos_token_id": (_ids, "token ids of at least 0"),
+}

@@ -1,0 +1,472 @@
+"""The Llama 2 network (Touvron et al. 2023, arXiv 2307.09288), readable in one sitting.
+
+Module and parameter names are Hugging Face's, so their checkpoints need no key map. Tensor names end in their shape:
+B batch, T new tokens, S cached positions, D model, H query heads, K key-value heads, E head width, F ffn, V vocab.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llama2.attention import ATTENTION, Mask, make_mask
+from llama2.cache import DynamicCache, StaticCache
+from llama2.config import LlamaConfig
+from llama2.errors import InputError
+from llama2.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from llama2.pretrained import PreTrainedModel, readable_index_errors
+from llama2.rope import LlamaRotaryEmbedding, promoted, rotate
+
+Cache = DynamicCache | StaticCache
+PastKeyValues = Cache | tuple[tuple[Tensor, Tensor], ...]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+class LlamaRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (Zhang & Sennrich 2019), computed in promote(x.dtype, float32)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(promoted(x.dtype))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normed.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
+
+
+def split_output(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
+    """layer(x), computed in `parts` slices of the output features (pretraining_tp, column parallel).
+
+    Only plain linears can be sliced; a packed or adapted one has its own fixed order and is called as it is.
+    """
+    if parts == 1 or type(layer) is not nn.Linear:
+        out: Tensor = layer(x)
+        return out
+    weights = layer.weight.tensor_split(parts)
+    biases = layer.bias.tensor_split(parts) if layer.bias is not None else [None] * parts
+    return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
+
+
+def split_input(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
+    """layer(x) as the sum over `parts` slices of the input features (pretraining_tp, row parallel)."""
+    if parts == 1 or type(layer) is not nn.Linear:
+        out: Tensor = layer(x)
+        return out
+    pieces = zip(x.tensor_split(parts, dim=-1), layer.weight.tensor_split(parts, dim=1), strict=True)
+    total: Tensor = sum(F.linear(xs, w) for xs, w in pieces)  # type: ignore[assignment]
+    return total if layer.bias is None else total + layer.bias
+
+
+class LlamaMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (SwiGLU, Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        wide, narrow, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
+        self.gate_proj = nn.Linear(narrow, wide, bias=bias)
+        self.up_proj = nn.Linear(narrow, wide, bias=bias)
+        self.down_proj = nn.Linear(wide, narrow, bias=bias)
+        self.act_fn = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        parts = self.config.pretraining_tp
+        gate_BTF, up_BTF = split_output(self.gate_proj, x_BTD, parts), split_output(self.up_proj, x_BTD, parts)
+        return split_input(self.down_proj, self.act_fn(gate_BTF) * up_BTF, parts)
+
+
+class LlamaAttention(nn.Module):
+    """Causal self-attention with grouped key-value heads (Ainslie et al. 2023) and rotary positions."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Mask,
+        implementation: str,
+        cache: Cache | None = None,
+        cache_position: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        parts = self.config.pretraining_tp
+        batch, new_tokens, _ = x_BTD.shape
+        heads = (batch, new_tokens, -1, self.head_dim)
+        q_BHTE = split_output(self.q_proj, x_BTD, parts).view(heads).transpose(1, 2)
+        k_BKTE = split_output(self.k_proj, x_BTD, parts).view(heads).transpose(1, 2)
+        v_BKSE = split_output(self.v_proj, x_BTD, parts).view(heads).transpose(1, 2)
+        q_BHTE, k_BKSE = rotate(q_BHTE, *rotation), rotate(k_BKTE, *rotation)
+        if cache is not None:
+            k_BKSE, v_BKSE = cache.update(k_BKSE, v_BKSE, self.layer_idx, {"cache_position": cache_position})
+        dropout = self.config.attention_dropout if self.training else 0.0
+        out_BHTE, weights = ATTENTION[implementation](q_BHTE, k_BKSE, v_BKSE, mask, self.scaling, dropout)
+        out_BTD = split_input(self.o_proj, out_BHTE.transpose(1, 2).reshape(batch, new_tokens, -1), parts)
+        return out_BTD, weights
+
+
+class LlamaDecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor, *attention_args: Any) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.self_attn(self.input_layernorm(x_BTD), *attention_args)
+        x_BTD = x_BTD + attended
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights
+
+
+class LlamaModel(PreTrainedModel):
+    """The decoder without a head: token ids (B, T) -> hidden states (B, T, D)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PastKeyValues | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Runs the layers over the new tokens.
+
+        input_ids (B, T), or inputs_embeds (B, T, D). attention_mask: 2D (B, cached + T), 1 = keep; or 4D, see
+        `attention.make_mask`. position_ids (B | 1, T) default to the places after the cache. past_key_values: a cache,
+        or a tuple of (keys, values) per layer, in which case a tuple comes back. output_attentions computes this call
+        with the eager implementation, which alone has the weights. Raises InputError for shapes that do not fit.
+        """
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if use_cache and self.training and self.gradient_checkpointing:
+            use_cache = False  # recomputing a layer would append its keys twice
+        x_BTD = self._embed(input_ids, inputs_embeds)
+        legacy = isinstance(past_key_values, tuple)
+        cache = (
+            DynamicCache.from_legacy_cache(past_key_values) if isinstance(past_key_values, tuple) else past_key_values
+        )
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        implementation = "eager" if output_attentions else self.attn_implementation
+        mask, position_ids, cache_position = self._places(
+            x_BTD, attention_mask, position_ids, cache, cache_position, implementation
+        )
+        cos, sin = self.rotary_emb(x_BTD, position_ids)
+        rotation = (cos[:, None], sin[:, None])
+
+        states: list[Tensor] = []
+        attentions: list[Tensor | None] = []
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(x_BTD)
+            x_BTD, weights = self._run(layer, x_BTD, rotation, mask, implementation, cache, cache_position)
+            if output_attentions:
+                attentions.append(weights)
+        x_BTD = self.norm(x_BTD)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x_BTD,
+            past_key_values=cache.to_legacy_cache() if legacy and isinstance(cache, DynamicCache) else cache,
+            hidden_states=(*states, x_BTD) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,  # type: ignore[arg-type]
+        )
+        return output if _as_dict(config, return_dict) else output.to_tuple()
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        assert input_ids is not None
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, tokens), tokens >= 1")
+        with readable_index_errors(input_ids, self.vocab_size):
+            embedded: Tensor = self.embed_tokens(input_ids)
+        return embedded
+
+    def _places(
+        self,
+        x_BTD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        cache_position: Tensor | None,
+        implementation: str,
+    ) -> tuple[Mask, Tensor, Tensor | None]:
+        """The mask, the positions (B | 1, T), and for a static cache where to write."""
+        new_tokens, device = x_BTD.shape[1], x_BTD.device
+        cached = cache.get_seq_length() if cache is not None else 0
+        positions = cached + new_tokens
+        if isinstance(cache, StaticCache):
+            if implementation == "flash_attention_2":
+                raise InputError("flash_attention_2 cannot read a static cache; use attn_implementation='sdpa'")
+            positions = cache.max_cache_len
+            if cache_position is None:
+                if cached + new_tokens > positions:
+                    raise InputError(
+                        f"{cached} cached and {new_tokens} new tokens exceed the static cache of {positions}; "
+                        "give a larger max_cache_len"
+                    )
+                cache_position = torch.arange(cached, cached + new_tokens, device=device)
+        else:
+            cache_position = None  # a growing cache appends: its length already says where
+        if position_ids is None:
+            place = (
+                torch.arange(cached, cached + new_tokens, device=device) if cache_position is None else cache_position
+            )
+            position_ids = place[None]
+        mask = make_mask(attention_mask, new_tokens, cached, positions, device, cache_position, implementation)
+        return mask, position_ids, cache_position
+
+    def _run(self, layer: nn.Module, x_BTD: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+        if self.gradient_checkpointing and self.training:
+            out: tuple[Tensor, Tensor | None] = checkpoint(layer, x_BTD, *args, **self.gradient_checkpointing_kwargs)
+        else:
+            out = layer(x_BTD, *args)
+        return out
+
+
+def _as_dict(config: LlamaConfig, return_dict: bool | None) -> bool:
+    return config.return_dict if return_dict is None else return_dict
+
+
+def causal_lm_loss(
+    logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: int | Tensor | None = None, shift: bool = True
+) -> Tensor:
+    """Cross entropy of predicting token t + 1 from t, in at least float32; -100 marks positions without a target.
+
+    The mean over targets, or their sum / num_items_in_batch (targets of the whole accumulated batch). A batch
+    without any target has loss 0 and gradient 0, not NaN.
+    """
+    if shift:
+        labels_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
+    labels = labels_BT.reshape(-1).to(logits_BTV.device)
+    logits = logits_BTV.reshape(len(labels), -1).to(promoted(logits_BTV.dtype))
+    total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    if num_items_in_batch is None:
+        return total / (labels != -100).sum().clamp(min=1)
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+
+class LlamaForCausalLM(PreTrainedModel):
+    """LlamaModel with a language-model head."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._init_weights(self.lm_head)
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replaces the head."""
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> LlamaModel:
+        """The model without the head."""
+        return self.model
+
+    def set_decoder(self, decoder: LlamaModel) -> None:
+        """Replaces the model without the head."""
+        self.model = decoder
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PastKeyValues | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_logits_to_keep: int = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        shift_labels: Tensor | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """As LlamaModel.forward, plus logits (B, T, V) in the model's dtype and, with labels, the loss.
+
+        labels (B, T) of ids, -100 where there is no target (padding is not skipped by itself); see `causal_lm_loss`
+        for num_items_in_batch. shift_labels (B, T) are labels already aligned. logits_to_keep=k computes the last k
+        positions only (0: all); a tensor names positions. num_logits_to_keep is its name in transformers 4.46.
+        """
+        hidden = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            True,
+            cache_position,
+        )
+        x_BTD, keep = hidden.last_hidden_state, _kept(logits_to_keep, num_logits_to_keep)
+        logits_BTV = split_output(self.lm_head, x_BTD if keep is None else x_BTD[:, keep], self.config.pretraining_tp)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            target = labels if shift_labels is None else shift_labels
+            assert target is not None
+            if target.shape != logits_BTV.shape[:2]:
+                raise InputError(
+                    f"labels have shape {tuple(target.shape)} but logits cover {tuple(logits_BTV.shape[:2])}; "
+                    "labels need one entry per input token, and logits_to_keep=0"
+                )
+            loss = causal_lm_loss(logits_BTV, target, num_items_in_batch, shift=shift_labels is None)
+        output = CausalLMOutputWithPast(
+            loss, logits_BTV, hidden.past_key_values, hidden.hidden_states, hidden.attentions
+        )
+        return output if _as_dict(self.config, return_dict) else output.to_tuple()
+
+
+def _kept(logits_to_keep: int | Tensor, num_logits_to_keep: int) -> slice | Tensor | None:
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    count = logits_to_keep or num_logits_to_keep
+    if count < 0:
+        raise InputError(f"logits_to_keep is {count}; give 0 for all positions or how many of the last to keep")
+    return slice(-count, None) if count else None
+
+
+class LlamaForSequenceClassification(PreTrainedModel):
+    """LlamaModel with a linear classifier on the last real token of each row."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self._init_weights(self.score)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PastKeyValues | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """Logits (B, num_labels) at the last real token, and with labels the loss of config.problem_type.
+
+        The last real token is the last one that a 2D attention_mask keeps; without a mask, the right-most id that is
+        not config.pad_token_id. A problem_type of None is inferred from num_labels and the labels' dtype, and kept.
+        """
+        hidden = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            True,
+        )
+        x_BTD = hidden.last_hidden_state
+        last_B = self._last_token(input_ids, attention_mask, x_BTD)
+        # Only the pooled rows go through the classifier: the other T - 1 results would be thrown away.
+        logits = self.score(x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B])
+        loss = None if labels is None else self._loss(logits, labels.to(logits.device))
+        output = SequenceClassifierOutputWithPast(
+            loss, logits, hidden.past_key_values, hidden.hidden_states, hidden.attentions
+        )
+        return output if _as_dict(self.config, return_dict) else output.to_tuple()
+
+    def _last_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, x_BTD: Tensor) -> Tensor:
+        batch, new_tokens = x_BTD.shape[:2]
+        pad = self.config.pad_token_id
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask[:, -new_tokens:] != 0
+        elif input_ids is not None and pad is not None:
+            real = input_ids != pad
+        elif batch > 1 and input_ids is not None:
+            raise InputError(
+                f"Cannot handle batch sizes > 1 if no padding token is defined. The batch has {batch} rows: pass the "
+                "attention_mask, or set one with model.add_pad_token(tokenizer)"
+            )
+        else:
+            real = torch.ones((batch, new_tokens), dtype=torch.bool, device=x_BTD.device)
+        places = torch.arange(new_tokens, device=x_BTD.device)
+        return torch.where(real.to(x_BTD.device), places, 0).amax(dim=1)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        config = self.config
+        if config.problem_type is None:
+            if self.num_labels == 1:
+                config.problem_type = "regression"
+            elif not labels.is_floating_point() and labels.dim() == 1:
+                config.problem_type = "single_label_classification"
+            else:
+                config.problem_type = "multi_label_classification"
+        logits = logits.to(promoted(logits.dtype))
+        if config.problem_type == "regression":
+            return F.mse_loss(logits.reshape(-1), labels.reshape(-1).to(logits.dtype))
+        if config.problem_type == "single_label_classification":
+            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
+        if config.problem_type == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        raise InputError(
+            f"problem_type is {config.problem_type!r}; it must be 'regression', 'single_label_classification' or "
+            "'multi_label_classification'"
+        )

@@ -1,0 +1,1 @@
+"""Weight formats, each its own maths: GGUF blocks in `ggml`."""

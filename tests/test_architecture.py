@@ -1,0 +1,126 @@
+"""The map of the house, held by the syntax trees: imports point downward, and files and functions stay readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llama2"
+
+# Row of each module or family; a module imports lower rows, its own family, and nothing else of ours.
+ROWS: dict[str, int] = {
+    **dict.fromkeys(("errors", "doors"), 0),
+    **dict.fromkeys(("config", "generation_config"), 1),
+    **dict.fromkeys(("tokenizer",), 2),
+    **dict.fromkeys(("rope", "cache", "outputs", "quant"), 3),
+    "attention": 4,
+    "pretrained": 5,
+    **dict.fromkeys(("model", "prepack", "lora"), 6),
+    **dict.fromkeys(("sampling", "processors", "stopping", "streamers", "cpu"), 7),
+    "checkpoint": 8,
+    **dict.fromkeys(("decoding", "beam", "speculative"), 9),
+    "generate": 10,
+    **dict.fromkeys(("auto", "engine"), 11),
+    **dict.fromkeys(("pipelines", "serve", "train", "evaluate"), 12),
+    "cli": 13,
+}
+STRANGERS = {"quant": {"model"}, "model": {"quant"}}
+NO_TORCH = ("tokenizer", "config.py", "generation_config.py", "errors.py", "doors.py")
+DOORS = {
+    ("config", "auto", "load_config"),
+    ("pretrained", "checkpoint.load", "from_pretrained"),
+    ("pretrained", "checkpoint.save", "save_pretrained"),
+    ("pretrained", "checkpoint.save", "push_to_hub"),
+    ("pretrained", "generate", "generate"),
+    ("pretrained", "generate", "compute_transition_scores"),
+}
+MAX_FILE, MAX_FUNCTION = 500, 90
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def family(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST, path: Path) -> list[str]:
+    """Absolute names of every module imported anywhere in the file."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import at line {node.lineno}; write the full name"
+            module = node.module or ""
+            names += [f"llama2.{alias.name}" for alias in node.names] if module == "llama2" else [module]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downward(path: Path) -> None:
+    if path == PACKAGE / "__init__.py":
+        return
+    tree, own = ast.parse(path.read_text()), family(path)
+    assert own in ROWS, f"{own} has no row; give it one in ROWS"
+    for name in imported(tree, path):
+        assert name.split(".")[0] not in ("transformers", "peft", "trl", "llama_cpp"), f"{path} imports {name}"
+        if name.startswith("llama2."):
+            other = name.split(".")[1]
+            assert other == own or ROWS[other] < ROWS[own], f"{own} (row {ROWS[own]}) imports {other} upward"
+            assert other not in STRANGERS.get(own, set()), f"{own} and {other} do not know each other"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_own_imports_stand_at_the_top(path: Path) -> None:
+    """Inside a function only third-party packages that are slow or optional, and commands in cli/."""
+    if family(path) in ("cli", "__init__"):
+        return
+    tree = ast.parse(path.read_text())
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            inner = [name for name in imported(function, path) if name.startswith("llama2")]
+            assert not inner, f"{path.name}:{function.lineno} {function.name} imports {inner} inside"
+
+
+@pytest.mark.parametrize("part", NO_TORCH)
+def test_no_torch_at_import(part: str) -> None:
+    files = [f for f in FILES if f.relative_to(PACKAGE).parts[0] == part]
+    assert files
+    for path in files:
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [name for node in top for name in imported(node, path)]
+        assert not [n for n in names if n.split(".")[0] == "torch"], f"{path} imports torch"
+
+
+def test_every_door_is_listed() -> None:
+    found = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "door":
+                module, name = (arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant))
+                found.add((family(path), module, name))
+    assert found == DOORS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_budgets(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= MAX_FILE, f"{path.name} has more than {MAX_FILE} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{path.name}: {node.name} has {length} lines"
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            returns = node.returns is not None or node.name == "__init__"
+            assert not untyped and returns, f"{path.name}: {node.name} is not fully typed"
+        assert not isinstance(node, ast.Global), f"{path.name} uses global"
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{path.name} has a bare except"
+
+
+def test_environment_is_read_in_the_command_line_only() -> None:
+    allowed = {"cli"}
+    for path in FILES:
+        if family(path) not in allowed:
+            for node in ast.walk(ast.parse(path.read_text())):
+                assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")), path
