@@ -300,7 +300,9 @@ def match(model: PreTrainedModel, weights: Weights, ignore_mismatched_sizes: boo
     parameters = dict(model.named_parameters(remove_duplicate=False))
     report, stored = Report(), weights.tensors
     names = _translated(model, stored)
-    for name, file_name in names.items():
+    in_model_order = [name for name in parameters if name in names] + [name for name in names if name not in parameters]
+    for name in in_model_order:
+        file_name = names[name]
         if name not in parameters:
             report.unexpected.append(name)
         elif stored[file_name].shape != tuple(parameters[name].shape):
@@ -398,11 +400,16 @@ def fill(model: PreTrainedModel, weights: Weights, report: Report, dtype: torch.
         for parameter in module.parameters(recurse=False):
             nn.init.ones_(parameter)  # norms; what _init_weights knows it draws over
         model._init_weights(module)
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    by_name = {name: names for names in shared.values() for name in names}
     for name, file_name in report.found.items():
-        module_name, _, leaf = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        trainable = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
-        module._parameters[leaf] = nn.Parameter(weights.read(file_name, dtype).to(device), requires_grad=trainable)
+        old = model.get_parameter(name)
+        new = nn.Parameter(weights.read(file_name, dtype).to(device), requires_grad=old.requires_grad)
+        for alias in by_name[name]:
+            module_name, _, leaf = alias.rpartition(".")
+            model.get_submodule(module_name)._parameters[leaf] = new
     model.tie_weights()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:

@@ -1,0 +1,204 @@
+"""What a CUDA machine must show: parity of the attention implementations, CUDA graphs, speed at 7B shape.
+
+    python bench/gpu.py [--layers 32] [--tokens 128]
+
+Where there is no GPU it says so and exits 0. On one it prints a table and, as the last line, JSON; exit code 1 where a
+parity bound breaks. Bandwidth shares are against a device-to-device copy measured in the same run.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama2 import LlamaConfig, LlamaForCausalLM, StaticCache
+
+# Relative error of the logits against float64, norm over norm: a dozen roundings of 2**-9 and 2**-12.
+BOUNDS = {torch.bfloat16: 5e-2, torch.float16: 6e-3}
+
+
+def random_model(config: LlamaConfig, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
+    """A model with weights N(0, 0.02) drawn on `device`; norms 1."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(dtype).to_empty(device=device).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0) if name.endswith("norm.weight") else parameter.normal_(0.0, 0.02)
+    model.tie_weights()
+    return model
+
+
+def parity(device: str, implementations: list[str], dtypes: list[torch.dtype]) -> list[dict[str, Any]]:
+    """Logits of every implementation and dtype against float64 eager, with and without padding, whole and cached."""
+    config = LlamaConfig.preset(
+        "tiny",
+        hidden_size=512,
+        intermediate_size=1376,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+    )
+    torch.manual_seed(0)
+    model = random_model(config, torch.float32, device).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+    ids = torch.randint(1, 257, (3, 96), device=device)
+    mask = torch.ones_like(ids)
+    mask[1, :30], mask[2, :50] = 0, 0
+    rows = []
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        truth = {None: model(ids).logits, "padded": model(ids, attention_mask=mask).logits}
+        for dtype in dtypes:
+            low = copy.deepcopy(model).to(dtype)
+            for name in implementations:
+                low.set_attn_implementation(name)
+                for case, exact in truth.items():
+                    kept = mask if case else None
+                    whole = low(ids, attention_mask=kept).logits
+                    cache = low(ids[:, :-1], attention_mask=None if kept is None else kept[:, :-1]).past_key_values
+                    last = low(ids[:, -1:], attention_mask=kept, past_key_values=cache).logits
+                    real = mask.bool() if case else torch.ones_like(mask, dtype=torch.bool)
+                    error = _relative(whole[real], exact[real])
+                    cached = _relative(last[:, 0], exact[:, -1])
+                    rows.append(
+                        {
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "attention": name,
+                            "case": case or "plain",
+                            "error": error,
+                            "cached_error": cached,
+                            "bound": BOUNDS[dtype],
+                            "ok": max(error, cached) < BOUNDS[dtype],
+                        }
+                    )
+    return rows
+
+
+def _relative(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact).norm() / exact.norm())
+
+
+class GraphedStep:
+    """One decoding step over a static cache, captured once as a CUDA graph and replayed per token."""
+
+    def __init__(self, model: LlamaForCausalLM, cache: StaticCache) -> None:
+        self.ids = torch.zeros((cache.batch_size, 1), dtype=torch.long, device=model.device)
+        self.place = torch.zeros(1, dtype=torch.long, device=model.device)
+        self._graph = torch.cuda.CUDAGraph()
+
+        def step() -> Tensor:
+            return model(
+                self.ids,
+                past_key_values=cache,
+                cache_position=self.place,
+                position_ids=self.place[None],
+                logits_to_keep=1,
+            ).logits
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self._graph):
+            self.logits = step()
+
+    def __call__(self, ids: Tensor, position: int) -> Tensor:
+        self.ids.copy_(ids)
+        self.place.fill_(position)
+        self._graph.replay()
+        return self.logits
+
+
+def copy_bandwidth(device: str, gib: float = 2.0) -> float:
+    """GB/s of a device-to-device copy, bytes read plus bytes written."""
+    source = torch.empty(int(gib * 2**30), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    return 10 * 2 * source.numel() / (time.perf_counter() - start) / 1e9
+
+
+def decode_speed(layers: int, tokens: int) -> list[dict[str, Any]]:
+    """Tokens per second at 7B shape, batch 1, bfloat16: eager calls, and the same step as a CUDA graph."""
+    config = LlamaConfig.preset("7b", num_hidden_layers=layers)
+    torch.manual_seed(0)
+    model = random_model(config, torch.bfloat16, "cuda")
+    prompt = torch.randint(1, 32000, (1, 128), device="cuda")
+    read = model.get_memory_footprint() - 2 * config.vocab_size * config.hidden_size
+    limit = copy_bandwidth("cuda")
+    rows, greedy = [], {}
+    with torch.inference_mode():
+        for name in ("dynamic cache", "static cache, CUDA graph"):
+            cache = StaticCache(config, 1, 128 + tokens, "cuda", torch.bfloat16) if "graph" in name else None
+            out = model(prompt, past_key_values=cache, logits_to_keep=1)
+            graphed = GraphedStep(model, cache) if cache is not None else None
+            if cache is not None:  # the warm-up steps wrote at position 0
+                cache.reset()
+                out = model(prompt, past_key_values=cache, logits_to_keep=1)
+            token, chosen = out.logits[:, -1:].argmax(-1), []
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for place in range(128, 128 + tokens):
+                if graphed is None:
+                    logits = model(token, past_key_values=out.past_key_values, logits_to_keep=1).logits
+                else:
+                    logits = graphed(token, place)
+                token = logits[:, -1:].argmax(-1)
+                chosen.append(token)
+            torch.cuda.synchronize()
+            seconds = (time.perf_counter() - start) / tokens
+            greedy[name] = torch.cat(chosen).flatten().tolist()
+            rows.append(
+                {
+                    "step": name,
+                    "tok/s": 1 / seconds,
+                    "GB/s": read / seconds / 1e9,
+                    "of copy": read / seconds / 1e9 / limit,
+                }
+            )
+    same = sum(a == b for a, b in zip(*greedy.values(), strict=True))
+    rows.append({"step": "greedy tokens equal", "tok/s": f"{same} of {tokens}", "GB/s": limit, "of copy": 1.0})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a markdown table."""
+    heads = list(rows[0])
+    cells = [[f"{row[h]:.4g}" if isinstance(row[h], float) else str(row[h]) for h in heads] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *cells))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32, help="layers of the 7B shape")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens to decode")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(f"no CUDA device on this machine ({platform.machine()}, torch {torch.__version__}): nothing was checked")
+        return 0
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    checks = parity("cuda", ["eager", "sdpa", "flash_attention_2"], [torch.bfloat16, torch.float16])
+    print(table(checks) + "\n")
+    speeds = decode_speed(args.layers, args.tokens)
+    print(table(speeds) + "\n")
+    print(json.dumps({"device": torch.cuda.get_device_name(), "parity": checks, "decode": speeds}))
+    return 0 if all(row["ok"] for row in checks) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

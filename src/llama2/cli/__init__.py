@@ -1,0 +1,104 @@
+"""The `llama2` command: a table of commands, each imported only when it is called, and one place for errors.
+
+A command is a module with `Options`, a dataclass whose fields become the flags, and `run(options) -> exit code`.
+"""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TextIO
+
+import llama2
+from llama2.errors import InputError, Llama2Error
+
+# name -> (module, what `llama2 --help` says)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "chat": ("llama2.cli.chat", "talk with a model"),
+    "generate": ("llama2.cli.generate", "continue a prompt, or answer it with --chat"),
+    "tokenize": ("llama2.cli.tokenize", "text to token ids and back"),
+    "info": ("llama2.cli.info", "what a model file is, its size and the memory it needs"),
+    "perplexity": ("llama2.cli.perplexity", "how well a model predicts a text"),
+}
+USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0, 2 after an error that it explained, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words[: words.index("--") if "--" in words else None]
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _run([word for word in words if word != "--debug"] if debug else words)
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; what is left in the buffer must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (Llama2Error, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"llama2: {explain(error)}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def explain(error: Exception) -> str:
+    """One paragraph of an error."""
+    if isinstance(error, OSError) and not isinstance(error, Llama2Error) and error.strerror:
+        subject = f"{error.filename}: " if error.filename else ""
+        return f"{subject}{error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if words else USAGE_ERROR
+    if words[0] in ("-V", "--version"):
+        print(f"llama2 {llama2.__version__}")
+        return 0
+    from llama2.cli.args import nearest, parse
+
+    name = words[0]
+    if name not in COMMANDS:
+        hint = nearest(name, list(COMMANDS)) or f"; there are {', '.join(COMMANDS)}"
+        raise InputError(f"{name!r} is not a command{hint}")
+    module = import_module(COMMANDS[name][0])
+    try:
+        options = parse(module.Options, f"llama2 {name}", words[1:])
+    except SystemExit:  # --help has been printed
+        return 0
+    code: int = module.run(options)
+    return code
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: llama2 COMMAND [options]\n\n"
+        "Run, inspect and measure Llama-architecture models.\n\n"
+        f"{rows}\n\n"
+        "`llama2 COMMAND --help` lists the options of a command; `llama2 --version` prints the version.\n"
+        "Any command takes --debug, which adds the traceback to an error."
+    )
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"llama2: warning: {' '.join(str(message).split())}", file=sys.stderr)

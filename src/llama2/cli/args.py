@@ -1,0 +1,130 @@
+"""Flags from a dataclass: one field is one flag, its type is the value's type, its text is the help.
+
+argparse and not tyro, which the rest of the field uses for this: importing tyro takes longer than all of `--help` may.
+"""
+
+import argparse
+import difflib
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import Field, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from llama2.errors import InputError
+
+T = TypeVar("T")
+_METAVARS = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    alias: str | None = None,
+    metavar: str | None = None,
+    positional: bool = False,
+    switches: bool = False,
+) -> T:
+    """A dataclass field that is a flag. `switches` spells a choice as one flag a value (--ids, --json, ...)."""
+    metadata = {"help": help, "alias": alias, "metavar": metavar, "positional": positional, "switches": switches}
+    made: T = field(default=default, metadata=metadata)
+    return made
+
+
+def parse(cls: type[T], prog: str, argv: Sequence[str]) -> T:
+    """An instance of the dataclass from the words of a command line. Raises InputError; --help raises SystemExit(0)."""
+    parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
+    hints = get_type_hints(cls)
+    groups: dict[type, Any] = {}
+    declared = {name: owner for owner in reversed(cls.__mro__) for name in vars(owner).get("__annotations__", {})}
+    positional: str | None = None
+    # The command's own flags first, then those it shares with others.
+    for f in sorted(fields(cast(Any, cls)), key=lambda f: declared[f.name] is not cls):
+        owner = declared[f.name]
+        if f.metadata["positional"]:
+            positional = f.name
+            parser.add_argument(f.name, nargs="*", default=[], metavar=f.metadata["metavar"], help=f.metadata["help"])
+            continue
+        if owner not in groups:
+            groups[owner] = parser if owner is cls else parser.add_argument_group((owner.__doc__ or "").rstrip("."))
+        _add_flag(groups[owner], f, hints[f.name])
+    # What stands behind `--` is text, whatever it looks like; argparse itself loses track of it between flags.
+    cut = list(argv).index("--") if "--" in argv else len(argv)
+    found, extra = parser.parse_known_args(list(argv[:cut]))
+    values = vars(found)
+    unknown = [word for word in extra if word.startswith("-") and word != "-"]
+    if unknown or (positional is None and (extra or cut < len(argv))):
+        raise InputError(_unknown(prog, (unknown or extra or ["--"])[0], parser))
+    if positional is not None:
+        values[positional] = (*values[positional], *extra, *argv[cut + 1 :])
+    return cls(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`")
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """'; did you mean X?' where something known is close, else ''."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _unknown(prog: str, word: str, parser: argparse.ArgumentParser) -> str:
+    known = [name for name in parser._option_string_actions if name.startswith("--")]
+    hint = nearest(word.split("=")[0], known)
+    text = " (text that begins with '-' goes behind `--`)" if word.startswith("-") else ""
+    return f"`{prog}` does not know {word!r}{hint or f'; see `{prog} --help`'}{text}"
+
+
+def _add_flag(group: Any, f: "Field[Any]", hint: Any) -> None:
+    flag, meta = "--" + f.name.replace("_", "-"), f.metadata
+    kind = _without_none(hint)
+    names = [meta["alias"], flag] if meta["alias"] else [flag]
+    if meta["switches"]:
+        one = group.add_mutually_exclusive_group()
+        for value, text in zip(get_args(kind), meta["help"].split("|"), strict=True):
+            if value != f.default:
+                one.add_argument(f"--{value}", dest=f.name, action="store_const", const=value, help=text.strip())
+        group.set_defaults(**{f.name: f.default})
+        return
+    if kind is bool:
+        action: Any = "store_true" if f.default is False else argparse.BooleanOptionalAction
+        group.add_argument(*names, dest=f.name, action=action, default=f.default, help=_escaped(meta["help"]))
+        return
+    settings: dict[str, Any] = {"dest": f.name, "default": f.default, "help": _help(f)}
+    if get_origin(kind) is Literal:
+        settings["choices"], settings["metavar"] = get_args(kind), meta["metavar"]
+    elif get_origin(kind) is tuple:
+        settings |= {"action": "append", "default": [], "metavar": meta["metavar"] or "TEXT"}
+    else:
+        settings |= {"type": _reader(kind), "metavar": meta["metavar"] or _METAVARS[kind]}
+    group.add_argument(*names, **settings)
+
+
+def _help(f: "Field[Any]") -> str:
+    default = "" if f.default is None or f.default == () else f" (default: {f.default})"
+    return _escaped(f.metadata["help"] + default)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(part for part in get_args(hint) if part is not type(None))
+    return hint
+
+
+def _reader(kind: Any) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = {int: "a whole number", float: "a number"}[kind]
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+
+    return read

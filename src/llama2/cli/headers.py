@@ -1,0 +1,214 @@
+"""What a model file says of itself, from its headers alone: no weight is read, and torch is imported for .bin only."""
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama2 import checkpoint
+from llama2.auto import find_gguf, load_config
+from llama2.checkpoint.gguf import GgufFile
+from llama2.checkpoint.source import local_path
+from llama2.config import PRESETS, LlamaConfig
+from llama2.errors import CheckpointError, ConfigError
+
+# Name, weights and bytes of a block, by ggml id: quant.ggml has the same with its decoders, and needs torch for them.
+GGML_TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    30: ("BF16", 1, 2),
+}
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_TABLES = ("rope_freqs.weight", "attn_rot_embd.weight", "attn_rot_embd", "rotary_emb.inv_freq")
+_SPLITS = {"llama": "SentencePiece BPE", "gpt2": "byte-level BPE"}
+
+
+@dataclass
+class Share:
+    """The tensors of one type: how many, their weights and their bytes in the file."""
+
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+
+    def add(self, parameters: int, size: int) -> None:
+        self.tensors, self.parameters, self.bytes = self.tensors + 1, self.parameters + parameters, self.bytes + size
+
+
+@dataclass
+class Headers:
+    """A model as its files describe it; `types` is empty where only the configuration is known."""
+
+    name: str
+    format: str
+    config: LlamaConfig
+    file_bytes: int = 0
+    types: dict[str, Share] = field(default_factory=dict)
+    duplicate_head: int = 0  # weights of a stored head that the configuration ties to the embedding
+    tokenizer: str | None = None
+    chat_template: bool = False
+    licence: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model: those of the file where it was read, else by the sizes."""
+        counted = sum(share.parameters for share in self.types.values()) - self.duplicate_head
+        return counted if self.types else self.config.num_parameters
+
+
+def read(model: str) -> Headers:
+    """The headers of a path, the configuration of a hub id, or a preset ("7b"). Raises CheckpointError, ConfigError."""
+    if not Path(model).exists():
+        try:
+            return Headers(model, "preset (no file)", LlamaConfig.preset(model))
+        except ConfigError:
+            pass
+    try:
+        path = local_path(model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; `info` also knows the presets {', '.join(PRESETS)}") from error
+    if path is None:
+        return Headers(model, "hub repository (configuration only; no weights were fetched)", load_config(model))
+    gguf = find_gguf(path)
+    return _gguf(gguf) if gguf is not None else _folder(path)
+
+
+def _gguf(path: Path) -> Headers:
+    file = GgufFile(path)
+    keys = file.metadata
+    headers = Headers(path.name, f"GGUF version {file.version}", file.config, len(file.data))
+    for info in file.tensors.values():
+        if info.name.endswith(_TABLES):
+            continue
+        if info.type_id not in GGML_TYPES:
+            raise CheckpointError(
+                f"{path}: tensor {info.name!r} is of ggml type {info.type_id}, which is not supported; supported are "
+                f"{', '.join(name for name, _, _ in GGML_TYPES.values())}. Quantise the model to one of them"
+            )
+        kind, weights, size = GGML_TYPES[info.type_id]
+        count = math.prod(info.shape)
+        end = file.data_start + info.offset + count // weights * size
+        if end > headers.file_bytes:
+            raise CheckpointError(
+                f"{path} is truncated: tensor {info.name!r} ends at byte {end}, the file at byte "
+                f"{headers.file_bytes}. Fetch the file again"
+            )
+        headers.types.setdefault(kind, Share()).add(count, count // weights * size)
+    split = str(keys.get("tokenizer.ggml.model"))
+    if tokens := keys.get("tokenizer.ggml.tokens"):
+        headers.tokenizer = f"{_SPLITS.get(split, split)}, {len(tokens):,} tokens"
+    headers.chat_template = "tokenizer.chat_template" in keys
+    headers.licence = keys.get("general.license")
+    return headers
+
+
+def _folder(path: Path) -> Headers:
+    """A folder or file as transformers writes it."""
+    folder = path if path.is_dir() else path.parent
+    config = load_config(folder)
+    files = _safetensors(path)
+    headers = Headers(path.resolve().name, f"safetensors, {len(files)} file(s)", config)
+    if not files:
+        return _opened(path, headers)
+    head = 0
+    for file in files:
+        headers.file_bytes += file.stat().st_size
+        for name, entry in _safetensors_header(file).items():
+            if not name.endswith(_TABLES):
+                count, (start, end) = math.prod(entry["shape"]), entry["data_offsets"]
+                headers.types.setdefault(entry["dtype"], Share()).add(count, end - start)
+                head += count if name == "lm_head.weight" else 0
+    headers.duplicate_head = head if config.tie_word_embeddings else 0
+    return _described(headers, folder)
+
+
+def _safetensors(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, by its index where it has one."""
+    if path.is_file():
+        return [path] if path.suffix == ".safetensors" else []
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists() or not index.exists():
+        return sorted(path.glob("model.safetensors"))
+    names = sorted({str(name) for name in (checkpoint.read_json(index).get("weight_map") or {}).values()})
+    for name in names:
+        if not (path / name).exists():
+            raise CheckpointError(f"{index} names the shard {name!r}, which is missing; fetch the checkpoint again")
+    return [path / name for name in names]
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(
+                f"{path} is truncated or not safetensors: its header of {length} bytes does not fit its {size} bytes; "
+                "fetch the file again"
+            )
+        text = file.read(length)
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        needed = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a malformed safetensors header ({error!r}); fetch the file again") from error
+    if 8 + length + needed != size:
+        kind = "truncated" if 8 + length + needed > size else "malformed"
+        raise CheckpointError(
+            f"{path} is {kind}: its tensors end at byte {8 + length + needed}, the file at byte {size}; fetch it again"
+        )
+    return header
+
+
+def _opened(path: Path, headers: Headers) -> Headers:
+    """A checkpoint without safetensors: only torch can read the directory of a .bin file."""
+    source = checkpoint.open(path)
+    for stored in source.tensors.values():
+        count = math.prod(stored.shape)
+        headers.types.setdefault(stored.type, Share()).add(count, count * _ITEM_BYTES.get(stored.type, 1))
+    if headers.config.tie_word_embeddings and (head := source.tensors.get("lm_head.weight")):
+        headers.duplicate_head = math.prod(head.shape)
+    files = sorted(path.glob("pytorch_model*.bin")) if path.is_dir() else [path]
+    headers.format, headers.file_bytes = f".bin, {len(files)} file(s)", sum(file.stat().st_size for file in files)
+    return _described(headers, path if path.is_dir() else path.parent)
+
+
+def _described(headers: Headers, folder: Path) -> Headers:
+    present = [name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).exists()]
+    headers.tokenizer = " and ".join(present) or None
+    settings = folder / "tokenizer_config.json"
+    headers.chat_template = any(folder.glob("chat_template*")) or (
+        settings.exists() and bool(checkpoint.read_json(settings).get("chat_template"))
+    )
+    headers.licence = _licence(folder)
+    return headers
+
+
+def _licence(folder: Path) -> str | None:
+    """What the model card says, else the first licence file's name."""
+    card = folder / "README.md"
+    if card.exists():
+        front = card.read_text(encoding="utf-8", errors="replace")[:4000]
+        if found := re.search(r"^license:\s*(\S.*)$", front, re.MULTILINE):
+            return found[1].strip().strip("\"'")
+    files = sorted(file.name for file in folder.glob("LICEN[SC]E*"))
+    return files[0] if files else None
+
+
+def main_type(headers: Headers) -> str:
+    """The type that holds most of the weights."""
+    counts = Counter({kind: share.parameters for kind, share in headers.types.items()})
+    return counts.most_common(1)[0][0] if counts else "none"

@@ -1,0 +1,1 @@
+"""How good a model is: measures that read a model and change nothing."""
