@@ -14,19 +14,19 @@ template <class T, int R>
 INLINE void scores(const uint8_t* key, int64_t width, const float* q, int64_t ldq, float* s) {
   constexpr int U = R == 1 ? 4 : R == 2 ? 2 : 1;
   F acc[U][R];
-  for (int u = 0; u < U; ++u)
-    for (int r = 0; r < R; ++r) acc[u][r] = fzero();
+  UNROLL(8) for (int u = 0; u < U; ++u)
+    UNROLL(8) for (int r = 0; r < R; ++r) acc[u][r] = fzero();
   int64_t d = 0;
   for (; d + U <= width; d += U)
-    for (int u = 0; u < U; ++u) {
+    UNROLL(8) for (int u = 0; u < U; ++u) {
       F k = T::load(key + (d + u) * PAGE * T::BYTES);
-      for (int r = 0; r < R; ++r) acc[u][r] = fma(k, fset(q[r * ldq + d + u]), acc[u][r]);
+      UNROLL(8) for (int r = 0; r < R; ++r) acc[u][r] = fma(k, fset(q[r * ldq + d + u]), acc[u][r]);
     }
   for (; d < width; ++d) {
     F k = T::load(key + d * PAGE * T::BYTES);
-    for (int r = 0; r < R; ++r) acc[0][r] = fma(k, fset(q[r * ldq + d]), acc[0][r]);
+    UNROLL(8) for (int r = 0; r < R; ++r) acc[0][r] = fma(k, fset(q[r * ldq + d]), acc[0][r]);
   }
-  for (int r = 0; r < R; ++r) {
+  UNROLL(8) for (int r = 0; r < R; ++r) {
     for (int u = 1; u < U; ++u) acc[0][r] = add(acc[0][r], acc[u][r]);
     fstore(s + r * ATT_KEYS, acc[0][r]);
   }
@@ -35,19 +35,19 @@ INLINE void scores(const uint8_t* key, int64_t width, const float* q, int64_t ld
 template <class T, int R, int NV>
 INLINE void weigh(const uint8_t* const* pages, int keys, int64_t wide, int64_t d, const float* p, float* o, int64_t ldo) {
   F acc[R][NV];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = fload(o + r * ldo + d + 16 * v);
+  UNROLL(8) for (int r = 0; r < R; ++r)
+    UNROLL(8) for (int v = 0; v < NV; ++v) acc[r][v] = fload(o + r * ldo + d + 16 * v);
   for (int key = 0; key < keys; ++key) {
     const uint8_t* row = pages[key / PAGE] + ((key % PAGE) * wide + d) * T::BYTES;
     F x[NV];
-    for (int v = 0; v < NV; ++v) x[v] = T::load(row + 16 * v * T::BYTES);
-    for (int r = 0; r < R; ++r) {
+    UNROLL(8) for (int v = 0; v < NV; ++v) x[v] = T::load(row + 16 * v * T::BYTES);
+    UNROLL(8) for (int r = 0; r < R; ++r) {
       F w = fset(p[r * ATT_KEYS + key]);
-      for (int v = 0; v < NV; ++v) acc[r][v] = fma(x[v], w, acc[r][v]);
+      UNROLL(8) for (int v = 0; v < NV; ++v) acc[r][v] = fma(x[v], w, acc[r][v]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) fstore(o + r * ldo + d + 16 * v, acc[r][v]);
+  UNROLL(8) for (int r = 0; r < R; ++r)
+    UNROLL(8) for (int v = 0; v < NV; ++v) fstore(o + r * ldo + d + 16 * v, acc[r][v]);
 }
 
 // exp(s - running maximum) over one row of 64 scores; visible: how many of them the row may see.
@@ -73,7 +73,7 @@ void attend_rows(const KvLayer& kv, const AttentionTask& t, int row0, int rows, 
   float *q = scratch, *o = q + R * wide, *s = o + R * wide;
   float top[R], total[R];
   int64_t limit[R], keys = 0;
-  for (int r = 0; r < R; ++r) {
+  UNROLL(8) for (int r = 0; r < R; ++r) {
     int row = row0 + (r < rows ? r : rows - 1), token = row / t.group, head = row % t.group;
     for (int64_t d = 0; d < width; ++d) q[r * wide + d] = t.q[token * t.ldq + head * width + d] * t.scale;
     for (int64_t d = 0; d < wide; ++d) o[r * wide + d] = 0;
@@ -90,7 +90,7 @@ void attend_rows(const KvLayer& kv, const AttentionTask& t, int row0, int rows, 
       value[j] = kv.value_page(t.kv_head, page);
       scores<T, R>(kv.key_page(t.kv_head, page), width, q, wide, s + PAGE * j);
     }
-    for (int r = 0; r < R; ++r) {
+    UNROLL(8) for (int r = 0; r < R; ++r) {
       int64_t left = limit[r] - k0;
       softmax_step(s + r * ATT_KEYS, left < 0 ? 0 : left < ATT_KEYS ? (int)left : ATT_KEYS, top + r, total + r,
                    o + r * wide, wide);

@@ -66,33 +66,36 @@ struct W6K {
 // One span (32 columns, or 16 for W6K) of NR tiles against MR tokens, added to acc.
 template <class W, int MR, int NR>
 INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, F (*acc)[MR]) {
-  D4 d[NR][MR];
+  // Few tokens: two chains of dots, so that one does not wait for the other's latency.
+  constexpr int CHAINS = MR * NR <= 4 ? 2 : 1;
+  D4 d[CHAINS][NR][MR];
   I start[MR];
-  for (int m = 0; m < MR; ++m) start[m] = W::MINIMUM ? izero() : times8(iload1(x.negsum + g * MR + m));
-  for (int n = 0; n < NR; ++n)
-    for (int m = 0; m < MR; ++m) d[n][m] = d4_begin(start[m]);
-  UNROLL(4)
-  for (int j = 0; j < 4; ++j) {
+  UNROLL(8) for (int m = 0; m < MR; ++m) start[m] = W::MINIMUM ? izero() : times8(iload1(x.negsum + g * MR + m));
+  UNROLL(8) for (int n = 0; n < NR; ++n)
+    UNROLL(8) for (int m = 0; m < MR; ++m) {
+      d[0][n][m] = d4_begin(start[m]);
+      d[CHAINS - 1][n][m] = d4_begin(CHAINS == 1 ? start[m] : izero());
+    }
+  UNROLL(4) for (int j = 0; j < 4; ++j) {
     B lo[NR], hi[NR];
-    for (int n = 0; n < NR; ++n) {
+    UNROLL(8) for (int n = 0; n < NR; ++n) {
       const uint8_t* line = p[n] + W::HEAD + 256 * h + 64 * j;
       B v = bload(line);
       if (PREFETCH) prefetch(line + PREFETCH);
       lo[n] = low4(v);
       hi[n] = high4(v);
     }
-  UNROLL(8)
-    for (int m = 0; m < MR; ++m)
-      for (int n = 0; n < NR; ++n) d[n][m] = d4_dot(d[n][m], lo[n], a + (j * MR + m) * 4);
-  UNROLL(8)
-    for (int m = 0; m < MR; ++m)
-      for (int n = 0; n < NR; ++n) d[n][m] = d4_dot(d[n][m], hi[n], a + ((4 + j) * MR + m) * 4);
+    UNROLL(8) for (int m = 0; m < MR; ++m)
+      UNROLL(8) for (int n = 0; n < NR; ++n) d[0][n][m] = d4_dot(d[0][n][m], lo[n], a + (j * MR + m) * 4);
+    UNROLL(8) for (int m = 0; m < MR; ++m)
+      UNROLL(8) for (int n = 0; n < NR; ++n) d[CHAINS - 1][n][m] = d4_dot(d[CHAINS - 1][n][m], hi[n], a + ((4 + j) * MR + m) * 4);
   }
-  for (int n = 0; n < NR; ++n) {
+  UNROLL(8) for (int n = 0; n < NR; ++n) {
     F s = W::scale(p[n], h), lowest = W::MINIMUM ? W::minimum(p[n], h) : fzero();
-  UNROLL(8)
-    for (int m = 0; m < MR; ++m) {
-      F t = mul(cvt(d4_end(d[n][m], start[m])), s);
+    UNROLL(8) for (int m = 0; m < MR; ++m) {
+      I whole = d4_end(d[0][n][m], start[m]);
+      if (CHAINS == 2) whole = iadd(whole, d4_end(d[CHAINS - 1][n][m], izero()));
+      F t = mul(cvt(whole), s);
       F r = fma(t, fset(x.scale[g * MR + m]), acc[n][m]);
       acc[n][m] = W::MINIMUM ? fma(lowest, fset(x.sum[g * MR + m]), r) : r;
     }
@@ -103,27 +106,30 @@ template <class W, int MR, int NR>
 INLINE void span8(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, F (*acc)[MR]) {
   constexpr int LINES = W::SPAN / 4;
   const int32_t* negsum = W::SPAN == 32 ? x.negsum : x.negsum16;
-  D8 d[NR][MR];
-  for (int n = 0; n < NR; ++n)
-    for (int m = 0; m < MR; ++m) d[n][m] = d8_begin(iload1(negsum + g * MR + m));
-  UNROLL(8)
-  for (int j = 0; j < LINES; ++j) {
+  constexpr int CHAINS = MR * NR <= 4 && LINES >= 8 ? 2 : 1;
+  D8 d[CHAINS][NR][MR];
+  UNROLL(8) for (int n = 0; n < NR; ++n)
+    UNROLL(8) for (int m = 0; m < MR; ++m) {
+      d[0][n][m] = d8_begin(iload1(negsum + g * MR + m));
+      if (CHAINS == 2) d[CHAINS - 1][n][m] = d8_begin(izero());
+    }
+  UNROLL(8) for (int j = 0; j < LINES; ++j) {
     B w[NR];
-    for (int n = 0; n < NR; ++n) {
+    UNROLL(8) for (int n = 0; n < NR; ++n) {
       const uint8_t* line = p[n] + W::HEAD + 64 * LINES * h + 64 * j;
       w[n] = bload(line);
       if (PREFETCH) prefetch(line + PREFETCH);
     }
-  UNROLL(8)
-    for (int m = 0; m < MR; ++m)
-      for (int n = 0; n < NR; ++n) d[n][m] = d8_dot(d[n][m], w[n], a + (j * MR + m) * 4);
+    UNROLL(8) for (int m = 0; m < MR; ++m)
+      UNROLL(8) for (int n = 0; n < NR; ++n) d[j % CHAINS][n][m] = d8_dot(d[j % CHAINS][n][m], w[n], a + (j * MR + m) * 4);
   }
   int64_t g32 = g * W::SPAN / 32;
-  for (int n = 0; n < NR; ++n) {
+  UNROLL(8) for (int n = 0; n < NR; ++n) {
     F s = W::scale(p[n], h), lowest = W::MINIMUM ? W::minimum(p[n], h) : fzero();
-  UNROLL(8)
-    for (int m = 0; m < MR; ++m) {
-      F t = mul(cvt(d8_end(d[n][m])), s);
+    UNROLL(8) for (int m = 0; m < MR; ++m) {
+      I whole = d8_end(d[0][n][m]);
+      if (CHAINS == 2) whole = iadd(whole, d8_end(d[CHAINS - 1][n][m]));
+      F t = mul(cvt(whole), s);
       F r = fma(t, fset(x.scale[g32 * MR + m]), acc[n][m]);
       acc[n][m] = W::MINIMUM ? fma(lowest, fset(x.sum[g32 * MR + m]), r) : r;
     }
@@ -135,66 +141,64 @@ __attribute__((noinline)) void packed_tile(const uint8_t* const* w, int64_t bloc
   F acc[NR][MR];
   const uint8_t* p[NR];
   constexpr int SPANS = BLOCK_K / W::SPAN;
-  for (int n = 0; n < NR; ++n) {
+  UNROLL(8) for (int n = 0; n < NR; ++n) {
     p[n] = w[n];
-    for (int m = 0; m < MR; ++m) acc[n][m] = fzero();
+    UNROLL(8) for (int m = 0; m < MR; ++m) acc[n][m] = fzero();
   }
   const int8_t* a = x.q;
   for (int64_t b = 0; b < blocks; ++b) {
-    for (int n = 0; n < NR; ++n)
+    UNROLL(8) for (int n = 0; n < NR; ++n)
       if (PREFETCH)
         for (int i = 0; i < W::HEAD; i += 64) prefetch(p[n] + PREFETCH + i);
     for (int h = 0; h < SPANS; ++h, a += W::SPAN * MR) {
       if (W::BITS == 4) span4<W, MR, NR>(p, h, a, x, b * SPANS + h, acc);
       else span8<W, MR, NR>(p, h, a, x, b * SPANS + h, acc);
     }
-    for (int n = 0; n < NR; ++n) p[n] += W::BYTES;
+    UNROLL(8) for (int n = 0; n < NR; ++n) p[n] += W::BYTES;
   }
-  for (int n = 0; n < NR; ++n)
-    for (int m = 0; m < MR; ++m) fstore(c + (n * MAX_MR + m) * TILE, acc[n][m]);
+  UNROLL(8) for (int n = 0; n < NR; ++n)
+    UNROLL(8) for (int m = 0; m < MR; ++m) fstore(c + (n * MAX_MR + m) * TILE, acc[n][m]);
 }
 
 // float32 activations: every weight dequantised as a reader of the file would, sums kept per block of 64 columns.
 template <class W, int MR>
 __attribute__((noinline)) void exact_tile(const uint8_t* w, int64_t blocks, const float* x, int64_t ld, float* c) {
   F acc[MR];
-  for (int m = 0; m < MR; ++m) acc[m] = fzero();
+  UNROLL(8) for (int m = 0; m < MR; ++m) acc[m] = fzero();
   for (int64_t b = 0; b < blocks; ++b, w += W::BYTES, x += BLOCK_K) {
     F part[MR];
-    for (int m = 0; m < MR; ++m) part[m] = fzero();
+    UNROLL(8) for (int m = 0; m < MR; ++m) part[m] = fzero();
     for (int h = 0; h < BLOCK_K / W::SPAN; ++h) {
       F s = W::scale(w, h), lowest = W::minimum(w, h);
       if (W::BITS == 4) {
-        for (int j = 0; j < 4; ++j) {
+        UNROLL(4) for (int j = 0; j < 4; ++j) {
           const uint8_t* line = w + W::HEAD + 256 * h + 64 * j;
           B v = bload(line);
           if (PREFETCH) prefetch(line + PREFETCH);
-  UNROLL(8)
-          for (int e = 0; e < 8; ++e) {
+          UNROLL(8) for (int e = 0; e < 8; ++e) {
             F value = fma(nibble(v, 4 * e), s, lowest);
             int64_t k = 32 * h + 4 * j + e / 2 + 16 * (e & 1);
-            for (int m = 0; m < MR; ++m) part[m] = fma(value, fset(x[m * ld + k]), part[m]);
+            UNROLL(8) for (int m = 0; m < MR; ++m) part[m] = fma(value, fset(x[m * ld + k]), part[m]);
           }
         }
       } else {
         F shifted = fma(s, fset(-128), lowest);
         constexpr int LINES = W::SPAN / 4;
-        for (int j = 0; j < LINES; ++j) {
+        UNROLL(8) for (int j = 0; j < LINES; ++j) {
           const uint8_t* line = w + W::HEAD + 64 * LINES * h + 64 * j;
           B v = bload(line);
           if (PREFETCH) prefetch(line + PREFETCH);
-  UNROLL(4)
-          for (int e = 0; e < 4; ++e) {
+          UNROLL(8) for (int e = 0; e < 4; ++e) {
             F value = fma(byte_(v, 8 * e), s, shifted);
             int64_t k = W::SPAN * h + 4 * j + e;
-            for (int m = 0; m < MR; ++m) part[m] = fma(value, fset(x[m * ld + k]), part[m]);
+            UNROLL(8) for (int m = 0; m < MR; ++m) part[m] = fma(value, fset(x[m * ld + k]), part[m]);
           }
         }
       }
     }
-    for (int m = 0; m < MR; ++m) acc[m] = add(acc[m], part[m]);
+    UNROLL(8) for (int m = 0; m < MR; ++m) acc[m] = add(acc[m], part[m]);
   }
-  for (int m = 0; m < MR; ++m) fstore(c + m * TILE, acc[m]);
+  UNROLL(8) for (int m = 0; m < MR; ++m) fstore(c + m * TILE, acc[m]);
 }
 
 struct LoadF32 {
@@ -222,31 +226,31 @@ template <class T, int R, int M>
 INLINE void rows_f32(const uint8_t* w, int64_t stride, int64_t k, const float* x, int64_t ld, float* c) {
   constexpr int U = R * M >= 8 ? 1 : 4;  // independent sums, so that one row does not wait for its own additions
   F acc[U][R][M];
-  for (int u = 0; u < U; ++u)
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) acc[u][r][m] = fzero();
+  UNROLL(8) for (int u = 0; u < U; ++u)
+    UNROLL(8) for (int r = 0; r < R; ++r)
+      UNROLL(8) for (int m = 0; m < M; ++m) acc[u][r][m] = fzero();
   int64_t i = 0;
   for (; i + 16 * U <= k; i += 16 * U)
-    for (int u = 0; u < U; ++u) {
+    UNROLL(8) for (int u = 0; u < U; ++u) {
       F v[R];
-      for (int r = 0; r < R; ++r) {
+      UNROLL(8) for (int r = 0; r < R; ++r) {
         const uint8_t* at = w + r * stride + (i + 16 * u) * T::BYTES;
         v[r] = T::load(at);
         if (PREFETCH && (T::BYTES == 4 || u % 2 == 0)) prefetch(at + PREFETCH);
       }
-      for (int m = 0; m < M; ++m) {
+      UNROLL(8) for (int m = 0; m < M; ++m) {
         F a = fload(x + m * ld + i + 16 * u);
-        for (int r = 0; r < R; ++r) acc[u][r][m] = fma(v[r], a, acc[u][r][m]);
+        UNROLL(8) for (int r = 0; r < R; ++r) acc[u][r][m] = fma(v[r], a, acc[u][r][m]);
       }
     }
   for (; i < k; i += 16)
-    for (int r = 0; r < R; ++r) {
+    UNROLL(8) for (int r = 0; r < R; ++r) {
       const uint8_t* at = w + r * stride + i * T::BYTES;
       F v = k - i >= 16 ? T::load(at) : load_tail<T>(at, k - i);
-      for (int m = 0; m < M; ++m) acc[0][r][m] = fma(v, fload(x + m * ld + i), acc[0][r][m]);
+      UNROLL(8) for (int m = 0; m < M; ++m) acc[0][r][m] = fma(v, fload(x + m * ld + i), acc[0][r][m]);
     }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) {
+  UNROLL(8) for (int r = 0; r < R; ++r)
+    UNROLL(8) for (int m = 0; m < M; ++m) {
       F s = acc[0][r][m];
       for (int u = 1; u < U; ++u) s = add(s, acc[u][r][m]);
       c[m * TILE + r] = hsum(s);
@@ -257,25 +261,30 @@ template <int R, int M>
 INLINE void rows_bf16(const uint8_t* w, int64_t stride, int64_t k, const uint16_t* x, int64_t ld, float* c) {
   constexpr int U = R * M >= 8 ? 1 : 4;
   F acc[U][R][M];
-  for (int u = 0; u < U; ++u)
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) acc[u][r][m] = fzero();
+  UNROLL(8) for (int u = 0; u < U; ++u)
+    UNROLL(8) for (int r = 0; r < R; ++r)
+      UNROLL(8) for (int m = 0; m < M; ++m) acc[u][r][m] = fzero();
   int64_t i = 0;
   for (; i + 32 * U <= k; i += 32 * U)
-    for (int u = 0; u < U; ++u)
-      for (int r = 0; r < R; ++r) {
+    UNROLL(8) for (int u = 0; u < U; ++u)
+    {
+      H a[M];
+      UNROLL(8) for (int m = 0; m < M; ++m) a[m] = hload(x + m * ld + i + 32 * u);
+      UNROLL(8) for (int r = 0; r < R; ++r) {
         const uint16_t* at = (const uint16_t*)(w + r * stride) + i + 32 * u;
+        H v = hload(at);
         if (PREFETCH) prefetch((const uint8_t*)at + PREFETCH);
-        for (int m = 0; m < M; ++m) acc[u][r][m] = dot_bf16(acc[u][r][m], at, x + m * ld + i + 32 * u);
+        UNROLL(8) for (int m = 0; m < M; ++m) acc[u][r][m] = dot_bf16(acc[u][r][m], v, a[m]);
       }
+    }
   for (; i < k; i += 32)
-    for (int r = 0; r < R; ++r) {
+    UNROLL(8) for (int r = 0; r < R; ++r) {
       uint16_t t[32] = {};
       __builtin_memcpy(t, w + r * stride + i * 2, (k - i < 32 ? k - i : 32) * 2);
-      for (int m = 0; m < M; ++m) acc[0][r][m] = dot_bf16(acc[0][r][m], t, x + m * ld + i);
+      UNROLL(8) for (int m = 0; m < M; ++m) acc[0][r][m] = dot_bf16(acc[0][r][m], hload(t), hload(x + m * ld + i));
     }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) {
+  UNROLL(8) for (int r = 0; r < R; ++r)
+    UNROLL(8) for (int m = 0; m < M; ++m) {
       F s = acc[0][r][m];
       for (int u = 1; u < U; ++u) s = add(s, acc[u][r][m]);
       c[m * TILE + r] = hsum(s);

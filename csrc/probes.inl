@@ -21,7 +21,7 @@ double peak(int kind, int64_t iterations) {
     if (kind == 1) {
       for (int64_t i = 0; i < iterations; ++i)
   UNROLL(16)
-        for (int n = 0; n < N; ++n) a[n] = dot_bf16(a[n], h, h);
+        for (int n = 0; n < N; ++n) a[n] = dot_bf16(a[n], hload(h), hload(h));
     } else {
       for (int64_t i = 0; i < iterations; ++i)
   UNROLL(16)

@@ -88,6 +88,7 @@ INLINE B low4(B v) {
 }
 INLINE B high4(B v) { return low4({_mm256_srli_epi16(v.a, 4), _mm256_srli_epi16(v.b, 4)}); }
 INLINE I iload1(const int32_t* p) { __m256i x = _mm256_set1_epi32(*p); return {x, x}; }
+INLINE I iadd(I a, I b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
 INLINE I izero() { __m256i x = _mm256_setzero_si256(); return {x, x}; }
 INLINE I times8(I v) { return {_mm256_slli_epi32(v.a, 3), _mm256_slli_epi32(v.b, 3)}; }
 INLINE __m256i quad(const int8_t* a) { return _mm256_set1_epi32(*(const int32_t*)a); }
@@ -126,8 +127,8 @@ INLINE I bits(B v, int shift, int mask) {
 }
 INLINE F nibble(B v, int shift) { return cvt(bits(v, shift, 15)); }
 INLINE F byte_(B v, int shift) { return cvt(bits(v, shift, 255)); }
-INLINE F dot_bf16(F acc, const uint16_t* w, const uint16_t* x) {
-  return fma(load_bf16(w + 16), load_bf16(x + 16), fma(load_bf16(w), load_bf16(x), acc));
-}
+struct H { F a, b; };
+INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
+INLINE F dot_bf16(F acc, H w, H x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 constexpr int PREFETCH = 8192;

@@ -53,6 +53,7 @@ INLINE B bload(const uint8_t* p) { return _mm512_loadu_si512(p); }
 INLINE B low4(B v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 INLINE B high4(B v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
 INLINE I iload1(const int32_t* p) { return _mm512_set1_epi32(*p); }
+INLINE I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
 INLINE I izero() { return _mm512_setzero_si512(); }
 // 16 rows x 4 columns against 4 activations; d4: values 0..15, d8: values stored +128
 INLINE D4 d4_begin(I start) { return start; }
@@ -69,9 +70,8 @@ INLINE F byte_(B v, int shift) {
   return cvt(_mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(255)));
 }
 // sum over 32 bf16 products, spread over the lanes in any way
-INLINE F dot_bf16(F acc, const uint16_t* w, const uint16_t* x) {
-  return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_loadu_si512(x));
-}
-#define HAS_BF16_DOT 1
+using H = __m512bh;
+INLINE H hload(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+INLINE F dot_bf16(F acc, H w, H x) { return _mm512_dpbf16_ps(acc, w, x); }
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 constexpr int PREFETCH = 8192;

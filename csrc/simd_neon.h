@@ -72,6 +72,7 @@ INLINE B bload(const uint8_t* p) { B r; QUADS r.v[i] = vld1q_u8(p + 16 * i); ret
 INLINE B low4(B b) { QUADS b.v[i] = vandq_u8(b.v[i], vdupq_n_u8(15)); return b; }
 INLINE B high4(B b) { QUADS b.v[i] = vshrq_n_u8(b.v[i], 4); return b; }
 INLINE I iload1(const int32_t* p) { I r; QUADS r.v[i] = vdupq_n_s32(*p); return r; }
+INLINE I iadd(I a, I b) { QUADS a.v[i] = vaddq_s32(a.v[i], b.v[i]); return a; }
 INLINE I izero() { I r; QUADS r.v[i] = vdupq_n_s32(0); return r; }
 INLINE I times8(I a) { QUADS a.v[i] = vshlq_n_s32(a.v[i], 3); return a; }
 INLINE int8x16_t quad(const int8_t* a) { return vreinterpretq_s8_s32(vdupq_n_s32(*(const int32_t*)a)); }
@@ -96,8 +97,8 @@ INLINE F bits(B b, int shift, uint32_t mask) {
 }
 INLINE F nibble(B b, int shift) { return bits(b, shift, 15); }
 INLINE F byte_(B b, int shift) { return bits(b, shift, 255); }
-INLINE F dot_bf16(F acc, const uint16_t* w, const uint16_t* x) {
-  return fma(load_bf16(w + 16), load_bf16(x + 16), fma(load_bf16(w), load_bf16(x), acc));
-}
+struct H { F a, b; };
+INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
+INLINE F dot_bf16(F acc, H w, H x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
 INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 constexpr int PREFETCH = 2048;

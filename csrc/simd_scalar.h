@@ -55,6 +55,7 @@ INLINE B bload(const uint8_t* p) { B r; std::memcpy(r.v, p, 64); return r; }
 INLINE B low4(B b) { for (int i = 0; i < 64; ++i) b.v[i] &= 15; return b; }
 INLINE B high4(B b) { for (int i = 0; i < 64; ++i) b.v[i] >>= 4; return b; }
 INLINE I iload1(const int32_t* p) { I r; LANES r.v[i] = *p; return r; }
+INLINE I iadd(I a, I b) { LANES a.v[i] += b.v[i]; return a; }
 INLINE I izero() { I r; LANES r.v[i] = 0; return r; }
 INLINE I times8(I a) { LANES a.v[i] *= 8; return a; }
 INLINE D4 d4_begin(I start) { return start; }
@@ -71,8 +72,8 @@ INLINE D8 d8_dot(D8 d, B w, const int8_t* a) {
 INLINE I d8_end(D8 d) { return d; }
 INLINE F nibble(B b, int shift) { F r; LANES r.v[i] = (float)(b.v[4 * i + shift / 8] >> (shift % 8) & 15); return r; }
 INLINE F byte_(B b, int shift) { F r; LANES r.v[i] = (float)b.v[4 * i + shift / 8]; return r; }
-INLINE F dot_bf16(F acc, const uint16_t* w, const uint16_t* x) {
-  return fma(load_bf16(w + 16), load_bf16(x + 16), fma(load_bf16(w), load_bf16(x), acc));
-}
+struct H { F a, b; };
+INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
+INLINE F dot_bf16(F acc, H w, H x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
 INLINE void prefetch(const void*) {}
 constexpr int PREFETCH = 0;
