@@ -64,7 +64,7 @@ struct Acts {
   uint16_t* bf16 = nullptr;     // [m][padded k]
   int8_t* q = nullptr;
   float* scale = nullptr;
-  int32_t* negsum = nullptr;    // minus the sum of the 32 quantised values
+  int32_t* negsum = nullptr;    // -128 times the sum of the 32 quantised values
   int32_t* negsum16 = nullptr;  // the same for halves of a group: [K/16][MR]
   float* sum = nullptr;         // scale * sum of the quantised values
 };

@@ -66,15 +66,20 @@ struct W6K {
 // One span (32 columns, or 16 for W6K) of NR tiles against MR tokens, added to acc.
 template <class W, int MR, int NR>
 INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, F (*acc)[MR]) {
-  // Few tokens: two chains of dots, so that one does not wait for the other's latency.
+  // Few tokens: low and high nibbles in two chains, so that one does not wait for the other's latency, and the high
+  // ones stay 16 times too large until their sum is shifted (where bytes are unsigned), which saves a shift a line.
   constexpr int CHAINS = MR * NR <= 4 ? 2 : 1;
+  constexpr bool LARGE = HIGH_IN_PLACE && CHAINS == 2;
   D4 d[CHAINS][NR][MR];
   I start[MR];
-  UNROLL(8) for (int m = 0; m < MR; ++m) start[m] = W::MINIMUM ? izero() : times8(iload1(x.negsum + g * MR + m));
+  UNROLL(8) for (int m = 0; m < MR; ++m) {
+    start[m] = W::MINIMUM ? izero() : iload1(x.negsum + g * MR + m);  // -128 sums: 8 of them 16 times too large
+    if (!LARGE && !W::MINIMUM) start[m] = sixteenth(start[m]);
+  }
   UNROLL(8) for (int n = 0; n < NR; ++n)
     UNROLL(8) for (int m = 0; m < MR; ++m) {
-      d[0][n][m] = d4_begin(start[m]);
-      d[CHAINS - 1][n][m] = d4_begin(CHAINS == 1 ? start[m] : izero());
+      d[0][n][m] = d4_begin(CHAINS == 1 ? start[m] : izero());
+      if (CHAINS == 2) d[CHAINS - 1][n][m] = d4_begin(start[m]);
     }
   UNROLL(4) for (int j = 0; j < 4; ++j) {
     B lo[NR], hi[NR];
@@ -83,7 +88,7 @@ INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& 
       B v = bload(line);
       if (PREFETCH) prefetch(line + PREFETCH);
       lo[n] = low4(v);
-      hi[n] = high4(v);
+      hi[n] = LARGE ? high4_large(v) : high4(v);
     }
     UNROLL(8) for (int m = 0; m < MR; ++m)
       UNROLL(8) for (int n = 0; n < NR; ++n) d[0][n][m] = d4_dot(d[0][n][m], lo[n], a + (j * MR + m) * 4);
@@ -93,8 +98,9 @@ INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& 
   UNROLL(8) for (int n = 0; n < NR; ++n) {
     F s = W::scale(p[n], h), lowest = W::MINIMUM ? W::minimum(p[n], h) : fzero();
     UNROLL(8) for (int m = 0; m < MR; ++m) {
-      I whole = d4_end(d[0][n][m], start[m]);
-      if (CHAINS == 2) whole = iadd(whole, d4_end(d[CHAINS - 1][n][m], izero()));
+      I whole = d4_end(d[CHAINS - 1][n][m], start[m]);
+      if (LARGE) whole = sixteenth(whole);
+      if (CHAINS == 2) whole = iadd(whole, d4_end(d[0][n][m], izero()));
       F t = mul(cvt(whole), s);
       F r = fma(t, fset(x.scale[g * MR + m]), acc[n][m]);
       acc[n][m] = W::MINIMUM ? fma(lowest, fset(x.sum[g * MR + m]), r) : r;

@@ -60,9 +60,9 @@ INLINE void quantize_group(const float* x, int8_t* q, int64_t step, float* scale
   for (int j = 0; j < 8; ++j) __builtin_memcpy(q + j * step, t + 4 * j, 4);
   int32_t sa = (int32_t)hsum(ra), sb = (int32_t)hsum(rb);
   *scale = amax / 127.0f;
-  *neg = -(sa + sb);
-  neg16[0] = -sa;
-  neg16[step16] = -sb;
+  *neg = -128 * (sa + sb);
+  neg16[0] = -128 * sa;
+  neg16[step16] = -128 * sb;
   *sum = *scale * (float)(sa + sb);
 }
 

@@ -87,21 +87,27 @@ INLINE B low4(B v) {
   return {_mm256_and_si256(v.a, m), _mm256_and_si256(v.b, m)};
 }
 INLINE B high4(B v) { return low4({_mm256_srli_epi16(v.a, 4), _mm256_srli_epi16(v.b, 4)}); }
+INLINE B high4_large(B v) {
+  __m256i m = _mm256_set1_epi8(15);
+  return {_mm256_andnot_si256(m, v.a), _mm256_andnot_si256(m, v.b)};
+}
 INLINE I iload1(const int32_t* p) { __m256i x = _mm256_set1_epi32(*p); return {x, x}; }
 INLINE I iadd(I a, I b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
 INLINE I izero() { __m256i x = _mm256_setzero_si256(); return {x, x}; }
-INLINE I times8(I v) { return {_mm256_slli_epi32(v.a, 3), _mm256_slli_epi32(v.b, 3)}; }
+INLINE I sixteenth(I v) { return {_mm256_srai_epi32(v.a, 4), _mm256_srai_epi32(v.b, 4)}; }
 INLINE __m256i quad(const int8_t* a) { return _mm256_set1_epi32(*(const int32_t*)a); }
 
 #ifdef __AVXVNNI__
+constexpr bool HIGH_IN_PLACE = true;
 INLINE __m256i vnni(__m256i d, __m256i u, __m256i s) { return _mm256_dpbusd_avx_epi32(d, u, s); }
 INLINE D4 d4_begin(I start) { return start; }
 INLINE D4 d4_dot(D4 d, B w, const int8_t* a) { __m256i x = quad(a); return {vnni(d.a, w.a, x), vnni(d.b, w.b, x)}; }
 INLINE I d4_end(D4 d, I) { return d; }
-INLINE D8 d8_begin(I n) { return {_mm256_slli_epi32(n.a, 7), _mm256_slli_epi32(n.b, 7)}; }
+INLINE D8 d8_begin(I start) { return start; }
 INLINE D8 d8_dot(D8 d, B w, const int8_t* a) { return d4_dot(d, w, a); }
 INLINE I d8_end(D8 d) { return d; }
 #else
+constexpr bool HIGH_IN_PLACE = false;
 INLINE D4 d4_begin(I) { return izero(); }
 INLINE D4 d4_dot(D4 d, B w, const int8_t* a) {
   __m256i x = quad(a);

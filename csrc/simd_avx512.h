@@ -52,15 +52,17 @@ INLINE void store_s8(int8_t* p, F v) {
 INLINE B bload(const uint8_t* p) { return _mm512_loadu_si512(p); }
 INLINE B low4(B v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 INLINE B high4(B v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+INLINE B high4_large(B v) { return _mm512_andnot_si512(_mm512_set1_epi8(15), v); }
 INLINE I iload1(const int32_t* p) { return _mm512_set1_epi32(*p); }
 INLINE I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
 INLINE I izero() { return _mm512_setzero_si512(); }
 // 16 rows x 4 columns against 4 activations; d4: values 0..15, d8: values stored +128
+constexpr bool HIGH_IN_PLACE = true;
 INLINE D4 d4_begin(I start) { return start; }
 INLINE D4 d4_dot(D4 d, B w, const int8_t* a) { return _mm512_dpbusd_epi32(d, w, iload1((const int32_t*)a)); }
 INLINE I d4_end(D4 d, I) { return d; }
-INLINE I times8(I v) { return _mm512_slli_epi32(v, 3); }
-INLINE D8 d8_begin(I negsum) { return _mm512_slli_epi32(negsum, 7); }
+INLINE I sixteenth(I v) { return _mm512_srai_epi32(v, 4); }
+INLINE D8 d8_begin(I start) { return start; }
 INLINE D8 d8_dot(D8 d, B w, const int8_t* a) { return _mm512_dpbusd_epi32(d, w, iload1((const int32_t*)a)); }
 INLINE I d8_end(D8 d) { return d; }
 INLINE F nibble(B v, int shift) {  // dword lane r: the nibble at bit `shift`

@@ -71,11 +71,13 @@ INLINE void store_s8(int8_t* p, F x) {
 INLINE B bload(const uint8_t* p) { B r; QUADS r.v[i] = vld1q_u8(p + 16 * i); return r; }
 INLINE B low4(B b) { QUADS b.v[i] = vandq_u8(b.v[i], vdupq_n_u8(15)); return b; }
 INLINE B high4(B b) { QUADS b.v[i] = vshrq_n_u8(b.v[i], 4); return b; }
+INLINE B high4_large(B b) { return b; }  // 240 is no positive signed byte: not used
 INLINE I iload1(const int32_t* p) { I r; QUADS r.v[i] = vdupq_n_s32(*p); return r; }
 INLINE I iadd(I a, I b) { QUADS a.v[i] = vaddq_s32(a.v[i], b.v[i]); return a; }
 INLINE I izero() { I r; QUADS r.v[i] = vdupq_n_s32(0); return r; }
-INLINE I times8(I a) { QUADS a.v[i] = vshlq_n_s32(a.v[i], 3); return a; }
+INLINE I sixteenth(I a) { QUADS a.v[i] = vshrq_n_s32(a.v[i], 4); return a; }
 INLINE int8x16_t quad(const int8_t* a) { return vreinterpretq_s8_s32(vdupq_n_s32(*(const int32_t*)a)); }
+constexpr bool HIGH_IN_PLACE = false;
 INLINE D4 d4_begin(I start) { return start; }
 INLINE D4 d4_dot(D4 d, B w, const int8_t* a) {
   int8x16_t x = quad(a);

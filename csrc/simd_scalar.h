@@ -54,10 +54,12 @@ INLINE void store_s8(int8_t* p, F x) { LANES p[i] = (int8_t)std::nearbyintf(x.v[
 INLINE B bload(const uint8_t* p) { B r; std::memcpy(r.v, p, 64); return r; }
 INLINE B low4(B b) { for (int i = 0; i < 64; ++i) b.v[i] &= 15; return b; }
 INLINE B high4(B b) { for (int i = 0; i < 64; ++i) b.v[i] >>= 4; return b; }
+INLINE B high4_large(B b) { for (int i = 0; i < 64; ++i) b.v[i] &= 240; return b; }
 INLINE I iload1(const int32_t* p) { I r; LANES r.v[i] = *p; return r; }
 INLINE I iadd(I a, I b) { LANES a.v[i] += b.v[i]; return a; }
 INLINE I izero() { I r; LANES r.v[i] = 0; return r; }
-INLINE I times8(I a) { LANES a.v[i] *= 8; return a; }
+INLINE I sixteenth(I a) { LANES a.v[i] >>= 4; return a; }
+constexpr bool HIGH_IN_PLACE = true;
 INLINE D4 d4_begin(I start) { return start; }
 INLINE D4 d4_dot(D4 d, B w, const int8_t* a) {
   LANES for (int c = 0; c < 4; ++c) d.v[i] += (int32_t)w.v[4 * i + c] * a[c];
