@@ -16,17 +16,18 @@ ROWS: dict[str, int] = {
     "attention": 4,
     "pretrained": 5,
     **dict.fromkeys(("model", "prepack", "lora"), 6),
-    **dict.fromkeys(("sampling", "processors", "stopping", "streamers", "cpu"), 7),
-    "checkpoint": 8,
-    **dict.fromkeys(("decoding", "beam", "speculative"), 9),
-    "generate": 10,
-    **dict.fromkeys(("auto", "engine"), 11),
-    **dict.fromkeys(("pipelines", "serve", "train", "evaluate"), 12),
-    "cli": 13,
+    **dict.fromkeys(("processors", "stopping", "streamers", "cpu"), 7),
+    **dict.fromkeys(("checkpoint", "sampling", "runner"), 8),
+    "request": 9,
+    **dict.fromkeys(("beam", "speculative"), 10),
+    "generate": 11,
+    **dict.fromkeys(("auto", "engine"), 12),
+    **dict.fromkeys(("pipelines", "serve", "train", "evaluate"), 13),
+    "cli": 14,
 }
 STRANGERS = {"quant": {"model"}, "model": {"quant"}}
 NO_TORCH = ("tokenizer", "config.py", "generation_config.py", "errors.py", "doors.py")
-DOORS = {
+UPWARD_DOORS = {
     ("config", "auto", "load_config"),
     ("pretrained", "checkpoint.load", "from_pretrained"),
     ("pretrained", "checkpoint.save", "save_pretrained"),
@@ -92,14 +93,17 @@ def test_no_torch_at_import(part: str) -> None:
         assert not [n for n in names if n.split(".")[0] == "torch"], f"{path} imports torch"
 
 
-def test_every_door_is_listed() -> None:
-    found = set()
+def test_every_upward_door_is_listed() -> None:
+    """A door may also delay a heavy module of its own row or below; upward ones are few and named here."""
+    upward = set()
     for path in FILES:
+        own = family(path)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "door":
                 module, name = (arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant))
-                found.add((family(path), module, name))
-    assert found == DOORS
+                if ROWS[module.split(".")[0]] > ROWS[own]:
+                    upward.add((own, module, name))
+    assert upward == UPWARD_DOORS
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

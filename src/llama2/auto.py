@@ -1,19 +1,20 @@
 """The Auto classes: the right class for a path, a GGUF file or a hub id. There is one architecture, so they are short.
 
-Nothing here imports torch before a model is asked for.
+Nothing here imports torch, or a tokenizer's packages, before a model or a tokenizer is asked for.
 """
 
 from pathlib import Path
 from typing import Any, ClassVar
 
-import llama2.tokenizer
 from llama2 import checkpoint
 from llama2.checkpoint.gguf import GgufFile, read_metadata
-from llama2.checkpoint.source import fetch_files, split_hub_options
+from llama2.checkpoint.source import fetch_files, override, split_hub_options
 from llama2.config import LlamaConfig
 from llama2.doors import door
-from llama2.errors import CheckpointError, InputError
+from llama2.errors import InputError
 
+_load_tokenizer = door("tokenizer", "load", "A tokenizer from files.")
+_gguf_tokenizer = door("tokenizer", "from_gguf", "A tokenizer from GGUF metadata.")
 _load_model = door("checkpoint.load", "from_pretrained_named", "A model from files.")
 _new_model = door("checkpoint.load", "from_config_named", "A model with fresh weights.")
 
@@ -23,26 +24,15 @@ def load_config(path: str | Path, *, gguf_file: str | None = None, **overrides: 
 
     Raises CheckpointError where there is none or where it is not of a Llama model.
     """
-    local = fetch_files(path, split_hub_options(overrides), "config") if gguf_file is None else Path(path) / gguf_file
-    if gguf := find_gguf(local):
+    local = fetch_files(path, split_hub_options(overrides), "config", gguf_file)
+    if gguf := checkpoint.find_gguf(local):
         config = GgufFile(gguf).config
     else:
         file = local / "config.json" if local.is_dir() else local
         fields = checkpoint.read_json(file)
         checkpoint.refuse_foreign(fields, file)
         config = LlamaConfig.from_dict(fields)
-    return LlamaConfig.from_dict(config.to_dict(), **overrides) if overrides else config
-
-
-def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that the path is, or that is the only model in the folder; None where there is none."""
-    if path.is_dir():
-        files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
-        return files[0] if len(files) == 1 else None
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file")
-    with path.open("rb") as file:
-        return path if file.read(4) == b"GGUF" else None
+    return override(config, overrides)
 
 
 class AutoConfig:
@@ -73,11 +63,10 @@ class AutoTokenizer:
         pretrained_model_name_or_path: str | Path, *, gguf_file: str | None = None, **kwargs: Any
     ) -> Any:
         """A tokenizer from a folder, a tokenizer file, a GGUF file or a hub id; other keywords are the tokenizer's."""
-        path = fetch_files(pretrained_model_name_or_path, split_hub_options(kwargs), "tokenizer")
-        gguf = find_gguf(path if gguf_file is None else path / gguf_file)
-        if gguf is not None:
-            return llama2.tokenizer.from_gguf(read_metadata(gguf), **kwargs)
-        return llama2.tokenizer.load(path, **kwargs)
+        path = fetch_files(pretrained_model_name_or_path, split_hub_options(kwargs), "tokenizer", gguf_file)
+        if gguf := checkpoint.find_gguf(path):
+            return _gguf_tokenizer(read_metadata(gguf), **kwargs)
+        return _load_tokenizer(path, **kwargs)
 
 
 class _AutoModel:

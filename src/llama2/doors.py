@@ -2,7 +2,8 @@
 
 Imports in this package point downward only, yet `transformers` users expect `LlamaForCausalLM.from_pretrained` and
 `model.generate` as methods. Such a method is a door: it names a function in a higher row, imports it at its first
-call, and holds no logic. `tests/test_architecture.py` lists every door; there is no other import inside a function.
+call, and holds no logic. A door also keeps a heavy module out of a start that does not need it.
+`tests/test_architecture.py` lists every upward door; there is no other own import inside a function.
 """
 
 from collections.abc import Callable

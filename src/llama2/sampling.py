@@ -341,6 +341,13 @@ class Sampler:
         target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 
+    def exponential(self, like_BV: Tensor) -> Tensor:
+        """Draws of Exp(1) in the shape of `like_BV`, each row from its own generator where there are seeds."""
+        if self._rows is None:
+            return torch.empty_like(like_BV).exponential_(generator=self.generator)
+        rows = [torch.empty(like_BV.shape[1], dtype=like_BV.dtype).exponential_(generator=g) for g in self._rows]
+        return torch.stack(rows).to(like_BV.device)
+
     def uniform(self) -> Tensor:
         """One number in [0, 1) a row, float64; one number in all without seeds."""
         if self._rows is None:

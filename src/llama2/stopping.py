@@ -40,16 +40,16 @@ class MaxLengthCriteria(StoppingCriteria):
 
 
 class MaxTimeCriteria(StoppingCriteria):
-    """Done `max_time` seconds after `initial_timestamp` (a time.monotonic() value; default: construction)."""
+    """Done `max_time` seconds after `initial_timestamp` (a time.time() value; default: construction)."""
 
     def __init__(self, max_time: float, initial_timestamp: float | None = None) -> None:
         if not max_time > 0:
             raise InputError(f"max_time is {max_time!r}; it must be a positive number of seconds")
         self.max_time = max_time
-        self.start = time.monotonic() if initial_timestamp is None else initial_timestamp
+        self.start = time.time() if initial_timestamp is None else initial_timestamp
 
     def __call__(self, input_ids: Tensor, scores: Any = None, **kwargs: Any) -> Tensor:
-        return _all_rows(input_ids, time.monotonic() - self.start > self.max_time)
+        return _all_rows(input_ids, time.time() - self.start > self.max_time)
 
 
 class EosTokenCriteria(StoppingCriteria):

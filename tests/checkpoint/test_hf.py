@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import llama2.checkpoint as checkpoint
 from llama2.checkpoint.hf import find_files, map_safetensors
+from llama2.checkpoint.load import in_single_threads
 from llama2.checkpoint.save import parse_size, plan_shards, save_pretrained, shard_names
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
@@ -556,3 +557,16 @@ def test_the_default_dtype_and_random_state_are_left_alone(saved: Path) -> None:
     state = torch.get_rng_state()
     LlamaForCausalLM.from_pretrained(saved, dtype="bfloat16")
     assert torch.get_default_dtype() == torch.float32 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_threads_keep_order_and_the_process_keeps_its_number() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        names = [str(n) for n in range(40)]
+        read = list(in_single_threads(lambda n: torch.tensor([int(n), torch.get_num_threads()]), names))
+        assert [t[0].item() for t in read] == list(range(40))
+        assert {t[1].item() for t in read} == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

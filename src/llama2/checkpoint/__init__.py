@@ -20,7 +20,7 @@ from llama2.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "RawTensor", "Stored", "open", "read_json", "refuse_foreign"]
+__all__ = ["Checkpoint", "RawTensor", "Stored", "find_gguf", "open", "read_json", "refuse_foreign"]
 
 
 class Stored(NamedTuple):
@@ -137,21 +137,32 @@ def open(
     return _FORMATS["hf"](path, use_safetensors=use_safetensors, variant=variant, weights_only=weights_only)
 
 
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that the path is, or that is the only model of the folder; None where there is none."""
+    if path.is_dir():
+        files = [] if (path / "config.json").exists() else list(path.glob("*.gguf"))
+        return files[0] if len(files) == 1 else None
+    try:
+        with path.open("rb") as file:
+            return path if file.read(4) == b"GGUF" else None
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file") from error
+
+
 def _sniff_folder(folder: Path) -> tuple[Path, str]:
     if (folder / "config.json").exists():
         return folder, "hf"
+    if gguf := find_gguf(folder):
+        return gguf, _sniff_file(gguf)
     if (folder / "params.json").exists():
         raise CheckpointError(
             f"{folder} holds Meta's original format (params.json), which this version does not read; "
             "give the converted folder, the one that holds config.json"
         )
-    gguf = sorted(folder.glob("*.gguf"))
-    if len(gguf) == 1:
-        return gguf[0], _sniff_file(gguf[0])
-    if gguf:
+    if several := sorted(folder.glob("*.gguf")):
         raise CheckpointError(
-            f"{folder} holds {len(gguf)} GGUF files and no config.json; choose one with gguf_file=, "
-            f"such as {gguf[0].name!r}"
+            f"{folder} holds {len(several)} GGUF files and no config.json; choose one with gguf_file=, "
+            f"such as {several[0].name!r}"
         )
     return folder, "hf"
 

@@ -1,9 +1,10 @@
 """from_pretrained: build on meta, take each tensor from the memory map, demand exact coverage."""
 
 import copy
-import difflib
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 import llama2.model
 from llama2.checkpoint import Checkpoint, Stored
 from llama2.checkpoint.hf import CODES
-from llama2.checkpoint.source import open_source, split_hub_options
+from llama2.checkpoint.source import open_source, override, split_hub_options
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.generation_config import GenerationConfig
@@ -32,8 +33,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
 _WEIGHT_TYPES = {"F64", *ggml.TYPES}
-# Nothing to do for these here: weights are always mapped, nothing is offloaded, no remote code ever runs.
-_ALWAYS = ("low_cpu_mem_usage", "trust_remote_code")
 _NOT_YET = ("quantization_config", "load_in_4bit", "load_in_8bit")
 
 
@@ -178,8 +177,7 @@ def resolve_device(device_map: Any) -> torch.device:
 
 
 def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
-    for key in _ALWAYS:
-        kwargs.pop(key, None)
+    kwargs.pop("low_cpu_mem_usage", None)  # always so: weights are mapped and assigned
     for key in _NOT_YET:
         if kwargs.pop(key, None):
             raise InputError(
@@ -213,29 +211,6 @@ def _configure(
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     return config
-
-
-def override(config: LlamaConfig, fields: Mapping[str, Any]) -> LlamaConfig:
-    """The configuration with these fields replaced. Raises InputError for a keyword that is no field."""
-    if not fields:
-        return config
-    unknown = [key for key in fields if not hasattr(config, key) or key.startswith("_")]
-    if unknown:
-        known = [key for key in dir(config) if not key.startswith("_")]
-        close = [
-            f"{key} (did you mean {near[0]}?)" for key in unknown if (near := difflib.get_close_matches(key, known))
-        ]
-        raise InputError(
-            f"from_pretrained does not know {', '.join(map(repr, unknown))}: neither its arguments nor fields of the "
-            f"configuration{'; ' + '; '.join(close) if close else ''}"
-        )
-    stored = config.to_dict()
-    if {"num_labels", "id2label"} & set(fields):
-        stored.pop("id2label", None)
-        stored.pop("label2id", None)
-    changed = type(config).from_dict(stored, **fields)
-    changed._attn_implementation = config._attn_implementation
-    return changed
 
 
 def _generation_config(source: Checkpoint | None, config: LlamaConfig) -> GenerationConfig:
@@ -404,9 +379,12 @@ def fill(model: PreTrainedModel, weights: Weights, report: Report, dtype: torch.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
     by_name = {name: names for names in shared.values() for name in names}
-    for name, file_name in report.found.items():
-        old = model.get_parameter(name)
-        new = nn.Parameter(weights.read(file_name, dtype).to(device), requires_grad=old.requires_grad)
+
+    def read(name: str) -> Tensor:
+        return weights.read(report.found[name], dtype).to(device)
+
+    for name, tensor in zip(report.found, in_single_threads(read, report.found), strict=True):
+        new = nn.Parameter(tensor, requires_grad=model.get_parameter(name).requires_grad)
         for alias in by_name[name]:
             module_name, _, leaf = alias.rpartition(".")
             model.get_submodule(module_name)._parameters[leaf] = new
@@ -414,3 +392,26 @@ def fill(model: PreTrainedModel, weights: Weights, report: Report, dtype: torch.
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise CheckpointError(f"{name} of {type(model).__name__} is stored in no checkpoint and has no value")
+
+
+def in_single_threads(read: Callable[[str], Tensor], names: Iterable[str]) -> Iterator[Tensor]:
+    """read(name) for each name, in order, on as many Python threads as torch has, each computing on its own.
+
+    Dequantising a file is thousands of short operations. Spread over OpenMP threads each one waits for the slowest
+    core; on a busy machine that made a load of 0.4 s take 2 to 30 s (docs/LOG.md).
+    """
+    count = torch.get_num_threads()
+    if count == 1:
+        yield from map(read, names)
+        return
+    barrier = threading.Barrier(count)
+
+    def compute_alone(_: int) -> None:
+        torch.get_num_threads()  # a thread takes over the process's number at its first call, so let that pass
+        torch.set_num_threads(1)
+        barrier.wait()
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(compute_alone, range(count)))
+        torch.set_num_threads(count)  # for threads to come; the workers keep 1
+        yield from pool.map(read, names)

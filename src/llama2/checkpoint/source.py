@@ -1,13 +1,15 @@
 """From what a user writes, a path or a hub id, to an open checkpoint. No torch here."""
 
+import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import llama2.checkpoint as checkpoint
+from llama2.config import LlamaConfig
 from llama2.doors import door
-from llama2.errors import CheckpointError
+from llama2.errors import CheckpointError, InputError
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
@@ -36,20 +38,15 @@ def local_path(name: str | Path, subfolder: str = "") -> Path | None:
 
 
 def split_hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Takes the hub settings out of `kwargs`."""
+    """Takes the hub settings out of `kwargs`. Downloads always resume and remote code never runs, so those go too."""
+    for key in ("trust_remote_code", "resume_download"):
+        kwargs.pop(key, None)
+    if (old_name := kwargs.pop("use_auth_token", None)) is not None:
+        kwargs.setdefault("token", old_name)
     return {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
 
 
-def fetch_files(name: str | Path, hub: Mapping[str, Any], kind: str) -> Path:
-    """The local path, or a folder with the files of one kind from the hub: "config" or "tokenizer"."""
-    found = local_path(name, hub.get("subfolder", ""))
-    if found is not None:
-        return found
-    fetched: Path = _fetch(str(name), _options(**hub), PATTERNS[kind])
-    return fetched
-
-
-PATTERNS: dict[str, tuple[str, ...]] = {
+_PATTERNS: dict[str, tuple[str, ...]] = {
     "config": ("config.json", "generation_config.json", "params.json"),
     "tokenizer": (
         "config.json",
@@ -61,6 +58,17 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "chat_template*",
     ),
 }
+
+
+def fetch_files(name: str | Path, hub: Mapping[str, Any], kind: str, gguf_file: str | None = None) -> Path:
+    """The local path of what describes a model ("config") or a tokenizer ("tokenizer"), fetched if need be.
+
+    With `gguf_file` that file and nothing else.
+    """
+    found = local_path(name, hub.get("subfolder", ""))
+    if found is None:
+        found = _fetch(str(name), _options(**hub), _PATTERNS[kind] if gguf_file is None else (gguf_file,))
+    return found if gguf_file is None else found / gguf_file
 
 
 def open_source(
@@ -79,3 +87,25 @@ def open_source(
     return checkpoint.open(
         path, use_safetensors=use_safetensors, variant=variant, weights_only=weights_only, gguf_file=gguf_file
     )
+
+
+def override(config: LlamaConfig, fields: Mapping[str, Any]) -> LlamaConfig:
+    """The configuration with these fields replaced. Raises InputError for a keyword that is no field."""
+    if not fields:
+        return config
+    known = {key for key in dir(config) if not key.startswith("_") and not callable(getattr(config, key))}
+    if unknown := [key for key in fields if key not in known]:
+        close = [
+            f"{key} (did you mean {near[0]}?)" for key in unknown if (near := difflib.get_close_matches(key, known))
+        ]
+        raise InputError(
+            f"from_pretrained does not know {', '.join(map(repr, unknown))}: neither its arguments nor fields of the "
+            f"configuration{'; ' + '; '.join(close) if close else ''}"
+        )
+    stored = config.to_dict()
+    if {"num_labels", "id2label"} & set(fields):
+        stored.pop("id2label", None)
+        stored.pop("label2id", None)
+    changed = type(config).from_dict(stored, **fields)
+    changed._attn_implementation = config._attn_implementation
+    return changed

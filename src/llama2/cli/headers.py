@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2 import checkpoint
-from llama2.auto import find_gguf, load_config
+from llama2.auto import load_config
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.source import local_path
 from llama2.config import PRESETS, LlamaConfig
@@ -82,7 +82,7 @@ def read(model: str) -> Headers:
         raise CheckpointError(f"{error}; `info` also knows the presets {', '.join(PRESETS)}") from error
     if path is None:
         return Headers(model, "hub repository (configuration only; no weights were fetched)", load_config(model))
-    gguf = find_gguf(path)
+    gguf = checkpoint.find_gguf(path)
     return _gguf(gguf) if gguf is not None else _folder(path)
 
 

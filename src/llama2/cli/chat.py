@@ -1,0 +1,224 @@
+"""`llama2 chat`: a conversation at the terminal, or over a pipe."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from llama2.cli import explain, terminal
+from llama2.cli.args import nearest, option
+from llama2.cli.conversation import Conversation, Turn, render
+from llama2.cli.loading import RunOptions, load, model_path
+from llama2.cli.sampling import SamplingOptions
+from llama2.errors import InputError, Llama2Error
+
+_SETTINGS = [f.name for f in fields(SamplingOptions) if f.name not in ("greedy", "stop")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SamplingOptions, RunOptions):
+    """Talk with a model. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, leaves; /help lists the
+    commands. A line that ends with a backslash goes on in the next; three double quotes on a line of their own begin
+    and end a message of several lines. Without a terminal each line of the standard input is a message."""
+
+    system: str | None = option(None, "the system message, which stays when old turns are dropped")
+    load: str | None = option(None, "go on with a conversation that /save wrote", metavar="FILE")
+
+
+def run(options: Options) -> int:
+    """Runs the command."""
+    options.settings()
+    conversation = _start(options)
+    path = model_path(options.model)
+    if terminal.interactive():
+        terminal.notice(f"loading {Path(path).name} ...")
+        import readline  # noqa: F401 - gives input() editing and history
+    model, tokenizer = load(options)
+    from llama2.cli.speaker import Speaker
+
+    render(tokenizer, [{"role": "user", "content": "hello"}])  # a model without a template is refused before talking
+    return Chat(Speaker(model, tokenizer), conversation, options).loop()
+
+
+def _start(options: Options) -> Conversation:
+    conversation = Conversation() if options.load is None else Conversation.load(Path(options.load))
+    if options.system is not None:
+        conversation.system = options.system
+    return conversation
+
+
+class Chat:
+    """The loop: read, run a command or answer, until the end of the input."""
+
+    def __init__(self, speaker: Any, conversation: Conversation, options: Options) -> None:
+        self.speaker, self.conversation, self.options = speaker, conversation, options
+        self._answers = 0
+        self._failed = False
+
+    def loop(self) -> int:
+        """Talks until the end; 0, or 2 where a message of a pipe failed."""
+        if terminal.interactive():
+            config = self.speaker.model.config
+            terminal.notice(
+                f"{config.num_parameters / 1e6:,.0f}M parameters, {self.speaker.model.dtype}, "
+                f"context {config.max_position_embeddings:,}. /help lists the commands, Ctrl-D leaves"
+            )
+        if self.conversation.turns and self.conversation.turns[-1].answer is None:
+            self._guarded(self._answer)
+        while (message := self._read()) is not None:
+            if message.startswith("/") and "\n" not in message:
+                if message.split()[0] in ("/exit", "/quit"):
+                    break
+                self._guarded(self._command, message)
+            elif message.strip():
+                self._guarded(self.tell, message)
+        return 2 if self._failed and not terminal.interactive() else 0
+
+    def _read(self) -> str | None:
+        """The next message; None at the end of the input and at the second Ctrl-C."""
+        warned = False
+        while True:
+            try:
+                return terminal.read_message(terminal.read_line)
+            except EOFError:
+                if terminal.interactive():
+                    print()
+                return None
+            except KeyboardInterrupt:
+                print()
+                if warned or not terminal.interactive():
+                    return None
+                warned = True
+                terminal.notice("Ctrl-C again or Ctrl-D leaves")
+
+    def _guarded(self, act: Callable[..., None], *args: str) -> None:
+        try:
+            act(*args)
+        except (Llama2Error, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            self._failed = True
+            terminal.notice(f"llama2: {explain(error)}")
+
+    # -- talking -------------------------------------------------------------------------------------------------
+
+    def tell(self, message: str) -> None:
+        """One turn. A message that cannot be answered leaves no trace."""
+        self.conversation.turns.append(Turn(message))
+        try:
+            self._answer()
+        except BaseException:
+            self.conversation.turns.pop()
+            raise
+
+    def _answer(self) -> None:
+        settings = self.options.settings()
+        context = self.speaker.context
+        reserve = 0 if context is None else min(self.options.max_new_tokens, context // 4)
+        ids, dropped = self.conversation.fit(self.speaker.tokenizer, context, reserve)
+        if dropped:
+            terminal.notice(f"[the context of {context} tokens is full: the {dropped} oldest turns were dropped]")
+        seed = None if self.options.seed is None else self.options.seed + self._answers
+        self._answers += 1
+        with terminal.Interrupt() as interrupt:
+            try:
+                answer = self.speaker.say(ids, settings, terminal.write, seed=seed, stopped=lambda: interrupt.requested)
+            except KeyboardInterrupt:  # the second Ctrl-C: the step that was running is lost, and the turn with it
+                terminal.write("\n")
+                raise InputError("interrupted before the answer was complete; the message was taken back") from None
+        if not answer.text.endswith("\n"):
+            terminal.write("\n")
+        self.conversation.turns[-1].answer = answer.text
+        terminal.notice(f"[{answer.speed()}]")
+
+    # -- commands ------------------------------------------------------------------------------------------------
+
+    def _command(self, line: str) -> None:
+        word, _, argument = line[1:].partition(" ")
+        name = word.replace("-", "_")
+        if name in _SETTINGS:
+            return self._set(name, argument.strip())
+        if word not in COMMANDS:
+            known = [f"/{known}" for known in (*COMMANDS, *_SETTINGS, "exit")]
+            hint = nearest("/" + name, known) or "; /help lists them"
+            raise InputError(f"there is no command /{word}{hint}. To say it to the model, put a space in front")
+        return COMMANDS[word][1](self, argument.strip())
+
+    def _help(self, _: str) -> None:
+        rows = [f"  {usage:<16}{text}" for usage, _, text in COMMANDS.values()]
+        rows += ["  /exit           leave (Ctrl-D too)"]
+        settings = ", ".join(f"/{name.replace('_', '-')} X" for name in _SETTINGS)
+        print("\n".join([*rows, f"  {settings}", "                  change a setting; without X, show it"]))
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.conversation.system = None if text == "off" else text
+        print(f"system: {self.conversation.system or '(none)'}")
+
+    def _reset(self, _: str) -> None:
+        self.conversation.turns.clear()
+        print("the conversation is empty")
+
+    def _undo(self, _: str) -> None:
+        if not self.conversation.turns:
+            raise InputError("there is no turn to take back")
+        print(f"taken back: {self.conversation.turns.pop().user}")
+
+    def _retry(self, _: str) -> None:
+        if not self.conversation.turns:
+            raise InputError("there is no answer to try again")
+        before = self.conversation.turns[-1].answer
+        self.conversation.turns[-1].answer = None
+        try:
+            self._answer()
+        except BaseException:
+            self.conversation.turns[-1].answer = before
+            raise
+
+    def _save(self, file: str) -> None:
+        if not file:
+            raise InputError("/save needs a file name")
+        self.conversation.save(Path(file).expanduser())
+        print(f"saved {len(self.conversation.turns)} turns to {file}")
+
+    def _load(self, file: str) -> None:
+        if not file:
+            raise InputError("/load needs a file name")
+        self.conversation = Conversation.load(Path(file).expanduser())
+        print(f"loaded {len(self.conversation.turns)} turns from {file}")
+        if self.conversation.turns and self.conversation.turns[-1].answer is None:
+            self._answer()
+
+    def _set(self, name: str, text: str) -> None:
+        if text:
+            kind = next(t for t in (int, float) if t in _parts(get_type_hints(SamplingOptions)[name]))
+            try:
+                value = kind(text)
+            except ValueError:
+                raise InputError(f"/{name.replace('_', '-')} takes a number, not {text!r}") from None
+            changed: dict[str, Any] = {name: value}
+            if name == "temperature":
+                changed["greedy"] = False
+                if value == 0:  # the choice is no longer random: what only shapes it must go
+                    changed |= {"top_p": None, "top_k": None, "min_p": None}
+            options = replace(self.options, **changed)
+            options.settings()  # refuses what cannot work before it is kept
+            self.options = options
+        value = getattr(self.options, name)
+        print(f"{name.replace('_', '-')}: {'as the model says' if value is None else value}")
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__args__", (hint,))
+
+
+# name -> (usage, what it does, help)
+COMMANDS: dict[str, tuple[str, Callable[[Chat, str], None], str]] = {
+    "help": ("/help", Chat._help, "this list"),
+    "system": ("/system [TEXT]", Chat._system, "set the system message (`off` removes it), or show it"),
+    "reset": ("/reset", Chat._reset, "forget the conversation, keep the system message"),
+    "undo": ("/undo", Chat._undo, "take back the last turn"),
+    "retry": ("/retry", Chat._retry, "another answer to the last message"),
+    "save": ("/save FILE", Chat._save, "write the conversation as JSON"),
+    "load": ("/load FILE", Chat._load, "go on with a saved conversation"),
+}

@@ -1,0 +1,100 @@
+"""A conversation: who said what, as messages, as token ids that fit the context, as a file. No torch, no terminal."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama2.errors import InputError
+
+Message = dict[str, str]
+
+
+def render(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """The ids of a conversation whose next words are the model's. Raises InputError without a chat template."""
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "this model has no chat template: it continues text and was not trained to answer. Use `llama2 generate`, "
+            "or give -m with a chat model"
+        )
+    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+@dataclass
+class Turn:
+    """What the user said and, once it is there, the answer."""
+
+    user: str
+    answer: str | None = None
+
+
+@dataclass
+class Conversation:
+    """Turns under an optional system prompt. Only the last turn may lack its answer."""
+
+    system: str | None = None
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def messages(self) -> list[Message]:
+        """As chat templates take them."""
+        found = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for turn in self.turns:
+            found.append({"role": "user", "content": turn.user})
+            if turn.answer is not None:
+                found.append({"role": "assistant", "content": turn.answer})
+        return found
+
+    def fit(self, tokenizer: Any, context: int | None, reserve: int) -> tuple[list[int], int]:
+        """The ids of all messages, and how many of the oldest turns were dropped to leave `reserve` tokens free.
+
+        Once turns must go, enough go to leave a quarter free: else the next message would drop one again, and each
+        drop costs the cache everything behind the system prompt. The last turn always stays.
+        """
+        ids, dropped = render(tokenizer, self.messages), 0
+        room = None if context is None else context - reserve
+        if room is None or len(ids) <= room:
+            return ids, 0
+        while len(ids) > room * 3 // 4 and len(self.turns) > 1:
+            del self.turns[0]
+            dropped += 1
+            ids = render(tokenizer, self.messages)
+        return ids, dropped
+
+    def save(self, path: Path) -> None:
+        """Writes the messages as JSON."""
+        path.write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Conversation":
+        """Reads what `save` wrote. Raises InputError for anything else, OSError where there is no file."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is not a saved conversation ({error}); /save writes one") from error
+        return cls.from_messages(content, str(path))
+
+    @classmethod
+    def from_messages(cls, messages: Any, where: str) -> "Conversation":
+        """The conversation of a list of messages: [system], then user and assistant in turn, ending with either."""
+        good = isinstance(messages, list) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        if not good:
+            raise InputError(f'{where} must hold a JSON list of {{"role": ..., "content": ...}} with texts in both')
+        rest = list(messages)
+        conversation = cls(rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else None)
+        for i, message in enumerate(rest):
+            wanted = ("user", "assistant")[i % 2]
+            if message["role"] != wanted:
+                raise InputError(
+                    f"{where}: message {i + 1} behind the system prompt is by {message['role']!r}; "
+                    f"user and assistant alternate, so it must be by {wanted!r}"
+                )
+            if wanted == "user":
+                conversation.turns.append(Turn(message["content"]))
+            else:
+                conversation.turns[-1].answer = message["content"]
+        return conversation

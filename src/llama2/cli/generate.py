@@ -1,0 +1,67 @@
+"""`llama2 generate`: continue one prompt."""
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llama2.cli import terminal
+from llama2.cli.args import option
+from llama2.cli.loading import RunOptions, load
+from llama2.cli.sampling import SamplingOptions
+from llama2.errors import InputError
+
+if TYPE_CHECKING:
+    from llama2.cli.speaker import Answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SamplingOptions, RunOptions):
+    """Continue a prompt, or answer it with --chat. The text goes to the standard output as it comes, the speed to the
+    standard error."""
+
+    prompt: tuple[str, ...] = option(
+        (), "the prompt, several words joined by spaces; - reads the standard input", metavar="PROMPT", positional=True
+    )
+    chat: bool = option(False, "put the prompt into the model's chat template, as a message to be answered")
+    system: str | None = option(None, "with --chat: the system message")
+
+
+def run(options: Options) -> int:
+    """Runs the command."""
+    settings = options.settings()
+    prompt = _prompt(options)
+    began = time.perf_counter()
+    model, tokenizer = load(options)
+    from llama2.cli.speaker import Speaker
+
+    loaded = time.perf_counter() - began
+    ids = _encode(prompt, options, tokenizer)
+    answer = Speaker(model, tokenizer).say(ids, settings, terminal.write, seed=options.seed)
+    if not answer.text.endswith("\n"):
+        terminal.write("\n")
+    terminal.notice(_speed_line(answer, loaded))
+    return 0
+
+
+def _prompt(options: Options) -> str:
+    if options.system is not None and not options.chat:
+        raise InputError("--system is a message of a chat template; add --chat, or put the text into the prompt")
+    prompt = sys.stdin.read() if options.prompt == ("-",) else " ".join(options.prompt)
+    if not prompt.strip():
+        raise InputError("the prompt is empty; add text to the command, or - to read the standard input")
+    return prompt
+
+
+def _encode(prompt: str, options: Options, tokenizer: Any) -> list[int]:
+    if not options.chat:
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        return ids
+    from llama2.cli.conversation import render
+
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    return render(tokenizer, [*system, {"role": "user", "content": prompt}])
+
+
+def _speed_line(answer: "Answer", loaded: float) -> str:
+    return f"[model loaded in {loaded:.2f} s; {answer.speed()}]"

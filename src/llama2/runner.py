@@ -1,0 +1,101 @@
+"""The only way generation talks to a network: feed new tokens of some rows over a cache, get logits back.
+
+B rows, T new tokens, S cached and new positions, V vocabulary.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llama2.cache import DynamicCache, StaticCache
+from llama2.errors import InputError
+
+RUNNERS = ("auto", "torch")
+
+
+class Runner(Protocol):
+    """Runs the network. An implementation other than torch fits behind this without a change above it."""
+
+    def new_cache(self, kind: str | None, rows: int, length: int) -> Any:
+        """An empty cache ("dynamic" or None, "static") for `rows` rows and at most `length` positions."""
+
+    def step(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: Any, keep: int = 1) -> Tensor:
+        """Logits (B, keep, V) of the last `keep` new tokens, in a tensor that later calls leave alone.
+
+        tokens: ids (B, T), or embeddings (B, T, D). positions (B | 1, T) start at 0. mask_BS: True = a real token,
+        None where all are. cache: from `new_cache`, grown by this call; None runs without.
+        """
+
+
+class TorchRunner:
+    """The torch module itself, on whatever device it is."""
+
+    def __init__(self, model: Any, attentions: bool = False, hidden_states: bool = False) -> None:
+        self.model = model
+        self._extra = {
+            name: True
+            for name, wanted in (("output_attentions", attentions), ("output_hidden_states", hidden_states))
+            if wanted
+        }
+        self.attentions: tuple[Tensor, ...] | None = None  # of the last step
+        self.hidden_states: tuple[Tensor, ...] | None = None
+
+    def new_cache(self, kind: str | None, rows: int, length: int) -> Any:
+        """As Runner.new_cache."""
+        if kind == "static":
+            return StaticCache(
+                self.model.config,
+                batch_size=rows,
+                max_cache_len=length,
+                device=self.model.device,
+                dtype=self.model.dtype,
+            )
+        return DynamicCache()
+
+    def step(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: Any, keep: int = 1) -> Tensor:
+        """As Runner.step."""
+        output = self.model(
+            **{"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens},
+            attention_mask=mask_BS,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=keep,
+            return_dict=True,
+            **self._extra,
+        )
+        self.attentions, self.hidden_states = output.attentions, output.hidden_states
+        logits: Tensor = output.logits
+        return logits
+
+
+def make_runner(runner: str | Runner, model: Any, attentions: bool, hidden_states: bool) -> Runner:
+    """The runner called `runner`, or the object itself."""
+    if not isinstance(runner, str):
+        if attentions or hidden_states:
+            raise InputError("output_attentions and output_hidden_states need runner='torch', which alone has them")
+        return runner
+    if runner not in RUNNERS:
+        raise InputError(f"runner is {runner!r}; it must be one of {', '.join(RUNNERS)}")
+    return TorchRunner(model, attentions, hidden_states)
+
+
+def invalid_logits(raw_BV: Tensor, scores_BV: Tensor, rows: Tensor, step: int) -> InputError:
+    """The error for rows whose scores leave nothing to pick: was it the network or the settings?"""
+    names = rows.nonzero().flatten().tolist()
+    raw = raw_BV[rows]
+    if bool(raw.isnan().any()) or bool((raw == torch.inf).any()):
+        return InputError(
+            f"the model's logits hold NaN or inf in row {names} at new token {step}, so no probability tensor can be "
+            "made of them: float16 overflows where bfloat16 does not, so load with dtype=torch.bfloat16 or float32; "
+            "otherwise the weights are damaged. remove_invalid_values=True hides it"
+        )
+    if bool((scores_BV[rows] == -torch.inf).all()):
+        return InputError(
+            f"every token is forbidden in row {names} at new token {step}: the bans and constraints (bad_words_ids, "
+            "suppress_tokens, no_repeat_ngram_size, min_length, processors) leave none; relax one of them"
+        )
+    return InputError(
+        f"a logits processor made NaN or inf in row {names} at new token {step}; the model's logits were finite"
+    )

@@ -1,0 +1,372 @@
+"""Chat templates: Jinja in a sandbox, the Llama 2 template, loss masks, and prompts safe from user text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from llama2.errors import TokenizerError
+from llama2.tokenizer.added import TokenMatcher
+from llama2.tokenizer.special import SpecialTokens
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]
+
+# Meta's chat format (llama/generation.py): ids are those of encode("[INST] q [/INST] a ", bos, eos) a turn.
+LLAMA2_CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set turns = messages[1:] %}"
+    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}"
+    "{% for message in turns %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% set content = (system if loop.first else '') + message['content'] %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles may follow the system message') }}{% endif %}"
+    "{% endfor %}"
+)
+LLAMA2_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+
+class ChatPrompt(str):
+    """A rendered chat. It has its special tokens already: a tokenizer call adds none to it."""
+
+    __slots__ = ()
+
+
+class ChatTemplates(SpecialTokens):
+    """Mixin of both classes: apply_chat_template."""
+
+    chat_template: str | dict[str, str] | None
+    _encode_parts: Callable[[Sequence[str | int]], list[int]]
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The template to use: the one given, or by its name, or the tokenizer's own ("tool_use" where tools are)."""
+        own = self.chat_template
+        if isinstance(own, dict):
+            if chat_template is not None:
+                return own.get(chat_template, chat_template)
+            name = "tool_use" if tools is not None and "tool_use" in own else "default"
+            if name not in own:
+                raise TokenizerError(f"this tokenizer has the templates {', '.join(own)}; name one in chat_template=")
+            return own[name]
+        if chat_template is not None:
+            return chat_template
+        if own is None:
+            raise TokenizerError(
+                "this tokenizer has no chat template: set tokenizer.chat_template, or pass chat_template= "
+                "(llama2.tokenizer.LLAMA2_CHAT_TEMPLATE is that of Llama-2-chat)"
+            )
+        return own
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        safe: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """A conversation, or a list of them, as a prompt: ids, or text with tokenize=False; kwargs go to the template.
+
+        return_dict gives a BatchEncoding; with return_assistant_tokens_mask it has `assistant_masks`, 1 on the answers
+        and the token that ends each. safe=True: special-token strings in messages are plain text, and the markers of
+        the Llama 2 format ([INST], <<SYS>>, ...) in them are refused, as Meta's code does.
+        """
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise TokenizerError(f"a conversation is a non-empty list of messages, got {conversation!r}")
+        batched = isinstance(conversation[0], (list, tuple))
+        chats = [_checked(chat) for chat in (conversation if batched else [conversation])]
+        if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
+            other = "add_generation_prompt" if add_generation_prompt else "return_assistant_tokens_mask"
+            raise TokenizerError(f"continue_final_message and {other} exclude each other; pass one")
+        if return_assistant_tokens_mask and not (return_dict and tokenize):
+            raise TokenizerError("return_assistant_tokens_mask=True needs return_dict=True and tokenize=True")
+        renderer = _Renderer(self, self.get_chat_template(chat_template, tools), tools, documents, kwargs)
+        cut = _continued if continue_final_message else _whole
+        texts = [cut(renderer, chat, add_generation_prompt) for chat in chats]
+        if not tokenize:
+            if safe:
+                raise TokenizerError("safe=True needs tokenize=True: in a text, injected tokens cannot be told apart")
+            prompts = [ChatPrompt(text) for text in texts]
+            return prompts if batched else prompts[0]
+        options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(tokenizer_kwargs or {})}
+        rows = [
+            self._encode_safely(renderer, chat, text, add_generation_prompt) if safe else None
+            for chat, text in zip(chats, texts)
+        ]
+        masks = None
+        if return_assistant_tokens_mask:
+            masks = [renderer.answers(chat, text, add_generation_prompt) for chat, text in zip(chats, texts)]
+        result = self._encode_chats(texts, rows, masks, options, return_tensors, batched)
+        return result if return_dict else result["input_ids"]
+
+    def _encode_chats(
+        self,
+        texts: list[str],
+        rows: list[list[int] | None],
+        spans: list[list[Span]] | None,
+        options: dict[str, Any],
+        tensors: str | None,
+        batched: bool,
+    ) -> Any:
+        tok: Any = self
+        encoded: dict[str, list[Any]] = {}
+        for i, text in enumerate(texts):
+            given = rows[i]
+            if given is not None and spans is not None:
+                raise TokenizerError("safe=True and return_assistant_tokens_mask=True exclude each other; pass one")
+            limits = {k: v for k, v in options.items() if k not in ("padding", "pad_to_multiple_of", "padding_side")}
+            if given is None:
+                row = tok(text, add_special_tokens=False, return_offsets_mapping=spans is not None, **limits)
+            else:
+                row = tok.prepare_for_model(given, add_special_tokens=False, **limits)
+            columns = dict(row)
+            if spans is not None:
+                offsets = columns.pop("offset_mapping")
+                columns["assistant_masks"] = [
+                    int(any(a < end and start < b for start, end in spans[i]) and a < b) for a, b in offsets
+                ]
+            for name, column in columns.items():
+                encoded.setdefault(name, []).append(column)
+        return self._finish(encoded, options, tensors, batched)
+
+    def _finish(
+        self, encoded: dict[str, list[Any]], options: dict[str, Any], tensors: str | None, batched: bool
+    ) -> Any:
+        tok: Any = self
+        pads = {k: options[k] for k in ("padding", "max_length", "pad_to_multiple_of", "padding_side") if k in options}
+        masks = encoded.pop("assistant_masks", None)
+        batch = tok.pad(encoded, **pads)
+        if masks is not None:
+            side = options.get("padding_side") or tok.padding_side
+            fill = [[0] * (len(row) - len(mask)) for row, mask in zip(batch["input_ids"], masks)]
+            batch["assistant_masks"] = [f + m if side == "left" else m + f for f, m in zip(fill, masks)]
+        if not batched and tensors is None:
+            batch.data = {name: rows[0] for name, rows in batch.data.items()}
+        return batch.convert_to_tensors(tensors)
+
+    def _encode_safely(self, renderer: _Renderer, chat: list[Message], text: str, prompt: bool) -> list[int]:
+        """Ids of a rendered chat where only the template's own text may become special tokens."""
+        markers = [marker for marker in LLAMA2_MARKERS if marker in renderer.source]
+        for message in chat:
+            found = [marker for marker in markers if marker in _text_of(message)]
+            if found:
+                raise TokenizerError(
+                    f"a {message['role']} message contains {found[0]!r}, a control marker of this chat format; "
+                    "remove it from the text"
+                )
+        raw = {content: entry for content, entry in self._added.items() if entry[1].special}
+        matcher = TokenMatcher(raw)
+        parts: list[str | int] = []
+        for fragment, literal in renderer.fragments(chat, text, prompt):
+            for token_id, start, stop in [(None, 0, len(fragment))] if literal else matcher.split(fragment):
+                if token_id is not None:
+                    parts.append(token_id)
+                elif parts and isinstance(parts[-1], str):
+                    parts[-1] += fragment[start:stop]
+                elif start < stop:
+                    parts.append(fragment[start:stop])
+        return self._encode_parts(parts)
+
+
+class _Renderer:
+    """One template with its variables."""
+
+    def __init__(self, tok: ChatTemplates, source: str, tools: Any, documents: Any, variables: Mapping[str, Any]):
+        self.source, self.tok = source, tok
+        self.template = _compile(source)
+        specials = dict(tok.special_tokens_map)
+        self.variables = {**specials, "tools": _tools(tools), "documents": documents, **variables}
+        self.spans: list[Span] = []
+
+    def __call__(self, chat: Sequence[Message], prompt: bool) -> str:
+        import jinja2
+
+        try:
+            text: str = self.template.render(
+                messages=[dict(m) for m in chat], add_generation_prompt=prompt, **self.variables
+            )
+        except jinja2.TemplateError as error:
+            raise TokenizerError(f"the chat template failed: {error}") from error
+        return text
+
+    def fragments(self, chat: list[Message], text: str, prompt: bool) -> list[tuple[str, bool]]:
+        """The rendered chat in (text, whether it comes from a message) pieces."""
+        used = self.source + "".join(_text_of(m) for m in chat)
+        marks = [chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used][:2]
+        if len(marks) < 2:
+            raise TokenizerError("safe=True needs two private-use characters that no message contains")
+        opening, closing = marks
+        marked = [{**m, "content": _wrap(m.get("content"), opening, closing)} for m in chat]
+        rendered = self(marked, prompt)
+        if not text.startswith(rendered.replace(opening, "").replace(closing, "")[: len(text)]):
+            raise TokenizerError("safe=True cannot follow this chat template: it changes the text of messages")
+        out, literal, size = [], False, 0
+        for i, piece in enumerate(rendered.replace(closing, opening).split(opening)):
+            piece = piece[: len(text) - size]  # a continued final message ends before the template does
+            literal = i % 2 == 1
+            size += len(piece)
+            out.append((piece, literal))
+        return out
+
+    def answers(self, chat: list[Message], text: str, prompt: bool) -> list[Span]:
+        """Character spans of the assistant's answers, each with the special token that ends it."""
+        if "generation" in _tags(self.source):
+            return _generation_spans(self, chat, prompt)
+        spans = []
+        for i, message in enumerate(chat):
+            if message["role"] != "assistant":
+                continue
+            before, through = self(chat[:i], True), self(chat[: i + 1], False)
+            if not (through.startswith(before) and text.startswith(through)):
+                raise TokenizerError(
+                    f"message {i}: the chat template renders its past differently as the chat goes on, so answers "
+                    "cannot be found by position; mark them with {% generation %} ... {% endgeneration %}"
+                )
+            answer = through[len(before) :]
+            ends = [answer.rfind(t) + len(t) for t in self.tok.all_special_tokens if t in answer]
+            if ends and not answer[max(ends) :].strip():
+                answer = answer[: max(ends)]
+            spans.append((len(before), len(before) + len(answer)))
+        return spans
+
+
+def _whole(renderer: _Renderer, chat: list[Message], prompt: bool) -> str:
+    return renderer(chat, prompt)
+
+
+def _continued(renderer: _Renderer, chat: list[Message], prompt: bool) -> str:
+    """The chat up to the end of its last message's text, for the model to go on from there."""
+    content = chat[-1].get("content")
+    if not isinstance(content, str):
+        raise TokenizerError("continue_final_message=True needs a last message with a text")
+    core = content.rstrip()
+    mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in content + renderer.source)
+    rendered = renderer([*chat[:-1], {**chat[-1], "content": core + mark + content[len(core) :]}], False)
+    before, found, after = rendered.rpartition(mark)
+    if not found:
+        raise TokenizerError("continue_final_message=True: the chat template does not print the last message")
+    tail = content[len(core) :]
+    return before + tail if tail and after.startswith(tail) else before
+
+
+def _generation_spans(renderer: _Renderer, chat: list[Message], prompt: bool) -> list[Span]:
+    """Spans of {% generation %} blocks: rendered with marks around them."""
+    used = renderer.source + "".join(_text_of(m) for m in chat)
+    marks = [chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used][:2]
+    if len(marks) < 2:
+        raise TokenizerError("{% generation %} needs two private-use characters that no message contains")
+    renderer.variables["_generation_marks"] = marks
+    rendered = renderer(chat, prompt)
+    del renderer.variables["_generation_marks"]
+    spans, at = [], 0
+    for i, piece in enumerate(rendered.replace(marks[1], marks[0]).split(marks[0])):
+        if i % 2:
+            spans.append((at, at + len(piece)))
+        at += len(piece)
+    return spans
+
+
+def _checked(chat: Any) -> list[Message]:
+    if hasattr(chat, "messages"):
+        chat = chat.messages
+    if not chat:
+        raise TokenizerError("an empty conversation; pass at least one message")
+    for i, message in enumerate(chat):
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise TokenizerError(f"message {i} is {message!r}; a message is a dict with 'role' and 'content'")
+    return list(chat)
+
+
+def _text_of(message: Message) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
+
+
+def _wrap(content: Any, opening: str, closing: str) -> Any:
+    """The content with marks inside its outer whitespace, so that a template which strips it does as before."""
+    if isinstance(content, str):
+        core = content.strip()
+        if not core:
+            return content
+        start = content.index(core)
+        return content[:start] + opening + core + closing + content[start + len(core) :]
+    if isinstance(content, list):
+        return [
+            {**part, "text": _wrap(part["text"], opening, closing)}
+            if isinstance(part, dict) and "text" in part
+            else part
+            for part in content
+        ]
+    return content
+
+
+def _tools(tools: Any) -> Any:
+    for tool in tools or ():
+        if not isinstance(tool, Mapping):
+            raise TokenizerError(f"tool {tool!r} is not a JSON schema; pass a dict with 'type' and 'function'")
+    return tools
+
+
+def _tags(source: str) -> set[str]:
+    return {name for name in ("generation",) if "{%" in source and "endgeneration" in source}
+
+
+@lru_cache(maxsize=32)
+def _compile(source: str) -> Any:
+    """The template in a sandbox without file access, attribute tricks or mutation of what it is given."""
+    import jinja2
+    from jinja2 import ext, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(ext.Extension):
+        """{% generation %}: text that the assistant produces."""
+
+        tags = {"generation"}  # noqa: RUF012 - the name and type that jinja2 reads
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            marks = nodes.ContextReference()
+            call = self.call_method("_mark", [marks])
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _mark(self, context: Any, caller: Callable[[], str]) -> str:
+            opening, closing = context.get("_generation_marks") or ("", "")
+            return f"{opening}{caller()}{closing}"
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise TokenizerError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error

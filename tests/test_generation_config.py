@@ -1,0 +1,137 @@
+"""GenerationConfig: defaults, what counts as set, files, refusals."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama2.config import LlamaConfig
+from llama2.errors import CheckpointError, InputError
+from llama2.generation_config import DEFAULTS, GenerationConfig
+
+HUB = {
+    "bos_token_id": 1,
+    "do_sample": True,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "temperature": 0.6,
+    "max_length": 4096,
+    "top_p": 0.9,
+    "transformers_version": "4.31.0.dev0",
+}
+
+
+def test_unset_fields_read_as_defaults() -> None:
+    config = GenerationConfig()
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert (config.top_k, config.temperature, config.max_length, config.num_beams) == (50, 1.0, 20, 1)
+    assert config.to_diff_dict() == {}
+    with pytest.raises(AttributeError, match="tempreature"):
+        _ = config.tempreature
+
+
+def test_hub_file_keeps_pad_zero_and_unknown_keys(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(HUB | {"my_key": [1]}))
+    config = GenerationConfig.from_pretrained(tmp_path, temperature=0.5)
+    assert (config.pad_token_id, config.temperature, config.my_key) == (0, 0.5, [1])
+    config.save_pretrained(tmp_path / "copy")
+    saved = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+    assert saved == {k: v for k, v in HUB.items() if k != "transformers_version"} | {"temperature": 0.5, "my_key": [1]}
+    assert GenerationConfig.from_pretrained(tmp_path / "copy") == config == copy.deepcopy(config)
+
+
+def test_set_wins_over_base_and_none_switches_off() -> None:
+    base = GenerationConfig(top_k=7, temperature=0.6)
+    merged = GenerationConfig(temperature=0.9).over(base)
+    assert (merged.temperature, merged.top_k) == (0.9, 7)
+    off = GenerationConfig()
+    off.top_k = None
+    assert off.over(base).top_k is None
+    off.num_beams = None
+    assert off.value("num_beams") == 1
+    assert base.top_k == 7
+
+
+def test_update_returns_what_it_does_not_know() -> None:
+    config = GenerationConfig(top_k=3)
+    assert config.update(top_k=5, colour="red") == {"colour": "red"}
+    assert config.update(defaults_only=True, top_k=9, top_p=0.5) == {}
+    assert (config.top_k, config.top_p) == (5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"temperature": 0.0}, "do_sample=False"),
+        ({"temperature": -1.0}, "positive"),
+        ({"top_p": 1.5}, r"\[0, 1\]"),
+        ({"top_k": -1}, "at least 1"),
+        ({"min_p": 2.0}, r"\[0, 1\]"),
+        ({"typical_p": 0.0}, r"\(0, 1\]"),
+        ({"repetition_penalty": 0.0}, "positive"),
+        ({"num_beams": 0}, "at least 1"),
+        ({"num_beams": True}, "at least 1"),
+        ({"early_stopping": "always"}, "never"),
+        ({"num_return_sequences": 2}, "do_sample=True"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "at most num_beams"),
+        ({"num_beam_groups": 2, "num_beams": 4}, "does not implement"),
+        ({"penalty_alpha": 0.6}, "does not implement"),
+        ({"cache_implementation": "quantized"}, "static"),
+        ({"num_assistant_tokens_schedule": "quick"}, "constant"),
+        ({"eos_token_id": [2, -5]}, "at least 0"),
+        ({"temperature": float("nan")}, "positive"),
+    ],
+    ids=str,
+)
+def test_refuses_to_generate_but_never_to_save(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
+    config = GenerationConfig(**fields)
+    with pytest.raises(InputError, match=says):
+        config.validate()
+    if fields.get("temperature") == fields.get("temperature"):
+        with pytest.warns(UserWarning, match="saved, but"):
+            config.save_pretrained(tmp_path)
+        assert GenerationConfig.from_pretrained(tmp_path) == config
+
+
+def test_good_settings_pass() -> None:
+    GenerationConfig(**HUB).validate()
+    GenerationConfig(num_beams=4, num_return_sequences=4, early_stopping="never", temperature=2, top_k=0).validate()
+
+
+def test_sequence_bias_survives_json(tmp_path: Path) -> None:
+    GenerationConfig(sequence_bias={(1, 2): -3.0}).save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).sequence_bias == [[[1, 2], -3.0]]
+
+
+def test_from_model_config() -> None:
+    config = GenerationConfig.from_model_config(LlamaConfig(eos_token_id=[2, 3], pad_token_id=0, temperature=0.7))
+    assert config.to_diff_dict() == {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0, "temperature": 0.7}
+    assert config.eos_token_ids == [2, 3]
+    assert GenerationConfig.from_model_config(LlamaConfig(use_cache=False)).use_cache is False
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        GenerationConfig.from_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="valid JSON"):
+        GenerationConfig.from_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="object"):
+        GenerationConfig.from_pretrained(tmp_path)
+
+
+def test_good_save_is_silent(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GenerationConfig(**HUB).save_pretrained(tmp_path)
+
+
+def test_unused_names_what_has_no_effect() -> None:
+    config = GenerationConfig()
+    assert config.unused({"temperature": 0.5, "top_k": 50, "length_penalty": 2.0}) == ["temperature", "length_penalty"]
+    assert GenerationConfig(do_sample=True).unused({"temperature": 0.5}) == []

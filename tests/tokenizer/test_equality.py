@@ -1,0 +1,99 @@
+"""Slow = fast = sentencepiece, and the stream of pieces joined = decode."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from llama2.tokenizer import AddedToken, LlamaTokenizer, LlamaTokenizerFast
+
+SPECIALS = ["<s>", "</s>", "<unk>", "<pad>", "newtok", " <a b>", "zyword", "<lr>"]
+
+
+@pytest.fixture(scope="module")
+def reference(tokenizer_model: Path) -> Any:
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
+
+
+def test_ids_equal_sentencepiece(
+    slow: LlamaTokenizer, fast: LlamaTokenizerFast, reference: Any, random_texts: list[str]
+) -> None:
+    expected = [[1, *ids] for ids in reference.encode(random_texts)]
+    assert slow(random_texts)["input_ids"] == expected
+    assert fast(random_texts)["input_ids"] == expected
+
+
+def test_single_texts_equal_batches(slow: LlamaTokenizer, fast: LlamaTokenizerFast, random_texts: list[str]) -> None:
+    texts = random_texts[:500]
+    assert [slow.encode(t) for t in texts] == fast(texts)["input_ids"] == [fast.encode(t) for t in texts]
+
+
+def test_decode_and_stream_equal_sentencepiece(
+    slow: LlamaTokenizer, fast: LlamaTokenizerFast, reference: Any, random_texts: list[str]
+) -> None:
+    for text in random_texts:
+        ids = reference.encode(text)
+        assert slow.decode(ids) == fast.decode(ids) == reference.decode(ids)
+        assert fast.decode(ids) == text.replace("▁", " ")
+        stream = fast.stream_decoder()
+        assert "".join([*map(stream.put, ids), stream.finish()]) == text.replace("▁", " ")
+
+
+def test_random_ids_decode_as_sentencepiece(slow: LlamaTokenizer, fast: LlamaTokenizerFast, reference: Any) -> None:
+    """Half of the ids are bytes: truncated characters, stray continuations, overlong forms, surrogates."""
+    rng = random.Random(1)
+    for _ in range(5000):
+        n = rng.randrange(1, 12)
+        ids = [rng.randrange(3, 259) if rng.random() < 0.5 else rng.randrange(259, 32000) for _ in range(n)]
+        expected = reference.decode(ids)
+        assert slow.decode(ids) == fast.decode(ids) == expected
+        stream = slow.stream_decoder()
+        assert "".join([*map(stream.put, ids), stream.finish()]) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"legacy": False}, {"add_prefix_space": False}, {"prefix": "metaspace"}])
+def test_slow_equals_fast_around_added_tokens(tokenizer_model: Path, random_texts: list[str], options: Any) -> None:
+    pair = [LlamaTokenizer(tokenizer_model, **options), LlamaTokenizerFast(tokenizer_model, **options)]
+    for tok in pair:
+        assert tok.add_special_tokens({"pad_token": "<pad>"}) == 1
+        assert tok.add_tokens(["newtok", AddedToken(" <a b>", normalized=False)]) == 2
+        assert tok.add_tokens(AddedToken("zyword", single_word=True)) == 1
+        assert tok.add_tokens(AddedToken("<lr>", lstrip=True, rstrip=True, special=True)) == 1
+    slow, fast = pair
+    rng = random.Random(7)
+    texts = []
+    for i in range(1500):
+        parts = [rng.choice([*SPECIALS, " ", "  ", "▁", random_texts[rng.randrange(10_000)]]) for _ in range(i % 7)]
+        texts.append("".join(parts))
+    for split in (False, True):
+        a, b = (tok(texts, return_offsets_mapping=True, split_special_tokens=split) for tok in pair)
+        for i, text in enumerate(texts):
+            assert a["input_ids"][i] == b["input_ids"][i], text
+            assert a["offset_mapping"][i] == b["offset_mapping"][i], text
+            assert a.word_ids(i) == b.word_ids(i), text
+            assert slow.decode(a["input_ids"][i]) == fast.decode(a["input_ids"][i])
+        assert fast(texts, split_special_tokens=split)["input_ids"] == b["input_ids"]
+        assert slow(texts, split_special_tokens=split)["input_ids"] == b["input_ids"]
+
+
+def test_many_added_tokens_stay_fast(tokenizer_model: Path) -> None:
+    """The work for a text does not grow with the number of tokens: 20,000 against 200 within a factor of five."""
+    text = "some plain words <token7> and more " * 200
+    for cls in (LlamaTokenizer, LlamaTokenizerFast):
+        few, many = cls(tokenizer_model), cls(tokenizer_model)
+        few.add_tokens([f"<token{i}>" for i in range(200)], special_tokens=True)
+        many.add_tokens([f"<token{i}>" for i in range(20_000)], special_tokens=True)
+        assert few.encode(text) == many.encode(text)
+        assert _seconds(many, text) < 5 * _seconds(few, text)
+
+
+def _seconds(tok: Any, text: str) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        tok.encode(text)
+        times.append(time.perf_counter() - start)
+    return min(times)
