@@ -1,6 +1,7 @@
 """One call, one step of the model: tokens of several sequences in, logits out."""
 
-from collections.abc import Iterator, Sequence as SequenceOf
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from typing import Any, Literal
 
 import numpy as np
@@ -69,10 +70,14 @@ class CpuRunner:
     def _check(self, ids: Ints, places: Ints, view: CacheView, wanted: Ints) -> None:
         total, vocabulary = int(view.starts[-1]), self.weights.config.vocab_size
         if len(ids) != total or len(places) != total:
-            raise InputError(f"the view has room for {total} tokens; {len(ids)} tokens and {len(places)} positions are given")
+            raise InputError(
+                f"the view has room for {total} tokens; {len(ids)} tokens and {len(places)} positions are given"
+            )
         if ids.min() < 0 or ids.max() >= vocabulary:
             bad = int(ids.min() if ids.min() < 0 else ids.max())
-            raise InputError(f"token id {bad} is outside the vocabulary of {vocabulary}; encode with this model's tokenizer")
+            raise InputError(
+                f"token id {bad} is outside the vocabulary of {vocabulary}; encode with this model's tokenizer"
+            )
         if places.min() < 0:
             raise InputError(f"position {int(places.min())} is negative; positions start at 0")
         if len(wanted) and (wanted[0] < 0 or wanted[-1] >= total or np.any(np.diff(wanted) <= 0)):

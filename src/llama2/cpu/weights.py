@@ -18,9 +18,26 @@ from llama2.cpu.threads import make_pool, native
 from llama2.errors import CheckpointError, InputError, MismatchError
 
 PACKED = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
-_BLOCKS = {2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 12: (256, 144), 13: (256, 176), 14: (256, 210)}
+_BLOCKS = {
+    2: (32, 18),
+    3: (32, 20),
+    6: (32, 22),
+    7: (32, 24),
+    8: (32, 34),
+    12: (256, 144),
+    13: (256, 176),
+    14: (256, 210),
+}
 _FLOATS: dict[int, tuple[Any, bool]] = {0: (np.float32, False), 1: (np.float16, False), 30: (np.uint16, True)}
-_PARTS = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
+_PARTS = {
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
 
 
 class _Tensor(Protocol):
@@ -115,10 +132,14 @@ class CpuWeights:
             self._layer(*norms, parts)
         return self
 
-    def pack(self, raw: NDArray[np.uint8], type_name: str, shape: tuple[int, int], rows: NDArray[np.int32] | None = None) -> Any:
+    def pack(
+        self, raw: NDArray[np.uint8], type_name: str, shape: tuple[int, int], rows: NDArray[np.int32] | None = None
+    ) -> Any:
         """A matrix (rows, columns) from GGUF blocks; `rows` gives the file row of each row where the order differs."""
         if type_name not in PACKED:
-            raise InputError(f"no native kernel for {type_name} blocks; {', '.join(PACKED)} have one (or use runner='torch')")
+            raise InputError(
+                f"no native kernel for {type_name} blocks; {', '.join(PACKED)} have one (or use runner='torch')"
+            )
         matrix = native().pack(self._arena, self.pool, raw.reshape(-1), PACKED[type_name], *shape, rows)
         self._matrices.append(matrix)
         return matrix
@@ -182,7 +203,9 @@ class _GgufReader:
     def _bytes(self, name: str, size: int) -> NDArray[np.uint8]:
         start = self.file.data_start + self.file.tensors[name].offset
         if start + size > len(self.file.data):
-            raise CheckpointError(f"tensor {name!r} ends at byte {start + size}, the file at {len(self.file.data)}; fetch the file again")
+            raise CheckpointError(
+                f"tensor {name!r} ends at byte {start + size}, the file at {len(self.file.data)}; fetch the file again"
+            )
         return np.frombuffer(self.file.data, np.uint8, size, start)
 
     def _info(self, name: str) -> _Tensor:
@@ -200,10 +223,14 @@ class _GgufReader:
             values = self._bytes(name, size).view(dtype).reshape(info.shape)
             return self.weights.view(values if rows is None else values[rows], bfloat16)
         if info.type_id not in _BLOCKS:
-            raise InputError(f"tensor {name!r} is of GGUF type {info.type_id}, which has no native kernel; use runner='torch'")
+            raise InputError(
+                f"tensor {name!r} is of GGUF type {info.type_id}, which has no native kernel; use runner='torch'"
+            )
         width, block = _BLOCKS[info.type_id]
         if info.shape[1] % width:
-            raise CheckpointError(f"tensor {name!r} has rows of {info.shape[1]} columns, not a multiple of its block of {width}")
+            raise CheckpointError(
+                f"tensor {name!r} has rows of {info.shape[1]} columns, not a multiple of its block of {width}"
+            )
         raw = self._bytes(name, info.shape[0] * info.shape[1] // width * block)
         packed = self.weights.pack(raw, next(k for k, v in PACKED.items() if v == info.type_id), info.shape, rows)
         self._release(name, raw.size)
