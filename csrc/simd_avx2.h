@@ -3,7 +3,11 @@
 #include <cstdint>
 
 #define PRAGMA(text) _Pragma(#text)
+#ifdef LLAMA2_NO_UNROLL  // sanitizer builds: minutes of compilation otherwise
+#define UNROLL(n)
+#else
 #define UNROLL(n) PRAGMA(GCC unroll n)
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 struct F { __m256 a, b; };
