@@ -31,14 +31,6 @@ _BLOCKS = {
 _FLOATS: dict[int, tuple[Any, bool]] = {0: (np.float32, False), 1: (np.float16, False), 30: (np.uint16, True)}
 _PARTS = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
 _PARTS |= {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-}
 
 
 class _Tensor(Protocol):
