@@ -234,10 +234,10 @@ def test_history_reaches_the_model(run: Run, monkeypatch: pytest.MonkeyPatch, ch
 
 def test_commands(run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
-    lines = ["/system Be kind.", "Hi", "You", "/undo", "/retry", "/temperature 0.5", "/top-p", f"/save {file}"]
+    lines = ["/system Be kind.", "Hi", "You", "/undo", "/retry", "/temperature 0.5", "/top-p", "/seed", f"/save {file}"]
     code, out, err = chat(run, monkeypatch, checkpoint, "\n".join([*lines, "/reset", f"/load {file}", "/exit", "No"]))
     assert code == 0
-    for part in ("system: Be kind.", "taken back: You", "temperature: 0.5", "top-p: as the model says",
+    for part in ("system: Be kind.", "taken back: You", "temperature: 0.5", "top-p: 1.0", "seed: random",
                  "saved 1 turns", "the conversation is empty", "loaded 1 turns"):  # fmt: skip
         assert part in out
     assert "> No" not in out and err.count("[prompt") == 3
@@ -267,6 +267,30 @@ def test_a_mistake_does_not_end_the_chat(
 def test_full_context_drops_turns_with_a_notice(run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     code, _, err = chat(run, monkeypatch, checkpoint, "a fairly long question\n" * 4)
     assert code == 0 and "oldest turns were dropped" in err
+
+
+def test_answers_are_drawn_unless_told_otherwise(run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    def answer(*argv: str) -> str:
+        monkeypatch.setattr(sys, "stdin", StringIO("Hi\n/temperature\n/top-p\n"))
+        return run("chat", "-m", checkpoint, "-n", "30", *argv)[1]
+
+    assert answer("--seed", "1") != answer("--seed", "2")
+    assert answer("--seed", "1") == answer("--seed", "1")
+    assert answer("--seed", "1").splitlines()[-3:] == ["temperature: 0.6", "> /top-p", "top-p: 0.9"]
+    assert answer("--seed", "1", "--greedy") == answer("--seed", "2", "--greedy")
+
+
+def test_a_loaded_question_is_answered(
+    run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "talk.json"
+    Conversation(None, [Turn("Hi", "Yes"), Turn("Well?")]).save(file)
+    code, _, err = chat(run, monkeypatch, checkpoint, f"/save {file}\n", "--load", str(file))
+    assert code == 0 and err.count("[prompt") == 1
+    assert [turn.answer is not None for turn in Conversation.load(file).turns] == [True, True]
+    Conversation(None, [Turn("x" * 200)]).save(file)
+    code, _, err = chat(run, monkeypatch, checkpoint, f"/save {file}\n", "--load", str(file))
+    assert code == 2 and "context of 96" in err and file.read_text() == "[]\n"
 
 
 # -- the loop, on a terminal -------------------------------------------------------------------------------------
