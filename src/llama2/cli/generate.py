@@ -56,7 +56,7 @@ def _prompt(options: Options) -> str:
 
 def _encode(prompt: str, options: Options, tokenizer: Any) -> list[int]:
     if not options.chat:
-        ids: list[int] = tokenizer(prompt)["input_ids"]
+        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]  # a prompt that is too long is refused later
         return ids
     options.install(tokenizer)
     system = [] if options.system is None else [{"role": "system", "content": options.system}]

@@ -31,7 +31,7 @@ def run(options: Options) -> int:
     """Runs the command."""
     text = _read(options.file)
     model, tokenizer = load(options)
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(text, verbose=False)["input_ids"]  # longer than the context is what windows are for
     result = _measure(model, ids, options)
     if options.json:
         import json
