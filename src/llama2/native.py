@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llama2 import cpu
-from llama2.checkpoint.gguf import GgufFile
+from llama2.checkpoint.gguf_weights import GgufCheckpoint
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import InputError, Llama2Error
@@ -95,6 +95,11 @@ class NativeRunner:
         self.weights, self.cache_dtype = weights, cache_dtype
         self._engine = cpu.CpuRunner(weights)
 
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._engine.isa
+
     def new_cache(self, kind: str | None, rows: int, length: int) -> NativeCache:
         """As Runner.new_cache; there is no static kind."""
         if kind not in (None, "dynamic"):
@@ -153,7 +158,8 @@ class NativeModel:
     @classmethod
     def from_gguf(cls, path: str | Path, threads: int | None = None) -> "NativeModel":
         """The model of a GGUF file, its blocks repacked losslessly for the kernels."""
-        return cls(cpu.CpuWeights.from_gguf(GgufFile(path), threads))
+        file = GgufCheckpoint(Path(path)).file  # refuses foreign, malformed and truncated files before any is packed
+        return cls(cpu.CpuWeights.from_gguf(file, threads))
 
 
 class _Held:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama2.cache import DynamicCache, StaticCache
 from llama2.errors import InputError
-from llama2.linear import prepack
+from llama2.model import LlamaForCausalLM
 from llama2.native import NativeModel, native_runner, why_not
 
 RUNNERS = ("auto", "native", "torch")
@@ -40,7 +40,7 @@ class TorchRunner:
             for name, wanted in (("output_attentions", attentions), ("output_hidden_states", hidden_states))
             if wanted
         }
-        self._prepacked = not isinstance(model, torch.nn.Module)
+        self._prepacked = not isinstance(model, LlamaForCausalLM)
         self.attentions: tuple[Tensor, ...] | None = None  # of the last step
         self.hidden_states: tuple[Tensor, ...] | None = None
 
@@ -59,7 +59,7 @@ class TorchRunner:
     def step(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: Any, keep: int = 1) -> Tensor:
         """As Runner.step."""
         if tokens.shape[1] == 1 and not self._prepacked:
-            prepack(self.model)  # from the first single token on it pays; before, it would delay the first token
+            self.model.prepack()  # from the first single token on it pays; before, it would delay the first token
             self._prepacked = True
         output = self.model(
             **{"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens},

@@ -28,7 +28,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def speaker(checkpoint: Path) -> Speaker:
-    return Speaker(AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    return Speaker(model, tokenizer, "torch")
 
 
 @pytest.fixture

@@ -37,7 +37,9 @@ def run(options: Options) -> int:
 
     loaded = time.perf_counter() - began
     ids = _encode(prompt, options, tokenizer)
-    answer = Speaker(model, tokenizer).say(ids, settings, terminal.write, seed=options.seed, continues=not options.chat)
+    answer = Speaker(model, tokenizer, options.runner).say(
+        ids, settings, terminal.write, seed=options.seed, continues=not options.chat
+    )
     if not answer.text.endswith("\n"):
         terminal.write("\n")
     terminal.notice(_speed_line(answer, loaded))

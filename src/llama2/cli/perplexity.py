@@ -63,13 +63,13 @@ def _measure(model: Any, ids: list[int], options: Options) -> "Perplexity":
 
     with _progress() as bar:
         if bar is None:
-            return perplexity(model, ids, options.window, options.stride)
+            return perplexity(model, ids, options.window, options.stride, runner=options.runner)
         task = bar.add_task("perplexity", total=len(ids), value="")
 
         def show(done: int, total: int, value: float) -> None:
             bar.update(task, completed=done, value=f"{value:.3f}")
 
-        return perplexity(model, ids, options.window, options.stride, show)
+        return perplexity(model, ids, options.window, options.stride, show, options.runner)
 
 
 def _progress() -> AbstractContextManager[Any]:
