@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import llama2
-from llama2 import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from llama2 import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from llama2.cli import terminal
 from llama2.cli.conversation import Conversation, Turn, render
 from llama2.cli.speaker import Speaker
@@ -28,7 +28,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def speaker(checkpoint: Path) -> Speaker:
-    return Speaker(AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    return Speaker(model, tokenizer, "torch")
 
 
 @pytest.fixture
@@ -100,14 +101,29 @@ def test_stopped_answer_can_be_followed(speaker: Speaker) -> None:
 
 
 def test_error_in_the_middle_empties_the_cache(speaker: Speaker) -> None:
-    ids = speaker.tokenizer.encode("Hello")
+    ids, other = speaker.tokenizer.encode("Hello there"), speaker.tokenizer.encode("Help me out")
 
     def fail(text: str) -> None:
         raise BrokenPipeError
 
+    say(speaker, ids)
     with pytest.raises(BrokenPipeError):
-        speaker.say(ids, GREEDY, fail)
-    assert say(speaker, ids)[1] == say(Speaker(speaker.model, speaker.tokenizer), ids)[1]
+        speaker.say(other, GREEDY, fail)  # has overwritten what the cache held of the first prompt
+    answer, text = say(speaker, ids)
+    assert answer.prefilled == len(ids) and text == say(Speaker(speaker.model, speaker.tokenizer), ids)[1]
+
+
+def test_first_space_counts_where_the_text_goes_on(tokenizer_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_model)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2)).eval()  # fmt: skip
+    paris = tokenizer.encode("Paris", add_special_tokens=False)[0]
+    force = GenerationConfig(max_new_tokens=1, do_sample=False, suppress_tokens=[i for i in range(32000) if i != paris])
+    speaker = Speaker(model, tokenizer)
+    ids = tokenizer.encode("The capital of France is")
+    assert speaker.say(ids, force, lambda text: None, continues=True).text == " Paris"
+    assert speaker.say(ids, force, lambda text: None).text == "Paris"
 
 
 def test_endings(speaker: Speaker) -> None:
@@ -234,10 +250,10 @@ def test_history_reaches_the_model(run: Run, monkeypatch: pytest.MonkeyPatch, ch
 
 def test_commands(run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
-    lines = ["/system Be kind.", "Hi", "You", "/undo", "/retry", "/temperature 0.5", "/top-p", f"/save {file}"]
+    lines = ["/system Be kind.", "Hi", "You", "/undo", "/retry", "/temperature 0.5", "/top-p", "/seed", f"/save {file}"]
     code, out, err = chat(run, monkeypatch, checkpoint, "\n".join([*lines, "/reset", f"/load {file}", "/exit", "No"]))
     assert code == 0
-    for part in ("system: Be kind.", "taken back: You", "temperature: 0.5", "top-p: as the model says",
+    for part in ("system: Be kind.", "taken back: You", "temperature: 0.5", "top-p: 1.0", "seed: random",
                  "saved 1 turns", "the conversation is empty", "loaded 1 turns"):  # fmt: skip
         assert part in out
     assert "> No" not in out and err.count("[prompt") == 3
@@ -267,6 +283,30 @@ def test_a_mistake_does_not_end_the_chat(
 def test_full_context_drops_turns_with_a_notice(run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     code, _, err = chat(run, monkeypatch, checkpoint, "a fairly long question\n" * 4)
     assert code == 0 and "oldest turns were dropped" in err
+
+
+def test_answers_are_drawn_unless_told_otherwise(run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    def answer(*argv: str) -> str:
+        monkeypatch.setattr(sys, "stdin", StringIO("Hi\n/temperature\n/top-p\n"))
+        return run("chat", "-m", checkpoint, "-n", "30", *argv)[1]
+
+    assert answer("--seed", "1") != answer("--seed", "2")
+    assert answer("--seed", "1") == answer("--seed", "1")
+    assert answer("--seed", "1").splitlines()[-3:] == ["temperature: 0.6", "> /top-p", "top-p: 0.9"]
+    assert answer("--seed", "1", "--greedy") == answer("--seed", "2", "--greedy")
+
+
+def test_a_loaded_question_is_answered(
+    run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "talk.json"
+    Conversation(None, [Turn("Hi", "Yes"), Turn("Well?")]).save(file)
+    code, _, err = chat(run, monkeypatch, checkpoint, f"/save {file}\n", "--load", str(file))
+    assert code == 0 and err.count("[prompt") == 1
+    assert [turn.answer is not None for turn in Conversation.load(file).turns] == [True, True]
+    Conversation(None, [Turn("x" * 200)]).save(file)
+    code, _, err = chat(run, monkeypatch, checkpoint, f"/save {file}\n", "--load", str(file))
+    assert code == 2 and "context of 96" in err and file.read_text() == "[]\n"
 
 
 # -- the loop, on a terminal -------------------------------------------------------------------------------------

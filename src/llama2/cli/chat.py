@@ -11,7 +11,11 @@ from llama2.cli.conversation import Conversation, TemplateOptions, Turn
 from llama2.cli.loading import RunOptions, load, model_path
 from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError, Llama2Error
+from llama2.generation_config import GenerationConfig
 
+# Where neither the user nor the checkpoint says how to choose: the values of Meta's chat example. Greedy answers of
+# small models run in circles.
+_FALLBACK: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 _SETTINGS = [f.name for f in fields(SamplingOptions) if f.name not in ("greedy", "stop")]
 
 
@@ -19,7 +23,8 @@ _SETTINGS = [f.name for f in fields(SamplingOptions) if f.name not in ("greedy",
 class Options(SamplingOptions, TemplateOptions, RunOptions):
     """Talk with a model. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, leaves; /help lists the
     commands. A line that ends with a backslash goes on in the next; three double quotes on a line of their own begin
-    and end a message of several lines. Without a terminal each line of the standard input is a message."""
+    and end a message of several lines. Without a terminal each line of the standard input is a message. Where neither
+    a flag nor the checkpoint says otherwise, answers are drawn with temperature 0.6 and top-p 0.9."""
 
     load: str | None = option(None, "go on with a conversation that /save wrote", metavar="FILE")
 
@@ -36,7 +41,7 @@ def run(options: Options) -> int:
     from llama2.cli.speaker import Speaker
 
     options.install(tokenizer)
-    return Chat(Speaker(model, tokenizer), conversation, options).loop()
+    return Chat(Speaker(model, tokenizer, options.runner), conversation, options).loop()
 
 
 def _start(options: Options) -> Conversation:
@@ -59,11 +64,11 @@ class Chat:
         if terminal.interactive():
             config = self.speaker.model.config
             terminal.notice(
-                f"{config.num_parameters / 1e6:,.0f}M parameters, {self.speaker.model.dtype}, "
+                f"{config.num_parameters / 1e6:,.0f}M parameters, {self.speaker.engine}, "
                 f"context {config.max_position_embeddings:,}. /help lists the commands, Ctrl-D leaves"
             )
         if self.conversation.turns and self.conversation.turns[-1].answer is None:
-            self._guarded(self._answer)
+            self._guarded(self._answer_or_forget)
         while (message := self._read()) is not None:
             if message.startswith("/") and "\n" not in message:
                 if message.split()[0] in ("/exit", "/quit"):
@@ -102,8 +107,12 @@ class Chat:
     # -- talking -------------------------------------------------------------------------------------------------
 
     def tell(self, message: str) -> None:
-        """One turn. A message that cannot be answered leaves no trace."""
+        """One turn."""
         self.conversation.turns.append(Turn(message))
+        self._answer_or_forget()
+
+    def _answer_or_forget(self) -> None:
+        """Answers the last turn; one that cannot be answered leaves no trace."""
         try:
             self._answer()
         except BaseException:
@@ -111,7 +120,7 @@ class Chat:
             raise
 
     def _answer(self) -> None:
-        settings = self.options.settings()
+        settings = self._sampling()
         context = self.speaker.context
         reserve = 0 if context is None else min(self.options.max_new_tokens, context // 4)
         ids, dropped = self.conversation.fit(self.speaker.tokenizer, context, reserve)
@@ -129,6 +138,12 @@ class Chat:
             terminal.write("\n")
         self.conversation.turns[-1].answer = answer.text
         terminal.notice(f"[{answer.speed()}]")
+
+    def _sampling(self) -> GenerationConfig:
+        settings = self.options.settings()
+        if settings.is_set("do_sample") or self.speaker.model.generation_config.is_set("do_sample"):
+            return settings
+        return GenerationConfig(**settings.to_diff_dict(), **_FALLBACK)
 
     # -- commands ------------------------------------------------------------------------------------------------
 
@@ -186,7 +201,7 @@ class Chat:
         self.conversation = Conversation.load(Path(file).expanduser())
         print(f"loaded {len(self.conversation.turns)} turns from {file}")
         if self.conversation.turns and self.conversation.turns[-1].answer is None:
-            self._answer()
+            self._answer_or_forget()
 
     def _set(self, name: str, text: str) -> None:
         if text:
@@ -203,8 +218,13 @@ class Chat:
             options = replace(self.options, **changed)
             options.settings()  # refuses what cannot work before it is kept
             self.options = options
-        value = getattr(self.options, name)
-        print(f"{name.replace('_', '-')}: {'as the model says' if value is None else value}")
+        print(f"{name.replace('_', '-')}: {self._in_force(name)}")
+
+    def _in_force(self, name: str) -> Any:
+        given = getattr(self.options, name)
+        if given is not None or name == "seed":
+            return "random" if given is None else given
+        return self._sampling().over(self.speaker.model.generation_config).value(name)
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:

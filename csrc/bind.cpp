@@ -1,0 +1,373 @@
+// The only file that knows Python. Every size and index is checked here, before memory is touched.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <cstring>
+#include <mutex>
+#include <optional>
+
+#include "kernels.h"
+#include "pack.h"
+#include "pool.h"
+#include "step.h"
+
+namespace nb = nanobind;
+using namespace llama2;
+
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Ints2 = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Out2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using In2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void require(bool ok, const std::string& message) {
+  if (!ok) throw nb::value_error(message.c_str());
+}
+
+std::string str(int64_t n) { return std::to_string(n); }
+
+struct PyMatrix {
+  Matrix m;
+  std::shared_ptr<uint8_t> memory;  // packed weights
+  nb::object owner, bias;           // what the data and the bias belong to, when not to us
+};
+
+const Kernels* isa(const std::string& name) {
+  const Kernels* k = name == "auto" ? best_kernels() : find_kernels(name.c_str());
+  require(k != nullptr, "instruction set '" + name + "' is not in this build or not on this machine");
+  return k;
+}
+
+// Packed matrices one behind the other in the order they are asked for, in pieces of huge pages.
+class Arena {
+ public:
+  uint8_t* take(int64_t bytes) {
+    bytes = (bytes + 63) / 64 * 64;
+    if (at_ + bytes > size_) {
+      size_ = std::max<int64_t>(bytes, int64_t{256} << 20);
+      memory_ = allocate(size_);
+      at_ = 0;
+    }
+    at_ += bytes;
+    return memory_.get() + at_ - bytes;
+  }
+  std::shared_ptr<uint8_t> memory() const { return memory_; }
+
+ private:
+  std::shared_ptr<uint8_t> memory_;
+  int64_t at_ = 0, size_ = 0;
+};
+
+PyMatrix pack(Arena& arena, Pool& pool, Bytes raw, int type_id, int64_t rows, int64_t cols, std::optional<Ints> row_map) {
+  const FileType* type = file_type(type_id);
+  require(type != nullptr, "GGUF type " + str(type_id) + " has no packing");
+  require(rows > 0 && cols > 0 && rows < (int64_t{1} << 31) && cols < (int64_t{1} << 31), "a matrix of " + str(rows) + " x " + str(cols));
+  require(cols % type->columns == 0, std::string(type->name) + " needs rows of a multiple of " + str(type->columns) + " columns, got " + str(cols));
+  int64_t want = rows * (cols / type->columns) * type->bytes;
+  require(static_cast<int64_t>(raw.size()) == want, std::string(type->name) + " " + str(rows) + " x " + str(cols) + " takes " + str(want) + " bytes, got " + str(raw.size()));
+  const int32_t* map = nullptr;
+  if (row_map) {
+    require(static_cast<int64_t>(row_map->size()) == rows, "row_map has " + str(row_map->size()) + " entries for " + str(rows) + " rows");
+    map = row_map->data();
+    for (int64_t i = 0; i < rows; ++i) require(map[i] >= 0 && map[i] < rows, "row_map[" + str(i) + "] = " + str(map[i]) + " is outside 0.." + str(rows - 1));
+  }
+  PyMatrix out;
+  out.m.rows = rows;
+  out.m.cols = cols;
+  out.m.format = type->format;
+  out.m.stride = padded(cols) / BLOCK_K * block_bytes(type->format);
+  uint8_t* to = arena.take(out.m.tiles() * out.m.stride);
+  out.m.data = to;
+  out.memory = arena.memory();
+  const uint8_t* from = raw.data();
+  {
+    nb::gil_scoped_release free;
+    pool.run([&](int tid) {
+      int64_t tiles = out.m.tiles(), begin = tiles * tid / pool.size(), end = tiles * (tid + 1) / pool.size();
+      for (int64_t t = begin; t < end; ++t) pack_tile(*type, from, rows, cols, map, t, to + t * out.m.stride);
+    });
+  }
+  return out;
+}
+
+PyMatrix view(nb::ndarray<nb::ndim<2>, nb::device::cpu, nb::ro> a, bool bfloat16) {
+  PyMatrix out;
+  bool f32 = a.dtype() == nb::dtype<float>(), half = a.dtype().bits == 16;
+  require(f32 || half, "a matrix in place is float32, float16, or bfloat16 seen as 16-bit integers");
+  require(!(bfloat16 && f32), "bfloat16 is asked for, float32 is given");
+  out.m.format = f32 ? Format::F32 : bfloat16 ? Format::BF16 : Format::F16;
+  if (!f32 && !bfloat16) require(a.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float), "float16 is expected");
+  out.m.rows = static_cast<int64_t>(a.shape(0));
+  out.m.cols = static_cast<int64_t>(a.shape(1));
+  require(out.m.rows > 0 && out.m.cols > 0, "an empty matrix");
+  require(a.stride(1) == 1 && a.stride(0) >= out.m.cols, "a matrix in place has contiguous rows");
+  out.m.stride = a.stride(0) * (f32 ? 4 : 2);
+  out.m.data = static_cast<const uint8_t*>(a.data());
+  out.owner = nb::cast(a);
+  return out;
+}
+
+struct PyModel {
+  Model m;
+  std::vector<nb::object> keep;
+};
+
+const float* floats(PyModel& model, nb::object array, int64_t size, const char* what) {
+  Floats a = nb::cast<Floats>(array);
+  require(static_cast<int64_t>(a.size()) == size, std::string(what) + " has " + str(a.size()) + " values, " + str(size) + " expected");
+  model.keep.push_back(array);
+  return a.data();
+}
+
+Matrix matrix(PyModel& model, nb::object object, int64_t rows, int64_t cols, const char* what) {
+  const PyMatrix& p = nb::cast<const PyMatrix&>(object);
+  require(p.m.rows == rows && p.m.cols == cols, std::string(what) + " is " + str(p.m.rows) + " x " + str(p.m.cols) + ", " + str(rows) + " x " + str(cols) + " expected");
+  model.keep.push_back(object);
+  return p.m;
+}
+
+PyModel* make_model(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t width, int64_t ffn, int64_t vocab, float eps,
+                    nb::object embed, nb::object head, nb::object norm) {
+  require(hidden > 0 && heads > 0 && kv_heads > 0 && width > 0 && ffn > 0 && vocab > 0, "every dimension of a model is positive");
+  require(heads % kv_heads == 0, str(kv_heads) + " kv heads do not divide " + str(heads) + " heads");
+  require(width % 2 == 0, "the head width " + str(width) + " is odd");
+  auto p = std::make_unique<PyModel>();
+  Model& m = p->m;
+  m.hidden = hidden; m.heads = heads; m.kv_heads = kv_heads; m.width = width; m.ffn = ffn; m.vocab = vocab; m.eps = eps;
+  m.embed = matrix(*p, embed, vocab, hidden, "the embedding");
+  m.head = matrix(*p, head, vocab, hidden, "the head");
+  m.norm = floats(*p, norm, hidden, "the final norm");
+  return p.release();
+}
+
+void add_layer(PyModel& p, nb::object norm1, nb::object q, nb::object k, nb::object v, nb::object o, nb::object norm2,
+               nb::object gate, nb::object up, nb::object down) {
+  Model& m = p.m;
+  int64_t A = m.heads * m.width, KV = m.kv_heads * m.width;
+  Layer l;
+  l.norm1 = floats(p, norm1, m.hidden, "the attention norm");
+  l.norm2 = floats(p, norm2, m.hidden, "the feed-forward norm");
+  l.q = matrix(p, q, A, m.hidden, "q");
+  l.k = matrix(p, k, KV, m.hidden, "k");
+  l.v = matrix(p, v, KV, m.hidden, "v");
+  l.o = matrix(p, o, m.hidden, A, "o");
+  l.gate = matrix(p, gate, m.ffn, m.hidden, "gate");
+  l.up = matrix(p, up, m.ffn, m.hidden, "up");
+  l.down = matrix(p, down, m.hidden, m.ffn, "down");
+  m.layers.push_back(l);
+}
+
+KvCache* make_cache(const std::string& dtype, int64_t layers, int64_t heads, int64_t width, int64_t pages) {
+  require(dtype == "float32" || dtype == "bfloat16", "a cache is float32 or bfloat16, not " + dtype);
+  require(layers > 0 && heads > 0 && width > 0 && pages > 0 && pages < (int64_t{1} << 31), "every dimension of a cache is positive");
+  return new KvCache(dtype == "float32" ? KvType::F32 : KvType::BF16, layers, heads, width, pages);
+}
+
+void check_batch(const Model& m, const KvCache& c, const Batch& b) {
+  require(c.layers() == static_cast<int64_t>(m.layers.size()) && c.shape().heads == m.kv_heads && c.shape().width == m.width,
+          "the cache was made for another model");
+  require(b.tokens > 0 && b.sequences > 0, "a step needs at least one token");
+  require(b.starts[0] == 0 && b.starts[b.sequences] == b.tokens, "starts runs from 0 to the number of tokens");
+  for (int64_t t = 0; t < b.tokens; ++t) {
+    require(b.ids[t] >= 0 && b.ids[t] < m.vocab, "token id " + str(b.ids[t]) + " is outside the vocabulary of " + str(m.vocab));
+    require(b.positions[t] >= 0, "position " + str(b.positions[t]) + " is negative");
+  }
+  for (int64_t s = 0; s < b.sequences; ++s) {
+    int64_t n = b.starts[s + 1] - b.starts[s];
+    require(n > 0, "sequence " + str(s) + " has no token");
+    require(b.past[s] >= 0, "sequence " + str(s) + " has a negative past");
+    int64_t pages = (b.past[s] + n + PAGE - 1) / PAGE;
+    require(pages <= b.table_width, "sequence " + str(s) + " needs " + str(pages) + " pages, its table has " + str(b.table_width));
+    for (int64_t i = 0; i < pages; ++i) {
+      int32_t page = b.tables[s * b.table_width + i];
+      require(page >= 0 && page < c.pages(), "page " + str(page) + " is outside the cache of " + str(c.pages()) + " pages");
+    }
+  }
+  require(b.rows <= b.tokens, "more logits rows than tokens");
+  for (int64_t i = 0; i < b.rows; ++i)
+    require(b.out_rows[i] >= 0 && b.out_rows[i] < b.tokens, "logits row " + str(b.out_rows[i]) + " is outside the step's " + str(b.tokens) + " tokens");
+}
+
+class PyRunner {
+ public:
+  PyRunner(Pool& pool, const std::string& isa_name, bool exact) : kernels_(isa(isa_name)), runner_(kernels_, &pool, exact) {}
+
+  void step(PyModel& model, KvCache& cache, Ints ids, Ints positions, Ints starts, Ints past, Ints2 tables, Ints rows,
+            Floats inv_freq, float rope_scale, Out2 logits) {
+    Batch b;
+    b.tokens = static_cast<int64_t>(ids.size());
+    b.sequences = static_cast<int64_t>(past.size());
+    b.rows = static_cast<int64_t>(rows.size());
+    b.table_width = static_cast<int64_t>(tables.shape(1));
+    require(static_cast<int64_t>(positions.size()) == b.tokens, "one position for every token");
+    require(static_cast<int64_t>(starts.size()) == b.sequences + 1, "starts has one entry more than past");
+    require(static_cast<int64_t>(tables.shape(0)) == b.sequences, "one page table for every sequence");
+    require(static_cast<int64_t>(inv_freq.size()) == model.m.width / 2, "inv_freq has half a head's width");
+    require(static_cast<int64_t>(logits.shape(0)) == b.rows && (b.rows == 0 || static_cast<int64_t>(logits.shape(1)) == model.m.vocab), "logits is rows x vocabulary");
+    b.ids = ids.data();
+    b.positions = positions.data();
+    b.starts = starts.data();
+    b.past = past.data();
+    b.tables = tables.data();
+    b.out_rows = rows.data();
+    b.inv_freq = inv_freq.data();
+    b.rope_scale = rope_scale;
+    b.logits = logits.data();
+    check_batch(model.m, cache, b);
+    bool pending = false;
+    {
+      nb::gil_scoped_release free;
+      std::lock_guard<std::mutex> one(busy_);
+      auto last = std::chrono::steady_clock::now();
+      runner_.step(model.m, cache, b, [&] {
+        auto now = std::chrono::steady_clock::now();
+        if (now - last < std::chrono::milliseconds(20)) return false;
+        last = now;
+        nb::gil_scoped_acquire hold;
+        pending = PyErr_CheckSignals() != 0;
+        return pending;
+      });
+    }
+    if (pending) throw nb::python_error();
+  }
+
+  std::string name() const { return kernels_->name; }
+
+ private:
+  const Kernels* kernels_;
+  Runner runner_;
+  std::mutex busy_;
+};
+
+// out = x @ w.T on the pool: what the kernel tests and benchmarks call.
+void matmul(Pool& pool, const std::string& isa_name, const PyMatrix& w, In2 x, Out2 out, bool exact, int64_t repeat) {
+  const Kernels* k = isa(isa_name);
+  int64_t m = static_cast<int64_t>(x.shape(0)), cols = w.m.cols, kp = padded(cols), mp = (m + 7) / 8 * 8, groups = mp * kp / GROUP;
+  require(static_cast<int64_t>(x.shape(1)) == cols && static_cast<int64_t>(out.shape(0)) == m && static_cast<int64_t>(out.shape(1)) == w.m.rows, "x is m x cols, out m x rows");
+  require(m > 0, "no rows");
+  auto memory = allocate(mp * kp * 7 + groups * 20 + 1024);
+  Acts a;
+  a.m = m;
+  a.k = cols;
+  uint8_t* p = memory.get();
+  a.f32 = reinterpret_cast<float*>(p); p += mp * kp * 4;
+  a.bf16 = reinterpret_cast<uint16_t*>(p); p += mp * kp * 2;
+  a.q = reinterpret_cast<int8_t*>(p); p += mp * kp;
+  a.scale = reinterpret_cast<float*>(p); p += groups * 4;
+  a.sum = reinterpret_cast<float*>(p); p += groups * 4;
+  a.negsum = reinterpret_cast<int32_t*>(p); p += groups * 4;
+  a.negsum16 = reinterpret_cast<int32_t*>(p);
+  int forms = w.m.format == Format::BF16 ? (exact ? FORM_F32 : FORM_BF16) : row_major(w.m.format) || exact ? FORM_F32 : FORM_INT8;
+  nb::gil_scoped_release free;
+  Job job{&w.m, nullptr, out.data(), w.m.rows, Epilogue::STORE};
+  for (int64_t i = 0; i < repeat; ++i) {
+    k->prepare(x.data(), cols, 0, m, forms, a);
+    pool.run([&](int tid) {
+      int64_t tiles = w.m.tiles(), pairs = (tiles + 1) / 2;
+      k->matmul(job, a, std::min(tiles, pairs * tid / pool.size() * 2), std::min(tiles, pairs * (tid + 1) / pool.size() * 2), exact);
+    });
+  }
+}
+
+void dequantize(const std::string& isa_name, const PyMatrix& w, Out2 out) {
+  const Kernels* k = isa(isa_name);
+  require(static_cast<int64_t>(out.shape(0)) == w.m.rows && static_cast<int64_t>(out.shape(1)) == w.m.cols, "out is rows x cols");
+  nb::gil_scoped_release free;
+  for (int64_t r = 0; r < w.m.rows; ++r) k->dequantize_row(w.m, r, out.data() + r * w.m.cols);
+}
+
+double timed(Pool& pool, const std::function<double(int)>& work) {  // units per second over all threads
+  std::vector<double> done(pool.size());
+  auto start = std::chrono::steady_clock::now();
+  pool.run([&](int tid) { done[tid] = work(tid); });
+  std::chrono::duration<double> d = std::chrono::steady_clock::now() - start;
+  double total = 0;
+  for (double x : done) total += x;
+  return total / d.count();
+}
+
+double read_bandwidth(Pool& pool, const std::string& isa_name, Bytes data) {
+  const Kernels* k = isa(isa_name);
+  int64_t n = static_cast<int64_t>(data.size());
+  const uint8_t* p = data.data();
+  nb::gil_scoped_release free;
+  return timed(pool, [&](int tid) {
+    int64_t begin = n * tid / pool.size() / 64 * 64, end = n * (tid + 1) / pool.size() / 64 * 64;
+    return static_cast<double>(k->read(p + begin, end - begin));
+  });
+}
+
+double read_matrix(Pool& pool, const std::string& isa_name, const PyMatrix& w) {
+  const Kernels* k = isa(isa_name);
+  int64_t n = row_major(w.m.format) ? w.m.rows * w.m.stride : w.m.tiles() * w.m.stride;
+  nb::gil_scoped_release free;
+  return timed(pool, [&](int tid) {
+    int64_t begin = n * tid / pool.size() / 64 * 64, end = n * (tid + 1) / pool.size() / 64 * 64;
+    return static_cast<double>(k->read(w.m.data + begin, end - begin));
+  });
+}
+
+double peak(Pool& pool, const std::string& isa_name, int kind, int64_t iterations) {
+  require(kind >= 0 && kind < 3 && iterations > 0, "kind is 0, 1 or 2");
+  const Kernels* k = isa(isa_name);
+  nb::gil_scoped_release free;
+  return timed(pool, [&](int) { return k->peak(kind, iterations); });
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "The native CPU engine of llama2; use it through llama2.cpu.";
+  nb::class_<Pool>(m, "Pool")
+      .def(nb::init<int, std::vector<int>>(), nb::arg("threads"), nb::arg("cpus"))
+      .def_prop_ro("size", &Pool::size);
+  nb::class_<Arena>(m, "Arena").def(nb::init<>());
+  nb::class_<PyMatrix>(m, "Matrix")
+      .def_prop_ro("rows", [](const PyMatrix& p) { return p.m.rows; })
+      .def_prop_ro("cols", [](const PyMatrix& p) { return p.m.cols; })
+      .def_prop_ro("format", [](const PyMatrix& p) { return static_cast<int>(p.m.format); })
+      .def_prop_ro("nbytes", [](const PyMatrix& p) { return row_major(p.m.format) ? p.m.rows * p.m.cols * (p.m.format == Format::F32 ? 4 : 2) : p.m.tiles() * p.m.stride; })
+      .def("set_bias", [](PyMatrix& p, nb::object bias) {
+        Floats a = nb::cast<Floats>(bias);
+        require(static_cast<int64_t>(a.size()) == p.m.rows, "a bias of " + str(a.size()) + " values for " + str(p.m.rows) + " rows");
+        p.bias = bias;
+        p.m.bias = a.data();
+      });
+  nb::class_<PyModel>(m, "Model")
+      .def("add_layer", &add_layer)
+      .def_prop_ro("layers", [](const PyModel& p) { return p.m.layers.size(); });
+  nb::class_<KvCache>(m, "KvCache")
+      .def_prop_ro("pages", &KvCache::pages)
+      .def_prop_ro("nbytes", &KvCache::bytes)
+      .def("copy_page", [](KvCache& c, int64_t from, int64_t to) {
+        require(from >= 0 && to >= 0 && from < c.pages() && to < c.pages(), "a page outside the cache");
+        c.copy_page(from, to);
+      });
+  nb::class_<PyRunner>(m, "Runner")
+      .def(nb::init<Pool&, const std::string&, bool>(), nb::arg("pool"), nb::arg("isa"), nb::arg("exact"), nb::keep_alive<1, 2>())
+      .def_prop_ro("isa", &PyRunner::name)
+      .def("step", &PyRunner::step);
+  m.def("make_model", &make_model, nb::rv_policy::take_ownership);
+  m.def("make_cache", &make_cache, nb::rv_policy::take_ownership);
+  m.def("pack", &pack, nb::arg("arena"), nb::arg("pool"), nb::arg("raw"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"), nb::arg("row_map") = nb::none());
+  m.def("view", &view, nb::arg("array"), nb::arg("bfloat16"));
+  m.def("matmul", &matmul, nb::arg("pool"), nb::arg("isa"), nb::arg("w"), nb::arg("x"), nb::arg("out"), nb::arg("exact"), nb::arg("repeat") = 1);
+  m.def("dequantize", &dequantize);
+  m.def("read_bandwidth", &read_bandwidth);
+  m.def("read_matrix", &read_matrix);
+  m.def("peak", &peak);
+  m.def("ping_pong", [](Pool& pool, int rounds) { nb::gil_scoped_release free; return ping_pong(pool, rounds); });
+  m.def("available_isas", [] {
+    const char* names[8];
+    int n = list_kernels(names, 8);
+    return std::vector<std::string>(names, names + n);
+  });
+}

@@ -1,0 +1,21 @@
+#include <immintrin.h>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace llama2 {
+namespace {
+#include "simd_avx512.h"
+#include "pointwise.inl"
+#include "matmul.inl"
+#include "attention.inl"
+#include "probes.inl"
+}  // namespace
+
+const Kernels* kernels_avx512() {
+  static const Kernels table = {"avx512", prepare, rmsnorm, matmul, dequantize_row, rope, kv_store, attention, peak, read_bytes};
+  return &table;
+}
+}  // namespace llama2

@@ -1,0 +1,477 @@
+// Included once per instruction set, inside an anonymous namespace: every matrix product.
+// The result of one tile and one block of tokens is a small array c[token][16 rows]; the epilogue takes it from there.
+
+struct Block {  // the activations of one block of at most 8 tokens
+  int count;
+  const int8_t* q;
+  const float *scale, *sum;
+  const int32_t *negsum, *negsum16;
+  const float* f32;
+  const uint16_t* bf16;
+  int64_t ld;
+};
+
+INLINE F scaled(const uint8_t* super, const uint8_t* sub_) { return mul(load_f16(super), load_u8(sub_)); }
+
+struct W4 {
+  static constexpr int64_t BYTES = 576, HEAD = 64;
+  static constexpr int BITS = 4, SPAN = 32;
+  static constexpr bool MINIMUM = false;
+  INLINE F scale(const uint8_t* p, int h) { return load_f16(p + 32 * h); }
+  INLINE F minimum(const uint8_t* p, int h) { return mul(load_f16(p + 32 * h), fset(-8)); }
+};
+struct W4M {
+  static constexpr int64_t BYTES = 640, HEAD = 128;
+  static constexpr int BITS = 4, SPAN = 32;
+  static constexpr bool MINIMUM = true;
+  INLINE F scale(const uint8_t* p, int h) { return load_f16(p + 32 * h); }
+  INLINE F minimum(const uint8_t* p, int h) { return load_f16(p + 64 + 32 * h); }
+};
+struct W4K {
+  static constexpr int64_t BYTES = 640, HEAD = 128;
+  static constexpr int BITS = 4, SPAN = 32;
+  static constexpr bool MINIMUM = true;
+  INLINE F scale(const uint8_t* p, int h) { return scaled(p, p + 64 + 32 * h); }
+  INLINE F minimum(const uint8_t* p, int h) { return sub(fzero(), scaled(p + 32, p + 80 + 32 * h)); }
+};
+struct W8 {
+  static constexpr int64_t BYTES = 1088, HEAD = 64;
+  static constexpr int BITS = 8, SPAN = 32;
+  static constexpr bool MINIMUM = false;
+  INLINE F scale(const uint8_t* p, int h) { return load_f16(p + 32 * h); }
+  INLINE F minimum(const uint8_t*, int) { return fzero(); }
+};
+struct W8M {
+  static constexpr int64_t BYTES = 1152, HEAD = 128;
+  static constexpr int BITS = 8, SPAN = 32;
+  static constexpr bool MINIMUM = true;
+  INLINE F scale(const uint8_t* p, int h) { return load_f16(p + 32 * h); }
+  INLINE F minimum(const uint8_t* p, int h) { return load_f16(p + 64 + 32 * h); }
+};
+struct W8K {
+  static constexpr int64_t BYTES = 1152, HEAD = 128;
+  static constexpr int BITS = 8, SPAN = 32;
+  static constexpr bool MINIMUM = true;
+  INLINE F scale(const uint8_t* p, int h) { return scaled(p, p + 64 + 32 * h); }
+  INLINE F minimum(const uint8_t* p, int h) { return sub(fzero(), scaled(p + 32, p + 80 + 32 * h)); }
+};
+struct W6K {
+  static constexpr int64_t BYTES = 1152, HEAD = 128;
+  static constexpr int BITS = 8, SPAN = 16;
+  static constexpr bool MINIMUM = false;
+  INLINE F scale(const uint8_t* p, int h) { return mul(load_f16(p), load_s8(p + 32 + 16 * h)); }
+  INLINE F minimum(const uint8_t*, int) { return fzero(); }
+};
+
+// One span (32 columns, or 16 for W6K) of NR tiles against MR tokens, added to acc.
+template <class W, int MR, int NR>
+INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, F (*acc)[MR]) {
+  // Few tokens: low and high nibbles in two chains, so that one does not wait for the other's latency, and the high
+  // ones stay 16 times too large until their sum is shifted (where bytes are unsigned), which saves a shift a line.
+  constexpr int CHAINS = MR * NR <= 4 ? 2 : 1;
+  constexpr bool LARGE = HIGH_IN_PLACE && CHAINS == 2;
+  D4 d[CHAINS][NR][MR];
+  I start[MR];
+  UNROLL(8) for (int m = 0; m < MR; ++m) {
+    start[m] = W::MINIMUM ? izero() : iload1(x.negsum + g * MR + m);  // -128 sums: 8 of them 16 times too large
+    if (!LARGE && !W::MINIMUM) start[m] = sixteenth(start[m]);
+  }
+  UNROLL(8) for (int n = 0; n < NR; ++n)
+    UNROLL(8) for (int m = 0; m < MR; ++m) {
+      d[0][n][m] = d4_begin(CHAINS == 1 ? start[m] : izero());
+      if (CHAINS == 2) d[CHAINS - 1][n][m] = d4_begin(start[m]);
+    }
+  UNROLL(4) for (int j = 0; j < 4; ++j) {
+    B lo[NR], hi[NR];
+    UNROLL(8) for (int n = 0; n < NR; ++n) {
+      const uint8_t* line = p[n] + W::HEAD + 256 * h + 64 * j;
+      B v = bload(line);
+      if (PREFETCH) prefetch(line + PREFETCH);
+      lo[n] = low4(v);
+      hi[n] = LARGE ? high4_large(v) : high4(v);
+    }
+    UNROLL(8) for (int m = 0; m < MR; ++m)
+      UNROLL(8) for (int n = 0; n < NR; ++n) d[0][n][m] = d4_dot(d[0][n][m], lo[n], a + (j * MR + m) * 4);
+    UNROLL(8) for (int m = 0; m < MR; ++m)
+      UNROLL(8) for (int n = 0; n < NR; ++n) d[CHAINS - 1][n][m] = d4_dot(d[CHAINS - 1][n][m], hi[n], a + ((4 + j) * MR + m) * 4);
+  }
+  UNROLL(8) for (int n = 0; n < NR; ++n) {
+    F s = W::scale(p[n], h), lowest = W::MINIMUM ? W::minimum(p[n], h) : fzero();
+    UNROLL(8) for (int m = 0; m < MR; ++m) {
+      I whole = d4_end(d[CHAINS - 1][n][m], start[m]);
+      if (LARGE) whole = sixteenth(whole);
+      if (CHAINS == 2) whole = iadd(whole, d4_end(d[0][n][m], izero()));
+      F t = mul(cvt(whole), s);
+      F r = fma(t, fset(x.scale[g * MR + m]), acc[n][m]);
+      acc[n][m] = W::MINIMUM ? fma(lowest, fset(x.sum[g * MR + m]), r) : r;
+    }
+  }
+}
+
+template <class W, int MR, int NR>
+INLINE void span8(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, F (*acc)[MR]) {
+  constexpr int LINES = W::SPAN / 4;
+  const int32_t* negsum = W::SPAN == 32 ? x.negsum : x.negsum16;
+  constexpr int CHAINS = MR * NR <= 4 && LINES >= 8 ? 2 : 1;
+  D8 d[CHAINS][NR][MR];
+  UNROLL(8) for (int n = 0; n < NR; ++n)
+    UNROLL(8) for (int m = 0; m < MR; ++m) {
+      d[0][n][m] = d8_begin(iload1(negsum + g * MR + m));
+      if (CHAINS == 2) d[CHAINS - 1][n][m] = d8_begin(izero());
+    }
+  UNROLL(8) for (int j = 0; j < LINES; ++j) {
+    B w[NR];
+    UNROLL(8) for (int n = 0; n < NR; ++n) {
+      const uint8_t* line = p[n] + W::HEAD + 64 * LINES * h + 64 * j;
+      w[n] = bload(line);
+      if (PREFETCH) prefetch(line + PREFETCH);
+    }
+    UNROLL(8) for (int m = 0; m < MR; ++m)
+      UNROLL(8) for (int n = 0; n < NR; ++n) d[j % CHAINS][n][m] = d8_dot(d[j % CHAINS][n][m], w[n], a + (j * MR + m) * 4);
+  }
+  int64_t g32 = g * W::SPAN / 32;
+  UNROLL(8) for (int n = 0; n < NR; ++n) {
+    F s = W::scale(p[n], h), lowest = W::MINIMUM ? W::minimum(p[n], h) : fzero();
+    UNROLL(8) for (int m = 0; m < MR; ++m) {
+      I whole = d8_end(d[0][n][m]);
+      if (CHAINS == 2) whole = iadd(whole, d8_end(d[CHAINS - 1][n][m]));
+      F t = mul(cvt(whole), s);
+      F r = fma(t, fset(x.scale[g32 * MR + m]), acc[n][m]);
+      acc[n][m] = W::MINIMUM ? fma(lowest, fset(x.sum[g32 * MR + m]), r) : r;
+    }
+  }
+}
+
+template <class W, int MR, int NR>
+__attribute__((noinline)) void packed_tile(const uint8_t* const* w, int64_t blocks, const Block& x, float* c) {
+  F acc[NR][MR];
+  const uint8_t* p[NR];
+  constexpr int SPANS = BLOCK_K / W::SPAN;
+  UNROLL(8) for (int n = 0; n < NR; ++n) {
+    p[n] = w[n];
+    UNROLL(8) for (int m = 0; m < MR; ++m) acc[n][m] = fzero();
+  }
+  const int8_t* a = x.q;
+  for (int64_t b = 0; b < blocks; ++b) {
+    UNROLL(8) for (int n = 0; n < NR; ++n)
+      if (PREFETCH)
+        for (int i = 0; i < W::HEAD; i += 64) prefetch(p[n] + PREFETCH + i);
+    for (int h = 0; h < SPANS; ++h, a += W::SPAN * MR) {
+      if (W::BITS == 4) span4<W, MR, NR>(p, h, a, x, b * SPANS + h, acc);
+      else span8<W, MR, NR>(p, h, a, x, b * SPANS + h, acc);
+    }
+    UNROLL(8) for (int n = 0; n < NR; ++n) p[n] += W::BYTES;
+  }
+  UNROLL(8) for (int n = 0; n < NR; ++n)
+    UNROLL(8) for (int m = 0; m < MR; ++m) fstore(c + (n * MAX_MR + m) * TILE, acc[n][m]);
+}
+
+// float32 activations: every weight dequantised as a reader of the file would, sums kept per block of 64 columns.
+template <class W, int MR>
+__attribute__((noinline)) void exact_tile(const uint8_t* w, int64_t blocks, const float* x, int64_t ld, float* c) {
+  F acc[MR];
+  UNROLL(8) for (int m = 0; m < MR; ++m) acc[m] = fzero();
+  for (int64_t b = 0; b < blocks; ++b, w += W::BYTES, x += BLOCK_K) {
+    F part[MR];
+    UNROLL(8) for (int m = 0; m < MR; ++m) part[m] = fzero();
+    for (int h = 0; h < BLOCK_K / W::SPAN; ++h) {
+      F s = W::scale(w, h), lowest = W::minimum(w, h);
+      if (W::BITS == 4) {
+        UNROLL(4) for (int j = 0; j < 4; ++j) {
+          const uint8_t* line = w + W::HEAD + 256 * h + 64 * j;
+          B v = bload(line);
+          if (PREFETCH) prefetch(line + PREFETCH);
+          UNROLL(8) for (int e = 0; e < 8; ++e) {
+            F value = fma(nibble(v, 4 * e), s, lowest);
+            int64_t k = 32 * h + 4 * j + e / 2 + 16 * (e & 1);
+            UNROLL(8) for (int m = 0; m < MR; ++m) part[m] = fma(value, fset(x[m * ld + k]), part[m]);
+          }
+        }
+      } else {
+        F shifted = fma(s, fset(-128), lowest);
+        constexpr int LINES = W::SPAN / 4;
+        UNROLL(8) for (int j = 0; j < LINES; ++j) {
+          const uint8_t* line = w + W::HEAD + 64 * LINES * h + 64 * j;
+          B v = bload(line);
+          if (PREFETCH) prefetch(line + PREFETCH);
+          UNROLL(8) for (int e = 0; e < 4; ++e) {
+            F value = fma(byte_(v, 8 * e), s, shifted);
+            int64_t k = W::SPAN * h + 4 * j + e;
+            UNROLL(8) for (int m = 0; m < MR; ++m) part[m] = fma(value, fset(x[m * ld + k]), part[m]);
+          }
+        }
+      }
+    }
+    UNROLL(8) for (int m = 0; m < MR; ++m) acc[m] = add(acc[m], part[m]);
+  }
+  UNROLL(8) for (int m = 0; m < MR; ++m) fstore(c + m * TILE, acc[m]);
+}
+
+struct LoadF32 {
+  static constexpr int BYTES = 4;
+  INLINE F load(const uint8_t* p) { return fload((const float*)p); }
+};
+struct LoadF16 {
+  static constexpr int BYTES = 2;
+  INLINE F load(const uint8_t* p) { return load_f16(p); }
+};
+struct LoadBF16 {
+  static constexpr int BYTES = 2;
+  INLINE F load(const uint8_t* p) { return load_bf16(p); }
+};
+
+template <class T>
+INLINE F load_tail(const uint8_t* p, int64_t count) {  // the last `count` < 16 values, zeros after
+  uint8_t t[16 * T::BYTES] = {};
+  __builtin_memcpy(t, p, count * T::BYTES);
+  return T::load(t);
+}
+
+// R rows against M tokens in float32; the activations are zero past K, the weights are never read past it.
+template <class T, int R, int M>
+INLINE void rows_f32(const uint8_t* w, int64_t stride, int64_t k, const float* x, int64_t ld, float* c) {
+  constexpr int U = R * M >= 8 ? 1 : 4;  // independent sums, so that one row does not wait for its own additions
+  F acc[U][R][M];
+  UNROLL(8) for (int u = 0; u < U; ++u)
+    UNROLL(8) for (int r = 0; r < R; ++r)
+      UNROLL(8) for (int m = 0; m < M; ++m) acc[u][r][m] = fzero();
+  int64_t i = 0;
+  for (; i + 16 * U <= k; i += 16 * U)
+    UNROLL(8) for (int u = 0; u < U; ++u) {
+      F v[R];
+      UNROLL(8) for (int r = 0; r < R; ++r) {
+        const uint8_t* at = w + r * stride + (i + 16 * u) * T::BYTES;
+        v[r] = T::load(at);
+        if (PREFETCH && (T::BYTES == 4 || u % 2 == 0)) prefetch(at + PREFETCH);
+      }
+      UNROLL(8) for (int m = 0; m < M; ++m) {
+        F a = fload(x + m * ld + i + 16 * u);
+        UNROLL(8) for (int r = 0; r < R; ++r) acc[u][r][m] = fma(v[r], a, acc[u][r][m]);
+      }
+    }
+  for (; i < k; i += 16)
+    UNROLL(8) for (int r = 0; r < R; ++r) {
+      const uint8_t* at = w + r * stride + i * T::BYTES;
+      F v = k - i >= 16 ? T::load(at) : load_tail<T>(at, k - i);
+      UNROLL(8) for (int m = 0; m < M; ++m) acc[0][r][m] = fma(v, fload(x + m * ld + i), acc[0][r][m]);
+    }
+  UNROLL(8) for (int r = 0; r < R; ++r)
+    UNROLL(8) for (int m = 0; m < M; ++m) {
+      F s = acc[0][r][m];
+      for (int u = 1; u < U; ++u) s = add(s, acc[u][r][m]);
+      c[m * TILE + r] = hsum(s);
+    }
+}
+
+template <int R, int M>
+INLINE void rows_bf16(const uint8_t* w, int64_t stride, int64_t k, const uint16_t* x, int64_t ld, float* c) {
+  constexpr int U = R * M >= 8 ? 1 : 4;
+  F acc[U][R][M];
+  UNROLL(8) for (int u = 0; u < U; ++u)
+    UNROLL(8) for (int r = 0; r < R; ++r)
+      UNROLL(8) for (int m = 0; m < M; ++m) acc[u][r][m] = fzero();
+  int64_t i = 0;
+  for (; i + 32 * U <= k; i += 32 * U)
+    UNROLL(8) for (int u = 0; u < U; ++u)
+    {
+      H a[M];
+      UNROLL(8) for (int m = 0; m < M; ++m) a[m] = hload(x + m * ld + i + 32 * u);
+      UNROLL(8) for (int r = 0; r < R; ++r) {
+        const uint16_t* at = (const uint16_t*)(w + r * stride) + i + 32 * u;
+        H v = hload(at);
+        if (PREFETCH) prefetch((const uint8_t*)at + PREFETCH);
+        UNROLL(8) for (int m = 0; m < M; ++m) acc[u][r][m] = dot_bf16(acc[u][r][m], v, a[m]);
+      }
+    }
+  for (; i < k; i += 32)
+    UNROLL(8) for (int r = 0; r < R; ++r) {
+      uint16_t t[32] = {};
+      __builtin_memcpy(t, w + r * stride + i * 2, (k - i < 32 ? k - i : 32) * 2);
+      UNROLL(8) for (int m = 0; m < M; ++m) acc[0][r][m] = dot_bf16(acc[0][r][m], hload(t), hload(x + m * ld + i));
+    }
+  UNROLL(8) for (int r = 0; r < R; ++r)
+    UNROLL(8) for (int m = 0; m < M; ++m) {
+      F s = acc[0][r][m];
+      for (int u = 1; u < U; ++u) s = add(s, acc[u][r][m]);
+      c[m * TILE + r] = hsum(s);
+    }
+}
+
+template <class T, bool FAST, int R, int M>
+INLINE void rows_any(const Matrix& w, int64_t row, const Block& x, int m, float* c) {
+  const uint8_t* p = w.data + row * w.stride;
+  if constexpr (FAST) rows_bf16<R, M>(p, w.stride, w.cols, x.bf16 + m * x.ld, x.ld, c + m * TILE);
+  else rows_f32<T, R, M>(p, w.stride, w.cols, x.f32 + m * x.ld, x.ld, c + m * TILE);
+}
+
+// The tile of 16 rows (fewer at the end) against the block's tokens, 4 x 4 at a time.
+template <class T, bool FAST>
+__attribute__((noinline)) void rows_tile(const Matrix& w, int64_t tile, const Block& x, float* c) {
+  int64_t row0 = tile * TILE;
+  int rows = (int)(w.rows - row0 < TILE ? w.rows - row0 : TILE);
+  int m = 0;
+  for (; m + 4 <= x.count; m += 4) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) rows_any<T, FAST, 4, 4>(w, row0 + r, x, m, c + r);
+    for (; r < rows; ++r) rows_any<T, FAST, 1, 4>(w, row0 + r, x, m, c + r);
+  }
+  for (; m + 2 <= x.count; m += 2) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) rows_any<T, FAST, 4, 2>(w, row0 + r, x, m, c + r);
+    for (; r < rows; ++r) rows_any<T, FAST, 1, 2>(w, row0 + r, x, m, c + r);
+  }
+  for (; m < x.count; ++m)
+    for (int r = 0; r < rows; ++r) rows_any<T, FAST, 1, 1>(w, row0 + r, x, m, c + r);
+}
+
+template <class W>
+void packed_tiles(const uint8_t* const* w, int nr, int64_t blocks, const Block& x, int mr, bool exact, float* c) {
+  if (exact) {
+    for (int n = 0; n < nr; ++n) {
+      float* cn = c + n * MAX_MR * TILE;
+      int m = 0;
+      for (; m + 4 <= x.count; m += 4) exact_tile<W, 4>(w[n], blocks, x.f32 + m * x.ld, x.ld, cn + m * TILE);
+      for (; m < x.count; ++m) exact_tile<W, 1>(w[n], blocks, x.f32 + m * x.ld, x.ld, cn + m * TILE);
+    }
+    return;
+  }
+  if (mr == 1) {
+    for (int n = 0; n < nr; ++n) packed_tile<W, 1, 1>(w + n, blocks, x, c + n * MAX_MR * TILE);
+  } else if (nr == 1) {
+    if (mr == 2) packed_tile<W, 2, 1>(w, blocks, x, c);
+    else if (mr == 4) packed_tile<W, 4, 1>(w, blocks, x, c);
+    else packed_tile<W, 8, 1>(w, blocks, x, c);
+  } else {
+    if (mr == 2) packed_tile<W, 2, 2>(w, blocks, x, c);
+    else if (mr == 4) packed_tile<W, 4, 2>(w, blocks, x, c);
+    else packed_tile<W, 8, 2>(w, blocks, x, c);
+  }
+}
+
+// Two tiles (of one matrix, or of gate and up) against one block of tokens: c[2][8][16].
+void tiles(const Matrix* const* w, const int64_t* tile, int nr, const Block& x, int mr, bool exact, float* c) {
+  Format f = w[0]->format;
+  if (row_major(f)) {
+    for (int n = 0; n < nr; ++n) {
+      float* cn = c + n * MAX_MR * TILE;
+      if (f == Format::F32) rows_tile<LoadF32, false>(*w[n], tile[n], x, cn);
+      else if (f == Format::F16) rows_tile<LoadF16, false>(*w[n], tile[n], x, cn);
+      else if (exact) rows_tile<LoadBF16, false>(*w[n], tile[n], x, cn);
+      else rows_tile<LoadBF16, true>(*w[n], tile[n], x, cn);
+    }
+    return;
+  }
+  const uint8_t* p[2];
+  for (int n = 0; n < nr; ++n) p[n] = w[n]->data + tile[n] * w[n]->stride;
+  int64_t blocks = padded(w[0]->cols) / BLOCK_K;
+  switch (f) {
+    case Format::W4: return packed_tiles<W4>(p, nr, blocks, x, mr, exact, c);
+    case Format::W4M: return packed_tiles<W4M>(p, nr, blocks, x, mr, exact, c);
+    case Format::W4K: return packed_tiles<W4K>(p, nr, blocks, x, mr, exact, c);
+    case Format::W8: return packed_tiles<W8>(p, nr, blocks, x, mr, exact, c);
+    case Format::W8M: return packed_tiles<W8M>(p, nr, blocks, x, mr, exact, c);
+    case Format::W8K: return packed_tiles<W8K>(p, nr, blocks, x, mr, exact, c);
+    case Format::W6K: return packed_tiles<W6K>(p, nr, blocks, x, mr, exact, c);
+    default: return;
+  }
+}
+
+INLINE F with_bias(F v, const Matrix* w, int64_t row) {
+  if (!w->bias) return v;
+  if (row + TILE <= w->rows) return add(v, fload(w->bias + row));
+  float t[TILE] = {};
+  for (int64_t i = 0; row + i < w->rows; ++i) t[i] = w->bias[row + i];
+  return add(v, fload(t));
+}
+
+void finish(const Job& job, const Matrix* w, int64_t tile, int64_t m0, int count, const float* c, const float* c1) {
+  int64_t row = tile * TILE, rows = w->rows - row < TILE ? w->rows - row : TILE;
+  for (int m = 0; m < count; ++m) {
+    float* out = job.out + (m0 + m) * job.ldo + row;
+    F v = with_bias(fload(c + m * TILE), w, row);
+    if (job.epilogue == Epilogue::SWIGLU) v = mul(silu(v), with_bias(fload(c1 + m * TILE), job.w1, row));
+    if (rows == TILE) {
+      fstore(out, job.epilogue == Epilogue::ADD ? add(fload(out), v) : v);
+      continue;
+    }
+    float t[TILE];
+    fstore(t, v);
+    for (int64_t i = 0; i < rows; ++i) out[i] = job.epilogue == Epilogue::ADD ? out[i] + t[i] : t[i];
+  }
+}
+
+void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool exact) {
+  float c[2 * MAX_MR * TILE];
+  __builtin_memset(c, 0, sizeof c);
+  bool pair = job.epilogue == Epilogue::SWIGLU;
+  int64_t kp = padded(x.k), groups = kp / GROUP;
+  for (int64_t t = tile0; t < tile1; t += pair ? 1 : 2) {
+    int nr = pair || t + 1 < tile1 ? 2 : 1;
+    const Matrix* w[2] = {job.w, pair ? job.w1 : job.w};
+    int64_t tile[2] = {t, pair ? t : t + 1};
+    for (int64_t m0 = 0; m0 < x.m; m0 += MAX_MR) {
+      int mr = block_mr(x.m, m0 / MAX_MR);
+      Block b;
+      b.count = (int)(x.m - m0 < MAX_MR ? x.m - m0 : MAX_MR);
+      b.q = x.q + m0 * kp;
+      b.scale = x.scale + m0 * groups;
+      b.sum = x.sum + m0 * groups;
+      b.negsum = x.negsum + m0 * groups;
+      b.negsum16 = x.negsum16 + m0 * groups * 2;
+      b.f32 = x.f32 + m0 * kp;
+      b.bf16 = x.bf16 + m0 * kp;
+      b.ld = kp;
+      if (pair && w[0]->format != w[1]->format)
+        for (int n = 0; n < 2; ++n) tiles(w + n, tile + n, 1, b, mr, exact, c + n * MAX_MR * TILE);
+      else tiles(w, tile, nr, b, mr, exact, c);
+      finish(job, w[0], tile[0], m0, b.count, c, c + MAX_MR * TILE);
+      if (!pair && nr == 2) finish(job, w[1], tile[1], m0, b.count, c + MAX_MR * TILE, nullptr);
+    }
+  }
+}
+
+template <class W>
+void packed_row(const uint8_t* p, int lane, int64_t cols, float* out) {
+  float t[TILE], s = 0, lowest = 0;
+  for (int64_t k = 0; k < cols; ++k) {
+    const uint8_t* block = p + k / BLOCK_K * W::BYTES;
+    int in = (int)(k % BLOCK_K), h = in / W::SPAN, at = in % W::SPAN;
+    if (at == 0) {
+      fstore(t, W::scale(block, h));
+      s = t[lane];
+      fstore(t, W::minimum(block, h));
+      lowest = t[lane];
+    }
+    if (W::BITS == 4) {
+      uint8_t v = block[W::HEAD + 256 * h + 64 * (at % 16 / 4) + 4 * lane + at % 4];
+      out[k] = __builtin_fmaf((float)(at < 16 ? v & 15 : v >> 4), s, lowest);
+    } else {
+      uint8_t v = block[W::HEAD + W::SPAN * 16 * h + 64 * (at / 4) + 4 * lane + at % 4];
+      out[k] = __builtin_fmaf((float)((int)v - 128), s, lowest);
+    }
+  }
+}
+
+void dequantize_row(const Matrix& w, int64_t row, float* out) {
+  const uint8_t* p = w.data + (row_major(w.format) ? row : row / TILE) * w.stride;
+  int lane = (int)(row % TILE);
+  int64_t k = 0;
+  switch (w.format) {
+    case Format::F32: __builtin_memcpy(out, p, w.cols * 4); return;
+    case Format::F16:
+      for (; k + 16 <= w.cols; k += 16) fstore(out + k, load_f16(p + 2 * k));
+      if (k < w.cols) { float t[16]; fstore(t, load_tail<LoadF16>(p + 2 * k, w.cols - k)); __builtin_memcpy(out + k, t, (w.cols - k) * 4); }
+      return;
+    case Format::BF16:
+      for (; k + 16 <= w.cols; k += 16) fstore(out + k, load_bf16(p + 2 * k));
+      if (k < w.cols) { float t[16]; fstore(t, load_tail<LoadBF16>(p + 2 * k, w.cols - k)); __builtin_memcpy(out + k, t, (w.cols - k) * 4); }
+      return;
+    case Format::W4: return packed_row<W4>(p, lane, w.cols, out);
+    case Format::W4M: return packed_row<W4M>(p, lane, w.cols, out);
+    case Format::W4K: return packed_row<W4K>(p, lane, w.cols, out);
+    case Format::W8: return packed_row<W8>(p, lane, w.cols, out);
+    case Format::W8M: return packed_row<W8M>(p, lane, w.cols, out);
+    case Format::W8K: return packed_row<W8K>(p, lane, w.cols, out);
+    case Format::W6K: return packed_row<W6K>(p, lane, w.cols, out);
+  }
+}

@@ -1,0 +1,25 @@
+// From the blocks of a GGUF file to kernel tiles, losslessly.
+#pragma once
+#include <cstdint>
+#include <memory>
+
+#include "kernels.h"
+
+namespace llama2 {
+
+struct FileType {
+  int id;              // the number GGUF gives it
+  const char* name;
+  int columns, bytes;  // of one block
+  Format format;       // what it becomes
+};
+const FileType* file_type(int id);  // null for a type without a packing
+
+// Memory that is never copied: 2 MB aligned, huge pages where allowed, zeroed, freed with the last user.
+std::shared_ptr<uint8_t> allocate(int64_t bytes);
+
+// Tile `tile` of a matrix of rows x cols; file row of row r is row_map[r], or r where row_map is null.
+void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* row_map, int64_t tile,
+               uint8_t* out);
+
+}  // namespace llama2

@@ -1,0 +1,119 @@
+// Included once per instruction set, inside an anonymous namespace: norm, rotation, activations in every form.
+
+INLINE F exp_(F x) {  // relative error about 1e-7; below -87 the result is 1.6e-38 rather than 0
+  x = fmax_(fset(-87.0f), sub(fzero(), fmax_(sub(fzero(), x), fset(-88.0f))));
+  F n = round_(mul(x, fset(1.44269504088896341f)));
+  F r = fma(n, fset(-0.693359375f), x);
+  r = fma(n, fset(2.12194440e-4f), r);
+  F p = fset(1.9875691500e-4f);
+  p = fma(p, r, fset(1.3981999507e-3f));
+  p = fma(p, r, fset(8.3334519073e-3f));
+  p = fma(p, r, fset(4.1665795894e-2f));
+  p = fma(p, r, fset(1.6666665459e-1f));
+  p = fma(p, r, fset(5.0000001201e-1f));
+  p = fma(p, mul(r, r), add(r, fset(1.0f)));
+  return pow2(p, n);
+}
+
+INLINE F silu(F x) { return divide(x, add(fset(1.0f), exp_(sub(fzero(), x)))); }
+
+void rmsnorm(const float* x, const float* weight, float eps, int64_t k, float* out) {
+  F s[4] = {fzero(), fzero(), fzero(), fzero()};
+  int64_t i = 0;
+  for (; i + 64 <= k; i += 64)
+    for (int u = 0; u < 4; ++u) { F v = fload(x + i + 16 * u); s[u] = fma(v, v, s[u]); }
+  for (; i + 16 <= k; i += 16) { F v = fload(x + i); s[0] = fma(v, v, s[0]); }
+  float total = hsum(add(add(s[0], s[1]), add(s[2], s[3])));
+  for (; i < k; ++i) total += x[i] * x[i];
+  float r = 1.0f / __builtin_sqrtf(total / (float)k + eps);
+  for (i = 0; i + 16 <= k; i += 16) fstore(out + i, mul(mul(fload(x + i), fset(r)), fload(weight + i)));
+  for (; i < k; ++i) out[i] = x[i] * r * weight[i];
+}
+
+void rope(float* x, const float* cos, const float* sin, int64_t heads, int64_t width) {
+  int64_t half = width / 2;
+  for (int64_t h = 0; h < heads; ++h, x += width) {
+    int64_t i = 0;
+    for (; i + 16 <= half; i += 16) {
+      F a = fload(x + i), b = fload(x + half + i), c = fload(cos + i), s = fload(sin + i);
+      fstore(x + i, sub(mul(a, c), mul(b, s)));
+      fstore(x + half + i, add(mul(b, c), mul(a, s)));
+    }
+    for (; i < half; ++i) {
+      float a = x[i], b = x[half + i];
+      x[i] = a * cos[i] - b * sin[i];
+      x[half + i] = b * cos[i] + a * sin[i];
+    }
+  }
+}
+
+// One group of 32 values to int8; the dwords of 4 values land `step` bytes apart.
+INLINE void quantize_group(const float* x, int8_t* q, int64_t step, float* scale, int32_t* neg, int32_t* neg16,
+                           int64_t step16, float* sum) {
+  F a = fload(x), b = fload(x + 16);
+  float amax = hmax(fmax_(fabs_(a), fabs_(b)));
+  float inverse = amax > 0 ? 127.0f / amax : 0.0f;
+  int8_t t[32];
+  F ra = round_(mul(a, fset(inverse))), rb = round_(mul(b, fset(inverse)));
+  store_s8(t, ra);
+  store_s8(t + 16, rb);
+  for (int j = 0; j < 8; ++j) __builtin_memcpy(q + j * step, t + 4 * j, 4);
+  int32_t sa = (int32_t)hsum(ra), sb = (int32_t)hsum(rb);
+  *scale = amax / 127.0f;
+  *neg = -128 * (sa + sb);
+  neg16[0] = -128 * sa;
+  neg16[step16] = -128 * sb;
+  *sum = *scale * (float)(sa + sb);
+}
+
+void prepare_int8(const float* row, int64_t k, int64_t token, const Acts& to) {
+  int64_t kp = padded(k), block = token / MAX_MR, base = block * MAX_MR;
+  int mr = block_mr(to.m, block), lane = (int)(token - base);
+  int8_t* q = to.q + base * kp + lane * 4;
+  int64_t groups = kp / GROUP, at = base * groups + lane;
+  for (int64_t g = 0; g < groups; ++g) {
+    float pad[GROUP];
+    const float* x = row + g * GROUP;
+    int64_t left = k - g * GROUP;
+    if (left < GROUP) {
+      for (int i = 0; i < GROUP; ++i) pad[i] = i < left ? x[i] : 0.0f;
+      x = pad;
+    }
+    quantize_group(x, q + g * 8 * mr * 4, mr * 4, to.scale + at + g * mr, to.negsum + at + g * mr,
+                   to.negsum16 + base * groups * 2 + lane + 2 * g * mr, mr, to.sum + at + g * mr);
+  }
+}
+
+void prepare(const float* x, int64_t ldx, int64_t m0, int64_t m1, int forms, const Acts& to) {
+  int64_t k = to.k, kp = padded(k);
+  for (int64_t m = m0; m < m1; ++m) {
+    const float* row = x + m * ldx;
+    if (forms & FORM_F32) {
+      float* out = to.f32 + m * kp;
+      __builtin_memcpy(out, row, k * 4);
+      for (int64_t i = k; i < kp; ++i) out[i] = 0;
+    }
+    if (forms & FORM_BF16) {
+      uint16_t* out = to.bf16 + m * kp;
+      int64_t i = 0;
+      for (; i + 16 <= k; i += 16) store_bf16(out + i, fload(row + i));
+      if (i < kp) {
+        float tail[BLOCK_K] = {};
+        for (int64_t j = i; j < k; ++j) tail[j - i] = row[j];
+        for (int64_t j = 0; i < kp; i += 16, j += 16) store_bf16(out + i, fload(tail + j));
+      }
+    }
+    if (forms & FORM_INT8) prepare_int8(row, k, m, to);
+  }
+  if ((forms & FORM_INT8) && m1 == to.m)  // the unused lanes of the last block
+    for (int64_t m = to.m; m < padded_tokens(to.m); ++m) {
+      float zero[GROUP] = {};
+      int64_t block = m / MAX_MR, base = block * MAX_MR, groups = kp / GROUP;
+      int mr = block_mr(to.m, block), lane = (int)(m - base);
+      for (int64_t g = 0; g < groups; ++g) {
+        int64_t at = base * groups + lane + g * mr;
+        quantize_group(zero, to.q + base * kp + lane * 4 + g * 32 * mr, mr * 4, to.scale + at, to.negsum + at,
+                       to.negsum16 + base * groups * 2 + lane + 2 * g * mr, mr, to.sum + at);
+      }
+    }
+}

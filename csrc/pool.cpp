@@ -1,0 +1,145 @@
+#include "pool.h"
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <chrono>
+
+namespace llama2 {
+namespace {
+
+constexpr int SPINS = 4000;   // pauses before sleeping: 100 to 200 us
+constexpr int PATIENCE = 20000;  // pauses inside a barrier before yielding the core to whoever wants it
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb" ::: "memory");
+#endif
+}
+
+void futex_wait(std::atomic<uint32_t>* at, uint32_t seen) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(at), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+}
+
+void futex_wake(std::atomic<uint32_t>* at) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(at), FUTEX_WAKE_PRIVATE, 1 << 20, nullptr, nullptr, 0);
+}
+
+class Pinned {  // the calling thread on one core, for a scope
+ public:
+  explicit Pinned(int cpu) : active_(cpu >= 0 && sched_getaffinity(0, sizeof old_, &old_) == 0) {
+    if (!active_) return;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    sched_setaffinity(0, sizeof one, &one);
+  }
+  ~Pinned() {
+    if (active_) sched_setaffinity(0, sizeof old_, &old_);
+  }
+
+ private:
+  cpu_set_t old_;
+  bool active_;
+};
+
+}  // namespace
+
+Pool::Pool(int threads, std::vector<int> cpus) : size_(threads < 1 ? 1 : threads), cpus_(std::move(cpus)) {
+  if (cpus_.size() < static_cast<size_t>(size_)) cpus_.clear();
+  start();
+}
+
+void Pool::start() {
+  owner_ = getpid();
+  for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i, seen = epoch_.load()] { worker(i, seen); });
+}
+
+Pool::~Pool() {
+  if (getpid() != owner_) {  // a forked child has no workers to join
+    for (auto& t : threads_) t.detach();
+    return;
+  }
+  quit_.store(true);
+  epoch_.fetch_add(1);
+  futex_wake(&epoch_);
+  for (auto& t : threads_) t.join();
+}
+
+void Pool::worker(int id, uint32_t seen) {
+  if (!cpus_.empty()) {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpus_[id], &one);
+    sched_setaffinity(0, sizeof one, &one);
+  }
+  for (;;) {
+    for (int spin = 0; epoch_.load(std::memory_order_acquire) == seen && spin < SPINS; ++spin) relax();
+    while (epoch_.load(std::memory_order_seq_cst) == seen) {
+      sleepers_.fetch_add(1, std::memory_order_seq_cst);
+      if (epoch_.load(std::memory_order_seq_cst) == seen) futex_wait(&epoch_, seen);
+      sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+    }
+    ++seen;
+    if (quit_.load()) return;
+    (*work_)(id);
+    barrier();
+  }
+}
+
+void Pool::run(const std::function<void(int)>& work) {
+  std::lock_guard<std::mutex> lock(one_at_a_time_);
+  if (getpid() != owner_) {  // after fork: the workers stayed in the parent
+    for (auto& t : threads_) t.detach();
+    threads_.clear();
+    arrived_.store(0);
+    sleepers_.store(0);
+    start();
+  }
+  Pinned pin(size_ > 1 && !cpus_.empty() ? cpus_[0] : -1);
+  work_ = &work;
+  epoch_.fetch_add(1, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst)) futex_wake(&epoch_);
+  work(0);
+  barrier();
+}
+
+void Pool::barrier() {
+  if (size_ == 1) return;
+  uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin)
+    if (spin < PATIENCE) relax();
+    else sched_yield();
+}
+
+double ping_pong(Pool& pool, int rounds) {
+  alignas(64) std::atomic<int> ball{0};
+  double seconds = 0;
+  pool.run([&](int id) {
+    if (id > 1 || pool.size() < 2) return;
+    auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < rounds; ++i) {
+      int mine = 2 * i + id;
+      for (long spin = 0; ball.load(std::memory_order_acquire) != mine; ++spin)
+        if (spin > 1000000) { sched_yield(); }
+      ball.store(mine + 1, std::memory_order_release);
+      if (i == rounds / 10) start = std::chrono::steady_clock::now();
+    }
+    if (id == 0) {
+      std::chrono::duration<double> d = std::chrono::steady_clock::now() - start;
+      seconds = d.count() / (rounds - rounds / 10 - 1);
+    }
+  });
+  return seconds;
+}
+
+}  // namespace llama2

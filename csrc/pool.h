@@ -1,0 +1,43 @@
+// Threads that run one function together: spin briefly while work is near, sleep in the kernel when it is not.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace llama2 {
+
+class Pool {
+ public:
+  // cpus: one per thread to pin to, or empty. The caller of run() is thread 0 and is pinned only while it runs.
+  Pool(int threads, std::vector<int> cpus);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return size_; }
+  void run(const std::function<void(int)>& work);  // work(thread) on every thread; returns when all have finished
+  void barrier();                                  // inside work only, by every thread
+
+ private:
+  void start();
+  void worker(int id, uint32_t seen);
+
+  int size_;
+  std::vector<int> cpus_;
+  std::vector<std::thread> threads_;
+  std::mutex one_at_a_time_;
+  const std::function<void(int)>* work_ = nullptr;
+  int owner_ = 0;
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  std::atomic<uint32_t> sleepers_{0};
+  alignas(64) std::atomic<bool> quit_{false};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+double ping_pong(Pool& pool, int rounds);  // seconds of one round trip of a cache line between threads 0 and 1
+
+}  // namespace llama2

@@ -1,0 +1,83 @@
+// AVX-512 with VNNI and BF16: one register holds 16 rows.
+#include <immintrin.h>
+#include <cstdint>
+
+#define PRAGMA(text) _Pragma(#text)
+#ifdef LLAMA2_NO_UNROLL  // sanitizer builds: minutes of compilation otherwise
+#define UNROLL(n)
+#else
+#define UNROLL(n) PRAGMA(GCC unroll n)
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+using F = __m512;
+using I = __m512i;
+using B = __m512i;
+using D4 = __m512i;
+using D8 = __m512i;
+
+INLINE F fload(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void fstore(float* p, F v) { _mm512_storeu_ps(p, v); }
+INLINE F fset(float v) { return _mm512_set1_ps(v); }
+INLINE F fzero() { return _mm512_setzero_ps(); }
+INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+INLINE F divide(F a, F b) { return _mm512_div_ps(a, b); }
+INLINE F fmax_(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE F fabs_(F a) { return _mm512_abs_ps(a); }
+INLINE F round_(F a) { return _mm512_roundscale_ps(a, 0); }
+INLINE F pow2(F mant, F n) { return _mm512_scalef_ps(mant, n); }
+INLINE float hsum(F a) {
+  __m256 s = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
+INLINE float hmax(F a) {
+  __m256 s = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
+}
+INLINE F cvt(I a) { return _mm512_cvtepi32_ps(a); }
+INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE F load_bf16(const void* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+INLINE void store_bf16(uint16_t* p, F v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+INLINE F load_u8(const uint8_t* p) { return cvt(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+INLINE F load_s8(const uint8_t* p) { return cvt(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+INLINE void store_s8(int8_t* p, F v) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
+INLINE B bload(const uint8_t* p) { return _mm512_loadu_si512(p); }
+INLINE B low4(B v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+INLINE B high4(B v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+INLINE B high4_large(B v) { return _mm512_andnot_si512(_mm512_set1_epi8(15), v); }
+INLINE I iload1(const int32_t* p) { return _mm512_set1_epi32(*p); }
+INLINE I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+INLINE I izero() { return _mm512_setzero_si512(); }
+// 16 rows x 4 columns against 4 activations; d4: values 0..15, d8: values stored +128
+constexpr bool HIGH_IN_PLACE = true;
+INLINE D4 d4_begin(I start) { return start; }
+INLINE D4 d4_dot(D4 d, B w, const int8_t* a) { return _mm512_dpbusd_epi32(d, w, iload1((const int32_t*)a)); }
+INLINE I d4_end(D4 d, I) { return d; }
+INLINE I sixteenth(I v) { return _mm512_srai_epi32(v, 4); }
+INLINE D8 d8_begin(I start) { return start; }
+INLINE D8 d8_dot(D8 d, B w, const int8_t* a) { return _mm512_dpbusd_epi32(d, w, iload1((const int32_t*)a)); }
+INLINE I d8_end(D8 d) { return d; }
+INLINE F nibble(B v, int shift) {  // dword lane r: the nibble at bit `shift`
+  return cvt(_mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(15)));
+}
+INLINE F byte_(B v, int shift) {
+  return cvt(_mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(255)));
+}
+// sum over 32 bf16 products, spread over the lanes in any way
+using H = __m512bh;
+INLINE H hload(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+INLINE F dot_bf16(F acc, H w, H x) { return _mm512_dpbf16_ps(acc, w, x); }
+INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+constexpr int PREFETCH = 8192;

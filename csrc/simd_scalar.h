@@ -1,0 +1,81 @@
+// Plain C++: the oracle of every other instruction set, and what runs where none fits.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define UNROLL(n)
+#define INLINE static inline __attribute__((always_inline))
+#define LANES for (int i = 0; i < 16; ++i)
+
+struct F { float v[16]; };
+struct I { int32_t v[16]; };
+struct B { uint8_t v[64]; };
+using D4 = I;
+using D8 = I;
+
+INLINE float half_to_float(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 1023, x;
+  if (e == 31) x = sign | 0x7f800000 | m << 13;
+  else if (e) x = sign | (e + 112) << 23 | m << 13;
+  else { float f = (float)m * 5.9604644775390625e-8f; std::memcpy(&x, &f, 4); x |= sign; }
+  float f; std::memcpy(&f, &x, 4); return f;
+}
+INLINE float bf16_to_float(uint16_t h) { uint32_t x = (uint32_t)h << 16; float f; std::memcpy(&f, &x, 4); return f; }
+INLINE uint16_t float_to_bf16(float f) {
+  uint32_t x; std::memcpy(&x, &f, 4);
+  if ((x & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return (uint16_t)((x + 0x7fff + ((x >> 16) & 1)) >> 16);
+}
+INLINE uint16_t get16(const void* p, int i) { uint16_t h; std::memcpy(&h, (const char*)p + 2 * i, 2); return h; }
+
+INLINE F fload(const float* p) { F r; LANES r.v[i] = p[i]; return r; }
+INLINE void fstore(float* p, F x) { LANES p[i] = x.v[i]; }
+INLINE F fset(float x) { F r; LANES r.v[i] = x; return r; }
+INLINE F fzero() { return fset(0); }
+INLINE F fma(F a, F b, F c) { F r; LANES r.v[i] = a.v[i] * b.v[i] + c.v[i]; return r; }
+INLINE F mul(F a, F b) { F r; LANES r.v[i] = a.v[i] * b.v[i]; return r; }
+INLINE F add(F a, F b) { F r; LANES r.v[i] = a.v[i] + b.v[i]; return r; }
+INLINE F sub(F a, F b) { F r; LANES r.v[i] = a.v[i] - b.v[i]; return r; }
+INLINE F divide(F a, F b) { F r; LANES r.v[i] = a.v[i] / b.v[i]; return r; }
+INLINE F fmax_(F a, F b) { F r; LANES r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return r; }
+INLINE F fabs_(F a) { F r; LANES r.v[i] = std::fabs(a.v[i]); return r; }
+INLINE F round_(F a) { F r; LANES r.v[i] = std::nearbyintf(a.v[i]); return r; }
+INLINE F pow2(F m, F n) { F r; LANES r.v[i] = std::ldexp(m.v[i], (int)n.v[i]); return r; }
+INLINE float hsum(F a) { float s = 0; LANES s += a.v[i]; return s; }
+INLINE float hmax(F a) { float s = a.v[0]; LANES s = a.v[i] > s ? a.v[i] : s; return s; }
+INLINE F cvt(I a) { F r; LANES r.v[i] = (float)a.v[i]; return r; }
+INLINE F load_f16(const void* p) { F r; LANES r.v[i] = half_to_float(get16(p, i)); return r; }
+INLINE F load_bf16(const void* p) { F r; LANES r.v[i] = bf16_to_float(get16(p, i)); return r; }
+INLINE void store_bf16(uint16_t* p, F x) { LANES p[i] = float_to_bf16(x.v[i]); }
+INLINE F load_u8(const uint8_t* p) { F r; LANES r.v[i] = p[i]; return r; }
+INLINE F load_s8(const uint8_t* p) { F r; LANES r.v[i] = (int8_t)p[i]; return r; }
+INLINE void store_s8(int8_t* p, F x) { LANES p[i] = (int8_t)std::nearbyintf(x.v[i]); }
+
+INLINE B bload(const uint8_t* p) { B r; std::memcpy(r.v, p, 64); return r; }
+INLINE B low4(B b) { for (int i = 0; i < 64; ++i) b.v[i] &= 15; return b; }
+INLINE B high4(B b) { for (int i = 0; i < 64; ++i) b.v[i] >>= 4; return b; }
+INLINE B high4_large(B b) { for (int i = 0; i < 64; ++i) b.v[i] &= 240; return b; }
+INLINE I iload1(const int32_t* p) { I r; LANES r.v[i] = *p; return r; }
+INLINE I iadd(I a, I b) { LANES a.v[i] += b.v[i]; return a; }
+INLINE I izero() { I r; LANES r.v[i] = 0; return r; }
+INLINE I sixteenth(I a) { LANES a.v[i] >>= 4; return a; }
+constexpr bool HIGH_IN_PLACE = true;
+INLINE D4 d4_begin(I start) { return start; }
+INLINE D4 d4_dot(D4 d, B w, const int8_t* a) {
+  LANES for (int c = 0; c < 4; ++c) d.v[i] += (int32_t)w.v[4 * i + c] * a[c];
+  return d;
+}
+INLINE I d4_end(D4 d, I) { return d; }
+INLINE D8 d8_begin(I) { return izero(); }
+INLINE D8 d8_dot(D8 d, B w, const int8_t* a) {
+  LANES for (int c = 0; c < 4; ++c) d.v[i] += ((int32_t)w.v[4 * i + c] - 128) * a[c];
+  return d;
+}
+INLINE I d8_end(D8 d) { return d; }
+INLINE F nibble(B b, int shift) { F r; LANES r.v[i] = (float)(b.v[4 * i + shift / 8] >> (shift % 8) & 15); return r; }
+INLINE F byte_(B b, int shift) { F r; LANES r.v[i] = (float)b.v[4 * i + shift / 8]; return r; }
+struct H { F a, b; };
+INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
+INLINE F dot_bf16(F acc, H w, H x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
+INLINE void prefetch(const void*) {}
+constexpr int PREFETCH = 0;

@@ -1,0 +1,28 @@
+"""The native CPU engine seen from Python: weights in kernel layout, and a whole step of the model in one call.
+
+    weights = CpuWeights.from_gguf(GgufFile(path))     no torch anywhere; or .from_module(model), in place
+    runner  = CpuRunner(weights)
+    cache   = PagedCache(weights, tokens=4096)
+    sequence = cache.sequence()
+    logits  = runner.feed(sequence, prompt_ids)        float32 (vocabulary,)
+
+`CpuRunner.step` is the runner contract: a packed batch of new tokens of several sequences over the paged cache.
+`reference.py` is the same step in torch, the oracle. Without a compiled module `available()` is False and the first
+use raises MissingDependencyError with the remedy.
+"""
+
+from llama2.cpu.cache import CacheView, PagedCache, Sequence
+from llama2.cpu.runner import CpuRunner
+from llama2.cpu.threads import available, default_threads, instruction_sets
+from llama2.cpu.weights import CpuWeights
+
+__all__ = [
+    "CacheView",
+    "CpuRunner",
+    "CpuWeights",
+    "PagedCache",
+    "Sequence",
+    "available",
+    "default_threads",
+    "instruction_sets",
+]

@@ -1,0 +1,116 @@
+"""Keys and values in pages of 16 positions, shared out among sequences."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2.cpu.threads import native
+from llama2.cpu.weights import CpuWeights
+from llama2.errors import InputError
+
+PAGE = 16
+
+
+class Sequence:
+    """One text in the cache: its pages in order and how many positions of them are filled."""
+
+    def __init__(self, cache: "PagedCache") -> None:
+        self.cache = cache
+        self.pages: list[int] = []
+        self.length = 0
+
+    def crop(self, length: int) -> None:
+        """Forgets all but the first `length` positions."""
+        if not 0 <= length <= self.length:
+            raise InputError(f"cannot keep {length} positions of a sequence that has {self.length}")
+        self.length = length
+        keep = -(-length // PAGE)
+        self.cache._give_back(self.pages[keep:])
+        del self.pages[keep:]
+
+    def free(self) -> None:
+        """Gives every page back."""
+        self.crop(0)
+
+    def fork(self) -> "Sequence":
+        """A second sequence with the same content in pages of its own."""
+        other = Sequence(self.cache)
+        other.pages = [self.cache._take() for _ in self.pages]
+        for source, target in zip(self.pages, other.pages, strict=True):
+            self.cache.handle.copy_page(source, target)
+        other.length = self.length
+        return other
+
+    def _reserve(self, length: int) -> None:
+        while len(self.pages) * PAGE < length:
+            self.pages.append(self.cache._take())
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """Where the new tokens of a step go: tokens starts[s] .. starts[s+1] follow the past[s] positions of sequence s.
+
+    `tables` int32 (sequences, pages) lists each sequence's pages in order; unused entries are 0.
+    """
+
+    cache: "PagedCache"
+    starts: NDArray[np.int32]
+    past: NDArray[np.int32]
+    tables: NDArray[np.int32]
+    sequences: tuple[Sequence, ...] = ()
+
+    def commit(self) -> None:
+        """Counts the new tokens as cached; called by the runner once they are."""
+        for sequence, past, count in zip(self.sequences, self.past, np.diff(self.starts), strict=True):
+            sequence.length = int(past + count)
+
+
+class PagedCache:
+    """Pages for `tokens` positions in all. Memory is taken as positions are written, not before.
+
+    dtype: "bfloat16" (half the bytes, error about 1e-2 of the attention output) or "float32".
+    """
+
+    def __init__(self, weights: CpuWeights, tokens: int, dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
+        if dtype not in ("float32", "bfloat16"):
+            raise InputError(f"a native cache is 'float32' or 'bfloat16', not {dtype!r}")
+        if tokens < 1:
+            raise InputError(f"a cache of {tokens} tokens cannot hold anything; give at least 1")
+        c = weights.config
+        self.tokens, self.dtype = tokens, dtype
+        pages = -(-tokens // PAGE)
+        self.handle: Any = native().make_cache(dtype, c.num_hidden_layers, c.num_key_value_heads, c.head_dim, pages)
+        self._free = list(range(pages - 1, -1, -1))
+
+    def sequence(self) -> Sequence:
+        """A new, empty sequence."""
+        return Sequence(self)
+
+    def view(self, counts: Iterable[tuple[Sequence, int]]) -> CacheView:
+        """Room for `count` new tokens of each sequence, in the order they will be packed."""
+        pairs = list(counts)
+        if not pairs or any(n < 1 for _, n in pairs):
+            raise InputError("a step needs at least one new token of every sequence in it")
+        if len({id(s) for s, _ in pairs}) != len(pairs):
+            raise InputError("a sequence appears twice in one step; pack its tokens together")
+        for sequence, count in pairs:
+            if sequence.cache is not self:
+                raise InputError("a sequence of another cache cannot take part in this step")
+            sequence._reserve(sequence.length + count)
+        tables = np.zeros((len(pairs), max(len(s.pages) for s, _ in pairs)), np.int32)
+        for i, (sequence, _) in enumerate(pairs):
+            tables[i, : len(sequence.pages)] = sequence.pages
+        starts = np.cumsum([0, *(n for _, n in pairs)], dtype=np.int32)
+        past = np.array([s.length for s, _ in pairs], np.int32)
+        return CacheView(self, starts, past, tables, tuple(s for s, _ in pairs))
+
+    def _take(self) -> int:
+        if not self._free:
+            raise InputError(f"the cache of {self.tokens} positions is full; make it larger or free a sequence")
+        return self._free.pop()
+
+    def _give_back(self, pages: list[int]) -> None:
+        self._free.extend(reversed(pages))

@@ -1,0 +1,103 @@
+"""One call, one step of the model: tokens of several sequences in, logits out."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2.cpu.cache import CacheView, Sequence
+from llama2.cpu.threads import instruction_sets, native
+from llama2.cpu.weights import CpuWeights
+from llama2.errors import InputError
+
+CHUNK = 512  # tokens of one native call: enough for full speed, little enough for scratch memory
+
+Ints = NDArray[np.int32]
+
+
+class CpuRunner:
+    """Runs `weights` on their thread pool.
+
+    precision: "fast" rounds the activations (8 bits per 32 against packed weights, bfloat16 against bfloat16);
+    "exact" keeps them float32. isa: "auto" or one of `instruction_sets()`.
+    """
+
+    def __init__(self, weights: CpuWeights, precision: Literal["fast", "exact"] = "fast", isa: str = "auto") -> None:
+        if precision not in ("fast", "exact"):
+            raise InputError(f"precision is 'fast' or 'exact', not {precision!r}")
+        if isa != "auto" and isa not in instruction_sets():
+            raise InputError(f"instruction set {isa!r} is not here; this machine and build have {instruction_sets()}")
+        self.weights, self.precision = weights, precision
+        self._runner: Any = native().Runner(weights.pool, isa, precision == "exact")
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return str(self._runner.isa)
+
+    def step(self, tokens: Any, positions: Any, view: CacheView, rows: Any = None) -> NDArray[np.float32]:
+        """Logits float32 (rows, vocabulary) for a packed batch; keys and values are appended to the cache.
+
+        tokens, positions: int (T,), the new tokens of view's sequences one after the other and their RoPE positions.
+        rows: which of the T tokens to give logits for, ascending; None: the last token of every sequence.
+        An interrupt (Ctrl-C) ends the call within one layer and leaves the sequences as they were.
+        """
+        ids = _ints(tokens, "tokens")
+        places = _ints(positions, "positions")
+        wanted = view.starts[1:] - 1 if rows is None else _ints(rows, "rows")
+        self._check(ids, places, view, wanted)
+        logits = np.empty((len(wanted), self.weights.config.vocab_size), np.float32)
+        inv_freq = self.weights.frequencies(int(places.max()) + 1)
+        for first, last, starts, past, tables in _pieces(view):
+            low, high = np.searchsorted(wanted, (first, last))
+            self._runner.step(
+                self.weights.model, view.cache.handle, ids[first:last], places[first:last], starts, past, tables,
+                np.ascontiguousarray(wanted[low:high] - first, dtype=np.int32), inv_freq, self.weights.rope_scale,
+                logits[low:high],
+            )  # fmt: skip
+        view.commit()
+        return logits
+
+    def feed(self, sequence: Sequence, tokens: SequenceOf[int]) -> NDArray[np.float32]:
+        """Appends tokens to one sequence; logits float32 (vocabulary,) after the last of them."""
+        view = sequence.cache.view([(sequence, len(tokens))])
+        positions = np.arange(sequence.length, sequence.length + len(tokens), dtype=np.int32)
+        logits: NDArray[np.float32] = self.step(tokens, positions, view)[0]
+        return logits
+
+    def _check(self, ids: Ints, places: Ints, view: CacheView, wanted: Ints) -> None:
+        total, vocabulary = int(view.starts[-1]), self.weights.config.vocab_size
+        if len(ids) != total or len(places) != total:
+            raise InputError(
+                f"the view has room for {total} tokens; {len(ids)} tokens and {len(places)} positions are given"
+            )
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            bad = int(ids.min() if ids.min() < 0 else ids.max())
+            raise InputError(
+                f"token id {bad} is outside the vocabulary of {vocabulary}; encode with this model's tokenizer"
+            )
+        if places.min() < 0:
+            raise InputError(f"position {int(places.min())} is negative; positions start at 0")
+        if len(wanted) and (wanted[0] < 0 or wanted[-1] >= total or np.any(np.diff(wanted) <= 0)):
+            raise InputError(f"rows are ascending indices of the step's {total} tokens, got {wanted.tolist()[:8]}")
+
+
+def _ints(values: Any, name: str) -> Ints:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(f"{name} is a one-dimensional list of integers, got shape {array.shape} of {array.dtype}")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _pieces(view: CacheView) -> Iterator[tuple[int, int, Ints, Ints, Ints]]:
+    """The step in calls of at most CHUNK tokens: first and last token, and the sequences that have tokens there."""
+    total = int(view.starts[-1])
+    for first in range(0, total, CHUNK):
+        last = min(first + CHUNK, total)
+        begin = int(np.searchsorted(view.starts, first, side="right")) - 1
+        end = int(np.searchsorted(view.starts, last, side="left"))
+        starts = np.clip(view.starts[begin : end + 1], first, last)
+        past = view.past[begin:end] + (starts[:-1] - view.starts[begin:end])
+        yield first, last, (starts - first).astype(np.int32), past.astype(np.int32), view.tables[begin:end]

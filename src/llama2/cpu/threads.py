@@ -1,0 +1,75 @@
+"""The compiled module and the threads it may use."""
+
+import importlib
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llama2.errors import InputError, MissingDependencyError
+
+_REMEDY = (
+    "the native CPU engine is not built: install a C++17 compiler (apt install g++, or clang) and run "
+    "`pip install --force-reinstall --no-deps llama2`, or stay with the torch path (runner='torch')"
+)
+
+
+@cache
+def native() -> Any:
+    """The compiled module. Raises MissingDependencyError where the install had no compiler."""
+    try:
+        return importlib.import_module("llama2._native")
+    except ImportError as error:
+        raise MissingDependencyError(f"{_REMEDY} ({error})") from error
+
+
+def available() -> bool:
+    """Whether the compiled module is here."""
+    try:
+        native()
+    except MissingDependencyError:
+        return False
+    return True
+
+
+def instruction_sets() -> list[str]:
+    """Kernel builds that this machine can run, best first, "scalar" last."""
+    return list(native().available_isas())
+
+
+def _quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Processors that the control group grants, or infinity."""
+    try:
+        limit, period = (root / "cpu.max").read_text().split()[:2]
+        if limit != "max":
+            return int(limit) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        limit_us = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
+        period_us = int((root / "cpu" / "cpu.cfs_period_us").read_text())
+        if limit_us > 0 and period_us > 0:
+            return limit_us / period_us
+    except (OSError, ValueError):
+        pass
+    return float("inf")
+
+
+def _processors() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def default_threads() -> int:
+    """One thread per processor that the affinity mask and the control group's quota allow."""
+    return max(1, int(min(len(_processors()), _quota())))
+
+
+def make_pool(threads: int | None) -> Any:
+    """A pool of `threads` (None: default_threads()), pinned in processor order where there are as many processors."""
+    count = default_threads() if threads is None else threads
+    if not 1 <= count <= 1024:
+        raise InputError(f"threads is {count}; give 1 to 1024, or None for one per processor")
+    processors = _processors()
+    return native().Pool(count, processors[:count] if count <= len(processors) and count <= _quota() else [])

@@ -1,0 +1,265 @@
+"""A model's weights where the kernels want them.
+
+Float weights stay where they are (the file's memory map, or the module's own parameters); GGUF's 4- to 8-bit blocks
+are repacked once into tiles of 16 rows, losslessly. No torch here, except inside `from_module`.
+"""
+
+import math
+import mmap
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2.config import LlamaConfig
+from llama2.cpu.frequencies import attention_scaling, inverse_frequencies
+from llama2.cpu.threads import make_pool, native
+from llama2.errors import CheckpointError, InputError, MismatchError
+
+PACKED = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+_BLOCKS = {
+    2: (32, 18),
+    3: (32, 20),
+    6: (32, 22),
+    7: (32, 24),
+    8: (32, 34),
+    12: (256, 144),
+    13: (256, 176),
+    14: (256, 210),
+}
+_FLOATS: dict[int, tuple[Any, bool]] = {0: (np.float32, False), 1: (np.float16, False), 30: (np.uint16, True)}
+_PARTS = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
+_PARTS |= {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
+
+
+class _Tensor(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def type_id(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+
+
+class GgufSource(Protocol):
+    """What `from_gguf` needs of a file; `checkpoint.gguf.GgufFile` is one."""
+
+    @property
+    def config(self) -> LlamaConfig: ...
+    @property
+    def tensors(self) -> Mapping[str, _Tensor]: ...
+    @property
+    def data(self) -> mmap.mmap: ...
+    @property
+    def data_start(self) -> int: ...
+
+
+def unpermute(heads: int, rows: int) -> NDArray[np.int32]:
+    """File row of each half-split row: GGUF interleaves the two halves of every q and k head."""
+    width = rows // heads
+    h, half, i = np.ogrid[:heads, :2, : width // 2]
+    return np.ascontiguousarray((h * width + 2 * i + half).reshape(-1), dtype=np.int32)
+
+
+class CpuWeights:
+    """Weights ready for `CpuRunner`; keeps alive whatever they point into."""
+
+    def __init__(self, config: LlamaConfig, threads: int | None = None) -> None:
+        self.config = config
+        self.pool = make_pool(threads)
+        self.rope_scale = attention_scaling(config.rope_parameters)
+        self.inv_freq = inverse_frequencies(config)
+        self.model: Any = None
+        self._arena = native().Arena()
+        self._matrices: list[Any] = []
+        self._copies: list[tuple[NDArray[np.float32], Any]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all matrices, each counted once."""
+        return sum(m.nbytes for m in self._matrices)
+
+    @property
+    def decode_bytes(self) -> int:
+        """Bytes that one decoded token reads: every matrix but an embedding of its own."""
+        tied = self.model_head is self.model_embed
+        return self.nbytes - (0 if tied else self.model_embed.nbytes)
+
+    def frequencies(self, length: int) -> NDArray[np.float32]:
+        """RoPE frequencies for a sequence of `length`; only the dynamic type depends on it."""
+        if self.config.rope_parameters["rope_type"] == "dynamic":
+            return inverse_frequencies(self.config, length)
+        return self.inv_freq
+
+    @classmethod
+    def from_gguf(cls, file: GgufSource, threads: int | None = None) -> "CpuWeights":
+        """Weights of an opened GGUF file. Raises InputError for a block type without kernels (Q2_K, Q3_K)."""
+        self = cls(file.config, threads)
+        reader = _GgufReader(self, file)
+        embed = reader.matrix("token_embd.weight")
+        head = embed if file.config.tie_word_embeddings else reader.matrix("output.weight")
+        self._begin(embed, head, reader.vector("output_norm.weight"))
+        for i in range(file.config.num_hidden_layers):
+            parts = {ours: reader.linear(f"blk.{i}.{theirs}", ours) for ours, theirs in _PARTS.items()}
+            self._layer(reader.vector(f"blk.{i}.attn_norm.weight"), reader.vector(f"blk.{i}.ffn_norm.weight"), parts)
+        return self
+
+    @classmethod
+    def from_module(cls, module: Any, threads: int | None = None) -> "CpuWeights":
+        """Weights of a LlamaForCausalLM on the CPU, float32, float16 or bfloat16, used in place without a copy.
+
+        Later in-place changes of the linears show at once; norms and biases are copied: `refresh` copies them again.
+        """
+        self = cls(module.config, threads)
+        body = module.model
+        embed = self._parameter(body.embed_tokens.weight, "embed_tokens")
+        tied = module.lm_head.weight is body.embed_tokens.weight
+        head = embed if tied else self._linear(module.lm_head, "lm_head")
+        self._begin(embed, head, self._copied(body.norm.weight))
+        for i, layer in enumerate(body.layers):
+            a, f = layer.self_attn, layer.mlp
+            found = {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj, "o": a.o_proj, "gate": f.gate_proj, "up": f.up_proj}
+            found["down"] = f.down_proj
+            parts = {name: self._linear(linear, f"layers.{i}.{name}") for name, linear in found.items()}
+            norms = (self._copied(layer.input_layernorm.weight), self._copied(layer.post_attention_layernorm.weight))
+            self._layer(*norms, parts)
+        return self
+
+    def refresh(self) -> None:
+        """Copies norms and biases from the module again; a change through `.data` leaves no other trace."""
+        for array, tensor in self._copies:
+            np.copyto(array, tensor.detach().float().numpy())
+
+    def _copied(self, tensor: Any) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = tensor.detach().float().numpy().copy()
+        self._copies.append((array, tensor))
+        return array
+
+    def pack(
+        self, raw: NDArray[np.uint8], type_name: str, shape: tuple[int, int], rows: NDArray[np.int32] | None = None
+    ) -> Any:
+        """A matrix (rows, columns) from GGUF blocks; `rows` gives the file row of each row where the order differs."""
+        if type_name not in PACKED:
+            raise InputError(
+                f"no native kernel for {type_name} blocks; {', '.join(PACKED)} have one (or use runner='torch')"
+            )
+        matrix = native().pack(self._arena, self.pool, raw.reshape(-1), PACKED[type_name], *shape, rows)
+        self._matrices.append(matrix)
+        return matrix
+
+    def view(self, array: NDArray[Any], bfloat16: bool = False) -> Any:
+        """A float matrix in place; bfloat16 comes as its 16-bit pattern."""
+        matrix = native().view(array, bfloat16)
+        self._matrices.append(matrix)
+        return matrix
+
+    def _parameter(self, tensor: Any, name: str) -> Any:
+        import torch
+
+        if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(
+                f"{name} is {tensor.dtype} on {tensor.device}; the native engine takes float32, float16 and bfloat16 "
+                "on the CPU: convert the model with .to(), or use runner='torch'"
+            )
+        tensor = tensor.detach()
+        if tensor.stride(-1) != 1:
+            raise InputError(f"{name} has rows of stride {tensor.stride(-1)}; make it contiguous")
+        if tensor.dtype == torch.bfloat16:
+            return self.view(tensor.view(torch.uint16).numpy(), bfloat16=True)
+        return self.view(tensor.numpy())
+
+    def _linear(self, linear: Any, name: str) -> Any:
+        if type(linear).__name__ != "Linear" or not hasattr(linear, "weight"):
+            raise InputError(
+                f"{name} is a {type(linear).__name__}; the native engine takes plain linears "
+                "(merge adapters and load packed weights from the file), or use runner='torch'"
+            )
+        matrix = self._parameter(linear.weight, name)
+        if linear.bias is not None:
+            matrix.set_bias(self._copied(linear.bias))
+        return matrix
+
+    def _begin(self, embed: Any, head: Any, norm: NDArray[np.float32]) -> None:
+        c = self.config
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+        sizes = (c.hidden_size, heads, kv_heads, c.head_dim, c.intermediate_size, c.vocab_size)
+        self.model_embed, self.model_head = embed, head
+        try:
+            self.model = native().make_model(*sizes, c.rms_norm_eps, embed, head, norm)
+        except ValueError as error:
+            raise MismatchError(f"the weights do not fit the configuration: {error}") from error
+
+    def _layer(self, norm1: NDArray[np.float32], norm2: NDArray[np.float32], p: dict[str, Any]) -> None:
+        try:
+            self.model.add_layer(norm1, p["q"], p["k"], p["v"], p["o"], norm2, p["gate"], p["up"], p["down"])
+        except ValueError as error:
+            raise MismatchError(f"layer {self.model.layers} does not fit the configuration: {error}") from error
+
+
+class _GgufReader:
+    """The tensors of one file as matrices and vectors."""
+
+    def __init__(self, weights: CpuWeights, file: GgufSource) -> None:
+        self.weights, self.file = weights, file
+        self.heads = {"q": file.config.num_attention_heads, "k": file.config.num_key_value_heads}
+
+    def _bytes(self, name: str, size: int) -> NDArray[np.uint8]:
+        start = self.file.data_start + self.file.tensors[name].offset
+        if start + size > len(self.file.data):
+            raise CheckpointError(
+                f"tensor {name!r} ends at byte {start + size}, the file at {len(self.file.data)}; fetch the file again"
+            )
+        return np.frombuffer(self.file.data, np.uint8, size, start)
+
+    def _info(self, name: str) -> _Tensor:
+        if name not in self.file.tensors:
+            raise MismatchError(f"the file has no tensor {name!r}, which the configuration needs")
+        return self.file.tensors[name]
+
+    def matrix(self, name: str, rows: NDArray[np.int32] | None = None) -> Any:
+        info = self._info(name)
+        if len(info.shape) != 2:
+            raise MismatchError(f"tensor {name!r} has {len(info.shape)} axes; a matrix is needed")
+        if info.type_id in _FLOATS:
+            dtype, bfloat16 = _FLOATS[info.type_id]
+            size = math.prod(info.shape) * np.dtype(dtype).itemsize
+            values = self._bytes(name, size).view(dtype).reshape(info.shape)
+            return self.weights.view(values if rows is None else values[rows], bfloat16)
+        if info.type_id not in _BLOCKS:
+            raise InputError(
+                f"tensor {name!r} is of GGUF type {info.type_id}, which has no native kernel; use runner='torch'"
+            )
+        width, block = _BLOCKS[info.type_id]
+        if info.shape[1] % width:
+            raise CheckpointError(
+                f"tensor {name!r} has rows of {info.shape[1]} columns, not a multiple of its block of {width}"
+            )
+        raw = self._bytes(name, info.shape[0] * info.shape[1] // width * block)
+        packed = self.weights.pack(raw, next(k for k, v in PACKED.items() if v == info.type_id), info.shape, rows)
+        self._release(name, raw.size)
+        return packed
+
+    def _release(self, name: str, size: int) -> None:
+        """The packed copy is what will be read: the file's pages need not stay resident beside it."""
+        start = self.file.data_start + self.file.tensors[name].offset
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self.file.data.madvise(mmap.MADV_DONTNEED, first, length)
+
+    def linear(self, stem: str, part: str) -> Any:
+        heads = self.heads.get(part)
+        info = self._info(f"{stem}.weight")
+        rows = None if heads is None else unpermute(heads, info.shape[0])
+        matrix = self.matrix(f"{stem}.weight", rows)
+        if f"{stem}.bias" in self.file.tensors:
+            bias = self.vector(f"{stem}.bias")
+            matrix.set_bias(bias if rows is None else np.ascontiguousarray(bias[rows]))
+        return matrix
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        info = self._info(name)
+        if info.type_id != 0:
+            raise CheckpointError(f"tensor {name!r} is of GGUF type {info.type_id}; F32 is needed")
+        return self._bytes(name, 4 * math.prod(info.shape)).view(np.float32).copy()

@@ -1,0 +1,206 @@
+"""A native step against the torch module and the reference step, on tiny models of awkward shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llama2 import cpu
+from llama2.config import LlamaConfig
+from llama2.cpu.reference import ReferenceRunner
+from llama2.errors import InputError, MismatchError
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native module is not built")
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "mha": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96},
+    "gqa": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 172},
+    "mqa, biases": {
+        "hidden_size": 60,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "intermediate_size": 50,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "wide heads, tied": {
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 128,
+        "intermediate_size": 64,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def model(shape: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+    from llama2.model import LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=131, num_hidden_layers=2, max_position_embeddings=128, **SHAPES[shape], **more)
+    torch.manual_seed(7)
+    made = LlamaForCausalLM(config)
+    for p in made.parameters():  # spiky weights and norms away from 1, so that a wrong norm or head shows
+        torch.nn.init.normal_(p, mean=0.5 if p.ndim == 1 else 0.0, std=0.15)
+    return made.to(dtype).eval()
+
+
+def runner(module: Any, precision: str = "exact", isa: str = "auto", threads: int = 2) -> tuple[Any, Any]:
+    weights = cpu.CpuWeights.from_module(module, threads=threads)
+    return cpu.CpuRunner(weights, precision, isa), cpu.PagedCache(weights, 512, "float32")  # type: ignore[arg-type]
+
+
+def close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
+    assert np.abs(want).max() > 0.3, "the reference must say something"
+    assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+
+
+@pytest.mark.parametrize("isa", cpu.instruction_sets() if cpu.available() else [])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prefill_and_decode_equal_the_module(shape: str, isa: str) -> None:
+    module = model(shape)
+    run, cache = runner(module, isa=isa)
+    ids = torch.randint(0, 131, (1, 60))
+    with torch.no_grad():
+        want = module(input_ids=ids).logits[0].double().numpy()
+    sequence = cache.sequence()
+    view = cache.view([(sequence, 37)])
+    close(run.step(ids[0, :37], np.arange(37), view, np.arange(37)), want[:37], 1e-5)
+    for t in range(37, 60):
+        close(run.feed(sequence, [int(ids[0, t])]), want[t], 1e-5)
+
+
+def test_packed_batch_equals_the_reference() -> None:
+    module = model("gqa")
+    run, cache = runner(module)
+    reference, twin = ReferenceRunner(module), cpu.PagedCache(run.weights, 512, "float32")
+    mine, theirs = [cache.sequence() for _ in range(4)], [twin.sequence() for _ in range(4)]
+    rng = np.random.default_rng(3)
+    for counts in [(5, 1, 20, 3), (1, 1, 1, 1), (2, 17, 1, 9), (1, 1, 1, 1)]:
+        ids = rng.integers(0, 131, sum(counts)).astype(np.int32)
+        positions = np.concatenate([np.arange(s.length, s.length + n) for s, n in zip(mine, counts)])
+        rows = np.array([0, sum(counts) - 1])
+        got = run.step(ids, positions, cache.view(zip(mine, counts)), rows)
+        close(got, reference.step(ids, positions, twin.view(zip(theirs, counts)), rows), 1e-5)
+
+
+def test_positions_are_the_callers() -> None:
+    module = model("mha")
+    run, cache = runner(module)
+    ids = torch.randint(0, 131, (1, 9))
+    places = torch.tensor([[0, 3, 4, 9, 10, 11, 30, 31, 90]])
+    with torch.no_grad():
+        want = module(input_ids=ids, position_ids=places).logits[0].numpy()
+    got = run.step(ids[0], places[0], cache.view([(cache.sequence(), 9)]), np.arange(9))
+    close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+    ids=lambda s: s["rope_type"],
+)
+def test_rope_variants(settings: dict[str, Any]) -> None:
+    module = model("gqa", rope_scaling=settings)
+    run, cache = runner(module)
+    ids = torch.randint(0, 131, (1, 150))
+    with torch.no_grad():
+        want = module(input_ids=ids).logits[0].numpy()
+    got = run.step(ids[0], np.arange(150), cache.view([(cache.sequence(), 150)]), np.arange(150))
+    close(got, want, 2e-5)
+
+
+def test_bfloat16_in_place() -> None:
+    module = model("gqa", torch.bfloat16)
+    ids = torch.randint(0, 131, (1, 30))
+    with torch.no_grad():
+        want = module.float()(input_ids=ids).logits[0].numpy()
+    module.bfloat16()
+    for precision, tolerance in [("exact", 1e-5), ("fast", 3e-2)]:
+        run, cache = runner(module, precision)
+        got = run.step(ids[0], np.arange(30), cache.view([(cache.sequence(), 30)]), np.arange(30))
+        close(got, want, tolerance)
+    run, cache = runner(module)
+    before = run.feed(cache.sequence(), [5, 6])
+    with torch.no_grad():
+        module.lm_head.weight.mul_(2)
+    np.testing.assert_allclose(run.feed(cache.sequence(), [5, 6]), 2 * before, rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_threads_and_repetition_change_nothing(precision: str) -> None:
+    module = model("gqa", torch.bfloat16)
+    ids, results = np.arange(40), []
+    for threads in (1, 2, 3, 2):
+        run, cache = runner(module, precision, threads=threads)
+        results.append(run.step(ids, ids, cache.view([(cache.sequence(), 40)]), ids))
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
+
+
+def test_chunks_pages_and_crops() -> None:
+    module = model("gqa")
+    run, cache = runner(module)
+    whole = run.feed(cache.sequence(), list(range(100)))
+    pieces = cache.sequence()
+    run.feed(pieces, list(range(50)))
+    run.feed(pieces, list(range(60, 90)))
+    pieces.crop(50)
+    other = pieces.fork()
+    run.feed(pieces, [1, 2, 3])
+    np.testing.assert_allclose(run.feed(other, list(range(50, 100))), whole, rtol=0, atol=1e-5)
+    used = len(pieces.pages) + len(other.pages)
+    pieces.free()
+    other.free()
+    assert used > 0 and len(cache._free) == 32 - 7
+
+
+def test_bfloat16_cache_is_close() -> None:
+    module = model("gqa")
+    run, cache = runner(module)
+    half = cpu.PagedCache(run.weights, 512)
+    ids = list(range(100))
+    a, b = run.feed(cache.sequence(), ids), run.feed(half.sequence(), ids)
+    assert 0 < np.abs(a - b).max() < 2e-2 * np.abs(a).max()
+
+
+def test_wrong_input_is_refused() -> None:
+    module = model("mha")
+    run, cache = runner(module)
+    view = cache.view([(cache.sequence(), 2)])
+    with pytest.raises(InputError, match="token id 131 is outside the vocabulary of 131"):
+        run.step([1, 131], [0, 1], view)
+    with pytest.raises(InputError, match="room for 2 tokens"):
+        run.step([1], [0], view)
+    with pytest.raises(InputError, match="position -1 is negative"):
+        run.step([1, 2], [-1, 0], view)
+    with pytest.raises(InputError, match="ascending"):
+        run.step([1, 2], [0, 1], view, [1, 0])
+    with pytest.raises(InputError, match="cache of 512 positions is full"):
+        cache.view([(cache.sequence(), 600)])
+    with pytest.raises(InputError, match="'fast' or 'exact'"):
+        cpu.CpuRunner(run.weights, "sloppy")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="instruction set 'mmx'"):
+        cpu.CpuRunner(run.weights, isa="mmx")
+    with pytest.raises(InputError, match=r"torch.float64 on cpu.*runner='torch'"):
+        cpu.CpuWeights.from_module(model("mha", torch.float64))
+    other = cpu.PagedCache(cpu.CpuWeights.from_module(model("gqa")), 64)
+    with pytest.raises(ValueError, match="made for another model"):
+        run.feed(other.sequence(), [1])
+    module.config.hidden_size = 128
+    with pytest.raises(MismatchError, match="expected"):
+        cpu.CpuWeights.from_module(module)
