@@ -27,6 +27,8 @@ def load_config(path: str | Path, *, gguf_file: str | None = None, **overrides: 
     local = fetch_files(path, split_hub_options(overrides), "config", gguf_file)
     if gguf := checkpoint.find_gguf(local):
         config = GgufFile(gguf).config
+    elif (local / "params.json").exists() and not (local / "config.json").exists():
+        config = checkpoint.open(local).config  # Meta's params.json leaves sizes to the tensors
     else:
         file = local / "config.json" if local.is_dir() else local
         fields = checkpoint.read_json(file)

@@ -380,3 +380,11 @@ def test_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
     (source / "tokenizer.model").write_bytes(tiny_spm().to_bytes())
     with pytest.raises(CheckpointError, match="265 tokens, the model only 97"):
         convert(source, tmp_path / "x.gguf", Options("gguf"))
+
+
+def test_a_bad_tokenizer_is_told_before_the_weights(tmp_path: Path) -> None:
+    source = save(tmp_path / "hf")
+    (source / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(CheckpointError, match="not a SentencePiece model"):
+        convert(source, tmp_path / "out", Options())
+    assert not list((tmp_path / "out").rglob("*.partial"))

@@ -113,6 +113,7 @@ def test_a_base_model_loads_from_meta_files(tmp_path: Path) -> None:
     weights = make(tmp_path / "meta", dtype=torch.float16)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "meta")
     assert model.dtype == torch.float16 and torch.equal(model.lm_head.weight, weights["output.weight"])
+    assert LlamaConfig.from_pretrained(tmp_path / "meta").intermediate_size == INNER
     assert isinstance(LlamaModel.from_pretrained(tmp_path / "meta"), LlamaModel)
 
 

@@ -201,6 +201,7 @@ class _Run:
         if "renames" not in state:
             self._check_space(resumed)
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._stage_tokenizer()
             state = self._write(state, progress)
         for name in state["renames"]:
             hidden = self.small / name
@@ -243,6 +244,16 @@ class _Run:
                 f"{self.path} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
                 "free some space or give a path on another disk"
             )
+
+    def _stage_tokenizer(self) -> None:
+        """Comes before the weights: a tokenizer that cannot be converted is told at once, not after an hour."""
+        shutil.rmtree(self.small, ignore_errors=True)
+        self.small.mkdir()
+        tokenizer = self.source.tokenizer_source
+        if self.options.to == "hf":
+            write_folder(tokenizer, self.small, wants_chat(self.source, self.options))
+        elif self.options.to == "meta":
+            write_model(tokenizer, self.small)
 
     def _write(self, state: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
         target, done = self.target, state.get("done", 0)
@@ -289,14 +300,7 @@ class _Run:
         _write_json(self.journal, state)
 
     def _finish(self, out: Sequence[Appender]) -> dict[str, Any]:
-        """The small files, their hashes, and the journal entry after which only renaming is left."""
-        shutil.rmtree(self.small, ignore_errors=True)
-        self.small.mkdir()
-        tokenizer = self.source.tokenizer_source
-        if self.options.to == "hf":
-            write_folder(tokenizer, self.small, wants_chat(self.source, self.options))
-        elif self.options.to == "meta":
-            write_model(tokenizer, self.small)
+        """The other small files, all hashes, and the journal entry after which only renaming is left."""
         last = self.target.describe(self.small)
         small = sorted(file.name for file in self.small.iterdir())
         sums = {name: file.hexdigest() for name, file in zip(self.target.files, out, strict=True)}

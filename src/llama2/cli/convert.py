@@ -1,5 +1,6 @@
 """`llama2 convert`: a checkpoint of any origin to Hugging Face's, Meta's or llama.cpp's format."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,8 +60,12 @@ def convert(
     from llama2.checkpoint import convert as engine
 
     settings = engine.Options(to, dtype, shard_size, shards, kv_heads, chat)
-    with Meter("converting", quiet) as meter:
-        result = engine.convert(source, target, settings, meter)
+    try:
+        with Meter("converting", quiet) as meter:
+            result = engine.convert(source, target, settings, meter)
+    except KeyboardInterrupt:
+        print("llama2: interrupted; the same command goes on from here", file=sys.stderr)
+        raise
     again = f", {result.resumed_bytes / 1e9:.2f} GB of it by an earlier run" if result.resumed_bytes else ""
     print(f"{Path(target)}: {result.format}, {result.bytes / 1e9:.2f} GB of weights{again}")
     return 0
