@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,7 @@ from llama2.checkpoint import convert as engine
 from llama2.checkpoint import target as target_module
 from llama2.checkpoint.convert import Options, convert, verify
 from llama2.checkpoint.gguf import GgufFile
+from llama2.checkpoint.pooled import PooledCheckpoint
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, from_gguf, load
 from llama2.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
@@ -126,7 +128,12 @@ def test_meta_files_are_plain_torch_archives(tmp_path: Path) -> None:
     source = save(tmp_path / "hf")
     convert(source, tmp_path / "meta", Options("meta", shards=2))
     file = tmp_path / "meta" / "consolidated.01.pth"
-    assert zipfile.ZipFile(file).testzip() is None
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+        for entry in archive.infolist():
+            head = file.read_bytes()[entry.header_offset :]
+            name_length, extra_length = struct.unpack_from("<2H", head, 26)
+            assert (entry.header_offset + 30 + name_length + extra_length) % 64 == 0, entry.filename
     mapped = torch.load(file, mmap=True, weights_only=True)
     read = torch.load(file, weights_only=True)
     embedding = checkpoint.open(source).read("model.embed_tokens.weight")
@@ -163,6 +170,13 @@ def test_a_tied_head_must_be_the_embedding(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="ties the head"):
         convert(source, tmp_path / "out", Options())
     assert not (tmp_path / "out").exists()
+    model = LlamaForCausalLM.from_pretrained(source, tie_word_embeddings=False)
+    state = {**model.state_dict(), "lm_head.weight": model.model.embed_tokens.weight.detach().clone()}
+    model.save_pretrained(tmp_path / "equal", state_dict=state)
+    (tmp_path / "equal" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert "lm_head.weight" in checkpoint.open(tmp_path / "equal").tensors
+    convert(tmp_path / "equal", tmp_path / "once", Options())
+    assert set(checkpoint.open(tmp_path / "once").tensors) == set(state) - {"lm_head.weight"}
 
 
 def test_pooled_heads_are_means(tmp_path: Path) -> None:
@@ -174,6 +188,8 @@ def test_pooled_heads_are_means(tmp_path: Path) -> None:
         name = f"model.layers.1.self_attn.{letter}_proj.weight"
         whole, pooled = ours.read(name).float(), theirs.read(name)
         assert pooled.shape == (16, 64)
+        assert torch.equal(PooledCheckpoint(ours, 2).read_rows(name, 5, 14), pooled[5:14])
+        assert torch.equal(PooledCheckpoint(ours, 2).read(name), pooled)
         for head in range(2):
             mean = sum(whole[8 * (4 * head + i) : 8 * (4 * head + i + 1)] for i in range(4)) / 4
             torch.testing.assert_close(pooled[8 * head : 8 * head + 8].float(), mean, rtol=1e-3, atol=1e-4)
@@ -241,6 +257,7 @@ def test_kill_and_resume(tmp_path: Path, options: dict[str, Any], target: str, c
     if path.suffix == ".gguf":
         assert not path.exists()
     else:
+        assert not (path / "config.json").exists() and not (path / "params.json").exists()
         with pytest.raises(CheckpointError):
             checkpoint.open(path)
     if not rename:
