@@ -112,6 +112,7 @@ def main() -> None:
         folder, rows = Path(name), []
         places = {"meta": folder / "meta", "hf": folder / "hf", "gguf": folder / "x.gguf"}
         make_source(places["meta"], config, shards)
+        started = watched("import llama2.checkpoint.convert")[0]
         for pair in args.pairs.split(","):
             kind, to = pair.split(":")
             source, target = places[kind], folder / ("out.gguf" if to == "gguf" else "out")
@@ -130,13 +131,24 @@ def main() -> None:
             else:
                 remove(target)
     print(f"Llama 2 {args.shape} shape, {config.num_hidden_layers} layers, {shards} shard(s) of Meta's, bfloat16")
+    print(f"The seconds include {started:.1f} s in which Python starts and imports torch")
     print("conversion    GB  seconds   MB/s   copy MB/s  ratio  anonymous MB  resident MB (with mapped pages)")
     for row in rows:
         print(
             f"{row['pair']:<10} {row['GB']:5.2f} {row['seconds']:8.1f} {row['MB/s']:6.0f} {row['copy MB/s']:11.0f} "
             f"{row['ratio']:6.2f} {row['anonymous MB']:13.0f} {row['resident MB']:12.0f}"
         )
-    print(json.dumps({"bench": "convert", "shape": args.shape, "layers": config.num_hidden_layers, "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "bench": "convert",
+                "shape": args.shape,
+                "layers": config.num_hidden_layers,
+                "start": started,
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def test_convert_there_and_back(hf: Path, tmp_path: Path, capsys: pytest.Capture
     meta, gguf, back = (str(tmp_path / name) for name in ("meta", "x.gguf", "back"))
     assert main(["convert", str(hf), meta, "--to", "meta", "--shards", "2"]) == 0
     assert "meta, 0.00 GB of weights" in capsys.readouterr().out
+    assert main(["info", meta]) == 0 and "Meta's .pth, 2 file(s)" in capsys.readouterr().out
     assert main(["convert", meta, gguf]) == 0  # the suffix says the format
     assert main(["convert", gguf, back, "--shard-size", "50KB", "--dtype", "keep"]) == 0
     a, b = checkpoint.open(hf), checkpoint.open(back)

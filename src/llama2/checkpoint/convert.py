@@ -326,7 +326,9 @@ def fingerprint(source: Checkpoint, options: Options) -> str:
     """What must be the same for an interrupted conversion to go on: the source's files and the options."""
     inner = source.source if isinstance(source, PooledCheckpoint) else source
     home = inner.path
-    files = [home] if home.is_file() else sorted(file for file in home.iterdir() if file.is_file())
+    # Hidden files are not the source's: a GGUF file may be made in the folder it is made from.
+    visible = [] if home.is_file() else [file for file in home.iterdir() if not file.name.startswith(".")]
+    files = [home] if home.is_file() else sorted(file for file in visible if file.is_file())
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     told = repr((str(home.resolve()), stats, options))
     return hashlib.sha256(told.encode()).hexdigest()

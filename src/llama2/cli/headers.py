@@ -174,15 +174,16 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
 
 
 def _opened(path: Path, headers: Headers) -> Headers:
-    """A checkpoint without safetensors: only torch can read the directory of a .bin file."""
+    """A checkpoint without safetensors: only torch can read the directory of a .bin or .pth file."""
     source = checkpoint.open(path)
     for stored in source.tensors.values():
         count = math.prod(stored.shape)
         headers.types.setdefault(stored.type, Share()).add(count, count * _ITEM_BYTES.get(stored.type, 1))
     if headers.config.tie_word_embeddings and (head := source.tensors.get("lm_head.weight")):
         headers.duplicate_head = math.prod(head.shape)
-    files = sorted(path.glob("pytorch_model*.bin")) if path.is_dir() else [path]
-    headers.format, headers.file_bytes = f".bin, {len(files)} file(s)", sum(file.stat().st_size for file in files)
+    kind, pattern = ("Meta's .pth", "consolidated.*.pth") if source.format == "meta" else (".bin", "pytorch_model*.bin")
+    files = sorted(path.glob(pattern)) if path.is_dir() else [path]
+    headers.format, headers.file_bytes = f"{kind}, {len(files)} file(s)", sum(file.stat().st_size for file in files)
     return _described(headers, path if path.is_dir() else path.parent)
 
 
