@@ -156,11 +156,25 @@ def test_minus_one_is_no_pad_token() -> None:
 def test_other_architectures_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'mistral'.*llama"):
         LlamaConfig.from_dict({"model_type": "mistral"})
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         LlamaConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         LlamaConfig.from_pretrained(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        tiny_config(vocab_size=98).save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == before
 
 
 def test_importing_the_package_and_its_configuration_loads_no_torch() -> None:

@@ -437,7 +437,7 @@ class LlamaConfig:
     def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """The configuration of a folder, a config.json, a GGUF file or a hub id; keywords override fields."""
         local = Path(path)
-        if local.is_dir():
+        if (local / "config.json").exists():
             local = local / "config.json"
         if local.suffix != ".json":
             config: Self = _load_config(path, **kwargs)
@@ -449,11 +449,15 @@ class LlamaConfig:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".config-", delete=False, encoding="utf-8") as file:
-            file.write(self.to_json_string())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, folder / "config.json")
+            try:
+                file.write(self.to_json_string())
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, folder / "config.json")
+            except BaseException:
+                os.unlink(file.name)
+                raise
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -476,8 +480,6 @@ class LlamaConfig:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LlamaConfig) and self.to_dict() == other.to_dict()
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"LlamaConfig {self.to_json_string()}"

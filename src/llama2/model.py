@@ -16,6 +16,7 @@ from llama2.attention import ATTENTION, Mask, make_mask
 from llama2.cache import DynamicCache, StaticCache
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
+from llama2.linear import Linear
 from llama2.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from llama2.pretrained import PreTrainedModel, readable_index_errors
 from llama2.rope import LlamaRotaryEmbedding, promoted, rotate
@@ -57,7 +58,7 @@ def split_output(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
 
     Only plain linears can be sliced; a packed or adapted one has its own fixed order and is called as it is.
     """
-    if parts == 1 or type(layer) is not nn.Linear:
+    if parts == 1 or type(layer) is not Linear:
         out: Tensor = layer(x)
         return out
     weights = layer.weight.tensor_split(parts)
@@ -67,7 +68,7 @@ def split_output(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
 
 def split_input(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
     """layer(x) as the sum over `parts` slices of the input features (pretraining_tp, row parallel)."""
-    if parts == 1 or type(layer) is not nn.Linear:
+    if parts == 1 or type(layer) is not Linear:
         out: Tensor = layer(x)
         return out
     pieces = zip(x.tensor_split(parts, dim=-1), layer.weight.tensor_split(parts, dim=1), strict=True)
@@ -82,9 +83,9 @@ class LlamaMLP(nn.Module):
         super().__init__()
         self.config = config
         wide, narrow, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
-        self.gate_proj = nn.Linear(narrow, wide, bias=bias)
-        self.up_proj = nn.Linear(narrow, wide, bias=bias)
-        self.down_proj = nn.Linear(wide, narrow, bias=bias)
+        self.gate_proj = Linear(narrow, wide, bias=bias)
+        self.up_proj = Linear(narrow, wide, bias=bias)
+        self.down_proj = Linear(wide, narrow, bias=bias)
         self.act_fn = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -103,10 +104,10 @@ class LlamaAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+        self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
 
     def forward(
         self,
@@ -301,7 +302,7 @@ class LlamaForCausalLM(PreTrainedModel):
         super().__init__(config)
         self.model = LlamaModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._init_weights(self.lm_head)
         self.tie_weights()
 
@@ -391,7 +392,7 @@ class LlamaForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = LlamaModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         self._init_weights(self.score)
 
     def forward(

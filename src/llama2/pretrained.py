@@ -211,7 +211,8 @@ class PreTrainedModel(nn.Module):
             embedding.padding_idx = pad
             with torch.no_grad():
                 embedding.weight[pad].zero_()
-        self.config.pad_token_id = self.generation_config.pad_token_id = pad
+        self.config.pad_token_id = pad
+        self.generation_config.update(pad_token_id=pad)
         return pad
 
     # -- training and attention switches -------------------------------------------------------------------------

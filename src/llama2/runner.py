@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama2.cache import DynamicCache, StaticCache
 from llama2.errors import InputError
+from llama2.linear import prepack
 
 RUNNERS = ("auto", "torch")
 
@@ -38,6 +39,7 @@ class TorchRunner:
             for name, wanted in (("output_attentions", attentions), ("output_hidden_states", hidden_states))
             if wanted
         }
+        self._prepacked = not isinstance(model, torch.nn.Module)
         self.attentions: tuple[Tensor, ...] | None = None  # of the last step
         self.hidden_states: tuple[Tensor, ...] | None = None
 
@@ -55,6 +57,9 @@ class TorchRunner:
 
     def step(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: Any, keep: int = 1) -> Tensor:
         """As Runner.step."""
+        if tokens.shape[1] == 1 and not self._prepacked:
+            prepack(self.model)  # from the first single token on it pays; before, it would delay the first token
+            self._prepacked = True
         output = self.model(
             **{"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens},
             attention_mask=mask_BS,

@@ -4,6 +4,7 @@ import json
 import struct
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ def test_hand_written_safetensors(tmp_path: Path) -> None:
         assert tensors["b"].tolist() == [1.0, -2.0]
         assert tensors["empty"].shape == (0, 3)
         assert tensors["scalar"].item() == -7
+        assert all(t.data_ptr() % t.element_size() == 0 for t in tensors.values())
+    assert len(json.dumps(header)) % 4 != 0  # else the unpadded file would prove nothing
 
 
 def test_training_in_place_leaves_the_file_alone(tmp_path: Path) -> None:
@@ -202,10 +205,16 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     model = make()
     model.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+
+    def full(file: Any, tensors: Any) -> None:
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("llama2.checkpoint.save.write_safetensors", full)
     with pytest.raises(OSError, match="disk full"):
         save_pretrained(make(initializer_range=0.5), tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_variant(tmp_path: Path) -> None:
@@ -446,6 +455,9 @@ def test_shape_mismatch(saved: Path) -> None:
     assert info["mismatched_keys"][0] == ("model.embed_tokens.weight", (41, 32), (50, 32))
     assert model(torch.tensor([[49]])).logits.shape == (1, 1, 50)
     assert 0 < model.lm_head.weight.std() < 0.1
+    with pytest.warns(UserWarning, match="newly"):
+        wider = LlamaForCausalLM.from_pretrained(saved, hidden_size=64, ignore_mismatched_sizes=True)
+    assert bool((wider.model.norm.weight == 1).all())
 
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
@@ -539,6 +551,8 @@ def test_a_state_dict_instead_of_a_file(saved: Path) -> None:
     state = {name: t.double() for name, t in make().state_dict().items()}
     model = LlamaForCausalLM.from_pretrained(None, config=LlamaConfig(**TINY), state_dict=state)
     assert model.dtype == torch.float64 and torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    bare = {name.removeprefix("model."): t for name, t in state.items()}
+    same(LlamaForCausalLM.from_pretrained(None, config=LlamaConfig(**TINY), state_dict=bare), model)
     with pytest.raises(InputError, match="needs both config= and state_dict="):
         LlamaForCausalLM.from_pretrained(None)
 
@@ -568,5 +582,7 @@ def test_threads_keep_order_and_the_process_keeps_its_number() -> None:
         assert [t[0].item() for t in read] == list(range(40))
         assert {t[1].item() for t in read} == {1}
         assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:  # a thread that is new takes the process's number
+            assert pool.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(before)

@@ -57,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "encoder_ngram": {"max_new_tokens": 20, "encoder_no_repeat_ngram_size": 2},
     "bad_words": {"max_new_tokens": 20, "bad_words_ids": [[i] for i in range(20, 90, 2)] + [[3, 4], [EOS]]},
     "sequence_bias": {"max_new_tokens": 20, "sequence_bias": [[[7], 2.5], [[7, 9], 30.0], [[11], -4.0]]},
-    "suppress": {"max_new_tokens": 20, "suppress_tokens": list(range(0, 60)), "begin_suppress_tokens": [70, 71]},
+    "suppress": {"max_new_tokens": 20, "suppress_tokens": list(range(60)), "begin_suppress_tokens": [70, 71]},
     "forced": {"max_new_tokens": 12, "forced_eos_token_id": EOS},
     "decay": {"max_new_tokens": 30, "exponential_decay_length_penalty": (3, 1.6)},
     "beams": {"max_new_tokens": 12, "num_beams": 3},

@@ -46,7 +46,8 @@ def kept(warper: Any, p: list[float]) -> list[int]:
         (TopKLogitsWarper(1, min_tokens_to_keep=2), [0.1, 0.6, 0.3], [1, 2]),
         (TopPLogitsWarper(0.5), [0.1, 0.6, 0.3], [1]),
         (TopPLogitsWarper(0.7), [0.1, 0.6, 0.3], [1, 2]),
-        (TopPLogitsWarper(0.95), [0.1, 0.6, 0.3], [0, 1, 2]),
+        (TopPLogitsWarper(0.89), [0.1, 0.6, 0.3], [1, 2]),
+        (TopPLogitsWarper(0.91), [0.1, 0.6, 0.3], [0, 1, 2]),
         (TopPLogitsWarper(0.0), [0.1, 0.6, 0.3], [1]),
         (TopPLogitsWarper(0.1, min_tokens_to_keep=2), [0.1, 0.6, 0.3], [1, 2]),
         (MinPLogitsWarper(0.4), [0.1, 0.6, 0.3], [1, 2]),  # bound 0.24

@@ -22,8 +22,8 @@ def put(size: int, **at: int) -> bytes:
 
 
 # Scales of Q4_K and Q5_K: byte 0 = 0b01_000010: scale 0 is 2, top pair of scale 4 is 1. Byte 1: scale 1 is 4.
-# Byte 4: minimum 0 is 1. Byte 8 = 0x71: scale 4 is 16 + 1 = 17, minimum 4 is 7.
-SCALES = put(12, b0=0x42, b1=4, b4=1, b8=0x71)
+# Byte 4: minimum 0 is 1. Byte 8 = 0x7F: scale 4 is 16 + 15 = 31, minimum 4 is 7.
+SCALES = put(12, b0=0x42, b1=4, b4=1, b8=0x7F)
 
 HAND = {
     "F32": (struct.pack("<f", -1.5), {0: -1.5}),
@@ -50,12 +50,12 @@ HAND = {
         put(32, b0=1) + put(64, b0=2, b1=1, b32=1) + put(12, b0=0x03, b8=0x02) + half(0.5),
         {0: 3.0, 1: -4.5, 128: 48.0},
     ),
-    # d = dmin = 1. Weight 0: 2 * 3 - 1; weight 32: 4 * 5; weight 128: 17 * 2 - 7
-    "Q4_K": (half(1, 1) + SCALES + put(128, b0=0x53, b64=0x02), {0: 5.0, 32: 20.0, 128: 27.0, 255: 0.0}),
-    # the same with fifth bits of weight 0 (bit 0) and weight 128 (bit 4): 2 * 19 - 1, 17 * 18 - 7
+    # d = dmin = 1. Weight 0: 2 * 3 - 1; weight 32: 4 * 5; weight 128: 31 * 2 - 7
+    "Q4_K": (half(1, 1) + SCALES + put(128, b0=0x53, b64=0x02), {0: 5.0, 32: 20.0, 128: 55.0, 255: 0.0}),
+    # the same with fifth bits of weight 0 (bit 0) and weight 128 (bit 4): 2 * 19 - 1, 31 * 18 - 7
     "Q5_K": (
         half(1, 1) + SCALES + put(32, b0=0b10001) + put(128, b0=0x53, b64=0x02),
-        {0: 37.0, 32: 20.0, 128: 299.0},
+        {0: 37.0, 32: 20.0, 128: 551.0},
     ),
     # d = 0.5, scales 0 and 4 are 2 and -1. Weight 0: (1 | 3 << 4) - 32 = 17; weight 64: 2 - 32 = -30
     "Q6_K": (put(128, b0=0x21) + put(64, b0=3) + put(16, b0=2, b4=0xFF) + half(0.5), {0: 17.0, 64: 15.0}),
@@ -94,6 +94,8 @@ def test_chunks_join(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randint(0, 60, (9, 34), dtype=torch.uint8)
     whole = dequantize(rows, "Q8_0")
     monkeypatch.setattr("llama2.quant.ggml._CHUNK", 64)
+    # what no chunk writes must not be yesterday's values by chance
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: torch.full(shape, torch.nan, **kwargs))
     assert torch.equal(dequantize(rows, "Q8_0"), whole)
 
 

@@ -6,6 +6,13 @@ from pathlib import Path
 import pytest
 
 from llama2.tokenizer import LlamaTokenizer, LlamaTokenizerFast
+from llama2.tokenizer.spm import SentencePieceModel
+
+
+@pytest.fixture(scope="session")
+def spm(tokenizer_model: Path) -> SentencePieceModel:
+    """Parsed once: a fast tokenizer built from it is spared the search for merges."""
+    return SentencePieceModel.from_file(tokenizer_model)
 
 
 @pytest.fixture(scope="session")

@@ -28,9 +28,9 @@ GOLDEN = [
 
 
 @pytest.fixture(params=[LlamaTokenizer, LlamaTokenizerFast])
-def make(request: Any, tokenizer_model: Any) -> Any:
+def make(request: Any, spm: Any) -> Any:
     """A constructor: `make(**options)` is a new tokenizer of each class in turn."""
-    return lambda **options: request.param(tokenizer_model, **options)
+    return lambda **options: request.param(spm, **options)
 
 
 @pytest.fixture
@@ -206,6 +206,8 @@ def test_wrong_arguments(tok: Any) -> None:
     for options in ({"padding": "always"}, {"truncation": "some"}, {"return_tensors": "tf"}):
         with pytest.raises(InputError, match=str(next(iter(options.values())))):
             tok("a", **options)
+    with pytest.raises(InputError, match="pad_to_multiple_of=16"):
+        tok("a", padding=True, truncation=True, max_length=40, pad_to_multiple_of=16)
     with pytest.raises(InputError, match="surrogate"):
         tok("a\ud800")
     with pytest.raises(TypeError):

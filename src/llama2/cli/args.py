@@ -58,7 +58,7 @@ def parse(cls: type[T], prog: str, argv: Sequence[str]) -> T:
         raise InputError(_unknown(prog, (unknown or extra or ["--"])[0], parser))
     if positional is not None:
         values[positional] = (*values[positional], *extra, *argv[cut + 1 :])
-    return cls(**values)
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,21 +7,25 @@ from typing import Any, get_type_hints
 
 from llama2.cli import explain, terminal
 from llama2.cli.args import nearest, option
-from llama2.cli.conversation import Conversation, Turn, render
+from llama2.cli.conversation import Conversation, TemplateOptions, Turn
 from llama2.cli.loading import RunOptions, load, model_path
 from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError, Llama2Error
+from llama2.generation_config import GenerationConfig
 
+# Where neither the user nor the checkpoint says how to choose: the values of Meta's chat example. Greedy answers of
+# small models run in circles.
+_FALLBACK: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 _SETTINGS = [f.name for f in fields(SamplingOptions) if f.name not in ("greedy", "stop")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SamplingOptions, RunOptions):
+class Options(SamplingOptions, TemplateOptions, RunOptions):
     """Talk with a model. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, leaves; /help lists the
     commands. A line that ends with a backslash goes on in the next; three double quotes on a line of their own begin
-    and end a message of several lines. Without a terminal each line of the standard input is a message."""
+    and end a message of several lines. Without a terminal each line of the standard input is a message. Where neither
+    a flag nor the checkpoint says otherwise, answers are drawn with temperature 0.6 and top-p 0.9."""
 
-    system: str | None = option(None, "the system message, which stays when old turns are dropped")
     load: str | None = option(None, "go on with a conversation that /save wrote", metavar="FILE")
 
 
@@ -36,7 +40,7 @@ def run(options: Options) -> int:
     model, tokenizer = load(options)
     from llama2.cli.speaker import Speaker
 
-    render(tokenizer, [{"role": "user", "content": "hello"}])  # a model without a template is refused before talking
+    options.install(tokenizer)
     return Chat(Speaker(model, tokenizer), conversation, options).loop()
 
 
@@ -58,13 +62,13 @@ class Chat:
     def loop(self) -> int:
         """Talks until the end; 0, or 2 where a message of a pipe failed."""
         if terminal.interactive():
-            config = self.speaker.model.config
+            config, dtype = self.speaker.model.config, str(self.speaker.model.dtype).removeprefix("torch.")
             terminal.notice(
-                f"{config.num_parameters / 1e6:,.0f}M parameters, {self.speaker.model.dtype}, "
+                f"{config.num_parameters / 1e6:,.0f}M parameters, {dtype}, "
                 f"context {config.max_position_embeddings:,}. /help lists the commands, Ctrl-D leaves"
             )
         if self.conversation.turns and self.conversation.turns[-1].answer is None:
-            self._guarded(self._answer)
+            self._guarded(self._answer_or_forget)
         while (message := self._read()) is not None:
             if message.startswith("/") and "\n" not in message:
                 if message.split()[0] in ("/exit", "/quit"):
@@ -103,8 +107,12 @@ class Chat:
     # -- talking -------------------------------------------------------------------------------------------------
 
     def tell(self, message: str) -> None:
-        """One turn. A message that cannot be answered leaves no trace."""
+        """One turn."""
         self.conversation.turns.append(Turn(message))
+        self._answer_or_forget()
+
+    def _answer_or_forget(self) -> None:
+        """Answers the last turn; one that cannot be answered leaves no trace."""
         try:
             self._answer()
         except BaseException:
@@ -112,7 +120,7 @@ class Chat:
             raise
 
     def _answer(self) -> None:
-        settings = self.options.settings()
+        settings = self._sampling()
         context = self.speaker.context
         reserve = 0 if context is None else min(self.options.max_new_tokens, context // 4)
         ids, dropped = self.conversation.fit(self.speaker.tokenizer, context, reserve)
@@ -131,6 +139,12 @@ class Chat:
         self.conversation.turns[-1].answer = answer.text
         terminal.notice(f"[{answer.speed()}]")
 
+    def _sampling(self) -> GenerationConfig:
+        settings = self.options.settings()
+        if settings.is_set("do_sample") or self.speaker.model.generation_config.is_set("do_sample"):
+            return settings
+        return GenerationConfig(**settings.to_diff_dict(), **_FALLBACK)
+
     # -- commands ------------------------------------------------------------------------------------------------
 
     def _command(self, line: str) -> None:
@@ -139,9 +153,9 @@ class Chat:
         if name in _SETTINGS:
             return self._set(name, argument.strip())
         if word not in COMMANDS:
-            known = [f"/{known}" for known in (*COMMANDS, *_SETTINGS, "exit")]
-            hint = nearest("/" + name, known) or "; /help lists them"
-            raise InputError(f"there is no command /{word}{hint}. To say it to the model, put a space in front")
+            known = [*COMMANDS, *(setting.replace("_", "-") for setting in _SETTINGS), "exit"]
+            hint = nearest(word, known) or "; /help lists them"
+            raise InputError(f"/{word} is no command (to say it to the model, put a space in front){hint}")
         return COMMANDS[word][1](self, argument.strip())
 
     def _help(self, _: str) -> None:
@@ -187,7 +201,7 @@ class Chat:
         self.conversation = Conversation.load(Path(file).expanduser())
         print(f"loaded {len(self.conversation.turns)} turns from {file}")
         if self.conversation.turns and self.conversation.turns[-1].answer is None:
-            self._answer()
+            self._answer_or_forget()
 
     def _set(self, name: str, text: str) -> None:
         if text:
@@ -204,8 +218,13 @@ class Chat:
             options = replace(self.options, **changed)
             options.settings()  # refuses what cannot work before it is kept
             self.options = options
-        value = getattr(self.options, name)
-        print(f"{name.replace('_', '-')}: {'as the model says' if value is None else value}")
+        print(f"{name.replace('_', '-')}: {self._in_force(name)}")
+
+    def _in_force(self, name: str) -> Any:
+        given = getattr(self.options, name)
+        if given is not None or name == "seed":
+            return "random" if given is None else given
+        return self._sampling().over(self.speaker.model.generation_config).value(name)
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:

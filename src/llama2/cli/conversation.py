@@ -5,19 +5,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama2.cli.args import option
 from llama2.errors import InputError
 
 Message = dict[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TemplateOptions:
+    """how messages become a prompt."""
+
+    system: str | None = option(None, "the system message")
+    chat_template: str | None = option(
+        None, "a file with a Jinja template, or llama2 (default: the one the model ships)", metavar="FILE"
+    )
+
+    def install(self, tokenizer: Any) -> None:
+        """Puts the chosen template into the tokenizer. Raises InputError where there is none at all."""
+        if self.chat_template == "llama2":
+            from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE
+
+            tokenizer.chat_template = LLAMA2_CHAT_TEMPLATE
+        elif self.chat_template is not None:
+            tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
+        if tokenizer.chat_template is None:
+            raise InputError(
+                "this model has no chat template: it continues text and was probably not trained to answer. Use "
+                "`llama2 generate` without --chat, or give --chat-template llama2 or a file"
+            )
+
+
 def render(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """The ids of a conversation whose next words are the model's. Raises InputError without a chat template."""
-    if tokenizer.chat_template is None:
-        raise InputError(
-            "this model has no chat template: it continues text and was not trained to answer. Use `llama2 generate`, "
-            "or give -m with a chat model"
-        )
-    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    """The ids of a conversation whose next words are the model's. Control tokens written in a message are text."""
+    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, safe=True)
     return ids
 
 

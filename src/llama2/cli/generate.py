@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama2.cli import terminal
 from llama2.cli.args import option
+from llama2.cli.conversation import TemplateOptions, render
 from llama2.cli.loading import RunOptions, load
 from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SamplingOptions, RunOptions):
+class Options(SamplingOptions, TemplateOptions, RunOptions):
     """Continue a prompt, or answer it with --chat. The text goes to the standard output as it comes, the speed to the
     standard error."""
 
@@ -24,7 +25,6 @@ class Options(SamplingOptions, RunOptions):
         (), "the prompt, several words joined by spaces; - reads the standard input", metavar="PROMPT", positional=True
     )
     chat: bool = option(False, "put the prompt into the model's chat template, as a message to be answered")
-    system: str | None = option(None, "with --chat: the system message")
 
 
 def run(options: Options) -> int:
@@ -37,7 +37,7 @@ def run(options: Options) -> int:
 
     loaded = time.perf_counter() - began
     ids = _encode(prompt, options, tokenizer)
-    answer = Speaker(model, tokenizer).say(ids, settings, terminal.write, seed=options.seed)
+    answer = Speaker(model, tokenizer).say(ids, settings, terminal.write, seed=options.seed, continues=not options.chat)
     if not answer.text.endswith("\n"):
         terminal.write("\n")
     terminal.notice(_speed_line(answer, loaded))
@@ -45,8 +45,9 @@ def run(options: Options) -> int:
 
 
 def _prompt(options: Options) -> str:
-    if options.system is not None and not options.chat:
-        raise InputError("--system is a message of a chat template; add --chat, or put the text into the prompt")
+    if not options.chat and (idle := [name for name in ("system", "chat_template") if getattr(options, name)]):
+        flag = "--" + idle[0].replace("_", "-")
+        raise InputError(f"{flag} belongs to a chat; add --chat, or put the text into the prompt")
     prompt = sys.stdin.read() if options.prompt == ("-",) else " ".join(options.prompt)
     if not prompt.strip():
         raise InputError("the prompt is empty; add text to the command, or - to read the standard input")
@@ -57,8 +58,7 @@ def _encode(prompt: str, options: Options, tokenizer: Any) -> list[int]:
     if not options.chat:
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids
-    from llama2.cli.conversation import render
-
+    options.install(tokenizer)
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     return render(tokenizer, [*system, {"role": "user", "content": prompt}])
 

@@ -1,9 +1,13 @@
 """The -m/--model argument of every command, and the way from it to a model and its tokenizer."""
 
 import importlib.util
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama2.cli.args import option
@@ -85,15 +89,32 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM", Any]:
     thread.start()
     from llama2.auto import AutoModelForCausalLM
 
-    try:
+    with _keeping_interrupts():
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=options.dtype, device_map=options.device, attn_implementation=options.attn_implementation
         )
-    finally:
         thread.join()
     if isinstance(built[0], BaseException):
         raise built[0]
     return model, built[0]
+
+
+@contextmanager
+def _keeping_interrupts() -> Iterator[None]:
+    """Ctrl-C inside raises KeyboardInterrupt at the end again: callbacks of C extensions swallow it now and then."""
+    requested: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        requested.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if requested:
+        raise KeyboardInterrupt
 
 
 def _refuse_missing(path: str) -> None:

@@ -69,9 +69,11 @@ class Speaker:
         *,
         seed: int | None = None,
         stopped: Callable[[], bool] = lambda: False,
+        continues: bool = False,
     ) -> Answer:
         """Continues the prompt, handing each piece of text to `write`, until it ends or `stopped` says so.
 
+        continues=True: the text goes on from the prompt, so its first space counts; else it stands by itself.
         Raises InputError for an empty prompt and for one that leaves no room in the context.
         """
         ids = list(ids)
@@ -79,6 +81,8 @@ class Speaker:
         began = time.perf_counter()
         answer = Answer(len(ids), len(ids) - self._reuse(ids))
         decoder = self.tokenizer.stream_decoder(skip_special_tokens=True)
+        if continues:
+            decoder.put(ids)
         said: list[int] = []
         pieces: list[str] = []
         try:

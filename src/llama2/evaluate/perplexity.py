@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from llama2.errors import InputError
 from llama2.model import LlamaForCausalLM
+from llama2.rope import promoted
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def perplexity(
     for start, end, scored in windows(len(ids), window, stride):
         logits = model(input_ids=ids[None, start:end], use_cache=False, logits_to_keep=scored + 1).logits
         targets = ids[end - scored : end]
-        total += float(F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum"))
+        total += float(F.cross_entropy(logits[0, :-1].to(promoted(logits.dtype)), targets, reduction="sum"))
         tokens += scored
         if on_window is not None:
             on_window(end, len(ids), math.exp(total / tokens))

@@ -38,6 +38,12 @@ class Call:
         self.padding = batching.padding_of(padding)
         self.max_length, self.truncation = self._limit(truncation, max_length)
         self.stride, self.multiple, self.side = stride, pad_to_multiple_of, padding_side
+        both = self.truncation != "do_not_truncate" and self.padding != "do_not_pad"
+        if both and self.multiple and self.max_length and self.max_length % self.multiple:
+            raise TokenizerError(
+                f"max_length={self.max_length} truncates to a length that is not a multiple of "
+                f"pad_to_multiple_of={self.multiple}; make it one"
+            )
         self.tensors, self.overflow, self.offsets = return_tensors, return_overflowing_tokens, return_offsets_mapping
         names = tok.model_input_names
         self.types = "token_type_ids" in names if return_token_type_ids is None else return_token_type_ids
@@ -74,9 +80,10 @@ class Call:
             rows = list(zip(text, pair))
         else:
             rows = [row if self._is_pair(row) else (row, None) for row in text]
-        for row in rows:
-            for value in row:
-                self._check(value)
+        for first, second in rows:
+            self._check(first)
+            if second is not None:
+                self._check(second)
         return single, rows
 
     def _is_pair(self, row: Any) -> bool:
@@ -84,11 +91,11 @@ class Call:
         return isinstance(row, (list, tuple)) and len(row) == 2 and all(isinstance(part, kinds) for part in row)
 
     def _check(self, value: Any) -> None:
-        if value is None or (isinstance(value, str) and not self.words):
+        if isinstance(value, str) and not self.words:
             return
         if self.words and isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value):
             return
-        raise TokenizerError(f"text must be {ACCEPTED}; got {type(value).__name__} {str(value)[:60]!r}")
+        raise TokenizerError(f"text must be {ACCEPTED}; got {type(value).__name__} {str(value)[:60]}")
 
     def run(self) -> BatchEncoding:
         plain = self.given is None and not self.words and self.truncation == "do_not_truncate"

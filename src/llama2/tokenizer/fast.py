@@ -9,19 +9,26 @@ import tokenizers
 from tokenizers import models
 
 from llama2.errors import CheckpointError, TokenizerError
-from llama2.tokenizer.added import AddedToken
+from llama2.tokenizer.added import AddedToken, TokenMatcher
 from llama2.tokenizer.contract import PreTrainedTokenizer
 from llama2.tokenizer.convert import add_to_backend, backend_from_spm, state_of
 from llama2.tokenizer.encoding import Segment
-from llama2.tokenizer.prefix import Prefix, added_bytes, components, fit, prefix_of, recognise, surrogate_message
+from llama2.tokenizer.prefix import (
+    Prefix,
+    added_bytes,
+    components,
+    fit,
+    matchers,
+    normalize,
+    prefix_of,
+    recognise,
+    surrogate_message,
+)
 from llama2.tokenizer.special import TokenLike
-from llama2.tokenizer.spm import SentencePieceModel, splits_at_spaces
+from llama2.tokenizer.spm import SentencePieceModel
 from llama2.tokenizer.stream import EACH_BYTE, PieceTable, gpt2_byte_alphabet
 from llama2.tokenizer.template import BARE, ends_of, template_from_json
-
-# Cuts a text in front of every run of "▁". No Llama piece crosses such a cut, so the ids stay the same, and the
-# cache of the BPE model sees words where it would see whole texts: several times the speed.
-_WORDS = {"type": "Split", "pattern": {"Regex": "▁+[^▁]*"}, "behavior": "Isolated", "invert": False}
+from llama2.tokenizer.words import WordMemory, cuts_hold
 
 
 class LlamaTokenizerFast(PreTrainedTokenizer):
@@ -105,15 +112,25 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
                 "tokenizer.json has a decoder that is neither ByteLevel nor SentencePiece's (ByteFallback); "
                 "it does not belong to a Llama model"
             )
-        self._plain_pre = backend.pre_tokenizer
         self._tokenizer = backend
         self._literals: dict[bool, tokenizers.Tokenizer] = {}
         self._added = {i.content: (n, _from_rust(i)) for n, i in backend.get_added_tokens_decoder().items()}
         self._size = backend.get_vocab_size(with_added_tokens=False)
-        if self._prefix is not None and splits_at_spaces(list(backend.get_vocab(with_added_tokens=False))):
-            cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS["pattern"]["Regex"]), "isolated")  # type: ignore[index]
-            chain = [cut] if backend.pre_tokenizer is None else [backend.pre_tokenizer, cut]
-            backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(chain)
+        self._matchers: tuple[TokenMatcher, TokenMatcher] | None = None
+        self._memory: WordMemory | None = None
+        self._cuts_hold = self._prefix is not None and cuts_hold(backend.get_vocab(with_added_tokens=False))
+        if self._prefix is not None and self._cuts_hold:
+            self._memory = WordMemory(self._encode_word, self._prefix)
+
+    def _encode_word(self, word: str) -> list[int]:
+        return [token.id for token in self._tokenizer.model.tokenize(word)]
+
+    def _has_added(self, text: str) -> bool:
+        """Whether an added token may be in the text: then the Rust object takes it as a whole."""
+        if self._matchers is None:
+            self._matchers = matchers(self._added, self._prefix or "never")
+        raw, late = self._matchers
+        return raw.any_in(text) or (bool(late) and late.any_in(normalize(text, self._prefix or "never")))
 
     def _restyle(self, prefix: Prefix) -> None:
         """The same vocabulary with another treatment of spaces."""
@@ -144,6 +161,9 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         return found
 
     def _id_token(self, token_id: int) -> str:
+        added = self._added_ids.get(token_id)
+        if added is not None:  # the backend would name a normalised token as it is matched: "▁newtok"
+            return added
         token: str | None = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             raise TokenizerError(f"token id {token_id} is outside the vocabulary of {len(self)} tokens")
@@ -151,38 +171,51 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
 
     def _register(self, tokens: Sequence[AddedToken]) -> int:
         before = len(self)
-        tokens = [fit(token, self._prefix) for token in tokens]
-        add_to_backend(self._tokenizer, tokens)
-        for token in tokens:
-            if token.content in self._added:
-                token = self._added[token.content][1].merged(token)
+        fresh = []
+        for token in (fit(token, self._prefix) for token in tokens):
+            known = self._added.get(token.content)
+            entry = token if known is None else known[1].merged(token)
+            if known is None or entry != known[1]:
+                fresh.append(entry)
+        add_to_backend(self._tokenizer, fresh)
+        for token in fresh:
             self._added[token.content] = (self._tokenizer.token_to_id(token.content) or 0, token)
+        self._by_id = None
         return len(self) - before
 
     def _changed(self) -> None:
         super()._changed()
         self._literals = {}
+        self._matchers = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_literals": {}}
+        return {**super().__getstate__(), "_literals": {}, "_memory": None, "_matchers": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._memory = WordMemory(self._encode_word, self._prefix) if self._cuts_hold and self._prefix else None
 
     # -- encoding ------------------------------------------------------------------------------------------------
     def _encode_ids(self, texts: list[str], keep_special: bool) -> list[list[int]]:
         backend = self._tokenizer if keep_special else self._literal(continuing=False)
+        memory = self._memory
         try:
+            if memory is not None and not any(map(self._has_added, texts)):
+                return [memory.ids(text) for text in texts]
             if len(texts) == 1:
                 return [backend.encode(texts[0], add_special_tokens=False).ids]
             return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except TypeError as error:
+        except (TypeError, UnicodeEncodeError) as error:
             raise TokenizerError(surrogate_message(texts)) from error
 
     def _encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
         backend = self._tokenizer if keep_special else self._literal(continuing=False)
         try:
             rows = backend.encode_batch(texts, add_special_tokens=False)
-        except TypeError as error:
+        except (TypeError, UnicodeEncodeError) as error:
             raise TokenizerError(surrogate_message(texts)) from error
-        return [Segment(row.ids, row.offsets, row.word_ids) for row in rows]
+        words = [row.word_ids if self._prefix is None else _space_words(row.tokens, row.word_ids) for row in rows]
+        return [Segment(row.ids, row.offsets, found) for row, found in zip(rows, words)]
 
     def _literal(self, continuing: bool) -> tokenizers.Tokenizer:
         """A copy that takes special tokens for text; `continuing`, one that also puts nothing in front of it.
@@ -237,10 +270,19 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
 
     # -- files ---------------------------------------------------------------------------------------------------
     def _document(self) -> dict[str, Any]:
-        """tokenizer.json as an object, with the present special tokens and without our help for the cache."""
         document: dict[str, Any] = json.loads(self._tokenizer.to_str())
-        document["pre_tokenizer"] = state_of(self._plain_pre)
         return document
+
+
+def _space_words(tokens: list[str], splits: list[int | None]) -> list[int | None]:
+    """Words that begin at spaces; the backend knows only the stretches between added tokens."""
+    words: list[int | None] = []
+    word = -1
+    for i, token in enumerate(tokens):
+        starts = i == 0 or splits[i] != splits[i - 1]
+        word += starts or (token.startswith("▁") and not tokens[i - 1].endswith("▁"))
+        words.append(word)
+    return words
 
 
 def _from_rust(token: Any) -> AddedToken:

@@ -105,7 +105,13 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str]) -> tokenizer
             f"tokenizer.ggml.pre is {pre!r}; known are {', '.join(sorted({*_CUTS, *_SAME}))}. "
             "Load the tokenizer.json of the original model instead"
         )
-    merges = [_pair(merge) for merge in _required(metadata, "merges")]
+    halves = [merge.partition(" ") for merge in _required(metadata, "merges")]
+    merges = [(left, right) for left, _, right in halves]
+    wrong = next((i for i, (left, right) in enumerate(merges) if not left or not right), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"tokenizer.ggml.merges holds {''.join(halves[wrong])!r}; a merge is two pieces with a space between"
+        )
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise CheckpointError(f"tokenizer.ggml.tokens has {len(tokens) - len(vocabulary)} tokens twice")
@@ -129,10 +135,3 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str]) -> tokenizer
 
 def _digits() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Digits(individual_digits=True)
-
-
-def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
-    left, _, right = merge.partition(" ") if isinstance(merge, str) else (merge[0], " ", merge[1])
-    if not left or not right:
-        raise CheckpointError(f"tokenizer.ggml.merges holds {merge!r}; a merge is two pieces with a space between")
-    return left, right

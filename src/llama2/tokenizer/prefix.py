@@ -7,9 +7,10 @@ never      `add_prefix_space=False`
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
-from llama2.tokenizer.added import AddedToken
+from llama2.tokenizer.added import AddedToken, TokenMatcher
 
 Prefix = Literal["every", "first", "metaspace", "never"]
 SPACES = (" ", "▁")
@@ -29,6 +30,13 @@ def normalize(text: str, prefix: Prefix) -> str:
     if prefix == "first":
         return "▁▁" + text[1:] if text.startswith(SPACES) else text
     return text.replace(" ", "▁") if prefix == "never" else text
+
+
+def matchers(added: dict[str, tuple[int, AddedToken]], prefix: Prefix) -> tuple[TokenMatcher, TokenMatcher]:
+    """(tokens looked up in the raw text, tokens looked up in the normalised text)."""
+    raw = {content: entry for content, entry in added.items() if not entry[1].normalized}
+    late = {content: entry for content, entry in added.items() if entry[1].normalized}
+    return TokenMatcher(raw), TokenMatcher(late, partial(normalize, prefix=prefix))
 
 
 def fit(token: AddedToken, prefix: Prefix | None) -> AddedToken:

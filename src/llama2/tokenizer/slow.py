@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from llama2.tokenizer.added import AddedToken, TokenMatcher
 from llama2.tokenizer.contract import PreTrainedTokenizer
 from llama2.tokenizer.convert import add_to_backend, backend_from_spm
 from llama2.tokenizer.encoding import Segment, Span
-from llama2.tokenizer.prefix import SPACES, Prefix, added_bytes, fit, normalize, prefix_of, surrogate_message
+from llama2.tokenizer.prefix import SPACES, Prefix, added_bytes, fit, matchers, normalize, prefix_of, surrogate_message
 from llama2.tokenizer.special import TokenLike
 from llama2.tokenizer.spm import BYTE, SentencePieceModel
 from llama2.tokenizer.stream import EACH_BYTE, PieceTable
+from llama2.tokenizer.words import WordMemory, cuts_hold
 
 
 class LlamaTokenizer(PreTrainedTokenizer):
@@ -60,6 +60,9 @@ class LlamaTokenizer(PreTrainedTokenizer):
         self._ids: dict[str, int] = {piece: i for i, piece in enumerate(self._vocab.pieces)}
         self._processors: dict[bool, Any] = {}
         self._matchers: tuple[TokenMatcher, TokenMatcher] | None = None
+        self._memory: WordMemory | None = None
+        # sampled segmentation is drawn anew at each call: nothing to remember
+        self._cuts_hold = not self.sp_model_kwargs and cuts_hold(self._vocab.pieces)
         self._added = {}
         self._setup(
             tokens={"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token},
@@ -86,7 +89,7 @@ class LlamaTokenizer(PreTrainedTokenizer):
         return self._processors[dummy_prefix]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_processors": {}, "_matchers": None}
+        return {**super().__getstate__(), "_processors": {}, "_matchers": None, "_memory": None}
 
     # -- vocabulary ----------------------------------------------------------------------------------------------
     @property
@@ -105,10 +108,9 @@ class LlamaTokenizer(PreTrainedTokenizer):
     def _id_token(self, token_id: int) -> str:
         if 0 <= token_id < len(self._vocab.pieces):
             return self._vocab.pieces[token_id]
-        added = self.added_tokens_decoder
-        if token_id not in added:
+        if token_id not in self._added_ids:
             raise TokenizerError(f"token id {token_id} is outside the vocabulary of {len(self)} tokens")
-        return added[token_id].content
+        return self._added_ids[token_id]
 
     def _register(self, tokens: Sequence[AddedToken]) -> int:
         new, size = 0, len(self)
@@ -121,6 +123,7 @@ class LlamaTokenizer(PreTrainedTokenizer):
             token_id = size + new if base is None else base
             new += base is None
             self._added[token.content] = (token_id, fit(token, self._prefix))
+        self._by_id = None
         return new
 
     def _changed(self) -> None:
@@ -132,20 +135,24 @@ class LlamaTokenizer(PreTrainedTokenizer):
     def _matching(self) -> tuple[TokenMatcher, TokenMatcher]:
         """(tokens looked up in the raw text, tokens looked up in the normalised text)."""
         if self._matchers is None:
-            raw = {c: entry for c, entry in self._added.items() if not entry[1].normalized}
-            late = {c: entry for c, entry in self._added.items() if entry[1].normalized}
-            self._matchers = TokenMatcher(raw), TokenMatcher(late, partial(normalize, prefix=self._prefix))
+            self._matchers = matchers(self._added, self._prefix)
         return self._matchers
 
     def _encode_ids(self, texts: list[str], keep_special: bool) -> list[list[int]]:
         try:
-            if self._prefix == "every" and not any(map(self._has_added, texts)):
-                processor = self._processor(True)
-                rows: list[list[int]] = [processor.encode(texts[0])] if len(texts) == 1 else processor.encode(texts)
-                return rows
-            return [self._encode_one(text, keep_special) for text in texts]
+            memory = self._words
+            return [
+                self._encode_one(text, keep_special) if memory is None or self._has_added(text) else memory.ids(text)
+                for text in texts
+            ]
         except RuntimeError as error:
             raise TokenizerError(surrogate_message(texts)) from error
+
+    @property
+    def _words(self) -> WordMemory | None:
+        if self._memory is None and self._cuts_hold:
+            self._memory = WordMemory(self._processor(False).encode, self._prefix)
+        return self._memory
 
     def _has_added(self, text: str) -> bool:
         raw, late = self._matching

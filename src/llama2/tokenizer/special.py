@@ -132,6 +132,14 @@ class SpecialTokens:
         return [i for i in map(self._token_id, self.all_special_tokens) if i is not None]
 
     @property
+    def _added_ids(self) -> dict[int, str]:
+        if self._by_id is None:
+            self._by_id = {i: token.content for i, token in self._added.values()}
+        return self._by_id
+
+    _by_id: dict[int, str] | None = None
+
+    @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         """id -> added token, by id."""
         return dict(sorted(self._added.values(), key=lambda entry: entry[0]))

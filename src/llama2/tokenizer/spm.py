@@ -6,8 +6,8 @@ NormalizerSpec {1 name, 2 precompiled_charsmap, 3 add_dummy_prefix, 4 remove_ext
 """
 
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llama2.errors import CheckpointError, TokenizerError
@@ -30,6 +30,7 @@ class SentencePieceModel:
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = False
     raw: bytes = b""  # the file itself, where there is one: saving gives it back unchanged
+    _merges: list[tuple[str, str]] = field(default_factory=list, repr=False, compare=False)  # worked out once
 
     @classmethod
     def from_file(cls, path: str | Path) -> "SentencePieceModel":
@@ -56,10 +57,6 @@ class SentencePieceModel:
         """A serialised ModelProto with the same behaviour; the original bytes where it was read from a file."""
         return self.raw or _serialize(self)
 
-    def without_dummy_prefix(self) -> "SentencePieceModel":
-        """The same vocabulary, but text is not given a leading space."""
-        return replace(self, add_dummy_prefix=False, raw=b"")
-
     def check_llama(self) -> "SentencePieceModel":
         """Refuse models whose text handling is not Llama's: the fast class could not give the same ids."""
         faults = []
@@ -78,6 +75,8 @@ class SentencePieceModel:
 
         Equal scores (the whitespace runs of Llama 2, all -1e9) fall back to the ids of the two halves.
         """
+        if self._merges:
+            return self._merges
         usable = (NORMAL, USER_DEFINED)
         ids = {piece: i for i, piece in enumerate(self.pieces) if self.types[i] in usable}
         found: list[tuple[float, int, int, str, str]] = []
@@ -88,12 +87,8 @@ class SentencePieceModel:
                 if left in ids and right in ids:
                     found.append((score, ids[left], ids[right], left, right))
         found.sort()
-        return [(left, right) for *_, left, right in found]
-
-
-def splits_at_spaces(pieces: Sequence[str]) -> bool:
-    """Whether no piece has "▁" behind another character, so that a text may be cut in front of every run of "▁"."""
-    return not any("▁" in piece.lstrip("▁") for piece in pieces)
+        self._merges.extend((left, right) for *_, left, right in found)
+        return self._merges
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -214,8 +209,8 @@ def _special_ids(model: SentencePieceModel) -> bytes:
     """TrainerSpec 40 to 43 (unk, bos, eos, pad id) and 45 to 47 (their pieces): SentencePiece checks that they fit."""
     unk = model.types.index(UNKNOWN) if UNKNOWN in model.types else 0
     out = _number(40, unk) + _string(45, model.pieces[unk].encode())
-    for field, piece in ((41, "<s>"), (42, "</s>")):
+    for number, piece in ((41, "<s>"), (42, "</s>")):
         known = piece in model.pieces
         # -1 (absent) is written as the 64-bit two's complement that protobuf uses for a negative int32
-        out += _number(field, model.pieces.index(piece) if known else 2**64 - 1)
+        out += _number(number, model.pieces.index(piece) if known else 2**64 - 1)
     return out + _number(43, 2**64 - 1)
