@@ -99,6 +99,11 @@ class PagedCache:
     def view(self, counts: Iterable[tuple[Sequence, int]]) -> CacheView:
         """Room for `count` new tokens of each sequence, in the order they will be packed."""
         pairs = list(counts)
+        if len(pairs) == 1 and pairs[0][1] > 0 and pairs[0][0].cache is self:  # decoding: every microsecond counts
+            sequence, count = pairs[0]
+            sequence._reserve(sequence.length + count)
+            starts, past = np.array((0, count), np.int32), np.array((sequence.length,), np.int32)
+            return CacheView(self, starts, past, np.array((sequence.pages,), np.int32), (sequence,))
         if not pairs or any(n < 1 for _, n in pairs):
             raise InputError("a step needs at least one new token of every sequence in it")
         if len({id(s) for s, _ in pairs}) != len(pairs):
