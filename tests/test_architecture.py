@@ -17,17 +17,20 @@ ROWS: dict[str, int] = {
     "pretrained": 5,
     **dict.fromkeys(("model", "lora"), 6),
     **dict.fromkeys(("processors", "stopping", "streamers", "cpu"), 7),
-    **dict.fromkeys(("checkpoint", "sampling", "runner"), 8),
-    "request": 9,
-    **dict.fromkeys(("beam", "speculative"), 10),
-    "generate": 11,
-    **dict.fromkeys(("auto", "engine"), 12),
-    **dict.fromkeys(("pipelines", "serve", "train", "evaluate"), 13),
-    "cli": 14,
+    **dict.fromkeys(("checkpoint", "sampling"), 8),
+    "native": 9,
+    "runner": 10,
+    "request": 11,
+    **dict.fromkeys(("beam", "speculative"), 12),
+    "generate": 13,
+    **dict.fromkeys(("auto", "engine"), 14),
+    **dict.fromkeys(("pipelines", "serve", "train", "evaluate"), 15),
+    "cli": 16,
 }
 STRANGERS = {"quant": {"model"}, "model": {"quant"}}
 NO_TORCH = ("tokenizer", "config.py", "generation_config.py", "errors.py", "doors.py")
 UPWARD_DOORS = {
+    ("native", "generate", "generate"),
     ("config", "auto", "load_config"),
     ("pretrained", "checkpoint.load", "from_pretrained"),
     ("pretrained", "checkpoint.save", "save_pretrained"),

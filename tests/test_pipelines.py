@@ -90,6 +90,25 @@ def test_token_ids(generator: Any) -> None:
     assert record == {"generated_token_ids": generator.model.generate(ids, max_new_tokens=6)[0].tolist()}
 
 
+def test_rows_end_at_their_own_end(generator: Any) -> None:
+    texts = ["one", "a longer text", "x"]
+    whole = [generator(text, max_new_tokens=6, return_tensors=True)[0]["generated_token_ids"] for text in texts]
+    end = whole[0][4]  # the second new token of the first row ends it, and pads follow until the others are done
+    results = generator(texts, max_new_tokens=6, return_tensors=True, eos_token_id=end, batch_size=3)
+    cut = [row[: len(text) + 1 + row[len(text) :].index(end)] if end in row[len(text) :] else row
+           for row, text in zip(whole, texts, strict=True)]  # fmt: skip
+    assert len(cut[0]) < 3 + 6 and [r[0]["generated_token_ids"] for r in results] == cut
+
+
+def test_first_space_of_the_new_text_stays(tokenizer_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_model)
+    model = LlamaForCausalLM(tiny_config(vocab_size=32000)).eval()
+    paris = tokenizer.encode("Paris", add_special_tokens=False)[0]
+    only = [i for i in range(32000) if i != paris]
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, max_new_tokens=1, suppress_tokens=only)
+    assert pipe("It is") == [{"generated_text": "It is Paris"}]
+
+
 def test_chat(generator: Any) -> None:
     chat = [{"role": "user", "content": "hi"}]
     (new,) = continued(generator, "<user>hi<assistant>")
@@ -124,7 +143,8 @@ def test_stop_sequence(generator: Any) -> None:
 
 
 def test_truncation_keeps_the_end(generator: Any) -> None:
-    text = "ab" * 300
+    text = "".join(str(i) for i in range(240))
+    assert len(text) > 512
     with pytest.raises(InputError, match="context is 512"):
         generator(text, max_new_tokens=6)
     (record,) = generator(text, max_new_tokens=6, truncation=True, return_full_text=False)

@@ -16,14 +16,20 @@ from torch import Tensor, nn
 _SHARE_OF_FREE_MEMORY = 0.25
 
 
+# Layers that share an input. Any, because torch types the attributes of a module as Tensor | Module.
+Group = tuple[Any, ...]
+
+
 class _Reordered(NamedTuple):
-    source: Tensor
-    version: int
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
     weight: Tensor
+    bias: Tensor | None
 
 
-# Beside the layers, not in them: a layer stays what torch can copy, pickle and compile.
-_REORDERED: WeakKeyDictionary[nn.Linear, _Reordered] = WeakKeyDictionary()
+# By the first of the layers that share an input, beside the layers and not in them: a layer stays what torch can
+# copy, pickle and compile.
+_REORDERED: WeakKeyDictionary[nn.Module, _Reordered] = WeakKeyDictionary()
 _multiply: Any = torch.ops.mkldnn._linear_pointwise.default
 
 
@@ -31,39 +37,70 @@ class Linear(nn.Linear):
     """x (..., in) -> x W^T + b (..., out); uses the weight's reordered copy while that is valid."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
         if _REORDERED and not torch.is_grad_enabled() and x.dtype == torch.bfloat16:
-            held = _REORDERED.get(self)
-            if held is not None and held.source is weight and held.version == weight._version:
-                out: Tensor = _multiply(x, held.weight, self.bias, "none", [], "")
+            held = _valid((self,))
+            if held is not None:
+                out: Tensor = _multiply(x, held.weight, held.bias, "none", [], "")
                 return out
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
-def prepack(model: nn.Module) -> int:
-    """Reorders the bfloat16 weights of a CPU model in eval mode; returns how many layers now have a valid copy.
+def together(layers: Group, x: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of layers that share the input x, as one product where `prepack` has put their weights together."""
+    if _REORDERED and not torch.is_grad_enabled() and x.dtype == torch.bfloat16:
+        held = _valid(layers)
+        if held is not None:
+            out = _multiply(x, held.weight, held.bias, "none", [], "")
+            return torch.split(out, [weight.shape[0] for weight in held.sources], dim=-1)
+    return tuple(layer(x) for layer in layers)
+
+
+def _valid(layers: Group) -> _Reordered | None:
+    held = _REORDERED.get(layers[0])
+    if held is None or len(held.sources) != len(layers):
+        return None
+    for layer, source, version in zip(layers, held.sources, held.versions, strict=True):
+        if type(layer) is not Linear or layer.weight is not source or source._version != version:
+            return None
+    return held
+
+
+def prepack(groups: list[Group]) -> int:
+    """Reorders bfloat16 weights on a CPU, those of a group of layers as one; returns how many layers have a valid copy.
 
     0 where it cannot help: another device or dtype, training mode, a CPU without bfloat16 products, or where the copy
     would take more than a quarter of the free memory. Changing a weight afterwards only makes its layer slower again.
     """
-    if model.training or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return 0
-    layers = [layer for layer in model.modules() if type(layer) is Linear and _eligible(layer.weight)]
-    stale = [layer for layer in layers if not _valid(layer)]
-    needed = sum(2 * layer.weight.numel() for layer in stale)
+    groups = [group for group in groups if all(map(_eligible, group))]
+    stale = [group for group in groups if _valid(group) is None]
+    needed = sum(2 * layer.weight.numel() for group in stale for layer in group)
     if needed > _SHARE_OF_FREE_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return 0
-    for layer in stale:
-        reordered = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 1)
-        _REORDERED[layer] = _Reordered(layer.weight, layer.weight._version, reordered)
-    return len(layers)
+    for group in stale:
+        _REORDERED[group[0]] = _reorder(group)
+    return sum(map(len, groups))
 
 
-def _eligible(weight: Tensor) -> bool:
+def _reorder(group: Group) -> _Reordered:
+    weights = tuple(layer.weight for layer in group)
+    biases = [layer.bias for layer in group]
+    joined = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
+    bias = None
+    if any(b is not None for b in biases):
+        parts = [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
+        bias = torch.cat(parts)
+    reordered = torch.ops.mkldnn._reorder_linear_weight(joined, 1)
+    return _Reordered(weights, tuple(w._version for w in weights), reordered, bias)
+
+
+def _eligible(layer: Any) -> bool:
     # A weight made under inference_mode counts no versions, so a stale copy could not be told.
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.is_inference()
-
-
-def _valid(layer: Linear) -> bool:
-    held = _REORDERED.get(layer)
-    return held is not None and held.source is layer.weight and held.version == layer.weight._version
+    return (
+        type(layer) is Linear
+        and not layer.training
+        and layer.weight.dtype == torch.bfloat16
+        and layer.weight.device.type == "cpu"
+        and not layer.weight.is_inference()
+    )

@@ -16,7 +16,7 @@ from llama2.attention import ATTENTION, Mask, make_mask
 from llama2.cache import DynamicCache, StaticCache
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
-from llama2.linear import Linear
+from llama2.linear import Group, Linear, prepack, together
 from llama2.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from llama2.pretrained import PreTrainedModel, readable_index_errors
 from llama2.rope import LlamaRotaryEmbedding, promoted, rotate
@@ -66,6 +66,11 @@ def split_output(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
     return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
 
 
+def split_outputs(layers: tuple[nn.Module, ...], x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """The outputs of several layers on the same x, each as `split_output`."""
+    return together(layers, x) if parts == 1 else tuple(split_output(layer, x, parts) for layer in layers)
+
+
 def split_input(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
     """layer(x) as the sum over `parts` slices of the input features (pretraining_tp, row parallel)."""
     if parts == 1 or type(layer) is not Linear:
@@ -90,7 +95,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         parts = self.config.pretraining_tp
-        gate_BTF, up_BTF = split_output(self.gate_proj, x_BTD, parts), split_output(self.up_proj, x_BTD, parts)
+        gate_BTF, up_BTF = split_outputs((self.gate_proj, self.up_proj), x_BTD, parts)
         return split_input(self.down_proj, self.act_fn(gate_BTF) * up_BTF, parts)
 
 
@@ -119,17 +124,15 @@ class LlamaAttention(nn.Module):
         cache_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         parts = self.config.pretraining_tp
-        batch, new_tokens, _ = x_BTD.shape
-        heads = (batch, new_tokens, -1, self.head_dim)
-        q_BHTE = split_output(self.q_proj, x_BTD, parts).view(heads).transpose(1, 2)
-        k_BKTE = split_output(self.k_proj, x_BTD, parts).view(heads).transpose(1, 2)
-        v_BKSE = split_output(self.v_proj, x_BTD, parts).view(heads).transpose(1, 2)
-        q_BHTE, k_BKSE = rotate(q_BHTE, *rotation), rotate(k_BKTE, *rotation)
+        heads = (-1, self.head_dim)
+        projected = split_outputs((self.q_proj, self.k_proj, self.v_proj), x_BTD, parts)
+        q_BHTE, k_BKSE, v_BKSE = (y.unflatten(-1, heads).transpose(1, 2) for y in projected)
+        q_BHTE, k_BKSE = rotate((q_BHTE, k_BKSE), *rotation)
         if cache is not None:
             k_BKSE, v_BKSE = cache.update(k_BKSE, v_BKSE, self.layer_idx, {"cache_position": cache_position})
         dropout = self.config.attention_dropout if self.training else 0.0
         out_BHTE, weights = ATTENTION[implementation](q_BHTE, k_BKSE, v_BKSE, mask, self.scaling, dropout)
-        out_BTD = split_input(self.o_proj, out_BHTE.transpose(1, 2).reshape(batch, new_tokens, -1), parts)
+        out_BTD = split_input(self.o_proj, out_BHTE.transpose(1, 2).flatten(2), parts)
         return out_BTD, weights
 
 
@@ -219,6 +222,16 @@ class LlamaModel(PreTrainedModel):
         )
         return output if _as_dict(config, return_dict) else output.to_tuple()
 
+    def prepack(self) -> int:
+        """Reorders bfloat16 weights for decoding on a CPU, see `linear.prepack`; returns how many layers have one."""
+        groups: list[Group] = []
+        layer: Any
+        for layer in self.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            groups += [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)]
+            groups += [(mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
+        return prepack(groups)
+
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("You must specify exactly one of input_ids or inputs_embeds")
@@ -305,6 +318,10 @@ class LlamaForCausalLM(PreTrainedModel):
         self.lm_head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._init_weights(self.lm_head)
         self.tie_weights()
+
+    def prepack(self) -> int:
+        """As LlamaModel.prepack, with the head."""
+        return self.model.prepack() + prepack([(self.lm_head,)])
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from llama2.cache import DynamicCache
 from llama2.errors import InputError
 from llama2.generation_config import DEFAULTS, GenerationConfig
+from llama2.native import NativeCache, NativeModel, row_count
 from llama2.outputs import ModelOutput
 from llama2.processors import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from llama2.runner import Runner, TorchRunner, make_runner
@@ -326,9 +327,24 @@ def _cache(call: Call, runner: Runner, config: GenerationConfig, rows: int, leng
         )
     if held == context:
         cache.crop(context - 1)  # the last token has to run again, for its logits
-    if held and rows > (batch := len(cache[0][0])) and rows % batch == 0:
+    if held and rows > (batch := row_count(cache)) and rows % batch == 0:
+        if isinstance(cache, NativeCache):
+            raise InputError(
+                f"past_key_values holds {batch} rows for {rows}; a native cache has room for the rows it was made with"
+            )
         cache.batch_repeat_interleave(rows // batch)
     return cache
+
+
+def _needs_torch(call: Call, config: GenerationConfig) -> str:
+    """What of this call the native engine cannot do, or ""."""
+    if call.inputs_embeds is not None:
+        return "inputs_embeds"
+    if config.cache_implementation not in (None, "dynamic"):
+        return f"cache_implementation={config.cache_implementation!r}"
+    if call.past_key_values is not None and not isinstance(call.past_key_values, NativeCache):
+        return f"past_key_values of type {type(call.past_key_values).__name__}"
+    return ""
 
 
 def _criteria(call: Call, config: GenerationConfig) -> StoppingCriteriaList:
@@ -354,6 +370,8 @@ def _guidance(model: Any, call: Call, config: GenerationConfig) -> Any:
         if call.negative_prompt_ids is not None:
             raise InputError("negative_prompt_ids has no effect without guidance_scale; set it above 1")
         return None
+    if isinstance(model, NativeModel):
+        raise InputError("guidance_scale needs a torch model; load the file with AutoModelForCausalLM")
     if config.value("num_beams") > 1:
         raise InputError("guidance_scale does not work with num_beams above 1; set num_beams=1")
     ids, mask = (
@@ -384,7 +402,7 @@ def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
         raise InputError(
             "prefill_chunk_size splits the prompt; output_attentions and output_hidden_states need it whole"
         )
-    runner = make_runner(call.runner, model, attentions, hidden_states)
+    runner = make_runner(call.runner, model, attentions, hidden_states, _needs_torch(call, config))
     cache = _cache(call, runner, config, rows, context + new, context)
     # With embeddings only there are no prompt ids for a penalty or a length to count.
     config.update(min_length=max(config.value("min_length") - (context - width), 0))

@@ -5,6 +5,7 @@ in promote(x.dtype, float32), so that a float64 model is truly float64 and a flo
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from llama2.config import LlamaConfig
 
 
+@cache
 def promoted(dtype: torch.dtype) -> torch.dtype:
     """The dtype norms, softmax and rotations are computed in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
@@ -140,12 +142,15 @@ class LlamaRotaryEmbedding(nn.Module):
             return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (B, H, T, E) by cos, sin (B, 1, T, E) in their dtype; returns x's dtype.
+def rotate(heads: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Rotates q, k, ... (B, heads, T, E) by cos, sin (B, 1, T, E) in their dtype; returns the inputs' dtype.
 
-    Element i of the first half pairs with element i of the second half.
+    Element i of the first half pairs with element i of the second half. The tensors turn as one: for a single token
+    the number of operations is the cost, not their size.
     """
+    x = torch.cat(heads, dim=1)
     half = x.shape[-1] // 2
     wide = x.to(cos.dtype)
     turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
-    return (wide * cos + turned * sin).to(x.dtype)
+    out = (wide * cos + turned * sin).to(x.dtype)
+    return torch.split(out, [part.shape[1] for part in heads], dim=1)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from llama2.cache import DynamicCache, StaticCache
 from llama2.errors import InputError
-from llama2.linear import prepack
+from llama2.model import LlamaForCausalLM
+from llama2.native import NativeModel, native_runner, why_not
 
-RUNNERS = ("auto", "torch")
+RUNNERS = ("auto", "native", "torch")
 
 
 class Runner(Protocol):
@@ -39,7 +40,7 @@ class TorchRunner:
             for name, wanted in (("output_attentions", attentions), ("output_hidden_states", hidden_states))
             if wanted
         }
-        self._prepacked = not isinstance(model, torch.nn.Module)
+        self._prepacked = not isinstance(model, LlamaForCausalLM)
         self.attentions: tuple[Tensor, ...] | None = None  # of the last step
         self.hidden_states: tuple[Tensor, ...] | None = None
 
@@ -58,7 +59,7 @@ class TorchRunner:
     def step(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: Any, keep: int = 1) -> Tensor:
         """As Runner.step."""
         if tokens.shape[1] == 1 and not self._prepacked:
-            prepack(self.model)  # from the first single token on it pays; before, it would delay the first token
+            self.model.prepack()  # from the first single token on it pays; before, it would delay the first token
             self._prepacked = True
         output = self.model(
             **{"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens},
@@ -75,14 +76,31 @@ class TorchRunner:
         return logits
 
 
-def make_runner(runner: str | Runner, model: Any, attentions: bool, hidden_states: bool) -> Runner:
-    """The runner called `runner`, or the object itself."""
+def make_runner(
+    runner: str | Runner, model: Any, attentions: bool = False, hidden_states: bool = False, needs_torch: str = ""
+) -> Runner:
+    """The runner called `runner`, or the object itself.
+
+    "auto" takes the native engine where it can run `model`, else torch; `needs_torch` names what of this call only
+    torch can do. Raises InputError where "native" is asked for and cannot be had.
+    """
+    if attentions or hidden_states:
+        needs_torch = "output_attentions and output_hidden_states"
     if not isinstance(runner, str):
         if attentions or hidden_states:
-            raise InputError("output_attentions and output_hidden_states need runner='torch', which alone has them")
+            raise InputError(f"{needs_torch} need runner='torch', which alone has them")
         return runner
     if runner not in RUNNERS:
         raise InputError(f"runner is {runner!r}; it must be one of {', '.join(RUNNERS)}")
+    only_native = runner == "native" or isinstance(model, NativeModel)
+    native = None if runner == "torch" or needs_torch else native_runner(model)
+    if native is not None:
+        return native
+    if only_native:
+        raise InputError(
+            f"the native engine cannot run this call: {needs_torch or why_not(model)}; load the model with "
+            "AutoModelForCausalLM and use runner='torch'"
+        )
     return TorchRunner(model, attentions, hidden_states)
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from llama2.cache import DynamicCache
 from llama2.errors import InputError
+from llama2.native import NativeCache
 from llama2.request import Call, Request
 from llama2.rope import promoted
-from llama2.runner import Runner, TorchRunner, invalid_logits
+from llama2.runner import Runner, invalid_logits, make_runner
 
 
 class Drafter(Protocol):
@@ -105,7 +106,7 @@ def drafting_model(model: Any, assistant: Any, request: Request, call: Call) -> 
         return config.value(name) if own is None or config.is_set(name) else own.value(name)
 
     return AssistantModel(
-        TorchRunner(assistant),
+        make_runner(call.runner if isinstance(call.runner, str) else "auto", assistant),
         request,
         setting("num_assistant_tokens"),
         setting("assistant_confidence_threshold") or None,
@@ -117,7 +118,7 @@ def _check(request: Request) -> None:
     config = request.config
     if len(request.ids) != 1:
         raise InputError(f"assisted decoding takes one row but there are {len(request.ids)}; generate one at a time")
-    if request.cache is None or not isinstance(request.cache, DynamicCache):
+    if request.cache is None or not isinstance(request.cache, DynamicCache | NativeCache):
         raise InputError("assisted decoding takes back tokens, which needs use_cache=True and the dynamic cache")
     if config.guidance_scale not in (None, 1):
         raise InputError("guidance_scale does not work with assisted decoding; leave one of them out")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import llama2
-from llama2 import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from llama2 import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from llama2.cli import terminal
 from llama2.cli.conversation import Conversation, Turn, render
 from llama2.cli.speaker import Speaker
@@ -28,7 +28,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def speaker(checkpoint: Path) -> Speaker:
-    return Speaker(AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    return Speaker(model, tokenizer, "torch")
 
 
 @pytest.fixture
@@ -100,14 +101,29 @@ def test_stopped_answer_can_be_followed(speaker: Speaker) -> None:
 
 
 def test_error_in_the_middle_empties_the_cache(speaker: Speaker) -> None:
-    ids = speaker.tokenizer.encode("Hello")
+    ids, other = speaker.tokenizer.encode("Hello there"), speaker.tokenizer.encode("Help me out")
 
     def fail(text: str) -> None:
         raise BrokenPipeError
 
+    say(speaker, ids)
     with pytest.raises(BrokenPipeError):
-        speaker.say(ids, GREEDY, fail)
-    assert say(speaker, ids)[1] == say(Speaker(speaker.model, speaker.tokenizer), ids)[1]
+        speaker.say(other, GREEDY, fail)  # has overwritten what the cache held of the first prompt
+    answer, text = say(speaker, ids)
+    assert answer.prefilled == len(ids) and text == say(Speaker(speaker.model, speaker.tokenizer), ids)[1]
+
+
+def test_first_space_counts_where_the_text_goes_on(tokenizer_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_model)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2)).eval()  # fmt: skip
+    paris = tokenizer.encode("Paris", add_special_tokens=False)[0]
+    force = GenerationConfig(max_new_tokens=1, do_sample=False, suppress_tokens=[i for i in range(32000) if i != paris])
+    speaker = Speaker(model, tokenizer)
+    ids = tokenizer.encode("The capital of France is")
+    assert speaker.say(ids, force, lambda text: None, continues=True).text == " Paris"
+    assert speaker.say(ids, force, lambda text: None).text == "Paris"
 
 
 def test_endings(speaker: Speaker) -> None:

@@ -115,7 +115,7 @@ def test_processors_and_prefixes_act() -> None:
         ({"attention_mask": torch.ones(1, 3)}, r"\(1, 1\)"),
         ({"inputs": torch.tensor([[1, 2], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}, "padding_side"),
         ({"position_ids": torch.tensor([[0, 1]])}, "position_ids"),
-        ({"runner": "gpu"}, "auto, torch"),
+        ({"runner": "gpu"}, "auto, native, torch"),
         ({"synced_gpus": True}, "synced_gpus"),
         ({"seed": 1, "generator": torch.Generator()}, "both given"),
         ({"seed": [1, 2, 3]}, "3 entries"),

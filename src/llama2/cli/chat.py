@@ -41,7 +41,7 @@ def run(options: Options) -> int:
     from llama2.cli.speaker import Speaker
 
     options.install(tokenizer)
-    return Chat(Speaker(model, tokenizer), conversation, options).loop()
+    return Chat(Speaker(model, tokenizer, options.runner), conversation, options).loop()
 
 
 def _start(options: Options) -> Conversation:
@@ -62,9 +62,9 @@ class Chat:
     def loop(self) -> int:
         """Talks until the end; 0, or 2 where a message of a pipe failed."""
         if terminal.interactive():
-            config, dtype = self.speaker.model.config, str(self.speaker.model.dtype).removeprefix("torch.")
+            config = self.speaker.model.config
             terminal.notice(
-                f"{config.num_parameters / 1e6:,.0f}M parameters, {dtype}, "
+                f"{config.num_parameters / 1e6:,.0f}M parameters, {self.speaker.engine}, "
                 f"context {config.max_position_embeddings:,}. /help lists the commands, Ctrl-D leaves"
             )
         if self.conversation.turns and self.conversation.turns[-1].answer is None:

@@ -37,7 +37,9 @@ def run(options: Options) -> int:
 
     loaded = time.perf_counter() - began
     ids = _encode(prompt, options, tokenizer)
-    answer = Speaker(model, tokenizer).say(ids, settings, terminal.write, seed=options.seed, continues=not options.chat)
+    answer = Speaker(model, tokenizer, options.runner).say(
+        ids, settings, terminal.write, seed=options.seed, continues=not options.chat
+    )
     if not answer.text.endswith("\n"):
         terminal.write("\n")
     terminal.notice(_speed_line(answer, loaded))
@@ -56,7 +58,7 @@ def _prompt(options: Options) -> str:
 
 def _encode(prompt: str, options: Options, tokenizer: Any) -> list[int]:
     if not options.chat:
-        ids: list[int] = tokenizer(prompt)["input_ids"]
+        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]  # a prompt that is too long is refused later
         return ids
     options.install(tokenizer)
     system = [] if options.system is None else [{"role": "system", "content": options.system}]

@@ -31,7 +31,7 @@ def run(options: Options) -> int:
     """Runs the command."""
     text = _read(options.file)
     model, tokenizer = load(options)
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(text, verbose=False)["input_ids"]  # longer than the context is what windows are for
     result = _measure(model, ids, options)
     if options.json:
         import json
@@ -63,13 +63,13 @@ def _measure(model: Any, ids: list[int], options: Options) -> "Perplexity":
 
     with _progress() as bar:
         if bar is None:
-            return perplexity(model, ids, options.window, options.stride)
+            return perplexity(model, ids, options.window, options.stride, runner=options.runner)
         task = bar.add_task("perplexity", total=len(ids), value="")
 
         def show(done: int, total: int, value: float) -> None:
             bar.update(task, completed=done, value=f"{value:.3f}")
 
-        return perplexity(model, ids, options.window, options.stride, show)
+        return perplexity(model, ids, options.window, options.stride, show, options.runner)
 
 
 def _progress() -> AbstractContextManager[Any]:

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import torch
 
-from llama2.cache import DynamicCache
 from llama2.errors import InputError
 from llama2.generate import stream
 from llama2.generation_config import GenerationConfig
 from llama2.model import LlamaForCausalLM
+from llama2.native import NativeModel, NativeRunner
+from llama2.runner import make_runner
 
 
 @dataclass
@@ -49,10 +50,18 @@ _ENDINGS = {
 class Speaker:
     """A model, its tokenizer and one cache. A prompt that begins as the last one did runs only its new part."""
 
-    def __init__(self, model: LlamaForCausalLM, tokenizer: Any) -> None:
+    def __init__(self, model: LlamaForCausalLM | NativeModel, tokenizer: Any, runner: str = "auto") -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._cache = DynamicCache()
+        self._runner = make_runner(runner, model)
         self._held: list[int] = []  # the ids whose keys and values the cache holds
+        self.forget()
+
+    @property
+    def engine(self) -> str:
+        """What runs the network, in a few words."""
+        if isinstance(self._runner, NativeRunner):
+            return f"native engine ({self._runner.isa}, {self._runner.weights.nbytes / 1e6:,.0f} MB of weights)"
+        return f"torch ({str(self.model.dtype).removeprefix('torch.')} on {self.model.device})"
 
     @property
     def context(self) -> int | None:
@@ -111,7 +120,9 @@ class Speaker:
 
     def forget(self) -> None:
         """Empties the cache."""
-        self._cache, self._held = DynamicCache(), []
+        # Without a bound on the context the native cache still needs one; its pages cost memory only once written.
+        self._cache = self._runner.new_cache(None, 1, self.context or 16 * self.model.config.max_position_embeddings)
+        self._held = []
 
     def _steps(self, ids: list[int], settings: GenerationConfig, new: int, seed: int | None) -> Any:
         extra: dict[str, Any] = {"tokenizer": self.tokenizer} if settings.stop_strings else {}
@@ -121,6 +132,7 @@ class Speaker:
             settings,
             max_new_tokens=new,
             past_key_values=self._cache,
+            runner=self._runner,
             # torch's own state starts the same in every process, so without a seed every run would say the same.
             seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
             attention_mask=torch.ones((1, len(ids)), dtype=torch.long, device=self.model.device),

@@ -74,6 +74,7 @@ class CpuWeights:
         self.model: Any = None
         self._arena = native().Arena()
         self._matrices: list[Any] = []
+        self._copies: list[tuple[NDArray[np.float32], Any]] = []
 
     @property
     def nbytes(self) -> int:
@@ -107,22 +108,32 @@ class CpuWeights:
     def from_module(cls, module: Any, threads: int | None = None) -> "CpuWeights":
         """Weights of a LlamaForCausalLM on the CPU, float32, float16 or bfloat16, used in place without a copy.
 
-        Later in-place changes of the linears show at once; norms and biases are copied.
+        Later in-place changes of the linears show at once; norms and biases are copied: `refresh` copies them again.
         """
         self = cls(module.config, threads)
         body = module.model
         embed = self._parameter(body.embed_tokens.weight, "embed_tokens")
         tied = module.lm_head.weight is body.embed_tokens.weight
         head = embed if tied else self._linear(module.lm_head, "lm_head")
-        self._begin(embed, head, _float_copy(body.norm.weight))
+        self._begin(embed, head, self._copied(body.norm.weight))
         for i, layer in enumerate(body.layers):
             a, f = layer.self_attn, layer.mlp
             found = {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj, "o": a.o_proj, "gate": f.gate_proj, "up": f.up_proj}
             found["down"] = f.down_proj
             parts = {name: self._linear(linear, f"layers.{i}.{name}") for name, linear in found.items()}
-            norms = (_float_copy(layer.input_layernorm.weight), _float_copy(layer.post_attention_layernorm.weight))
+            norms = (self._copied(layer.input_layernorm.weight), self._copied(layer.post_attention_layernorm.weight))
             self._layer(*norms, parts)
         return self
+
+    def refresh(self) -> None:
+        """Copies norms and biases from the module again; a change through `.data` leaves no other trace."""
+        for array, tensor in self._copies:
+            np.copyto(array, tensor.detach().float().numpy())
+
+    def _copied(self, tensor: Any) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = tensor.detach().float().numpy().copy()
+        self._copies.append((array, tensor))
+        return array
 
     def pack(
         self, raw: NDArray[np.uint8], type_name: str, shape: tuple[int, int], rows: NDArray[np.int32] | None = None
@@ -165,7 +176,7 @@ class CpuWeights:
             )
         matrix = self._parameter(linear.weight, name)
         if linear.bias is not None:
-            matrix.set_bias(_float_copy(linear.bias))
+            matrix.set_bias(self._copied(linear.bias))
         return matrix
 
     def _begin(self, embed: Any, head: Any, norm: NDArray[np.float32]) -> None:
@@ -251,8 +262,3 @@ class _GgufReader:
         if info.type_id != 0:
             raise CheckpointError(f"tensor {name!r} is of GGUF type {info.type_id}; F32 is needed")
         return self._bytes(name, 4 * math.prod(info.shape)).view(np.float32).copy()
-
-
-def _float_copy(tensor: Any) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = tensor.detach().float().cpu().contiguous().numpy().copy()
-    return values

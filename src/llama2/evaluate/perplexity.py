@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from llama2.errors import InputError
 from llama2.model import LlamaForCausalLM
+from llama2.native import NativeModel
 from llama2.rope import promoted
+from llama2.runner import make_runner
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,28 @@ def windows(length: int, window: int, stride: int) -> Iterator[Window]:
 
 @torch.inference_mode()
 def perplexity(
-    model: LlamaForCausalLM,
+    model: LlamaForCausalLM | NativeModel,
     ids: Sequence[int] | torch.Tensor,
     window: int = 512,
     stride: int | None = None,
     on_window: Callable[[int, int, float], None] | None = None,
+    runner: str = "auto",
 ) -> Perplexity:
     """Perplexity of the token ids (T,) in windows of `window` tokens, each `stride` tokens after the last.
 
     stride=None means `window`: disjoint windows, the first token of each unscored. A smaller stride gives every
     scored token at least window - stride tokens of context, at window / stride times the work. `on_window` is told the
-    position reached, the length and the perplexity so far. Raises InputError for sizes that cannot work.
+    position reached, the length and the perplexity so far; `runner` is that of generate(). Raises InputError for sizes
+    that cannot work.
     """
     ids = torch.as_tensor(ids, dtype=torch.long, device=model.device).reshape(-1)
     stride = window if stride is None else stride
     _check(model, len(ids), window, stride)
+    engine = make_runner(runner, model)
+    places = torch.arange(window, device=model.device)[None]
     began, total, tokens = time.perf_counter(), 0.0, 0
     for start, end, scored in windows(len(ids), window, stride):
-        logits = model(input_ids=ids[None, start:end], use_cache=False, logits_to_keep=scored + 1).logits
+        logits = engine.step(ids[None, start:end], places[:, : end - start], None, None, keep=scored + 1)
         targets = ids[end - scored : end]
         total += float(F.cross_entropy(logits[0, :-1].to(promoted(logits.dtype)), targets, reduction="sum"))
         tokens += scored
@@ -74,7 +80,7 @@ def perplexity(
     return Perplexity(math.exp(nll), nll, tokens, time.perf_counter() - began)
 
 
-def _check(model: LlamaForCausalLM, length: int, window: int, stride: int) -> None:
+def _check(model: LlamaForCausalLM | NativeModel, length: int, window: int, stride: int) -> None:
     context = model.config.max_position_embeddings
     if not 2 <= window <= context:
         raise InputError(f"window is {window}; it must be between 2 and {context}, the context of this model")

@@ -1,0 +1,233 @@
+"""The native CPU engine behind generation's Runner contract.
+
+    NativeRunner(weights)     step() over the engine's paged cache; rows of a batch are sequences, padding is skipped
+    NativeModel               a model that exists in the engine only: a GGUF file runs packed, torch holds no weights
+    native_weights(model)     the engine's view of a torch model, made anew when a parameter is replaced
+
+B rows, T new tokens, S context columns, V vocabulary.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llama2 import cpu
+from llama2.checkpoint.gguf_weights import GgufCheckpoint
+from llama2.config import LlamaConfig
+from llama2.doors import door
+from llama2.errors import InputError, Llama2Error
+from llama2.generation_config import GenerationConfig
+from llama2.model import LlamaForCausalLM
+
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class NativeCache:
+    """Keys and values of the rows of one batch in the engine's pages. Columns count padding, pages do not hold it."""
+
+    is_static = False
+
+    def __init__(self, weights: cpu.CpuWeights, rows: int, columns: int, dtype: str) -> None:
+        # For each row a page more for its end, and one to copy a page to that it shares with another row.
+        tokens = rows * (-(-columns // cpu.PAGE) + 2) * cpu.PAGE
+        self._pages = cpu.PagedCache(weights, tokens, dtype)  # type: ignore[arg-type]
+        self.sequences = [self._pages.sequence() for _ in range(rows)]
+        self._real = np.zeros((rows, columns), bool)
+        self.columns = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.sequences)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Context columns held, padding included."""
+        return self.columns
+
+    def get_max_cache_shape(self) -> int:
+        """Context columns there is room for."""
+        return self._real.shape[1]
+
+    def append(self, real_BT: np.ndarray) -> cpu.CacheView:
+        """Room for the tokens marked True of the rows that have any; counts the columns."""
+        end = self.columns + real_BT.shape[1]
+        if end > self.get_max_cache_shape():
+            raise InputError(
+                f"column {end - 1} does not fit a native cache of {self.get_max_cache_shape()}; "
+                "start with a new cache, or ask for fewer new tokens"
+            )
+        counts = real_BT.sum(1)
+        view = self._pages.view((s, int(n)) for s, n in zip(self.sequences, counts, strict=True) if n)
+        self._real[:, self.columns : end] = real_BT
+        self.columns = end
+        return view
+
+    def crop(self, max_length: int) -> None:
+        """Keeps the first `max_length` columns, or drops the last -`max_length`."""
+        keep = max(max_length if max_length >= 0 else self.columns + max_length, 0)
+        if keep < self.columns:
+            self.columns = keep
+            for sequence, real in zip(self.sequences, self._real, strict=True):
+                sequence.crop(min(sequence.length, int(real[:keep].sum())))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row beam_idx[i]; copies share their full pages."""
+        order, old = [int(i) for i in beam_idx], self.sequences
+        self.sequences = [old[i].fork() for i in order]
+        self._real = self._real[order]
+        for sequence in old:
+            sequence.free()
+
+
+class NativeRunner:
+    """`weights` on the engine's own threads, as generation's Runner. precision: see `cpu.CpuRunner`."""
+
+    def __init__(self, weights: cpu.CpuWeights, cache_dtype: str = "bfloat16") -> None:
+        self.weights, self.cache_dtype = weights, cache_dtype
+        self._engine = cpu.CpuRunner(weights)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._engine.isa
+
+    def new_cache(self, kind: str | None, rows: int, length: int) -> NativeCache:
+        """As Runner.new_cache; there is no static kind."""
+        if kind not in (None, "dynamic"):
+            raise InputError(
+                f"the native engine has no {kind!r} cache; leave cache_implementation out or runner='torch'"
+            )
+        return NativeCache(self.weights, rows, length, self.cache_dtype)
+
+    def step(
+        self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: NativeCache | None, keep: int = 1
+    ) -> Tensor:
+        """As Runner.step, float32 logits; those of padding are 0. tokens are ids: embeddings need torch."""
+        rows, new = tokens.shape
+        if cache is None:
+            cache = self.new_cache(None, rows, new)
+        held = cache.columns
+        if cache.rows != rows:
+            raise InputError(f"the native cache holds {cache.rows} rows but the step has {rows}; use a new cache")
+        ids = tokens.numpy()
+        places = np.broadcast_to(positions.numpy(), ids.shape)
+        real = np.ones(ids.shape, bool) if mask_BS is None else mask_BS[:, -new:].numpy() != 0
+        asked = np.zeros(ids.shape, bool)
+        asked[:, new - min(keep, new) :] = True
+        logits = torch.zeros((rows, min(keep, new), self.weights.config.vocab_size))
+        if not real.any():
+            cache.columns += new
+            return logits
+        wanted = np.flatnonzero(asked[real])
+        try:
+            found = self._engine.step(ids[real], places[real], cache.append(real), wanted)
+        except BaseException:
+            cache.columns = held  # the engine has left the sequences as they were
+            raise
+        target = torch.from_numpy(asked & real)[:, new - logits.shape[1] :]
+        if bool(target.all()):
+            return torch.from_numpy(found).view_as(logits)
+        logits[target] = torch.from_numpy(found)
+        return logits
+
+
+class NativeModel:
+    """A causal language model that only the native engine holds, for generation on a CPU.
+
+    It has what `generate` needs of a model (config, generation_config, device, dtype) and no torch parameters, so a
+    4-bit file stays 4-bit. For forward passes, training or other devices load the file with AutoModelForCausalLM.
+    """
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+    training = False
+    generate = door("generate", "generate", "Continues prompts: see llama2.generate.generate.")
+
+    def __init__(self, weights: cpu.CpuWeights, generation_config: GenerationConfig | None = None) -> None:
+        self.config: LlamaConfig = weights.config
+        self.generation_config = generation_config or GenerationConfig.from_model_config(weights.config)
+        self.weights = weights
+
+    @classmethod
+    def from_gguf(cls, path: str | Path, threads: int | None = None) -> "NativeModel":
+        """The model of a GGUF file, its blocks repacked losslessly for the kernels."""
+        file = GgufCheckpoint(Path(path)).file  # refuses foreign, malformed and truncated files before any is packed
+        return cls(cpu.CpuWeights.from_gguf(file, threads))
+
+
+class _Held:
+    """The engine's weights of one torch model, and the state of the parameters they were made from."""
+
+    def __init__(self, stamp: tuple[Any, ...], weights: cpu.CpuWeights | None, reason: str = "") -> None:
+        self.stamp, self.weights, self.reason = stamp, weights, reason
+
+
+_HELD: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
+
+
+def _stamp(model: nn.Module) -> tuple[Any, ...]:
+    """Which tensors the parameters are and where. Their content needs no stamp: the engine reads it in place."""
+    return tuple((id(p), p.data_ptr()) for p in model.parameters())
+
+
+def why_not(model: Any) -> str:
+    """Why torch has to run `model` whatever its weights are, or "": known without looking at a parameter's content."""
+    if isinstance(model, NativeModel):
+        return ""
+    if not cpu.available():
+        return "it is not built; install a C++17 compiler and llama2 again"
+    if type(model) is not LlamaForCausalLM:
+        return f"it runs LlamaForCausalLM, not {type(model).__name__}"
+    if model.training or model.device.type != "cpu":
+        return f"the model is {'in training mode' if model.training else 'on ' + str(model.device)}"
+    if model.dtype not in _NATIVE_DTYPES:
+        return f"the model is {model.dtype}; it computes in float32, float16 and bfloat16"
+    if model.config.pretraining_tp > 1:
+        return "pretraining_tp asks for torch's order of summation"
+    return ""
+
+
+def native_weights(model: Any) -> cpu.CpuWeights | None:
+    """The engine's weights of `model`, or None where torch has to run it.
+
+    What only its layers tell (adapters, packed linears, another activation) is said in a warning, once per model.
+    """
+    if isinstance(model, NativeModel):
+        return model.weights
+    if why_not(model):
+        return None
+    stamp = _stamp(model)
+    held = _HELD.get(model)
+    if held is not None and held.stamp == stamp:
+        if held.weights is not None:
+            held.weights.refresh()
+    else:
+        try:
+            if model.config.hidden_act not in ("silu", "swish"):
+                raise InputError(f"hidden_act {model.config.hidden_act!r} has no native kernel")
+            fresh = _Held(stamp, cpu.CpuWeights.from_module(model))
+        except (Llama2Error, ValueError) as error:
+            fresh = _Held(stamp, None, str(error))
+            if held is None or held.reason != fresh.reason:
+                warnings.warn(f"torch runs this model, not the native engine: {error}", stacklevel=4)
+        _HELD[model] = held = fresh
+    return held.weights
+
+
+def native_runner(model: Any) -> NativeRunner | None:
+    """A runner over `native_weights(model)`; a float32 model keeps float32 keys and values."""
+    weights = native_weights(model)
+    if weights is None:
+        return None
+    exact = not isinstance(model, NativeModel) and model.dtype == torch.float32
+    return NativeRunner(weights, "float32" if exact else "bfloat16")
+
+
+def row_count(cache: Any) -> int:
+    """Rows of a batch that a cache of either engine holds."""
+    return cache.rows if isinstance(cache, NativeCache) else len(cache[0][0])

@@ -1,0 +1,154 @@
+"""generate() on the native engine is generate() with torch: the same tokens from the same float32 weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_ids, tiny_model
+from tolerance import FLOAT32
+
+from llama2 import InputError, cpu
+from llama2.native import NativeCache, NativeModel, native_runner, native_weights
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the compiled module is not built")
+
+
+def both(model: Any, ids: torch.Tensor, **kwargs: Any) -> tuple[list[list[int]], list[list[int]]]:
+    return tuple(  # type: ignore[return-value]
+        model.generate(ids, runner=runner, max_new_tokens=12, eos_token_id=None, pad_token_id=0, **kwargs).tolist()
+        for runner in ("native", "torch")
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_sample": True, "seed": 3, "top_p": 0.9},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 2, "do_sample": True, "seed": 5},
+        {"repetition_penalty": 1.3},
+        {"prefill_chunk_size": 3},
+        {"use_cache": False},
+        {"do_sample": True, "num_return_sequences": 3, "seed": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}], ids=str
+)
+def test_native_equals_torch(changes: dict[str, Any], settings: dict[str, Any]) -> None:
+    model = tiny_model(torch.float32, **changes)
+    one, other = both(model, tiny_ids(2, 7), **settings)
+    assert one == other
+
+
+def test_left_padding_equals_torch_and_single_rows() -> None:
+    model = tiny_model(torch.float32)
+    ids, mask = tiny_ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4], mask[1, :8] = 0, 0
+    one, other = both(model, ids, attention_mask=mask, prefill_chunk_size=2)
+    assert one == other
+    alone, _ = both(model, ids[:1, 4:])
+    assert alone[0][5:] == one[0][9:]
+    assert (
+        both(model, ids, attention_mask=mask, num_beams=2)[0] == both(model, ids, attention_mask=mask, num_beams=2)[1]
+    )
+
+
+@pytest.mark.parametrize("lookup", [True, False])
+def test_drafts_on_the_native_engine(lookup: bool) -> None:
+    model = tiny_model(torch.float32)
+    ids = torch.cat((tiny_ids(1, 6), tiny_ids(1, 6)), 1)
+    drafts = {"prompt_lookup_num_tokens": 4} if lookup else {"assistant_model": tiny_model(torch.float32, seed=1)}
+    plain, _ = both(model, ids)
+    drafted, other = both(model, ids, **drafts)
+    assert plain == drafted == other
+
+
+def test_a_cache_goes_on_where_it_ended() -> None:
+    model = tiny_model(torch.float32)
+    ids = tiny_ids(1, 8)
+    runner = native_runner(model)
+    assert runner is not None
+    cache = runner.new_cache(None, 1, 64)
+    first = model.generate(ids, max_new_tokens=5, eos_token_id=None, past_key_values=cache)
+    assert cache.get_seq_length() == 12
+    again = model.generate(first, max_new_tokens=4, eos_token_id=None, past_key_values=cache)
+    whole = model.generate(ids, max_new_tokens=9, eos_token_id=None, runner="torch")
+    assert again.tolist() == whole.tolist()
+
+
+def test_a_changed_model_runs_changed() -> None:
+    """No stale copy: a linear, a norm in place, and a replaced head all show at the next call."""
+    model, ids = tiny_model(torch.float32), tiny_ids(1, 5)
+    before, _ = both(model, ids)
+    seen = [before]
+    for change in (
+        lambda: model.model.layers[0].mlp.up_proj.weight.data.neg_(),
+        lambda: model.model.norm.weight.data.neg_(),
+        lambda: setattr(model.lm_head, "weight", torch.nn.Parameter(model.lm_head.weight.flip(0).contiguous())),
+    ):
+        change()
+        one, other = both(model, ids)
+        assert one == other
+        assert one not in seen
+        seen.append(one)
+
+
+def test_logits_equal_the_module() -> None:
+    model, ids = tiny_model(torch.float32), tiny_ids(2, 11)
+    runner = native_runner(model)
+    assert runner is not None
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[1, :3] = False
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        truth = model(ids, attention_mask=mask, position_ids=positions).logits
+    logits = runner.step(ids, positions, mask, runner.new_cache(None, 2, 11), keep=11)
+    assert truth[mask].abs().max() > 5
+    assert (logits - truth)[mask].abs().max() < FLOAT32 * truth[mask].abs().max()
+    assert not logits[~mask].any()
+
+
+def test_auto_chooses_and_says_why_not() -> None:
+    model = tiny_model(torch.float32)
+    assert native_weights(model) is native_weights(model)
+    assert native_weights(model.train()) is None
+    assert native_weights(tiny_model(torch.float64)) is None
+    assert native_weights(tiny_model(torch.float32, pretraining_tp=2)) is None
+    with pytest.raises(InputError, match=r"torch\.float64.*runner='torch'"):
+        tiny_model(torch.float64).generate(tiny_ids(), runner="native")
+    with pytest.raises(InputError, match="inputs_embeds"):
+        model.eval().generate(inputs_embeds=torch.zeros(1, 2, 64), runner="native")
+    gelu = tiny_model(torch.float32, hidden_act="gelu")
+    with pytest.warns(UserWarning, match="torch runs this model.*gelu"):
+        assert native_weights(gelu) is None
+    assert native_weights(gelu) is None  # said once
+
+
+def test_a_full_cache_is_an_error_that_changes_nothing() -> None:
+    model = tiny_model(torch.float32)
+    runner = native_runner(model)
+    assert runner is not None
+    cache = runner.new_cache(None, 1, 4)
+    runner.step(tiny_ids(1, 3), torch.arange(3)[None], None, cache)
+    with pytest.raises(InputError, match="native cache of 4"):
+        runner.step(tiny_ids(1, 2), torch.arange(3, 5)[None], None, cache)
+    assert isinstance(cache, NativeCache) and cache.get_seq_length() == 3
+
+
+def test_a_gguf_file_answers_packed(smollm2: Path) -> None:
+    model = NativeModel.from_gguf(smollm2)
+    ids = torch.tensor([[504, 3575, 282, 4649, 314]])  # "The capital of France is"
+    out = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert out.tolist()[0][:5] == ids[0].tolist()
+    assert model.weights.nbytes < 120e6
+    assert 7042 in out.tolist()[0][5:]  # " Paris"
+    with pytest.raises(InputError, match="AutoModelForCausalLM"):
+        model.generate(ids, runner="torch", max_new_tokens=1)
+
+
+def test_config_is_the_models_own() -> None:
+    assert native_weights(tiny_model(torch.float32)).config == tiny_config(dtype=None)  # type: ignore[union-attr]
