@@ -325,6 +325,8 @@ double peak(Pool& pool, const std::string& isa_name, int kind, int64_t iteration
 }  // namespace
 
 NB_MODULE(_native, m) {
+  // One pool lives as long as the process (threads.py): what is alive at exit is no leak.
+  nb::set_leak_warnings(false);
   m.doc() = "The native CPU engine of llama2; use it through llama2.cpu.";
   nb::class_<Pool>(m, "Pool")
       .def(nb::init<int, std::vector<int>>(), nb::arg("threads"), nb::arg("cpus"))

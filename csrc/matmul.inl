@@ -166,43 +166,55 @@ __attribute__((noinline)) void packed_tile(const uint8_t* const* w, int64_t bloc
     UNROLL(8) for (int m = 0; m < MR; ++m) fstore(c + (n * MAX_MR + m) * TILE, acc[n][m]);
 }
 
-// float32 activations: every weight dequantised as a reader of the file would, sums kept per block of 64 columns.
+// float32 activations against the exact digits; a span's sum is scaled at its end, as a reader of the file would.
 template <class W, int MR>
 __attribute__((noinline)) void exact_tile(const uint8_t* w, int64_t blocks, const float* x, int64_t ld, float* c) {
+  const F table = digit_table(W::MINIMUM ? 0.0f : 8.0f), offset = fset(128.0f);
   F acc[MR];
   UNROLL(8) for (int m = 0; m < MR; ++m) acc[m] = fzero();
   for (int64_t b = 0; b < blocks; ++b, w += W::BYTES, x += BLOCK_K) {
-    F part[MR];
-    UNROLL(8) for (int m = 0; m < MR; ++m) part[m] = fzero();
     for (int h = 0; h < BLOCK_K / W::SPAN; ++h) {
-      F s = W::scale(w, h), lowest = W::minimum(w, h);
+      constexpr int CHAINS = MR == 1 ? 4 : 2;
+      F part[CHAINS][MR];
+      UNROLL(8) for (int i = 0; i < CHAINS; ++i)
+        UNROLL(8) for (int m = 0; m < MR; ++m) part[i][m] = fzero();
       if (W::BITS == 4) {
         UNROLL(4) for (int j = 0; j < 4; ++j) {
           const uint8_t* line = w + W::HEAD + 256 * h + 64 * j;
           B v = bload(line);
           if (PREFETCH) prefetch(line + PREFETCH);
           UNROLL(8) for (int e = 0; e < 8; ++e) {
-            F value = fma(nibble(v, 4 * e), s, lowest);
+            F value = digits(v, 4 * e, table);
             int64_t k = 32 * h + 4 * j + e / 2 + 16 * (e & 1);
-            UNROLL(8) for (int m = 0; m < MR; ++m) part[m] = fma(value, fset(x[m * ld + k]), part[m]);
+            UNROLL(8) for (int m = 0; m < MR; ++m)
+              part[e % CHAINS][m] = fma(value, fset(x[m * ld + k]), part[e % CHAINS][m]);
           }
         }
       } else {
-        F shifted = fma(s, fset(-128), lowest);
         constexpr int LINES = W::SPAN / 4;
         UNROLL(8) for (int j = 0; j < LINES; ++j) {
           const uint8_t* line = w + W::HEAD + 64 * LINES * h + 64 * j;
           B v = bload(line);
           if (PREFETCH) prefetch(line + PREFETCH);
           UNROLL(8) for (int e = 0; e < 4; ++e) {
-            F value = fma(byte_(v, 8 * e), s, shifted);
+            F value = sub(byte_(v, 8 * e), offset);
             int64_t k = W::SPAN * h + 4 * j + e;
-            UNROLL(8) for (int m = 0; m < MR; ++m) part[m] = fma(value, fset(x[m * ld + k]), part[m]);
+            UNROLL(8) for (int m = 0; m < MR; ++m)
+              part[e % CHAINS][m] = fma(value, fset(x[m * ld + k]), part[e % CHAINS][m]);
           }
         }
       }
+      F s = W::scale(w, h);
+      UNROLL(8) for (int m = 0; m < MR; ++m) {
+        F sum = part[0][m];
+        UNROLL(8) for (int i = 1; i < CHAINS; ++i) sum = add(sum, part[i][m]);
+        acc[m] = fma(sum, s, acc[m]);
+        if (W::MINIMUM) {
+          const float* at = x + m * ld + W::SPAN * h;
+          acc[m] = fma(W::minimum(w, h), fset(hsum(add(fload(at), fload(at + 16)))), acc[m]);
+        }
+      }
     }
-    UNROLL(8) for (int m = 0; m < MR; ++m) acc[m] = add(acc[m], part[m]);
   }
   UNROLL(8) for (int m = 0; m < MR; ++m) fstore(c + m * TILE, acc[m]);
 }

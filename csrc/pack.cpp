@@ -109,13 +109,13 @@ const FileType* file_type(int id) {
   return nullptr;
 }
 
-std::shared_ptr<uint8_t> allocate(int64_t bytes) {
+std::shared_ptr<uint8_t> allocate(int64_t bytes, bool huge) {
   constexpr size_t PAGE_2M = size_t{2} << 20;
   size_t size = (static_cast<size_t>(bytes) + PAGE_2M - 1) / PAGE_2M * PAGE_2M, total = size + PAGE_2M;
   void* p = mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   uint8_t* aligned = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(p) + PAGE_2M - 1) / PAGE_2M * PAGE_2M);
-  madvise(aligned, size, MADV_HUGEPAGE);
+  if (huge) madvise(aligned, size, MADV_HUGEPAGE);
   return std::shared_ptr<uint8_t>(aligned, [p, total](uint8_t*) { munmap(p, total); });
 }
 

@@ -15,8 +15,9 @@ struct FileType {
 };
 const FileType* file_type(int id);  // null for a type without a packing
 
-// Memory that is never copied: 2 MB aligned, huge pages where allowed, zeroed, freed with the last user.
-std::shared_ptr<uint8_t> allocate(int64_t bytes);
+// Memory that is never copied: 2 MB aligned, zeroed, taken from the system as it is touched, freed with the last user.
+// huge: in pages of 2 MB where allowed, for what is going to be used whole.
+std::shared_ptr<uint8_t> allocate(int64_t bytes, bool huge = true);
 
 // Tile `tile` of a matrix of rows x cols; file row of row r is row_map[r], or r where row_map is null.
 void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* row_map, int64_t tile,

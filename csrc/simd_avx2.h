@@ -131,14 +131,15 @@ INLINE D8 d8_dot(D8 d, B w, const int8_t* a) { __m256i x = quad(a); return {d8_h
 INLINE I d8_end(D8 d) { return d; }
 #endif
 INLINE I bits(B v, int shift, int mask) {
-  __m128i n = _mm_cvtsi32_si128(shift);
   __m256i m = _mm256_set1_epi32(mask);
-  return {_mm256_and_si256(_mm256_srl_epi32(v.a, n), m), _mm256_and_si256(_mm256_srl_epi32(v.b, n), m)};
+  return {_mm256_and_si256(_mm256_srli_epi32(v.a, shift), m), _mm256_and_si256(_mm256_srli_epi32(v.b, shift), m)};
 }
 INLINE F nibble(B v, int shift) { return cvt(bits(v, shift, 15)); }
 INLINE F byte_(B v, int shift) { return cvt(bits(v, shift, 255)); }
 struct H { F a, b; };
 INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
 INLINE F dot_bf16(F acc, H w, H x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
+INLINE F digit_table(float zero) { return fset(zero); }
+INLINE F digits(B v, int shift, F table) { return sub(nibble(v, shift), table); }
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 constexpr int PREFETCH = 8192;

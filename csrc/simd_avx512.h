@@ -69,15 +69,18 @@ INLINE I sixteenth(I v) { return _mm512_srai_epi32(v, 4); }
 INLINE D8 d8_begin(I start) { return start; }
 INLINE D8 d8_dot(D8 d, B w, const int8_t* a) { return _mm512_dpbusd_epi32(d, w, iload1((const int32_t*)a)); }
 INLINE I d8_end(D8 d) { return d; }
-INLINE F nibble(B v, int shift) {  // dword lane r: the nibble at bit `shift`
-  return cvt(_mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(15)));
-}
 INLINE F byte_(B v, int shift) {
-  return cvt(_mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(255)));
+  return cvt(_mm512_and_si512(_mm512_srli_epi32(v, shift), _mm512_set1_epi32(255)));
 }
 // sum over 32 bf16 products, spread over the lanes in any way
 using H = __m512bh;
 INLINE H hload(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 INLINE F dot_bf16(F acc, H w, H x) { return _mm512_dpbf16_ps(acc, w, x); }
+INLINE F digit_table(float zero) {
+  return sub(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), fset(zero));
+}
+INLINE F digits(B v, int shift, F table) {  // a permutation reads four bits of its index: no mask, no conversion
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(v, shift), table);
+}
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 constexpr int PREFETCH = 8192;

@@ -61,7 +61,7 @@ KvCache::KvCache(KvType type, int64_t layers, int64_t heads, int64_t width, int6
   shape_.width = width;
   shape_.pages = pages;
   side_ = (heads * pages * shape_.wide() * PAGE * shape_.bytes() + 63) / 64 * 64;
-  memory_ = allocate(layers * 2 * side_);
+  memory_ = allocate(layers * 2 * side_, false);
 }
 
 KvLayer KvCache::layer(int64_t index) const {

@@ -33,8 +33,9 @@ class NativeCache:
     is_static = False
 
     def __init__(self, weights: cpu.CpuWeights, rows: int, columns: int, dtype: str) -> None:
-        page = 16
-        self._pages = cpu.PagedCache(weights, rows * (-(-columns // page) * page), dtype)  # type: ignore[arg-type]
+        # For each row a page more for its end, and one to copy a page to that it shares with another row.
+        tokens = rows * (-(-columns // cpu.PAGE) + 2) * cpu.PAGE
+        self._pages = cpu.PagedCache(weights, tokens, dtype)  # type: ignore[arg-type]
         self.sequences = [self._pages.sequence() for _ in range(rows)]
         self._real = np.zeros((rows, columns), bool)
         self.columns = 0
@@ -75,17 +76,12 @@ class NativeCache:
                 sequence.crop(min(sequence.length, int(real[:keep].sum())))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Takes the rows `beam_idx` in that order; a row taken twice is copied."""
-        wanted = [int(i) for i in beam_idx]
-        for index, sequence in enumerate(self.sequences):
-            if index not in wanted:
-                sequence.free()
-        seen: set[int] = set()
-        taken = []
-        for index in wanted:
-            taken.append(self.sequences[index].fork() if index in seen else self.sequences[index])
-            seen.add(index)
-        self.sequences, self._real = taken, self._real[wanted]
+        """Row i becomes a copy of row beam_idx[i]; copies share their full pages."""
+        order, old = [int(i) for i in beam_idx], self.sequences
+        self.sequences = [old[i].fork() for i in order]
+        self._real = self._real[order]
+        for sequence in old:
+            sequence.free()
 
 
 class NativeRunner:
@@ -116,6 +112,8 @@ class NativeRunner:
         if cache is None:
             cache = self.new_cache(None, rows, new)
         held = cache.columns
+        if cache.rows != rows:
+            raise InputError(f"the native cache holds {cache.rows} rows but the step has {rows}; use a new cache")
         ids = tokens.numpy()
         places = np.broadcast_to(positions.numpy(), ids.shape)
         real = np.ones(ids.shape, bool) if mask_BS is None else mask_BS[:, -new:].numpy() != 0

@@ -328,6 +328,10 @@ def _cache(call: Call, runner: Runner, config: GenerationConfig, rows: int, leng
     if held == context:
         cache.crop(context - 1)  # the last token has to run again, for its logits
     if held and rows > (batch := row_count(cache)) and rows % batch == 0:
+        if isinstance(cache, NativeCache):
+            raise InputError(
+                f"past_key_values holds {batch} rows for {rows}; a native cache has room for the rows it was made with"
+            )
         cache.batch_repeat_interleave(rows // batch)
     return cache
 

@@ -169,6 +169,25 @@ def test_chunks_pages_and_crops() -> None:
     assert used > 0 and len(cache._free) == 32 - 7
 
 
+def test_more_tokens_than_one_call_takes() -> None:
+    module = model("gqa")
+    module.config.max_position_embeddings = 2048
+    run, cache = runner(module)
+    cache = cpu.PagedCache(run.weights, 2048, "float32")
+    ids = np.arange(1100) % 131
+    a, b = cache.sequence(), cache.sequence()
+    rows = np.array([3, 400, 511, 512, 700, 1099])
+    places = np.concatenate((np.arange(400), np.arange(700)))
+    got = run.step(ids, places, cache.view([(a, 400), (b, 700)]), rows)
+    one, two = cache.sequence(), cache.sequence()
+    close(got[0], run.feed(one, ids[:4].tolist()), 1e-5)
+    close(got[5], [run.feed(two, ids[400 + i : 500 + i].tolist()) for i in range(0, 700, 100)][-1], 1e-5)
+    for sequence in (a, b, one, two):
+        sequence.free()
+    with pytest.raises(InputError, match="ascending"):
+        run.step(ids[:600], places[:600], cache.view([(cache.sequence(), 600)]), [5, 1])
+
+
 def test_bfloat16_cache_is_close() -> None:
     module = model("gqa")
     run, cache = runner(module)
@@ -188,8 +207,10 @@ def test_wrong_input_is_refused() -> None:
         run.step([1], [0], view)
     with pytest.raises(InputError, match="position -1 is negative"):
         run.step([1, 2], [-1, 0], view)
-    with pytest.raises(InputError, match="ascending"):
-        run.step([1, 2], [0, 1], view, [1, 0])
+    with pytest.raises(InputError, match="logits row 2 is outside the step's 2 tokens"):
+        run.step([1, 2], [0, 1], view, [2])
+    with pytest.raises(InputError, match="more logits rows than tokens"):
+        run.step([1, 2], [0, 1], view, [0, 1, 1])
     with pytest.raises(InputError, match="cache of 512 positions is full"):
         cache.view([(cache.sequence(), 600)])
     with pytest.raises(InputError, match="'fast' or 'exact'"):
@@ -199,7 +220,7 @@ def test_wrong_input_is_refused() -> None:
     with pytest.raises(InputError, match=r"torch.float64 on cpu.*runner='torch'"):
         cpu.CpuWeights.from_module(model("mha", torch.float64))
     other = cpu.PagedCache(cpu.CpuWeights.from_module(model("gqa")), 64)
-    with pytest.raises(ValueError, match="made for another model"):
+    with pytest.raises(InputError, match="made for another model"):
         run.feed(other.sequence(), [1])
     module.config.hidden_size = 128
     with pytest.raises(MismatchError, match="expected"):

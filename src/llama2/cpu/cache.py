@@ -36,15 +36,21 @@ class Sequence:
         self.crop(0)
 
     def fork(self) -> "Sequence":
-        """A second sequence with the same content in pages of its own."""
+        """A second sequence with the same content; pages are shared until one of the two writes to them."""
         other = Sequence(self.cache)
-        other.pages = [self.cache._take() for _ in self.pages]
-        for source, target in zip(self.pages, other.pages, strict=True):
-            self.cache.handle.copy_page(source, target)
-        other.length = self.length
+        other.pages, other.length = list(self.pages), self.length
+        for page in self.pages:
+            self.cache._owners[page] += 1
         return other
 
     def _reserve(self, length: int) -> None:
+        """Pages of its own for positions self.length .. length."""
+        first = self.length // PAGE
+        if first < len(self.pages) and self.cache._owners[self.pages[first]] > 1:
+            own = self.cache._take()
+            self.cache.handle.copy_page(self.pages[first], own)
+            self.cache._give_back([self.pages[first]])
+            self.pages[first] = own
         while len(self.pages) * PAGE < length:
             self.pages.append(self.cache._take())
 
@@ -84,6 +90,7 @@ class PagedCache:
         pages = -(-tokens // PAGE)
         self.handle: Any = native().make_cache(dtype, c.num_hidden_layers, c.num_key_value_heads, c.head_dim, pages)
         self._free = list(range(pages - 1, -1, -1))
+        self._owners = [0] * pages  # sequences that hold each page
 
     def sequence(self) -> Sequence:
         """A new, empty sequence."""
@@ -92,6 +99,11 @@ class PagedCache:
     def view(self, counts: Iterable[tuple[Sequence, int]]) -> CacheView:
         """Room for `count` new tokens of each sequence, in the order they will be packed."""
         pairs = list(counts)
+        if len(pairs) == 1 and pairs[0][1] > 0 and pairs[0][0].cache is self:  # decoding: every microsecond counts
+            sequence, count = pairs[0]
+            sequence._reserve(sequence.length + count)
+            starts, past = np.array((0, count), np.int32), np.array((sequence.length,), np.int32)
+            return CacheView(self, starts, past, np.array((sequence.pages,), np.int32), (sequence,))
         if not pairs or any(n < 1 for _, n in pairs):
             raise InputError("a step needs at least one new token of every sequence in it")
         if len({id(s) for s, _ in pairs}) != len(pairs):
@@ -110,7 +122,12 @@ class PagedCache:
     def _take(self) -> int:
         if not self._free:
             raise InputError(f"the cache of {self.tokens} positions is full; make it larger or free a sequence")
-        return self._free.pop()
+        page = self._free.pop()
+        self._owners[page] = 1
+        return page
 
     def _give_back(self, pages: list[int]) -> None:
-        self._free.extend(reversed(pages))
+        for page in reversed(pages):
+            self._owners[page] -= 1
+            if not self._owners[page]:
+                self._free.append(page)

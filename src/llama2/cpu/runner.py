@@ -41,22 +41,26 @@ class CpuRunner:
         """Logits float32 (rows, vocabulary) for a packed batch; keys and values are appended to the cache.
 
         tokens, positions: int (T,), the new tokens of view's sequences one after the other and their RoPE positions.
-        rows: which of the T tokens to give logits for, ascending; None: the last token of every sequence.
+        rows: the tokens to give logits for (ascending where T is over CHUNK); None: the last one of every sequence.
         An interrupt (Ctrl-C) ends the call within one layer and leaves the sequences as they were.
         """
         ids = _ints(tokens, "tokens")
         places = _ints(positions, "positions")
         wanted = view.starts[1:] - 1 if rows is None else _ints(rows, "rows")
-        self._check(ids, places, view, wanted)
         logits = np.empty((len(wanted), self.weights.config.vocab_size), np.float32)
-        inv_freq = self.weights.frequencies(int(places.max()) + 1)
-        for first, last, starts, past, tables in _pieces(view):
-            low, high = np.searchsorted(wanted, (first, last))
-            self._runner.step(
-                self.weights.model, view.cache.handle, ids[first:last], places[first:last], starts, past, tables,
-                np.ascontiguousarray(wanted[low:high] - first, dtype=np.int32), inv_freq, self.weights.rope_scale,
-                logits[low:high],
-            )  # fmt: skip
+        try:
+            for first, last, arrays in _pieces(ids, places, view, wanted):
+                self._runner.step(
+                    self.weights.model,
+                    view.cache.handle,
+                    *arrays,
+                    self.weights.frequencies(int(places.max()) + 1) if self.weights.dynamic else self.weights.inv_freq,
+                    self.weights.rope_scale,
+                    logits[first:last],
+                )
+        except ValueError as error:  # refused before anything was computed: say it with the remedy
+            self._explain(ids, places, view, wanted)
+            raise InputError(f"{error}") from error
         view.commit()
         return logits
 
@@ -67,7 +71,8 @@ class CpuRunner:
         logits: NDArray[np.float32] = self.step(tokens, positions, view)[0]
         return logits
 
-    def _check(self, ids: Ints, places: Ints, view: CacheView, wanted: Ints) -> None:
+    def _explain(self, ids: Ints, places: Ints, view: CacheView, wanted: Ints) -> None:
+        """Raises InputError with the remedy for the usual mistakes."""
         total, vocabulary = int(view.starts[-1]), self.weights.config.vocab_size
         if len(ids) != total or len(places) != total:
             raise InputError(
@@ -80,8 +85,6 @@ class CpuRunner:
             )
         if places.min() < 0:
             raise InputError(f"position {int(places.min())} is negative; positions start at 0")
-        if len(wanted) and (wanted[0] < 0 or wanted[-1] >= total or np.any(np.diff(wanted) <= 0)):
-            raise InputError(f"rows are ascending indices of the step's {total} tokens, got {wanted.tolist()[:8]}")
 
 
 def _ints(values: Any, name: str) -> Ints:
@@ -91,13 +94,20 @@ def _ints(values: Any, name: str) -> Ints:
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def _pieces(view: CacheView) -> Iterator[tuple[int, int, Ints, Ints, Ints]]:
-    """The step in calls of at most CHUNK tokens: first and last token, and the sequences that have tokens there."""
+def _pieces(ids: Ints, places: Ints, view: CacheView, wanted: Ints) -> Iterator[tuple[int, int, tuple[Ints, ...]]]:
+    """The step in calls of at most CHUNK tokens: first and last logits row, and the arrays of the native call."""
     total = int(view.starts[-1])
+    if total <= CHUNK or len(ids) != total or len(places) != total:  # the native call refuses a wrong length
+        yield 0, len(wanted), (ids, places, view.starts, view.past, view.tables, wanted)
+        return
+    if len(wanted) and (wanted[0] < 0 or wanted[-1] >= total or np.any(np.diff(wanted) <= 0)):
+        raise InputError(f"rows are ascending indices of the step's {total} tokens, got {wanted.tolist()[:8]}")
     for first in range(0, total, CHUNK):
         last = min(first + CHUNK, total)
         begin = int(np.searchsorted(view.starts, first, side="right")) - 1
         end = int(np.searchsorted(view.starts, last, side="left"))
-        starts = np.clip(view.starts[begin : end + 1], first, last)
-        past = view.past[begin:end] + (starts[:-1] - view.starts[begin:end])
-        yield first, last, (starts - first).astype(np.int32), past.astype(np.int32), view.tables[begin:end]
+        starts = np.clip(view.starts[begin : end + 1], first, last).astype(np.int32)
+        past = (view.past[begin:end] + (starts[:-1] - view.starts[begin:end])).astype(np.int32)
+        low, high = (int(i) for i in np.searchsorted(wanted, (first, last)))
+        rows = np.ascontiguousarray(wanted[low:high] - first, dtype=np.int32)
+        yield low, high, (ids[first:last], places[first:last], starts - first, past, view.tables[begin:end], rows)

