@@ -121,8 +121,13 @@ def test_a_base_model_loads_from_meta_files(tmp_path: Path) -> None:
 
 
 class Bomb:
+    """A pickle that makes a file when it is trusted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> Any:
-        return os.system, ("touch /tmp/llama2-test-was-here",)
+        return os.mkdir, (str(self.path),)
 
 
 def test_damaged_folders(tmp_path: Path) -> None:
@@ -141,9 +146,11 @@ def test_damaged_folders(tmp_path: Path) -> None:
     refused(CheckpointError, "truncated")
     last.write_bytes(b"not a checkpoint at all")
     refused(CheckpointError, "consolidated.03.pth is truncated, malformed")
-    torch.save({"tok_embeddings.weight": Bomb()}, last)
+    torch.save({"tok_embeddings.weight": Bomb(tmp_path / "ran")}, last)
     refused(CheckpointError, "not a plain state dict")
-    assert not Path("/tmp/llama2-test-was-here").exists()
+    assert not (tmp_path / "ran").exists()
+    torch.load(last, weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have run
     torch.save([torch.ones(2)], last)
     refused(CheckpointError, "holds a list")
     rank = torch.load(first)
