@@ -583,3 +583,11 @@ def test_threads_keep_order_and_the_process_keeps_its_number() -> None:
             assert pool.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\x80\x02K\x01."])
+def test_a_safetensors_file_too_short_to_tell_is_truncated(content: bytes, tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="truncated or not safetensors"):
+        LlamaForCausalLM.from_pretrained(tmp_path)

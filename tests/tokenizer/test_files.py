@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from llama2.errors import CheckpointError, TokenizerError
 from llama2.tokenizer import AddedToken, LlamaTokenizer, LlamaTokenizerFast, load
@@ -113,3 +114,18 @@ def test_slow_class_and_import_stay_light() -> None:
     heavy = ["torch", "transformers", "jinja2", "sentencepiece", "huggingface_hub"]
     code = f"import llama2.tokenizer, sys; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_byte_level_files_get_no_tokens_they_do_not_have(tmp_path: Path) -> None:
+    """Llama 3 names no unknown token: the classes' defaults must not grow its vocabulary."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<|begin_of_text|>", "<|eot_id|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": "<|begin_of_text|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = LlamaTokenizerFast.from_pretrained(tmp_path)
+    assert len(tokenizer) == 258
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token) == (256, None, None)

@@ -102,7 +102,8 @@ class HfCheckpoint(Checkpoint):
 
     def _shard(self, file: Path) -> Mapping[str, Tensor]:
         if file not in self._shards:
-            if is_safetensors(file):
+            # By content; but a .safetensors too short to tell is a damaged one, and no pickle to be opened.
+            if is_safetensors(file) or file.suffix == ".safetensors":
                 self._shards[file] = map_safetensors(file)
             else:
                 self._shards[file] = load_bin(file, weights_only=self._weights_only)

@@ -77,6 +77,11 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             )
         if asked and vocab_file is None and self._prefix is not None:
             self._restyle(prefix or prefix_of(legacy, add_prefix_space))
+        if self._byte_level:
+            bos_token, eos_token, unk_token = (
+                None if token == default and self._tokenizer.token_to_id(default) is None else token
+                for token, default in ((bos_token, "<s>"), (eos_token, "</s>"), (unk_token, "<unk>"))
+            )
         own = template_from_json(state_of(self._tokenizer.post_processor))
         own_bos, own_eos = (not self._byte_level, False) if own is None else ends_of(own)
         bos = own_bos if add_bos_token is None else add_bos_token
