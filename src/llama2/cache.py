@@ -67,8 +67,6 @@ def _grown(x: Tensor, room: int, length: int) -> Tensor:
 class KVCache:
     """A cache that grows with the sequence, with the methods of transformers' DynamicCache of 4.46 and 5.x."""
 
-    is_static = False
-
     def __init__(self, config: LlamaConfig | None = None) -> None:
         self.layers: list[_Layer] = []
 
@@ -164,8 +162,6 @@ class StaticCache:
     Attention sees all positions; forward masks those not written yet. With `cache_position` (T,) in `cache_kwargs`
     the write goes where the tensor says, so a captured CUDA graph can be replayed for the next position.
     """
-
-    is_static = True
 
     def __init__(
         self,

@@ -30,8 +30,6 @@ _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class NativeCache:
     """Keys and values of the rows of one batch in the engine's pages. Columns count padding, pages do not hold it."""
 
-    is_static = False
-
     def __init__(self, weights: cpu.CpuWeights, rows: int, columns: int, dtype: str) -> None:
         # For each row a page more for its end, and one to copy a page to that it shares with another row.
         tokens = rows * (-(-columns // cpu.PAGE) + 2) * cpu.PAGE

@@ -100,7 +100,7 @@ class LlamaRotaryEmbedding(nn.Module):
     before; keys cached under a shorter length keep their rotation (as in transformers).
     """
 
-    def __init__(self, config: LlamaConfig, device: torch.device | str | None = None) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self._tables: dict[tuple[torch.device, torch.dtype, int | None], Tensor] = {}
