@@ -11,15 +11,6 @@ namespace llama2 {
 namespace {
 
 constexpr int SPINS = 4000;   // pauses before sleeping: 100 to 200 us
-constexpr int PATIENCE = 20000;  // pauses inside a barrier before yielding the core to whoever wants it
-
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("isb" ::: "memory");
-#endif
-}
 
 void futex_wait(std::atomic<uint32_t>* at, uint32_t seen) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(at), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
@@ -106,19 +97,6 @@ void Pool::run(const std::function<void(int)>& work) {
   if (sleepers_.load(std::memory_order_seq_cst)) futex_wake(&epoch_);
   work(0);
   barrier();
-}
-
-void Pool::barrier() {
-  if (size_ == 1) return;
-  uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    return;
-  }
-  for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin)
-    if (spin < PATIENCE) relax();
-    else sched_yield();
 }
 
 double ping_pong(Pool& pool, int rounds) {

@@ -1,5 +1,7 @@
 // Threads that run one function together: spin briefly while work is near, sleep in the kernel when it is not.
 #pragma once
+#include <sched.h>
+
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -19,7 +21,9 @@ class Pool {
 
   int size() const { return size_; }
   void run(const std::function<void(int)>& work);  // work(thread) on every thread; returns when all have finished
-  void barrier();                                  // inside work only, by every thread
+  void barrier() { barrier([] {}); }               // inside work only, by every thread
+  template <class Idle>
+  void barrier(Idle&& idle);                       // idle() is called again and again while the others are awaited
 
  private:
   void start();
@@ -37,6 +41,32 @@ class Pool {
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
 };
+
+constexpr int PATIENCE = 20000;  // turns inside a barrier before yielding the core to whoever wants it
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb" ::: "memory");
+#endif
+}
+
+template <class Idle>
+void Pool::barrier(Idle&& idle) {
+  if (size_ == 1) return;
+  uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) {
+    idle();
+    if (spin < PATIENCE) relax();
+    else sched_yield();
+  }
+}
 
 double ping_pong(Pool& pool, int rounds);  // seconds of one round trip of a cache line between threads 0 and 1
 

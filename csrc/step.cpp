@@ -11,6 +11,7 @@ namespace llama2 {
 namespace {
 
 constexpr int64_t DYNAMIC = 16;    // from this many tokens on, threads take work piece by piece
+constexpr int64_t FETCHED = 128 << 10;  // bytes of the next weights that a waiting thread brings in
 constexpr int64_t ATT_TOKENS = 16; // query tokens of one piece of prefill attention
 
 struct Range { int64_t begin, end; };
@@ -83,6 +84,22 @@ void KvCache::copy_page(int64_t from, int64_t to) {
 
 namespace {
 
+class Ahead {  // the lines of a matrix from a tile on, fetched a few at a time, as far as a cache holds them meanwhile
+ public:
+  Ahead(const Matrix* w, int64_t tile) {
+    if (!w || tile >= w->tiles()) return;
+    at_ = w->data + tile * w->stride * (row_major(w->format) ? TILE : 1);
+    int64_t rows = row_major(w->format) ? w->rows - tile * TILE : w->tiles() - tile;
+    end_ = at_ + std::min(rows * w->stride, FETCHED);
+  }
+  void fetch() {
+    for (int i = 0; i < 4 && at_ < end_; ++i, at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const uint8_t *at_ = nullptr, *end_ = nullptr;
+};
+
 class Step {  // one step as every thread sees it
  public:
   Step(const Kernels* k, Pool* pool, bool exact, const Model& m, const KvCache& cache, const Batch& b, uint8_t* memory)
@@ -124,7 +141,7 @@ class Step {  // one step as every thread sees it
     for (size_t i = 0; i < m_.layers.size(); ++i) {
       layer(tid, i);
       if (tid == 0 && stop()) stopped_.store(true, std::memory_order_relaxed);
-      pool_->barrier();
+      meet(tid, i + 1 < m_.layers.size() ? qkv(i + 1) : head());
       if (stopped_.load(std::memory_order_relaxed)) return false;
     }
     if (b_.rows) logits(tid);
@@ -174,25 +191,62 @@ class Step {  // one step as every thread sees it
     return prepare(tid, narrow_, out, m_.hidden, M_, forms);
   }
 
-  void piece(const Job* jobs, int count, const Acts& x, int64_t begin, int64_t end) {
-    for (int j = 0; j < count && begin < end; ++j) {
-      int64_t tiles = jobs[j].w->tiles();
-      if (begin < tiles) k_->matmul(jobs[j], x, begin, std::min(end, tiles), exact_);
+  // Matrices that share an input, as one range of tiles; `next` hands pieces of it to threads that share it by demand.
+  struct Product {
+    Job jobs[3];
+    int count;
+    std::atomic<int64_t>* next;
+    int64_t tiles() const {
+      int64_t n = 0;
+      for (int j = 0; j < count; ++j) n += jobs[j].w->tiles();
+      return n;
+    }
+  };
+
+  Product qkv(size_t i) {
+    const Layer& l = m_.layers[i];
+    int64_t A = m_.heads * m_.width, KV = m_.kv_heads * m_.width;
+    return {{{&l.q, nullptr, q_, A, Epilogue::STORE}, {&l.k, nullptr, kn_, KV, Epilogue::STORE}, {&l.v, nullptr, vn_, KV, Epilogue::STORE}},
+            3, &counters_[i * 5]};
+  }
+  Product out(size_t i) { return {{{&m_.layers[i].o, nullptr, x_, m_.hidden, Epilogue::ADD}}, 1, &counters_[i * 5 + 1]}; }
+  Product gated(size_t i) {
+    return {{{&m_.layers[i].gate, &m_.layers[i].up, ffn_, m_.ffn, Epilogue::SWIGLU}}, 1, &counters_[i * 5 + 2]};
+  }
+  Product down(size_t i) { return {{{&m_.layers[i].down, nullptr, x_, m_.hidden, Epilogue::ADD}}, 1, &counters_[i * 5 + 3]}; }
+  Product head() { return {{{&m_.head, nullptr, b_.logits, m_.vocab, Epilogue::STORE}}, 1, &counters_[m_.layers.size() * 5]}; }
+
+  bool by_demand(int64_t tokens) const { return tokens >= DYNAMIC && pool_->size() > 1; }
+
+  void piece(const Product& p, const Acts& x, int64_t begin, int64_t end) {
+    for (int j = 0; j < p.count && begin < end; ++j) {
+      int64_t tiles = p.jobs[j].w->tiles();
+      if (begin < tiles) k_->matmul(p.jobs[j], x, begin, std::min(end, tiles), exact_);
       begin = std::max<int64_t>(0, begin - tiles);
       end -= tiles;
     }
   }
 
-  void matmul(int tid, const Job* jobs, int count, const Acts& x, std::atomic<int64_t>& next) {
-    int64_t tiles = 0;
-    for (int j = 0; j < count; ++j) tiles += jobs[j].w->tiles();
-    if (x.m < DYNAMIC || pool_->size() == 1) {
+  void matmul(int tid, const Product& p, const Acts& x) {
+    int64_t tiles = p.tiles();
+    if (!by_demand(x.m)) {
       Range r = share(tiles, tid, pool_->size(), 2);
-      return piece(jobs, count, x, r.begin, r.end);
+      return piece(p, x, r.begin, r.end);
     }
     int64_t chunk = std::max<int64_t>(2, tiles / (pool_->size() * 16) / 2 * 2);
-    for (int64_t t; (t = next.fetch_add(chunk, std::memory_order_relaxed)) < tiles;)
-      piece(jobs, count, x, t, std::min(tiles, t + chunk));
+    for (int64_t t; (t = p.next->fetch_add(chunk, std::memory_order_relaxed)) < tiles;)
+      piece(p, x, t, std::min(tiles, t + chunk));
+  }
+
+  // A barrier whose waiting time brings the first weights of this thread's share of `next` into its second-level cache.
+  void meet(int tid, const Product& next) {
+    if (by_demand(M_)) return pool_->barrier();
+    int64_t tile = share(next.tiles(), tid, pool_->size(), 2).begin;
+    const Job* job = next.jobs;
+    while (tile >= job->w->tiles() && job + 1 < next.jobs + next.count) tile -= (job++)->w->tiles();
+    Ahead streams[2] = {Ahead(job->w, tile), Ahead(job->w1, tile)};
+    pool_->barrier([&] { streams[0].fetch(); streams[1].fetch(); });
+    for (int i = 0; i < 3; ++i) { streams[0].fetch(); streams[1].fetch(); }
   }
 
   void rope_and_store(const KvLayer& kv, int64_t s, int64_t t, int64_t head) {
@@ -249,28 +303,21 @@ class Step {  // one step as every thread sees it
 
   void layer(int tid, size_t index) {
     const Layer& l = m_.layers[index];
-    int64_t D = m_.hidden, A = m_.heads * m_.width, KV = m_.kv_heads * m_.width;
-    std::atomic<int64_t>* next = &counters_[index * 5];
-
+    int64_t A = m_.heads * m_.width;
     const Acts& in = norm(tid, l.norm1, form(l.q) | form(l.k) | form(l.v));
-    Job qkv[3] = {{&l.q, nullptr, q_, A, Epilogue::STORE}, {&l.k, nullptr, kn_, KV, Epilogue::STORE},
-                  {&l.v, nullptr, vn_, KV, Epilogue::STORE}};
-    matmul(tid, qkv, 3, in, next[0]);
-    pool_->barrier();
+    matmul(tid, qkv(index), in);
+    meet(tid, out(index));
     attention(tid, index);
-    pool_->barrier();
+    meet(tid, out(index));
     const Acts& seen = prepare(tid, middle_, attn_, A, M_, form(l.o));
-    Job o{&l.o, nullptr, x_, D, Epilogue::ADD};
-    matmul(tid, &o, 1, seen, next[1]);
-    pool_->barrier();
+    matmul(tid, out(index), seen);
+    meet(tid, gated(index));
 
     const Acts& mid = norm(tid, l.norm2, form(l.gate) | form(l.up));
-    Job gated{&l.gate, &l.up, ffn_, m_.ffn, Epilogue::SWIGLU};
-    matmul(tid, &gated, 1, mid, next[2]);
-    pool_->barrier();
+    matmul(tid, gated(index), mid);
+    meet(tid, down(index));
     const Acts& wide = prepare(tid, wide_, ffn_, m_.ffn, M_, form(l.down));
-    Job down{&l.down, nullptr, x_, D, Epilogue::ADD};
-    matmul(tid, &down, 1, wide, next[3]);
+    matmul(tid, down(index), wide);
   }
 
   void logits(int tid) {
@@ -281,8 +328,7 @@ class Step {  // one step as every thread sees it
       k_->rmsnorm(x_ + b_.out_rows[i] * D, m_.norm, m_.eps, D, out + i * D);
     Acts a = prepare(tid, narrow_, out, D, b_.rows, form(m_.head));
     a.m = b_.rows;
-    Job head{&m_.head, nullptr, b_.logits, m_.vocab, Epilogue::STORE};
-    matmul(tid, &head, 1, a, counters_[m_.layers.size() * 5]);
+    matmul(tid, head(), a);
   }
 
   const Kernels* k_;
