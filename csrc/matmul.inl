@@ -396,47 +396,75 @@ INLINE F with_bias(F v, const Matrix* w, int64_t row) {
   return add(v, fload(t));
 }
 
+// Bias and epilogue of one tile. Where gate (c) and up (c1) come together both are here; with c1 null and SWIGLU, c is
+// up's and the gate is in out already.
 void finish(const Job& job, const Matrix* w, int64_t tile, int64_t m0, int count, const float* c, const float* c1) {
   int64_t row = tile * TILE, rows = w->rows - row < TILE ? w->rows - row : TILE;
   for (int m = 0; m < count; ++m) {
-    float* out = job.out + (m0 + m) * job.ldo + row;
+    float *out = job.out + (m0 + m) * job.ldo + row, t[TILE] = {};
     F v = with_bias(fload(c + m * TILE), w, row);
-    if (job.epilogue == Epilogue::SWIGLU) v = mul(silu(v), with_bias(fload(c1 + m * TILE), job.w1, row));
+    if (rows < TILE) __builtin_memcpy(t, out, rows * 4);
+    F old = job.epilogue == Epilogue::STORE || c1 ? v : fload(rows < TILE ? t : out);
+    if (job.epilogue == Epilogue::SWIGLU) v = c1 ? mul(silu(v), with_bias(fload(c1 + m * TILE), job.w1, row)) : mul(silu(old), v);
+    if (job.epilogue == Epilogue::ADD) v = add(old, v);
     if (rows == TILE) {
-      fstore(out, job.epilogue == Epilogue::ADD ? add(fload(out), v) : v);
+      fstore(out, v);
       continue;
     }
-    float t[TILE];
     fstore(t, v);
-    for (int64_t i = 0; i < rows; ++i) out[i] = job.epilogue == Epilogue::ADD ? out[i] + t[i] : t[i];
+    __builtin_memcpy(out, t, rows * 4);
+  }
+}
+
+Block block_of(const Acts& x, int64_t m0) {
+  int64_t kp = padded(x.k), groups = kp / GROUP;
+  Block b;
+  b.count = (int)(x.m - m0 < MAX_MR ? x.m - m0 : MAX_MR);
+  b.q = x.q + m0 * kp;
+  b.scale = x.scale + m0 * groups;
+  b.sum = x.sum + m0 * groups;
+  b.negsum = x.negsum + m0 * groups;
+  b.negsum16 = x.negsum16 + m0 * groups * 2;
+  b.f32 = x.f32 + m0 * kp;
+  b.bf16 = x.bf16 + m0 * kp;
+  b.ld = kp;
+  return b;
+}
+
+// All tiles of one matrix against one block of tokens, in the order of memory.
+void stream(const Job& job, const Matrix* w, const Block& x, int mr, int64_t tile0, int64_t tile1, bool exact) {
+  alignas(64) float c[2 * MAX_MR * TILE] = {};
+  const Matrix* two[2] = {w, w};
+  for (int64_t t = tile0; t < tile1; t += 2) {
+    int64_t at[2] = {t, t + 1};
+    int nr = tile1 - t < 2 ? 1 : 2;
+    tiles(two, at, nr, x, mr, exact, c);
+    for (int n = 0; n < nr; ++n) finish(job, w, t + n, 0, x.count, c + n * MAX_MR * TILE, nullptr);
   }
 }
 
 void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool exact) {
-  float c[2 * MAX_MR * TILE];
-  __builtin_memset(c, 0, sizeof c);
   bool pair = job.epilogue == Epilogue::SWIGLU;
-  int64_t kp = padded(x.k), groups = kp / GROUP;
+  if (x.m <= MAX_MR) {  // the weights come from memory: gate and up by turns would break its stream
+    Job first = job;
+    if (pair) first.epilogue = Epilogue::STORE;
+    Block b = block_of(x, 0);
+    stream(first, job.w, b, block_mr(x.m, 0), tile0, tile1, exact);
+    if (pair) stream(job, job.w1, b, block_mr(x.m, 0), tile0, tile1, exact);
+    return;
+  }
+  alignas(64) float c[2 * MAX_MR * TILE] = {};
   for (int64_t t = tile0; t < tile1; t += pair ? 1 : 2) {
     int nr = pair || t + 1 < tile1 ? 2 : 1;
     const Matrix* w[2] = {job.w, pair ? job.w1 : job.w};
     int64_t tile[2] = {t, pair ? t : t + 1};
     for (int64_t m0 = 0; m0 < x.m; m0 += MAX_MR) {
       int mr = block_mr(x.m, m0 / MAX_MR);
-      Block b;
-      b.count = (int)(x.m - m0 < MAX_MR ? x.m - m0 : MAX_MR);
-      b.q = x.q + m0 * kp;
-      b.scale = x.scale + m0 * groups;
-      b.sum = x.sum + m0 * groups;
-      b.negsum = x.negsum + m0 * groups;
-      b.negsum16 = x.negsum16 + m0 * groups * 2;
-      b.f32 = x.f32 + m0 * kp;
-      b.bf16 = x.bf16 + m0 * kp;
-      b.ld = kp;
+      Block b = block_of(x, m0);
       if (pair && w[0]->format != w[1]->format)
         for (int n = 0; n < 2; ++n) tiles(w + n, tile + n, 1, b, mr, exact, c + n * MAX_MR * TILE);
       else tiles(w, tile, nr, b, mr, exact, c);
-      finish(job, w[0], tile[0], m0, b.count, c, c + MAX_MR * TILE);
+      finish(job, w[0], tile[0], m0, b.count, c, pair ? c + MAX_MR * TILE : nullptr);
       if (!pair && nr == 2) finish(job, w[1], tile[1], m0, b.count, c + MAX_MR * TILE, nullptr);
     }
   }
