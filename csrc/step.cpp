@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t DYNAMIC = 16;    // from this many tokens on, threads take work piece by piece
 constexpr int64_t FETCHED = 128 << 10;  // bytes of the next weights that a waiting thread brings in
+constexpr int64_t STEALABLE = 2 << 20;  // bytes a thread from which on the end of a product is shared by demand
 constexpr int64_t ATT_TOKENS = 16; // query tokens of one piece of prefill attention
 
 struct Range { int64_t begin, end; };
@@ -227,21 +228,32 @@ class Step {  // one step as every thread sees it
     }
   }
 
+  // Tiles at the end of a product of few tokens that go to whoever comes first: an eighth where the product is large,
+  // because threads that share a memory link are never equally fast; none where a piece would cost more than the wait.
+  int64_t loose(const Product& p, int64_t tiles) const {
+    const Matrix* w = p.jobs[0].w;
+    int64_t bytes = tiles * w->stride * (row_major(w->format) ? TILE : 1);
+    return pool_->size() == 1 || bytes < STEALABLE * pool_->size() ? 0 : tiles / 8 / 4 * 4;
+  }
+
   void matmul(int tid, const Product& p, const Acts& x) {
-    int64_t tiles = p.tiles();
-    if (!by_demand(x.m)) {
-      Range r = share(tiles, tid, pool_->size(), 2);
-      return piece(p, x, r.begin, r.end);
+    int64_t tiles = p.tiles(), fixed = 0, chunk = 2;
+    if (by_demand(x.m)) {
+      chunk = std::max<int64_t>(2, tiles / (pool_->size() * 16) / 2 * 2);
+    } else {
+      fixed = tiles - loose(p, tiles);
+      Range r = share(fixed, tid, pool_->size(), 2);
+      piece(p, x, r.begin, r.end);
+      if (fixed == tiles) return;
     }
-    int64_t chunk = std::max<int64_t>(2, tiles / (pool_->size() * 16) / 2 * 2);
-    for (int64_t t; (t = p.next->fetch_add(chunk, std::memory_order_relaxed)) < tiles;)
+    for (int64_t t; (t = fixed + p.next->fetch_add(chunk, std::memory_order_relaxed)) < tiles;)
       piece(p, x, t, std::min(tiles, t + chunk));
   }
 
   // A barrier whose waiting time brings the first weights of this thread's share of `next` into its second-level cache.
   void meet(int tid, const Product& next) {
     if (by_demand(M_)) return pool_->barrier();
-    int64_t tile = share(next.tiles(), tid, pool_->size(), 2).begin;
+    int64_t tile = share(next.tiles() - loose(next, next.tiles()), tid, pool_->size(), 2).begin;
     const Job* job = next.jobs;
     while (tile >= job->w->tiles() && job + 1 < next.jobs + next.count) tile -= (job++)->w->tiles();
     Ahead streams[2] = {Ahead(job->w, tile), Ahead(job->w1, tile)};
