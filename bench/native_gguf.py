@@ -214,6 +214,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=["decode", "prefill", "together"])
     parser.add_argument("--shape", choices=["smollm2", "7b"], default="smollm2")
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="where the 7B file is kept")
     parser.add_argument("--rounds", type=int, default=5)
@@ -224,9 +225,12 @@ def main() -> None:
         write_7b(path)
     bench = Bench(path, args.threads, 1024)
     for _ in range(args.rounds):
-        bench.decode(40 if args.shape == "smollm2" else 3)
-        bench.prefill()
-        bench.together(10 if args.shape == "smollm2" else 2)
+        if "decode" in args.only:
+            bench.decode(40 if args.shape == "smollm2" else 3)
+        if "prefill" in args.only:
+            bench.prefill()
+        if "together" in args.only:
+            bench.together(10 if args.shape == "smollm2" else 2)
     bench.report()
 
 

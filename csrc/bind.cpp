@@ -250,26 +250,15 @@ class PyRunner {
 // out = x @ w.T on the pool: what the kernel tests and benchmarks call.
 void matmul(Pool& pool, const std::string& isa_name, const PyMatrix& w, In2 x, Out2 out, bool exact, int64_t repeat) {
   const Kernels* k = isa(isa_name);
-  int64_t m = static_cast<int64_t>(x.shape(0)), cols = w.m.cols, kp = padded(cols), mp = (m + 7) / 8 * 8, groups = mp * kp / GROUP;
+  int64_t m = static_cast<int64_t>(x.shape(0)), cols = w.m.cols;
   require(static_cast<int64_t>(x.shape(1)) == cols && static_cast<int64_t>(out.shape(0)) == m && static_cast<int64_t>(out.shape(1)) == w.m.rows, "x is m x cols, out m x rows");
   require(m > 0, "no rows");
-  auto memory = allocate(mp * kp * 7 + groups * 20 + 1024);
-  Acts a;
-  a.m = m;
-  a.k = cols;
-  uint8_t* p = memory.get();
-  a.f32 = reinterpret_cast<float*>(p); p += mp * kp * 4;
-  a.bf16 = reinterpret_cast<uint16_t*>(p); p += mp * kp * 2;
-  a.q = reinterpret_cast<int8_t*>(p); p += mp * kp;
-  a.scale = reinterpret_cast<float*>(p); p += groups * 4;
-  a.sum = reinterpret_cast<float*>(p); p += groups * 4;
-  a.negsum = reinterpret_cast<int32_t*>(p); p += groups * 4;
-  a.negsum16 = reinterpret_cast<int32_t*>(p);
-  int forms = w.m.format == Format::BF16 ? (exact ? FORM_F32 : FORM_BF16) : row_major(w.m.format) || exact ? FORM_F32 : FORM_INT8;
+  auto memory = allocate(acts_bytes(m, cols), false);
+  Acts a = lay_out(memory.get(), m, cols);
   nb::gil_scoped_release free;
   Job job{&w.m, nullptr, out.data(), w.m.rows, Epilogue::STORE};
   for (int64_t i = 0; i < repeat; ++i) {
-    k->prepare(x.data(), cols, 0, m, forms, a);
+    k->prepare(x.data(), cols, 0, m, form_of(w.m, exact), a);
     pool.run([&](int tid) {
       int64_t tiles = w.m.tiles(), pairs = (tiles + 1) / 2;
       k->matmul(job, a, std::min(tiles, pairs * tid / pool.size() * 2), std::min(tiles, pairs * (tid + 1) / pool.size() * 2), exact);

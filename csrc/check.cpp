@@ -68,22 +68,10 @@ Packed pack(const FileType& t, int64_t rows, int64_t cols) {
 }
 
 std::vector<float> product(const Kernels* k, const Matrix& w, const std::vector<float>& x, int64_t m, bool exact) {
-  int64_t kp = padded(w.cols), mp = padded_tokens(m), groups = mp * kp / GROUP;
-  std::vector<float> f32(m * kp), scale(groups), sum(groups), out(m * w.rows);
-  std::vector<uint16_t> bf16(m * kp);
-  std::vector<int8_t> q(mp * kp);
-  std::vector<int32_t> negsum(groups), negsum16(2 * groups);
-  Acts a;
-  a.m = m;
-  a.k = w.cols;
-  a.f32 = f32.data();
-  a.bf16 = bf16.data();
-  a.q = q.data();
-  a.scale = scale.data();
-  a.sum = sum.data();
-  a.negsum = negsum.data();
-  a.negsum16 = negsum16.data();
-  k->prepare(x.data(), w.cols, 0, m, FORM_F32 | FORM_BF16 | FORM_INT8, a);
+  std::vector<uint8_t> memory(acts_bytes(m, w.cols));
+  std::vector<float> out(m * w.rows);
+  Acts a = lay_out(memory.data(), m, w.cols);
+  k->prepare(x.data(), w.cols, 0, m, form_of(w, exact), a);
   Job job{&w, nullptr, out.data(), w.rows, Epilogue::STORE};
   k->matmul(job, a, 0, w.tiles(), exact);
   return out;

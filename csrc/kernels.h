@@ -58,6 +58,8 @@ inline int64_t padded(int64_t k) { return (k + BLOCK_K - 1) / BLOCK_K * BLOCK_K;
 
 // Activations of M tokens, each in the forms that the matrices at hand need; K is padded with zeros to 64.
 // int8 form: blocks of 8 tokens, the last of 1, 2, 4 or 8 (MR): q [K/4][MR][4], scale/negsum/sum [K/32][MR].
+// int24 form: the same arrays, with three rows for every token, x = sum of scale * q over them, blocks of 2 tokens
+// (the last of 1 or 2). Integer dots are exact, so three of them give a product to the last bits of float32.
 struct Acts {
   int64_t m = 0, k = 0;         // k: the true width; rows are padded(k) apart
   float* f32 = nullptr;         // [m][padded k]
@@ -69,15 +71,50 @@ struct Acts {
   float* sum = nullptr;         // scale * sum of the quantised values
 };
 
-enum Form : int { FORM_F32 = 1, FORM_BF16 = 2, FORM_INT8 = 4 };
+enum Form : int { FORM_F32 = 1, FORM_BF16 = 2, FORM_INT8 = 4, FORM_INT24 = 8 };
 
-inline int block_mr(int64_t m, int64_t block) {  // tokens that activation block `block` is laid out for
-  int64_t left = m - block * MAX_MR;
+inline int form_of(const Matrix& w, bool exact) {
+  if (w.format == Format::BF16) return exact ? FORM_F32 : FORM_BF16;
+  return row_major(w.format) ? FORM_F32 : exact ? FORM_INT24 : FORM_INT8;
+}
+
+constexpr int LIMBS = 3;  // rows of a token in the int24 form
+inline int block_tokens(int form) { return form == FORM_INT24 ? 2 : MAX_MR; }
+
+inline int block_mr(int64_t m, int64_t block, int form) {  // rows that activation block `block` is laid out for
+  int64_t left = m - block * block_tokens(form);
+  if (form == FORM_INT24) return left >= 2 ? 2 * LIMBS : LIMBS;
   return left >= 5 ? 8 : left >= 3 ? 4 : left >= 2 ? 2 : 1;
 }
 
 inline int64_t padded_tokens(int64_t m) {  // rows of the int8 form, whose last block is 1, 2, 4 or 8 tokens wide
-  return m == 0 ? 0 : (m - 1) / MAX_MR * MAX_MR + block_mr(m, (m - 1) / MAX_MR);
+  return m == 0 ? 0 : (m - 1) / MAX_MR * MAX_MR + block_mr(m, (m - 1) / MAX_MR, FORM_INT8);
+}
+
+// Bytes that `lay_out` takes for m tokens of k columns in every form, and the arrays in them.
+inline int64_t acts_bytes(int64_t m, int64_t k) {
+  int64_t kp = padded(k), mp = (m + MAX_MR - 1) / MAX_MR * MAX_MR;
+  return mp * kp * (4 + 2 + LIMBS) + LIMBS * mp * kp / GROUP * 20 + 8 * 64;
+}
+
+inline Acts lay_out(uint8_t* at, int64_t m, int64_t k) {
+  int64_t kp = padded(k), mp = (m + MAX_MR - 1) / MAX_MR * MAX_MR, groups = LIMBS * mp * kp / GROUP;
+  auto take = [&](int64_t bytes) {
+    uint8_t* p = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(at) + 63) / 64 * 64);
+    at = p + bytes;
+    return p;
+  };
+  Acts a;
+  a.m = m;
+  a.k = k;
+  a.f32 = reinterpret_cast<float*>(take(mp * kp * 4));
+  a.bf16 = reinterpret_cast<uint16_t*>(take(mp * kp * 2));
+  a.q = reinterpret_cast<int8_t*>(take(mp * kp * LIMBS));
+  a.scale = reinterpret_cast<float*>(take(groups * 4));
+  a.sum = reinterpret_cast<float*>(take(groups * 4));
+  a.negsum = reinterpret_cast<int32_t*>(take(groups * 4));
+  a.negsum16 = reinterpret_cast<int32_t*>(take(groups * 8));
+  return a;
 }
 
 enum class Epilogue : int32_t { STORE, ADD, SWIGLU };

@@ -68,7 +68,7 @@ template <class W, int MR, int NR>
 INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, F (*acc)[MR]) {
   // Few tokens: low and high nibbles in two chains, so that one does not wait for the other's latency, and the high
   // ones stay 16 times too large until their sum is shifted (where bytes are unsigned), which saves a shift a line.
-  constexpr int CHAINS = MR * NR <= 4 ? 2 : 1;
+  constexpr int CHAINS = MR * NR <= 4 ? 2 : 1, AHEAD = MR == 1 ? PREFETCH : PREFETCH_MANY;
   constexpr bool LARGE = HIGH_IN_PLACE && CHAINS == 2;
   D4 d[CHAINS][NR][MR];
   I start[MR];
@@ -86,7 +86,7 @@ INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& 
     UNROLL(8) for (int n = 0; n < NR; ++n) {
       const uint8_t* line = p[n] + W::HEAD + 256 * h + 64 * j;
       B v = bload(line);
-      if (PREFETCH) prefetch(line + PREFETCH);
+      if (AHEAD) prefetch(line + AHEAD);
       lo[n] = low4(v);
       hi[n] = LARGE ? high4_large(v) : high4(v);
     }
@@ -112,7 +112,7 @@ template <class W, int MR, int NR>
 INLINE void span8(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, F (*acc)[MR]) {
   constexpr int LINES = W::SPAN / 4;
   const int32_t* negsum = W::SPAN == 32 ? x.negsum : x.negsum16;
-  constexpr int CHAINS = MR * NR <= 4 && LINES >= 8 ? 2 : 1;
+  constexpr int CHAINS = MR * NR <= 4 && LINES >= 8 ? 2 : 1, AHEAD = MR == 1 ? PREFETCH : PREFETCH_MANY;
   D8 d[CHAINS][NR][MR];
   UNROLL(8) for (int n = 0; n < NR; ++n)
     UNROLL(8) for (int m = 0; m < MR; ++m) {
@@ -124,7 +124,7 @@ INLINE void span8(const uint8_t* const* p, int h, const int8_t* a, const Block& 
     UNROLL(8) for (int n = 0; n < NR; ++n) {
       const uint8_t* line = p[n] + W::HEAD + 64 * LINES * h + 64 * j;
       w[n] = bload(line);
-      if (PREFETCH) prefetch(line + PREFETCH);
+      if (AHEAD) prefetch(line + AHEAD);
     }
     UNROLL(8) for (int m = 0; m < MR; ++m)
       UNROLL(8) for (int n = 0; n < NR; ++n) d[j % CHAINS][n][m] = d8_dot(d[j % CHAINS][n][m], w[n], a + (j * MR + m) * 4);
@@ -146,7 +146,7 @@ template <class W, int MR, int NR>
 __attribute__((noinline)) void packed_tile(const uint8_t* const* w, int64_t blocks, const Block& x, float* c) {
   F acc[NR][MR];
   const uint8_t* p[NR];
-  constexpr int SPANS = BLOCK_K / W::SPAN;
+  constexpr int SPANS = BLOCK_K / W::SPAN, AHEAD = MR == 1 ? PREFETCH : PREFETCH_MANY;
   UNROLL(8) for (int n = 0; n < NR; ++n) {
     p[n] = w[n];
     UNROLL(8) for (int m = 0; m < MR; ++m) acc[n][m] = fzero();
@@ -154,8 +154,8 @@ __attribute__((noinline)) void packed_tile(const uint8_t* const* w, int64_t bloc
   const int8_t* a = x.q;
   for (int64_t b = 0; b < blocks; ++b) {
     UNROLL(8) for (int n = 0; n < NR; ++n)
-      if (PREFETCH)
-        for (int i = 0; i < W::HEAD; i += 64) prefetch(p[n] + PREFETCH + i);
+      if (AHEAD)
+        for (int i = 0; i < W::HEAD; i += 64) prefetch(p[n] + AHEAD + i);
     for (int h = 0; h < SPANS; ++h, a += W::SPAN * MR) {
       if (W::BITS == 4) span4<W, MR, NR>(p, h, a, x, b * SPANS + h, acc);
       else span8<W, MR, NR>(p, h, a, x, b * SPANS + h, acc);
@@ -164,59 +164,6 @@ __attribute__((noinline)) void packed_tile(const uint8_t* const* w, int64_t bloc
   }
   UNROLL(8) for (int n = 0; n < NR; ++n)
     UNROLL(8) for (int m = 0; m < MR; ++m) fstore(c + (n * MAX_MR + m) * TILE, acc[n][m]);
-}
-
-// float32 activations against the exact digits; a span's sum is scaled at its end, as a reader of the file would.
-template <class W, int MR>
-__attribute__((noinline)) void exact_tile(const uint8_t* w, int64_t blocks, const float* x, int64_t ld, float* c) {
-  const F table = digit_table(W::MINIMUM ? 0.0f : 8.0f), offset = fset(128.0f);
-  F acc[MR];
-  UNROLL(8) for (int m = 0; m < MR; ++m) acc[m] = fzero();
-  for (int64_t b = 0; b < blocks; ++b, w += W::BYTES, x += BLOCK_K) {
-    for (int h = 0; h < BLOCK_K / W::SPAN; ++h) {
-      constexpr int CHAINS = MR == 1 ? 4 : 2;
-      F part[CHAINS][MR];
-      UNROLL(8) for (int i = 0; i < CHAINS; ++i)
-        UNROLL(8) for (int m = 0; m < MR; ++m) part[i][m] = fzero();
-      if (W::BITS == 4) {
-        UNROLL(4) for (int j = 0; j < 4; ++j) {
-          const uint8_t* line = w + W::HEAD + 256 * h + 64 * j;
-          B v = bload(line);
-          if (PREFETCH) prefetch(line + PREFETCH);
-          UNROLL(8) for (int e = 0; e < 8; ++e) {
-            F value = digits(v, 4 * e, table);
-            int64_t k = 32 * h + 4 * j + e / 2 + 16 * (e & 1);
-            UNROLL(8) for (int m = 0; m < MR; ++m)
-              part[e % CHAINS][m] = fma(value, fset(x[m * ld + k]), part[e % CHAINS][m]);
-          }
-        }
-      } else {
-        constexpr int LINES = W::SPAN / 4;
-        UNROLL(8) for (int j = 0; j < LINES; ++j) {
-          const uint8_t* line = w + W::HEAD + 64 * LINES * h + 64 * j;
-          B v = bload(line);
-          if (PREFETCH) prefetch(line + PREFETCH);
-          UNROLL(8) for (int e = 0; e < 4; ++e) {
-            F value = sub(byte_(v, 8 * e), offset);
-            int64_t k = W::SPAN * h + 4 * j + e;
-            UNROLL(8) for (int m = 0; m < MR; ++m)
-              part[e % CHAINS][m] = fma(value, fset(x[m * ld + k]), part[e % CHAINS][m]);
-          }
-        }
-      }
-      F s = W::scale(w, h);
-      UNROLL(8) for (int m = 0; m < MR; ++m) {
-        F sum = part[0][m];
-        UNROLL(8) for (int i = 1; i < CHAINS; ++i) sum = add(sum, part[i][m]);
-        acc[m] = fma(sum, s, acc[m]);
-        if (W::MINIMUM) {
-          const float* at = x + m * ld + W::SPAN * h;
-          acc[m] = fma(W::minimum(w, h), fset(hsum(add(fload(at), fload(at + 16)))), acc[m]);
-        }
-      }
-    }
-  }
-  UNROLL(8) for (int m = 0; m < MR; ++m) fstore(c + m * TILE, acc[m]);
 }
 
 struct LoadF32 {
@@ -336,28 +283,31 @@ __attribute__((noinline)) void rows_tile(const Matrix& w, int64_t tile, const Bl
     for (int r = 0; r < rows; ++r) rows_any<T, FAST, 1, 1>(w, row0 + r, x, m, c + r);
 }
 
+template <class W, int NR>
+void packed_tiles(const uint8_t* const* w, int64_t blocks, const Block& x, int mr, float* c) {
+  switch (mr) {
+    case 2: return packed_tile<W, 2, NR>(w, blocks, x, c);
+    case 3: return packed_tile<W, 3, NR>(w, blocks, x, c);
+    case 4: return packed_tile<W, 4, NR>(w, blocks, x, c);
+    case 6: return packed_tile<W, 6, NR>(w, blocks, x, c);
+    default: return packed_tile<W, 8, NR>(w, blocks, x, c);
+  }
+}
+
 template <class W>
-void packed_tiles(const uint8_t* const* w, int nr, int64_t blocks, const Block& x, int mr, bool exact, float* c) {
-  if (exact) {
-    for (int n = 0; n < nr; ++n) {
-      float* cn = c + n * MAX_MR * TILE;
-      int m = 0;
-      for (; m + 4 <= x.count; m += 4) exact_tile<W, 4>(w[n], blocks, x.f32 + m * x.ld, x.ld, cn + m * TILE);
-      for (; m < x.count; ++m) exact_tile<W, 1>(w[n], blocks, x.f32 + m * x.ld, x.ld, cn + m * TILE);
-    }
-    return;
-  }
-  if (mr == 1) {
+void packed(const uint8_t* const* w, int nr, int64_t blocks, const Block& x, int mr, float* c) {
+  if (mr == 1)
     for (int n = 0; n < nr; ++n) packed_tile<W, 1, 1>(w + n, blocks, x, c + n * MAX_MR * TILE);
-  } else if (nr == 1) {
-    if (mr == 2) packed_tile<W, 2, 1>(w, blocks, x, c);
-    else if (mr == 4) packed_tile<W, 4, 1>(w, blocks, x, c);
-    else packed_tile<W, 8, 1>(w, blocks, x, c);
-  } else {
-    if (mr == 2) packed_tile<W, 2, 2>(w, blocks, x, c);
-    else if (mr == 4) packed_tile<W, 4, 2>(w, blocks, x, c);
-    else packed_tile<W, 8, 2>(w, blocks, x, c);
-  }
+  else if (nr == 1) packed_tiles<W, 1>(w, blocks, x, mr, c);
+  else packed_tiles<W, 2>(w, blocks, x, mr, c);
+}
+
+void add_limbs(int nr, int count, float* c) {  // the three rows of every token into one
+  for (int n = 0; n < nr; ++n, c += MAX_MR * TILE)
+    for (int m = 0; m < count; ++m) {
+      const float* p = c + m * LIMBS * TILE;
+      fstore(c + m * TILE, add(fload(p), add(fload(p + TILE), fload(p + 2 * TILE))));
+    }
 }
 
 // Two tiles (of one matrix, or of gate and up) against one block of tokens: c[2][8][16].
@@ -377,15 +327,16 @@ void tiles(const Matrix* const* w, const int64_t* tile, int nr, const Block& x, 
   for (int n = 0; n < nr; ++n) p[n] = w[n]->data + tile[n] * w[n]->stride;
   int64_t blocks = padded(w[0]->cols) / BLOCK_K;
   switch (f) {
-    case Format::W4: return packed_tiles<W4>(p, nr, blocks, x, mr, exact, c);
-    case Format::W4M: return packed_tiles<W4M>(p, nr, blocks, x, mr, exact, c);
-    case Format::W4K: return packed_tiles<W4K>(p, nr, blocks, x, mr, exact, c);
-    case Format::W8: return packed_tiles<W8>(p, nr, blocks, x, mr, exact, c);
-    case Format::W8M: return packed_tiles<W8M>(p, nr, blocks, x, mr, exact, c);
-    case Format::W8K: return packed_tiles<W8K>(p, nr, blocks, x, mr, exact, c);
-    case Format::W6K: return packed_tiles<W6K>(p, nr, blocks, x, mr, exact, c);
-    default: return;
+    case Format::W4: packed<W4>(p, nr, blocks, x, mr, c); break;
+    case Format::W4M: packed<W4M>(p, nr, blocks, x, mr, c); break;
+    case Format::W4K: packed<W4K>(p, nr, blocks, x, mr, c); break;
+    case Format::W8: packed<W8>(p, nr, blocks, x, mr, c); break;
+    case Format::W8M: packed<W8M>(p, nr, blocks, x, mr, c); break;
+    case Format::W8K: packed<W8K>(p, nr, blocks, x, mr, c); break;
+    case Format::W6K: packed<W6K>(p, nr, blocks, x, mr, c); break;
+    default: break;
   }
+  if (exact) add_limbs(nr, x.count, c);
 }
 
 INLINE F with_bias(F v, const Matrix* w, int64_t row) {
@@ -416,56 +367,54 @@ void finish(const Job& job, const Matrix* w, int64_t tile, int64_t m0, int count
   }
 }
 
-Block block_of(const Acts& x, int64_t m0) {
-  int64_t kp = padded(x.k), groups = kp / GROUP;
+Block block_of(const Acts& x, int64_t m0, int form) {
+  int64_t kp = padded(x.k), row = m0 * (form == FORM_INT24 ? LIMBS : 1), group = row * (kp / GROUP);
   Block b;
-  b.count = (int)(x.m - m0 < MAX_MR ? x.m - m0 : MAX_MR);
-  b.q = x.q + m0 * kp;
-  b.scale = x.scale + m0 * groups;
-  b.sum = x.sum + m0 * groups;
-  b.negsum = x.negsum + m0 * groups;
-  b.negsum16 = x.negsum16 + m0 * groups * 2;
+  b.count = (int)(x.m - m0 < block_tokens(form) ? x.m - m0 : block_tokens(form));
+  b.q = x.q + row * kp;
+  b.scale = x.scale + group;
+  b.sum = x.sum + group;
+  b.negsum = x.negsum + group;
+  b.negsum16 = x.negsum16 + group * 2;
   b.f32 = x.f32 + m0 * kp;
   b.bf16 = x.bf16 + m0 * kp;
   b.ld = kp;
   return b;
 }
 
-// All tiles of one matrix against one block of tokens, in the order of memory.
-void stream(const Job& job, const Matrix* w, const Block& x, int mr, int64_t tile0, int64_t tile1, bool exact) {
+// Tiles of one matrix, two at a time in the order of memory, against all tokens.
+void product(const Job& job, const Matrix* w, const Acts& x, int64_t tile0, int64_t tile1, bool exact) {
   alignas(64) float c[2 * MAX_MR * TILE] = {};
   const Matrix* two[2] = {w, w};
+  int form = form_of(*w, exact), step = block_tokens(form);
   for (int64_t t = tile0; t < tile1; t += 2) {
     int64_t at[2] = {t, t + 1};
     int nr = tile1 - t < 2 ? 1 : 2;
-    tiles(two, at, nr, x, mr, exact, c);
-    for (int n = 0; n < nr; ++n) finish(job, w, t + n, 0, x.count, c + n * MAX_MR * TILE, nullptr);
+    for (int64_t m0 = 0; m0 < x.m; m0 += step) {
+      Block b = block_of(x, m0, form);
+      tiles(two, at, nr, b, block_mr(x.m, m0 / step, form), exact, c);
+      for (int n = 0; n < nr; ++n) finish(job, w, t + n, m0, b.count, c + n * MAX_MR * TILE, nullptr);
+    }
   }
 }
 
 void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool exact) {
-  bool pair = job.epilogue == Epilogue::SWIGLU;
-  if (x.m <= MAX_MR) {  // the weights come from memory: gate and up by turns would break its stream
-    Job first = job;
-    if (pair) first.epilogue = Epilogue::STORE;
-    Block b = block_of(x, 0);
-    stream(first, job.w, b, block_mr(x.m, 0), tile0, tile1, exact);
-    if (pair) stream(job, job.w1, b, block_mr(x.m, 0), tile0, tile1, exact);
-    return;
+  if (job.epilogue != Epilogue::SWIGLU) return product(job, job.w, x, tile0, tile1, exact);
+  int form = form_of(*job.w, exact), step = block_tokens(form);
+  if (x.m <= step || job.w->format != job.w1->format) {
+    Job gate = job;  // one after the other: for few tokens weights come from memory, and turns would break its stream
+    gate.epilogue = Epilogue::STORE;
+    product(gate, job.w, x, tile0, tile1, exact);
+    return product(job, job.w1, x, tile0, tile1, exact);
   }
   alignas(64) float c[2 * MAX_MR * TILE] = {};
-  for (int64_t t = tile0; t < tile1; t += pair ? 1 : 2) {
-    int nr = pair || t + 1 < tile1 ? 2 : 1;
-    const Matrix* w[2] = {job.w, pair ? job.w1 : job.w};
-    int64_t tile[2] = {t, pair ? t : t + 1};
-    for (int64_t m0 = 0; m0 < x.m; m0 += MAX_MR) {
-      int mr = block_mr(x.m, m0 / MAX_MR);
-      Block b = block_of(x, m0);
-      if (pair && w[0]->format != w[1]->format)
-        for (int n = 0; n < 2; ++n) tiles(w + n, tile + n, 1, b, mr, exact, c + n * MAX_MR * TILE);
-      else tiles(w, tile, nr, b, mr, exact, c);
-      finish(job, w[0], tile[0], m0, b.count, c, pair ? c + MAX_MR * TILE : nullptr);
-      if (!pair && nr == 2) finish(job, w[1], tile[1], m0, b.count, c + MAX_MR * TILE, nullptr);
+  const Matrix* two[2] = {job.w, job.w1};
+  for (int64_t t = tile0; t < tile1; ++t) {
+    int64_t at[2] = {t, t};
+    for (int64_t m0 = 0; m0 < x.m; m0 += step) {
+      Block b = block_of(x, m0, form);
+      tiles(two, at, 2, b, block_mr(x.m, m0 / step, form), exact, c);
+      finish(job, job.w, t, m0, b.count, c, c + MAX_MR * TILE);
     }
   }
 }

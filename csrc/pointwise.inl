@@ -47,40 +47,76 @@ void rope(float* x, const float* cos, const float* sin, int64_t heads, int64_t w
   }
 }
 
-// One group of 32 values to int8; the dwords of 4 values land `step` bytes apart.
-INLINE void quantize_group(const float* x, int8_t* q, int64_t step, float* scale, int32_t* neg, int32_t* neg16,
-                           int64_t step16, float* sum) {
-  F a = fload(x), b = fload(x + 16);
-  float amax = hmax(fmax_(fabs_(a), fabs_(b)));
-  float inverse = amax > 0 ? 127.0f / amax : 0.0f;
-  int8_t t[32];
-  F ra = round_(mul(a, fset(inverse))), rb = round_(mul(b, fset(inverse)));
-  store_s8(t, ra);
-  store_s8(t + 16, rb);
-  for (int j = 0; j < 8; ++j) __builtin_memcpy(q + j * step, t + 4 * j, 4);
-  int32_t sa = (int32_t)hsum(ra), sb = (int32_t)hsum(rb);
-  *scale = amax / 127.0f;
-  *neg = -128 * (sa + sb);
-  neg16[0] = -128 * sa;
-  neg16[step16] = -128 * sb;
-  *sum = *scale * (float)(sa + sb);
+struct QuantRow {  // where the group `g` of one row of an int8 or int24 block goes
+  int8_t* q;       // the dwords of 4 values land 4 * mr bytes apart
+  float *scale, *sum;
+  int32_t *negsum, *negsum16;
+  int mr;
+};
+
+INLINE QuantRow quant_row(const Acts& to, int64_t base, int lane, int mr) {
+  int64_t kp = padded(to.k), at = base * (kp / GROUP) + lane;
+  return {to.q + base * kp + lane * 4, to.scale + at, to.sum + at, to.negsum + at, to.negsum16 + 2 * base * (kp / GROUP) + lane, mr};
+}
+
+INLINE void put_group(const QuantRow& r, int64_t g, F a, F b, float scale) {  // a, b: 32 rounded values
+  int8_t t[GROUP];
+  store_s8(t, a);
+  store_s8(t + 16, b);
+  for (int j = 0; j < 8; ++j) __builtin_memcpy(r.q + (g * 8 + j) * r.mr * 4, t + 4 * j, 4);
+  int32_t sa = (int32_t)hsum(a), sb = (int32_t)hsum(b);
+  r.scale[g * r.mr] = scale;
+  r.sum[g * r.mr] = scale * (float)(sa + sb);
+  r.negsum[g * r.mr] = -128 * (sa + sb);
+  r.negsum16[2 * g * r.mr] = -128 * sa;
+  r.negsum16[(2 * g + 1) * r.mr] = -128 * sb;
+}
+
+INLINE float group_of(const float* row, int64_t k, int64_t g, F* a, F* b) {  // the group, zeros past k; its largest size
+  float pad[GROUP];
+  const float* x = row + g * GROUP;
+  int64_t left = k - g * GROUP;
+  if (left < GROUP) {
+    for (int i = 0; i < GROUP; ++i) pad[i] = i < left ? x[i] : 0.0f;
+    x = pad;
+  }
+  *a = fload(x);
+  *b = fload(x + 16);
+  return hmax(fmax_(fabs_(*a), fabs_(*b)));
 }
 
 void prepare_int8(const float* row, int64_t k, int64_t token, const Acts& to) {
-  int64_t kp = padded(k), block = token / MAX_MR, base = block * MAX_MR;
-  int mr = block_mr(to.m, block), lane = (int)(token - base);
-  int8_t* q = to.q + base * kp + lane * 4;
-  int64_t groups = kp / GROUP, at = base * groups + lane;
-  for (int64_t g = 0; g < groups; ++g) {
-    float pad[GROUP];
-    const float* x = row + g * GROUP;
-    int64_t left = k - g * GROUP;
-    if (left < GROUP) {
-      for (int i = 0; i < GROUP; ++i) pad[i] = i < left ? x[i] : 0.0f;
-      x = pad;
+  int64_t block = token / MAX_MR, base = block * MAX_MR;
+  QuantRow r = quant_row(to, base, (int)(token - base), block_mr(to.m, block, FORM_INT8));
+  for (int64_t g = 0; g < padded(k) / GROUP; ++g) {
+    F a, b;
+    float amax = group_of(row, k, g, &a, &b), inverse = amax > 0 ? 127.0f / amax : 0.0f;
+    put_group(r, g, round_(mul(a, fset(inverse))), round_(mul(b, fset(inverse))), amax / 127.0f);
+  }
+}
+
+// x = scale * (q0 + q1 / 254 + q2 / 254^2): with a power of two for scale every step but the last rounding is exact.
+void prepare_int24(const float* row, int64_t k, int64_t token, const Acts& to) {
+  int64_t base = token / 2 * 2;
+  QuantRow rows[LIMBS];
+  int mr = block_mr(to.m, token / 2, FORM_INT24);
+  for (int l = 0; l < LIMBS; ++l) rows[l] = quant_row(to, base * LIMBS, (int)(token - base) * LIMBS + l, mr);
+  for (int64_t g = 0; g < padded(k) / GROUP; ++g) {
+    F a, b;
+    float amax = group_of(row, k, g, &a, &b) / 127.0f, scale;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &amax, 4);
+    bits = (bits + 0x7fffff) & 0x7f800000;  // up to a power of two
+    __builtin_memcpy(&scale, &bits, 4);
+    float inverse = amax > 0 ? 1.0f / scale : 0.0f;
+    a = mul(a, fset(inverse));
+    b = mul(b, fset(inverse));
+    for (int l = 0; l < LIMBS; ++l, scale /= 254.0f) {
+      F ra = round_(a), rb = round_(b);
+      put_group(rows[l], g, ra, rb, scale);
+      a = mul(sub(a, ra), fset(254.0f));
+      b = mul(sub(b, rb), fset(254.0f));
     }
-    quantize_group(x, q + g * 8 * mr * 4, mr * 4, to.scale + at + g * mr, to.negsum + at + g * mr,
-                   to.negsum16 + base * groups * 2 + lane + 2 * g * mr, mr, to.sum + at + g * mr);
   }
 }
 
@@ -104,16 +140,12 @@ void prepare(const float* x, int64_t ldx, int64_t m0, int64_t m1, int forms, con
       }
     }
     if (forms & FORM_INT8) prepare_int8(row, k, m, to);
+    if (forms & FORM_INT24) prepare_int24(row, k, m, to);
   }
   if ((forms & FORM_INT8) && m1 == to.m)  // the unused lanes of the last block
     for (int64_t m = to.m; m < padded_tokens(to.m); ++m) {
-      float zero[GROUP] = {};
-      int64_t block = m / MAX_MR, base = block * MAX_MR, groups = kp / GROUP;
-      int mr = block_mr(to.m, block), lane = (int)(m - base);
-      for (int64_t g = 0; g < groups; ++g) {
-        int64_t at = base * groups + lane + g * mr;
-        quantize_group(zero, to.q + base * kp + lane * 4 + g * 32 * mr, mr * 4, to.scale + at, to.negsum + at,
-                       to.negsum16 + base * groups * 2 + lane + 2 * g * mr, mr, to.sum + at);
-      }
+      int64_t block = m / MAX_MR, base = block * MAX_MR;
+      QuantRow r = quant_row(to, base, (int)(m - base), block_mr(to.m, block, FORM_INT8));
+      for (int64_t g = 0; g < kp / GROUP; ++g) put_group(r, g, fzero(), fzero(), 0.0f);
     }
 }

@@ -143,3 +143,4 @@ INLINE F digit_table(float zero) { return fset(zero); }
 INLINE F digits(B v, int shift, F table) { return sub(nibble(v, shift), table); }
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 constexpr int PREFETCH = 8192;
+constexpr int PREFETCH_MANY = 8192;

@@ -110,3 +110,4 @@ INLINE F digit_table(float zero) { return fset(zero); }
 INLINE F digits(B v, int shift, F table) { return sub(nibble(v, shift), table); }
 INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 constexpr int PREFETCH = 2048;
+constexpr int PREFETCH_MANY = 2048;

@@ -81,3 +81,4 @@ INLINE F digit_table(float zero) { return fset(zero); }
 INLINE F digits(B v, int shift, F table) { return sub(nibble(v, shift), table); }
 INLINE void prefetch(const void*) {}
 constexpr int PREFETCH = 0;
+constexpr int PREFETCH_MANY = 0;

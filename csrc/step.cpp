@@ -22,11 +22,6 @@ Range share(int64_t n, int part, int parts, int64_t step = 1) {
   return {std::min(n, units * part / parts * step), std::min(n, units * (part + 1) / parts * step)};
 }
 
-int64_t acts_bytes(int64_t m, int64_t k) {
-  int64_t kp = padded(k), mp = (m + MAX_MR - 1) / MAX_MR * MAX_MR;
-  return mp * kp * (4 + 2 + 1) + mp * kp / GROUP * 20 + 8 * 64;
-}
-
 class Carver {  // hands out 64-byte aligned pieces of one allocation
  public:
   explicit Carver(uint8_t* p) : at_(reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64)) {}
@@ -36,20 +31,7 @@ class Carver {  // hands out 64-byte aligned pieces of one allocation
     at_ += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
     return r;
   }
-  Acts acts(int64_t m, int64_t k) {
-    int64_t kp = padded(k), mp = (m + MAX_MR - 1) / MAX_MR * MAX_MR, groups = mp * kp / GROUP;
-    Acts a;
-    a.m = m;
-    a.k = k;
-    a.f32 = take<float>(mp * kp);
-    a.bf16 = take<uint16_t>(mp * kp);
-    a.q = take<int8_t>(mp * kp);
-    a.scale = take<float>(groups);
-    a.sum = take<float>(groups);
-    a.negsum = take<int32_t>(groups);
-    a.negsum16 = take<int32_t>(2 * groups);
-    return a;
-  }
+  Acts acts(int64_t m, int64_t k) { return lay_out(take<uint8_t>(acts_bytes(m, k)), m, k); }
 
  private:
   uint8_t* at_;
@@ -152,10 +134,7 @@ class Step {  // one step as every thread sees it
  private:
   bool alone() const { return M_ == 1 && b_.rows <= 1; }  // so little work that each thread repeats the small parts
 
-  int form(const Matrix& w) const {
-    if (w.format == Format::BF16) return exact_ ? FORM_F32 : FORM_BF16;
-    return row_major(w.format) || exact_ ? FORM_F32 : FORM_INT8;
-  }
+  int form(const Matrix& w) const { return form_of(w, exact_); }
 
   void embed(int tid) {
     Range r = share(M_, tid, pool_->size());
