@@ -41,29 +41,8 @@ struct W8 {
   INLINE F scale(const uint8_t* p, int h) { return load_f16(p + 32 * h); }
   INLINE F minimum(const uint8_t*, int) { return fzero(); }
 };
-struct W8M {
-  static constexpr int64_t BYTES = 1152, HEAD = 128;
-  static constexpr int BITS = 8, SPAN = 32;
-  static constexpr bool MINIMUM = true;
-  INLINE F scale(const uint8_t* p, int h) { return load_f16(p + 32 * h); }
-  INLINE F minimum(const uint8_t* p, int h) { return load_f16(p + 64 + 32 * h); }
-};
-struct W8K {
-  static constexpr int64_t BYTES = 1152, HEAD = 128;
-  static constexpr int BITS = 8, SPAN = 32;
-  static constexpr bool MINIMUM = true;
-  INLINE F scale(const uint8_t* p, int h) { return scaled(p, p + 64 + 32 * h); }
-  INLINE F minimum(const uint8_t* p, int h) { return sub(fzero(), scaled(p + 32, p + 80 + 32 * h)); }
-};
-struct W6K {
-  static constexpr int64_t BYTES = 1152, HEAD = 128;
-  static constexpr int BITS = 8, SPAN = 16;
-  static constexpr bool MINIMUM = false;
-  INLINE F scale(const uint8_t* p, int h) { return mul(load_f16(p), load_s8(p + 32 + 16 * h)); }
-  INLINE F minimum(const uint8_t*, int) { return fzero(); }
-};
 
-// One span (32 columns, or 16 for W6K) of NR tiles against MR tokens, added to acc.
+// One span of 32 columns of NR tiles against MR tokens, added to acc.
 template <class W, int MR, int NR>
 INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, F (*acc)[MR]) {
   // Few tokens: low and high nibbles in two chains, so that one does not wait for the other's latency, and the high
@@ -360,6 +339,8 @@ void packed_tiles(const uint8_t* const* w, int nr, int64_t blocks, const Block& 
   }
 }
 
+#include "streams.inl"
+
 // Two tiles (of one matrix, or of gate and up) against one block of tokens: c[2][8][16].
 void tiles(const Matrix* const* w, const int64_t* tile, int nr, const Block& x, int mr, bool exact, float* c) {
   Format f = w[0]->format;
@@ -375,15 +356,17 @@ void tiles(const Matrix* const* w, const int64_t* tile, int nr, const Block& x, 
   }
   const uint8_t* p[2];
   for (int n = 0; n < nr; ++n) p[n] = w[n]->data + tile[n] * w[n]->stride;
+  auto visit = [&](auto format) {
+    using W = decltype(format);
+    stream_tiles<W>(p, nr, plan_of<W>(*w[0]), x, mr, exact, c);
+  };
+  if (with_stream(f, visit)) return;
   int64_t blocks = padded(w[0]->cols) / BLOCK_K;
   switch (f) {
     case Format::W4: return packed_tiles<W4>(p, nr, blocks, x, mr, exact, c);
     case Format::W4M: return packed_tiles<W4M>(p, nr, blocks, x, mr, exact, c);
     case Format::W4K: return packed_tiles<W4K>(p, nr, blocks, x, mr, exact, c);
     case Format::W8: return packed_tiles<W8>(p, nr, blocks, x, mr, exact, c);
-    case Format::W8M: return packed_tiles<W8M>(p, nr, blocks, x, mr, exact, c);
-    case Format::W8K: return packed_tiles<W8K>(p, nr, blocks, x, mr, exact, c);
-    case Format::W6K: return packed_tiles<W6K>(p, nr, blocks, x, mr, exact, c);
     default: return;
   }
 }
@@ -443,6 +426,10 @@ void stream(const Job& job, const Matrix* w, const Block& x, int mr, int64_t til
   }
 }
 
+bool one_kernel(const Matrix& a, const Matrix& b) {  // whether two tiles of a and b can go through one call
+  return a.format == b.format && a.group == b.group && a.table == b.table && a.order == b.order;
+}
+
 void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool exact) {
   bool pair = job.epilogue == Epilogue::SWIGLU;
   if (x.m <= MAX_MR) {  // the weights come from memory: gate and up by turns would break its stream
@@ -450,7 +437,7 @@ void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool ex
     if (pair) first.epilogue = Epilogue::STORE;
     Block b = block_of(x, 0);
     stream(first, job.w, b, block_mr(x.m, 0), tile0, tile1, exact);
-    if (pair) stream(job, job.w1, b, block_mr(x.m, 0), tile0, tile1, exact);
+    if (pair) stream(job, job.w1, job.x1 ? block_of(*job.x1, 0) : b, block_mr(x.m, 0), tile0, tile1, exact);
     return;
   }
   alignas(64) float c[2 * MAX_MR * TILE] = {};
@@ -461,8 +448,9 @@ void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool ex
     for (int64_t m0 = 0; m0 < x.m; m0 += MAX_MR) {
       int mr = block_mr(x.m, m0 / MAX_MR);
       Block b = block_of(x, m0);
-      if (pair && w[0]->format != w[1]->format)
-        for (int n = 0; n < 2; ++n) tiles(w + n, tile + n, 1, b, mr, exact, c + n * MAX_MR * TILE);
+      if (pair && !one_kernel(*w[0], *w[1]))
+        for (int n = 0; n < 2; ++n)
+          tiles(w + n, tile + n, 1, n && job.x1 ? block_of(*job.x1, m0) : b, mr, exact, c + n * MAX_MR * TILE);
       else tiles(w, tile, nr, b, mr, exact, c);
       finish(job, w[0], tile[0], m0, b.count, c, pair ? c + MAX_MR * TILE : nullptr);
       if (!pair && nr == 2) finish(job, w[1], tile[1], m0, b.count, c + MAX_MR * TILE, nullptr);
@@ -510,8 +498,7 @@ void dequantize_row(const Matrix& w, int64_t row, float* out) {
     case Format::W4M: return packed_row<W4M>(p, lane, w.cols, out);
     case Format::W4K: return packed_row<W4K>(p, lane, w.cols, out);
     case Format::W8: return packed_row<W8>(p, lane, w.cols, out);
-    case Format::W8M: return packed_row<W8M>(p, lane, w.cols, out);
-    case Format::W8K: return packed_row<W8K>(p, lane, w.cols, out);
-    case Format::W6K: return packed_row<W6K>(p, lane, w.cols, out);
+    default: break;
   }
+  with_stream(w.format, [&](auto format) { stream_row<decltype(format)>(w, p, lane, out); });
 }
