@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.cpu.threads import instruction_sets, native
+from llama2.cpu.threads import native
 from llama2.errors import InputError, MismatchError
 
 # The 16 values of bitsandbytes' two 4-bit types, by code. NF4: quantiles of a normal distribution (QLoRA, appendix E);
@@ -65,9 +65,8 @@ class CodebookWeight:
 
     codes: uint8, one a byte (rows, columns), or two a byte (any shape of rows * columns / 2), the first in the high
     nibble, as in its files. absmax: float32 (rows * columns / block,), double quantisation undone. codebook: 16 floats.
-    Columns and block are multiples of 64. arithmetic: how the fast mode multiplies, "bfloat16" (error 2e-3 of the
-    product: activations and codebook have 8 bits of precision) or "int8" (error 1e-2, three times as fast from several
-    rows on); None takes bfloat16 where the processor has the instruction (AVX-512), else int8.
+    Columns and block are multiples of 64. arithmetic: how the fast mode multiplies, "int8" (table and activations in 8
+    bits, error 1e-2 of the product) or "bfloat16" (both in bfloat16, error 2e-3, slower: docs/native.md).
     """
 
     codes: NDArray[np.uint8]
@@ -75,7 +74,7 @@ class CodebookWeight:
     shape: tuple[int, int]
     codebook: tuple[float, ...] = NF4
     block: int = 64
-    arithmetic: Literal["bfloat16", "int8"] | None = None
+    arithmetic: Literal["int8", "bfloat16"] = "int8"
 
     def __post_init__(self) -> None:
         rows, cols = self.shape
@@ -83,8 +82,8 @@ class CodebookWeight:
             raise InputError(f"a block of {self.block} weights; the kernels need a multiple of 64: quantise with 64")
         if rows <= 0 or cols <= 0 or cols % 64:
             raise InputError(f"{rows} x {cols} weights; rows of a multiple of 64 columns are needed, or runner='torch'")
-        if self.arithmetic not in (None, "bfloat16", "int8"):
-            raise InputError(f"arithmetic is {self.arithmetic!r}; it is 'bfloat16', 'int8' or None")
+        if self.arithmetic not in ("int8", "bfloat16"):
+            raise InputError(f"arithmetic is {self.arithmetic!r}; it is 'int8' or 'bfloat16'")
         _dtype(self.codes, np.uint8, "codes")
         _dtype(self.absmax, np.float32, "absmax")
         if self.codes.shape != self.shape and 2 * self.codes.size != rows * cols:
@@ -99,10 +98,11 @@ class CodebookWeight:
             raise InputError(f"the codebook has the shape {table.shape}; 16 finite values are needed")
 
     def pack(self, arena: Any, pool: Any) -> Any:
-        pairs = self.arithmetic or ("bfloat16" if "avx512" in instruction_sets() else "int8")
         codes, absmax = (np.ascontiguousarray(a).reshape(-1) for a in (self.codes, self.absmax))
         table = np.asarray(self.codebook, np.float32)
-        return native().pack_codebook(arena, pool, codes, absmax, table, *self.shape, self.block, pairs == "bfloat16")
+        return native().pack_codebook(
+            arena, pool, codes, absmax, table, *self.shape, self.block, self.arithmetic == "bfloat16"
+        )
 
 
 @dataclass(frozen=True)

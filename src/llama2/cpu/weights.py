@@ -161,7 +161,7 @@ class CpuWeights:
         shape: tuple[int, int],
         codebook: tuple[float, ...] = NF4,
         block: int = 64,
-        arithmetic: Literal["bfloat16", "int8"] | None = None,
+        arithmetic: Literal["int8", "bfloat16"] = "int8",
     ) -> Any:
         """A matrix of bitsandbytes' 4-bit codes (NF4, or FP4 with its codebook); arrays as in `CodebookWeight`."""
         return self.pack_codes(CodebookWeight(codes, absmax, shape, codebook, block, arithmetic))
