@@ -22,10 +22,10 @@ from typing import Any
 import gguf
 import llama_cpp
 import numpy as np
+from regime import Regime
 
 from llama2.checkpoint.gguf import GgufFile
 from llama2.cpu import CpuRunner, CpuWeights, PagedCache
-from llama2.cpu.threads import native
 
 SEVEN_B = {"hidden": 4096, "layers": 32, "heads": 32, "ffn": 11008, "vocab": 32000}
 
@@ -127,7 +127,7 @@ class Bench:
         self.runner = CpuRunner(self.weights)
         self.cache = PagedCache(self.weights, context * 2)
         self.rival = Rival(path, self.weights.pool.size, context)
-        self.buffer = np.ones(512 << 20, np.uint8)
+        self.regime = Regime(self.weights.pool)
         self.rng = np.random.default_rng(0)
         self.found: dict[str, dict[str, list[tuple[float, float]]]] = {}
 
@@ -136,16 +136,10 @@ class Bench:
 
     def unit(self, name: str, work: Callable[[], Any], amount: int, read_bytes: int) -> None:
         """Times `work` (amount tokens, read_bytes of weights in all) with its label and the read around it."""
-        n, pool = native(), self.weights.pool
-        before = n.ping_pong(pool, 300) * 1e9
-        read = n.read_bandwidth(pool, "auto", self.buffer)
-        start = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - start
-        read = max(read, n.read_bandwidth(pool, "auto", self.buffer))
-        after = n.ping_pong(pool, 300) * 1e9
-        label = "same" if max(before, after) < 200 else "cross" if min(before, after) > 250 else "mixed"
-        self.found.setdefault(name, {}).setdefault(label, []).append((amount / seconds, read_bytes / seconds / read))
+        u = self.regime.time(work)
+        self.found.setdefault(name, {}).setdefault(u.label, []).append(
+            (amount / u.seconds, read_bytes / u.seconds / u.read)
+        )
 
     def decode(self, count: int) -> None:
         sequence, token = self.cache.sequence(), self.tokens(1)

@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <mutex>
@@ -37,6 +38,7 @@ std::string str(int64_t n) { return std::to_string(n); }
 struct PyMatrix {
   Matrix m;
   std::shared_ptr<uint8_t> memory;  // packed weights
+  std::vector<std::shared_ptr<uint8_t>> shared;  // tables and orders, which other matrices may share
   nb::object owner, bias;           // what the data and the bias belong to, when not to us
 };
 
@@ -61,7 +63,20 @@ class Arena {
   }
   std::shared_ptr<uint8_t> memory() const { return memory_; }
 
+  // A copy of `bytes` of data; data seen before gets the copy made then, so that equal tables are one table.
+  const uint8_t* shared(const void* data, int64_t bytes) {
+    for (const auto& [at, size] : shared_)
+      if (size == bytes && std::memcmp(at, data, bytes) == 0) return at;
+    uint8_t* copy = static_cast<uint8_t*>(std::memcpy(take(bytes), data, bytes));
+    keep_.push_back(memory_);
+    shared_.push_back({copy, bytes});
+    return copy;
+  }
+  const std::vector<std::shared_ptr<uint8_t>>& kept() const { return keep_; }
+
  private:
+  std::vector<std::pair<const uint8_t*, int64_t>> shared_;
+  std::vector<std::shared_ptr<uint8_t>> keep_;  // what shared_ lies in
   std::shared_ptr<uint8_t> memory_;
   int64_t at_ = 0, size_ = 0;
 };
@@ -83,7 +98,7 @@ PyMatrix pack(Arena& arena, Pool& pool, Bytes raw, int type_id, int64_t rows, in
   out.m.rows = rows;
   out.m.cols = cols;
   out.m.format = type->format;
-  out.m.stride = padded(cols) / BLOCK_K * block_bytes(type->format);
+  out.m.stride = tile_bytes(type->format, cols);
   uint8_t* to = arena.take(out.m.tiles() * out.m.stride);
   out.m.data = to;
   out.memory = arena.memory();
@@ -96,6 +111,91 @@ PyMatrix pack(Arena& arena, Pool& pool, Bytes raw, int type_id, int64_t rows, in
     });
   }
   return out;
+}
+
+std::string shape_of(int64_t rows, int64_t cols) { return str(rows) + " x " + str(cols); }
+
+PyMatrix pack_codes(Arena& arena, Pool& pool, CodeSource from, const float* table) {
+  PyMatrix out;
+  out.m.rows = from.rows; out.m.cols = from.cols; out.m.format = from.format;
+  out.m.stride = tile_bytes(from.format, from.cols, from.group);
+  if (from.format == Format::G4 || from.format == Format::G8) out.m.group = from.group;
+  if (table) out.m.table = reinterpret_cast<const float*>(arena.shared(table, 64));
+  if (from.order) out.m.order = reinterpret_cast<const int32_t*>(arena.shared(from.order, from.cols * 4));
+  if (table || from.order) out.shared = arena.kept();
+  uint8_t* to = arena.take(out.m.tiles() * out.m.stride);
+  out.m.data = to;
+  out.memory = arena.memory();
+  nb::gil_scoped_release free;
+  pool.run([&](int tid) {
+    int64_t tiles = out.m.tiles(), begin = tiles * tid / pool.size(), end = tiles * (tid + 1) / pool.size();
+    for (int64_t t = begin; t < end; ++t) pack_codes_tile(from, t, to + t * out.m.stride);
+  });
+  return out;
+}
+
+CodeSource source(Format f, int64_t rows, int64_t cols, int64_t group) {
+  constexpr int64_t LIMIT = int64_t{1} << 31;
+  require(rows > 0 && cols > 0 && rows < LIMIT && cols < LIMIT, "a matrix of " + shape_of(rows, cols));
+  require(group > 0 && group % GROUP == 0 && group < LIMIT, "a group of " + str(group) + " columns; a multiple of 32 is needed");
+  return {f, rows, cols, group};
+}
+
+void require_nibbles(const uint8_t* codes, int64_t n) {
+  const uint8_t* bad = std::find_if(codes, codes + n, [](uint8_t c) { return c > 15; });
+  require(bad == codes + n, bad == codes + n ? "" : "code " + str(*bad) + " at " + str(bad - codes) + " is not below 16");
+}
+
+PyMatrix pack_codebook(Arena& arena, Pool& pool, Bytes codes, Floats scales, Floats table, int64_t rows, int64_t cols,
+                       int64_t block, bool bfloat16) {
+  CodeSource s = source(bfloat16 ? Format::C4B : Format::C4, rows, cols, block);
+  require(cols % 64 == 0 && block % 64 == 0, "codes need rows and blocks of a multiple of 64 columns, got " + str(cols) + " and " + str(block));
+  int64_t n = rows * cols, given = static_cast<int64_t>(codes.size());
+  require(given == n || given == n / 2, "codes of " + shape_of(rows, cols) + " take " + str(n) + " bytes, or " + str(n / 2) + " two in a byte, got " + str(given));
+  require(static_cast<int64_t>(scales.size()) == up(n, block), "one scale for every " + str(block) + " weights: " + str(up(n, block)) + ", got " + str(scales.size()));
+  require(table.size() == 16, "a codebook has 16 values, got " + str(table.size()));
+  s.pairs = given != n;
+  s.codes = codes.data();
+  s.scales = scales.data();
+  if (!s.pairs) require_nibbles(s.codes, n);
+  return pack_codes(arena, pool, s, table.data());
+}
+
+using Halves = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+PyMatrix pack_groups(Arena& arena, Pool& pool, Bytes codes, Halves scales, Bytes zeros, int64_t rows, int64_t cols,
+                     int64_t group, int bits, std::optional<Ints> order) {
+  require(bits == 4 || bits == 8, "groups are packed of 4 or 8 bits, not " + str(bits));
+  CodeSource s = source(bits == 4 ? Format::G4 : Format::G8, rows, cols, group);
+  int64_t n = rows * cols, groups = rows * up(cols, group);
+  require(static_cast<int64_t>(codes.size()) == n, "codes of " + shape_of(rows, cols) + " take " + str(n) + " bytes, got " + str(codes.size()));
+  require(static_cast<int64_t>(scales.size()) == groups && static_cast<int64_t>(zeros.size()) == groups, "groups of " + str(group) + " take " + str(groups) + " scales and zeros, got " + str(scales.size()) + " and " + str(zeros.size()));
+  s.codes = codes.data();
+  s.scales = scales.data();
+  s.zeros = zeros.data();
+  if (bits == 4) require_nibbles(s.codes, n);
+  if (order) {
+    require(static_cast<int64_t>(order->size()) == cols, "order has " + str(order->size()) + " entries for " + str(cols) + " columns");
+    s.order = order->data();
+    std::vector<bool> seen(cols);
+    for (int64_t i = 0; i < cols; ++i) {
+      if (s.order[i] < 0 || s.order[i] >= cols || seen[s.order[i]])
+        require(false, "order[" + str(i) + "] = " + str(s.order[i]) + ": order is a permutation of 0.." + str(cols - 1));
+      seen[s.order[i]] = true;
+    }
+  }
+  return pack_codes(arena, pool, s, nullptr);
+}
+
+using Signed = nb::ndarray<const int8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+PyMatrix pack_rows(Arena& arena, Pool& pool, Signed values, Floats scales, int64_t rows, int64_t cols) {
+  CodeSource s = source(Format::R8, rows, cols, GROUP);
+  require(static_cast<int64_t>(values.size()) == rows * cols, "int8 values of " + shape_of(rows, cols) + " take " + str(rows * cols) + " bytes, got " + str(values.size()));
+  require(static_cast<int64_t>(scales.size()) == rows, str(rows) + " rows have as many scales, got " + str(scales.size()));
+  s.codes = reinterpret_cast<const uint8_t*>(values.data());
+  s.scales = scales.data();
+  return pack_codes(arena, pool, s, nullptr);
 }
 
 PyMatrix view(nb::ndarray<nb::ndim<2>, nb::device::cpu, nb::ro> a, bool bfloat16) {
@@ -162,6 +262,8 @@ void add_layer(PyModel& p, nb::object norm1, nb::object q, nb::object k, nb::obj
   l.gate = matrix(p, gate, m.ffn, m.hidden, "gate");
   l.up = matrix(p, up, m.ffn, m.hidden, "up");
   l.down = matrix(p, down, m.hidden, m.ffn, "down");
+  int of_attention = 1 + (l.k.order != l.q.order) + (l.v.order != l.q.order && l.v.order != l.k.order);
+  m.orders = std::max({m.orders, of_attention, 1 + (l.up.order != l.gate.order)});
   m.layers.push_back(l);
 }
 
@@ -247,23 +349,42 @@ class PyRunner {
   std::mutex busy_;
 };
 
-// out = x @ w.T on the pool: what the kernel tests and benchmarks call.
-void matmul(Pool& pool, const std::string& isa_name, const PyMatrix& w, In2 x, Out2 out, bool exact, int64_t repeat) {
+class Forms {  // the activations of a product, with their memory
+ public:
+  Forms(int64_t m, int64_t cols) {
+    memory_ = allocate(acts_bytes(m, cols), false);
+    acts = lay_out(memory_.get(), m, cols);
+  }
+  Acts acts;
+
+ private:
+  std::shared_ptr<uint8_t> memory_;
+};
+
+// out = x @ w.T on the pool for each of the matrices in turn, the last one's stays: what the kernel tests and
+// benchmarks call.
+void matmul(Pool& pool, const std::string& isa_name, const std::vector<const PyMatrix*>& ws, In2 x, Out2 out, bool exact) {
   const Kernels* k = isa(isa_name);
-  int64_t m = static_cast<int64_t>(x.shape(0)), cols = w.m.cols;
-  require(static_cast<int64_t>(x.shape(1)) == cols && static_cast<int64_t>(out.shape(0)) == m && static_cast<int64_t>(out.shape(1)) == w.m.rows, "x is m x cols, out m x rows");
+  int64_t m = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1)), rows = static_cast<int64_t>(out.shape(1));
+  for (const PyMatrix* w : ws)
+    require(w->m.cols == cols && static_cast<int64_t>(out.shape(0)) == m && w->m.rows == rows, "x is m x cols, out m x rows");
   require(m > 0, "no rows");
-  auto memory = allocate(acts_bytes(m, cols), false);
-  Acts a = lay_out(memory.get(), m, cols);
+  Forms forms(m, cols);
   nb::gil_scoped_release free;
-  Job job{&w.m, nullptr, out.data(), w.m.rows, Epilogue::STORE};
-  for (int64_t i = 0; i < repeat; ++i) {
-    k->prepare(x.data(), cols, 0, m, form_of(w.m, exact), a);
+  for (const PyMatrix* w : ws) {
+    forms.acts.order = w->m.order;
+    k->prepare(x.data(), cols, 0, m, form_of(w->m.format, exact), forms.acts);
+    Job job{&w->m, nullptr, out.data(), rows, Epilogue::STORE};
     pool.run([&](int tid) {
-      int64_t tiles = w.m.tiles(), pairs = (tiles + 1) / 2;
-      k->matmul(job, a, std::min(tiles, pairs * tid / pool.size() * 2), std::min(tiles, pairs * (tid + 1) / pool.size() * 2), exact);
+      int64_t tiles = w->m.tiles(), pairs = (tiles + 1) / 2;
+      k->matmul(job, forms.acts, std::min(tiles, pairs * tid / pool.size() * 2), std::min(tiles, pairs * (tid + 1) / pool.size() * 2), exact);
     });
   }
+}
+
+void matmul_one(Pool& pool, const std::string& isa_name, const PyMatrix& w, In2 x, Out2 out, bool exact, int64_t repeat) {
+  require(repeat > 0, "repeat is above 0");
+  matmul(pool, isa_name, std::vector<const PyMatrix*>(repeat, &w), x, out, exact);
 }
 
 void dequantize(const std::string& isa_name, const PyMatrix& w, Out2 out) {
@@ -349,8 +470,12 @@ NB_MODULE(_native, m) {
   m.def("make_model", &make_model, nb::rv_policy::take_ownership);
   m.def("make_cache", &make_cache, nb::rv_policy::take_ownership);
   m.def("pack", &pack, nb::arg("arena"), nb::arg("pool"), nb::arg("raw"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"), nb::arg("row_map") = nb::none());
+  m.def("pack_codebook", &pack_codebook, nb::arg("arena"), nb::arg("pool"), nb::arg("codes"), nb::arg("scales"), nb::arg("table"), nb::arg("rows"), nb::arg("cols"), nb::arg("block"), nb::arg("bfloat16"));
+  m.def("pack_groups", &pack_groups, nb::arg("arena"), nb::arg("pool"), nb::arg("codes"), nb::arg("scales"), nb::arg("zeros"), nb::arg("rows"), nb::arg("cols"), nb::arg("group"), nb::arg("bits"), nb::arg("order") = nb::none());
+  m.def("pack_rows", &pack_rows, nb::arg("arena"), nb::arg("pool"), nb::arg("values"), nb::arg("scales"), nb::arg("rows"), nb::arg("cols"));
   m.def("view", &view, nb::arg("array"), nb::arg("bfloat16"));
-  m.def("matmul", &matmul, nb::arg("pool"), nb::arg("isa"), nb::arg("w"), nb::arg("x"), nb::arg("out"), nb::arg("exact"), nb::arg("repeat") = 1);
+  m.def("matmul_each", &matmul);
+  m.def("matmul", &matmul_one, nb::arg("pool"), nb::arg("isa"), nb::arg("w"), nb::arg("x"), nb::arg("out"), nb::arg("exact"), nb::arg("repeat") = 1);
   m.def("dequantize", &dequantize);
   m.def("read_bandwidth", &read_bandwidth);
   m.def("read_matrix", &read_matrix);

@@ -1,5 +1,6 @@
 // The kernel tests without Python, for sanitizers and emulators: every instruction set against the scalar one,
 // odd shapes in buffers of exactly the right size, and a whole model stepped by several threads.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -60,7 +61,7 @@ Packed pack(const FileType& t, int64_t rows, int64_t cols) {
   p.m.rows = rows;
   p.m.cols = cols;
   p.m.format = t.format;
-  p.m.stride = padded(cols) / BLOCK_K * block_bytes(t.format);
+  p.m.stride = tile_bytes(t.format, cols);
   p.memory.resize(p.m.tiles() * p.m.stride);
   p.m.data = p.memory.data();
   for (int64_t i = 0; i < p.m.tiles(); ++i) pack_tile(t, raw.data(), rows, cols, nullptr, i, p.memory.data() + i * p.m.stride);
@@ -71,7 +72,8 @@ std::vector<float> product(const Kernels* k, const Matrix& w, const std::vector<
   std::vector<uint8_t> memory(acts_bytes(m, w.cols));
   std::vector<float> out(m * w.rows);
   Acts a = lay_out(memory.data(), m, w.cols);
-  k->prepare(x.data(), w.cols, 0, m, form_of(w, exact), a);
+  a.order = w.order;
+  k->prepare(x.data(), w.cols, 0, m, form_of(w.format, exact), a);
   Job job{&w, nullptr, out.data(), w.rows, Epilogue::STORE};
   k->matmul(job, a, 0, w.tiles(), exact);
   return out;
@@ -89,6 +91,85 @@ void check_products(const Kernels* k) {
           for (bool exact : {false, true}) {
             double d = distance(product(k, w.m, x, m, exact), product(kernels_scalar(), w.m, x, m, exact));
             expect(d < 1e-6, exact ? "exact product" : "product", k->name, id, m, d);
+          }
+        }
+      }
+  }
+}
+
+struct Given {  // random codes with their scales, in buffers of exactly the right size
+  CodeSource source;
+  std::vector<uint8_t> codes, zeros;
+  std::vector<uint16_t> halves;
+  std::vector<float> floats, table;
+  std::vector<int32_t> order;
+
+  Given(Format f, int64_t rows, int64_t cols, int64_t group, bool shuffled) : table(16) {
+    bool codebook = f == Format::C4 || f == Format::C4B, groups = f == Format::G4 || f == Format::G8;
+    int64_t count = groups ? rows * up(cols, group) : codebook ? up(rows * cols, group) : rows;
+    codes.resize(codebook ? rows * cols / 2 : rows * cols);
+    for (auto& c : codes) c = static_cast<uint8_t>(f == Format::G4 ? rng() & 15 : rng());
+    zeros.resize(groups ? count : 0);
+    for (auto& z : zeros) z = static_cast<uint8_t>(f == Format::G4 ? rng() % 17 : rng());
+    halves.resize(groups ? count : 0);
+    for (auto& h : halves) h = static_cast<uint16_t>(0x2100 | (rng() & 255));
+    floats.resize(groups ? 0 : count);
+    for (auto& v : floats) v = 0.01f + 0.01f * static_cast<float>(rng() % 100);
+    for (auto& v : table) v = normal();
+    order.resize(shuffled ? cols : 0);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
+    std::shuffle(order.begin(), order.end(), rng);
+    source.format = f;
+    source.rows = rows;
+    source.cols = cols;
+    source.group = group;
+    source.codes = codes.data();
+    source.pairs = codebook;
+    source.scales = groups ? static_cast<const void*>(halves.data()) : floats.data();
+    source.zeros = zeros.data();
+    source.order = shuffled ? order.data() : nullptr;
+  }
+
+  Packed pack() const {
+    Packed p;
+    Format f = source.format;
+    p.m.rows = source.rows;
+    p.m.cols = source.cols;
+    p.m.format = f;
+    p.m.stride = tile_bytes(f, source.cols, source.group);
+    p.m.table = table.data();
+    p.m.order = source.order;
+    if (f == Format::G4 || f == Format::G8) p.m.group = source.group;
+    p.memory.resize(p.m.tiles() * p.m.stride);
+    p.m.data = p.memory.data();
+    for (int64_t i = 0; i < p.m.tiles(); ++i) pack_codes_tile(source, i, p.memory.data() + i * p.m.stride);
+    return p;
+  }
+};
+
+void check_codes(const Kernels* k) {
+  struct Shape { int64_t cols, group; bool shuffled; };
+  for (Format f : {Format::C4, Format::C4B, Format::G4, Format::G8, Format::R8}) {
+    bool codebook = f == Format::C4 || f == Format::C4B;
+    Shape codebooks[] = {{64, 64, false}, {192, 128, false}, {320, 64, false}};
+    Shape others[] = {{64, 32, false}, {200, 64, true}, {7, 32, false}, {384, 128, true}};
+    for (int64_t rows : {5, 16, 50})
+      for (int i = 0; i < (codebook ? 3 : 4); ++i) {
+        Shape s = codebook ? codebooks[i] : others[i];
+        Given given(f, rows, s.cols, s.group, s.shuffled && f != Format::R8);
+        Packed w = given.pack();
+        std::vector<float> mine(s.cols), plain(s.cols);
+        for (int64_t r : {int64_t{0}, rows - 1}) {
+          k->dequantize_row(w.m, r, mine.data());
+          kernels_scalar()->dequantize_row(w.m, r, plain.data());
+          expect(mine == plain, "row", k->name, static_cast<int>(f), s.cols, 0);
+        }
+        for (int64_t m : {1, 2, 4, 7, 17}) {
+          std::vector<float> x(m * s.cols);
+          for (auto& v : x) v = normal();
+          for (bool exact : {false, true}) {
+            double d = distance(product(k, w.m, x, m, exact), product(kernels_scalar(), w.m, x, m, exact));
+            expect(d < 2e-6, exact ? "exact codes" : "codes", k->name, static_cast<int>(f), m, d);
           }
         }
       }
@@ -211,6 +292,9 @@ int main() {
   for (int i = 0; i < n; ++i) {
     const Kernels* k = find_kernels(names[i]);
     check_products(k);
+    std::mt19937 drawn = rng;  // the models below stay the ones whose distance the bounds were set for
+    check_codes(k);
+    rng = drawn;
     check_rows(k);
     check_model(k);
     std::printf("%s checked\n", k->name);

@@ -5,6 +5,10 @@
 //   4-bit block: header, then per group of 32 columns four lines of 64 bytes. Byte 4r+c of line j holds row r,
 //                column 4j+c in the low nibble and column 16+4j+c in the high nibble.
 //   8-bit block: header, then per group eight lines; byte 4r+c of line j is row r, column 4j+c, stored as value+128.
+// The formats from C4 on (streams.inl) are units of a header and spans of lines; a span is 32 columns, 16 for P6K.
+//   C4, P5..: lines as in a 4-bit block. C4B: the dword of row r in line j holds column 8j+2i+c in bits 16c+4i.
+//   Planes come before the lines of their span: byte 4r+c holds bit 5 of columns 4b+c in bit b (P5..), bits 5 and 6 of
+//   columns 4b+c in bits 2b (P6K; low nibbles of line i are quad i, high ones quad 2+i).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -25,24 +29,41 @@ enum class Format : int32_t {
   W4M = 4,   // scale f16, minimum f16, w = s * q + m
   W4K = 5,   // super-scales f16 d and dmin, u8 scale and minimum per group, w = d*sc*q - dmin*m
   W8 = 6,    // scale f16, w = s * q
-  W8M = 7,   // scale f16, minimum f16
-  W8K = 8,   // as W4K, 8-bit values
-  W6K = 9,   // super-scale f16 d, s8 scale per 16 columns
+  C4 = 10,   // 4-bit codes into a table of 16 floats, scale f32 per 64; fast: the table in 8 bits
+  C4B = 11,  // the same; fast: table and activations in bfloat16
+  G4 = 12,   // scale f16 and zero u8 per `group` columns, w = s * (q - z)
+  G8 = 13,   // the same with 8-bit values
+  R8 = 14,   // signed bytes, scale f32 per row
+  P5 = 15,   // 5 bits: nibbles and a plane of fifth bits; scale f16 per 32, w = s * (q - 16)
+  P5M = 16,  // scale f16, minimum f16
+  P5K = 17,  // as W4K, 5 bits, in blocks of 256 columns
+  P6K = 18,  // nibbles and planes of two bits; super-scale f16 d, s8 scale per 16, in blocks of 256 columns
 };
 
 inline bool row_major(Format f) { return f == Format::F32 || f == Format::F16 || f == Format::BF16; }
 
-inline int64_t block_bytes(Format f) {  // bytes of one 16 x 64 block; 0 for row-major formats
+inline int64_t block_bytes(Format f) {  // bytes of 16 rows x 64 columns; 0 for row-major formats and G4, G8, R8
   switch (f) {
     case Format::W4: return 64 + 512;
     case Format::W4M: return 128 + 512;
     case Format::W4K: return 128 + 512;
     case Format::W8: return 64 + 1024;
-    case Format::W8M: return 128 + 1024;
-    case Format::W8K: return 128 + 1024;
-    case Format::W6K: return 128 + 1024;
+    case Format::C4: case Format::C4B: return 64 + 512;
+    case Format::P5: return 64 + 640;
+    case Format::P5M: return 128 + 640;
+    case Format::P5K: return 80 + 640;   // a quarter of 16 x 256
+    case Format::P6K: return 80 + 768;
     default: return 0;
   }
+}
+
+inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step; }
+
+inline int64_t tile_bytes(Format f, int64_t cols, int64_t group = 0) {  // bytes of 16 rows; 0 for row-major formats
+  int64_t spans = up(cols, GROUP);
+  if (f == Format::R8) return 64 + spans * 512;
+  if (f == Format::G4 || f == Format::G8) return up(cols, group) * 64 + spans * (f == Format::G4 ? 256 : 512);
+  return up(cols, BLOCK_K) * block_bytes(f);
 }
 
 struct Matrix {
@@ -51,6 +72,9 @@ struct Matrix {
   int64_t stride = 0;  // bytes from one row (row-major) or one tile (packed) to the next
   Format format = Format::F32;
   const float* bias = nullptr;
+  int64_t group = 0;               // G4, G8: columns that share a scale
+  const float* table = nullptr;    // C4, C4B: the 16 values
+  const int32_t* order = nullptr;  // column j of the tiles is column order[j] of the activations; null: the same
   int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };
 
@@ -69,13 +93,17 @@ struct Acts {
   int32_t* negsum = nullptr;    // -128 times the sum of the 32 quantised values
   int32_t* negsum16 = nullptr;  // the same for halves of a group: [K/16][MR]
   float* sum = nullptr;         // scale * sum of the quantised values
+  const int32_t* order = nullptr;  // the matrix's: every form holds the columns in this order
 };
 
 enum Form : int { FORM_F32 = 1, FORM_BF16 = 2, FORM_INT8 = 4, FORM_INT24 = 8 };
 
-inline int form_of(const Matrix& w, bool exact) {
-  if (w.format == Format::BF16) return exact ? FORM_F32 : FORM_BF16;
-  return row_major(w.format) ? FORM_F32 : exact ? FORM_INT24 : FORM_INT8;
+inline bool in_integers(Format f) { return f == Format::W4 || f == Format::W4M || f == Format::W4K || f == Format::W8; }
+
+inline int form_of(Format f, bool exact) {  // what a matrix of this format reads
+  if (f == Format::F32 || f == Format::F16) return FORM_F32;
+  if (exact) return in_integers(f) ? FORM_INT24 : FORM_F32;
+  return f == Format::BF16 || f == Format::C4B ? FORM_BF16 : FORM_INT8;
 }
 
 constexpr int LIMBS = 3;  // rows of a token in the int24 form
@@ -126,6 +154,7 @@ struct Job {
   float* out = nullptr;
   int64_t ldo = 0;
   Epilogue epilogue = Epilogue::STORE;
+  const Acts* x1 = nullptr;  // the activations of w1 where its order of columns is another one
 };
 
 enum class KvType : int32_t { F32 = 0, BF16 = 1 };

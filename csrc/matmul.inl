@@ -41,29 +41,8 @@ struct W8 {
   INLINE F scale(const uint8_t* p, int h) { return load_f16(p + 32 * h); }
   INLINE F minimum(const uint8_t*, int) { return fzero(); }
 };
-struct W8M {
-  static constexpr int64_t BYTES = 1152, HEAD = 128;
-  static constexpr int BITS = 8, SPAN = 32;
-  static constexpr bool MINIMUM = true;
-  INLINE F scale(const uint8_t* p, int h) { return load_f16(p + 32 * h); }
-  INLINE F minimum(const uint8_t* p, int h) { return load_f16(p + 64 + 32 * h); }
-};
-struct W8K {
-  static constexpr int64_t BYTES = 1152, HEAD = 128;
-  static constexpr int BITS = 8, SPAN = 32;
-  static constexpr bool MINIMUM = true;
-  INLINE F scale(const uint8_t* p, int h) { return scaled(p, p + 64 + 32 * h); }
-  INLINE F minimum(const uint8_t* p, int h) { return sub(fzero(), scaled(p + 32, p + 80 + 32 * h)); }
-};
-struct W6K {
-  static constexpr int64_t BYTES = 1152, HEAD = 128;
-  static constexpr int BITS = 8, SPAN = 16;
-  static constexpr bool MINIMUM = false;
-  INLINE F scale(const uint8_t* p, int h) { return mul(load_f16(p), load_s8(p + 32 + 16 * h)); }
-  INLINE F minimum(const uint8_t*, int) { return fzero(); }
-};
 
-// One span (32 columns, or 16 for W6K) of NR tiles against MR tokens, added to acc.
+// One span of 32 columns of NR tiles against MR tokens, added to acc.
 template <class W, int MR, int NR>
 INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, F (*acc)[MR]) {
   // Few tokens: low and high nibbles in two chains, so that one does not wait for the other's latency, and the high
@@ -310,6 +289,8 @@ void add_limbs(int nr, int count, float* c) {  // the three rows of every token 
     }
 }
 
+#include "streams.inl"
+
 // Two tiles (of one matrix, or of gate and up) against one block of tokens: c[2][8][16].
 void tiles(const Matrix* const* w, const int64_t* tile, int nr, const Block& x, int mr, bool exact, float* c) {
   Format f = w[0]->format;
@@ -325,15 +306,17 @@ void tiles(const Matrix* const* w, const int64_t* tile, int nr, const Block& x, 
   }
   const uint8_t* p[2];
   for (int n = 0; n < nr; ++n) p[n] = w[n]->data + tile[n] * w[n]->stride;
+  auto visit = [&](auto format) {
+    using W = decltype(format);
+    stream_tiles<W>(p, nr, plan_of<W>(*w[0]), x, mr, exact, c);
+  };
+  if (with_stream(f, visit)) return;
   int64_t blocks = padded(w[0]->cols) / BLOCK_K;
   switch (f) {
     case Format::W4: packed<W4>(p, nr, blocks, x, mr, c); break;
     case Format::W4M: packed<W4M>(p, nr, blocks, x, mr, c); break;
     case Format::W4K: packed<W4K>(p, nr, blocks, x, mr, c); break;
     case Format::W8: packed<W8>(p, nr, blocks, x, mr, c); break;
-    case Format::W8M: packed<W8M>(p, nr, blocks, x, mr, c); break;
-    case Format::W8K: packed<W8K>(p, nr, blocks, x, mr, c); break;
-    case Format::W6K: packed<W6K>(p, nr, blocks, x, mr, c); break;
     default: break;
   }
   if (exact) add_limbs(nr, x.count, c);
@@ -386,7 +369,7 @@ Block block_of(const Acts& x, int64_t m0, int form) {
 void product(const Job& job, const Matrix* w, const Acts& x, int64_t tile0, int64_t tile1, bool exact) {
   alignas(64) float c[2 * MAX_MR * TILE] = {};
   const Matrix* two[2] = {w, w};
-  int form = form_of(*w, exact), step = block_tokens(form);
+  int form = form_of(w->format, exact), step = block_tokens(form);
   for (int64_t t = tile0; t < tile1; t += 2) {
     int64_t at[2] = {t, t + 1};
     int nr = tile1 - t < 2 ? 1 : 2;
@@ -398,14 +381,18 @@ void product(const Job& job, const Matrix* w, const Acts& x, int64_t tile0, int6
   }
 }
 
+bool one_kernel(const Matrix& a, const Matrix& b) {  // whether two tiles of a and b can go through one call
+  return a.format == b.format && a.group == b.group && a.table == b.table && a.order == b.order;
+}
+
 void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool exact) {
   if (job.epilogue != Epilogue::SWIGLU) return product(job, job.w, x, tile0, tile1, exact);
-  int form = form_of(*job.w, exact), step = block_tokens(form);
-  if (x.m <= step || job.w->format != job.w1->format) {
+  int form = form_of(job.w->format, exact), step = block_tokens(form);
+  if (x.m <= step || !one_kernel(*job.w, *job.w1)) {
     Job gate = job;  // one after the other: for few tokens weights come from memory, and turns would break its stream
     gate.epilogue = Epilogue::STORE;
     product(gate, job.w, x, tile0, tile1, exact);
-    return product(job, job.w1, x, tile0, tile1, exact);
+    return product(job, job.w1, job.x1 ? *job.x1 : x, tile0, tile1, exact);
   }
   alignas(64) float c[2 * MAX_MR * TILE] = {};
   const Matrix* two[2] = {job.w, job.w1};
@@ -459,8 +446,7 @@ void dequantize_row(const Matrix& w, int64_t row, float* out) {
     case Format::W4M: return packed_row<W4M>(p, lane, w.cols, out);
     case Format::W4K: return packed_row<W4K>(p, lane, w.cols, out);
     case Format::W8: return packed_row<W8>(p, lane, w.cols, out);
-    case Format::W8M: return packed_row<W8M>(p, lane, w.cols, out);
-    case Format::W8K: return packed_row<W8K>(p, lane, w.cols, out);
-    case Format::W6K: return packed_row<W6K>(p, lane, w.cols, out);
+    default: break;
   }
+  with_stream(w.format, [&](auto format) { stream_row<decltype(format)>(w, p, lane, out); });
 }

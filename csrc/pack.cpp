@@ -9,9 +9,9 @@ namespace llama2 {
 namespace {
 
 constexpr FileType TYPES[] = {
-    {2, "Q4_0", 32, 18, Format::W4},    {3, "Q4_1", 32, 20, Format::W4M},   {6, "Q5_0", 32, 22, Format::W8},
-    {7, "Q5_1", 32, 24, Format::W8M},   {8, "Q8_0", 32, 34, Format::W8},    {12, "Q4_K", 256, 144, Format::W4K},
-    {13, "Q5_K", 256, 176, Format::W8K}, {14, "Q6_K", 256, 210, Format::W6K},
+    {2, "Q4_0", 32, 18, Format::W4},    {3, "Q4_1", 32, 20, Format::W4M},   {6, "Q5_0", 32, 22, Format::P5},
+    {7, "Q5_1", 32, 24, Format::P5M},   {8, "Q8_0", 32, 34, Format::W8},    {12, "Q4_K", 256, 144, Format::W4K},
+    {13, "Q5_K", 256, 176, Format::P5K}, {14, "Q6_K", 256, 210, Format::P6K},
 };
 
 uint32_t get32(const uint8_t* p) {
@@ -22,14 +22,9 @@ uint32_t get32(const uint8_t* p) {
 
 void put32(uint8_t* p, uint32_t v) { std::memcpy(p, &v, 4); }
 
-// `line`: the first line of a group; lane r; values of the group as they are stored
-void put_bytes(uint8_t* line, int lane, const uint8_t* values, int count) {
-  for (int j = 0; j < count / 4; ++j) std::memcpy(line + 64 * j + 4 * lane, values + 4 * j, 4);
-}
-
 void group32(const FileType& type, const uint8_t* src, uint8_t* block, int h, int lane) {
   bool four = type.format == Format::W4 || type.format == Format::W4M;
-  bool minimum = type.format == Format::W4M || type.format == Format::W8M;
+  bool minimum = type.format == Format::W4M;
   uint8_t* line = block + (minimum ? 128 : 64) + (four ? 256 : 512) * h;
   std::memcpy(block + 32 * h + 2 * lane, src, 2);
   src += 2;
@@ -41,17 +36,7 @@ void group32(const FileType& type, const uint8_t* src, uint8_t* block, int h, in
     for (int j = 0; j < 4; ++j) put32(line + 64 * j + 4 * lane, get32(src + 4 * j));
     return;
   }
-  if (type.id == 8) {
-    for (int j = 0; j < 8; ++j) put32(line + 64 * j + 4 * lane, get32(src + 4 * j) ^ 0x80808080u);
-    return;
-  }
-  uint32_t high = get32(src);
-  uint8_t values[32], base = minimum ? 128 : 112;  // Q5_0 stores q, w = d * (q - 16)
-  for (int k = 0; k < 32; ++k) {
-    uint8_t nibble = k < 16 ? src[4 + k] & 15 : src[4 + k - 16] >> 4;
-    values[k] = static_cast<uint8_t>(base + (nibble | ((high >> k & 1) << 4)));
-  }
-  put_bytes(line, lane, values, 32);
+  for (int j = 0; j < 8; ++j) put32(line + 64 * j + 4 * lane, get32(src + 4 * j) ^ 0x80808080u);
 }
 
 void six_bit(const uint8_t* s, int g, uint8_t* scale, uint8_t* minimum) {  // the packed scales of Q4_K and Q5_K
@@ -64,21 +49,12 @@ void six_bit(const uint8_t* s, int g, uint8_t* scale, uint8_t* minimum) {  // th
   }
 }
 
-void block_k45(const FileType& type, const uint8_t* src, uint8_t* block, int quarter, int lane) {
-  bool five = type.id == 13;
+void block_k4(const uint8_t* src, uint8_t* block, int quarter, int lane) {
   std::memcpy(block + 2 * lane, src, 2);
   std::memcpy(block + 32 + 2 * lane, src + 2, 2);
-  const uint8_t *high = src + 16, *low = src + (five ? 48 : 16) + 32 * quarter;
+  const uint8_t* low = src + 16 + 32 * quarter;
   for (int h = 0; h < 2; ++h) {
-    int g = 2 * quarter + h;
-    six_bit(src + 4, g, block + 64 + 32 * h + lane, block + 80 + 32 * h + lane);
-    if (five) {
-      uint8_t values[32];
-      for (int k = 0; k < 32; ++k)
-        values[k] = static_cast<uint8_t>(128 + ((h ? low[k] >> 4 : low[k] & 15) | ((high[k] >> g & 1) << 4)));
-      put_bytes(block + 128 + 512 * h, lane, values, 32);
-      continue;
-    }
+    six_bit(src + 4, 2 * quarter + h, block + 64 + 32 * h + lane, block + 80 + 32 * h + lane);
     for (int j = 0; j < 4; ++j) {
       uint32_t a = get32(low + 4 * j) >> 4 * h & 0x0f0f0f0fu, b = get32(low + 16 + 4 * j) >> 4 * h & 0x0f0f0f0fu;
       put32(block + 128 + 256 * h + 64 * j + 4 * lane, a | b << 4);
@@ -86,18 +62,44 @@ void block_k45(const FileType& type, const uint8_t* src, uint8_t* block, int qua
   }
 }
 
-void block_k6(const uint8_t* src, uint8_t* block, int quarter, int lane) {
+// Fifth bits of a span: byte 4r+c of the plane holds that of column 4b+c in bit b.
+void put_five(uint8_t* span, int lane, const uint8_t* nibbles, uint32_t high) {
+  for (int j = 0; j < 4; ++j) put32(span + 64 + 64 * j + 4 * lane, get32(nibbles + 4 * j));
+  for (int k = 0; k < 32; ++k) span[4 * lane + k % 4] |= static_cast<uint8_t>((high >> k & 1) << k / 4);
+}
+
+void plane32(const FileType& type, const uint8_t* src, uint8_t* block, int h, int lane) {  // Q5_0, Q5_1
+  bool minimum = type.format == Format::P5M;
+  std::memcpy(block + 32 * h + 2 * lane, src, 2);
+  if (minimum) std::memcpy(block + 64 + 32 * h + 2 * lane, src + 2, 2);
+  src += minimum ? 4 : 2;
+  put_five(block + (minimum ? 128 : 64) + 320 * h, lane, src + 4, get32(src));
+}
+
+void plane_k5(const uint8_t* src, uint8_t* block, int lane) {
+  std::memcpy(block + 2 * lane, src, 2);
+  std::memcpy(block + 32 + 2 * lane, src + 2, 2);
+  for (int g = 0; g < 8; ++g) {
+    six_bit(src + 4, g, block + 64 + 32 * g + lane, block + 80 + 32 * g + lane);
+    const uint8_t *high = src + 16, *low = src + 48 + 32 * (g / 2);
+    uint8_t nibbles[16];
+    uint32_t fifth = 0;
+    for (int k = 0; k < 16; ++k)
+      nibbles[k] = static_cast<uint8_t>((low[k] >> 4 * (g & 1) & 15) | (low[16 + k] >> 4 * (g & 1) & 15) << 4);
+    for (int k = 0; k < 32; ++k) fifth |= static_cast<uint32_t>(high[k] >> g & 1) << k;
+    put_five(block + 320 + 320 * g, lane, nibbles, fifth);
+  }
+}
+
+void plane_k6(const uint8_t* src, uint8_t* block, int lane) {
   std::memcpy(block + 2 * lane, src + 208, 2);
-  for (int s = 0; s < 4; ++s) {
-    uint8_t values[16];
-    block[32 + 16 * s + lane] = src[192 + 4 * quarter + s];
-    for (int i = 0; i < 16; ++i) {
-      int k = 64 * quarter + 16 * s + i, half = k / 128, part = k % 128 / 32, at = k % 32;
-      uint8_t low = src[64 * half + at + 32 * (part & 1)];
-      uint8_t q = static_cast<uint8_t>((part < 2 ? low & 15 : low >> 4) | ((src[128 + 32 * half + at] >> 2 * part & 3) << 4));
-      values[i] = static_cast<uint8_t>(q + 96);
-    }
-    put_bytes(block + 128 + 256 * s, lane, values, 16);
+  for (int k = 0; k < 256; ++k) {
+    int half = k / 128, part = k % 128 / 32, at = k % 32, s = k / 16, i = k % 16;
+    if (i == 0) block[64 + 16 * s + lane] = src[192 + s];
+    uint8_t byte = src[64 * half + at + 32 * (part & 1)], low = part < 2 ? byte & 15 : byte >> 4;
+    uint8_t high = src[128 + 32 * half + at] >> 2 * part & 3, *span = block + 320 + 192 * s;
+    span[4 * lane + i % 4] |= static_cast<uint8_t>(high << 2 * (i / 4));
+    span[64 + 64 * (i / 4 % 2) + 4 * lane + i % 4] |= static_cast<uint8_t>(i < 8 ? low : low << 4);
   }
 }
 
@@ -125,16 +127,21 @@ void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t c
   for (int lane = 0; lane < TILE && tile * TILE + lane < rows; ++lane) {
     int64_t row = tile * TILE + lane;
     const uint8_t* src = raw + (row_map ? row_map[row] : row) * row_bytes;
+    if (type.format == Format::P5K || type.format == Format::P6K) {
+      for (int64_t b = 0; b < cols / 256; ++b)
+        if (type.format == Format::P5K) plane_k5(src + b * type.bytes, out + b * 4 * size, lane);
+        else plane_k6(src + b * type.bytes, out + b * 4 * size, lane);
+      continue;
+    }
     for (int64_t b = 0; b < blocks; ++b) {
       uint8_t* block = out + b * size;
-      if (type.columns == 256) {
-        const uint8_t* super = src + b / 4 * type.bytes;
-        if (type.id == 14) block_k6(super, block, static_cast<int>(b % 4), lane);
-        else block_k45(type, super, block, static_cast<int>(b % 4), lane);
+      if (type.format == Format::W4K) {
+        block_k4(src + b / 4 * type.bytes, block, static_cast<int>(b % 4), lane);
         continue;
       }
       for (int h = 0; h < 2 && (2 * b + h) * GROUP < cols; ++h)
-        group32(type, src + (2 * b + h) * type.bytes, block, h, lane);
+        if (type.format == Format::P5 || type.format == Format::P5M) plane32(type, src + (2 * b + h) * type.bytes, block, h, lane);
+        else group32(type, src + (2 * b + h) * type.bytes, block, h, lane);
     }
   }
 }

@@ -23,4 +23,17 @@ std::shared_ptr<uint8_t> allocate(int64_t bytes, bool huge = true);
 void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* row_map, int64_t tile,
                uint8_t* out);
 
+// Weights given as codes, scales and zeros rather than as blocks of a file; every array is rows x its own columns.
+struct CodeSource {
+  Format format = Format::C4;
+  int64_t rows = 0, cols = 0;
+  int64_t group = 0;                 // columns of one scale
+  const uint8_t* codes = nullptr;    // rows x cols, a byte each; signed for R8
+  bool pairs = false;                // C4, C4B: two codes a byte, the first in the high nibble
+  const void* scales = nullptr;      // C4, C4B: float32 per `group` weights; G4, G8: float16 rows x groups; R8: float32 rows
+  const uint8_t* zeros = nullptr;    // G4, G8: rows x groups
+  const int32_t* order = nullptr;    // column j of the tile is column order[j] of the codes
+};
+void pack_codes_tile(const CodeSource& from, int64_t tile, uint8_t* out);
+
 }  // namespace llama2

@@ -124,9 +124,12 @@ void prepare(const float* x, int64_t ldx, int64_t m0, int64_t m1, int forms, con
   int64_t k = to.k, kp = padded(k);
   for (int64_t m = m0; m < m1; ++m) {
     const float* row = x + m * ldx;
-    if (forms & FORM_F32) {
+    if ((forms & FORM_F32) || to.order) {
       float* out = to.f32 + m * kp;
-      __builtin_memcpy(out, row, k * 4);
+      if (to.order)
+        for (int64_t i = 0; i < k; ++i) out[i] = row[to.order[i]];
+      else __builtin_memcpy(out, row, k * 4);
+      row = out;
       for (int64_t i = k; i < kp; ++i) out[i] = 0;
     }
     if (forms & FORM_BF16) {

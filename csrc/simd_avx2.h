@@ -141,6 +141,55 @@ INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
 INLINE F dot_bf16(F acc, H w, H x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
 INLINE F digit_table(float zero) { return fset(zero); }
 INLINE F digits(B v, int shift, F table) { return sub(nibble(v, shift), table); }
+// For streams.inl. d6: values 0..63
+using D6 = I;
+struct Table { __m256 low, high; };  // 16 floats, one chosen by each lane
+using Bytes = __m256i;               // 16 bytes, one chosen by each byte
+using Pairs = Table;                 // 16 floats of bfloat16 precision
+INLINE D6 d6_begin(I start) { return start; }
+#ifdef __AVXVNNI__
+INLINE D6 d6_dot(D6 d, B w, const int8_t* a) { return d4_dot(d, w, a); }
+#else
+INLINE __m256i d6_half(__m256i d, __m256i w, __m256i x) {  // two products of 63 * 127 fit in 16 bits, four do not
+  return _mm256_add_epi32(d, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+INLINE D6 d6_dot(D6 d, B w, const int8_t* a) { __m256i x = quad(a); return {d6_half(d.a, w.a, x), d6_half(d.b, w.b, x)}; }
+#endif
+INLINE I d6_end(D6 d) { return d; }
+INLINE __m256i with_bits_half(__m256i low, __m256i plane, int shift, __m256i mask) {
+  __m256i s = shift >= 0 ? _mm256_slli_epi16(plane, shift) : _mm256_srli_epi16(plane, -shift);
+  return _mm256_or_si256(low, _mm256_and_si256(s, mask));
+}
+INLINE B with_bits(B low, B plane, int shift, int mask) {  // low | plane * 2^shift & mask, in bytes
+  __m256i m = _mm256_set1_epi8((char)mask);
+  return {with_bits_half(low.a, plane.a, shift, m), with_bits_half(low.b, plane.b, shift, m)};
+}
+INLINE Table table_of(const float* codes) { return {_mm256_loadu_ps(codes), _mm256_loadu_ps(codes + 8)}; }
+INLINE __m256 lookup_half(__m256i v, int shift, Table t) {  // the permutation reads bits 0 to 2, the blend bit 31
+  __m256i index = _mm256_srli_epi32(v, shift);
+  __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(v, 28 - shift));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index), upper);
+}
+INLINE F lookup(B v, int shift, Table t) { return {lookup_half(v.a, shift, t), lookup_half(v.b, shift, t)}; }
+INLINE Bytes bytes_of(const uint8_t* codes) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)codes)); }
+INLINE B lookup8(B nibbles, Bytes t) { return {_mm256_shuffle_epi8(t, nibbles.a), _mm256_shuffle_epi8(t, nibbles.b)}; }
+INLINE Pairs pairs_of(const float* codes) {
+  uint16_t rounded[16];
+  store_bf16(rounded, fload(codes));
+  F f = load_bf16(rounded);
+  return {f.a, f.b};
+}
+INLINE float bf16_value(uint16_t h) {
+  uint32_t bits = (uint32_t)h << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+// nibbles i of the two halves of each dword, looked up, times x[0] and x[1]
+INLINE F dot_pairs(F acc, B v, int i, Pairs t, const uint16_t* x) {
+  acc = fma(lookup(v, 4 * i, t), fset(bf16_value(x[0])), acc);
+  return fma(lookup(v, 16 + 4 * i, t), fset(bf16_value(x[1])), acc);
+}
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 constexpr int PREFETCH = 8192;
 constexpr int PREFETCH_MANY = 8192;

@@ -86,6 +86,35 @@ INLINE F digit_table(float zero) {
 INLINE F digits(B v, int shift, F table) {  // a permutation reads four bits of its index: no mask, no conversion
   return _mm512_permutexvar_ps(_mm512_srli_epi32(v, shift), table);
 }
+// For streams.inl. d6: values 0..63
+using D6 = __m512i;
+using Table = __m512;    // 16 floats, one chosen by each lane
+using Bytes = __m512i;   // 16 bytes, one chosen by each byte
+using Pairs = __m512i;   // 16 bfloat16 twice, as the permutation reads five bits
+INLINE D6 d6_begin(I start) { return start; }
+INLINE D6 d6_dot(D6 d, B w, const int8_t* a) { return d4_dot(d, w, a); }
+INLINE I d6_end(D6 d) { return d; }
+INLINE B with_bits(B low, B plane, int shift, int mask) {  // low | plane * 2^shift & mask, in bytes
+  B s = shift >= 0 ? _mm512_slli_epi16(plane, shift) : _mm512_srli_epi16(plane, -shift);
+  return _mm512_ternarylogic_epi64(low, s, _mm512_set1_epi8((char)mask), 0xf8);
+}
+INLINE Table table_of(const float* codes) { return fload(codes); }
+INLINE F lookup(B v, int shift, Table t) { return digits(v, shift, t); }
+INLINE Bytes bytes_of(const uint8_t* codes) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)codes)); }
+INLINE B lookup8(B nibbles, Bytes t) { return _mm512_shuffle_epi8(t, nibbles); }
+INLINE Pairs pairs_of(const float* codes) {
+  uint16_t twice[32];
+  store_bf16(twice, fload(codes));
+  store_bf16(twice + 16, fload(codes));
+  return _mm512_loadu_si512(twice);
+}
+// nibbles i of the two halves of each dword, looked up, times x[0] and x[1]
+INLINE F dot_pairs(F acc, B v, int i, Pairs t, const uint16_t* x) {
+  int32_t both;
+  __builtin_memcpy(&both, x, 4);
+  __m512i w = _mm512_permutexvar_epi16(_mm512_srli_epi32(v, 4 * i), t);
+  return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(both));
+}
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 constexpr int PREFETCH = 0;          // one token: the hardware's own prefetch alone keeps up with the memory (1.01 of a read; 0.96 with 8 kB)
 constexpr int PREFETCH_MANY = 4096;  // several: loads are too far apart for it

@@ -108,6 +108,52 @@ INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
 INLINE F dot_bf16(F acc, H w, H x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
 INLINE F digit_table(float zero) { return fset(zero); }
 INLINE F digits(B v, int shift, F table) { return sub(nibble(v, shift), table); }
+// For streams.inl. d6: values 0..63
+using D6 = I;
+using Table = uint8x16x4_t;  // 16 floats as 64 bytes, one float chosen by each lane
+using Bytes = uint8x16_t;    // 16 bytes, one chosen by each byte
+using Pairs = Table;         // 16 floats of bfloat16 precision
+INLINE D6 d6_begin(I start) { return start; }
+INLINE D6 d6_dot(D6 d, B w, const int8_t* a) { return d4_dot(d, w, a); }
+INLINE I d6_end(D6 d) { return d; }
+INLINE B with_bits(B low, B plane, int shift, int mask) {  // low | plane * 2^shift & mask, in bytes
+  QUADS low.v[i] = vorrq_u8(low.v[i], vandq_u8(vshlq_u8(plane.v[i], vdupq_n_s8((int8_t)shift)), vdupq_n_u8((uint8_t)mask)));
+  return low;
+}
+INLINE Table table_of(const float* codes) {
+  Table t;
+  QUADS t.val[i] = vreinterpretq_u8_f32(vld1q_f32(codes + 4 * i));
+  return t;
+}
+INLINE F lookup(B v, int shift, Table t) {
+  F r;
+  QUADS {
+    uint32x4_t index = vandq_u32(vshlq_u32(vreinterpretq_u32_u8(v.v[i]), vdupq_n_s32(-shift)), vdupq_n_u32(15));
+    uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100u), index, vdupq_n_u32(0x04040404u));
+    r.v[i] = vreinterpretq_f32_u8(vqtbl4q_u8(t, vreinterpretq_u8_u32(at)));
+  }
+  return r;
+}
+INLINE Bytes bytes_of(const uint8_t* codes) { return vld1q_u8(codes); }
+INLINE B lookup8(B nibbles, Bytes t) { QUADS nibbles.v[i] = vqtbl1q_u8(t, nibbles.v[i]); return nibbles; }
+INLINE Pairs pairs_of(const float* codes) {
+  uint16_t rounded[16];
+  float values[16];
+  store_bf16(rounded, fload(codes));
+  fstore(values, load_bf16(rounded));
+  return table_of(values);
+}
+INLINE float bf16_value(uint16_t h) {
+  uint32_t bits = (uint32_t)h << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+// nibbles i of the two halves of each dword, looked up, times x[0] and x[1]
+INLINE F dot_pairs(F acc, B v, int i, Pairs t, const uint16_t* x) {
+  acc = fma(lookup(v, 4 * i, t), fset(bf16_value(x[0])), acc);
+  return fma(lookup(v, 16 + 4 * i, t), fset(bf16_value(x[1])), acc);
+}
 INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 constexpr int PREFETCH = 2048;
 constexpr int PREFETCH_MANY = 2048;

@@ -79,6 +79,32 @@ INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
 INLINE F dot_bf16(F acc, H w, H x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
 INLINE F digit_table(float zero) { return fset(zero); }
 INLINE F digits(B v, int shift, F table) { return sub(nibble(v, shift), table); }
+// For streams.inl. d6: values 0..63
+using D6 = I;
+using Table = F;                      // 16 floats, one chosen by each lane
+struct Bytes { uint8_t v[16]; };      // 16 bytes, one chosen by each byte
+using Pairs = F;                      // 16 floats of bfloat16 precision
+INLINE D6 d6_begin(I start) { return start; }
+INLINE D6 d6_dot(D6 d, B w, const int8_t* a) { return d4_dot(d, w, a); }
+INLINE I d6_end(D6 d) { return d; }
+INLINE B with_bits(B low, B plane, int shift, int mask) {  // low | plane * 2^shift & mask, in bytes
+  for (int i = 0; i < 64; ++i) low.v[i] |= (shift >= 0 ? plane.v[i] << shift : plane.v[i] >> -shift) & mask;
+  return low;
+}
+INLINE Table table_of(const float* codes) { return fload(codes); }
+INLINE F lookup(B b, int shift, const Table& t) {
+  F r;
+  LANES r.v[i] = t.v[b.v[4 * i + shift / 8] >> (shift % 8) & 15];
+  return r;
+}
+INLINE Bytes bytes_of(const uint8_t* codes) { Bytes r; std::memcpy(r.v, codes, 16); return r; }
+INLINE B lookup8(B nibbles, const Bytes& t) { for (int i = 0; i < 64; ++i) nibbles.v[i] = t.v[nibbles.v[i]]; return nibbles; }
+INLINE Pairs pairs_of(const float* codes) { Pairs r; LANES r.v[i] = bf16_to_float(float_to_bf16(codes[i])); return r; }
+// nibbles i of the two halves of each dword, looked up, times x[0] and x[1]
+INLINE F dot_pairs(F acc, B v, int i, const Pairs& t, const uint16_t* x) {
+  acc = fma(lookup(v, 4 * i, t), fset(bf16_to_float(x[0])), acc);
+  return fma(lookup(v, 16 + 4 * i, t), fset(bf16_to_float(x[1])), acc);
+}
 INLINE void prefetch(const void*) {}
 constexpr int PREFETCH = 0;
 constexpr int PREFETCH_MANY = 0;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 #include "pack.h"
 
@@ -105,6 +106,7 @@ class Step {  // one step as every thread sees it
       wide_.push_back(c.acts(M_, m.ffn));
       private_norm_.push_back(alone() ? c.take<float>(D) : normed_);
     }
+    for (int i = copies; i < copies * m.orders; ++i) narrow_.push_back(c.acts(std::max(M_, b.rows), D));
     for (int i = 0; i < pool->size(); ++i) att_scratch_.push_back(c.take<float>(attention_scratch(m.width + 16)));
     for (auto& n : counters_) n.store(0, std::memory_order_relaxed);
     single_ = true;
@@ -114,7 +116,7 @@ class Step {  // one step as every thread sees it
   static int64_t bytes(const Model& m, const Batch& b, int threads) {
     int64_t M = std::max(b.tokens, b.rows), A = m.heads * m.width, KV = m.kv_heads * m.width;
     int64_t floats = M * (2 * m.hidden + 2 * A + 2 * KV + m.ffn + m.width) + threads * attention_scratch(m.width + 16);
-    int64_t acts = acts_bytes(M, m.hidden) + acts_bytes(M, A) + acts_bytes(M, m.ffn) + 4 * m.hidden + 64;
+    int64_t acts = m.orders * acts_bytes(M, m.hidden) + acts_bytes(M, A) + acts_bytes(M, m.ffn) + 4 * m.hidden + 64;
     return floats * 4 + (b.tokens == 1 && b.rows <= 1 ? threads : 1) * acts + 64 * (32 + threads);
   }
 
@@ -134,7 +136,7 @@ class Step {  // one step as every thread sees it
  private:
   bool alone() const { return M_ == 1 && b_.rows <= 1; }  // so little work that each thread repeats the small parts
 
-  int form(const Matrix& w) const { return form_of(w, exact_); }
+  int form(const Matrix& w) const { return form_of(w.format, exact_); }
 
   void embed(int tid) {
     Range r = share(M_, tid, pool_->size());
@@ -149,26 +151,37 @@ class Step {  // one step as every thread sees it
     }
   }
 
-  // x (tokens apart by ldx) to the forms wanted; ends with a barrier unless every thread has its own copy
-  const Acts& prepare(int tid, std::vector<Acts>& to, const float* x, int64_t ldx, int64_t m, int forms) {
-    if (alone()) {
-      to[tid].m = m;
-      k_->prepare(x, ldx, 0, m, forms, to[tid]);
-      return to[tid];
+  struct Inputs { Acts of[3]; };  // the activations of each matrix of a product, those of one order being the same
+
+  // x (tokens apart by ldx) in every order of columns and form that the matrices want; ends with a barrier unless every
+  // thread has its own copy
+  Inputs prepare(int tid, const std::vector<Acts>& sets, const float* x, int64_t ldx, int64_t m, std::initializer_list<const Matrix*> ws) {
+    Inputs in;
+    int slots = 0, forms[3] = {}, at = 0;
+    Acts to[3];
+    for (const Matrix* w : ws) {
+      int s = 0;
+      while (s < slots && to[s].order != w->order) ++s;
+      if (s == slots) {
+        to[s] = sets[alone() ? static_cast<size_t>(s * pool_->size() + tid) : static_cast<size_t>(s)];
+        to[s].m = m;
+        to[s].order = w->order;
+        ++slots;
+      }
+      forms[s] |= form(*w);
+      in.of[at++] = to[s];
     }
-    Acts a = to[0];
-    a.m = m;
-    Range r = share(m, tid, pool_->size(), MAX_MR);
-    if (r.begin < r.end) k_->prepare(x, ldx, r.begin, r.end, forms, a);
-    pool_->barrier();
-    return to[0];
+    Range r = alone() ? Range{0, m} : share(m, tid, pool_->size(), MAX_MR);
+    for (int s = 0; s < slots && r.begin < r.end; ++s) k_->prepare(x, ldx, r.begin, r.end, forms[s], to[s]);
+    if (!alone()) pool_->barrier();
+    return in;
   }
 
-  const Acts& norm(int tid, const float* weight, int forms) {
+  Inputs norm(int tid, const float* weight, std::initializer_list<const Matrix*> ws) {
     float* out = private_norm_[alone() ? tid : 0];
     Range r = alone() ? Range{0, M_} : share(M_, tid, pool_->size(), MAX_MR);
     for (int64_t t = r.begin; t < r.end; ++t) k_->rmsnorm(x_ + t * m_.hidden, weight, m_.eps, m_.hidden, out + t * m_.hidden);
-    return prepare(tid, narrow_, out, m_.hidden, M_, forms);
+    return prepare(tid, narrow_, out, m_.hidden, M_, ws);
   }
 
   // Matrices that share an input, as one range of tiles; `next` hands pieces of it to threads that share it by demand.
@@ -198,10 +211,12 @@ class Step {  // one step as every thread sees it
 
   bool by_demand(int64_t tokens) const { return tokens >= DYNAMIC && pool_->size() > 1; }
 
-  void piece(const Product& p, const Acts& x, int64_t begin, int64_t end) {
+  void piece(const Product& p, const Inputs& x, int64_t begin, int64_t end) {
     for (int j = 0; j < p.count && begin < end; ++j) {
       int64_t tiles = p.jobs[j].w->tiles();
-      if (begin < tiles) k_->matmul(p.jobs[j], x, begin, std::min(end, tiles), exact_);
+      Job job = p.jobs[j];
+      if (job.w1) job.x1 = &x.of[1];
+      if (begin < tiles) k_->matmul(job, x.of[j], begin, std::min(end, tiles), exact_);
       begin = std::max<int64_t>(0, begin - tiles);
       end -= tiles;
     }
@@ -215,9 +230,9 @@ class Step {  // one step as every thread sees it
     return pool_->size() == 1 || bytes < STEALABLE * pool_->size() ? 0 : tiles / 8 / 4 * 4;
   }
 
-  void matmul(int tid, const Product& p, const Acts& x) {
+  void matmul(int tid, const Product& p, const Inputs& x) {
     int64_t tiles = p.tiles(), fixed = 0, chunk = 2;
-    if (by_demand(x.m)) {
+    if (by_demand(x.of[0].m)) {
       chunk = std::max<int64_t>(2, tiles / (pool_->size() * 16) / 2 * 2);
     } else {
       fixed = tiles - loose(p, tiles);
@@ -295,20 +310,16 @@ class Step {  // one step as every thread sees it
   void layer(int tid, size_t index) {
     const Layer& l = m_.layers[index];
     int64_t A = m_.heads * m_.width;
-    const Acts& in = norm(tid, l.norm1, form(l.q) | form(l.k) | form(l.v));
-    matmul(tid, qkv(index), in);
+    matmul(tid, qkv(index), norm(tid, l.norm1, {&l.q, &l.k, &l.v}));
     meet(tid, out(index));
     attention(tid, index);
     meet(tid, out(index));
-    const Acts& seen = prepare(tid, middle_, attn_, A, M_, form(l.o));
-    matmul(tid, out(index), seen);
+    matmul(tid, out(index), prepare(tid, middle_, attn_, A, M_, {&l.o}));
     meet(tid, gated(index));
 
-    const Acts& mid = norm(tid, l.norm2, form(l.gate) | form(l.up));
-    matmul(tid, gated(index), mid);
+    matmul(tid, gated(index), norm(tid, l.norm2, {&l.gate, &l.up}));
     meet(tid, down(index));
-    const Acts& wide = prepare(tid, wide_, ffn_, m_.ffn, M_, form(l.down));
-    matmul(tid, down(index), wide);
+    matmul(tid, down(index), prepare(tid, wide_, ffn_, m_.ffn, M_, {&l.down}));
   }
 
   void logits(int tid) {
@@ -317,9 +328,7 @@ class Step {  // one step as every thread sees it
     Range r = alone() ? Range{0, b_.rows} : share(b_.rows, tid, pool_->size(), MAX_MR);
     for (int64_t i = r.begin; i < r.end; ++i)
       k_->rmsnorm(x_ + b_.out_rows[i] * D, m_.norm, m_.eps, D, out + i * D);
-    Acts a = prepare(tid, narrow_, out, D, b_.rows, form(m_.head));
-    a.m = b_.rows;
-    matmul(tid, head(), a);
+    matmul(tid, head(), prepare(tid, narrow_, out, D, b_.rows, {&m_.head}));
   }
 
   const Kernels* k_;

@@ -20,6 +20,7 @@ struct Model {
   Matrix embed, head;
   const float* norm = nullptr;
   std::vector<Layer> layers;
+  int orders = 1;  // most orders of columns among matrices that share an input
 };
 
 class KvCache {

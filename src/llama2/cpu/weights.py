@@ -7,12 +7,13 @@ are repacked once into tiles of 16 rows, losslessly. No torch here, except insid
 import math
 import mmap
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama2.config import LlamaConfig
+from llama2.cpu.codes import NF4, CodebookWeight, GroupWeight, Int8Weight, PackableWeight
 from llama2.cpu.frequencies import attention_scaling, inverse_frequencies
 from llama2.cpu.threads import make_pool, native
 from llama2.errors import CheckpointError, InputError, MismatchError
@@ -146,6 +147,40 @@ class CpuWeights:
         matrix = native().pack(self._arena, self.pool, raw.reshape(-1), PACKED[type_name], *shape, rows)
         self._matrices.append(matrix)
         return matrix
+
+    def pack_codes(self, weight: PackableWeight) -> Any:
+        """A matrix from codes with their scales: a CodebookWeight, GroupWeight or Int8Weight (`cpu/codes.py`)."""
+        matrix = weight.pack(self._arena, self.pool)
+        self._matrices.append(matrix)
+        return matrix
+
+    def pack_nf4(
+        self,
+        codes: NDArray[np.uint8],
+        absmax: NDArray[np.float32],
+        shape: tuple[int, int],
+        codebook: tuple[float, ...] = NF4,
+        block: int = 64,
+        arithmetic: Literal["int8", "bfloat16"] = "int8",
+    ) -> Any:
+        """A matrix of bitsandbytes' 4-bit codes (NF4, or FP4 with its codebook); arrays as in `CodebookWeight`."""
+        return self.pack_codes(CodebookWeight(codes, absmax, shape, codebook, block, arithmetic))
+
+    def pack_gptq(
+        self,
+        codes: NDArray[np.uint8],
+        scales: NDArray[np.float16],
+        zeros: NDArray[np.uint8],
+        group: int = 128,
+        bits: int = 4,
+        order: NDArray[np.int32] | None = None,
+    ) -> Any:
+        """A matrix of GPTQ groups, 4 or 8 bits, with act-order's `order`; arrays as in `GroupWeight`."""
+        return self.pack_codes(GroupWeight(codes, scales, zeros, group, bits, order))
+
+    def pack_int8(self, values: NDArray[np.int8], scales: NDArray[np.float32]) -> Any:
+        """A matrix of int8 rows, each with its scale; arrays as in `Int8Weight`."""
+        return self.pack_codes(Int8Weight(values, scales))
 
     def view(self, array: NDArray[Any], bfloat16: bool = False) -> Any:
         """A float matrix in place; bfloat16 comes as its 16-bit pattern."""

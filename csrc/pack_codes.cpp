@@ -1,0 +1,64 @@
+// From codes, scales and zeros (NF4, GPTQ, int8 per row) to kernel tiles, losslessly.
+#include <cstring>
+
+#include "pack.h"
+
+namespace llama2 {
+namespace {
+
+uint8_t code(const CodeSource& s, int64_t row, int64_t col) {
+  int64_t at = row * s.cols + (s.order ? s.order[col] : col);
+  if (!s.pairs) return s.codes[at];
+  return at & 1 ? s.codes[at / 2] & 15 : s.codes[at / 2] >> 4;
+}
+
+// Column k of a span of 32 into the nibble lines of lane `lane`.
+void put_nibble(Format f, uint8_t* line, int lane, int k, uint8_t value) {
+  if (f == Format::C4B) {  // line k/8; bits 16c+4i of the dword for column 2i+c
+    int bit = 16 * (k & 1) + 4 * (k % 8 / 2);
+    line[64 * (k / 8) + 4 * lane + bit / 8] |= static_cast<uint8_t>(value << bit % 8);
+  } else {
+    line[64 * (k % 16 / 4) + 4 * lane + k % 4] |= static_cast<uint8_t>(k < 16 ? value : value << 4);
+  }
+}
+
+void head_codebook(const CodeSource& s, int64_t row, int64_t col, uint8_t* head, int lane) {
+  const float* scales = static_cast<const float*>(s.scales);
+  std::memcpy(head + 4 * lane, scales + (row * s.cols + col) / s.group, 4);
+}
+
+void head_group(const CodeSource& s, int64_t row, int64_t col, uint8_t* head, int lane) {
+  int64_t at = row * up(s.cols, s.group) + col / s.group;
+  std::memcpy(head + 2 * lane, static_cast<const uint16_t*>(s.scales) + at, 2);
+  head[32 + lane] = s.zeros[at];
+}
+
+void head_row(const CodeSource& s, int64_t row, int64_t, uint8_t* head, int lane) {
+  std::memcpy(head + 4 * lane, static_cast<const float*>(s.scales) + row, 4);
+}
+
+}  // namespace
+
+void pack_codes_tile(const CodeSource& s, int64_t tile, uint8_t* out) {
+  bool codebook = s.format == Format::C4 || s.format == Format::C4B, four = codebook || s.format == Format::G4;
+  auto head = codebook ? head_codebook : s.format == Format::R8 ? head_row : head_group;
+  int64_t unit = codebook ? 64 : s.format == Format::R8 ? up(s.cols, GROUP) * GROUP : s.group, size = four ? 256 : 512;
+  uint8_t flip = s.format == Format::R8 ? 128 : 0;  // signed bytes become value + 128
+  for (int lane = 0; lane < TILE && tile * TILE + lane < s.rows; ++lane) {
+    int64_t row = tile * TILE + lane;
+    uint8_t* to = out;
+    for (int64_t k = 0; k < s.cols; k += GROUP, to += size) {
+      if (k % unit == 0) {
+        head(s, row, k, to, lane);
+        to += 64;
+      }
+      for (int i = 0; i < GROUP && k + i < s.cols; ++i) {
+        uint8_t value = code(s, row, k + i);
+        if (four) put_nibble(s.format, to, lane, i, value);
+        else to[64 * (i / 4) + 4 * lane + i % 4] = value ^ flip;
+      }
+    }
+  }
+}
+
+}  // namespace llama2
