@@ -388,6 +388,8 @@ void tiles(const Matrix* const* w, const int64_t* tile, int nr, const Block& x, 
   }
 }
 
+#include "lora.inl"
+
 INLINE F with_bias(F v, const Matrix* w, int64_t row) {
   if (!w->bias) return v;
   if (row + TILE <= w->rows) return add(v, fload(w->bias + row));
@@ -436,6 +438,9 @@ void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool ex
       if (pair && w[0]->format != w[1]->format)
         for (int n = 0; n < 2; ++n) tiles(w + n, tile + n, 1, b, mr, exact, c + n * MAX_MR * TILE);
       else tiles(w, tile, nr, b, mr, exact, c);
+      if (job.low) expand(*job.low, tile[0], m0, b.count, c);
+      if (job.low && !pair && nr == 2) expand(*job.low, tile[1], m0, b.count, c + MAX_MR * TILE);
+      if (job.low1) expand(*job.low1, tile[1], m0, b.count, c + MAX_MR * TILE);
       finish(job, w[0], tile[0], m0, b.count, c, c + MAX_MR * TILE);
       if (!pair && nr == 2) finish(job, w[1], tile[1], m0, b.count, c + MAX_MR * TILE, nullptr);
     }

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t DYNAMIC = 16;    // from this many tokens on, threads take work piece by piece
 constexpr int64_t ATT_TOKENS = 16; // query tokens of one piece of prefill attention
+constexpr int SHARED = 3;          // linears that share an input, at most: q, k and v
 
 struct Range { int64_t begin, end; };
 
@@ -106,6 +107,7 @@ class Step {  // one step as every thread sees it
       private_norm_.push_back(alone() ? c.take<float>(D) : normed_);
     }
     for (int i = 0; i < pool->size(); ++i) att_scratch_.push_back(c.take<float>(attention_scratch(m.width + 16)));
+    if (b.adapters) plan_adapters(c);
     for (auto& n : counters_) n.store(0, std::memory_order_relaxed);
     single_ = true;
     for (int64_t s = 0; s < b.sequences; ++s) single_ = single_ && b.starts[s + 1] - b.starts[s] == 1;
@@ -115,7 +117,8 @@ class Step {  // one step as every thread sees it
     int64_t M = std::max(b.tokens, b.rows), A = m.heads * m.width, KV = m.kv_heads * m.width;
     int64_t floats = M * (2 * m.hidden + 2 * A + 2 * KV + m.ffn + m.width) + threads * attention_scratch(m.width + 16);
     int64_t acts = acts_bytes(M, m.hidden) + acts_bytes(M, A) + acts_bytes(M, m.ffn) + 4 * m.hidden + 64;
-    return floats * 4 + (b.tokens == 1 && b.rows <= 1 ? threads : 1) * acts + 64 * (32 + threads);
+    int64_t shrunk = SHARED * b.tokens * largest_rank(b) * 4;
+    return floats * 4 + shrunk + (b.tokens == 1 && b.rows <= 1 ? threads : 1) * acts + 64 * (36 + threads);
   }
 
   bool run(int tid, const std::function<bool()>& stop) {
@@ -172,6 +175,54 @@ class Step {  // one step as every thread sees it
     Range r = alone() ? Range{0, M_} : share(M_, tid, pool_->size(), MAX_MR);
     for (int64_t t = r.begin; t < r.end; ++t) k_->rmsnorm(x_ + t * m_.hidden, weight, m_.eps, m_.hidden, out + t * m_.hidden);
     return prepare(tid, narrow_, out, m_.hidden, M_, forms);
+  }
+
+  static int64_t largest_rank(const Batch& b) {
+    int64_t rank = 0;
+    for (int64_t s = 0; b.adapters && s < b.sequences; ++s)
+      if (b.adapters[s]) rank = std::max(rank, (b.adapters[s]->rank() + 3) / 4 * 4);
+    return rank;
+  }
+
+  void plan_adapters(Carver& c) {
+    std::vector<const LowRank*> used;
+    adapter_of_.resize(M_);
+    for (int64_t s = 0; s < b_.sequences; ++s) {
+      const LowRank* all = b_.adapters[s] ? b_.adapters[s]->all() : nullptr;
+      std::fill(&adapter_of_[b_.starts[s]], &adapter_of_[0] + b_.starts[s + 1], all);
+      if (all && std::find(used.begin(), used.end(), all) == used.end()) used.push_back(all);
+    }
+    rank_ = largest_rank(b_);
+    for (float*& t : shrunk_) t = c.take<float>(M_ * rank_);
+    addends_.resize(m_.layers.size() * PARTS);
+    const int slot[PARTS] = {0, 1, 2, 0, 0, 1, 0};  // among the linears that share an input
+    for (size_t i = 0; i < addends_.size(); ++i)
+      for (const LowRank* all : used)
+        if (all[i].rank) addends_[i] = {adapter_of_.data(), static_cast<int64_t>(i), shrunk_[slot[i % PARTS]], rank_};
+  }
+
+  // what the step's adapters add to a linear, or null
+  const Addend* low(size_t layer, Part part) const {
+    return addends_.empty() || !addends_[layer * PARTS + part].adapters ? nullptr : &addends_[layer * PARTS + part];
+  }
+
+  // scale * A x of the linears first .. last, which share the input x; true if there were any, and a barrier must follow
+  bool shrink(int tid, size_t layer, Part first, Part last, const float* x, int64_t ldx) {
+    bool any = false;
+    for (int part = first; part <= last; ++part) {
+      const Addend* d = low(layer, static_cast<Part>(part));
+      if (!d) continue;
+      any = true;
+      int64_t item = part - first;
+      for (int64_t t = 0, run; t < M_; t += run) {
+        const LowRank* all = adapter_of_[t];
+        for (run = 1; run < DYNAMIC && t + run < M_ && adapter_of_[t + run] == all;) ++run;
+        for (int64_t row = 0; all && row < all[d->index].rank; row += 4)
+          if (item++ % pool_->size() == tid)
+            k_->shrink(all[d->index], x + t * ldx, ldx, run, row, shrunk_[part - first] + t * rank_, rank_);
+      }
+    }
+    return any;
   }
 
   void piece(const Job* jobs, int count, const Acts& x, int64_t begin, int64_t end) {
@@ -253,23 +304,29 @@ class Step {  // one step as every thread sees it
     std::atomic<int64_t>* next = &counters_[index * 5];
 
     const Acts& in = norm(tid, l.norm1, form(l.q) | form(l.k) | form(l.v));
-    Job qkv[3] = {{&l.q, nullptr, q_, A, Epilogue::STORE}, {&l.k, nullptr, kn_, KV, Epilogue::STORE},
-                  {&l.v, nullptr, vn_, KV, Epilogue::STORE}};
+    if (shrink(tid, index, Q, V, private_norm_[alone() ? tid : 0], D)) pool_->barrier();
+    Job qkv[3] = {{&l.q, nullptr, q_, A, Epilogue::STORE, low(index, Q)}, {&l.k, nullptr, kn_, KV, Epilogue::STORE, low(index, K)},
+                  {&l.v, nullptr, vn_, KV, Epilogue::STORE, low(index, V)}};
     matmul(tid, qkv, 3, in, next[0]);
     pool_->barrier();
     attention(tid, index);
     pool_->barrier();
+    bool adapted = shrink(tid, index, O, O, attn_, A);
     const Acts& seen = prepare(tid, middle_, attn_, A, M_, form(l.o));
-    Job o{&l.o, nullptr, x_, D, Epilogue::ADD};
+    if (adapted && alone()) pool_->barrier();  // else prepare has ended with one
+    Job o{&l.o, nullptr, x_, D, Epilogue::ADD, low(index, O)};
     matmul(tid, &o, 1, seen, next[1]);
     pool_->barrier();
 
     const Acts& mid = norm(tid, l.norm2, form(l.gate) | form(l.up));
-    Job gated{&l.gate, &l.up, ffn_, m_.ffn, Epilogue::SWIGLU};
+    if (shrink(tid, index, GATE, UP, private_norm_[alone() ? tid : 0], D)) pool_->barrier();
+    Job gated{&l.gate, &l.up, ffn_, m_.ffn, Epilogue::SWIGLU, low(index, GATE), low(index, UP)};
     matmul(tid, &gated, 1, mid, next[2]);
     pool_->barrier();
+    adapted = shrink(tid, index, DOWN, DOWN, ffn_, m_.ffn);
     const Acts& wide = prepare(tid, wide_, ffn_, m_.ffn, M_, form(l.down));
-    Job down{&l.down, nullptr, x_, D, Epilogue::ADD};
+    if (adapted && alone()) pool_->barrier();
+    Job down{&l.down, nullptr, x_, D, Epilogue::ADD, low(index, DOWN)};
     matmul(tid, &down, 1, wide, next[3]);
   }
 
@@ -296,6 +353,10 @@ class Step {  // one step as every thread sees it
   float *x_, *normed_, *q_, *kn_, *vn_, *attn_, *ffn_, *cos_, *sin_;
   std::vector<Acts> narrow_, middle_, wide_;
   std::vector<float*> private_norm_, att_scratch_;
+  std::vector<const LowRank*> adapter_of_;  // [token]
+  std::vector<Addend> addends_;             // [layer][part], or empty
+  float* shrunk_[SHARED] = {};
+  int64_t rank_ = 0;
   std::vector<std::atomic<int64_t>> counters_;
   std::atomic<bool> stopped_{false};
 };
