@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from cpu.ggml_blocks import TYPES, random_blocks
 from cpu.test_step import SHAPES, close, model, runner
 
 from llama2 import cpu
+from llama2.checkpoint.gguf import GgufFile
 from llama2.cpu.adapters import PARTS
 from llama2.cpu.reference import ReferenceRunner
 from llama2.errors import InputError, MismatchError
@@ -155,6 +157,25 @@ def test_mixed_batch_of_packed_weights_equals_alone(isa: str, precision: str) ->
                 np.testing.assert_array_equal(mixed[row], alone)
             else:  # the exact products themselves add in another order for four tokens than for one
                 close(mixed[row], alone, 3e-6)
+
+
+def test_a_real_packed_file_equals_its_merged_weights(smollm2: Path) -> None:
+    from llama2.model import LlamaForCausalLM
+
+    weights = cpu.CpuWeights.from_gguf(GgufFile(smollm2), threads=2)
+    module = LlamaForCausalLM.from_pretrained(str(smollm2), dtype=torch.float32).eval()
+    tensors = {path: (0.2 * a, b, scale) for path, (a, b, scale) in adapter(module, 8, 1).items()}
+    weights.add_adapter("a", tensors)
+    ids, places = [1, 4093, 198, 1780, 314, 260, 3575], np.arange(7)
+    run, cache = cpu.CpuRunner(weights, "exact"), cpu.PagedCache(weights, 64, "float32")
+    got = run.step(ids, places, cache.view([(cache.sequence(), 7)]), places, ["a"])
+    with torch.no_grad():
+        for path, (a, b, scale) in tensors.items():
+            module.get_submodule(path).weight.addmm_(b, a, alpha=scale)
+        want = module(input_ids=torch.tensor([ids])).logits[0].numpy()
+    base = run.step(ids, places, cache.view([(cache.sequence(), 7)]), places)
+    close(got, want, 5e-5)
+    assert np.abs(got - base).max() > 0.05 * np.abs(want).max()
 
 
 def test_threads_change_nothing() -> None:
