@@ -148,8 +148,8 @@ struct Kernels {
   void (*attention)(const KvLayer& kv, const AttentionTask& task, float* scratch);
   double (*peak)(int kind, int64_t iterations);  // operations of a register-only loop: 0 int8 dot, 1 bf16 dot, 2 fma
   int64_t (*read)(const uint8_t* data, int64_t bytes);  // touch every line, as fast as a load can
-  // rows row .. row+3 of scale * A x for `count` tokens of x, to t[token][row]
-  void (*shrink)(const LowRank& l, const float* x, int64_t ldx, int64_t count, int64_t row, float* t, int64_t ldt);
+  // rows row .. row+3 of scale * A x for `count` tokens of x, named by their index, to t[token][row]
+  void (*shrink)(const LowRank& l, const float* x, int64_t ldx, const int32_t* tokens, int64_t count, int64_t row, float* t, int64_t ldt);
 };
 
 constexpr int ATT_ROWS = 8;    // query rows handled together

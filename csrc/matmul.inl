@@ -435,6 +435,9 @@ void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool ex
       b.f32 = x.f32 + m0 * kp;
       b.bf16 = x.bf16 + m0 * kp;
       b.ld = kp;
+      if (job.low) fetch_expansion(*job.low, tile[0], m0, b.count);
+      if (job.low && !pair && nr == 2) fetch_expansion(*job.low, tile[1], m0, b.count);
+      if (job.low1) fetch_expansion(*job.low1, tile[1], m0, b.count);
       if (pair && w[0]->format != w[1]->format)
         for (int n = 0; n < 2; ++n) tiles(w + n, tile + n, 1, b, mr, exact, c + n * MAX_MR * TILE);
       else tiles(w, tile, nr, b, mr, exact, c);

@@ -192,6 +192,12 @@ class Step {  // one step as every thread sees it
       std::fill(&adapter_of_[b_.starts[s]], &adapter_of_[0] + b_.starts[s + 1], all);
       if (all && std::find(used.begin(), used.end(), all) == used.end()) used.push_back(all);
     }
+    for (const LowRank* all : used)
+      for (int64_t t = 0, n = 0; t < M_; ++t)
+        if (adapter_of_[t] == all) {
+          if (n++ % DYNAMIC == 0) groups_.push_back({all, {}});
+          groups_.back().tokens.push_back(static_cast<int32_t>(t));
+        }
     rank_ = largest_rank(b_);
     for (float*& t : shrunk_) t = c.take<float>(M_ * rank_);
     addends_.resize(m_.layers.size() * PARTS);
@@ -214,13 +220,10 @@ class Step {  // one step as every thread sees it
       if (!d) continue;
       any = true;
       int64_t item = part - first;
-      for (int64_t t = 0, run; t < M_; t += run) {
-        const LowRank* all = adapter_of_[t];
-        for (run = 1; run < DYNAMIC && t + run < M_ && adapter_of_[t + run] == all;) ++run;
-        for (int64_t row = 0; all && row < all[d->index].rank; row += 4)
+      for (const Group& g : groups_)
+        for (int64_t row = 0; row < g.all[d->index].rank; row += 4)
           if (item++ % pool_->size() == tid)
-            k_->shrink(all[d->index], x + t * ldx, ldx, run, row, shrunk_[part - first] + t * rank_, rank_);
-      }
+            k_->shrink(g.all[d->index], x, ldx, g.tokens.data(), g.tokens.size(), row, shrunk_[part - first], rank_);
     }
     return any;
   }
@@ -354,6 +357,11 @@ class Step {  // one step as every thread sees it
   std::vector<Acts> narrow_, middle_, wide_;
   std::vector<float*> private_norm_, att_scratch_;
   std::vector<const LowRank*> adapter_of_;  // [token]
+  struct Group {  // tokens that read A together
+    const LowRank* all;
+    std::vector<int32_t> tokens;
+  };
+  std::vector<Group> groups_;
   std::vector<Addend> addends_;             // [layer][part], or empty
   float* shrunk_[SHARED] = {};
   int64_t rank_ = 0;
