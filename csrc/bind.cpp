@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <mutex>
 #include <optional>
@@ -267,6 +268,26 @@ void add_layer(PyModel& p, nb::object norm1, nb::object q, nb::object k, nb::obj
   m.layers.push_back(l);
 }
 
+Adapter* make_adapter(const PyModel& model) {
+  require(!model.m.layers.empty(), "an adapter is for a model that has layers");
+  return new Adapter(model.m);
+}
+
+void set_low_rank(Adapter& adapter, int64_t layer, const std::string& name, const PyMatrix& a, const PyMatrix& b, float scale) {
+  const char* names[PARTS] = {"q", "k", "v", "o", "gate", "up", "down"};
+  int part = 0;
+  while (part < PARTS && name != names[part]) ++part;
+  require(part < PARTS, "'" + name + "' is not one of q, k, v, o, gate, up, down");
+  require(layer >= 0 && layer < adapter.layers(), "layer " + str(layer) + " is outside the model's " + str(adapter.layers()));
+  require(row_major(a.m.format) && row_major(b.m.format), "A and B are float matrices");
+  int64_t in = adapter.in(static_cast<Part>(part)), out = adapter.out(static_cast<Part>(part));
+  require(a.m.cols == in && b.m.rows == out && a.m.rows == b.m.cols,
+          "A is " + str(a.m.rows) + " x " + str(a.m.cols) + " and B " + str(b.m.rows) + " x " + str(b.m.cols) + ", rank x " + str(in) + " and " + str(out) + " x rank expected");
+  require(std::isfinite(scale), "the scale is not a finite number");
+  require(adapter.all()[layer * PARTS + part].rank == 0, "it is given twice");
+  adapter.set(layer, static_cast<Part>(part), a.m, b.m, scale);
+}
+
 KvCache* make_cache(const std::string& dtype, int64_t layers, int64_t heads, int64_t width, int64_t pages) {
   require(dtype == "float32" || dtype == "bfloat16", "a cache is float32 or bfloat16, not " + dtype);
   require(layers > 0 && heads > 0 && width > 0 && pages > 0 && pages < (int64_t{1} << 31), "every dimension of a cache is positive");
@@ -303,7 +324,7 @@ class PyRunner {
   PyRunner(Pool& pool, const std::string& isa_name, bool exact) : kernels_(isa(isa_name)), runner_(kernels_, &pool, exact) {}
 
   void step(PyModel& model, KvCache& cache, Ints ids, Ints positions, Ints starts, Ints past, Ints2 tables, Ints rows,
-            Floats inv_freq, float rope_scale, Out2 logits) {
+            Floats inv_freq, float rope_scale, Out2 logits, std::optional<std::vector<nb::object>> adapters) {
     Batch b;
     b.tokens = static_cast<int64_t>(ids.size());
     b.sequences = static_cast<int64_t>(past.size());
@@ -324,6 +345,15 @@ class PyRunner {
     b.rope_scale = rope_scale;
     b.logits = logits.data();
     check_batch(model.m, cache, b);
+    std::vector<const Adapter*> chosen;  // alive as long as `adapters` holds them
+    if (adapters) {
+      require(static_cast<int64_t>(adapters->size()) == b.sequences, "one adapter, or None, for every sequence");
+      for (const nb::object& a : *adapters) {
+        chosen.push_back(a.is_none() ? nullptr : &nb::cast<const Adapter&>(a));
+        require(!chosen.back() || chosen.back()->fits(model.m), "the adapter was made for another model");
+      }
+      b.adapters = chosen.data();
+    }
     bool pending = false;
     {
       nb::gil_scoped_release free;
@@ -456,6 +486,9 @@ NB_MODULE(_native, m) {
   nb::class_<PyModel>(m, "Model")
       .def("add_layer", &add_layer)
       .def_prop_ro("layers", [](const PyModel& p) { return p.m.layers.size(); });
+  nb::class_<Adapter>(m, "Adapter")
+      .def_prop_ro("nbytes", &Adapter::bytes)
+      .def("set", &set_low_rank);
   nb::class_<KvCache>(m, "KvCache")
       .def_prop_ro("pages", &KvCache::pages)
       .def_prop_ro("nbytes", &KvCache::bytes)
@@ -467,6 +500,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<Pool&, const std::string&, bool>(), nb::arg("pool"), nb::arg("isa"), nb::arg("exact"), nb::keep_alive<1, 2>())
       .def_prop_ro("isa", &PyRunner::name)
       .def("step", &PyRunner::step);
+  m.def("make_adapter", &make_adapter, nb::rv_policy::take_ownership);
   m.def("make_model", &make_model, nb::rv_policy::take_ownership);
   m.def("make_cache", &make_cache, nb::rv_policy::take_ownership);
   m.def("pack", &pack, nb::arg("arena"), nb::arg("pool"), nb::arg("raw"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"), nb::arg("row_map") = nb::none());

@@ -229,7 +229,40 @@ struct Tiny {  // a model of packed and float matrices with grouped heads
   }
 };
 
-std::vector<float> run_model(const Kernels* k, const Tiny& tiny, int threads, KvType type, bool exact) {
+struct Low {  // a random A or B in a buffer of exactly its size
+  Matrix m;
+  std::vector<uint8_t> memory;
+  Low(int64_t rows, int64_t cols, Format f) {
+    int64_t size = f == Format::F32 ? 4 : 2;
+    memory.resize(rows * cols * size);
+    for (int64_t i = 0; i < rows * cols; ++i) {
+      float v = 0.2f * normal();
+      uint32_t bits;
+      std::memcpy(&bits, &v, 4);
+      uint16_t half = static_cast<uint16_t>(f == Format::BF16 ? bits >> 16 : 0x2000 | (bits & 0x8fff));
+      std::memcpy(&memory[i * size], f == Format::F32 ? static_cast<void*>(&v) : &half, size);
+    }
+    m.data = memory.data();
+    m.rows = rows;
+    m.cols = cols;
+    m.stride = cols * size;
+    m.format = f;
+  }
+};
+
+Adapter random_adapter(const Model& m, int64_t rank, Format f) {
+  Adapter made(m);
+  for (int64_t layer = 0; layer < made.layers(); ++layer)
+    for (int part = 0; part < PARTS; ++part) {
+      if ((layer + part) % 3 == rank % 3) continue;  // some linears stay without
+      Part p = static_cast<Part>(part);
+      made.set(layer, p, Low(rank, made.in(p), f).m, Low(made.out(p), rank, f).m, 0.5f);
+    }
+  return made;
+}
+
+std::vector<float> run_model(const Kernels* k, const Tiny& tiny, int threads, KvType type, bool exact,
+                             std::vector<const Adapter*> adapters = {}) {
   Pool pool(threads, {});
   Runner runner(k, &pool, exact);
   KvCache cache(type, 2, 2, 24, 12);
@@ -248,6 +281,7 @@ std::vector<float> run_model(const Kernels* k, const Tiny& tiny, int threads, Kv
     b.tokens = n0 + n1; b.sequences = 2; b.rows = 2; b.table_width = 4;
     b.ids = ids.data(); b.positions = positions.data(); b.starts = starts.data(); b.past = past.data();
     b.tables = tables.data(); b.out_rows = rows.data(); b.inv_freq = inv.data(); b.logits = logits.data();
+    if (!adapters.empty()) b.adapters = adapters.data();
     if (!runner.step(tiny.m, cache, b, [] { return false; })) expect(false, "stopped", k->name, 0, 0, 0);
     out.insert(out.end(), logits.begin(), logits.end());
     past[0] += n0;
@@ -267,6 +301,25 @@ void check_model(const Kernels* k) {
       for (int threads : {2, 3}) expect(run_model(k, tiny, threads, kv, true) == one, "threads", k->name, type, threads, 0);
       expect(run_model(k, tiny, 2, kv, false) == run_model(k, tiny, 1, kv, false), "fast threads", k->name, type, 2, 0);
     }
+  }
+}
+
+void check_adapters(const Kernels* k) {
+  Tiny tiny(2);
+  for (Format f : {Format::F32, Format::F16, Format::BF16}) {
+    Adapter five = random_adapter(tiny.m, 5, f), sixteen = random_adapter(tiny.m, 16, f);
+    std::vector<float> base = run_model(k, tiny, 2, KvType::F32, true);
+    std::vector<float> want = run_model(kernels_scalar(), tiny, 1, KvType::F32, true, {&five, &sixteen});
+    std::vector<float> one = run_model(k, tiny, 1, KvType::F32, true, {&five, &sixteen});
+    double d = distance(one, want), change = distance(one, base);
+    expect(d < 3e-6, "adapters", k->name, static_cast<int>(f), 0, d);
+    expect(change > 0.1, "adapters change nothing", k->name, static_cast<int>(f), 0, change);
+    expect(run_model(k, tiny, 3, KvType::F32, true, {&five, &sixteen}) == one, "adapter threads", k->name, static_cast<int>(f), 3, 0);
+    std::vector<float> mixed = run_model(k, tiny, 2, KvType::F32, false, {&five, nullptr});
+    std::vector<float> none = run_model(k, tiny, 2, KvType::F32, false, {nullptr, nullptr});
+    std::vector<float> both = run_model(k, tiny, 2, KvType::F32, false, {&five, &five});
+    for (size_t i = 0; i < mixed.size(); ++i)
+      if (mixed[i] != (i / 131 % 2 ? none : both)[i]) return expect(false, "adapter rows", k->name, static_cast<int>(f), i, 0);
   }
 }
 
@@ -299,6 +352,7 @@ int main() {
     check_model(k);
     std::printf("%s checked\n", k->name);
   }
+  for (int i = 0; i < n; ++i) check_adapters(find_kernels(names[i]));
   check_stop();
   Pool pool(2, {});
   expect(ping_pong(pool, 100) > 0, "ping-pong", "", 0, 0, 0);

@@ -15,7 +15,7 @@ namespace {
 }  // namespace
 
 const Kernels* kernels_avx512() {
-  static const Kernels table = {"avx512", prepare, rmsnorm, matmul, dequantize_row, rope, kv_store, attention, peak, read_bytes};
+  static const Kernels table = {"avx512", prepare, rmsnorm, matmul, dequantize_row, rope, kv_store, attention, peak, read_bytes, shrink};
   return &table;
 }
 }  // namespace llama2

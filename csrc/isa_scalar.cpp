@@ -14,7 +14,7 @@ namespace {
 }  // namespace
 
 const Kernels* kernels_scalar() {
-  static const Kernels table = {"scalar", prepare, rmsnorm, matmul, dequantize_row, rope, kv_store, attention, peak, read_bytes};
+  static const Kernels table = {"scalar", prepare, rmsnorm, matmul, dequantize_row, rope, kv_store, attention, peak, read_bytes, shrink};
   return &table;
 }
 }  // namespace llama2

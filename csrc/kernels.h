@@ -145,6 +145,24 @@ inline Acts lay_out(uint8_t* at, int64_t m, int64_t k) {
   return a;
 }
 
+// What an adapter adds to one linear: scale * B (A x), x and both products in float32.
+struct LowRank {
+  const uint8_t* a = nullptr;  // [rank padded to 4 with zeros][in]
+  const uint8_t* b = nullptr;  // tiles of 16 outputs, [tile][rank][16]: a register is one column of a tile
+  int64_t rank = 0, in = 0;
+  Format a_format = Format::F32, b_format = Format::F32;  // F32, F16 or BF16
+  float scale = 0;
+  int64_t padded_rank() const { return (rank + 3) / 4 * 4; }
+};
+
+// The additions to one linear for the tokens of a step, each of its own sequence's adapter.
+struct Addend {
+  const LowRank* const* adapters = nullptr;  // [token]: all linears of an adapter, or null
+  int64_t index = 0;                         // of this linear among them
+  const float* shrunk = nullptr;             // scale * A x, ld apart
+  int64_t ld = 0;
+};
+
 enum class Epilogue : int32_t { STORE, ADD, SWIGLU };
 
 // out[m][row] (+)= w . x, or silu(w . x) * (w1 . x), for tiles [tile0, tile1).
@@ -154,7 +172,9 @@ struct Job {
   float* out = nullptr;
   int64_t ldo = 0;
   Epilogue epilogue = Epilogue::STORE;
-  const Acts* x1 = nullptr;  // the activations of w1 where its order of columns is another one
+  const Addend* low = nullptr;   // joins w . x before anything else is done to it; null: no adapter
+  const Addend* low1 = nullptr;  // joins w1 . x
+  const Acts* x1 = nullptr;      // the activations of w1 where its order of columns is another one
 };
 
 enum class KvType : int32_t { F32 = 0, BF16 = 1 };
@@ -194,6 +214,8 @@ struct Kernels {
   void (*attention)(const KvLayer& kv, const AttentionTask& task, float* scratch);
   double (*peak)(int kind, int64_t iterations);  // operations of a register-only loop: 0 int8 dot, 1 bf16 dot, 2 fma
   int64_t (*read)(const uint8_t* data, int64_t bytes);  // touch every line, as fast as a load can
+  // rows row .. row+3 of scale * A x for `count` tokens of x, named by their index, to t[token][row]
+  void (*shrink)(const LowRank& l, const float* x, int64_t ldx, const int32_t* tokens, int64_t count, int64_t row, float* t, int64_t ldt);
 };
 
 constexpr int ATT_ROWS = 8;    // query rows handled together

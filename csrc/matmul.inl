@@ -322,6 +322,8 @@ void tiles(const Matrix* const* w, const int64_t* tile, int nr, const Block& x, 
   if (exact) add_limbs(nr, x.count, c);
 }
 
+#include "lora.inl"
+
 INLINE F with_bias(F v, const Matrix* w, int64_t row) {
   if (!w->bias) return v;
   if (row + TILE <= w->rows) return add(v, fload(w->bias + row));
@@ -375,8 +377,12 @@ void product(const Job& job, const Matrix* w, const Acts& x, int64_t tile0, int6
     int nr = tile1 - t < 2 ? 1 : 2;
     for (int64_t m0 = 0; m0 < x.m; m0 += step) {
       Block b = block_of(x, m0, form);
+      for (int n = 0; n < nr && job.low; ++n) fetch_expansion(*job.low, t + n, m0, b.count);
       tiles(two, at, nr, b, block_mr(x.m, m0 / step, form), exact, c);
-      for (int n = 0; n < nr; ++n) finish(job, w, t + n, m0, b.count, c + n * MAX_MR * TILE, nullptr);
+      for (int n = 0; n < nr; ++n) {
+        if (job.low) expand(*job.low, t + n, m0, b.count, c + n * MAX_MR * TILE);
+        finish(job, w, t + n, m0, b.count, c + n * MAX_MR * TILE, nullptr);
+      }
     }
   }
 }
@@ -389,10 +395,11 @@ void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool ex
   if (job.epilogue != Epilogue::SWIGLU) return product(job, job.w, x, tile0, tile1, exact);
   int form = form_of(job.w->format, exact), step = block_tokens(form);
   if (x.m <= step || !one_kernel(*job.w, *job.w1)) {
-    Job gate = job;  // one after the other: for few tokens weights come from memory, and turns would break its stream
+    Job gate = job, up = job;  // one after the other: for few tokens weights come from memory, and turns would break its stream
     gate.epilogue = Epilogue::STORE;
+    up.low = job.low1;
     product(gate, job.w, x, tile0, tile1, exact);
-    return product(job, job.w1, job.x1 ? *job.x1 : x, tile0, tile1, exact);
+    return product(up, job.w1, job.x1 ? *job.x1 : x, tile0, tile1, exact);
   }
   alignas(64) float c[2 * MAX_MR * TILE] = {};
   const Matrix* two[2] = {job.w, job.w1};
@@ -400,7 +407,11 @@ void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool ex
     int64_t at[2] = {t, t};
     for (int64_t m0 = 0; m0 < x.m; m0 += step) {
       Block b = block_of(x, m0, form);
+      if (job.low) fetch_expansion(*job.low, t, m0, b.count);
+      if (job.low1) fetch_expansion(*job.low1, t, m0, b.count);
       tiles(two, at, 2, b, block_mr(x.m, m0 / step, form), exact, c);
+      if (job.low) expand(*job.low, t, m0, b.count, c);
+      if (job.low1) expand(*job.low1, t, m0, b.count, c + MAX_MR * TILE);
       finish(job, job.w, t, m0, b.count, c, c + MAX_MR * TILE);
     }
   }

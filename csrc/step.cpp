@@ -15,6 +15,7 @@ constexpr int64_t DYNAMIC = 16;    // from this many tokens on, threads take wor
 constexpr int64_t FETCHED = 128 << 10;  // bytes of the next weights that a waiting thread brings in
 constexpr int64_t STEALABLE = 2 << 20;  // bytes a thread from which on the end of a product is shared by demand
 constexpr int64_t ATT_TOKENS = 16; // query tokens of one piece of prefill attention
+constexpr int SHARED = 3;          // linears that share an input, at most: q, k and v
 
 struct Range { int64_t begin, end; };
 
@@ -108,6 +109,7 @@ class Step {  // one step as every thread sees it
     }
     for (int i = copies; i < copies * m.orders; ++i) narrow_.push_back(c.acts(std::max(M_, b.rows), D));
     for (int i = 0; i < pool->size(); ++i) att_scratch_.push_back(c.take<float>(attention_scratch(m.width + 16)));
+    if (b.adapters) plan_adapters(c);
     for (auto& n : counters_) n.store(0, std::memory_order_relaxed);
     single_ = true;
     for (int64_t s = 0; s < b.sequences; ++s) single_ = single_ && b.starts[s + 1] - b.starts[s] == 1;
@@ -117,7 +119,8 @@ class Step {  // one step as every thread sees it
     int64_t M = std::max(b.tokens, b.rows), A = m.heads * m.width, KV = m.kv_heads * m.width;
     int64_t floats = M * (2 * m.hidden + 2 * A + 2 * KV + m.ffn + m.width) + threads * attention_scratch(m.width + 16);
     int64_t acts = m.orders * acts_bytes(M, m.hidden) + acts_bytes(M, A) + acts_bytes(M, m.ffn) + 4 * m.hidden + 64;
-    return floats * 4 + (b.tokens == 1 && b.rows <= 1 ? threads : 1) * acts + 64 * (32 + threads);
+    int64_t shrunk = SHARED * b.tokens * largest_rank(b) * 4;
+    return floats * 4 + shrunk + (b.tokens == 1 && b.rows <= 1 ? threads : 1) * acts + 64 * (36 + threads);
   }
 
   bool run(int tid, const std::function<bool()>& stop) {
@@ -184,6 +187,57 @@ class Step {  // one step as every thread sees it
     return prepare(tid, narrow_, out, m_.hidden, M_, ws);
   }
 
+  static int64_t largest_rank(const Batch& b) {
+    int64_t rank = 0;
+    for (int64_t s = 0; b.adapters && s < b.sequences; ++s)
+      if (b.adapters[s]) rank = std::max(rank, (b.adapters[s]->rank() + 3) / 4 * 4);
+    return rank;
+  }
+
+  void plan_adapters(Carver& c) {
+    std::vector<const LowRank*> used;
+    adapter_of_.resize(M_);
+    for (int64_t s = 0; s < b_.sequences; ++s) {
+      const LowRank* all = b_.adapters[s] ? b_.adapters[s]->all() : nullptr;
+      std::fill(&adapter_of_[b_.starts[s]], &adapter_of_[0] + b_.starts[s + 1], all);
+      if (all && std::find(used.begin(), used.end(), all) == used.end()) used.push_back(all);
+    }
+    for (const LowRank* all : used)
+      for (int64_t t = 0, n = 0; t < M_; ++t)
+        if (adapter_of_[t] == all) {
+          if (n++ % DYNAMIC == 0) groups_.push_back({all, {}});
+          groups_.back().tokens.push_back(static_cast<int32_t>(t));
+        }
+    rank_ = largest_rank(b_);
+    for (float*& t : shrunk_) t = c.take<float>(M_ * rank_);
+    addends_.resize(m_.layers.size() * PARTS);
+    const int slot[PARTS] = {0, 1, 2, 0, 0, 1, 0};  // among the linears that share an input
+    for (size_t i = 0; i < addends_.size(); ++i)
+      for (const LowRank* all : used)
+        if (all[i].rank) addends_[i] = {adapter_of_.data(), static_cast<int64_t>(i), shrunk_[slot[i % PARTS]], rank_};
+  }
+
+  // what the step's adapters add to a linear, or null
+  const Addend* low(size_t layer, Part part) const {
+    return addends_.empty() || !addends_[layer * PARTS + part].adapters ? nullptr : &addends_[layer * PARTS + part];
+  }
+
+  // scale * A x of the linears first .. last, which share the input x; true if there were any, and a barrier must follow
+  bool shrink(int tid, size_t layer, Part first, Part last, const float* x, int64_t ldx) {
+    bool any = false;
+    for (int part = first; part <= last; ++part) {
+      const Addend* d = low(layer, static_cast<Part>(part));
+      if (!d) continue;
+      any = true;
+      int64_t item = part - first;
+      for (const Group& g : groups_)
+        for (int64_t row = 0; row < g.all[d->index].rank; row += 4)
+          if (item++ % pool_->size() == tid)
+            k_->shrink(g.all[d->index], x, ldx, g.tokens.data(), g.tokens.size(), row, shrunk_[part - first], rank_);
+    }
+    return any;
+  }
+
   // Matrices that share an input, as one range of tiles; `next` hands pieces of it to threads that share it by demand.
   struct Product {
     Job jobs[3];
@@ -199,14 +253,15 @@ class Step {  // one step as every thread sees it
   Product qkv(size_t i) {
     const Layer& l = m_.layers[i];
     int64_t A = m_.heads * m_.width, KV = m_.kv_heads * m_.width;
-    return {{{&l.q, nullptr, q_, A, Epilogue::STORE}, {&l.k, nullptr, kn_, KV, Epilogue::STORE}, {&l.v, nullptr, vn_, KV, Epilogue::STORE}},
-            3, &counters_[i * 5]};
+    return {{{&l.q, nullptr, q_, A, Epilogue::STORE, low(i, Q)}, {&l.k, nullptr, kn_, KV, Epilogue::STORE, low(i, K)},
+             {&l.v, nullptr, vn_, KV, Epilogue::STORE, low(i, V)}}, 3, &counters_[i * 5]};
   }
-  Product out(size_t i) { return {{{&m_.layers[i].o, nullptr, x_, m_.hidden, Epilogue::ADD}}, 1, &counters_[i * 5 + 1]}; }
+  Product out(size_t i) { return {{{&m_.layers[i].o, nullptr, x_, m_.hidden, Epilogue::ADD, low(i, O)}}, 1, &counters_[i * 5 + 1]}; }
   Product gated(size_t i) {
-    return {{{&m_.layers[i].gate, &m_.layers[i].up, ffn_, m_.ffn, Epilogue::SWIGLU}}, 1, &counters_[i * 5 + 2]};
+    const Layer& l = m_.layers[i];
+    return {{{&l.gate, &l.up, ffn_, m_.ffn, Epilogue::SWIGLU, low(i, GATE), low(i, UP)}}, 1, &counters_[i * 5 + 2]};
   }
-  Product down(size_t i) { return {{{&m_.layers[i].down, nullptr, x_, m_.hidden, Epilogue::ADD}}, 1, &counters_[i * 5 + 3]}; }
+  Product down(size_t i) { return {{{&m_.layers[i].down, nullptr, x_, m_.hidden, Epilogue::ADD, low(i, DOWN)}}, 1, &counters_[i * 5 + 3]}; }
   Product head() { return {{{&m_.head, nullptr, b_.logits, m_.vocab, Epilogue::STORE}}, 1, &counters_[m_.layers.size() * 5]}; }
 
   bool by_demand(int64_t tokens) const { return tokens >= DYNAMIC && pool_->size() > 1; }
@@ -309,17 +364,27 @@ class Step {  // one step as every thread sees it
 
   void layer(int tid, size_t index) {
     const Layer& l = m_.layers[index];
-    int64_t A = m_.heads * m_.width;
-    matmul(tid, qkv(index), norm(tid, l.norm1, {&l.q, &l.k, &l.v}));
+    int64_t D = m_.hidden, A = m_.heads * m_.width;
+    Inputs in = norm(tid, l.norm1, {&l.q, &l.k, &l.v});
+    if (shrink(tid, index, Q, V, private_norm_[alone() ? tid : 0], D)) pool_->barrier();
+    matmul(tid, qkv(index), in);
     meet(tid, out(index));
     attention(tid, index);
     meet(tid, out(index));
-    matmul(tid, out(index), prepare(tid, middle_, attn_, A, M_, {&l.o}));
+    bool adapted = shrink(tid, index, O, O, attn_, A);
+    in = prepare(tid, middle_, attn_, A, M_, {&l.o});
+    if (adapted && alone()) pool_->barrier();  // else prepare has ended with one
+    matmul(tid, out(index), in);
     meet(tid, gated(index));
 
-    matmul(tid, gated(index), norm(tid, l.norm2, {&l.gate, &l.up}));
+    in = norm(tid, l.norm2, {&l.gate, &l.up});
+    if (shrink(tid, index, GATE, UP, private_norm_[alone() ? tid : 0], D)) pool_->barrier();
+    matmul(tid, gated(index), in);
     meet(tid, down(index));
-    matmul(tid, down(index), prepare(tid, wide_, ffn_, m_.ffn, M_, {&l.down}));
+    adapted = shrink(tid, index, DOWN, DOWN, ffn_, m_.ffn);
+    in = prepare(tid, wide_, ffn_, m_.ffn, M_, {&l.down});
+    if (adapted && alone()) pool_->barrier();
+    matmul(tid, down(index), in);
   }
 
   void logits(int tid) {
@@ -342,6 +407,15 @@ class Step {  // one step as every thread sees it
   float *x_, *normed_, *q_, *kn_, *vn_, *attn_, *ffn_, *cos_, *sin_;
   std::vector<Acts> narrow_, middle_, wide_;
   std::vector<float*> private_norm_, att_scratch_;
+  std::vector<const LowRank*> adapter_of_;  // [token]
+  struct Group {  // tokens that read A together
+    const LowRank* all;
+    std::vector<int32_t> tokens;
+  };
+  std::vector<Group> groups_;
+  std::vector<Addend> addends_;             // [layer][part], or empty
+  float* shrunk_[SHARED] = {};
+  int64_t rank_ = 0;
   std::vector<std::atomic<int64_t>> counters_;
   std::atomic<bool> stopped_{false};
 };

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "adapter.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -47,6 +48,7 @@ struct Batch {
   const float* inv_freq = nullptr;
   float rope_scale = 1;
   float* logits = nullptr;
+  const Adapter* const* adapters = nullptr;  // [sequence], null entries for none; null where no sequence has one
 };
 
 class Runner {

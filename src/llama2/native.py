@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llama2 import cpu
 from llama2.checkpoint.gguf_weights import GgufCheckpoint
+from llama2.checkpoint.peft import read_adapter
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import InputError, Llama2Error
@@ -85,8 +86,9 @@ class NativeCache:
 class NativeRunner:
     """`weights` on the engine's own threads, as generation's Runner. precision: see `cpu.CpuRunner`."""
 
-    def __init__(self, weights: cpu.CpuWeights, cache_dtype: str = "bfloat16") -> None:
-        self.weights, self.cache_dtype = weights, cache_dtype
+    def __init__(self, weights: cpu.CpuWeights, cache_dtype: str = "bfloat16", adapter: str | None = None) -> None:
+        """adapter: one of `weights.adapters`, for every row; the engine itself takes another for each sequence."""
+        self.weights, self.cache_dtype, self.adapter = weights, cache_dtype, adapter
         self._engine = cpu.CpuRunner(weights)
 
     @property
@@ -123,7 +125,9 @@ class NativeRunner:
             return logits
         wanted = np.flatnonzero(asked[real])
         try:
-            found = self._engine.step(ids[real], places[real], cache.append(real), wanted)
+            view = cache.append(real)
+            chosen = None if self.adapter is None else [self.adapter] * len(view.past)
+            found = self._engine.step(ids[real], places[real], view, wanted, chosen)
         except BaseException:
             cache.columns = held  # the engine has left the sequences as they were
             raise
@@ -146,8 +150,15 @@ class NativeModel:
     training = False
     generate = door("generate", "generate", "Continues prompts: see llama2.generate.generate.")
 
-    def __init__(self, weights: cpu.CpuWeights, generation_config: GenerationConfig | None = None) -> None:
+    def __init__(
+        self,
+        weights: cpu.CpuWeights,
+        generation_config: GenerationConfig | None = None,
+        cache_dtype: str = "bfloat16",
+    ) -> None:
         self.config: LlamaConfig = weights.config
+        self.cache_dtype = cache_dtype
+        self.adapter: str | None = None  # what generation uses; see set_adapter
         self.generation_config = generation_config or GenerationConfig.from_model_config(weights.config)
         self.weights = weights
 
@@ -156,6 +167,28 @@ class NativeModel:
         """The model of a GGUF file, its blocks repacked losslessly for the kernels."""
         file = GgufCheckpoint(Path(path)).file  # refuses foreign, malformed and truncated files before any is packed
         return cls(cpu.CpuWeights.from_gguf(file, threads))
+
+    @classmethod
+    def from_module(cls, model: LlamaForCausalLM, threads: int | None = None) -> "NativeModel":
+        """A torch model's own weights, in place: a change of them shows here too."""
+        if reason := why_not(model):
+            raise InputError(f"the native engine cannot run this model: {reason}")
+        cache_dtype = "float32" if model.dtype == torch.float32 else "bfloat16"
+        return cls(cpu.CpuWeights.from_module(model, threads), model.generation_config, cache_dtype)
+
+    def load_adapter(self, folder: str | Path, name: str = "default") -> None:
+        """Adds a LoRA adapter that peft wrote and uses it from now on; the weights stay as they are.
+
+        Raises as `checkpoint.peft.read_adapter`, and InputError where there is an adapter of that name.
+        """
+        self.weights.add_adapter(name, read_adapter(folder, self.config).modules)
+        self.adapter = name
+
+    def set_adapter(self, name: str | None) -> None:
+        """Which of the loaded adapters generation uses from its next call on; None: the model alone."""
+        if name is not None:
+            self.weights.adapter(name)
+        self.adapter = name
 
 
 class _Held:
@@ -222,8 +255,9 @@ def native_runner(model: Any) -> NativeRunner | None:
     weights = native_weights(model)
     if weights is None:
         return None
-    exact = not isinstance(model, NativeModel) and model.dtype == torch.float32
-    return NativeRunner(weights, "float32" if exact else "bfloat16")
+    if isinstance(model, NativeModel):
+        return NativeRunner(weights, model.cache_dtype, model.adapter)
+    return NativeRunner(weights, "float32" if model.dtype == torch.float32 else "bfloat16")
 
 
 def row_count(cache: Any) -> int:

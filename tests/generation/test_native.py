@@ -152,3 +152,34 @@ def test_a_gguf_file_answers_packed(smollm2: Path) -> None:
 
 def test_config_is_the_models_own() -> None:
     assert native_weights(tiny_model(torch.float32)).config == tiny_config(dtype=None)  # type: ignore[union-attr]
+
+
+def test_adapters_of_a_native_model_are_chosen_for_each_call(tmp_path: Path) -> None:
+    from checkpoint.adapter_files import tensors_for, write_adapter
+
+    from llama2.checkpoint.merge import merge_into
+    from llama2.checkpoint.peft import read_adapter
+
+    model, parts = tiny_model(torch.float32), ("q_proj", "up_proj", "down_proj")
+    native = NativeModel.from_module(model)
+    folders = [
+        write_adapter(tmp_path / str(i), tensors_for(model.config, parts, seed=i), target_modules=list(parts))
+        for i in range(2)
+    ]
+    native.load_adapter(folders[0], "first")
+    native.load_adapter(folders[1], "second")
+    ids, mask = tiny_ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+    texts = {}
+    for name in ("first", "second", None):
+        native.set_adapter(name)
+        texts[name] = native.generate(ids, **settings).tolist()
+    assert texts[None] == model.generate(ids, runner="torch", **settings).tolist()
+    assert texts["first"] != texts[None] != texts["second"] != texts["first"]
+    for name, folder in zip(("first", "second"), folders, strict=True):
+        twin = tiny_model(torch.float32)
+        merge_into(twin, read_adapter(folder, twin.config))
+        assert texts[name] == twin.generate(ids, runner="torch", **settings).tolist()
+    with pytest.raises(InputError, match="no adapter 'third'; there are: 'first', 'second'"):
+        native.set_adapter("third")

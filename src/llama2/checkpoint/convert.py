@@ -24,7 +24,9 @@ from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.gguf_write import WRITABLE, GgufTarget
 from llama2.checkpoint.hf import DTYPES
 from llama2.checkpoint.hf_write import HfTarget
+from llama2.checkpoint.merge import MergedCheckpoint
 from llama2.checkpoint.meta_write import MetaTarget
+from llama2.checkpoint.peft import read_adapter
 from llama2.checkpoint.pooled import PooledCheckpoint
 from llama2.checkpoint.save import parse_size, replacing
 from llama2.checkpoint.source import open_source
@@ -49,7 +51,7 @@ Progress = Callable[[int, int, str], None]
 class Options:
     """How to convert. dtype: "keep", a float dtype, or for gguf a block type such as "q4_0". shards: of meta.
     shard_size: of hf, bytes or "5GB". kv_heads: pool key and value heads to this number. chat: add Llama 2's chat
-    template; None does so for Meta folders whose name ends in "-chat"."""
+    template; None does so for Meta folders whose name ends in "-chat". adapter: folder of a LoRA adapter to merge."""
 
     to: str = "hf"
     dtype: str = "keep"
@@ -57,6 +59,7 @@ class Options:
     shards: int = 1
     kv_heads: int | None = None
     chat: bool | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def convert(
     opened = source if isinstance(source, Checkpoint) else open_source(source, {})
     path = Path(target)
     _check_target(opened, path, options)
+    if options.adapter is not None:
+        opened = _merged(opened, options.adapter, options)
     if options.kv_heads is not None:
         opened = PooledCheckpoint(opened, options.kv_heads)
     run = _Run(make_target(opened, path.name, options), opened, path, options)
@@ -155,6 +160,16 @@ def gguf_type(wanted: str) -> str | None:
         choices = ", ".join(("keep", *_FLOATS, *(name.lower() for name in WRITABLE[3:])))
         raise InputError(f"dtype {wanted!r} cannot be written to GGUF; it is one of {choices}")
     return kind
+
+
+def _merged(source: Checkpoint, adapter: str, options: Options) -> Checkpoint:
+    quantised = sorted({kind for _, kind in source.tensors.values()} - set(DTYPES))
+    if options.to == "gguf" and options.dtype == "keep" and quantised:
+        raise InputError(
+            f"{source.path} is quantised ({', '.join(quantised)}), and weights with an adapter in them are not: say "
+            "with dtype what to store them as; what the adapter leaves alone and is of that type stays as it is"
+        )
+    return MergedCheckpoint(source, read_adapter(adapter, source.config))
 
 
 def _check_target(source: Checkpoint, path: Path, options: Options) -> None:
@@ -324,14 +339,19 @@ class _Run:
 
 def fingerprint(source: Checkpoint, options: Options) -> str:
     """What must be the same for an interrupted conversion to go on: the source's files and the options."""
-    inner = source.source if isinstance(source, PooledCheckpoint) else source
-    home = inner.path
+    homes = [source.path]
+    while isinstance(source, PooledCheckpoint | MergedCheckpoint):
+        homes += [source.adapter.path] if isinstance(source, MergedCheckpoint) else []
+        source = source.source
+    told = repr(([(str(home.resolve()), _stats(home)) for home in homes], options))
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _stats(home: Path) -> list[tuple[str, int, int]]:
     # Hidden files are not the source's: a GGUF file may be made in the folder it is made from.
     visible = [] if home.is_file() else [file for file in home.iterdir() if not file.name.startswith(".")]
     files = [home] if home.is_file() else sorted(file for file in visible if file.is_file())
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    told = repr((str(home.resolve()), stats, options))
-    return hashlib.sha256(told.encode()).hexdigest()
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -54,14 +54,15 @@ def convert(
     shards: int = 1,
     kv_heads: int | None = None,
     chat: bool | None = None,
+    adapter: str | None = None,
     quiet: bool = False,
 ) -> int:
     """Converts with a progress bar and says what came of it."""
     from llama2.checkpoint import convert as engine
 
-    settings = engine.Options(to, dtype, shard_size, shards, kv_heads, chat)
+    settings = engine.Options(to, dtype, shard_size, shards, kv_heads, chat, adapter)
     try:
-        with Meter("converting", quiet) as meter:
+        with Meter("converting" if adapter is None else "merging", quiet) as meter:
             result = engine.convert(source, target, settings, meter)
     except KeyboardInterrupt:
         print("llama2: interrupted; the same command goes on from here", file=sys.stderr)

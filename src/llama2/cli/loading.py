@@ -48,6 +48,9 @@ class RunOptions(ModelOptions):
     runner: Literal["auto", "native", "torch"] = option(
         "auto", "what runs the network; auto is the native CPU engine where it can, else torch"
     )
+    adapter: str | None = option(
+        None, "a LoRA adapter, the folder that peft wrote; the native engine adds it while it runs", metavar="FOLDER"
+    )
 
 
 def model_path(model: str | None) -> str:
@@ -78,13 +81,40 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
-    """The model and its tokenizer. A GGUF file stays packed where the native engine runs it.
+    """The model with its adapter, and its tokenizer. A GGUF file stays packed where the native engine runs it.
 
     The tokenizer comes first: what is wrong with a path or a tokenizer is told before torch is imported. Building it in
     a thread meanwhile gains nothing (2.4 s against 2.5 s in all, within the noise): both hold the interpreter's lock.
     """
     path = model_path(options.model)
     tokenizer = load_tokenizer(path)
+    if options.adapter is None:
+        return _load_model(path, options), tokenizer
+    from llama2.checkpoint.peft import read_config
+
+    read_config(Path(options.adapter))  # a wrong folder is told before the model is loaded
+    return _adapted(_load_model(path, options), options.adapter, options.runner), tokenizer
+
+
+def _adapted(model: "LlamaForCausalLM | NativeModel", folder: str, runner: str) -> "LlamaForCausalLM | NativeModel":
+    """The model with the adapter: beside the weights on the native engine, merged into them for torch."""
+    from llama2.native import NativeModel, why_not
+
+    if not isinstance(model, NativeModel):
+        if runner == "torch" or why_not(model):
+            from llama2.checkpoint.merge import merge_into
+            from llama2.checkpoint.peft import read_adapter
+
+            merge_into(model, read_adapter(folder, model.config))
+            kind = str(model.dtype).removeprefix("torch.")
+            terminal.notice(f"llama2: for torch the adapter was merged into the weights (float32 sums, kept as {kind})")
+            return model
+        model = NativeModel.from_module(model)
+    model.load_adapter(folder)
+    return model
+
+
+def _load_model(path: str, options: RunOptions) -> "LlamaForCausalLM | NativeModel":
     reason = "the native engine is not built, because the install found no C++17 compiler"
     with _keeping_interrupts():
         gguf = _may_stay_packed(path, options)
@@ -92,7 +122,7 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
             from llama2.native import NativeModel
 
             try:
-                return NativeModel.from_gguf(path), tokenizer
+                return NativeModel.from_gguf(path)
             except InputError as error:  # a block type without kernels
                 if options.runner == "native":
                     raise
@@ -104,7 +134,7 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
         )
     if gguf and model.device.type == "cpu":
         terminal.notice(f"llama2: torch runs this file: {reason}")
-    return model, tokenizer
+    return model
 
 
 def _may_stay_packed(path: str, options: RunOptions) -> bool:

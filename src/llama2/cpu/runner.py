@@ -37,19 +37,28 @@ class CpuRunner:
         """The instruction set in use."""
         return str(self._runner.isa)
 
-    def step(self, tokens: Any, positions: Any, view: CacheView, rows: Any = None) -> NDArray[np.float32]:
+    def step(
+        self,
+        tokens: Any,
+        positions: Any,
+        view: CacheView,
+        rows: Any = None,
+        adapters: SequenceOf[str | None] | None = None,
+    ) -> NDArray[np.float32]:
         """Logits float32 (rows, vocabulary) for a packed batch; keys and values are appended to the cache.
 
         tokens, positions: int (T,), the new tokens of view's sequences one after the other and their RoPE positions.
         rows: the tokens to give logits for (ascending where T is over CHUNK); None: the last one of every sequence.
+        adapters: for every sequence the name of one of `weights.adapters`, or None; None: no sequence has one.
         An interrupt (Ctrl-C) ends the call within one layer and leaves the sequences as they were.
         """
         ids = _ints(tokens, "tokens")
         places = _ints(positions, "positions")
         wanted = view.starts[1:] - 1 if rows is None else _ints(rows, "rows")
+        chosen = None if adapters is None else self._chosen(adapters, view)
         logits = np.empty((len(wanted), self.weights.config.vocab_size), np.float32)
         try:
-            for first, last, arrays in _pieces(ids, places, view, wanted):
+            for first, last, sequences, arrays in _pieces(ids, places, view, wanted):
                 self._runner.step(
                     self.weights.model,
                     view.cache.handle,
@@ -57,6 +66,7 @@ class CpuRunner:
                     self.weights.frequencies(int(places.max()) + 1) if self.weights.dynamic else self.weights.inv_freq,
                     self.weights.rope_scale,
                     logits[first:last],
+                    chosen if chosen is None else chosen[sequences],
                 )
         except ValueError as error:  # refused before anything was computed: say it with the remedy
             self._explain(ids, places, view, wanted)
@@ -64,12 +74,21 @@ class CpuRunner:
         view.commit()
         return logits
 
-    def feed(self, sequence: Sequence, tokens: SequenceOf[int]) -> NDArray[np.float32]:
+    def feed(self, sequence: Sequence, tokens: SequenceOf[int], adapter: str | None = None) -> NDArray[np.float32]:
         """Appends tokens to one sequence; logits float32 (vocabulary,) after the last of them."""
         view = sequence.cache.view([(sequence, len(tokens))])
         positions = np.arange(sequence.length, sequence.length + len(tokens), dtype=np.int32)
-        logits: NDArray[np.float32] = self.step(tokens, positions, view)[0]
+        chosen = None if adapter is None else [adapter]
+        logits: NDArray[np.float32] = self.step(tokens, positions, view, adapters=chosen)[0]
         return logits
+
+    def _chosen(self, names: SequenceOf[str | None], view: CacheView) -> list[Any] | None:
+        if isinstance(names, str) or len(names) != len(view.past):
+            raise InputError(
+                f"adapters names one adapter, or None, for each of the step's {len(view.past)} sequences; got {names!r}"
+            )
+        found = [None if name is None else self.weights.adapter(name) for name in names]
+        return found if any(a is not None for a in found) else None
 
     def _explain(self, ids: Ints, places: Ints, view: CacheView, wanted: Ints) -> None:
         """Raises InputError with the remedy for the usual mistakes."""
@@ -94,11 +113,13 @@ def _ints(values: Any, name: str) -> Ints:
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def _pieces(ids: Ints, places: Ints, view: CacheView, wanted: Ints) -> Iterator[tuple[int, int, tuple[Ints, ...]]]:
-    """The step in calls of at most CHUNK tokens: first and last logits row, and the arrays of the native call."""
+def _pieces(
+    ids: Ints, places: Ints, view: CacheView, wanted: Ints
+) -> Iterator[tuple[int, int, slice, tuple[Ints, ...]]]:
+    """The step in calls of at most CHUNK tokens: first and last logits row, sequences, arrays of the native call."""
     total = int(view.starts[-1])
     if total <= CHUNK or len(ids) != total or len(places) != total:  # the native call refuses a wrong length
-        yield 0, len(wanted), (ids, places, view.starts, view.past, view.tables, wanted)
+        yield 0, len(wanted), slice(None), (ids, places, view.starts, view.past, view.tables, wanted)
         return
     if len(wanted) and (wanted[0] < 0 or wanted[-1] >= total or np.any(np.diff(wanted) <= 0)):
         raise InputError(f"rows are ascending indices of the step's {total} tokens, got {wanted.tolist()[:8]}")
@@ -110,4 +131,5 @@ def _pieces(ids: Ints, places: Ints, view: CacheView, wanted: Ints) -> Iterator[
         past = (view.past[begin:end] + (starts[:-1] - view.starts[begin:end])).astype(np.int32)
         low, high = (int(i) for i in np.searchsorted(wanted, (first, last)))
         rows = np.ascontiguousarray(wanted[low:high] - first, dtype=np.int32)
-        yield low, high, (ids[first:last], places[first:last], starts - first, past, view.tables[begin:end], rows)
+        arrays = (ids[first:last], places[first:last], starts - first, past, view.tables[begin:end], rows)
+        yield low, high, slice(begin, end), arrays

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.config import LlamaConfig
+from llama2.cpu.adapters import Tensors, make_adapter
 from llama2.cpu.codes import NF4, CodebookWeight, GroupWeight, Int8Weight, PackableWeight
 from llama2.cpu.frequencies import attention_scaling, inverse_frequencies
 from llama2.cpu.threads import make_pool, native
@@ -76,6 +77,7 @@ class CpuWeights:
         self._arena = native().Arena()
         self._matrices: list[Any] = []
         self._copies: list[tuple[NDArray[np.float32], Any]] = []
+        self._adapters: dict[str, Any] = {}
 
     @property
     def nbytes(self) -> int:
@@ -125,6 +127,35 @@ class CpuWeights:
             norms = (self._copied(layer.input_layernorm.weight), self._copied(layer.post_attention_layernorm.weight))
             self._layer(*norms, parts)
         return self
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that a step can choose."""
+        return list(self._adapters)
+
+    def add_adapter(self, name: str, tensors: Tensors) -> None:
+        """Makes an adapter choosable by `name`: {module path: (A, B, scale)}, copied once (see cpu/adapters.py).
+
+        Raises InputError where the name is taken or a path is no linear of a layer, MismatchError where a shape does
+        not fit. A running step keeps the adapters it began with, so adding and removing need not wait for it.
+        """
+        if name in self._adapters:
+            raise InputError(
+                f"there is an adapter {name!r} already; remove_adapter({name!r}) first, or take a new name"
+            )
+        self._adapters[name] = make_adapter(self.model, self.config.num_hidden_layers, tensors)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forgets an adapter; its memory is freed when no step uses it any more."""
+        self.adapter(name)
+        del self._adapters[name]
+
+    def adapter(self, name: str) -> Any:
+        """The native adapter called `name`. Raises InputError where there is none."""
+        if name not in self._adapters:
+            there = ", ".join(map(repr, self._adapters)) or "none"
+            raise InputError(f"there is no adapter {name!r}; there are: {there}. add_adapter adds one")
+        return self._adapters[name]
 
     def refresh(self) -> None:
         """Copies norms and biases from the module again; a change through `.data` leaves no other trace."""

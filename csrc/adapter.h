@@ -1,0 +1,36 @@
+// LoRA adapters: low-rank additions to the linears of a model, chosen per sequence in a step.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace llama2 {
+
+struct Model;
+
+enum Part : int { Q, K, V, O, GATE, UP, DOWN, PARTS };
+
+class Adapter {
+ public:
+  explicit Adapter(const Model& model);  // for models of these shapes; no addition yet
+  int64_t layers() const { return static_cast<int64_t>(all_.size()) / PARTS; }
+  int64_t in(Part part) const { return in_[part]; }
+  int64_t out(Part part) const { return out_[part]; }
+  bool fits(const Model& model) const;
+  // Copies A (rank x in) and B (out x rank), row-major of any float format, which they keep.
+  void set(int64_t layer, Part part, const Matrix& a, const Matrix& b, float scale);
+  const LowRank* all() const { return all_.data(); }  // [layer][part]; rank 0 where nothing is added
+  int64_t rank() const { return rank_; }              // the largest
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  uint8_t* take(int64_t bytes);  // zeroed, one matrix behind the other in the order a step reads them
+
+  int64_t in_[PARTS], out_[PARTS], rank_ = 0, bytes_ = 0;
+  std::vector<LowRank> all_;
+  std::vector<std::shared_ptr<uint8_t>> memory_;
+  int64_t at_ = 0, size_ = 0;  // in the last piece
+};
+
+}  // namespace llama2

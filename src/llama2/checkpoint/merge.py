@@ -1,0 +1,78 @@
+"""W + scale * B A: an adapter put into the weights for good. The sum is taken in float32 and rounded once."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama2.checkpoint import Checkpoint, RawTensor, Stored
+from llama2.checkpoint.hf import CODES
+from llama2.checkpoint.peft import Adapter, LowRank
+from llama2.config import LlamaConfig
+
+
+def merged(weight: Tensor, low: LowRank, start: int = 0) -> Tensor:
+    """Rows `start` .. start + len(weight) of W + scale * B A, in the weight's dtype and on its device."""
+    a, b = (half.to(weight.device, torch.float32) for half in (low.a, low.b[start : start + len(weight)]))
+    return torch.addmm(weight.float(), b, a, alpha=low.scale).to(weight.dtype)
+
+
+def merge_into(model: nn.Module, adapter: Adapter) -> None:
+    """Adds an adapter to the weights of a LlamaForCausalLM in place."""
+    with torch.no_grad():
+        for module, low in adapter.modules.items():
+            weight = model.get_submodule(module).weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(merged(weight, low))
+
+
+class MergedCheckpoint(Checkpoint):
+    """A checkpoint seen with an adapter merged into it, row by row as it is read."""
+
+    def __init__(self, source: Checkpoint, adapter: Adapter) -> None:
+        self.source, self.adapter = source, adapter
+        self.format, self.path = source.format, source.path
+        self._low = {f"{module}.weight": low for module, low in adapter.modules.items()}
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        found = dict(self.source.tensors)
+        for name in self._low:  # the sum of quantised weights and an adapter is not quantised
+            shape, kind = found[name]
+            found[name] = Stored(shape, kind if kind in CODES.values() else "F32")
+        return found
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        return self.source.config
+
+    @property
+    def generation_settings(self) -> dict[str, Any] | None:
+        return self.source.generation_settings
+
+    @property
+    def tokenizer_source(self) -> Path | dict[str, Any]:
+        return self.source.tokenizer_source
+
+    @property
+    def auto_dtype(self) -> str:
+        return self.source.auto_dtype
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        tensor = self.source.read(name)
+        if name in self._low:
+            tensor = merged(tensor, self._low[name])
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        rows = self.source.read_rows(name, start, stop)
+        return merged(rows, self._low[name], start) if name in self._low else rows
+
+    def raw(self, name: str) -> RawTensor:
+        if name not in self._low:
+            return self.source.raw(name)
+        shape, kind = self.tensors[name]
+        return RawTensor(self.read(name).contiguous().view(torch.uint8), kind, shape)

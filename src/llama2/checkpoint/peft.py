@@ -1,0 +1,277 @@
+"""LoRA adapters as the peft package writes them: adapter_config.json beside adapter_model.safetensors.
+
+A tensor is called "base_model.model." + module path + ".lora_A.weight" (r, in) or ".lora_B.weight" (out, r); it adds
+scaling * B A to the module's weight, scaling = alpha / r, or alpha / sqrt(r) with use_rslora (arXiv 2106.09685,
+2312.03732). `rank_pattern` and `alpha_pattern` give single modules another r or alpha.
+
+peft itself lets a wrong prefix, a missing half or a layer too many pass with a warning, and the adapter then does
+nothing. Here every tensor of the file must have its place, and every module that the configuration targets its tensors.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama2.checkpoint import read_json
+from llama2.checkpoint.hf import load_bin, map_safetensors
+from llama2.config import LlamaConfig
+from llama2.errors import CheckpointError, MismatchError
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# What changes the sum or the base weights themselves: used without it, the adapter would give wrong answers.
+_FOREIGN = {
+    "use_dora": "DoRA rescales each row of the merged weight",
+    "modules_to_save": "it brings whole layers of its own",
+    "lora_bias": "B has a bias",
+    "fan_in_fan_out": "its weights are stored transposed",
+    "layer_replication": "it repeats layers of the model",
+    "trainable_token_indices": "it changes rows of the embedding",
+    "target_parameters": "it changes parameters that are no linears",
+    "alora_invocation_tokens": "it acts from an invocation sequence on only",
+    "use_qalora": "it pools the input (QALoRA)",
+    "use_bdlora": "its matrices are block-diagonal",
+    "arrow_config": "it routes between several adapters",
+    "kasa_config": "it changes the base weights (KaSA)",
+}
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others take something out of the base weights
+
+
+class LowRank(NamedTuple):
+    """scale * b @ a is added to a weight: a (r, in), b (out, r)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json says of a LoRA adapter. target_modules: suffixes of module paths, or one regex."""
+
+    r: int
+    lora_alpha: float
+    target_modules: tuple[str, ...] | str
+    exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[int, ...] = ()
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    base_model: str | None = None
+
+    def rank(self, module: str) -> int:
+        """r of one module."""
+        return int(_by_pattern(self.rank_pattern, module, self.r))
+
+    def scaling(self, module: str) -> float:
+        """What multiplies B A of one module."""
+        alpha, rank = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, module: str) -> bool:
+        """Whether the adapter is meant to change this module."""
+        if _listed(self.exclude_modules, module):
+            return False
+        if self.target_modules == "all-linear":
+            return module.endswith(LINEARS)
+        if self.layers_to_transform and not isinstance(self.target_modules, str):
+            layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+            if layer is None or int(layer[1]) not in self.layers_to_transform:
+                return False
+        return _listed(self.target_modules, module)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that fits a model. modules: {path in the model: (A, B, scale)}, as `CpuWeights.add_adapter` takes."""
+
+    path: Path
+    config: AdapterConfig
+    modules: Mapping[str, LowRank]
+
+
+def read_adapter(folder: str | Path, model: LlamaConfig) -> Adapter:
+    """Opens the adapter in `folder` for a model of this configuration; tensors are views of the mapped file.
+
+    Raises CheckpointError for files that are missing, malformed, or of a kind that is not plain LoRA; MismatchError
+    where names or shapes do not fit the model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder that holds {CONFIG} and {WEIGHTS}")
+    config = read_config(folder)
+    halves = _pair(folder, _tensors(folder))
+    shapes = linear_shapes(model)
+    if stray := sorted(set(halves) - set(shapes)):
+        if f"model.{stray[0]}" in shapes:
+            raise CheckpointError(
+                f"{folder} holds tensors whose names begin with {PREFIX}{stray[0]}; the prefix of a Llama model is "
+                f"{PREFIX}model.: put the missing 'model.' in, or save the adapter again with peft"
+            )
+        raise MismatchError(
+            f"{folder} adapts {stray[0]!r} ({len(stray)} modules in all), which is no linear of a layer of this "
+            f"{model.num_hidden_layers}-layer model; adapters of {', '.join(LINEARS)} are supported"
+        )
+    _check_targets(folder, config, set(halves), set(shapes))
+    modules = {}
+    for module in sorted(halves, key=list(shapes).index):
+        a, b = halves[module]["A"], halves[module]["B"]
+        _check_shapes(folder, module, (a, b), config.rank(module), shapes[module])
+        modules[module] = LowRank(a, b, config.scaling(module))
+    return Adapter(folder, config, modules)
+
+
+def linear_shapes(model: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear of every layer, by module path."""
+    hidden, ffn = model.hidden_size, model.intermediate_size
+    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    sizes = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ffn, hidden), (ffn, hidden), (hidden, ffn))
+    return {
+        f"model.layers.{i}.{'mlp' if name in LINEARS[4:] else 'self_attn'}.{name}": size
+        for i in range(model.num_hidden_layers)
+        for name, size in zip(LINEARS, sizes, strict=True)
+    }
+
+
+# -- adapter_config.json -----------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """adapter_config.json. Raises CheckpointError for another kind of adapter than plain LoRA, naming what is not."""
+    where, fields = folder / CONFIG, read_json(folder / CONFIG)
+    if fields.get("peft_type") != "LORA":
+        raise CheckpointError(f"{where} has peft_type {fields.get('peft_type')!r}; only 'LORA' adapters are supported")
+    for key, why in _FOREIGN.items():
+        if fields.get(key):
+            _refuse(where, f"{key} is {fields[key]!r}: {why}")
+    if fields.get("bias", "none") != "none":
+        _refuse(where, f"bias is {fields['bias']!r}: it changes biases of the model")
+    if (init := fields.get("init_lora_weights")) not in _PLAIN_INITS:
+        _refuse(where, f"init_lora_weights is {init!r}, which changes the base weights too (save it as plain LoRA)")
+    try:
+        return _parse(fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where} is malformed: {error!r}; save the adapter again") from error
+
+
+def _refuse(where: Path, what: str) -> None:
+    raise CheckpointError(
+        f"{where}: {what}, which is not supported; merge the adapter with peft (merge_and_unload) and use the result"
+    )
+
+
+def _parse(fields: Mapping[str, Any]) -> AdapterConfig:
+    targets, excluded = fields["target_modules"], fields.get("exclude_modules") or ()
+    layers = fields.get("layers_to_transform")
+    ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
+    for value in (fields["r"], *ranks.values()):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"r is {value!r}; it must be a positive integer")
+    for number in (fields["lora_alpha"], *alphas.values()):
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise ValueError(f"lora_alpha is {number!r}; it must be a number")
+    for pattern in (*ranks, *alphas, *(p for p in (targets, excluded) if isinstance(p, str))):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a pattern: {error}") from error
+    return AdapterConfig(
+        r=fields["r"],
+        lora_alpha=fields["lora_alpha"],
+        target_modules=targets if isinstance(targets, str) else tuple(map(str, targets)),
+        exclude_modules=excluded if isinstance(excluded, str) else tuple(map(str, excluded)),
+        layers_to_transform=() if layers is None else (layers,) if isinstance(layers, int) else tuple(map(int, layers)),
+        use_rslora=bool(fields.get("use_rslora")),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        base_model=fields.get("base_model_name_or_path"),
+    )
+
+
+def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _listed(modules: tuple[str, ...] | str, module: str) -> bool:
+    if isinstance(modules, str):
+        return re.fullmatch(modules, module) is not None
+    return any(module == one or module.endswith(f".{one}") for one in modules)
+
+
+# -- the tensors -------------------------------------------------------------------------------------------------
+
+
+def _tensors(folder: Path) -> Mapping[str, Tensor]:
+    if (folder / WEIGHTS).exists():
+        return map_safetensors(folder / WEIGHTS)
+    if (folder / PICKLE).exists():
+        return load_bin(folder / PICKLE)
+    raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {PICKLE}; fetch or save the adapter again")
+
+
+def _pair(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{module: {"A": tensor, "B": tensor}}; every tensor has its place and every pair both halves."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None or not name.startswith(PREFIX):
+            raise CheckpointError(
+                f"{folder} holds the tensor {name!r}; those of a LoRA adapter are called {PREFIX}MODULE.lora_A.weight "
+                f"and .lora_B.weight, MODULE as in the model (model.layers.0.self_attn.q_proj). Rename it, or save the "
+                "adapter again with peft"
+            )
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{folder}: {name!r} is {tensor.dtype}; an adapter is float32, float16 or bfloat16. Convert it first"
+            )
+        halves.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = tensor
+    if not halves:
+        raise CheckpointError(f"{folder} holds no tensors: the adapter was saved empty; save it again")
+    for module, pair in halves.items():
+        for half in "AB":
+            if half not in pair:
+                raise CheckpointError(
+                    f"{folder} has no {PREFIX}{module}.lora_{half}.weight, the other half of a pair; save it again"
+                )
+    return halves
+
+
+def _check_targets(folder: Path, config: AdapterConfig, found: set[str], known: set[str]) -> None:
+    targeted = {module for module in known if config.targets(module)}
+    if not targeted:
+        raise MismatchError(
+            f"{folder} targets {config.target_modules!r}, which names no linear of this model's layers; "
+            f"they are {', '.join(LINEARS)}"
+        )
+    if lost := sorted(targeted - found):
+        raise MismatchError(
+            f"{folder} targets {lost[0]!r} ({len(lost)} modules in all) but holds no tensors for it; "
+            "it is for a model with fewer layers, or was cut: fetch or save it again"
+        )
+    if extra := sorted(found - targeted):
+        raise MismatchError(
+            f"{folder} holds tensors for {extra[0]!r}, which its target_modules {config.target_modules!r} do not "
+            "name; peft would leave them out. Correct target_modules or save the adapter again"
+        )
+
+
+def _check_shapes(folder: Path, module: str, pair: tuple[Tensor, Tensor], rank: int, shape: tuple[int, int]) -> None:
+    wanted = ((rank, shape[1]), (shape[0], rank))
+    for half, tensor, size in zip("AB", pair, wanted, strict=True):
+        if tuple(tensor.shape) != size:
+            raise MismatchError(
+                f"{folder}: lora_{half} of {module} has shape {tuple(tensor.shape)}, but rank {rank} and this model's "
+                f"weight of {shape} need {size}; it is an adapter of another model or rank"
+            )

@@ -1,0 +1,40 @@
+"""`llama2 merge-adapter`: a LoRA adapter put into the weights for good, one tensor at a time."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llama2.cli.args import option
+from llama2.cli.convert import convert
+from llama2.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Add a LoRA adapter to the weights of a checkpoint: BASE is a folder, a file or a hub id, ADAPTER the folder that
+    peft wrote, DST is new. Sums are float32 and rounded once, to the dtype of the base unless --dtype gives another.
+
+    An interrupted run goes on when the same command is given again."""
+
+    paths: tuple[str, ...] = option((), "the model, the adapter, and the new folder or .gguf file",
+                                    metavar="BASE ADAPTER DST", positional=True)  # fmt: skip
+    to: Literal["hf", "meta", "gguf"] | None = option(None, "format (default: gguf where DST ends in .gguf, else hf)")
+    dtype: str = option("keep", "keep, float16, bfloat16, float32, or a block type for gguf, as in convert",
+                        metavar="TYPE")  # fmt: skip
+    shard_size: str = option("5GB", "largest file of --to hf, such as 500MB or 5GiB", metavar="SIZE")
+    quiet: bool = option(False, "no progress bar")
+
+
+def run(options: Options) -> int:
+    """Runs the command."""
+    if len(options.paths) != 3:
+        raise InputError(f"merge-adapter needs a base, an adapter and a target, but {len(options.paths)} were given")
+    base, adapter, target = options.paths
+    return convert(
+        base,
+        target,
+        to=options.to or ("gguf" if target.endswith(".gguf") else "hf"),
+        dtype=options.dtype,
+        shard_size=options.shard_size,
+        adapter=adapter,
+        quiet=options.quiet,
+    )

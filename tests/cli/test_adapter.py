@@ -1,0 +1,87 @@
+"""--adapter on every runner, and merge-adapter: the same text from the adapter beside the weights and in them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint.adapter_files import tensors_for, write_adapter
+from cli.conftest import Run
+
+import llama2.checkpoint as files
+from llama2 import cpu
+
+PARTS = ("q_proj", "v_proj", "gate_proj", "down_proj")
+WORDS = ["-n", "24", "--greedy", "Hello there"]
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from llama2 import LlamaConfig
+
+    config = LlamaConfig.from_pretrained(checkpoint)
+    tensors = {name: 3 * tensor for name, tensor in tensors_for(config, PARTS).items()}
+    return write_adapter(tmp_path_factory.mktemp("adapter"), tensors, target_modules=list(PARTS))
+
+
+def test_generate_with_an_adapter_equals_the_merged_model(
+    run: Run, checkpoint: Path, adapter: Path, tmp_path: Path
+) -> None:
+    code, plain, _ = run("generate", "-m", checkpoint, *WORDS)
+    assert code == 0
+    code, attached, err = run("generate", "-m", checkpoint, "--adapter", adapter, *WORDS)
+    assert code == 0 and attached != plain and "merged" not in err
+    code, torch_text, err = run("generate", "-m", checkpoint, "--adapter", adapter, "--runner", "torch", *WORDS)
+    assert code == 0 and "for torch the adapter was merged into the weights (float32 sums, kept as float32)" in err
+    assert torch_text == attached
+    code, out, _ = run("merge-adapter", checkpoint, adapter, tmp_path / "merged")
+    assert code == 0 and "hf, 0.00 GB of weights" in out
+    assert run("generate", "-m", tmp_path / "merged", *WORDS)[1] == attached
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native module is not built")
+def test_a_gguf_file_stays_packed(run: Run, smollm2: Path, tmp_path: Path) -> None:
+    tensors = tensors_for(files.open(smollm2).config, ("o_proj",), dtype=torch.bfloat16)
+    folder = write_adapter(tmp_path, {k: 0.2 * t for k, t in tensors.items()}, target_modules=["o_proj"])
+    words = ["generate", "-m", smollm2, "-n", "8", "--greedy", "The capital of France is"]
+    plain = run(*words)[1]
+    code, found, err = run(*words, "--adapter", folder)
+    assert code == 0 and found != plain and "Paris" in plain and "merged" not in err and "torch runs" not in err
+
+
+def test_perplexity_and_chat_take_an_adapter(run: Run, checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("How well a model predicts a text. " * 8)
+    words = ["perplexity", "-m", str(checkpoint), "-f", str(text), "--window", "32", "--json"]
+    plain = json.loads(run(*words)[1])["value"]
+    values = [
+        json.loads(run(*words, "--adapter", adapter, "--runner", runner)[1])["value"] for runner in ("auto", "torch")
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-3) and abs(values[0] / plain - 1) > 0.01
+    conversation = tmp_path / "c.json"
+    conversation.write_text(json.dumps([{"role": "user", "content": "Hi"}]))
+    answers = [
+        run("chat", "-m", checkpoint, "--greedy", "-n", "16", "--load", conversation, *more)[1]
+        for more in ([], ["--adapter", adapter], ["--adapter", adapter, "--runner", "torch"])
+    ]
+    assert answers[0] != answers[1] == answers[2]
+
+
+def test_mistakes_are_explained(run: Run, checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    code, _, err = run("generate", "-m", checkpoint, "--adapter", tmp_path / "none", *WORDS)
+    assert code == 2 and "adapter_config.json does not exist" in err
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    (wrong / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    code, _, err = run("generate", "-m", checkpoint, "--adapter", wrong, *WORDS)
+    assert code == 2 and "holds neither adapter_model.safetensors" in err
+    code, _, err = run("merge-adapter", checkpoint, tmp_path / "merged")
+    assert code == 2 and "a base, an adapter and a target, but 2" in err
+    code, _, err = run("merge-adapter", checkpoint, wrong, tmp_path / "merged")
+    assert code == 2 and not (tmp_path / "merged").exists()
+
+
+def test_merge_adapter_takes_a_dtype(run: Run, checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    assert run("merge-adapter", checkpoint, adapter, tmp_path / "half", "--dtype", "bfloat16")[0] == 0
+    found = files.open(tmp_path / "half").read("model.layers.0.mlp.down_proj.weight")
+    assert found.dtype == torch.bfloat16
