@@ -1,6 +1,6 @@
 """Packed weights in a file of their own, beside the GGUF file: a second start maps them and packs nothing.
 
-    write(file, pool)     MODEL.gguf.packed from an opened GGUF file: only when asked for, it is as large as the weights
+    write(file)           MODEL.gguf.packed from an opened GGUF file: only when asked for, it is as large as the weights
     find(file)            that file opened for reading, or None; one that does not fit is told in a warning, not used
 
 Layout: "L2PACKED", u32 version, u32 length of the header, the header as JSON, its sha256, zeros up to a page; then the
@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.cpu.reader import BlockMatrix, GgufSource, block_matrices
-from llama2.cpu.threads import native
+from llama2.cpu.threads import make_pool, native
 from llama2.errors import CheckpointError, InputError
 from llama2.quant.blocks import SIZES
 
@@ -114,11 +114,11 @@ def find(source: GgufSource) -> PackedFile | None:
         return None
 
 
-def write(source: GgufSource, pool: Any, progress: Progress | None = None) -> Path:
+def write(source: GgufSource, progress: Progress | None = None, threads: int | None = None) -> Path:
     """Packs every block matrix of `source` into `packed_path(source)` and returns that path.
 
     The file is written beside under another name, synced and renamed; on any error, Ctrl-C included, nothing is left.
-    `progress` is called with (bytes done, bytes in all, name of the matrix). Memory: 12 MB, whatever the model's size.
+    `progress` is called with (bytes done, bytes in all, name of the matrix). Memory: 20 MB, whatever the model's size.
     Raises InputError where there is nothing to pack, too little room, or another process packs the same file.
     """
     path = packed_path(source)
@@ -126,13 +126,15 @@ def write(source: GgufSource, pool: Any, progress: Progress | None = None) -> Pa
     places = _places(source, _data_start(header))
     if not places:
         raise InputError(f"{source.path} has no 4- to 8-bit blocks: its weights are used in place, without packing")
+    for place in places.values():
+        place.matrix.raw()  # refuses a truncated source before anything is written
     size, free = _end(places), shutil.disk_usage(path.parent).free
     if size > free:
         raise InputError(f"{path} needs {size:,} bytes and {path.parent} has {free:,} free; make room there")
     part = path.with_name(path.name + ".part")
     with _locked(part) as file:
         try:
-            _fill(file, source, header, places, pool, progress)
+            _fill(file, source, header, places, make_pool(threads), progress)
             if _describe(source) != header:
                 raise CheckpointError(f"{source.path} changed while it was packed; pack it again")
             os.replace(part, path)
@@ -148,9 +150,9 @@ def _locked(part: Path) -> IO[bytes]:
     file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=_WRITE)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not part.exists() or not os.path.samestat(os.fstat(file.fileno()), part.stat()):
-            raise BlockingIOError(f"{part} was renamed between its opening and its locking")
-    except OSError as error:
+        if not os.path.samestat(os.fstat(file.fileno()), part.stat()):
+            raise FileNotFoundError(f"{part} was renamed between its opening and its locking")
+    except (BlockingIOError, FileNotFoundError) as error:
         file.close()
         raise InputError(f"another process writes {part} at this moment; wait for it") from error
     file.truncate(0)
@@ -247,7 +249,10 @@ def _compare(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> dict
 def _places(source: GgufSource, start: int) -> dict[str, _Place]:
     places: dict[str, _Place] = {}
     for matrix in block_matrices(source):
-        place = _Place(matrix, native().tile_bytes(matrix.type_id, *matrix.shape), start)
+        try:
+            place = _Place(matrix, native().tile_bytes(matrix.type_id, *matrix.shape), start)
+        except ValueError as error:
+            raise InputError(f"tensor {matrix.name!r} cannot be packed: {error}") from error
         places[matrix.name] = place
         start = -(-(start + place.size) // 64) * 64
     return places
@@ -265,7 +270,7 @@ def _describe(source: GgufSource) -> dict[str, Any]:
     return {
         "source": {"bytes": status.st_size, "changed_ns": status.st_mtime_ns, "digest": _digest(source)},
         "byte_order": sys.byteorder,
-        "layout": _layout({type_id for _, type_id, *_ in matrices}),
+        "layout": _layout(frozenset(type_id for _, type_id, *_ in matrices)),
         "matrices": [list(m) for m in matrices],
     }
 
@@ -280,7 +285,7 @@ def _digest(source: GgufSource) -> str:
     return digest.hexdigest()
 
 
-def _layout(types: set[int]) -> str:
+def _layout(types: frozenset[int]) -> str:
     """A digest of what packing does to a fixed pattern of 16 rows of 512 columns, for every block type in use."""
     digest = hashlib.sha256()
     for type_id in sorted(types):
