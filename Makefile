@@ -65,6 +65,7 @@ bench: .make/bench
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/load.py
 	$(BIN)/python bench/native_gguf.py
+	$(BIN)/python bench/start.py
 	$(BIN)/python bench/lora.py
 	$(BIN)/python bench/convert.py
 	test -z "$(TOKENIZER)" || $(BIN)/python bench/tokenizer.py $(TOKENIZER) $(TEXT)

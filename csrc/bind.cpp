@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -27,6 +28,7 @@ using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints2 = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Out2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using In2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -82,35 +84,89 @@ class Arena {
   int64_t at_ = 0, size_ = 0;
 };
 
-PyMatrix pack(Arena& arena, Pool& pool, Bytes raw, int type_id, int64_t rows, int64_t cols, std::optional<Ints> row_map) {
-  const FileType* type = file_type(type_id);
-  require(type != nullptr, "GGUF type " + str(type_id) + " has no packing");
-  require(rows > 0 && cols > 0 && rows < (int64_t{1} << 31) && cols < (int64_t{1} << 31), "a matrix of " + str(rows) + " x " + str(cols));
-  require(cols % type->columns == 0, std::string(type->name) + " needs rows of a multiple of " + str(type->columns) + " columns, got " + str(cols));
-  int64_t want = rows * (cols / type->columns) * type->bytes;
-  require(static_cast<int64_t>(raw.size()) == want, std::string(type->name) + " " + str(rows) + " x " + str(cols) + " takes " + str(want) + " bytes, got " + str(raw.size()));
-  const int32_t* map = nullptr;
-  if (row_map) {
+// A matrix of GGUF blocks, checked: what `pack` and `pack_tiles` read.
+struct Blocks {
+  Blocks(Bytes raw, int type_id, int64_t rows_, int64_t cols_, const std::optional<Ints>& row_map) : rows(rows_), cols(cols_) {
+    type = &packable(type_id, rows, cols);
+    int64_t want = rows * (cols / type->columns) * type->bytes;
+    require(static_cast<int64_t>(raw.size()) == want, std::string(type->name) + " " + str(rows) + " x " + str(cols) + " takes " + str(want) + " bytes, got " + str(raw.size()));
+    from = raw.data();
+    if (!row_map) return;
     require(static_cast<int64_t>(row_map->size()) == rows, "row_map has " + str(row_map->size()) + " entries for " + str(rows) + " rows");
     map = row_map->data();
     for (int64_t i = 0; i < rows; ++i) require(map[i] >= 0 && map[i] < rows, "row_map[" + str(i) + "] = " + str(map[i]) + " is outside 0.." + str(rows - 1));
   }
-  PyMatrix out;
-  out.m.rows = rows;
-  out.m.cols = cols;
-  out.m.format = type->format;
-  out.m.stride = tile_bytes(type->format, cols);
+
+  static const FileType& packable(int type_id, int64_t rows, int64_t cols) {
+    const FileType* type = file_type(type_id);
+    require(type != nullptr, "GGUF type " + str(type_id) + " has no packing");
+    require(rows > 0 && cols > 0 && rows < (int64_t{1} << 31) && cols < (int64_t{1} << 31), "a matrix of " + str(rows) + " x " + str(cols));
+    require(cols % type->columns == 0, std::string(type->name) + " needs rows of a multiple of " + str(type->columns) + " columns, got " + str(cols));
+    return *type;
+  }
+
+  static PyMatrix shape(int type_id, int64_t rows, int64_t cols) {  // the packed matrix, its data not yet there
+    const FileType& type = packable(type_id, rows, cols);
+    PyMatrix out;
+    out.m.rows = rows;
+    out.m.cols = cols;
+    out.m.format = type.format;
+    out.m.stride = tile_bytes(type.format, cols);
+    return out;
+  }
+
+  // Tiles [first, last) to `to`. A thread packs its share, so that it lies where the thread runs, then helps the others:
+  // fresh memory does not come to all threads at one speed.
+  void pack(Pool& pool, int64_t first, int64_t last, int64_t stride, uint8_t* to) const {
+    nb::gil_scoped_release free;
+    constexpr int64_t PIECE = 4;
+    int64_t threads = pool.size(), count = last - first;
+    std::vector<std::atomic<int64_t>> next(threads);
+    for (int64_t i = 0; i < threads; ++i) next[i] = first + count * i / threads;
+    pool.run([&](int tid) {
+      for (int64_t k = 0; k < threads; ++k) {
+        int64_t share = (tid + k) % threads, end = first + count * (share + 1) / threads;
+        for (int64_t t; (t = next[share].fetch_add(PIECE)) < end;)
+          for (int64_t stop = std::min(t + PIECE, end); t < stop; ++t) pack_tile(*type, from, rows, cols, map, t, to + (t - first) * stride);
+      }
+    });
+  }
+
+  const FileType* type;
+  int64_t rows, cols;
+  const uint8_t* from;
+  const int32_t* map = nullptr;
+};
+
+PyMatrix pack(Arena& arena, Pool& pool, Bytes raw, int type_id, int64_t rows, int64_t cols, std::optional<Ints> row_map) {
+  Blocks blocks(raw, type_id, rows, cols, row_map);
+  PyMatrix out = Blocks::shape(type_id, rows, cols);
   uint8_t* to = arena.take(out.m.tiles() * out.m.stride);
   out.m.data = to;
   out.memory = arena.memory();
-  const uint8_t* from = raw.data();
-  {
-    nb::gil_scoped_release free;
-    pool.run([&](int tid) {
-      int64_t tiles = out.m.tiles(), begin = tiles * tid / pool.size(), end = tiles * (tid + 1) / pool.size();
-      for (int64_t t = begin; t < end; ++t) pack_tile(*type, from, rows, cols, map, t, to + t * out.m.stride);
-    });
-  }
+  blocks.pack(pool, 0, out.m.tiles(), out.m.stride, to);
+  return out;
+}
+
+// Tiles from `first` on, as many as `out` has room for: packing to a file, a piece at a time.
+void pack_tiles(Pool& pool, Bytes raw, int type_id, int64_t rows, int64_t cols, std::optional<Ints> row_map, int64_t first, OutBytes out) {
+  Blocks blocks(raw, type_id, rows, cols, row_map);
+  Matrix m = Blocks::shape(type_id, rows, cols).m;
+  int64_t bytes = static_cast<int64_t>(out.size()), count = bytes / m.stride;
+  require(bytes % m.stride == 0, "room for tiles of " + str(m.stride) + " bytes is a multiple of that, got " + str(bytes));
+  require(first >= 0 && count <= m.tiles() - first, "tiles " + str(first) + " to " + str(first + count) + " of a matrix of " + str(m.tiles()));
+  std::memset(out.data(), 0, bytes);  // lanes and columns beyond the matrix
+  blocks.pack(pool, first, first + count, m.stride, out.data());
+}
+
+// A matrix packed before, used where it lies: the map of a packed file.
+PyMatrix packed_view(Bytes data, int type_id, int64_t rows, int64_t cols) {
+  PyMatrix out = Blocks::shape(type_id, rows, cols);
+  int64_t want = out.m.tiles() * out.m.stride;
+  require(static_cast<int64_t>(data.size()) == want, "a packed matrix of " + str(rows) + " x " + str(cols) + " takes " + str(want) + " bytes, got " + str(data.size()));
+  require(reinterpret_cast<uintptr_t>(data.data()) % 64 == 0, "a packed matrix starts at a multiple of 64 bytes");
+  out.m.data = data.data();
+  out.owner = nb::cast(data);
   return out;
 }
 
@@ -507,6 +563,9 @@ NB_MODULE(_native, m) {
   m.def("pack_codebook", &pack_codebook, nb::arg("arena"), nb::arg("pool"), nb::arg("codes"), nb::arg("scales"), nb::arg("table"), nb::arg("rows"), nb::arg("cols"), nb::arg("block"), nb::arg("bfloat16"));
   m.def("pack_groups", &pack_groups, nb::arg("arena"), nb::arg("pool"), nb::arg("codes"), nb::arg("scales"), nb::arg("zeros"), nb::arg("rows"), nb::arg("cols"), nb::arg("group"), nb::arg("bits"), nb::arg("order") = nb::none());
   m.def("pack_rows", &pack_rows, nb::arg("arena"), nb::arg("pool"), nb::arg("values"), nb::arg("scales"), nb::arg("rows"), nb::arg("cols"));
+  m.def("pack_tiles", &pack_tiles, nb::arg("pool"), nb::arg("raw"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"), nb::arg("row_map").none(), nb::arg("first"), nb::arg("out"));
+  m.def("packed_view", &packed_view, nb::arg("data"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"));
+  m.def("tile_bytes", [](int type_id, int64_t rows, int64_t cols) { return Blocks::shape(type_id, rows, cols).m.stride; });
   m.def("view", &view, nb::arg("array"), nb::arg("bfloat16"));
   m.def("matmul_each", &matmul);
   m.def("matmul", &matmul_one, nb::arg("pool"), nb::arg("isa"), nb::arg("w"), nb::arg("x"), nb::arg("out"), nb::arg("exact"), nb::arg("repeat") = 1);

@@ -39,6 +39,48 @@ void group32(const FileType& type, const uint8_t* src, uint8_t* block, int h, in
   for (int j = 0; j < 8; ++j) put32(line + 64 * j + 4 * lane, get32(src + 4 * j) ^ 0x80808080u);
 }
 
+using Words = uint32_t __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define MIX(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define MIX(a, b, i, j, k, l) __builtin_shuffle(a, b, Words{i, j, k, l})
+#endif
+
+Words words(const uint8_t* p) {
+  Words v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
+
+// 16 bytes of each of 16 rows to four lines, a word of each row in each: what put32 does word by word.
+void transpose(const uint8_t* const* rows, int64_t at, uint32_t flip, uint8_t* lines) {
+  for (int lane = 0; lane < TILE; lane += 4) {
+    Words a = words(rows[lane] + at), b = words(rows[lane + 1] + at), c = words(rows[lane + 2] + at), d = words(rows[lane + 3] + at);
+    Words ab = MIX(a, b, 0, 4, 1, 5), cd = MIX(c, d, 0, 4, 1, 5), ab2 = MIX(a, b, 2, 6, 3, 7), cd2 = MIX(c, d, 2, 6, 3, 7);
+    Words out[4] = {MIX(ab, cd, 0, 1, 4, 5), MIX(ab, cd, 2, 3, 6, 7), MIX(ab2, cd2, 0, 1, 4, 5), MIX(ab2, cd2, 2, 3, 6, 7)};
+    for (int j = 0; j < 4; ++j) {
+      out[j] ^= Words{flip, flip, flip, flip};
+      std::memcpy(lines + 64 * j + 4 * lane, &out[j], 16);
+    }
+  }
+}
+
+// A whole tile of Q4_0, Q4_1 or Q8_0: group32 of all its rows at once.
+void whole_tile(const FileType& type, const uint8_t* const* rows, int64_t cols, uint8_t* out) {
+  bool eight = type.id == 8, minimum = type.format == Format::W4M;
+  int64_t size = block_bytes(type.format), header = minimum ? 128 : 64, group = eight ? 512 : 256, codes = minimum ? 4 : 2;
+  for (int64_t g = 0; g < cols / GROUP; ++g) {
+    uint8_t *block = out + g / 2 * size, *scales = block + 32 * (g % 2), *lines = block + header + group * (g % 2);
+    int64_t at = g * type.bytes;
+    for (int lane = 0; lane < TILE; ++lane) {
+      std::memcpy(scales + 2 * lane, rows[lane] + at, 2);
+      if (minimum) std::memcpy(scales + 64 + 2 * lane, rows[lane] + at + 2, 2);
+    }
+    transpose(rows, at + codes, eight ? 0x80808080u : 0, lines);
+    if (eight) transpose(rows, at + codes + 16, 0x80808080u, lines + 256);
+  }
+}
+
 void six_bit(const uint8_t* s, int g, uint8_t* scale, uint8_t* minimum) {  // the packed scales of Q4_K and Q5_K
   if (g < 4) {
     *scale = s[g] & 63;
@@ -124,6 +166,14 @@ std::shared_ptr<uint8_t> allocate(int64_t bytes, bool huge) {
 void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* row_map, int64_t tile,
                uint8_t* out) {
   int64_t row_bytes = cols / type.columns * type.bytes, size = block_bytes(type.format), blocks = padded(cols) / BLOCK_K;
+  if ((type.id == 2 || type.id == 3 || type.id == 8) && tile * TILE + TILE <= rows) {
+    const uint8_t* sources[TILE];
+    for (int lane = 0; lane < TILE; ++lane) {
+      int64_t row = tile * TILE + lane;
+      sources[lane] = raw + (row_map ? row_map[row] : row) * row_bytes;
+    }
+    return whole_tile(type, sources, cols, out);
+  }
   for (int lane = 0; lane < TILE && tile * TILE + lane < rows; ++lane) {
     int64_t row = tile * TILE + lane;
     const uint8_t* src = raw + (row_map ? row_map[row] : row) * row_bytes;

@@ -164,9 +164,9 @@ class NativeModel:
 
     @classmethod
     def from_gguf(cls, path: str | Path, threads: int | None = None) -> "NativeModel":
-        """The model of a GGUF file, its blocks repacked losslessly for the kernels."""
+        """The model of a GGUF file, its blocks repacked losslessly for the kernels, or found packed beside the file."""
         file = GgufCheckpoint(Path(path)).file  # refuses foreign, malformed and truncated files before any is packed
-        return cls(cpu.CpuWeights.from_gguf(file, threads))
+        return cls(cpu.CpuWeights.from_gguf(file, threads, cpu.find_packed(file)))
 
     @classmethod
     def from_module(cls, model: LlamaForCausalLM, threads: int | None = None) -> "NativeModel":

@@ -11,8 +11,7 @@ import torch
 
 import llama2.checkpoint
 from llama2 import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from llama2.cli import headers, info
-from llama2.quant import ggml
+from llama2.cli import info
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -105,10 +104,6 @@ def test_tokenize_with_the_real_vocabulary(run: Run, tokenizer_model: Path) -> N
 
 
 # -- info --------------------------------------------------------------------------------------------------------
-
-
-def test_type_table_is_that_of_the_decoders() -> None:
-    assert {t.id: (t.name, t.weights, t.bytes) for t in ggml.TYPES.values()} == headers.GGML_TYPES
 
 
 def described(path: Path) -> dict[str, tuple[int, int]]:

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge-adapter": ("llama2.cli.merge_adapter", "put a LoRA adapter into the weights for good"),
     "shard": ("llama2.cli.shard", "split a checkpoint into files of a size"),
     "verify": ("llama2.cli.verify", "check a converted checkpoint against its hashes"),
+    "pack": ("llama2.cli.pack", "keep a GGUF file's packed weights beside it, for instant starts"),
     "perplexity": ("llama2.cli.perplexity", "how well a model predicts a text"),
 }
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141

@@ -14,23 +14,8 @@ from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.source import local_path
 from llama2.config import PRESETS, LlamaConfig
 from llama2.errors import CheckpointError, ConfigError
+from llama2.quant.blocks import NAMED, SIZES
 
-# Name, weights and bytes of a block, by ggml id: quant.ggml has the same with its decoders, and needs torch for them.
-GGML_TYPES: dict[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    30: ("BF16", 1, 2),
-}
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 _TABLES = ("rope_freqs.weight", "attn_rot_embd.weight", "attn_rot_embd", "rotary_emb.inv_freq")
 _SPLITS = {"llama": "SentencePiece BPE", "gpt2": "byte-level BPE"}
@@ -93,20 +78,20 @@ def _gguf(path: Path) -> Headers:
     for info in file.tensors.values():
         if info.name.endswith(_TABLES):
             continue
-        if info.type_id not in GGML_TYPES:
+        if info.type_id not in SIZES:
             raise CheckpointError(
                 f"{path}: tensor {info.name!r} is of ggml type {info.type_id}, which is not supported; supported are "
-                f"{', '.join(name for name, _, _ in GGML_TYPES.values())}. Quantise the model to one of them"
+                f"{', '.join(NAMED)}. Quantise the model to one of them"
             )
-        kind, weights, size = GGML_TYPES[info.type_id]
-        count = math.prod(info.shape)
-        end = file.data_start + info.offset + count // weights * size
+        block, count = SIZES[info.type_id], math.prod(info.shape)
+        size = count // block.weights * block.bytes
+        end = file.data_start + info.offset + size
         if end > headers.file_bytes:
             raise CheckpointError(
                 f"{path} is truncated: tensor {info.name!r} ends at byte {end}, the file at byte "
                 f"{headers.file_bytes}. Fetch the file again"
             )
-        headers.types.setdefault(kind, Share()).add(count, count // weights * size)
+        headers.types.setdefault(block.name, Share()).add(count, size)
     split = str(keys.get("tokenizer.ggml.model"))
     if tokens := keys.get("tokenizer.ggml.tokens"):
         headers.tokenizer = f"{_SPLITS.get(split, split)}, {len(tokens):,} tokens"

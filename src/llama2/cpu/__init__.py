@@ -12,6 +12,9 @@ use raises MissingDependencyError with the remedy.
 """
 
 from llama2.cpu.cache import PAGE, CacheView, PagedCache, Sequence
+from llama2.cpu.packed import PackedFile
+from llama2.cpu.packed import find as find_packed
+from llama2.cpu.packed import write as write_packed
 from llama2.cpu.runner import CpuRunner
 from llama2.cpu.threads import available, default_threads, instruction_sets
 from llama2.cpu.weights import CpuWeights
@@ -21,9 +24,12 @@ __all__ = [
     "CacheView",
     "CpuRunner",
     "CpuWeights",
+    "PackedFile",
     "PagedCache",
     "Sequence",
     "available",
     "default_threads",
+    "find_packed",
     "instruction_sets",
+    "write_packed",
 ]

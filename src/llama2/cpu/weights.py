@@ -4,9 +4,6 @@ Float weights stay where they are (the file's memory map, or the module's own pa
 are repacked once into tiles of 16 rows, losslessly. No torch here, except inside `from_module`.
 """
 
-import math
-import mmap
-from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,52 +13,18 @@ from llama2.config import LlamaConfig
 from llama2.cpu.adapters import Tensors, make_adapter
 from llama2.cpu.codes import NF4, CodebookWeight, GroupWeight, Int8Weight, PackableWeight
 from llama2.cpu.frequencies import attention_scaling, inverse_frequencies
+from llama2.cpu.reader import PARTS, BlockMatrix, GgufSource, Reader
 from llama2.cpu.threads import make_pool, native
-from llama2.errors import CheckpointError, InputError, MismatchError
+from llama2.errors import InputError, MismatchError
+from llama2.quant.blocks import SIZES
 
 PACKED = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
-_BLOCKS = {
-    2: (32, 18),
-    3: (32, 20),
-    6: (32, 22),
-    7: (32, 24),
-    8: (32, 34),
-    12: (256, 144),
-    13: (256, 176),
-    14: (256, 210),
-}
-_FLOATS: dict[int, tuple[Any, bool]] = {0: (np.float32, False), 1: (np.float16, False), 30: (np.uint16, True)}
-_PARTS = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
-_PARTS |= {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
 
 
-class _Tensor(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def type_id(self) -> int: ...
-    @property
-    def offset(self) -> int: ...
+class Packed(Protocol):
+    """Matrices packed before; `packed.PackedFile` is one."""
 
-
-class GgufSource(Protocol):
-    """What `from_gguf` needs of a file; `checkpoint.gguf.GgufFile` is one."""
-
-    @property
-    def config(self) -> LlamaConfig: ...
-    @property
-    def tensors(self) -> Mapping[str, _Tensor]: ...
-    @property
-    def data(self) -> mmap.mmap: ...
-    @property
-    def data_start(self) -> int: ...
-
-
-def unpermute(heads: int, rows: int) -> NDArray[np.int32]:
-    """File row of each half-split row: GGUF interleaves the two halves of every q and k head."""
-    width = rows // heads
-    h, half, i = np.ogrid[:heads, :2, : width // 2]
-    return np.ascontiguousarray((h * width + 2 * i + half).reshape(-1), dtype=np.int32)
+    def bytes(self, name: str) -> NDArray[np.uint8]: ...
 
 
 class CpuWeights:
@@ -75,6 +38,7 @@ class CpuWeights:
         self.dynamic = config.rope_parameters["rope_type"] == "dynamic"
         self.model: Any = None
         self._arena = native().Arena()
+        self._packed: Packed | None = None
         self._matrices: list[Any] = []
         self._copies: list[tuple[NDArray[np.float32], Any]] = []
         self._adapters: dict[str, Any] = {}
@@ -95,15 +59,19 @@ class CpuWeights:
         return inverse_frequencies(self.config, length) if self.dynamic else self.inv_freq
 
     @classmethod
-    def from_gguf(cls, file: GgufSource, threads: int | None = None) -> "CpuWeights":
-        """Weights of an opened GGUF file. Raises InputError for a block type without kernels (Q2_K, Q3_K)."""
+    def from_gguf(cls, file: GgufSource, threads: int | None = None, packed: Packed | None = None) -> "CpuWeights":
+        """Weights of an opened GGUF file; `packed` (packed.find) spares the packing.
+
+        Raises InputError for a block type without kernels (Q2_K, Q3_K).
+        """
         self = cls(file.config, threads)
-        reader = _GgufReader(self, file)
+        self._packed = packed
+        reader = Reader(self, file)
         embed = reader.matrix("token_embd.weight")
         head = embed if file.config.tie_word_embeddings else reader.matrix("output.weight")
         self._begin(embed, head, reader.vector("output_norm.weight"))
         for i in range(file.config.num_hidden_layers):
-            parts = {ours: reader.linear(f"blk.{i}.{theirs}", ours) for ours, theirs in _PARTS.items()}
+            parts = {ours: reader.linear(f"blk.{i}.{theirs}", ours) for ours, theirs in PARTS.items()}
             self._layer(reader.vector(f"blk.{i}.attn_norm.weight"), reader.vector(f"blk.{i}.ffn_norm.weight"), parts)
         return self
 
@@ -212,6 +180,21 @@ class CpuWeights:
     def pack_int8(self, values: NDArray[np.int8], scales: NDArray[np.float32]) -> Any:
         """A matrix of int8 rows, each with its scale; arrays as in `Int8Weight`."""
         return self.pack_codes(Int8Weight(values, scales))
+    def place(self, matrix: BlockMatrix) -> Any:
+        """A block matrix of a file: where it lies packed, or packed now."""
+        if matrix.type_id not in PACKED.values():
+            raise InputError(
+                f"tensor {matrix.name!r} is of GGUF type {matrix.type_id}, which has no native kernel; "
+                "use runner='torch'"
+            )
+        if self._packed is not None:
+            made = native().packed_view(self._packed.bytes(matrix.name), matrix.type_id, *matrix.shape)
+            self._matrices.append(made)
+            return made
+        type_name = SIZES[matrix.type_id].name
+        made = self.pack(matrix.raw(), type_name, matrix.shape, matrix.rows)
+        matrix.release()
+        return made
 
     def view(self, array: NDArray[Any], bfloat16: bool = False) -> Any:
         """A float matrix in place; bfloat16 comes as its 16-bit pattern."""
@@ -260,71 +243,3 @@ class CpuWeights:
             self.model.add_layer(norm1, p["q"], p["k"], p["v"], p["o"], norm2, p["gate"], p["up"], p["down"])
         except ValueError as error:
             raise MismatchError(f"layer {self.model.layers} does not fit the configuration: {error}") from error
-
-
-class _GgufReader:
-    """The tensors of one file as matrices and vectors."""
-
-    def __init__(self, weights: CpuWeights, file: GgufSource) -> None:
-        self.weights, self.file = weights, file
-        self.heads = {"q": file.config.num_attention_heads, "k": file.config.num_key_value_heads}
-
-    def _bytes(self, name: str, size: int) -> NDArray[np.uint8]:
-        start = self.file.data_start + self.file.tensors[name].offset
-        if start + size > len(self.file.data):
-            raise CheckpointError(
-                f"tensor {name!r} ends at byte {start + size}, the file at {len(self.file.data)}; fetch the file again"
-            )
-        return np.frombuffer(self.file.data, np.uint8, size, start)
-
-    def _info(self, name: str) -> _Tensor:
-        if name not in self.file.tensors:
-            raise MismatchError(f"the file has no tensor {name!r}, which the configuration needs")
-        return self.file.tensors[name]
-
-    def matrix(self, name: str, rows: NDArray[np.int32] | None = None) -> Any:
-        info = self._info(name)
-        if len(info.shape) != 2:
-            raise MismatchError(f"tensor {name!r} has {len(info.shape)} axes; a matrix is needed")
-        if info.type_id in _FLOATS:
-            dtype, bfloat16 = _FLOATS[info.type_id]
-            size = math.prod(info.shape) * np.dtype(dtype).itemsize
-            values = self._bytes(name, size).view(dtype).reshape(info.shape)
-            return self.weights.view(values if rows is None else values[rows], bfloat16)
-        if info.type_id not in _BLOCKS:
-            raise InputError(
-                f"tensor {name!r} is of GGUF type {info.type_id}, which has no native kernel; use runner='torch'"
-            )
-        width, block = _BLOCKS[info.type_id]
-        if info.shape[1] % width:
-            raise CheckpointError(
-                f"tensor {name!r} has rows of {info.shape[1]} columns, not a multiple of its block of {width}"
-            )
-        raw = self._bytes(name, info.shape[0] * info.shape[1] // width * block)
-        packed = self.weights.pack(raw, next(k for k, v in PACKED.items() if v == info.type_id), info.shape, rows)
-        self._release(name, raw.size)
-        return packed
-
-    def _release(self, name: str, size: int) -> None:
-        """The packed copy is what will be read: the file's pages need not stay resident beside it."""
-        start = self.file.data_start + self.file.tensors[name].offset
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self.file.data.madvise(mmap.MADV_DONTNEED, first, length)
-
-    def linear(self, stem: str, part: str) -> Any:
-        heads = self.heads.get(part)
-        info = self._info(f"{stem}.weight")
-        rows = None if heads is None else unpermute(heads, info.shape[0])
-        matrix = self.matrix(f"{stem}.weight", rows)
-        if f"{stem}.bias" in self.file.tensors:
-            bias = self.vector(f"{stem}.bias")
-            matrix.set_bias(bias if rows is None else np.ascontiguousarray(bias[rows]))
-        return matrix
-
-    def vector(self, name: str) -> NDArray[np.float32]:
-        info = self._info(name)
-        if info.type_id != 0:
-            raise CheckpointError(f"tensor {name!r} is of GGUF type {info.type_id}; F32 is needed")
-        return self._bytes(name, 4 * math.prod(info.shape)).view(np.float32).copy()

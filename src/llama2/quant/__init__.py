@@ -1,1 +1,1 @@
-"""Weight formats, each its own maths: GGUF blocks in `ggml`."""
+"""Weight formats, each its own maths: GGUF blocks in `ggml`, their sizes without torch in `blocks`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import CheckpointError, InputError
+from llama2.quant.blocks import SIZES, BlockSize
 
 # Blocks decoded in one go hold this many weights: the float32 working set (2 MiB) stays near a core's cache.
 _CHUNK = 1 << 19
@@ -193,24 +194,28 @@ def _dense(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda b: b.view(dtype)
 
 
-TYPES: dict[str, BlockType] = {
-    t.name: t
-    for t in (
-        BlockType(0, "F32", 1, 4, _dense(torch.float32), torch.float32),
-        BlockType(1, "F16", 1, 2, _dense(torch.float16), torch.float16),
-        BlockType(30, "BF16", 1, 2, _dense(torch.bfloat16), torch.bfloat16),
-        BlockType(8, "Q8_0", 32, 34, _q8_0),
-        BlockType(2, "Q4_0", 32, 18, _q4_0),
-        BlockType(3, "Q4_1", 32, 20, _q4_1),
-        BlockType(6, "Q5_0", 32, 22, _q5_0),
-        BlockType(7, "Q5_1", 32, 24, _q5_1),
-        BlockType(10, "Q2_K", 256, 84, _q2_k),
-        BlockType(11, "Q3_K", 256, 110, _q3_k),
-        BlockType(12, "Q4_K", 256, 144, _q4_k),
-        BlockType(13, "Q5_K", 256, 176, _q5_k),
-        BlockType(14, "Q6_K", 256, 210, _q6_k),
-    )
+_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q8_0": _q8_0,
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
 }
+_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _type(size: BlockSize) -> BlockType:
+    dense = _DENSE.get(size.name)
+    decode = _DECODERS[size.name] if dense is None else _dense(dense)
+    return BlockType(size.id, size.name, size.weights, size.bytes, decode, dense)
+
+
+TYPES: dict[str, BlockType] = {size.name: _type(size) for size in SIZES.values()}
 _BY_ID: dict[int | str, BlockType] = {t.id: t for t in TYPES.values()}
 
 # Names for the message only.

