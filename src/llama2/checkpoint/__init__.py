@@ -78,6 +78,10 @@ class Checkpoint(ABC):
         """Rows start to stop of a matrix as `read` gives them, without the rest of it in memory where that can be."""
         return self.read(name)[start:stop]
 
+    def mapped(self, name: str) -> "list[torch.Tensor]":
+        """The contiguous views of mapped files in which this tensor lies; none where it is not mapped."""
+        return []
+
     @abstractmethod
     def raw(self, name: str) -> RawTensor:
         """One tensor still packed, for engines with kernels of their own."""

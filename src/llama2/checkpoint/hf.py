@@ -152,6 +152,9 @@ class HfCheckpoint(Checkpoint):
         tensor = self._shard(self._located[name])[name]
         return tensor if dtype is None else tensor.to(dtype)
 
+    def mapped(self, name: str) -> list[Tensor]:
+        return [self._shard(self._located[name])[name]]
+
     def raw(self, name: str) -> RawTensor:
         tensor = self.read(name).contiguous()
         rows = tensor.reshape(-1, tensor.shape[-1]).view(torch.uint8)

@@ -149,6 +149,9 @@ class MetaCheckpoint(Checkpoint):
         low, high = start // width * width, -(-stop // width) * width  # RoPE reorders whole heads
         return to_half_split(place.rows(low, high), (high - low) // width)[start - low : stop - low]
 
+    def mapped(self, name: str) -> list[Tensor]:
+        return list(self._places[name].parts)
+
     def raw(self, name: str) -> RawTensor:
         tensor = self.read(name).contiguous()
         return RawTensor(
