@@ -258,7 +258,7 @@ def test_kill_and_resume(tmp_path: Path, options: dict[str, Any], target: str, c
         assert not path.exists()
     else:
         assert not (path / "config.json").exists() and not (path / "params.json").exists()
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match="interrupted; give the same `llama2 convert` command again"):
             checkpoint.open(path)
     if not rename:
         with pytest.raises(CheckpointError, match="another source or with other options"):
@@ -290,6 +290,18 @@ def test_full_disk_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             convert(source, path, Options())
     assert not (path / "config.json").exists()
     assert convert(source, path, Options()).resumed_bytes > 20_000
+    same(source, path)
+
+
+def test_a_file_larger_than_is_allowed(tmp_path: Path) -> None:
+    """`ulimit -f` counts blocks of 1,024 bytes; a FAT disk says the same at 4 GB."""
+    source, path = save(tmp_path / "hf"), tmp_path / "out"
+    command = [sys.executable, "-W", "ignore", "-m", "llama2.cli", "convert", str(source), str(path)]
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command]
+    ran = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 2 and "allows no file of the size that is needed" in ran.stderr, ran.stderr
+    assert not (path / "config.json").exists()
+    assert subprocess.run(command, timeout=120).returncode == 0
     same(source, path)
 
 

@@ -161,6 +161,11 @@ def find_gguf(path: Path) -> Path | None:
 def _sniff_folder(folder: Path) -> tuple[Path, str]:
     if (folder / "config.json").exists():
         return folder, "hf"
+    if (folder / ".convert.json").exists():
+        raise CheckpointError(
+            f"{folder} holds a conversion that was interrupted; give the same `llama2 convert` command again, which "
+            "goes on from there"
+        )
     if gguf := find_gguf(folder):
         return gguf, _sniff_file(gguf)
     if (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth")):

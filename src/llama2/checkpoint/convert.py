@@ -90,6 +90,11 @@ def convert(
     try:
         return run.go(progress)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise CheckpointError(
+                f"the file system of {path}, or a limit (ulimit -f), allows no file of the size that is needed; "
+                "convert to a new path, into smaller files (--shard-size for hf, --shards for meta) or on another disk"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CheckpointError(

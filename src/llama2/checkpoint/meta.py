@@ -36,6 +36,7 @@ class MetaCheckpoint(Checkpoint):
         self.path = path
         self.params = read_params(path / "params.json")
         self.files = find_shards(path)
+        _check_order(self.files)
         self._shards = [_translated(file, load_bin(file)) for file in self.files]
         _same_names(self.files, self._shards)
         self.config  # noqa: B018 - heads and widths are checked before any tensor is placed
@@ -195,6 +196,19 @@ def find_shards(folder: Path) -> list[Path]:
             "fetch it again"
         )
     return [numbered[i] for i in sorted(numbered)]
+
+
+def _check_order(files: list[Path]) -> None:
+    """torch.save names the folder inside a .pth after the file: shards that were renamed or copied are told by it."""
+    for file in files if len(files) > 1 else []:
+        with file.open("rb") as opened:
+            head = opened.read(64)
+        made = re.match(rb"(consolidated\.\d+)/", head[30:]) if head[:2] == b"PK" else None
+        if made is not None and made[1].decode() != file.stem:
+            raise MismatchError(
+                f"{file} was saved as {made[1].decode()}.pth; its place among the shards is lost. Give each file its "
+                "name back, or fetch them again"
+            )
 
 
 def _translated(file: Path, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
