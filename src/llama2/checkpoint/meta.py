@@ -19,6 +19,7 @@ from llama2.checkpoint.hf import CODES, load_bin
 from llama2.checkpoint.names import meta_axis, meta_to_hf, rotated_heads, to_half_split
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, MismatchError
+from llama2.tokenizer.files import beside
 
 # What Meta's params.json cannot say (context, special ids, tied head) is kept beside it by our writer.
 SIDECAR = "huggingface_config.json"
@@ -129,9 +130,7 @@ class MetaCheckpoint(Checkpoint):
     @property
     def tokenizer_source(self) -> Path:
         """The folder with tokenizer.model: this one, or the one above it, where Meta's download script puts it."""
-        inside = (self.path / "tokenizer.model").exists()
-        above = self.path.absolute().parent
-        return above if not inside and (above / "tokenizer.model").exists() else self.path
+        return beside(self.path)
 
     @cached_property
     def auto_dtype(self) -> str:
