@@ -21,8 +21,9 @@ from llama2 import LlamaForCausalLM
 from llama2.checkpoint import convert as engine
 from llama2.checkpoint import target as target_module
 from llama2.checkpoint.convert import Options, convert, verify
-from llama2.checkpoint.gguf import GgufFile
+from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.pooled import PooledCheckpoint
+from llama2.checkpoint.tokenizer_files import gguf_keys, write_folder
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, from_gguf, load
 from llama2.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
@@ -417,6 +418,25 @@ def test_tokenizer_through_every_format(tmp_path: Path) -> None:
     convert(tmp_path / "x.gguf", tmp_path / "back", Options())
     assert load(tmp_path / "back").encode("ab ba é") == ids
     same(source, tmp_path / "back")
+
+
+def test_byte_level_tokenizer_to_gguf_again(tmp_path: Path, smollm2: Path) -> None:
+    """From the real file's keys to tokenizer.json and back: the same keys, but for two that only one side states."""
+    keys = read_metadata(smollm2)
+    write_folder(keys, tmp_path, chat=False)
+    made = gguf_keys(tmp_path, 49152, chat=False)
+    for key in set(made) - {"tokenizer.ggml.add_eos_token"}:
+        assert made[key] == keys[key], key
+    assert len(made["tokenizer.ggml.merges"]) > 48000 and made["tokenizer.ggml.pre"] == "smollm"
+    with pytest.raises(CheckpointError, match="49152 tokens, the model only 49151"):
+        gguf_keys(tmp_path, 49151, chat=False)
+    padded = gguf_keys(tmp_path, 49154, chat=False)["tokenizer.ggml.tokens"]
+    assert padded[49151:] == [keys["tokenizer.ggml.tokens"][-1], "[PAD49152]", "[PAD49153]"]
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["pre_tokenizer"] = {"type": "Whitespace"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="GGUF has no name for the way it cuts words"):
+        gguf_keys(tmp_path, 49152, chat=False)
 
 
 def test_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
