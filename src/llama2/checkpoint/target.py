@@ -118,6 +118,11 @@ def row_blocks(source: Checkpoint, name: str, head_dim: int) -> Iterator[tuple[i
     if len(shape) < 2:
         yield 0, source.read(name)
         return
+    for start, stop in row_ranges(shape, head_dim):
+        yield start, source.read_rows(name, start, stop)
+
+
+def row_ranges(shape: tuple[int, ...], head_dim: int) -> list[tuple[int, int]]:
+    """Where the blocks of a matrix begin and end: whole heads, BLOCK_BYTES of float32."""
     step = max(1, BLOCK_BYTES // (4 * shape[1]) // head_dim) * head_dim
-    for start in range(0, shape[0], step):
-        yield start, source.read_rows(name, start, min(start + step, shape[0]))
+    return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
