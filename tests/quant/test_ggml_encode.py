@@ -1,8 +1,14 @@
-"""Quantisers: hand-worked blocks, error bounds, bit equality with gguf."""
+"""Quantisers: hand-worked blocks, error bounds, bit equality with gguf and ggml, or a smaller error."""
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+import llama2.checkpoint as checkpoint
 from llama2.errors import CheckpointError, InputError
 from llama2.quant.ggml import block_type, dequantize
 from llama2.quant.ggml_encode import ENCODERS, quantize
@@ -87,3 +93,58 @@ def test_bit_equal_to_gguf(kind: str) -> None:
     expected = gguf.quants.quantize(x.numpy(), gguf.GGMLQuantizationType[kind])
     assert torch.equal(quantize(x, kind), torch.from_numpy(expected))
     assert block_type(kind).row_bytes(1024) == expected.shape[1]
+
+
+# -- ggml's own quantiser ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ggml_quantize() -> Callable[[torch.Tensor, str], torch.Tensor]:
+    """ggml_quantize_chunk of the library that llama_cpp carries: float32 rows -> packed rows."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs llama-cpp-python (`make bench` installs it)")
+    (library,) = [f for f in (Path(spec.origin).parent / "lib").glob("libggml-base.*") if len(f.suffixes) == 1]
+    quantize_chunk = ctypes.CDLL(str(library)).ggml_quantize_chunk
+    quantize_chunk.restype = ctypes.c_size_t
+    quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+
+    def run(x: torch.Tensor, kind: str) -> torch.Tensor:
+        block = block_type(kind)
+        out = torch.empty(len(x), block.row_bytes(x.shape[1]), dtype=torch.uint8)
+        count = quantize_chunk(block.id, x.data_ptr(), out.data_ptr(), 0, *x.shape, None)
+        assert count == out.numel()
+        return out
+
+    return run
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_bit_equal_to_ggml(kind: str, ggml_quantize: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
+    x = weights(200, 1024)
+    assert torch.equal(quantize(x, kind), ggml_quantize(x, kind))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("data", ["normal", "laplace", "smollm2"])
+@pytest.mark.parametrize(("kind", "gain"), [("Q4_K", 0.99), ("Q5_K", 0.97), ("Q6_K", 0.999)])
+def test_error_is_below_ggmls(
+    kind: str,
+    gain: float,
+    data: str,
+    ggml_quantize: Callable[[torch.Tensor, str], torch.Tensor],
+    request: pytest.FixtureRequest,
+) -> None:
+    """Plain and weighted root mean square. Measured: 0.988, 0.966, 0.9985 of ggml's on normal rows, 0.69 for Q4_K and
+    Q5_K on SmolLM2, whose file is Q4_1: its weights lie on grids that the finer search of scales finds."""
+    torch.manual_seed(3)
+    if data == "smollm2":
+        source = checkpoint.open(request.getfixturevalue("smollm2"))
+        names = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 15, 29)]
+        x = torch.cat([source.read_rows(name, 0, 128).float() for name in names])
+    else:
+        x = torch.randn(256, 1024) if data == "normal" else torch.distributions.Laplace(0.0, 0.02).sample((256, 1024))
+    ours, theirs = ((dequantize(packed, kind) - x).square() for packed in (quantize(x, kind), ggml_quantize(x, kind)))
+    for w in (torch.ones_like(x), x.abs(), x.square()):
+        assert (w * ours).mean().sqrt() < gain * (w * theirs).mean().sqrt()

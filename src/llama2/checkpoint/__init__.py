@@ -78,6 +78,10 @@ class Checkpoint(ABC):
         """Rows start to stop of a matrix as `read` gives them, without the rest of it in memory where that can be."""
         return self.read(name)[start:stop]
 
+    def mapped(self, name: str) -> "list[torch.Tensor]":
+        """The contiguous views of mapped files in which this tensor lies; none where it is not mapped."""
+        return []
+
     @abstractmethod
     def raw(self, name: str) -> RawTensor:
         """One tensor still packed, for engines with kernels of their own."""
@@ -157,6 +161,11 @@ def find_gguf(path: Path) -> Path | None:
 def _sniff_folder(folder: Path) -> tuple[Path, str]:
     if (folder / "config.json").exists():
         return folder, "hf"
+    if (folder / ".convert.json").exists():
+        raise CheckpointError(
+            f"{folder} holds a conversion that was interrupted; give the same `llama2 convert` command again, which "
+            "goes on from there"
+        )
     if gguf := find_gguf(folder):
         return gguf, _sniff_file(gguf)
     if (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth")):

@@ -1,9 +1,10 @@
 """Any checkpoint -> any format, in memory that does not grow with the model: open(source), then one tensor at a time.
 
-Weights go to hidden files beside their target. A journal, synced after every gigabyte, names the tensors that are on
-the disk; an interrupted conversion goes on from there when it is started again. When all is written the files are
-renamed, last of all the one without which no reader takes the folder for a checkpoint. SHA256SUMS (which `sha256sum -c`
-reads too) holds their hashes.
+Weights go to hidden files beside their target. The next tensor is fetched while one is written, hashed and on its way
+to the disk, and the kernel is told what it need not keep (`pages`). A journal, synced after every gigabyte, names the
+tensors that are on the disk; an interrupted conversion goes on from there when it is started again. When all is written
+the files are renamed, last of all the one without which no reader takes the folder for a checkpoint. SHA256SUMS (which
+`sha256sum -c` reads too) holds their hashes.
 """
 
 import errno
@@ -12,13 +13,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.gguf_write import WRITABLE, GgufTarget
@@ -26,6 +28,7 @@ from llama2.checkpoint.hf import DTYPES
 from llama2.checkpoint.hf_write import HfTarget
 from llama2.checkpoint.merge import MergedCheckpoint
 from llama2.checkpoint.meta_write import MetaTarget
+from llama2.checkpoint.pages import fetch, release
 from llama2.checkpoint.peft import read_adapter
 from llama2.checkpoint.pooled import PooledCheckpoint
 from llama2.checkpoint.save import parse_size, replacing
@@ -92,6 +95,11 @@ def convert(
     try:
         return run.go(progress)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise CheckpointError(
+                f"the file system of {path}, or a limit (ulimit -f), allows no file of the size that is needed; "
+                "convert to a new path, into smaller files (--shard-size for hf, --shards for meta) or on another disk"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CheckpointError(
@@ -286,6 +294,7 @@ class _Run:
             else:
                 self._record(out, 0)
                 target.begin(out)
+            ahead = _Ahead(self.source, target.steps, stack.enter_context(ThreadPoolExecutor(1)))
             synced = sum(part.size for part in out)
             for i, name in enumerate(target.steps[done:], done):
                 written = sum(part.size for part in out)
@@ -294,6 +303,7 @@ class _Run:
                 if i > done and written - synced >= SYNC_BYTES:
                     self._record(out, i)
                     synced = written
+                ahead.fetch(i)
                 target.write(name, self.source, out)
             target.end(out)
             for part in out:
@@ -335,6 +345,31 @@ class _Run:
         }
         _write_json(self.journal, state)
         return state
+
+
+class _Ahead:
+    """Keeps the next tensor of a mapped source on its way into memory, and lets go of those that are done."""
+
+    def __init__(self, source: Checkpoint, names: Sequence[str], pool: Executor) -> None:
+        self._source, self._names, self._pool = source, names, pool
+        self._coming: Future[None] | None = None
+
+    def fetch(self, now: int) -> None:
+        """To be called when tensor `now` is about to be read. The one before it may still wait for its hash."""
+        for tensor in self._mapped(now - 2):
+            release(tensor)
+        if self._coming is not None:
+            self._coming.result()
+        self._coming = self._pool.submit(self._fetch, self._mapped(now + 1))
+
+    @staticmethod
+    def _fetch(tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            fetch(tensor)
+
+    def _mapped(self, i: int) -> list[Tensor]:
+        names = self._names[i : i + 1] if i >= 0 else []
+        return [tensor for name in names if name in self._source.tensors for tensor in self._source.mapped(name)]
 
 
 def fingerprint(source: Checkpoint, options: Options) -> str:

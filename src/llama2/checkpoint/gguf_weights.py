@@ -73,13 +73,20 @@ class GgufCheckpoint(Checkpoint):
             return dense[only]
         return "float32" if "F32" in kinds and all(kind in dense for kind in kinds) else "bfloat16"
 
-    def raw(self, name: str) -> RawTensor:
-        info, block = self._infos[name]
+    def mapped(self, name: str) -> list[torch.Tensor]:
+        return [self._stored(*self._infos[name])]
+
+    def _stored(self, info: TensorInfo, block: BlockType) -> torch.Tensor:
+        """Rows (rows, row_bytes) as the file holds them."""
         row_bytes = block.row_bytes(info.shape[-1])
         count, start = math.prod(info.shape[:-1]) * row_bytes, self.file.data_start + info.offset
         if count == 0:
             raise CheckpointError(f"{self.path}: tensor {info.name!r} is empty {info.shape}; the file is malformed")
-        rows = torch.frombuffer(self.file.data, dtype=torch.uint8, count=count, offset=start).view(-1, row_bytes)
+        return torch.frombuffer(self.file.data, dtype=torch.uint8, count=count, offset=start).view(-1, row_bytes)
+
+    def raw(self, name: str) -> RawTensor:
+        info, block = self._infos[name]
+        rows = self._stored(info, block)
         heads = rotated_heads(name, self.config.num_attention_heads, self.config.num_key_value_heads)
         if heads is not None:
             rows = self._half_split(rows, info, heads)

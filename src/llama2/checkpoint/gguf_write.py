@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from llama2.checkpoint import Checkpoint
+from llama2.checkpoint.load import in_single_threads
 from llama2.checkpoint.names import hf_to_gguf, rotated_heads, to_pairs
-from llama2.checkpoint.target import Appender, Target, row_blocks
+from llama2.checkpoint.target import Appender, Target, row_blocks, row_ranges
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
 from llama2.quant.ggml import BlockType, block_type
@@ -115,8 +116,17 @@ class GgufTarget(Target):
         entry, file = self._entries[name], out[0]
         heads = rotated_heads(name, self.config.num_attention_heads, self.config.num_key_value_heads)
         width = self.config.head_dim
+
+        def encoded(rows: tuple[int, int]) -> Tensor:
+            start, stop = rows
+            part = source.read_rows(name, start, stop)
+            return quantize(_in_pairs(part, None if heads is None else (stop - start) // width), entry.block)
+
         if entry.packed and source.format == "gguf":
             file.write(_in_pairs(source.raw(name).rows.reshape(entry.shape[0], -1), heads))
+        elif entry.block.name in ENCODERS:
+            for packed in in_single_threads(encoded, row_ranges(entry.shape, width)):
+                file.write(packed)
         else:
             for _, rows in row_blocks(source, name, width):
                 file.write(quantize(_in_pairs(rows, None if heads is None else len(rows) // width), entry.block))

@@ -10,6 +10,8 @@ import math
 import mmap
 import os
 import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -152,6 +154,9 @@ class HfCheckpoint(Checkpoint):
         tensor = self._shard(self._located[name])[name]
         return tensor if dtype is None else tensor.to(dtype)
 
+    def mapped(self, name: str) -> list[Tensor]:
+        return [self._shard(self._located[name])[name]]
+
     def raw(self, name: str) -> RawTensor:
         tensor = self.read(name).contiguous()
         rows = tensor.reshape(-1, tensor.shape[-1]).view(torch.uint8)
@@ -186,13 +191,27 @@ def is_safetensors(path: Path) -> bool:
 def load_bin(path: Path, *, weights_only: bool = True) -> Mapping[str, Tensor]:
     """A state dict that torch.save wrote, mapped where the format allows; CheckpointError for anything else."""
     with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=zipped)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        head = file.read(16)
+    zipped = head[:2] == b"PK"
+    if zipped and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is truncated: its {path.stat().st_size} bytes have no end; fetch it again")
+    if not zipped and head[:1] != b"\x80":
         raise CheckpointError(
-            f"{path} is truncated, malformed or not a plain state dict ({str(error).splitlines()[0]}); fetch it again, "
-            "or pass weights_only=False if you trust whoever made it to run code here"
+            f"{path} starts with {head!r}, which no PyTorch file does; fetch it again (a Git LFS pointer or an HTML "
+            "error page is a common cause)"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is a pickle that is not a plain state dict: opening it would run code that it names, so it was "
+            "not opened. Fetch the weights from a source you trust; from Python, weights_only=False runs it"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or malformed ({str(error).splitlines()[0]}); fetch it again"
         ) from error
     if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors; it is not a checkpoint")

@@ -24,6 +24,7 @@ from llama2.pretrained import PreTrainedModel
 from llama2.quant import ggml
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+Item = TypeVar("Item")
 
 DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
@@ -394,7 +395,7 @@ def fill(model: PreTrainedModel, weights: Weights, report: Report, dtype: torch.
             raise CheckpointError(f"{name} of {type(model).__name__} is stored in no checkpoint and has no value")
 
 
-def in_single_threads(read: Callable[[str], Tensor], names: Iterable[str]) -> Iterator[Tensor]:
+def in_single_threads(read: Callable[[Item], Tensor], names: Iterable[Item]) -> Iterator[Tensor]:
     """read(name) for each name, in order, on as many Python threads as torch has, each computing on its own.
 
     Dequantising a file is thousands of short operations. Spread over OpenMP threads each one waits for the slowest

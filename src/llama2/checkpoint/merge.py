@@ -71,6 +71,9 @@ class MergedCheckpoint(Checkpoint):
         rows = self.source.read_rows(name, start, stop)
         return merged(rows, self._low[name], start) if name in self._low else rows
 
+    def mapped(self, name: str) -> list[Tensor]:
+        return self.source.mapped(name)
+
     def raw(self, name: str) -> RawTensor:
         if name not in self._low:
             return self.source.raw(name)

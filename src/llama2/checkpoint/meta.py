@@ -19,6 +19,7 @@ from llama2.checkpoint.hf import CODES, load_bin
 from llama2.checkpoint.names import meta_axis, meta_to_hf, rotated_heads, to_half_split
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, MismatchError
+from llama2.tokenizer.files import beside
 
 # What Meta's params.json cannot say (context, special ids, tied head) is kept beside it by our writer.
 SIDECAR = "huggingface_config.json"
@@ -36,6 +37,7 @@ class MetaCheckpoint(Checkpoint):
         self.path = path
         self.params = read_params(path / "params.json")
         self.files = find_shards(path)
+        _check_order(self.files)
         self._shards = [_translated(file, load_bin(file)) for file in self.files]
         _same_names(self.files, self._shards)
         self.config  # noqa: B018 - heads and widths are checked before any tensor is placed
@@ -128,9 +130,7 @@ class MetaCheckpoint(Checkpoint):
     @property
     def tokenizer_source(self) -> Path:
         """The folder with tokenizer.model: this one, or the one above it, where Meta's download script puts it."""
-        inside = (self.path / "tokenizer.model").exists()
-        above = self.path.absolute().parent
-        return above if not inside and (above / "tokenizer.model").exists() else self.path
+        return beside(self.path)
 
     @cached_property
     def auto_dtype(self) -> str:
@@ -148,6 +148,9 @@ class MetaCheckpoint(Checkpoint):
         width = config.head_dim
         low, high = start // width * width, -(-stop // width) * width  # RoPE reorders whole heads
         return to_half_split(place.rows(low, high), (high - low) // width)[start - low : stop - low]
+
+    def mapped(self, name: str) -> list[Tensor]:
+        return list(self._places[name].parts)
 
     def raw(self, name: str) -> RawTensor:
         tensor = self.read(name).contiguous()
@@ -192,6 +195,19 @@ def find_shards(folder: Path) -> list[Path]:
             "fetch it again"
         )
     return [numbered[i] for i in sorted(numbered)]
+
+
+def _check_order(files: list[Path]) -> None:
+    """torch.save names the folder inside a .pth after the file: shards that were renamed or copied are told by it."""
+    for file in files if len(files) > 1 else []:
+        with file.open("rb") as opened:
+            head = opened.read(64)
+        made = re.match(rb"(consolidated\.\d+)/", head[30:]) if head[:2] == b"PK" else None
+        if made is not None and made[1].decode() != file.stem:
+            raise MismatchError(
+                f"{file} was saved as {made[1].decode()}.pth; its place among the shards is lost. Give each file its "
+                "name back, or fetch them again"
+            )
 
 
 def _translated(file: Path, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -68,5 +68,8 @@ class PooledCheckpoint(Checkpoint):
         groups = rows.unflatten(0, (last - first, self._group, width))
         return groups.float().mean(1).flatten(0, 1).to(rows.dtype)[start - first * width : stop - first * width]
 
+    def mapped(self, name: str) -> list[Tensor]:
+        return self.source.mapped(name)
+
     def raw(self, name: str) -> RawTensor:
         raise InputError(f"{name}: pooled heads have no packed form; read them")

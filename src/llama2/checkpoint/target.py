@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from llama2.checkpoint import Checkpoint
+from llama2.checkpoint.pages import pass_on
 from llama2.config import LlamaConfig
 
 BLOCK_BYTES = 16 << 20  # of float32 or stored rows; larger blocks were not faster
+WINDOW_BYTES = 16 << 20  # written between two calls of `pass_on`
 _PENDING = 4  # blocks that wait for their hash
+_LAG = 2  # windows until one has reached the disk
 
 
 class Appender:
@@ -38,6 +41,14 @@ class Appender:
             self._digest.update(piece)
             left -= len(piece)
         self._file.seek(size)
+        self._passed = size
+
+    def _pass_on(self) -> None:
+        """The last window goes to the disk, and those before it, which should be there by now, out of memory."""
+        self._file.flush()
+        pass_on(self._file.fileno(), self._passed, self.size)
+        pass_on(self._file.fileno(), max(0, self._passed - _LAG * WINDOW_BYTES), self._passed)
+        self._passed = self.size
 
     def write(self, data: Tensor | bytes) -> None:
         """Appends bytes, or the values of a tensor in row order."""
@@ -48,6 +59,8 @@ class Appender:
             view = data.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._file.write(view)
         self.size += len(view)
+        if self.size - self._passed >= WINDOW_BYTES:
+            self._pass_on()
         self._pending.append(self._pool.submit(self._digest.update, view))
         if len(self._pending) > _PENDING:
             self._pending.popleft().result()
@@ -105,6 +118,11 @@ def row_blocks(source: Checkpoint, name: str, head_dim: int) -> Iterator[tuple[i
     if len(shape) < 2:
         yield 0, source.read(name)
         return
+    for start, stop in row_ranges(shape, head_dim):
+        yield start, source.read_rows(name, start, stop)
+
+
+def row_ranges(shape: tuple[int, ...], head_dim: int) -> list[tuple[int, int]]:
+    """Where the blocks of a matrix begin and end: whole heads, BLOCK_BYTES of float32."""
     step = max(1, BLOCK_BYTES // (4 * shape[1]) // head_dim) * head_dim
-    for start in range(0, shape[0], step):
-        yield start, source.read_rows(name, start, min(start + step, shape[0]))
+    return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]

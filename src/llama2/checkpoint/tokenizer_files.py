@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama2.checkpoint import read_json
 from llama2.errors import CheckpointError, InputError
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, from_gguf, load
-from llama2.tokenizer.spm import CONTROL, UNUSED, USER_DEFINED, SentencePieceModel
+from llama2.tokenizer.gguf import byte_level_name
+from llama2.tokenizer.spm import CONTROL, NORMAL, UNUSED, USER_DEFINED, SentencePieceModel
 
 Source = Path | dict[str, Any]
 _FILES = (
@@ -63,12 +65,9 @@ def gguf_keys(source: Source, vocab_size: int, chat: bool) -> dict[str, Any]:
     if isinstance(source, Mapping):
         keys = {key: value for key, value in source.items() if key.startswith("tokenizer.") and value != []}
         return {**keys, **template}
-    if not (source / "tokenizer.model").exists():
-        raise InputError(
-            f"{source} has a tokenizer.json but no tokenizer.model; GGUF needs its scores. Put the model's "
-            "tokenizer.model beside it"
-        )
-    return {**_sentencepiece_keys(source, vocab_size), **template}
+    if (source / "tokenizer.model").exists():
+        return {**_sentencepiece_keys(source, vocab_size), **template}
+    return {**_byte_level_keys(source, vocab_size), **template}
 
 
 def _has_tokenizer(source: Source) -> bool:
@@ -85,32 +84,69 @@ def _sentencepiece_keys(folder: Path, vocab_size: int) -> dict[str, Any]:
     model = SentencePieceModel.from_file(folder / "tokenizer.model")
     tokenizer: Any = load(folder)
     pieces, scores, types = list(model.pieces), list(model.scores), list(model.types)
-    for i, token in sorted(tokenizer.added_tokens_decoder.items()):
-        if i < len(pieces):
-            continue
-        while len(pieces) < i:
-            pieces, scores, types = [*pieces, f"[PAD{len(pieces)}]"], [*scores, _ADDED_SCORE], [*types, UNUSED]
-        pieces.append(token.content)
-        scores.append(_ADDED_SCORE)
-        types.append(CONTROL if token.special else USER_DEFINED)
-    if len(pieces) > vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has {len(pieces)} tokens, the model only {vocab_size}; they do not belong "
-            "together"
-        )
-    for i in range(len(pieces), vocab_size):  # readers want a token for each row of the embedding
-        pieces.append(f"[PAD{i}]")
-        scores.append(_ADDED_SCORE)
-        types.append(UNUSED)
-    keys: dict[str, Any] = {
+    added = {i: token for i, token in tokenizer.added_tokens_decoder.items() if i >= len(pieces)}
+    _append(pieces, types, added, vocab_size, folder)
+    scores += [_ADDED_SCORE] * (len(pieces) - len(scores))
+    return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": pieces,
         "tokenizer.ggml.scores": [float(score) for score in scores],
         "tokenizer.ggml.token_type": [int(kind) for kind in types],
+        "tokenizer.ggml.add_space_prefix": tokenizer._prefix != "never",
+        **_settings(tokenizer),
+    }
+
+
+def _byte_level_keys(folder: Path, vocab_size: int) -> dict[str, Any]:
+    """Of a tokenizer.json alone: byte-level BPE, as Llama 3 and SmolLM2 have it."""
+    document = read_json(folder / "tokenizer.json")
+    name = byte_level_name(document)
+    if name is None:
+        raise InputError(
+            f"{folder} has a tokenizer.json and no tokenizer.model, and GGUF has no name for the way it cuts words; "
+            "put the model's tokenizer.model beside it, from which its scores are taken"
+        )
+    tokenizer: Any = load(folder)
+    vocabulary = sorted(document["model"]["vocab"].items(), key=lambda item: item[1])
+    pieces, types = [piece for piece, _ in vocabulary], [NORMAL] * len(vocabulary)
+    if [i for _, i in vocabulary] != list(range(len(vocabulary))):
+        raise CheckpointError(f"{folder}/tokenizer.json has a vocabulary with gaps; GGUF lists tokens by their id")
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if i < len(pieces):
+            types[i] = CONTROL if token.special else USER_DEFINED
+    added = {i: token for i, token in tokenizer.added_tokens_decoder.items() if i >= len(pieces)}
+    _append(pieces, types, added, vocab_size, folder)
+    merges = document["model"]["merges"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": [int(kind) for kind in types],
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+        **_settings(tokenizer),
+    }
+
+
+def _append(pieces: list[str], types: list[int], added: Mapping[int, Any], vocab_size: int, folder: Path) -> None:
+    """Adds tokens behind the vocabulary, and fills up to a token for each row of the embedding, which readers want."""
+    last = max(added, default=len(pieces) - 1)
+    if last >= vocab_size or len(pieces) > vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has {max(last + 1, len(pieces))} tokens, the model only {vocab_size}; they do "
+            "not belong together"
+        )
+    for i in range(len(pieces), vocab_size):
+        token = added.get(i)
+        pieces.append(f"[PAD{i}]" if token is None else token.content)
+        types.append(UNUSED if token is None else CONTROL if token.special else USER_DEFINED)
+
+
+def _settings(tokenizer: Any) -> dict[str, Any]:
+    """Flags, special ids and chat template."""
+    keys: dict[str, Any] = {
         "tokenizer.ggml.add_bos_token": bool(tokenizer.add_bos_token),
         "tokenizer.ggml.add_eos_token": bool(tokenizer.add_eos_token),
-        "tokenizer.ggml.add_space_prefix": tokenizer._prefix != "never",
     }
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         if (token_id := getattr(tokenizer, f"{role}_token_id")) is not None:

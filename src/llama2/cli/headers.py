@@ -173,8 +173,11 @@ def _opened(path: Path, headers: Headers) -> Headers:
 
 
 def _described(headers: Headers, folder: Path) -> Headers:
-    present = [name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).exists()]
-    headers.tokenizer = " and ".join(present) or None
+    from llama2.tokenizer.files import beside
+
+    place = beside(folder)
+    present = [name for name in ("tokenizer.model", "tokenizer.json") if (place / name).exists()]
+    headers.tokenizer = (" and ".join(present) + (", one folder up" if place != folder else "")) if present else None
     settings = folder / "tokenizer_config.json"
     headers.chat_template = any(folder.glob("chat_template*")) or (
         settings.exists() and bool(checkpoint.read_json(settings).get("chat_template"))

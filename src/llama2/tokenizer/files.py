@@ -259,7 +259,7 @@ def find_files(path_or_id: str | Path, kwargs: dict[str, Any]) -> dict[str, Path
         if path.suffix == ".gguf":
             raise TokenizerError(f"{path} is a GGUF file: use AutoTokenizer, or tokenizer.from_gguf on its metadata")
         return {"tokenizer_file" if path.suffix == ".json" else "vocab_file": path}
-    folder = path / subfolder if path.is_dir() else _snapshot(str(path_or_id), subfolder, hub)
+    folder = beside(path / subfolder) if path.is_dir() else _snapshot(str(path_or_id), subfolder, hub)
     roles = {
         "vocab_file": "tokenizer.model",
         "tokenizer_file": "tokenizer.json",
@@ -270,6 +270,13 @@ def find_files(path_or_id: str | Path, kwargs: dict[str, Any]) -> dict[str, Path
         "template_json": "chat_template.json",
     }
     return {role: folder / name for role, name in roles.items() if (folder / name).is_file()}
+
+
+def beside(folder: Path) -> Path:
+    """The folder; for one of Meta's (params.json) the one above it, if its download left tokenizer.model there."""
+    above = folder.absolute().parent
+    own = any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+    return above if not own and (folder / "params.json").exists() and (above / "tokenizer.model").exists() else folder
 
 
 def _snapshot(repo_id: str, subfolder: str, hub: dict[str, Any]) -> Path:

@@ -1,5 +1,6 @@
 """A tokenizer from GGUF metadata: the keys tokenizer.ggml.*, as any reader of the file gives them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,6 +121,25 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str]) -> tokenizer
     except Exception as error:  # the Rust side raises plain Exception
         raise CheckpointError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from error
     backend = tokenizers.Tokenizer(bpe)
+    backend.pre_tokenizer = _pre_tokenizer(name)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def byte_level_name(document: Mapping[str, Any]) -> str | None:
+    """The tokenizer.ggml.pre of a tokenizer.json that is byte-level BPE; None where GGUF has no name for its cuts."""
+    model = document.get("model") or {}
+    if model.get("type") != "BPE" or document.get("normalizer") is not None or model.get("byte_fallback"):
+        return None
+    for name in _CUTS:
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = _pre_tokenizer(name)
+        if json.loads(backend.to_str())["pre_tokenizer"] == document.get("pre_tokenizer"):
+            return name if bool(model.get("ignore_merges")) == (name in _MERGES_IGNORED) else None
+    return None
+
+
+def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_CUTS[name][-1] is _GPT2)
     cuts = [cut for cut in _CUTS[name] if not (level.use_regex and cut is _GPT2)]
     splits = [
@@ -128,10 +148,4 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str]) -> tokenizer
         else pre_tokenizers.Split(Regex(cut), "isolated")
         for cut in cuts
     ]
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _digits() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([*splits, level])
