@@ -11,16 +11,18 @@
 use raises MissingDependencyError with the remedy.
 """
 
-from llama2.cpu.cache import PAGE, CacheView, PagedCache, Sequence
+from llama2.cpu.cache import KV_DTYPES, PAGE, CacheView, KvDtype, PagedCache, Sequence
 from llama2.cpu.runner import CpuRunner
 from llama2.cpu.threads import available, default_threads, instruction_sets
 from llama2.cpu.weights import CpuWeights
 
 __all__ = [
+    "KV_DTYPES",
     "PAGE",
     "CacheView",
     "CpuRunner",
     "CpuWeights",
+    "KvDtype",
     "PagedCache",
     "Sequence",
     "available",
