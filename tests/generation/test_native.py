@@ -146,7 +146,8 @@ def test_a_quantized_cache_is_int8() -> None:
     assert runner is not None
     plain, small = runner.new_cache(None, 2, 12), runner.new_cache("quantized", 2, 12)
     a, b = (runner.step(ids, torch.arange(11)[None], None, cache) for cache in (plain, small))
-    assert 0 < (a - b).abs().max() < 5e-2 * a.abs().max()
+    # measured with four seeds: 1.6e-2 to 2.8e-2 (bfloat16: 0.5e-2 to 1.1e-2)
+    assert 1e-3 < (a - b).pow(2).mean().sqrt() / a.pow(2).mean().sqrt() < 5e-2
     assert [c._pages.dtype for c in (plain, small)] == ["float32", "int8"]
     asked = native_runner(model, "int8")
     assert asked is not None and torch.equal(
