@@ -2,6 +2,7 @@
 
     python bench/native_gguf.py                    SmolLM2-135M, the real Q4_1 file
     python bench/native_gguf.py --shape 7b         Llama-2-7B's shape, random Q4_0 weights, written once to --folder
+    python bench/native_gguf.py --context 4096     decode with so many positions cached, and nothing else
 
 Both load the same file and run in turns in one process (llama.cpp through the C calls of llama-cpp-python 0.3.36).
 The machine may move its processors between chiplets, which halves or doubles the bandwidth: every timed unit is
@@ -25,7 +26,7 @@ import numpy as np
 from regime import Regime
 
 from llama2.checkpoint.gguf import GgufFile
-from llama2.cpu import CpuRunner, CpuWeights, PagedCache
+from llama2.cpu import KV_DTYPES, PAGE, CpuRunner, CpuWeights, KvDtype, PagedCache, Sequence
 
 SEVEN_B = {"hidden": 4096, "layers": 32, "heads": 32, "ffn": 11008, "vocab": 32000}
 
@@ -102,6 +103,9 @@ class Rival:
     def clear(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
+    def crop(self, length: int) -> None:
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), 0, length, -1)
+
     def step(self, tokens: list[int], first: int, sequences: list[int] | None = None) -> None:
         """All tokens to sequence 0 from position `first`, or token i to sequences[i] at position `first`."""
         b = self.batch
@@ -120,16 +124,21 @@ class Rival:
 class Bench:
     """Timed units with their label, beside the read."""
 
-    def __init__(self, path: Path, threads: int | None, context: int) -> None:
+    def __init__(self, path: Path, threads: int | None, context: int, kv: KvDtype, rival: bool) -> None:
         start = time.perf_counter()
         self.weights = CpuWeights.from_gguf(GgufFile(path), threads)
         self.loaded = time.perf_counter() - start
         self.runner = CpuRunner(self.weights)
-        self.cache = PagedCache(self.weights, context * 2)
-        self.rival = Rival(path, self.weights.pool.size, context)
+        self.cache = PagedCache(self.weights, context * 2, kv)
+        self._rival = Rival(path, self.weights.pool.size, context) if rival else None
         self.regime = Regime(self.weights.pool)
         self.rng = np.random.default_rng(0)
         self.found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+
+    @property
+    def rival(self) -> Rival:
+        assert self._rival is not None
+        return self._rival
 
     def tokens(self, count: int) -> list[int]:
         return [int(t) for t in self.rng.integers(3, self.weights.config.vocab_size - 1, count)]
@@ -159,6 +168,43 @@ class Bench:
 
             self.unit("decode ours", ours, count, size)
             self.unit("decode llama.cpp", theirs, count, size)
+        sequence.free()
+
+    def fill(self, context: int) -> Sequence:
+        """A sequence of `context` positions: the first 256 are computed, the others are copies of their pages."""
+        sequence, first = self.cache.sequence(), min(context, 256)
+        self.runner.feed(sequence, self.tokens(first))
+        self.cache.view([(sequence, context - first + 1)])  # takes the pages
+        for page in range(first // PAGE, len(sequence.pages)):
+            self.cache.handle.copy_page(sequence.pages[page % (first // PAGE)], sequence.pages[page])
+        sequence.length = context
+        if self._rival is not None:
+            self.rival.clear()
+            for at in range(0, context, 512):
+                self.rival.step(self.tokens(min(512, context - at)), at)
+        return sequence
+
+    def decode_behind(self, context: int, count: int, rounds: int) -> None:
+        """Decode with `context` positions cached; the bytes are those of the weights and of the cache together."""
+        sequence, token = self.fill(context), self.tokens(1)
+        held = context / self.cache.tokens * self.cache.nbytes
+        size = int((self.weights.decode_bytes + held) * count)
+        name = f"decode at {context}"
+        for _ in range(rounds):
+
+            def ours() -> None:
+                for _ in range(count):
+                    self.runner.feed(sequence, token)
+
+            def theirs() -> None:
+                for i in range(count):
+                    self.rival.step(token, context + i)
+
+            self.unit(f"{name} ours", ours, count, size)
+            sequence.crop(context)
+            if self._rival is not None:
+                self.unit(f"{name} llama.cpp", theirs, count, size)
+                self.rival.crop(context)
         sequence.free()
 
     def prefill(self) -> None:
@@ -196,7 +242,7 @@ class Bench:
                 best = max(v[0] for v in values)
                 print(f"{name:24}{label:8}{len(values):4}{rate:10.1f}{best:10.1f}{share:9.2f}")
                 summary[f"{name}, {label}"] = [round(rate, 2), round(share, 3)]
-        for what in ("decode", "prefill", "16 together"):
+        for what in sorted({name.rsplit(" ", 1)[0] for name in self.found}):
             for label in ("same", "cross", "mixed"):
                 ours, theirs = (self.found.get(f"{what} {who}", {}).get(label) for who in ("ours", "llama.cpp"))
                 if ours and theirs:
@@ -213,11 +259,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="where the 7B file is kept")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--context", type=int, default=None, help="decode behind so many cached positions")
+    parser.add_argument("--kv", choices=KV_DTYPES, default="bfloat16", help="our keys and values (llama.cpp: float16)")
+    parser.add_argument(
+        "--alone", action="store_true", help="with --context: without llama.cpp, whose prompt takes minutes"
+    )
     args = parser.parse_args()
     path = smollm2() if args.shape == "smollm2" else args.folder / "llama2-7b-random.Q4_0.gguf"
     if not path.exists():
         write_7b(path)
-    bench = Bench(path, args.threads, 1024)
+    if args.context is not None:
+        bench = Bench(path, args.threads, args.context + 64, args.kv, not args.alone)
+        bench.decode_behind(args.context, 20 if args.shape == "smollm2" else 3, args.rounds)
+        bench.report()
+        return
+    bench = Bench(path, args.threads, 1024, args.kv, rival=True)
     for _ in range(args.rounds):
         if "decode" in args.only:
             bench.decode(40 if args.shape == "smollm2" else 3)

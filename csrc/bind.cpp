@@ -345,9 +345,11 @@ void set_low_rank(Adapter& adapter, int64_t layer, const std::string& name, cons
 }
 
 KvCache* make_cache(const std::string& dtype, int64_t layers, int64_t heads, int64_t width, int64_t pages) {
-  require(dtype == "float32" || dtype == "bfloat16", "a cache is float32 or bfloat16, not " + dtype);
+  require(dtype == "float32" || dtype == "bfloat16" || dtype == "int8", "a cache is float32, bfloat16 or int8, not " + dtype);
   require(layers > 0 && heads > 0 && width > 0 && pages > 0 && pages < (int64_t{1} << 31), "every dimension of a cache is positive");
-  return new KvCache(dtype == "float32" ? KvType::F32 : KvType::BF16, layers, heads, width, pages);
+  constexpr int64_t MOST = int64_t{1} << 48;
+  require(width <= MOST / 256 / heads / layers / pages, "a cache of that size has no address");
+  return new KvCache(dtype == "float32" ? KvType::F32 : dtype == "bfloat16" ? KvType::BF16 : KvType::I8, layers, heads, width, pages);
 }
 
 void check_batch(const Model& m, const KvCache& c, const Batch& b) {
@@ -473,6 +475,46 @@ void matmul_one(Pool& pool, const std::string& isa_name, const PyMatrix& w, In2 
   matmul(pool, isa_name, std::vector<const PyMatrix*>(repeat, &w), x, out, exact);
 }
 
+// Stores keys and values (tokens x kv heads * width, already rotated) in one layer from slot `past` of a sequence on, and
+// attends the queries (heads * width each) of the last out.shape(0) of them: what the kernel tests and benchmarks call.
+void attend(Pool& pool, const std::string& isa_name, KvCache& cache, int64_t layer, Ints table, int64_t past, In2 q, In2 k, In2 v,
+            Out2 out) {
+  const Kernels* kernels = isa(isa_name);
+  require(layer >= 0 && layer < cache.layers(), "layer " + str(layer) + " is outside the cache's " + str(cache.layers()));
+  KvLayer kv = cache.layer(layer);
+  int64_t tokens = static_cast<int64_t>(k.shape(0)), asked = static_cast<int64_t>(q.shape(0)), width = kv.width;
+  int64_t across = static_cast<int64_t>(q.shape(1)), group = across / (kv.heads * width), end = past + tokens;
+  require(static_cast<int64_t>(k.shape(1)) == kv.heads * width && v.shape(0) == k.shape(0) && v.shape(1) == k.shape(1), "k and v are tokens x kv heads * width");
+  require(group > 0 && across == group * kv.heads * width, "q has a multiple of the kv heads");
+  require(out.shape(0) == q.shape(0) && out.shape(1) == q.shape(1), "out is shaped as q");
+  require(past >= 0 && asked <= end && (end + PAGE - 1) / PAGE <= static_cast<int64_t>(table.size()), "the table is too short");
+  const int32_t* pages = table.data();
+  for (int64_t i = 0; i < static_cast<int64_t>(table.size()); ++i)
+    require(pages[i] >= 0 && pages[i] < cache.pages(), "page " + str(pages[i]) + " is outside the cache of " + str(cache.pages()) + " pages");
+  int64_t scratch = attention_scratch(width);
+  std::vector<float> memory(pool.size() * scratch);
+  nb::gil_scoped_release free;
+  pool.run([&](int tid) {
+    for (int64_t h = kv.heads * tid / pool.size(); h < kv.heads * (tid + 1) / pool.size(); ++h) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        int64_t slot = past + t, at = (t * kv.heads + h) * width;
+        kernels->kv_store(kv, k.data() + at, v.data() + at, h, pages[slot / PAGE], static_cast<int>(slot % PAGE));
+      }
+      AttentionTask a;
+      a.q = q.data() + h * group * width;
+      a.out = out.data() + h * group * width;
+      a.ldq = a.ldo = across;
+      a.tokens = static_cast<int>(asked);
+      a.group = static_cast<int>(group);
+      a.first = end - asked;
+      a.table = pages;
+      a.kv_head = h;
+      a.scale = 1.0f / std::sqrt(static_cast<float>(width));
+      kernels->attention(kv, a, memory.data() + tid * scratch);
+    }
+  });
+}
+
 void dequantize(const std::string& isa_name, const PyMatrix& w, Out2 out) {
   const Kernels* k = isa(isa_name);
   require(static_cast<int64_t>(out.shape(0)) == w.m.rows && static_cast<int64_t>(out.shape(1)) == w.m.cols, "out is rows x cols");
@@ -569,6 +611,7 @@ NB_MODULE(_native, m) {
   m.def("view", &view, nb::arg("array"), nb::arg("bfloat16"));
   m.def("matmul_each", &matmul);
   m.def("matmul", &matmul_one, nb::arg("pool"), nb::arg("isa"), nb::arg("w"), nb::arg("x"), nb::arg("out"), nb::arg("exact"), nb::arg("repeat") = 1);
+  m.def("attend", &attend);
   m.def("dequantize", &dequantize);
   m.def("read_bandwidth", &read_bandwidth);
   m.def("read_matrix", &read_matrix);

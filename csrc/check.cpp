@@ -293,11 +293,11 @@ std::vector<float> run_model(const Kernels* k, const Tiny& tiny, int threads, Kv
 void check_model(const Kernels* k) {
   for (int type : {2, 3, 8}) {
     Tiny tiny(type);
-    for (KvType kv : {KvType::F32, KvType::BF16}) {
+    for (KvType kv : {KvType::F32, KvType::BF16, KvType::I8}) {
       std::vector<float> want = run_model(kernels_scalar(), tiny, 1, kv, true);
       std::vector<float> one = run_model(k, tiny, 1, kv, true);
       double d = distance(one, want);
-      expect(d < (kv == KvType::F32 ? 3e-6 : 3e-3), "model", k->name, type, 0, d);
+      expect(d < (kv == KvType::F32 ? 3e-6 : kv == KvType::BF16 ? 3e-3 : 2e-2), "model", k->name, type, 0, d);
       for (int threads : {2, 3}) expect(run_model(k, tiny, threads, kv, true) == one, "threads", k->name, type, threads, 0);
       expect(run_model(k, tiny, 2, kv, false) == run_model(k, tiny, 1, kv, false), "fast threads", k->name, type, 2, 0);
     }

@@ -10,6 +10,7 @@ namespace {
 #include "simd_avx512.h"
 #include "pointwise.inl"
 #include "matmul.inl"
+#include "kv.inl"
 #include "attention.inl"
 #include "probes.inl"
 }  // namespace

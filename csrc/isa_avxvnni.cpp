@@ -10,6 +10,7 @@ namespace {
 #include "simd_avx2.h"
 #include "pointwise.inl"
 #include "matmul.inl"
+#include "kv.inl"
 #include "attention.inl"
 #include "probes.inl"
 }  // namespace

@@ -10,6 +10,7 @@ namespace {
 #include "simd_neon.h"
 #include "pointwise.inl"
 #include "matmul.inl"
+#include "kv.inl"
 #include "attention.inl"
 #include "probes.inl"
 }  // namespace

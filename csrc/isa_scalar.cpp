@@ -9,6 +9,7 @@ namespace {
 #include "simd_scalar.h"
 #include "pointwise.inl"
 #include "matmul.inl"
+#include "kv.inl"
 #include "attention.inl"
 #include "probes.inl"
 }  // namespace

@@ -177,18 +177,35 @@ struct Job {
   const Acts* x1 = nullptr;      // the activations of w1 where its order of columns is another one
 };
 
-enum class KvType : int32_t { F32 = 0, BF16 = 1 };
+enum class KvType : int32_t { F32 = 0, BF16 = 1, I8 = 2 };
 
-// One layer's pages. K: [kv head][page][width][16], V: [kv head][page][16][width padded to 16].
+inline int64_t kv_scales(int64_t width) { return ((width + GROUP - 1) / GROUP * PAGE * 2 + 63) / 64 * 64; }  // bytes
+
+// One layer of the cache. kv.inl says how 16 positions of one kv head lie in a page; a run of pages holds, for each
+// layer and head, all its keys and then all its values: [run][layer][kv head][keys | values][page]. A text is read in
+// long stretches, and memory is committed by the run although it consists of huge pages.
 struct KvLayer {
-  uint8_t* k = nullptr;
-  uint8_t* v = nullptr;
+  uint8_t* data = nullptr;
   int64_t pages = 0, heads = 0, width = 0;
+  int64_t stride = 0;  // bytes from a run to the next
+  int shift = 0;       // a run has 1 << shift pages
   KvType type = KvType::F32;
-  int64_t bytes() const { return type == KvType::F32 ? 4 : 2; }
   int64_t wide() const { return (width + 15) / 16 * 16; }
-  uint8_t* key_page(int64_t head, int64_t page) const { return k + (head * pages + page) * width * PAGE * bytes(); }
-  uint8_t* value_page(int64_t head, int64_t page) const { return v + (head * pages + page) * wide() * PAGE * bytes(); }
+  int64_t key_bytes() const {  // of one head of a page
+    if (type == KvType::I8) return kv_scales(width) + (width + 3) / 4 * 64;
+    return width * PAGE * (type == KvType::F32 ? 4 : 2);
+  }
+  int64_t value_bytes() const {
+    return type == KvType::I8 ? kv_scales(width) + wide() * PAGE : wide() * PAGE * (type == KvType::F32 ? 4 : 2);
+  }
+  int64_t head_bytes() const { return (key_bytes() + value_bytes()) << shift; }  // of a run
+  uint8_t* key_page(int64_t head, int64_t page) const {
+    return data + (page >> shift) * stride + head * head_bytes() + (page & ((1 << shift) - 1)) * key_bytes();
+  }
+  uint8_t* value_page(int64_t head, int64_t page) const {
+    return data + (page >> shift) * stride + head * head_bytes() + (key_bytes() << shift) +
+           (page & ((1 << shift) - 1)) * value_bytes();
+  }
 };
 
 struct AttentionTask {
@@ -220,7 +237,12 @@ struct Kernels {
 
 constexpr int ATT_ROWS = 8;    // query rows handled together
 constexpr int ATT_KEYS = 64;   // keys of one online-softmax step
-inline int64_t attention_scratch(int64_t width) { return ATT_ROWS * (2 * (width + 16) + ATT_KEYS) + 64; }
+// bytes of the int8 forms of one query row, and of its weights in one step
+inline int64_t int8_query(int64_t width) { return (width + GROUP - 1) / GROUP * (12 + 2 * GROUP); }
+inline int64_t int8_weights(int64_t width) { return (width + GROUP - 1) / GROUP * (4 + 2 * ATT_KEYS); }
+inline int64_t attention_scratch(int64_t width) {  // floats: queries, outputs, scores, and the int8 forms
+  return ATT_ROWS * (2 * (width + 16) + ATT_KEYS + (int8_query(width) + int8_weights(width)) / 4) + 64;
+}
 
 const Kernels* kernels_scalar();
 const Kernels* kernels_avx2();

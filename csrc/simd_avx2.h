@@ -110,6 +110,7 @@ INLINE I d4_end(D4 d, I) { return d; }
 INLINE D8 d8_begin(I start) { return start; }
 INLINE D8 d8_dot(D8 d, B w, const int8_t* a) { return d4_dot(d, w, a); }
 INLINE I d8_end(D8 d) { return d; }
+INLINE I weight_dot(I d, B w, const int8_t* a) { __m256i x = quad(a); return {vnni(d.a, x, w.a), vnni(d.b, x, w.b)}; }
 #else
 constexpr bool HIGH_IN_PLACE = false;
 INLINE D4 d4_begin(I) { return izero(); }
@@ -129,7 +130,18 @@ INLINE __m256i d8_half(__m256i d, __m256i stored, __m256i x) {  // |w| times sig
 }
 INLINE D8 d8_dot(D8 d, B w, const int8_t* a) { __m256i x = quad(a); return {d8_half(d.a, w.a, x), d8_half(d.b, w.b, x)}; }
 INLINE I d8_end(D8 d) { return d; }
+INLINE __m256i weight_half(__m256i d, __m256i w, __m256i x) {
+  return _mm256_add_epi32(d, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+}
+INLINE I weight_dot(I d, B w, const int8_t* a) { __m256i x = quad(a); return {weight_half(d.a, w.a, x), weight_half(d.b, w.b, x)}; }
 #endif
+struct F2 { F a, b; };
+INLINE F2 load_pairs(const uint8_t* p) {
+  __m256i lo = _mm256_loadu_si256((const __m256i*)p), hi = _mm256_loadu_si256((const __m256i*)(p + 32));
+  __m256i mask = _mm256_set1_epi32((int)0xffff0000);
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))},
+          {_mm256_castsi256_ps(_mm256_and_si256(lo, mask)), _mm256_castsi256_ps(_mm256_and_si256(hi, mask))}};
+}
 INLINE I bits(B v, int shift, int mask) {
   __m256i m = _mm256_set1_epi32(mask);
   return {_mm256_and_si256(_mm256_srli_epi32(v.a, shift), m), _mm256_and_si256(_mm256_srli_epi32(v.b, shift), m)};
@@ -191,5 +203,6 @@ INLINE F dot_pairs(F acc, B v, int i, Pairs t, const uint16_t* x) {
   return fma(lookup(v, 16 + 4 * i, t), fset(bf16_value(x[1])), acc);
 }
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // not into the first cache
 constexpr int PREFETCH = 8192;
 constexpr int PREFETCH_MANY = 8192;

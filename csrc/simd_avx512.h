@@ -73,6 +73,13 @@ INLINE I sixteenth(I v) { return _mm512_srai_epi32(v, 4); }
 INLINE D8 d8_begin(I start) { return start; }
 INLINE D8 d8_dot(D8 d, B w, const int8_t* a) { return _mm512_dpbusd_epi32(d, w, iload1((const int32_t*)a)); }
 INLINE I d8_end(D8 d) { return d; }
+INLINE I weight_dot(I d, B w, const int8_t* a) { return _mm512_dpbusd_epi32(d, iload1((const int32_t*)a), w); }
+struct F2 { F a, b; };
+INLINE F2 load_pairs(const uint8_t* p) {
+  __m512i v = _mm512_loadu_si512(p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)))};
+}
 INLINE F byte_(B v, int shift) {
   return cvt(_mm512_and_si512(_mm512_srli_epi32(v, shift), _mm512_set1_epi32(255)));
 }
@@ -116,5 +123,6 @@ INLINE F dot_pairs(F acc, B v, int i, Pairs t, const uint16_t* x) {
   return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(both));
 }
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // not into the first cache
 constexpr int PREFETCH = 0;          // one token: the hardware's own prefetch alone keeps up with the memory (1.01 of a read; 0.96 with 8 kB)
 constexpr int PREFETCH_MANY = 4096;  // several: loads are too far apart for it

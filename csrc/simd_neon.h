@@ -96,6 +96,17 @@ INLINE D8 d8_dot(D8 d, B w, const int8_t* a) {
   return d;
 }
 INLINE I d8_end(D8 d) { return d; }
+INLINE I weight_dot(I d, B w, const int8_t* a) { return d4_dot(d, w, a); }
+struct F2 { F a, b; };
+INLINE F2 load_pairs(const uint8_t* p) {
+  F2 r;
+  QUADS {
+    uint32x4_t v = vreinterpretq_u32_u8(vld1q_u8(p + 16 * i));
+    r.a.v[i] = vreinterpretq_f32_u32(vshlq_n_u32(v, 16));
+    r.b.v[i] = vreinterpretq_f32_u32(vandq_u32(v, vdupq_n_u32(0xffff0000u)));
+  }
+  return r;
+}
 INLINE F bits(B b, int shift, uint32_t mask) {
   F r;
   QUADS r.v[i] = vcvtq_f32_u32(vandq_u32(vshlq_u32(vreinterpretq_u32_u8(b.v[i]), vdupq_n_s32(-shift)), vdupq_n_u32(mask)));
@@ -155,5 +166,6 @@ INLINE F dot_pairs(F acc, B v, int i, Pairs t, const uint16_t* x) {
   return fma(lookup(v, 16 + 4 * i, t), fset(bf16_value(x[1])), acc);
 }
 INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 constexpr int PREFETCH = 2048;
 constexpr int PREFETCH_MANY = 2048;

@@ -72,6 +72,17 @@ INLINE D8 d8_dot(D8 d, B w, const int8_t* a) {
   return d;
 }
 INLINE I d8_end(D8 d) { return d; }
+// signed lines against 4 bytes of 0..127
+INLINE I weight_dot(I d, B w, const int8_t* a) {
+  LANES for (int c = 0; c < 4; ++c) d.v[i] += (int32_t)(int8_t)w.v[4 * i + c] * a[c];
+  return d;
+}
+struct F2 { F a, b; };
+INLINE F2 load_pairs(const uint8_t* p) {  // 16 words of two bfloat16: the first ones, the second ones
+  F2 r;
+  LANES { r.a.v[i] = bf16_to_float(get16(p, 2 * i)); r.b.v[i] = bf16_to_float(get16(p, 2 * i + 1)); }
+  return r;
+}
 INLINE F nibble(B b, int shift) { F r; LANES r.v[i] = (float)(b.v[4 * i + shift / 8] >> (shift % 8) & 15); return r; }
 INLINE F byte_(B b, int shift) { F r; LANES r.v[i] = (float)b.v[4 * i + shift / 8]; return r; }
 struct H { F a, b; };
@@ -106,5 +117,6 @@ INLINE F dot_pairs(F acc, B v, int i, const Pairs& t, const uint16_t* x) {
   return fma(lookup(v, 16 + 4 * i, t), fset(bf16_to_float(x[1])), acc);
 }
 INLINE void prefetch(const void*) {}
+INLINE void prefetch_far(const void*) {}
 constexpr int PREFETCH = 0;
 constexpr int PREFETCH_MANY = 0;

@@ -46,23 +46,25 @@ KvCache::KvCache(KvType type, int64_t layers, int64_t heads, int64_t width, int6
   shape_.heads = heads;
   shape_.width = width;
   shape_.pages = pages;
-  side_ = (heads * pages * shape_.wide() * PAGE * shape_.bytes() + 63) / 64 * 64;
-  memory_ = allocate(layers * 2 * side_, false);
+  while (shape_.shift < 4 && (int64_t{1} << shape_.shift) < pages) ++shape_.shift;
+  int64_t bytes = layers * heads * shape_.head_bytes();
+  shape_.stride = pages >> shape_.shift ? (layers * heads | 1) * shape_.head_bytes() : bytes;  // odd: other cache sets
+  memory_ = allocate(this->bytes());
 }
 
 KvLayer KvCache::layer(int64_t index) const {
   KvLayer l = shape_;
-  l.k = memory_.get() + index * 2 * side_;
-  l.v = l.k + side_;
+  l.data = memory_.get() + index * l.heads * l.head_bytes();
   return l;
 }
 
 void KvCache::copy_page(int64_t from, int64_t to) {
+  if (from == to) return;
   for (int64_t i = 0; i < layers_; ++i) {
     KvLayer l = layer(i);
     for (int64_t h = 0; h < l.heads; ++h) {
-      std::memcpy(l.key_page(h, to), l.key_page(h, from), l.width * PAGE * l.bytes());
-      std::memcpy(l.value_page(h, to), l.value_page(h, from), l.wide() * PAGE * l.bytes());
+      std::memcpy(l.key_page(h, to), l.key_page(h, from), l.key_bytes());
+      std::memcpy(l.value_page(h, to), l.value_page(h, from), l.value_bytes());
     }
   }
 }
@@ -346,9 +348,9 @@ class Step {  // one step as every thread sees it
       }
       return;
     }
-    for (int64_t s = 0, item = 0; s < b_.sequences; ++s)
-      for (int64_t t = b_.starts[s]; t < b_.starts[s + 1]; ++t, ++item)
-        if (item % pool_->size() == tid)
+    for (int64_t s = 0; s < b_.sequences; ++s)
+      for (int64_t t = b_.starts[s]; t < b_.starts[s + 1]; ++t)
+        if ((s + (b_.past[s] + t - b_.starts[s]) / PAGE) % pool_->size() == tid)  // a page is one thread's
           for (int64_t h = 0; h < heads; ++h) rope_and_store(kv, s, t, h);
     pool_->barrier();
     std::atomic<int64_t>& next = counters_[index * 5 + 4];

@@ -30,13 +30,13 @@ class KvCache {
   KvLayer layer(int64_t index) const;
   int64_t layers() const { return layers_; }
   int64_t pages() const { return shape_.pages; }
-  int64_t bytes() const { return layers_ * 2 * side_; }
+  int64_t bytes() const { return (((shape_.pages - 1) >> shape_.shift) + 1) * shape_.stride; }
   void copy_page(int64_t from, int64_t to);
   const KvLayer& shape() const { return shape_; }
 
  private:
   KvLayer shape_;
-  int64_t layers_, side_;
+  int64_t layers_;
   std::shared_ptr<uint8_t> memory_;
 };
 

@@ -80,7 +80,7 @@ def test_update_returns_what_it_does_not_know() -> None:
         ({"num_beams": 2, "num_return_sequences": 3}, "at most num_beams"),
         ({"num_beam_groups": 2, "num_beams": 4}, "does not implement"),
         ({"penalty_alpha": 0.6}, "does not implement"),
-        ({"cache_implementation": "quantized"}, "static"),
+        ({"cache_implementation": "offloaded"}, "static"),
         ({"num_assistant_tokens_schedule": "quick"}, "constant"),
         ({"eos_token_id": [2, -5]}, "at least 0"),
         ({"temperature": float("nan")}, "positive"),

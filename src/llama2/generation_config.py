@@ -85,7 +85,7 @@ DEFAULTS: dict[str, Any] = {
     "max_matching_ngram_size": None,
 }
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
-CACHES = (None, "dynamic", "static")
+CACHES = (None, "dynamic", "static", "quantized")
 _NOT_IMPLEMENTED = {  # field -> remedy
     "num_beam_groups": "use num_beams with do_sample=True for varied beams",
     "diversity_penalty": "use num_beams with do_sample=True for varied beams",
@@ -318,7 +318,7 @@ _BOUNDS: dict[str, tuple[Any, str]] = {
     "no_repeat_ngram_size": (_integer(0, True), "an integer of at least 1, or 0 for no limit"),
     "encoder_no_repeat_ngram_size": (_integer(0, True), "an integer of at least 1, or 0 for no limit"),
     "prefill_chunk_size": (_integer(1, True), "an integer of at least 1"),
-    "cache_implementation": (lambda v: v in CACHES, "None, 'dynamic' or 'static'"),
+    "cache_implementation": (lambda v: v in CACHES, "None, 'dynamic', 'static' or 'quantized'"),
     "num_assistant_tokens": (_integer(1), "an integer of at least 1"),
     "num_assistant_tokens_schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
     "assistant_confidence_threshold": (_number(lambda v: 0 <= v <= 1), "in [0, 1]; 0 switches it off"),

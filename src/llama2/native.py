@@ -25,16 +25,17 @@ from llama2.errors import InputError, Llama2Error
 from llama2.generation_config import GenerationConfig
 from llama2.model import LlamaForCausalLM
 
+NATIVE_CACHES = (None, "dynamic", "quantized")  # cache_implementation
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class NativeCache:
     """Keys and values of the rows of one batch in the engine's pages. Columns count padding, pages do not hold it."""
 
-    def __init__(self, weights: cpu.CpuWeights, rows: int, columns: int, dtype: str) -> None:
+    def __init__(self, weights: cpu.CpuWeights, rows: int, columns: int, dtype: cpu.KvDtype) -> None:
         # For each row a page more for its end, and one to copy a page to that it shares with another row.
         tokens = rows * (-(-columns // cpu.PAGE) + 2) * cpu.PAGE
-        self._pages = cpu.PagedCache(weights, tokens, dtype)  # type: ignore[arg-type]
+        self._pages = cpu.PagedCache(weights, tokens, dtype)
         self.sequences = [self._pages.sequence() for _ in range(rows)]
         self._real = np.zeros((rows, columns), bool)
         self.columns = 0
@@ -84,9 +85,11 @@ class NativeCache:
 
 
 class NativeRunner:
-    """`weights` on the engine's own threads, as generation's Runner. precision: see `cpu.CpuRunner`."""
+    """`weights` on the engine's own threads, as generation's Runner. cache_dtype: see `cpu.PagedCache`."""
 
-    def __init__(self, weights: cpu.CpuWeights, cache_dtype: str = "bfloat16", adapter: str | None = None) -> None:
+    def __init__(
+        self, weights: cpu.CpuWeights, cache_dtype: cpu.KvDtype = "bfloat16", adapter: str | None = None
+    ) -> None:
         """adapter: one of `weights.adapters`, for every row; the engine itself takes another for each sequence."""
         self.weights, self.cache_dtype, self.adapter = weights, cache_dtype, adapter
         self._engine = cpu.CpuRunner(weights)
@@ -97,12 +100,12 @@ class NativeRunner:
         return self._engine.isa
 
     def new_cache(self, kind: str | None, rows: int, length: int) -> NativeCache:
-        """As Runner.new_cache; there is no static kind."""
-        if kind not in (None, "dynamic"):
+        """As Runner.new_cache; there is no static kind. "quantized" is int8 whatever cache_dtype is."""
+        if kind not in NATIVE_CACHES:
             raise InputError(
                 f"the native engine has no {kind!r} cache; leave cache_implementation out or runner='torch'"
             )
-        return NativeCache(self.weights, rows, length, self.cache_dtype)
+        return NativeCache(self.weights, rows, length, "int8" if kind == "quantized" else self.cache_dtype)
 
     def step(
         self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: NativeCache | None, keep: int = 1
@@ -250,14 +253,15 @@ def native_weights(model: Any) -> cpu.CpuWeights | None:
     return held.weights
 
 
-def native_runner(model: Any) -> NativeRunner | None:
-    """A runner over `native_weights(model)`; a float32 model keeps float32 keys and values."""
+def native_runner(model: Any, cache_dtype: cpu.KvDtype | None = None) -> NativeRunner | None:
+    """A runner over `native_weights(model)`; cache_dtype=None keeps float32 keys and values in a float32 model, else
+    bfloat16."""
     weights = native_weights(model)
     if weights is None:
         return None
     if isinstance(model, NativeModel):
-        return NativeRunner(weights, model.cache_dtype, model.adapter)
-    return NativeRunner(weights, "float32" if model.dtype == torch.float32 else "bfloat16")
+        return NativeRunner(weights, cache_dtype or model.cache_dtype, model.adapter)
+    return NativeRunner(weights, cache_dtype or ("float32" if model.dtype == torch.float32 else "bfloat16"))
 
 
 def row_count(cache: Any) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from llama2.cache import DynamicCache
 from llama2.errors import InputError
 from llama2.generation_config import DEFAULTS, GenerationConfig
-from llama2.native import NativeCache, NativeModel, row_count
+from llama2.native import NATIVE_CACHES, NativeCache, NativeModel, row_count
 from llama2.outputs import ModelOutput
 from llama2.processors import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from llama2.runner import Runner, TorchRunner, make_runner
@@ -340,7 +340,7 @@ def _needs_torch(call: Call, config: GenerationConfig) -> str:
     """What of this call the native engine cannot do, or ""."""
     if call.inputs_embeds is not None:
         return "inputs_embeds"
-    if config.cache_implementation not in (None, "dynamic"):
+    if config.cache_implementation not in NATIVE_CACHES:
         return f"cache_implementation={config.cache_implementation!r}"
     if call.past_key_values is not None and not isinstance(call.past_key_values, NativeCache):
         return f"past_key_values of type {type(call.past_key_values).__name__}"

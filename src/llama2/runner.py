@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llama2.cache import DynamicCache, StaticCache
+from llama2.cpu import KvDtype
 from llama2.errors import InputError
 from llama2.model import LlamaForCausalLM
 from llama2.native import NativeModel, native_runner, why_not
@@ -20,7 +21,7 @@ class Runner(Protocol):
     """Runs the network. An implementation other than torch fits behind this without a change above it."""
 
     def new_cache(self, kind: str | None, rows: int, length: int) -> Any:
-        """An empty cache ("dynamic" or None, "static") for `rows` rows and at most `length` positions."""
+        """An empty cache ("dynamic" or None, "static", "quantized") for `rows` rows and at most `length` positions."""
 
     def step(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: Any, keep: int = 1) -> Tensor:
         """Logits (B, keep, V) of the last `keep` new tokens, in a tensor that later calls leave alone.
@@ -46,6 +47,11 @@ class TorchRunner:
 
     def new_cache(self, kind: str | None, rows: int, length: int) -> Any:
         """As Runner.new_cache."""
+        if kind == "quantized":
+            raise InputError(
+                "cache_implementation='quantized' keeps int8 keys and values in the native engine, and torch runs this "
+                "model; leave it out"
+            )
         if kind == "static":
             return StaticCache(
                 self.model.config,
@@ -77,12 +83,18 @@ class TorchRunner:
 
 
 def make_runner(
-    runner: str | Runner, model: Any, attentions: bool = False, hidden_states: bool = False, needs_torch: str = ""
+    runner: str | Runner,
+    model: Any,
+    attentions: bool = False,
+    hidden_states: bool = False,
+    needs_torch: str = "",
+    cache_dtype: KvDtype | None = None,
 ) -> Runner:
     """The runner called `runner`, or the object itself.
 
     "auto" takes the native engine where it can run `model`, else torch; `needs_torch` names what of this call only
-    torch can do. Raises InputError where "native" is asked for and cannot be had.
+    torch can do. cache_dtype is what the native engine keeps keys and values in, None its own choice. Raises
+    InputError where "native" or a cache_dtype is asked for and cannot be had.
     """
     if attentions or hidden_states:
         needs_torch = "output_attentions and output_hidden_states"
@@ -93,13 +105,18 @@ def make_runner(
     if runner not in RUNNERS:
         raise InputError(f"runner is {runner!r}; it must be one of {', '.join(RUNNERS)}")
     only_native = runner == "native" or isinstance(model, NativeModel)
-    native = None if runner == "torch" or needs_torch else native_runner(model)
+    native = None if runner == "torch" or needs_torch else native_runner(model, cache_dtype)
     if native is not None:
         return native
     if only_native:
         raise InputError(
             f"the native engine cannot run this call: {needs_torch or why_not(model)}; load the model with "
             "AutoModelForCausalLM and use runner='torch'"
+        )
+    if cache_dtype is not None:
+        reason = needs_torch or why_not(model) or "runner='torch' was asked for"
+        raise InputError(
+            f"a cache of {cache_dtype} is the native engine's, and torch runs this model ({reason}); leave it out"
         )
     return TorchRunner(model, attentions, hidden_states)
 

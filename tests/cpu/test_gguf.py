@@ -53,7 +53,10 @@ def test_fast_differs_by_the_rounding_of_activations(weights: cpu.CpuWeights, re
     got = logits(weights, isa=isa)
     error = np.sqrt(np.mean((got - reference) ** 2) / np.mean(reference**2))
     assert 1e-5 < error < 6e-2
-    assert np.mean(got.argmax(1) == reference.argmax(1)) > 0.9
+    # Near ties may fall either way: two of this prompt's positions are closer than the error.
+    clear = np.diff(np.sort(reference, axis=1)[:, -2:])[:, 0] > 6e-2 * np.sqrt(np.mean(reference**2))
+    assert clear.sum() == 8  # of 13: the reference alone decides it
+    assert (got.argmax(1) == reference.argmax(1))[clear].all()
 
 
 def test_threads_change_nothing(smollm2: Path, weights: cpu.CpuWeights) -> None:

@@ -188,13 +188,22 @@ def test_more_tokens_than_one_call_takes() -> None:
         run.step(ids[:600], places[:600], cache.view([(cache.sequence(), 600)]), [5, 1])
 
 
-def test_bfloat16_cache_is_close() -> None:
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2e-2), ("int8", 6e-2)])
+def test_a_rounded_cache_is_close(dtype: Any, error: float) -> None:
     module = model("gqa")
     run, cache = runner(module)
-    half = cpu.PagedCache(run.weights, 512)
+    rounded = cpu.PagedCache(run.weights, 512, dtype)
     ids = list(range(100))
-    a, b = run.feed(cache.sequence(), ids), run.feed(half.sequence(), ids)
-    assert 0 < np.abs(a - b).max() < 2e-2 * np.abs(a).max()
+    a, b = run.feed(cache.sequence(), ids), run.feed(rounded.sequence(), ids)
+    assert 0 < np.abs(a - b).max() < error * np.abs(a).max()
+    twin = rounded.sequence()
+    for first in range(0, 100, 25):
+        c = run.feed(twin, ids[first : first + 25])
+    assert np.abs(b - c).max() < 1e-3 * np.abs(a).max()
+    other = twin.fork()  # shares its last page until one of the two writes
+    d, e = run.feed(other, [5]), run.feed(twin, [5])
+    np.testing.assert_array_equal(d, e)
+    assert other.pages[:-1] == twin.pages[:-1] and other.pages[-1] != twin.pages[-1]
 
 
 def test_wrong_input_is_refused() -> None:
@@ -219,6 +228,8 @@ def test_wrong_input_is_refused() -> None:
         cpu.CpuRunner(run.weights, isa="mmx")
     with pytest.raises(InputError, match=r"torch.float64 on cpu.*runner='torch'"):
         cpu.CpuWeights.from_module(model("mha", torch.float64))
+    with pytest.raises(InputError, match="float32, bfloat16, int8, not 'int4'"):
+        cpu.PagedCache(run.weights, 16, "int4")  # type: ignore[arg-type]
     other = cpu.PagedCache(cpu.CpuWeights.from_module(model("gqa")), 64)
     with pytest.raises(InputError, match="made for another model"):
         run.feed(other.sequence(), [1])

@@ -10,6 +10,7 @@ from tolerance import FLOAT32
 
 from llama2 import InputError, cpu
 from llama2.native import NativeCache, NativeModel, native_runner, native_weights
+from llama2.runner import make_runner
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the compiled module is not built")
 
@@ -137,6 +138,27 @@ def test_a_full_cache_is_an_error_that_changes_nothing() -> None:
     with pytest.raises(InputError, match="native cache of 4"):
         runner.step(tiny_ids(1, 2), torch.arange(3, 5)[None], None, cache)
     assert isinstance(cache, NativeCache) and cache.get_seq_length() == 3
+
+
+def test_a_quantized_cache_is_int8() -> None:
+    model, ids = tiny_model(torch.float32), tiny_ids(2, 11)
+    runner = native_runner(model)
+    assert runner is not None
+    plain, small = runner.new_cache(None, 2, 12), runner.new_cache("quantized", 2, 12)
+    a, b = (runner.step(ids, torch.arange(11)[None], None, cache) for cache in (plain, small))
+    # measured with four seeds: 1.6e-2 to 2.8e-2 (bfloat16: 0.5e-2 to 1.1e-2)
+    assert 1e-3 < (a - b).pow(2).mean().sqrt() / a.pow(2).mean().sqrt() < 5e-2
+    assert [c._pages.dtype for c in (plain, small)] == ["float32", "int8"]
+    asked = native_runner(model, "int8")
+    assert asked is not None and torch.equal(
+        b, asked.step(ids, torch.arange(11)[None], None, asked.new_cache(None, 2, 12))
+    )
+    out = model.generate(ids, max_new_tokens=4, eos_token_id=None, cache_implementation="quantized", num_beams=2)
+    assert out.shape == (2, 15)
+    with pytest.raises(InputError, match="'quantized' keeps int8.*torch runs this model"):
+        model.generate(ids, max_new_tokens=4, cache_implementation="quantized", runner="torch")
+    with pytest.raises(InputError, match="a cache of int8 is the native engine's.*runner='torch' was asked for"):
+        make_runner("torch", model, cache_dtype="int8")
 
 
 def test_a_gguf_file_answers_packed(smollm2: Path) -> None:

@@ -41,7 +41,7 @@ def run(options: Options) -> int:
     from llama2.cli.speaker import Speaker
 
     options.install(tokenizer)
-    return Chat(Speaker(model, tokenizer, options.runner), conversation, options).loop()
+    return Chat(Speaker(model, tokenizer, options.runner, options.cache_dtype), conversation, options).loop()
 
 
 def _start(options: Options) -> Conversation:

@@ -37,7 +37,7 @@ def run(options: Options) -> int:
 
     loaded = time.perf_counter() - began
     ids = _encode(prompt, options, tokenizer)
-    answer = Speaker(model, tokenizer, options.runner).say(
+    answer = Speaker(model, tokenizer, options.runner, options.cache_dtype).say(
         ids, settings, terminal.write, seed=options.seed, continues=not options.chat
     )
     if not answer.text.endswith("\n"):

@@ -51,6 +51,16 @@ class RunOptions(ModelOptions):
     adapter: str | None = option(
         None, "a LoRA adapter, the folder that peft wrote; the native engine adds it while it runs", metavar="FOLDER"
     )
+    kv_cache: Literal["auto", "float32", "bfloat16", "int8"] = option(
+        "auto",
+        "number format of keys and values in the native engine; auto is float32 for float32 weights, else bfloat16; "
+        "int8 takes half of bfloat16's memory",
+    )
+
+    @property
+    def cache_dtype(self) -> Literal["float32", "bfloat16", "int8"] | None:
+        """What kv_cache asks for; None for auto."""
+        return None if self.kv_cache == "auto" else self.kv_cache
 
 
 def model_path(model: str | None) -> str:

@@ -60,16 +60,18 @@ def _read(file: str | None) -> str:
 
 def _measure(model: Any, ids: list[int], options: Options) -> "Perplexity":
     from llama2.evaluate.perplexity import perplexity
+    from llama2.runner import make_runner
 
+    runner = make_runner(options.runner, model, cache_dtype=options.cache_dtype)
     with _progress() as bar:
         if bar is None:
-            return perplexity(model, ids, options.window, options.stride, runner=options.runner)
+            return perplexity(model, ids, options.window, options.stride, runner=runner)
         task = bar.add_task("perplexity", total=len(ids), value="")
 
         def show(done: int, total: int, value: float) -> None:
             bar.update(task, completed=done, value=f"{value:.3f}")
 
-        return perplexity(model, ids, options.window, options.stride, show, options.runner)
+        return perplexity(model, ids, options.window, options.stride, show, runner)
 
 
 def _progress() -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from llama2.cpu import KvDtype
 from llama2.errors import InputError
 from llama2.generate import stream
 from llama2.generation_config import GenerationConfig
@@ -50,9 +51,15 @@ _ENDINGS = {
 class Speaker:
     """A model, its tokenizer and one cache. A prompt that begins as the last one did runs only its new part."""
 
-    def __init__(self, model: LlamaForCausalLM | NativeModel, tokenizer: Any, runner: str = "auto") -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM | NativeModel,
+        tokenizer: Any,
+        runner: str = "auto",
+        cache_dtype: KvDtype | None = None,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._runner = make_runner(runner, model)
+        self._runner = make_runner(runner, model, cache_dtype=cache_dtype)
         self._held: list[int] = []  # the ids whose keys and values the cache holds
         self.forget()
 

@@ -11,7 +11,7 @@
 use raises MissingDependencyError with the remedy.
 """
 
-from llama2.cpu.cache import PAGE, CacheView, PagedCache, Sequence
+from llama2.cpu.cache import KV_DTYPES, PAGE, CacheView, KvDtype, PagedCache, Sequence
 from llama2.cpu.packed import PackedFile
 from llama2.cpu.packed import find as find_packed
 from llama2.cpu.packed import write as write_packed
@@ -20,10 +20,12 @@ from llama2.cpu.threads import available, default_threads, instruction_sets
 from llama2.cpu.weights import CpuWeights
 
 __all__ = [
+    "KV_DTYPES",
     "PAGE",
     "CacheView",
     "CpuRunner",
     "CpuWeights",
+    "KvDtype",
     "PackedFile",
     "PagedCache",
     "Sequence",

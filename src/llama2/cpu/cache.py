@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from llama2.cpu.weights import CpuWeights
 from llama2.errors import InputError
 
 PAGE = 16
+KvDtype = Literal["float32", "bfloat16", "int8"]
+KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
 
 
 class Sequence:
@@ -77,12 +79,14 @@ class CacheView:
 class PagedCache:
     """Pages for `tokens` positions in all. Memory is taken as positions are written, not before.
 
-    dtype: "bfloat16" (half the bytes, error about 1e-2 of the attention output) or "float32".
+    dtype: what keys and values are rounded to. Of the float64 attention output over 150 random positions with one
+    channel six times the others, "float32" errs by 2e-7, "bfloat16" (half its bytes) by 3e-3 and "int8" (17/64 of its
+    bytes: a scale for every 32 channels of a position) by 1e-2 to 2e-2.
     """
 
-    def __init__(self, weights: CpuWeights, tokens: int, dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
-        if dtype not in ("float32", "bfloat16"):
-            raise InputError(f"a native cache is 'float32' or 'bfloat16', not {dtype!r}")
+    def __init__(self, weights: CpuWeights, tokens: int, dtype: KvDtype = "bfloat16") -> None:
+        if dtype not in KV_DTYPES:
+            raise InputError(f"a native cache is one of {', '.join(KV_DTYPES)}, not {dtype!r}")
         if tokens < 1:
             raise InputError(f"a cache of {tokens} tokens cannot hold anything; give at least 1")
         c = weights.config
@@ -91,6 +95,11 @@ class PagedCache:
         self.handle: Any = native().make_cache(dtype, c.num_hidden_layers, c.num_key_value_heads, c.head_dim, pages)
         self._free = list(range(pages - 1, -1, -1))
         self._owners = [0] * pages  # sequences that hold each page
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages, written or not."""
+        return int(self.handle.nbytes)
 
     def sequence(self) -> Sequence:
         """A new, empty sequence."""

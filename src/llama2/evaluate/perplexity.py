@@ -13,7 +13,7 @@ from llama2.errors import InputError
 from llama2.model import LlamaForCausalLM
 from llama2.native import NativeModel
 from llama2.rope import promoted
-from llama2.runner import make_runner
+from llama2.runner import Runner, make_runner
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def perplexity(
     window: int = 512,
     stride: int | None = None,
     on_window: Callable[[int, int, float], None] | None = None,
-    runner: str = "auto",
+    runner: str | Runner = "auto",
 ) -> Perplexity:
     """Perplexity of the token ids (T,) in windows of `window` tokens, each `stride` tokens after the last.
 
