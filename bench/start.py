@@ -80,9 +80,7 @@ def measure(model: Path, folder: Path, runs: int, threads: int, packed: bool) ->
     else:
         del links["packed file"]
     settings = {"threads": threads, "prompt": PROMPT}
-    programs = {
-        name: OURS.format(path=str(link), **settings) for name, link in links.items()
-    }
+    programs = {name: OURS.format(path=str(link), **settings) for name, link in links.items()}
     programs["llama.cpp"] = THEIRS.format(path=str(model), **settings)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     said: dict[str, list[int]] = {}

@@ -157,7 +157,7 @@ class NativeModel:
         self,
         weights: cpu.CpuWeights,
         generation_config: GenerationConfig | None = None,
-        cache_dtype: str = "bfloat16",
+        cache_dtype: cpu.KvDtype = "bfloat16",
     ) -> None:
         self.config: LlamaConfig = weights.config
         self.cache_dtype = cache_dtype
@@ -176,7 +176,7 @@ class NativeModel:
         """A torch model's own weights, in place: a change of them shows here too."""
         if reason := why_not(model):
             raise InputError(f"the native engine cannot run this model: {reason}")
-        cache_dtype = "float32" if model.dtype == torch.float32 else "bfloat16"
+        cache_dtype: cpu.KvDtype = "float32" if model.dtype == torch.float32 else "bfloat16"
         return cls(cpu.CpuWeights.from_module(model, threads), model.generation_config, cache_dtype)
 
     def load_adapter(self, folder: str | Path, name: str = "default") -> None:

@@ -42,7 +42,7 @@ def test_generate_with_an_adapter_equals_the_merged_model(
 @pytest.mark.skipif(not cpu.available(), reason="the native module is not built")
 def test_a_gguf_file_stays_packed(run: Run, smollm2: Path, tmp_path: Path) -> None:
     tensors = tensors_for(files.open(smollm2).config, ("o_proj",), dtype=torch.bfloat16)
-    folder = write_adapter(tmp_path, {k: 0.2 * t for k, t in tensors.items()}, target_modules=["o_proj"])
+    folder = write_adapter(tmp_path, {k: 0.4 * t for k, t in tensors.items()}, target_modules=["o_proj"])
     words = ["generate", "-m", smollm2, "-n", "8", "--greedy", "The capital of France is"]
     plain = run(*words)[1]
     code, found, err = run(*words, "--adapter", folder)

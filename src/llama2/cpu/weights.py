@@ -180,6 +180,7 @@ class CpuWeights:
     def pack_int8(self, values: NDArray[np.int8], scales: NDArray[np.float32]) -> Any:
         """A matrix of int8 rows, each with its scale; arrays as in `Int8Weight`."""
         return self.pack_codes(Int8Weight(values, scales))
+
     def place(self, matrix: BlockMatrix) -> Any:
         """A block matrix of a file: where it lies packed, or packed now."""
         if matrix.type_id not in PACKED.values():
