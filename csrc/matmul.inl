@@ -275,8 +275,12 @@ void packed_tiles(const uint8_t* const* w, int64_t blocks, const Block& x, int m
 
 template <class W>
 void packed(const uint8_t* const* w, int nr, int64_t blocks, const Block& x, int mr, float* c) {
-  if (mr == 1)
-    for (int n = 0; n < nr; ++n) packed_tile<W, 1, 1>(w + n, blocks, x, c + n * MAX_MR * TILE);
+  if (mr == 1 || mr == 3)
+    for (int n = 0; n < nr; ++n) {
+      float* cn = c + n * MAX_MR * TILE;
+      if (mr == 1) packed_tile<W, 1, 1>(w + n, blocks, x, cn);
+      else packed_tile<W, 3, 1>(w + n, blocks, x, cn);
+    }
   else if (nr == 1) packed_tiles<W, 1>(w, blocks, x, mr, c);
   else packed_tiles<W, 2>(w, blocks, x, mr, c);
 }

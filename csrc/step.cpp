@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t DYNAMIC = 16;    // from this many tokens on, threads take work piece by piece
 constexpr int64_t FETCHED = 128 << 10;  // bytes of the next weights that a waiting thread brings in
 constexpr int64_t STEALABLE = 2 << 20;  // bytes a thread from which on the end of a product is shared by demand
+constexpr int64_t PIECE = 128 << 10;  // bytes of such a piece: shorter ones end before the hardware's prefetch has begun
 constexpr int64_t ATT_TOKENS = 16; // query tokens of one piece of prefill attention
 constexpr int SHARED = 3;          // linears that share an input, at most: q, k and v
 
@@ -282,13 +283,16 @@ class Step {  // one step as every thread sees it
   // Tiles at the end of a product of few tokens that go to whoever comes first: an eighth where the product is large,
   // because threads that share a memory link are never equally fast; none where a piece would cost more than the wait.
   int64_t loose(const Product& p, int64_t tiles) const {
+    return pool_->size() == 1 || tiles * tile_size(p) < STEALABLE * pool_->size() ? 0 : tiles / 8 / 4 * 4;
+  }
+
+  static int64_t tile_size(const Product& p) {
     const Matrix* w = p.jobs[0].w;
-    int64_t bytes = tiles * w->stride * (row_major(w->format) ? TILE : 1);
-    return pool_->size() == 1 || bytes < STEALABLE * pool_->size() ? 0 : tiles / 8 / 4 * 4;
+    return w->stride * (row_major(w->format) ? TILE : 1);
   }
 
   void matmul(int tid, const Product& p, const Inputs& x) {
-    int64_t tiles = p.tiles(), fixed = 0, chunk = 2;
+    int64_t tiles = p.tiles(), fixed = 0, chunk = std::max<int64_t>(2, PIECE / tile_size(p) / 2 * 2);
     if (by_demand(x.of[0].m)) {
       chunk = std::max<int64_t>(2, tiles / (pool_->size() * 16) / 2 * 2);
     } else {
