@@ -41,7 +41,9 @@ class Theirs:
 
     def feed(self, tokens: list[int]) -> torch.Tensor:
         with torch.inference_mode():
-            return self.model(torch.tensor([tokens]), past_key_values=self.cache, logits_to_keep=1).logits[0, -1].float()
+            return (
+                self.model(torch.tensor([tokens]), past_key_values=self.cache, logits_to_keep=1).logits[0, -1].float()
+            )
 
 
 def main() -> None:
@@ -56,7 +58,9 @@ def main() -> None:
     runner, cache, theirs = CpuRunner(weights), PagedCache(weights, 1024), Theirs(other)
     sequence, regime = cache.sequence(), Regime(weights.pool)
     first, second = torch.from_numpy(runner.feed(sequence, PROMPT)), theirs.feed(PROMPT)
-    print(f"largest difference of logits {float((first - second).abs().max()):.3f}, largest {float(second.abs().max()):.2f}")
+    print(
+        f"largest difference of logits {float((first - second).abs().max()):.3f}, largest {float(second.abs().max()):.2f}"
+    )
     found: dict[str, list[tuple[str, float, float]]] = {"ours": [], "transformers": []}
     for _ in range(args.rounds):
         steps = {"ours": lambda: runner.feed(sequence, [7]), "transformers": lambda: theirs.feed([7])}
