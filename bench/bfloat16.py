@@ -58,9 +58,8 @@ def main() -> None:
     runner, cache, theirs = CpuRunner(weights), PagedCache(weights, 1024), Theirs(other)
     sequence, regime = cache.sequence(), Regime(weights.pool)
     first, second = torch.from_numpy(runner.feed(sequence, PROMPT)), theirs.feed(PROMPT)
-    print(
-        f"largest difference of logits {float((first - second).abs().max()):.3f}, largest {float(second.abs().max()):.2f}"
-    )
+    apart, size = float((first - second).abs().max()), float(second.abs().max())
+    print(f"largest difference of logits {apart:.3f}, largest {size:.2f}")
     found: dict[str, list[tuple[str, float, float]]] = {"ours": [], "transformers": []}
     for _ in range(args.rounds):
         steps = {"ours": lambda: runner.feed(sequence, [7]), "transformers": lambda: theirs.feed([7])}
