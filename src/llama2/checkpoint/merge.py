@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
 from llama2.checkpoint.hf import CODES
 from llama2.checkpoint.peft import Adapter, LowRank
-from llama2.config import LlamaConfig
+from llama2.checkpoint.seen import SeenCheckpoint
 
 
 def merged(weight: Tensor, low: LowRank, start: int = 0) -> Tensor:
@@ -29,12 +27,12 @@ def merge_into(model: nn.Module, adapter: Adapter) -> None:
             weight.copy_(merged(weight, low))
 
 
-class MergedCheckpoint(Checkpoint):
+class MergedCheckpoint(SeenCheckpoint):
     """A checkpoint seen with an adapter merged into it, row by row as it is read."""
 
     def __init__(self, source: Checkpoint, adapter: Adapter) -> None:
-        self.source, self.adapter = source, adapter
-        self.format, self.path = source.format, source.path
+        super().__init__(source)
+        self.adapter = adapter
         self._low = {f"{module}.weight": low for module, low in adapter.modules.items()}
 
     @cached_property
@@ -45,22 +43,6 @@ class MergedCheckpoint(Checkpoint):
             found[name] = Stored(shape, kind if kind in CODES.values() else "F32")
         return found
 
-    @cached_property
-    def config(self) -> LlamaConfig:
-        return self.source.config
-
-    @property
-    def generation_settings(self) -> dict[str, Any] | None:
-        return self.source.generation_settings
-
-    @property
-    def tokenizer_source(self) -> Path | dict[str, Any]:
-        return self.source.tokenizer_source
-
-    @property
-    def auto_dtype(self) -> str:
-        return self.source.auto_dtype
-
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         tensor = self.source.read(name)
         if name in self._low:
@@ -70,9 +52,6 @@ class MergedCheckpoint(Checkpoint):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         rows = self.source.read_rows(name, start, stop)
         return merged(rows, self._low[name], start) if name in self._low else rows
-
-    def mapped(self, name: str) -> list[Tensor]:
-        return self.source.mapped(name)
 
     def raw(self, name: str) -> RawTensor:
         if name not in self._low:

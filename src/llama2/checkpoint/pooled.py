@@ -3,27 +3,27 @@
 import copy
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
+from llama2.checkpoint.seen import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
 
 _POOLED = ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")
 
 
-class PooledCheckpoint(Checkpoint):
+class PooledCheckpoint(SeenCheckpoint):
     """Another checkpoint seen with `kv_heads` key and value heads. The mean is taken in float32 and rounded once."""
 
     def __init__(self, source: Checkpoint, kv_heads: int) -> None:
         heads = source.config.num_key_value_heads
         if kv_heads < 1 or heads % kv_heads:
             raise InputError(f"{heads} key and value heads cannot be pooled to {kv_heads}; give a divisor of {heads}")
-        self.source, self.format, self.path = source, f"pooled {source.format}", source.path
+        super().__init__(source)
+        self.format = f"pooled {source.format}"
         self._heads, self._group = kv_heads, heads // kv_heads
 
     @cached_property
@@ -40,18 +40,6 @@ class PooledCheckpoint(Checkpoint):
         config.num_key_value_heads = self._heads
         return config
 
-    @property
-    def generation_settings(self) -> dict[str, Any] | None:
-        return self.source.generation_settings
-
-    @property
-    def tokenizer_source(self) -> Path | dict[str, Any]:
-        return self.source.tokenizer_source
-
-    @property
-    def auto_dtype(self) -> str:
-        return self.source.auto_dtype
-
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         tensor = self.source.read(name)
         if name.endswith(_POOLED):
@@ -67,9 +55,6 @@ class PooledCheckpoint(Checkpoint):
         rows = self.source.read_rows(name, first * self._group * width, last * self._group * width)
         groups = rows.unflatten(0, (last - first, self._group, width))
         return groups.float().mean(1).flatten(0, 1).to(rows.dtype)[start - first * width : stop - first * width]
-
-    def mapped(self, name: str) -> list[Tensor]:
-        return self.source.mapped(name)
 
     def raw(self, name: str) -> RawTensor:
         raise InputError(f"{name}: pooled heads have no packed form; read them")

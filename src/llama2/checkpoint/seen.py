@@ -1,0 +1,36 @@
+"""A checkpoint seen through something that changes some of its tensors; everything else is the source's."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llama2.checkpoint import Checkpoint
+from llama2.config import LlamaConfig
+
+
+class SeenCheckpoint(Checkpoint):
+    """What the views of a checkpoint share; `source` is the one that is seen."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.source, self.format, self.path = source, source.format, source.path
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        return self.source.config
+
+    @property
+    def generation_settings(self) -> dict[str, Any] | None:
+        return self.source.generation_settings
+
+    @property
+    def tokenizer_source(self) -> Path | dict[str, Any]:
+        return self.source.tokenizer_source
+
+    @property
+    def auto_dtype(self) -> str:
+        return self.source.auto_dtype
+
+    def mapped(self, name: str) -> list[Tensor]:
+        return self.source.mapped(name)
