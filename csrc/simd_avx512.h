@@ -87,9 +87,6 @@ INLINE F byte_(B v, int shift) {
 using H = __m512bh;
 INLINE H hload(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 INLINE F dot_bf16(F acc, H w, H x) { return _mm512_dpbf16_ps(acc, w, x); }
-INLINE F digit_table(float zero) {
-  return sub(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), fset(zero));
-}
 INLINE F digits(B v, int shift, F table) {  // a permutation reads four bits of its index: no mask, no conversion
   return _mm512_permutexvar_ps(_mm512_srli_epi32(v, shift), table);
 }
