@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES: dict[str, tuple[str, ...]] = {
     "config": ("LlamaConfig",),
     "generation_config": ("GenerationConfig",),
+    "quantization_config": ("BitsAndBytesConfig", "GPTQConfig"),
     "tokenizer": ("AddedToken", "BatchEncoding", "LlamaTokenizer", "LlamaTokenizerFast"),
     "cache": ("DynamicCache", "KVCache", "StaticCache"),
     "model": ("LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaModel"),

@@ -205,8 +205,8 @@ _HELD: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
 
 
 def _stamp(model: nn.Module) -> tuple[Any, ...]:
-    """Which tensors the parameters are and where. Their content needs no stamp: the engine reads it in place."""
-    return tuple((id(p), p.data_ptr()) for p in model.parameters())
+    """Which tensors the weights are and where. Their content needs no stamp: the engine reads it in place."""
+    return tuple((id(p), p.data_ptr()) for p in (*model.parameters(), *model.buffers()))
 
 
 def why_not(model: Any) -> str:

@@ -58,6 +58,7 @@ class PreTrainedModel(nn.Module):
     )
     save_pretrained = door("checkpoint.save", "save_pretrained", "Writes config.json and safetensors to a folder.")
     push_to_hub = door("checkpoint.save", "push_to_hub", "Uploads what save_pretrained writes to the hub.")
+    dequantize = door("checkpoint.packed", "dequantize", "Unpacks packed linears in place; returns the model.")
     generate = door("generate", "generate", "Continues prompts: see llama2.generate.generate.")
     compute_transition_scores = door(
         "generate", "compute_transition_scores", "Log-probability of each generated token."

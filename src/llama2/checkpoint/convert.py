@@ -28,6 +28,7 @@ from llama2.checkpoint.hf import DTYPES
 from llama2.checkpoint.hf_write import HfTarget
 from llama2.checkpoint.merge import MergedCheckpoint
 from llama2.checkpoint.meta_write import MetaTarget
+from llama2.checkpoint.packed import unpacked
 from llama2.checkpoint.pages import fetch, release
 from llama2.checkpoint.peft import read_adapter
 from llama2.checkpoint.pooled import PooledCheckpoint
@@ -84,7 +85,7 @@ def convert(
     arguments is continued. Raises InputError for arguments that cannot be, CheckpointError for a source that is
     damaged, a target that exists, or a full disk. The source is never written to.
     """
-    opened = source if isinstance(source, Checkpoint) else open_source(source, {})
+    opened = unpacked(source if isinstance(source, Checkpoint) else open_source(source, {}))
     path = Path(target)
     _check_target(opened, path, options)
     if options.adapter is not None:

@@ -123,12 +123,6 @@ class HfCheckpoint(Checkpoint):
     def config(self) -> LlamaConfig:
         fields = read_json(self.folder / "config.json")
         refuse_foreign(fields, self.folder / "config.json")
-        if quantization := fields.get("quantization_config"):
-            method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
-            raise CheckpointError(
-                f"{self.path} is quantised with {method!r} (quantization_config in config.json), which this version "
-                "does not load; give the unquantised checkpoint or a GGUF file"
-            )
         return LlamaConfig.from_dict(fields)
 
     @property

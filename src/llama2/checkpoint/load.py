@@ -16,15 +16,19 @@ from torch.overrides import TorchFunctionMode
 import llama2.model
 from llama2.checkpoint import Checkpoint, Stored
 from llama2.checkpoint.hf import CODES
+from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
 from llama2.checkpoint.source import open_source, override, split_hub_options
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.generation_config import GenerationConfig
 from llama2.pretrained import PreTrainedModel
 from llama2.quant import ggml
+from llama2.quant.methods import layer_class
+from llama2.quantization_config import QuantizationConfig
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
@@ -34,7 +38,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
 _WEIGHT_TYPES = {"F64", *ggml.TYPES}
-_NOT_YET = ("quantization_config", "load_in_4bit", "load_in_8bit")
 
 
 def from_pretrained(
@@ -53,6 +56,9 @@ def from_pretrained(
     variant: str | None = None,
     gguf_file: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    quantization_config: Any = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     **kwargs: Any,
 ) -> Model | tuple[Model, dict[str, list[Any]]]:
     """A model in eval mode from a folder, a .safetensors, .bin or GGUF file, or a hub id.
@@ -61,7 +67,9 @@ def from_pretrained(
     one), and bfloat16 for GGUF files with quantised blocks; a torch.dtype or its name converts. device_map: one
     device ("cpu", "cuda", 0, {"": "cuda:0"}), or "auto" for the GPU where there is one. Hub settings (revision,
     cache_dir, token, local_files_only, force_download, subfolder) have no meaning for a local path. Any other keyword
-    must be a field of the configuration and overrides it. With output_loading_info a dict of missing_keys,
+    must be a field of the configuration and overrides it. A checkpoint of packed linears (GPTQ, bitsandbytes) stays
+    packed; another is quantised as it loads, one matrix at a time, where quantization_config (a BitsAndBytesConfig, or
+    its dict) or load_in_4bit or load_in_8bit says so. With output_loading_info a dict of missing_keys,
     unexpected_keys, mismatched_keys and error_msgs comes back too.
 
     A missing classifier head is drawn anew with a warning, and so are tensors of another shape with
@@ -94,7 +102,18 @@ def from_pretrained(
 
     with torch.device("meta"), _NoDraws():
         model = cls(settings, *model_args)
+    stored = settings_of(settings, settings.name_or_path)
+    wanted = asked_for(quantization_config, load_in_4bit, load_in_8bit)
+    if stored is not None:
+        if wanted is not None and wanted.quant_method != stored.quant_method:
+            raise InputError(
+                f"the checkpoint is packed by {stored.quant_method} and {wanted.quant_method} is asked for; load it as "
+                "it is, or quantise the unquantised checkpoint"
+            )
+        weights = Rest(weights, place(model, translated(model, weights.tensors), weights, stored))
     report = match(model, weights, ignore_mismatched_sizes)
+    if stored is None and wanted is not None:
+        pack(model, weights, report.found, wanted, chosen)
     fill(model, weights, report, chosen, device)
     model.generation_config = _generation_config(source, settings)
     model.eval()
@@ -179,12 +198,6 @@ def resolve_device(device_map: Any) -> torch.device:
 
 def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
     kwargs.pop("low_cpu_mem_usage", None)  # always so: weights are mapped and assigned
-    for key in _NOT_YET:
-        if kwargs.pop(key, None):
-            raise InputError(
-                f"{key} is not supported by this version: weights load unquantised, or from a GGUF file, whose blocks "
-                "are dequantised. Leave it out"
-            )
     if kwargs.pop("max_memory", None) is not None:
         raise InputError("max_memory spreads a model over devices; one device is supported. Leave it out")
     for key in ("offload_folder", "offload_state_dict"):
@@ -252,6 +265,21 @@ class GivenWeights:
         return self.state_dict[name].detach().to(dtype or self.state_dict[name].dtype)
 
 
+class Rest:
+    """Weights without those that are used already."""
+
+    def __init__(self, weights: Weights, used: set[str]) -> None:
+        self._weights = weights
+        self.tensors = {name: stored for name, stored in weights.tensors.items() if name not in used}
+
+    @property
+    def auto_dtype(self) -> str:
+        return self._weights.auto_dtype
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self._weights.read(name, dtype)
+
+
 @dataclass
 class Report:
     """Which tensor of the file fills which parameter, and what is left on either side."""
@@ -275,7 +303,7 @@ def match(model: PreTrainedModel, weights: Weights, ignore_mismatched_sizes: boo
     """Pairs parameters and tensors, adding or removing the base model's prefix. Raises MismatchError."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     report, stored = Report(), weights.tensors
-    names = _translated(model, stored)
+    names = translated(model, stored)
     in_model_order = [name for name in parameters if name in names] + [name for name in names if name not in parameters]
     for name in in_model_order:
         file_name = names[name]
@@ -292,7 +320,7 @@ def match(model: PreTrainedModel, weights: Weights, ignore_mismatched_sizes: boo
     return report
 
 
-def _translated(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, str]:
+def translated(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, str]:
     """Names as the model says them -> names in the file."""
     prefix = model.base_model_prefix + "."
     has_head, file_has_prefix = model.base_model is not model, any(name.startswith(prefix) for name in stored)
@@ -300,8 +328,8 @@ def _translated(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[st
         return {name: name for name in stored}
     if file_has_prefix:
         return {name.removeprefix(prefix): name for name in stored}
-    inner = {prefix + name for name, _ in model.base_model.named_parameters()}
-    return {(prefix + name if prefix + name in inner else name): name for name in stored}
+    inner = {name for name, _ in model.base_model.named_children()}
+    return {(prefix + name if name.partition(".")[0] in inner else name): name for name in stored}
 
 
 def _judge(
@@ -390,12 +418,31 @@ def fill(model: PreTrainedModel, weights: Weights, report: Report, dtype: torch.
             module_name, _, leaf = alias.rpartition(".")
             model.get_submodule(module_name)._parameters[leaf] = new
     model.tie_weights()
+    for layer in packed_layers(model).values():
+        layer.to(device)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise CheckpointError(f"{name} of {type(model).__name__} is stored in no checkpoint and has no value")
 
 
-def in_single_threads(read: Callable[[Item], Tensor], names: Iterable[Item]) -> Iterator[Tensor]:
+def pack(
+    model: PreTrainedModel, weights: Weights, found: dict[str, str], config: QuantizationConfig, dtype: torch.dtype
+) -> None:
+    """Quantises the linears that `config` means as they are read, and takes their weights out of `found`."""
+    chosen = {path: linear for path, linear in linears(model).items() if not config.skips(path)}
+    chosen = {path: linear for path, linear in chosen.items() if f"{path}.weight" in found}
+    kind = layer_class(config)
+
+    def packed(path: str) -> nn.Module:
+        return kind.quantize(weights.read(found[f"{path}.weight"], dtype), chosen[path].bias, config)
+
+    for path, layer in zip(chosen, in_single_threads(packed, chosen), strict=True):
+        model.set_submodule(path, layer)
+        del found[f"{path}.weight"]
+    model.config.quantization_config = config.to_dict()  # type: ignore[attr-defined]
+
+
+def in_single_threads(read: Callable[[Item], Result], names: Iterable[Item]) -> Iterator[Result]:
     """read(name) for each name, in order, on as many Python threads as torch has, each computing on its own.
 
     Dequantising a file is thousands of short operations. Spread over OpenMP threads each one waits for the slowest

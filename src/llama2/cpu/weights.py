@@ -15,8 +15,12 @@ from llama2.cpu.codes import NF4, CodebookWeight, GroupWeight, Int8Weight, Packa
 from llama2.cpu.frequencies import attention_scaling, inverse_frequencies
 from llama2.cpu.reader import PARTS, BlockMatrix, GgufSource, Reader
 from llama2.cpu.threads import make_pool, native
+from llama2.doors import door
 from llama2.errors import InputError, MismatchError
 from llama2.quant.blocks import SIZES
+
+PACKED_LAYERS = ("GptqLinear", "Linear4bit", "Linear8bit")
+_packable = door("cpu.modules", "packable", "The codes of a packed linear.")
 
 PACKED = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 
@@ -78,6 +82,8 @@ class CpuWeights:
     @classmethod
     def from_module(cls, module: Any, threads: int | None = None) -> "CpuWeights":
         """Weights of a LlamaForCausalLM on the CPU, float32, float16 or bfloat16, used in place without a copy.
+
+        Packed linears (GPTQ, bitsandbytes) are copied once into the kernels' layout, without losing a bit.
 
         Later in-place changes of the linears show at once; norms and biases are copied: `refresh` copies them again.
         """
@@ -219,12 +225,19 @@ class CpuWeights:
         return self.view(tensor.numpy())
 
     def _linear(self, linear: Any, name: str) -> Any:
-        if type(linear).__name__ != "Linear" or not hasattr(linear, "weight"):
+        kind = type(linear).__name__
+        if kind in PACKED_LAYERS:
+            try:
+                matrix = self.pack_codes(_packable(linear))
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from error
+        elif kind == "Linear" and hasattr(linear, "weight"):
+            matrix = self._parameter(linear.weight, name)
+        else:
             raise InputError(
-                f"{name} is a {type(linear).__name__}; the native engine takes plain linears "
-                "(merge adapters and load packed weights from the file), or use runner='torch'"
+                f"{name} is a {kind}; the native engine takes plain linears and {', '.join(PACKED_LAYERS)} "
+                "(merge adapters), or use runner='torch'"
             )
-        matrix = self._parameter(linear.weight, name)
         if linear.bias is not None:
             matrix.set_bias(self._copied(linear.bias))
         return matrix

@@ -1,0 +1,191 @@
+"""Checkpoints with packed linears (GPTQ, bitsandbytes): into a module as they are, out of one, or seen unpacked."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama2.checkpoint import Checkpoint, RawTensor, Stored
+from llama2.checkpoint.hf import CODES
+from llama2.checkpoint.peft import linear_shapes
+from llama2.checkpoint.seen import SeenCheckpoint
+from llama2.config import LlamaConfig
+from llama2.errors import CheckpointError, InputError, MismatchError
+from llama2.linear import Linear
+from llama2.quant.linear import PackedLinear
+from llama2.quant.methods import layer_class
+from llama2.quantization_config import QuantizationConfig, parse
+
+
+def settings_of(config: LlamaConfig, where: Path | str) -> QuantizationConfig | None:
+    """The quantisation that a configuration names, or None. Raises CheckpointError for one that is not supported."""
+    content = getattr(config, "quantization_config", None)
+    if content is None:
+        return None
+    try:
+        return parse(content)
+    except InputError as error:
+        raise CheckpointError(f"{where}: quantization_config: {error}") from error
+
+
+def asked_for(given: Any, load_in_4bit: bool, load_in_8bit: bool) -> QuantizationConfig | None:
+    """The quantisation that a call of from_pretrained asks for. Raises InputError where it says two things."""
+    if given is not None and (load_in_4bit or load_in_8bit):
+        raise InputError("quantization_config and load_in_4bit or load_in_8bit are one setting; give one of them")
+    if given is None and not (load_in_4bit or load_in_8bit):
+        return None
+    return parse({"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit} if given is None else given)
+
+
+def packed_parts(names: Mapping[str, Any], modules: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """{path of a linear: {part: tensor name}} for the linears that a file holds packed.
+
+    names: tensors by the model's names. A linear is packed where it has more parts than weight and bias, or no weight.
+    """
+    parts: dict[str, dict[str, str]] = {}
+    for name in names:
+        path = name
+        while path and path not in modules:
+            path = path.rpartition(".")[0]
+        if path and (part := name[len(path) + 1 :]) != "bias":
+            parts.setdefault(path, {})[part] = name
+    return {path: found for path, found in parts.items() if set(found) != {"weight"}}
+
+
+def load_layer(
+    source: Any,
+    path: str,
+    parts: Mapping[str, str],
+    shape: tuple[int, int],
+    bias: nn.Parameter | None,
+    config: QuantizationConfig,
+) -> PackedLinear:
+    """The packed layer at `path`; `parts`: what its tensors are called in `source`. Errors name the layer."""
+    tensors = {part: source.read(name) for part, name in parts.items()}
+    try:
+        return layer_class(config).from_file(tensors, shape, bias, config)
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+# -- in a module -------------------------------------------------------------------------------------------------
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear of a model by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def place(model: nn.Module, names: Mapping[str, str], weights: Any, config: QuantizationConfig) -> set[str]:
+    """Puts the packed linears of a file in the place of the model's; returns the names of the file's tensors it used.
+
+    names: the file's tensors, from the model's name to the file's. Raises CheckpointError where one cannot be right.
+    """
+    there, used = linears(model), set()
+    tied = getattr(model, "config", None) is not None and model.config.tie_word_embeddings  # type: ignore[union-attr]
+    for path, found in packed_parts(names, there).items():
+        if path == "lm_head" and tied:
+            raise MismatchError("the head is packed but the configuration ties it to the embedding; untie them")
+        parts = {part: names[name] for part, name in found.items()}
+        linear = there[path]
+        shape = (linear.out_features, linear.in_features)
+        model.set_submodule(path, load_layer(weights, path, parts, shape, linear.bias, config))
+        used |= set(parts.values())
+    if not used:
+        raise CheckpointError(
+            f"the configuration says {config.quant_method}, but no linear of the file is packed; remove "
+            "quantization_config from config.json, or fetch the file again"
+        )
+    return used
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """Every packed linear of a model by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Unpacks every packed linear in place, in `dtype` or the model's own; returns the model.
+
+    Raises InputError where none is packed.
+    """
+    layers = packed_layers(model)
+    if not layers:
+        raise InputError("the model has no packed linear; there is nothing to dequantise")
+    with torch.no_grad():
+        for path, layer in layers.items():
+            model.set_submodule(path, plain(layer, dtype or model.dtype))
+    model.config = copy.deepcopy(model.config)
+    del model.config.quantization_config
+    model.base_model.config = model.config
+    return model
+
+
+def plain(layer: PackedLinear, dtype: torch.dtype) -> Linear:
+    """The layer with its weight unpacked."""
+    made = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    made.weight = nn.Parameter(layer.dequantize(dtype))
+    made.bias = layer.bias  # type: ignore[assignment]
+    return made.train(layer.training)
+
+
+# -- as a checkpoint ---------------------------------------------------------------------------------------------
+
+
+def unpacked(source: Checkpoint) -> Checkpoint:
+    """The checkpoint seen with its packed linears unpacked (float32); itself where nothing is packed."""
+    config = settings_of(source.config, source.path)
+    return source if config is None else UnpackedCheckpoint(source, config)
+
+
+class UnpackedCheckpoint(SeenCheckpoint):
+    """A checkpoint whose packed linears are read as float32 matrices, one at a time."""
+
+    def __init__(self, source: Checkpoint, config: QuantizationConfig) -> None:
+        super().__init__(source)
+        self._settings = config
+        self._shapes = linear_shapes(source.config)
+        head = (source.config.vocab_size, source.config.hidden_size)
+        self._parts = packed_parts(source.tensors, {**self._shapes, "lm_head": head})
+        self._shapes["lm_head"] = head
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        config = copy.deepcopy(self.source.config)
+        del config.quantization_config  # type: ignore[attr-defined]
+        return config
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        return dict(self._seen())
+
+    def _seen(self) -> Iterator[tuple[str, Stored]]:
+        owners = {name: path for path, parts in self._parts.items() for name in parts.values()}
+        for name, stored in self.source.tensors.items():
+            path = owners.get(name)
+            if path is None:
+                yield name, stored
+            elif name == next(iter(self._parts[path].values())):
+                yield f"{path}.weight", Stored(self._shapes[path], "F32")
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        path = name.removesuffix(".weight")
+        if path not in self._parts:
+            return self.source.read(name, dtype)
+        layer = load_layer(self.source, path, self._parts[path], self._shapes[path], None, self._settings)
+        return layer.dequantize(dtype or torch.float32)
+
+    def mapped(self, name: str) -> list[Tensor]:
+        path = name.removesuffix(".weight")
+        found = self._parts[path].values() if path in self._parts else [name]
+        return [view for part in found for view in self.source.mapped(part)]
+
+    def raw(self, name: str) -> RawTensor:
+        if name.removesuffix(".weight") not in self._parts:
+            return self.source.raw(name)
+        tensor = self.read(name)
+        return RawTensor(tensor.view(torch.uint8), CODES[tensor.dtype], tuple(tensor.shape))

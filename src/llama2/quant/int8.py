@@ -1,0 +1,56 @@
+"""LLM.int8() (Dettmers et al., arXiv 2208.07339): a weight of 8 bits, with one scale for each row.
+
+w = weight * SCB / 127, as bitsandbytes' files hold it: "weight" int8 (out, in), "SCB" float32 (out,), and a number for
+the order of the weight, 0 for rows.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from llama2.errors import CheckpointError
+from llama2.quant.linear import PackedLinear
+
+LEVELS = 127
+
+
+class Linear8bit(PackedLinear):
+    """A linear layer of int8 rows."""
+
+    @classmethod
+    def from_file(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], bias: nn.Parameter | None, config: Any
+    ) -> Self:
+        """As PackedLinear.from_file: "weight", "SCB" and, where the file has it, "weight_format"."""
+        wanted = {"weight": (torch.int8, shape), "SCB": (torch.float32, shape[:1])}
+        for name, (dtype, size) in wanted.items():
+            found = tensors.get(name)
+            if found is None or found.dtype != dtype or tuple(found.shape) != size:
+                there = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+                raise CheckpointError(f"{name} is {there}; {dtype} {size} is needed: quantise the model again")
+        if stray := sorted(set(tensors) - {*wanted, "weight_format"}):
+            raise CheckpointError(f"{stray[0]} is no part of int8 rows ({', '.join(wanted)}); quantise the model again")
+        order = tensors.get("weight_format")
+        if order is not None and int(order) != 0:
+            raise CheckpointError(f"weight_format is {int(order)}; only 0, rows, is supported: save the model again")
+        if not bool((tensors["SCB"].isfinite() & (tensors["SCB"] >= 0)).all()):
+            raise CheckpointError("SCB holds NaN, inf or values below 0; the file is damaged: fetch it again")
+        kept = {name: tensors[name] for name in wanted}
+        return cls(shape, {**kept, "weight_format": torch.zeros((), dtype=torch.uint8)}, bias)
+
+    @classmethod
+    def quantize(cls, weight: Tensor, bias: nn.Parameter | None, config: Any) -> Self:
+        """As PackedLinear.quantize: each row by its largest magnitude, to the nearest of 255 values."""
+        rows = weight.detach().float()
+        peaks = rows.abs().amax(1)
+        scale = torch.where(peaks > 0, LEVELS / peaks, 0.0)
+        codes = (rows * scale[:, None]).round().to(torch.int8)
+        order = torch.zeros((), dtype=torch.uint8, device=codes.device)
+        return cls(tuple(weight.shape), {"weight": codes, "SCB": peaks, "weight_format": order}, bias)  # type: ignore[arg-type]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """As PackedLinear.dequantize."""
+        held = self.packed
+        return (held["weight"] * (held["SCB"] / LEVELS)[:, None]).to(dtype)

@@ -1,0 +1,100 @@
+"""A linear layer whose weight stays packed: the one interface of every packed format that torch runs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PackedLinear(nn.Module, ABC):
+    """x (..., in) -> x W^T + b (..., out), W unpacked for each product.
+
+    The packed tensors are buffers under the names that files give them ("qweight", or "weight" and "weight.absmax"), so
+    `state_dict()` is what the file holds. They follow the module to another device but never change their dtype, and
+    take no gradient; x does, and W is unpacked again for it instead of being kept.
+    """
+
+    def __init__(self, shape: tuple[int, int], tensors: Mapping[str, Tensor], bias: nn.Parameter | None) -> None:
+        """shape: (out, in) of the weight."""
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = bias
+        self._buffers.update(tensors)  # register_buffer refuses the dots of "weight.absmax"
+
+    @classmethod
+    @abstractmethod
+    def from_file(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], bias: nn.Parameter | None, config: Any
+    ) -> Self:
+        """The layer of a file's tensors (by name after the module's path) for a weight (out, in).
+
+        config: the QuantizationConfig of the file. Raises CheckpointError for shapes, dtypes and values that cannot be.
+        """
+
+    @classmethod
+    @abstractmethod
+    def quantize(cls, weight: Tensor, bias: nn.Parameter | None, config: Any) -> Self:
+        """The layer of a weight (out, in), rounded without calibration."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (out, in) in `dtype`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As nn.Linear."""
+        out: Tensor = _Product.apply(x, self)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The tensors that a file holds of this layer, without the bias."""
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight."""
+        return sum(tensor.nbytes for tensor in self.packed.values())
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        held = self.packed
+        super()._apply(fn, recurse)
+        for name, old in held.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        found: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs)
+        unexpected_keys += [key for key in found if key.removeprefix(prefix) not in self._buffers]
+
+
+class _Product(torch.autograd.Function):
+    """x W^T that keeps neither W nor x for the backward pass: W takes no gradient, and is unpacked again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.layer.dequantize(grad.dtype), None

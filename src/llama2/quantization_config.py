@@ -1,0 +1,153 @@
+"""How a checkpoint is quantised, or shall be: `quantization_config` of config.json, and of from_pretrained.
+
+Field names and defaults are those of transformers' classes of the same names, so files and calls are exchanged.
+Standard library only: `llama2 info` reads them without torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+from llama2.config import DTYPES
+from llama2.errors import InputError
+
+
+def dtype_name(dtype: Any, what: str) -> str:
+    """The name of a torch.dtype or of its name. Raises InputError for anything else."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in (*DTYPES, "uint8"):
+        raise InputError(f"{what} is {dtype!r}; it must be one of {', '.join(DTYPES)} or the torch.dtype of that name")
+    return name
+
+
+class QuantizationConfig:
+    """What the methods share: JSON in both directions, and which linears are packed."""
+
+    quant_method: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json's quantization_config."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """The settings of a config.json. Entries of other programs are left out. Raises InputError for a bad value."""
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{key: value for key, value in content.items() if key in known})
+
+    def skips(self, module: str) -> bool:
+        """Whether the linear at this path ("model.layers.0.mlp.up_proj", "lm_head") stays in floating point."""
+        return module.rpartition(".")[2] in ("lm_head", "score")
+
+
+@dataclass
+class BitsAndBytesConfig(QuantizationConfig):
+    """bitsandbytes' 4-bit blocks (Dettmers et al., QLoRA, 2023) and int8 rows (LLM.int8(), 2022).
+
+    The defaults are transformers': FP4 without double quantisation. QLoRA's are bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16".
+    """
+
+    quant_method: ClassVar[str] = "bitsandbytes"
+
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    llm_int8_threshold: float = 6.0
+    llm_int8_skip_modules: Sequence[str] | None = None
+    llm_int8_enable_fp32_cpu_offload: bool = False
+    llm_int8_has_fp16_weight: bool = False
+    bnb_4bit_compute_dtype: Any = "float32"
+    bnb_4bit_quant_type: str = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_quant_storage: Any = "uint8"
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit == self.load_in_8bit:
+            raise InputError(
+                f"load_in_4bit is {self.load_in_4bit} and load_in_8bit is {self.load_in_8bit}; set exactly one of them"
+            )
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise InputError(f"bnb_4bit_quant_type is {self.bnb_4bit_quant_type!r}; it must be 'nf4' or 'fp4'")
+        self.bnb_4bit_compute_dtype = dtype_name(self.bnb_4bit_compute_dtype or "float32", "bnb_4bit_compute_dtype")
+        self.bnb_4bit_quant_storage = dtype_name(self.bnb_4bit_quant_storage or "uint8", "bnb_4bit_quant_storage")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As QuantizationConfig.to_dict."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        content["_load_in_4bit"], content["_load_in_8bit"] = self.load_in_4bit, self.load_in_8bit
+        return {**content, "quant_method": self.quant_method}
+
+    def skips(self, module: str) -> bool:
+        """As QuantizationConfig.skips; llm_int8_skip_modules names paths, or their last parts, instead of the heads."""
+        if self.llm_int8_skip_modules is None:
+            return super().skips(module)
+        return any(module == name or module.endswith("." + name) or name in module.split(".")
+                   for name in self.llm_int8_skip_modules)  # fmt: skip
+
+
+@dataclass
+class GPTQConfig(QuantizationConfig):
+    """GPTQ (Frantar et al., arXiv 2210.17323): integers of `bits` with a scale and a zero for every group of columns.
+
+    group_size: columns of a group, -1 for whole rows. dataset: texts to calibrate with, or the name of a data set;
+    tokenizer: what encodes them. They, and the settings of the solver, are needed only to quantise. format: "gptq" (v1,
+    stored zeros are one less) or "gptq_v2".
+    """
+
+    quant_method: ClassVar[str] = "gptq"
+
+    bits: int = 4
+    tokenizer: Any = field(default=None, repr=False)
+    dataset: Any = field(default=None, repr=False)
+    group_size: int = 128
+    damp_percent: float = 0.1
+    desc_act: bool = False
+    static_groups: bool = False
+    sym: bool = True
+    true_sequential: bool = True
+    format: str = ""
+    checkpoint_format: str = ""
+    lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise InputError(f"bits is {self.bits!r}; GPTQ files hold 2, 3, 4 or 8")
+        if not isinstance(self.group_size, int) or (self.group_size != -1 and self.group_size < 1):
+            raise InputError(f"group_size is {self.group_size!r}; it must be a number of columns, or -1 for whole rows")
+        if not 0 < self.damp_percent < 1:
+            raise InputError(f"damp_percent is {self.damp_percent!r}; it must lie between 0 and 1")
+        chosen = self.format or self.checkpoint_format or "gptq"
+        if chosen not in ("gptq", "gptq_v2"):
+            raise InputError(f"the GPTQ format is {chosen!r}; 'gptq' and 'gptq_v2' are supported, so repack the file")
+        self.format = self.checkpoint_format = chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """As QuantizationConfig.to_dict: without the calibration data."""
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("tokenizer", "dataset")}
+        return {**content, "quant_method": self.quant_method}
+
+    def skips(self, module: str) -> bool:
+        """As QuantizationConfig.skips."""
+        return super().skips(module) and not (self.lm_head and module.endswith("lm_head"))
+
+
+_METHODS: dict[str, type[QuantizationConfig]] = {c.quant_method: c for c in (BitsAndBytesConfig, GPTQConfig)}
+
+
+def parse(content: Any) -> QuantizationConfig:
+    """The settings that a config.json, or a caller, gives. Raises InputError for an unknown method or a bad value."""
+    if isinstance(content, QuantizationConfig):
+        return content
+    if hasattr(content, "to_dict"):  # a class of transformers
+        content = content.to_dict()
+    if not isinstance(content, Mapping):
+        raise InputError(f"quantization_config is {content!r}; give a BitsAndBytesConfig, a GPTQConfig or a dict")
+    method = content.get("quant_method")
+    if method is None and (content.get("load_in_4bit") or content.get("load_in_8bit")):
+        method = "bitsandbytes"
+    if method not in _METHODS:
+        raise InputError(
+            f"the quantisation method is {method!r}; {', '.join(_METHODS)} and GGUF files are supported: quantise the "
+            "unquantised checkpoint again, or fetch it in one of these"
+        )
+    return _METHODS[method].from_dict(content)
