@@ -71,8 +71,8 @@ class CacheView:
     sequences: tuple[Sequence, ...] = ()
 
     def commit(self) -> None:
-        """Counts the new tokens as cached; called by the runner once they are."""
-        for sequence, past, count in zip(self.sequences, self.past, np.diff(self.starts), strict=True):
+        """Counts the new tokens as cached; called by the runner once they are. A view of bare pages has nothing to."""
+        for sequence, past, count in zip(self.sequences, self.past, np.diff(self.starts), strict=False):
             sequence.length = int(past + count)
 
 

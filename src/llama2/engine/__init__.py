@@ -1,1 +1,1 @@
-"""Many requests at once: pages and plans without torch in `blocks` and `scheduler`."""
+"""Many requests at once: `engine` for callers; pages and plans without torch in `blocks` and `scheduler`."""

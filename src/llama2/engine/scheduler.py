@@ -70,8 +70,8 @@ class Scheduler:
         """Positions that one sequence alone can come to hold."""
         return self.pool.count * self.pool.size
 
-    def submit(self, sequence: Sequence) -> None:
-        """Puts a new sequence at the end of the queue. Raises InputError where it could never fit or is empty."""
+    def check(self, sequence: Sequence) -> None:
+        """Raises InputError for a sequence that is empty or could never fit."""
         if not sequence.tokens:
             raise InputError("a sequence needs at least one token, such as the BOS token")
         if sequence.limit <= len(sequence.tokens):
@@ -83,6 +83,10 @@ class Scheduler:
                 f"{sequence.limit} tokens do not fit the cache of {self.capacity()}; ask for fewer new tokens, or make "
                 "the cache larger"
             )
+
+    def submit(self, sequence: Sequence) -> None:
+        """Puts a new sequence at the end of the queue, checked."""
+        self.check(sequence)
         sequence._keys = self.pool.keys(sequence.tokens, sequence.salt)
         self.waiting.append(sequence)
 

@@ -1,0 +1,454 @@
+"""Many requests at once on one model: a thread plans, runs and commits steps; callers submit and hear events.
+
+    engine = Engine(model, tokenizer)
+    engine.generate(["The sky is", "Water boils at"], max_new_tokens=20)
+    for event in engine.stream("Once upon a time", max_new_tokens=100): print(event.text, end="")
+    async for event in engine.astream(...)
+
+A request's tokens are those that generate() gives for the same seed, alone or among others.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from llama2.engine.blocks import BlockPool
+from llama2.engine.choice import Choice, Picked
+from llama2.engine.runners import PAGE, PlanRunner, make_plan_runner
+from llama2.engine.scheduler import Chunk, Scheduler
+from llama2.engine.scheduler import Sequence as Scheduled
+from llama2.engine.text import StopText
+from llama2.errors import InputError, Llama2Error
+from llama2.generation_config import GenerationConfig
+from llama2.request import settings
+
+Finish = Literal["length", "eos", "stop", "cancelled", "error"]
+
+
+class EngineBusyError(Llama2Error, RuntimeError):
+    """The queue is full, or the engine takes nothing new because it is closing."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of a request, or its end. The texts of a request's events joined are its whole text.
+
+    token: None where only text that was held back, or the end, is told. logprob, top: see `Picked`. finish: why the
+    request ended, in its last event; error: what went wrong where that is "error".
+    """
+
+    token: int | None = None
+    text: str = ""
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish: Finish | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request: a prompt of ids and how to continue it.
+
+    config: settings of generate(), complete. stop: strings that end the text, left out of it unless keep_stop.
+    logprobs: how many likeliest tokens each event tells, None for none. tenant: requests of another tenant share no
+    cached prefix. lookup: tokens to guess from earlier text and check in one step (prompt lookup), 0 for none.
+    """
+
+    prompt: Sequence[int]
+    config: GenerationConfig
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = False
+    logprobs: int | None = None
+    adapter: str | None = None
+    tenant: str = ""
+    lookup: int = 0
+    processors: tuple[Any, ...] = ()
+    skip_special_tokens: bool = True
+
+
+@dataclass
+class Completion:
+    """What became of a request."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: Finish | None = None
+    logprobs: list[float] = field(default_factory=list)
+
+    def add(self, event: Event) -> None:
+        """Takes one event in."""
+        if event.token is not None:
+            self.tokens.append(event.token)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+        self.text += event.text
+        self.finish = event.finish or self.finish
+
+
+class _Live:
+    """A request in the engine."""
+
+    def __init__(self, ask: Ask, limit: int, decoder: Any, sink: Callable[[Event], None]) -> None:
+        self.ask, self.sink = ask, sink
+        salt = f"{ask.tenant}\0{ask.adapter or ''}".encode()
+        self.sequence = Scheduled(list(ask.prompt), limit, salt)
+        self.choice = Choice(ask.config, ask.prompt, limit, ask.seed, ask.logprobs, ask.processors)
+        self.eos = frozenset(ask.config.eos_token_ids)
+        self.text = None if decoder is None else StopText(decoder, ask.stop, ask.keep_stop)
+        self.ended = False
+        self.since = time.monotonic()
+
+    def take(self, picked: Picked) -> bool:
+        """Tells one token; whether it was the last."""
+        text = "" if self.text is None else self.text.put(picked.token)
+        finish: Finish | None = None
+        if picked.token in self.eos:
+            finish = "eos"
+        elif self.text is not None and self.text.stopped:
+            finish = "stop"
+        elif self.choice.length == self.sequence.limit:
+            finish = "length"
+        if finish is not None and self.text is not None:
+            text += self.text.finish()
+        self.tell(Event(picked.token, text, picked.logprob, picked.top, finish))
+        return finish is not None
+
+    def tell(self, event: Event) -> None:
+        if not self.ended:
+            self.ended = event.finish is not None
+            self.sink(event)
+
+
+class Stream:
+    """The events of one request, for a plain loop, which raises its error; leaving the loop or `cancel` ends it."""
+
+    def __init__(self, engine: "Engine", ask: Ask) -> None:
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._engine = engine
+        self._live = engine.submit(ask, self._events.put)
+
+    def cancel(self) -> None:
+        """Ends the request within one step."""
+        self._engine.cancel(self._live)
+
+    def __iter__(self) -> Iterator[Event]:
+        try:
+            while True:
+                event = self._events.get()
+                if event.error is not None:
+                    raise event.error
+                yield event
+                if event.finish is not None:
+                    return
+        finally:
+            self.cancel()
+
+
+class Engine:
+    """Runs many requests on `model` (NativeModel or LlamaForCausalLM) in a thread of its own."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        cache_tokens: int = 16384,
+        budget: int = 512,
+        width: int = 64,
+        waiting: int = 1024,
+        prefix_cache: bool = True,
+        runner: str = "auto",
+        kv_cache: Any = None,
+    ) -> None:
+        """cache_tokens: positions of all requests together that are kept. budget: tokens of one step at most. width:
+        requests in one step at most. waiting: requests in the queue at most. kv_cache: dtype of keys and values in the
+        native engine. Raises InputError for sizes that hold nothing."""
+        if cache_tokens < PAGE:
+            raise InputError(f"a cache of {cache_tokens} tokens is less than a page; give at least {PAGE}")
+        self.model, self.tokenizer, self.limit = model, tokenizer, int(model.config.max_position_embeddings)
+        self.runner: PlanRunner = make_plan_runner(model, -(-cache_tokens // PAGE), runner, kv_cache)
+        self.pool = BlockPool(self.runner.pages, PAGE, prefix_cache)
+        self.scheduler = Scheduler(self.pool, budget, width)
+        self.max_waiting = waiting
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake = threading.Event()
+        self._live: dict[Scheduled, _Live] = {}
+        self._count, self._lock = 0, threading.Lock()
+        self._closing = self._stopping = False
+        self._thread: threading.Thread | None = None
+        self.steps = self.tokens_in = self.tokens_out = self.tokens_reused = self.tokens_guessed = self.preemptions = 0
+
+    # -- for callers ---------------------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        prompt: str | Sequence[int],
+        generation_config: GenerationConfig | None = None,
+        *,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        keep_stop: bool = False,
+        logprobs: int | None = None,
+        adapter: str | None = None,
+        tenant: str = "",
+        lookup: int = 0,
+        skip_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> Ask:
+        """A checked request; further keywords are settings of generate(). Raises InputError for what cannot work."""
+        ids: Sequence[int] = self._tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        config = settings(self.model, generation_config, kwargs)
+        if config.value("num_beams") > 1:
+            raise InputError(f"num_beams is {config.num_beams}; the engine samples, so use model.generate() for beams")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops += tuple(_listed(config.stop_strings))
+        if stops and self.tokenizer is None:
+            raise InputError("stop strings need the tokenizer: Engine(model, tokenizer)")
+        if not all(isinstance(s, str) and s for s in stops):
+            raise InputError(f"stop is {stop!r}; give non-empty strings")
+        if logprobs is not None and not 0 <= logprobs <= self.model.config.vocab_size:
+            raise InputError(f"logprobs is {logprobs}; it must lie between 0 and the vocabulary")
+        return Ask(
+            list(ids), config, seed, stops, keep_stop, logprobs, adapter, tenant, lookup, (), skip_special_tokens
+        )
+
+    def generate(self, prompts: str | Sequence[Any], *args: Any, **kwargs: Any) -> list[Completion]:
+        """Continues one prompt or several (texts, or lists of ids), all at once; arguments as `ask`.
+
+        An int seed s gives prompt i the seed s + i, as generate() gives its rows.
+        """
+        several = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        seed = kwargs.pop("seed", None)
+        asks = [self.ask(p, *args, seed=None if seed is None else seed + i, **kwargs) for i, p in enumerate(several)]
+        streams = [Stream(self, ask) for ask in asks]
+        results = [Completion() for _ in streams]
+        try:
+            for result, stream in zip(results, streams, strict=True):
+                for event in stream:
+                    result.add(event)
+        finally:
+            for stream in streams:
+                stream.cancel()
+        return results
+
+    def stream(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> Stream:
+        """The events of one request as they happen; arguments as `ask`."""
+        return Stream(self, self.ask(prompt, *args, **kwargs))
+
+    async def astream(self, ask: Ask) -> AsyncIterator[Event]:
+        """The events of a request in an event loop; raises its error. Leaving the loop ends the request."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        live = self.submit(ask, lambda event: _hand_over(loop, events, event))
+        try:
+            while True:
+                event = await events.get()
+                if event.error is not None:
+                    raise event.error
+                yield event
+                if event.finish is not None:
+                    return
+        finally:
+            self.cancel(live)
+
+    def submit(self, ask: Ask, sink: Callable[[Event], None]) -> _Live:
+        """Puts a request in the queue; `sink` hears its events in the engine's thread and must return at once.
+
+        Raises InputError where it cannot fit, EngineBusyError where the queue is full or the engine is closing.
+        """
+        limit = self._limit(ask)
+        decoder = None
+        if self.tokenizer is not None:
+            decoder = self.tokenizer.stream_decoder(skip_special_tokens=ask.skip_special_tokens)
+        live = _Live(ask, limit, decoder, sink)
+        self._check(live.sequence, ask)
+        with self._lock:
+            if self._closing:
+                raise EngineBusyError("the engine is closing and takes no new requests; ask another replica")
+            if self._count >= self.max_waiting + self.scheduler.width:
+                raise EngineBusyError(
+                    f"{self._count} requests are waiting or running, which is the bound; try again later"
+                )
+            self._count += 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="llama2-engine", daemon=True)
+                self._thread.start()
+        self._put(lambda: self._begin(live))
+        return live
+
+    def cancel(self, live: _Live) -> None:
+        """Ends a request within one step; one that has ended is left alone."""
+        if not live.ended:
+            self._put(lambda: self._end(live, Event(finish="cancelled")))
+
+    def close(self, wait: bool = True) -> None:
+        """Takes nothing new; with `wait` every accepted request is finished first, else all are cancelled."""
+        with self._lock:
+            self._closing = True
+        if self._thread is None:
+            return
+        if not wait:
+            self._put(self._cancel_all)
+        self._put(self._stop)
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close(wait=exc[0] is None)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return self._count - len(self.scheduler.running)
+
+    @property
+    def running(self) -> int:
+        """Requests that run."""
+        return len(self.scheduler.running)
+
+    # -- checks --------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise InputError("the prompt is a text and the engine has no tokenizer: Engine(model, tokenizer)")
+        return self.tokenizer
+
+    def _limit(self, ask: Ask) -> int:
+        held, most = len(ask.prompt), min(self.limit, self.scheduler.capacity() + 1)
+        new = ask.config.max_new_tokens
+        if new is None and ask.config.is_set("max_length"):
+            new = ask.config.value("max_length") - held
+        if held >= most:
+            raise InputError(
+                f"the prompt has {held} tokens, but context and cache hold {most} together with the answer; shorten it"
+            )
+        return most if new is None else held + new
+
+    def _check(self, sequence: Scheduled, ask: Ask) -> None:
+        size = self.model.config.vocab_size
+        if bad := [token for token in ask.prompt if not 0 <= token < size]:
+            raise InputError(f"the prompt contains id {bad[0]} but ids run from 0 to {size - 1}; is the tokenizer its?")
+        if sequence.limit > self.limit:
+            raise InputError(
+                f"{len(ask.prompt)} prompt and {sequence.limit - len(ask.prompt)} new tokens exceed the context of "
+                f"{self.limit}; ask for fewer new tokens"
+            )
+        if ask.adapter is not None:
+            weights = getattr(self.runner, "weights", None)
+            if weights is None:
+                raise InputError(f"adapter {ask.adapter!r} needs the native engine, and torch runs this model")
+            weights.adapter(ask.adapter)
+        self.scheduler.check(sequence)
+
+    # -- the engine's thread -------------------------------------------------------------------------------------
+
+    def _put(self, action: Callable[[], None]) -> None:
+        self._inbox.put(action)
+        self._wake.set()
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _cancel_all(self) -> None:
+        for live in list(self._live.values()):
+            self._end(live, Event(finish="cancelled"))
+
+    def _begin(self, live: _Live) -> None:
+        if live.ended:
+            return
+        self._live[live.sequence] = live
+        self.tokens_in += len(live.ask.prompt)
+        self.scheduler.submit(live.sequence)
+
+    def _end(self, live: _Live, event: Event | None = None) -> None:
+        if event is not None:
+            live.tell(event)
+        self.scheduler.finish(live.sequence)
+        if self._live.pop(live.sequence, None) is not None:
+            self.tokens_reused += live.sequence.reused
+            self.preemptions += live.sequence.preemptions
+            with self._lock:
+                self._count -= 1
+
+    def _loop(self) -> None:
+        while True:
+            while not self._inbox.empty():
+                self._inbox.get()()
+            if not self.scheduler.idle:
+                self._step()
+            elif self._stopping:
+                return
+            else:
+                self._wake.wait()
+                self._wake.clear()
+
+    def _step(self) -> None:
+        chunks = self.scheduler.plan()
+        try:
+            rows = iter(self.runner.step(chunks, [self._live[c.sequence].ask.adapter for c in chunks]))
+        except Exception as error:
+            for chunk in chunks:
+                self._end(self._live[chunk.sequence], Event(finish="error", error=error))
+            return
+        self.steps += 1
+        for chunk in chunks:
+            if chunk.sampled:
+                self._advance(chunk, next(rows))
+            else:
+                self.scheduler.commit(chunk)
+
+    def _advance(self, chunk: Chunk, logits: Any) -> None:
+        """Picks the next token of a sequence, and those that its guesses have foreseen."""
+        live = self._live[chunk.sequence]
+        guesses = chunk.tokens[len(chunk.tokens) - chunk.drafted :]
+        new: list[int] = []
+        done = False
+        try:
+            for i, logits_V in enumerate(logits):
+                picked = live.choice(logits_V)
+                new.append(picked.token)
+                done = live.take(picked)
+                if done or i == len(guesses) or picked.token != guesses[i]:
+                    break
+        except Llama2Error as error:
+            self._end(live, Event(finish="error", error=error))
+            return
+        self.tokens_out += len(new)
+        self.tokens_guessed += len(new) - 1
+        self.scheduler.commit(chunk, new)
+        if done:
+            self._end(live)
+        elif live.ask.lookup:
+            chunk.sequence.draft = look_up(chunk.sequence.tokens, live.ask.lookup)
+
+
+def look_up(tokens: Sequence[int], count: int, longest: int = 3, window: int = 2048) -> list[int]:
+    """What followed the latest earlier occurrence of the last few tokens: `count` guesses at most (prompt lookup)."""
+    recent = list(tokens[-window:])
+    for size in range(min(longest, len(recent) - 1), 0, -1):
+        tail = recent[-size:]
+        for start in range(len(recent) - size - 1, -1, -1):
+            if recent[start] == tail[0] and recent[start : start + size] == tail:
+                return recent[start + size : start + size + count]
+    return []
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _is_ids(prompts: Sequence[Any]) -> bool:
+    return len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event]", event: Event) -> None:
+    try:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+    except RuntimeError:  # the loop has closed: nobody listens any more
+        return

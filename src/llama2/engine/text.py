@@ -1,0 +1,52 @@
+"""A sequence's text as it comes out, up to a stop string. Its pieces joined are the whole text. No torch here."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Decoder(Protocol):
+    """The part of `tokenizer.stream.StreamDecoder` that is used."""
+
+    def put(self, ids: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class StopText:
+    """Decodes tokens and ends at the first stop string, wherever in a token it begins or ends.
+
+    What may still become a stop string is held back, so nothing of one is ever given out (keep=False); with keep=True
+    the text ends behind the stop string.
+    """
+
+    def __init__(self, decoder: Decoder, stops: Sequence[str] = (), keep: bool = False) -> None:
+        self._decoder, self._stops, self._keep = decoder, tuple(stops), keep
+        self._longest = max(map(len, self._stops), default=1)
+        self._held = ""
+        self.stopped = False
+
+    def put(self, token: int) -> str:
+        """The text that is certain after this token."""
+        return self._release(self._decoder.put(token))
+
+    def finish(self) -> str:
+        """What was held back, at the end of the sequence."""
+        if self.stopped:
+            return ""
+        text = self._release(self._decoder.finish())
+        held, self._held = self._held, ""
+        return text + held
+
+    def _release(self, piece: str) -> str:
+        text = self._held + piece
+        found = [(at, -len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            at, length = min(found)
+            self._held, self.stopped = "", True
+            return text[: at - length if self._keep else at]
+        for size in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                self._held = text[-size:]
+                return text[:-size]
+        self._held = ""
+        return text

@@ -1,0 +1,288 @@
+"""Engine = generate(): the same tokens for the same seed, however the requests are mixed."""
+
+import asyncio
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_ids, tiny_model
+
+from llama2 import InputError, cpu
+from llama2.cpu import PAGE
+from llama2.engine.engine import Engine, EngineBusyError, Event, Stream, look_up
+from llama2.engine.text import StopText
+
+RUNNERS = ["torch", *(["native"] if cpu.available() else [])]
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
+    {"do_sample": True, "top_k": 5, "repetition_penalty": 1.3},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model(torch.float32, max_position_embeddings=256)
+
+
+@pytest.fixture(params=RUNNERS)
+def runner(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def alone(model: Any, prompt: list[int], new: int, seed: int, runner: str, way: dict[str, Any]) -> list[int]:
+    given = {"seed": seed} if way.get("do_sample") else {}
+    ids = model.generate(
+        torch.tensor([prompt]), max_new_tokens=new, eos_token_id=None, pad_token_id=0, runner=runner, **given, **way
+    )
+    return list(ids[0, len(prompt) :].tolist())
+
+
+class Words:
+    """A tokenizer of fixed words, as far as the engine needs one."""
+
+    def __init__(self, words: dict[int, str]) -> None:
+        self.words = words
+
+    def stream_decoder(self, skip_special_tokens: bool = False) -> Any:
+        return self
+
+    def put(self, ids: int) -> str:
+        return self.words.get(ids, f"<{ids}>")
+
+    def finish(self) -> str:
+        return ""
+
+
+# -- the same tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"budget": 5, "width": 3},
+        {"cache_tokens": 7 * PAGE, "budget": 16},
+        {"cache_tokens": 7 * PAGE, "prefix_cache": False},
+    ],
+    ids=["roomy", "chunked", "preempted", "preempted-no-prefix"],
+)
+def test_engine_equals_generate(model: Any, runner: str, sizes: dict[str, Any]) -> None:
+    shared = tiny_ids(1, 40, seed=5)[0].tolist()
+    prompts = [[*shared, i + 1] for i in range(4)] + [shared[:5], shared[3:25], [7], [7, 8] * 9]
+    rng = random.Random(2)
+    cases = [(p, rng.randrange(8, 30), 100 + i, WAYS[i % len(WAYS)]) for i, p in enumerate(prompts)]
+    with Engine(model, runner=runner, **sizes) as engine:
+        streams = [engine.stream(p, max_new_tokens=n, seed=s, eos_token_id=None, **way) for p, n, s, way in cases]
+        found = [[event.token for event in stream if event.token is not None] for stream in streams]
+    for tokens, (prompt, new, seed, way) in zip(found, cases, strict=True):
+        assert tokens == alone(model, prompt, new, seed, runner, way)
+    assert engine.pool.free == engine.pool.count
+    assert (engine.preemptions > 0) == ("cache_tokens" in sizes)
+    if "prefix_cache" not in sizes and "cache_tokens" not in sizes:
+        assert engine.tokens_reused >= 3 * 32
+
+
+class Periodic:
+    """Makes the token after t almost surely t + 1, of five: guesses from earlier text hold, but not always."""
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_add(1, (ids[:, -1] + 1) % 5, torch.full((1, 1), 14.0 * float(scores.std())))
+
+
+def test_guesses_save_steps_and_change_nothing(model: Any, runner: str) -> None:
+    found = []
+    for lookup in (0, 3):
+        with Engine(model, runner=runner) as engine:
+            ask = engine.ask([0, 1, 2, 3, 4, 0, 1], max_new_tokens=60, eos_token_id=None, do_sample=True, seed=1)
+            stream = Stream(engine, replace(ask, lookup=lookup, processors=(Periodic(),)))
+            tokens = [event.token for event in stream]
+        found.append((tokens, engine.steps, engine.tokens_guessed))
+    assert found[0][0] == found[1][0] and found[0][1:] == (60, 0)
+    assert found[1][1] < 30 and found[1][2] == 60 - found[1][1]
+
+
+def test_generate_of_the_engine_seeds_rows_as_generate_does(model: Any, runner: str) -> None:
+    prompts = tiny_ids(3, 9).tolist()
+    with Engine(model, runner=runner) as engine:
+        found = engine.generate(prompts, max_new_tokens=6, do_sample=True, seed=4, eos_token_id=None)
+    rows = model.generate(
+        torch.tensor(prompts),
+        max_new_tokens=6,
+        do_sample=True,
+        seed=4,
+        eos_token_id=None,
+        pad_token_id=0,
+        runner=runner,
+    )
+    assert [c.tokens for c in found] == rows[:, 9:].tolist()
+    assert {c.finish for c in found} == {"length"}
+
+
+def test_logprobs_are_those_of_the_models_logits(model: Any, runner: str) -> None:
+    prompt = tiny_ids(1, 9)
+    with Engine(model, runner=runner) as engine:
+        events = list(
+            engine.stream(prompt[0].tolist(), max_new_tokens=3, logprobs=2, do_sample=True, seed=1, temperature=0.3,
+                          eos_token_id=None)
+        )  # fmt: skip
+    ids = torch.cat((prompt, torch.tensor([[e.token for e in events]])), 1)
+    with torch.inference_mode():
+        wanted = model(ids).logits[0, 8:-1].log_softmax(-1)
+    for event, row in zip(events, wanted, strict=True):
+        assert event.token is not None and event.logprob == pytest.approx(float(row[event.token]), abs=1e-4)
+        best = row.topk(2)
+        assert [i for i, _ in event.top] == best.indices.tolist()
+        assert [p for _, p in event.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+# -- ends --------------------------------------------------------------------------------------------------------
+
+
+def test_ends_at_an_end_token(model: Any, runner: str) -> None:
+    prompt = tiny_ids(1, 6)[0].tolist()
+    tokens = alone(model, prompt, 8, 0, runner, {})
+    with Engine(model, runner=runner) as engine:
+        (found,) = engine.generate(prompt, max_new_tokens=8, eos_token_id=tokens[3])
+    assert found.tokens == tokens[: tokens.index(tokens[3]) + 1] and found.finish == "eos"
+
+
+@pytest.mark.parametrize(("keep", "text"), [(False, "ab"), (True, "abcd")])
+def test_ends_at_a_stop_string(model: Any, keep: bool, text: str) -> None:
+    prompt, way = tiny_ids(1, 6)[0].tolist(), {"do_sample": True, "temperature": 9.0}
+    tokens = alone(model, prompt, 8, 3, "torch", way)
+    words = {tokens[0]: "a", tokens[1]: "bc", tokens[2]: "de"}
+    assert len(words) == 3  # else the stop string would come elsewhere
+    with Engine(model, Words(words), runner="torch") as engine:
+        (found,) = engine.generate(prompt, max_new_tokens=8, stop=["cd", "zz"], keep_stop=keep, seed=3,
+                                  eos_token_id=None, **way)  # fmt: skip
+    assert (found.text, found.finish, found.tokens) == (text, "stop", tokens[:3])
+
+
+def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
+    words = Words({1: "one ", 2: "two ", 3: "thr", 4: "ee", 5: "x"})
+    text = StopText(words, ["three", "tx"])
+    assert [text.put(i) for i in (1, 2, 3, 5)] == ["one ", "two ", "", "thrx"]
+    assert [text.put(i) for i in (3, 4)] == ["", ""] and text.stopped and text.finish() == ""
+    text = StopText(words, ["three"])
+    assert text.put(3) == "" and text.finish() == "thr"
+
+
+def test_a_cancelled_request_gives_its_pages_back(model: Any, runner: str) -> None:
+    with Engine(model, runner=runner) as engine:
+        for event in engine.stream(tiny_ids(1, 20)[0].tolist(), max_new_tokens=200, eos_token_id=None):
+            assert event.token is not None
+            break
+        engine.generate([1, 2, 3], max_new_tokens=2, eos_token_id=None)
+        assert engine.running == engine.waiting == 0 and engine.pool.free == engine.pool.count
+
+
+def test_closing_finishes_what_was_accepted(model: Any, runner: str) -> None:
+    engine, events = Engine(model, runner=runner), []
+    ask = engine.ask([1, 2, 3], max_new_tokens=30, eos_token_id=None)
+    engine.submit(ask, events.append)
+    engine.close()
+    assert len(events) == 30 and events[-1].finish == "length"
+    with pytest.raises(EngineBusyError, match="closing"):
+        engine.submit(ask, events.append)
+
+
+def test_closing_at_once_cancels(model: Any) -> None:
+    engine, events = Engine(model, runner="torch"), []
+    engine.submit(engine.ask([1, 2, 3], max_new_tokens=250, eos_token_id=None), events.append)
+    engine.close(wait=False)
+    assert events[-1].finish == "cancelled" and len(events) < 250
+
+
+def test_a_full_queue_is_said(model: Any) -> None:
+    gate = threading.Event()
+    with Engine(model, runner="torch", width=1, waiting=1) as engine:
+        ask = engine.ask([1, 2], max_new_tokens=2, eos_token_id=None)
+        engine.submit(ask, lambda event: gate.wait(10) and None)
+        engine.submit(ask, lambda event: None)
+        with pytest.raises(EngineBusyError, match="2 requests are waiting or running"):
+            engine.submit(ask, lambda event: None)
+        gate.set()
+
+
+def test_the_failure_of_one_is_not_that_of_others(model: Any) -> None:
+    class Poison:
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(scores, torch.nan)
+
+    events: list[Event] = []
+    done = threading.Event()
+    with Engine(model, runner="torch") as engine:
+        good = engine.ask([1, 2, 3], max_new_tokens=20, eos_token_id=None)
+        stream = engine.stream([1, 2, 3], max_new_tokens=20, eos_token_id=None)
+        engine.submit(replace(good, processors=(Poison(),)), lambda e: (events.append(e), done.set()))
+        assert done.wait(10)
+        assert len([e for e in stream if e.token is not None]) == 20
+    assert events[-1].finish == "error" and "NaN" in str(events[-1].error)
+
+
+def test_async_streams(model: Any, runner: str) -> None:
+    async def collect(engine: Engine, prompt: list[int], most: int) -> list[int]:
+        found = []
+        async for event in engine.astream(engine.ask(prompt, max_new_tokens=12, eos_token_id=None)):
+            found.append(event.token)
+            if len(found) == most:
+                break
+        return found
+
+    async def main() -> list[list[int]]:
+        with Engine(model, runner=runner) as engine:
+            found = await asyncio.gather(*(collect(engine, [i, 5, 9], 12 if i % 2 else 3) for i in range(1, 7)))
+            for _ in range(100):
+                if engine.running == 0:
+                    break
+                await asyncio.sleep(0.05)
+            assert engine.running == 0
+            return found
+
+    for i, tokens in enumerate(asyncio.run(main()), 1):
+        assert tokens == alone(model, [i, 5, 9], 12, 0, runner, {})[: len(tokens)]
+        assert len(tokens) == (12 if i % 2 else 3)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(model: Any) -> Iterator[Engine]:
+    with Engine(model, runner="torch", cache_tokens=4 * PAGE) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "message"),
+    [
+        ("text", {}, "no tokenizer"),
+        ([], {}, "at least one token"),
+        ([97], {}, "id 97 but ids run from 0 to 96"),
+        ([1] * 70, {}, "the prompt has 70 tokens"),
+        ([1], {"max_new_tokens": 500}, "exceed the context of 256"),
+        ([1], {"max_new_tokens": 80}, "81 tokens do not fit the cache of 64"),
+        ([1], {"num_beams": 2}, "num_beams is 2"),
+        ([1], {"stop": "x"}, "stop strings need the tokenizer"),
+        ([1], {"logprobs": 98}, "logprobs is 98"),
+        ([1], {"temperatur": 1.0}, "did you mean 'temperature'"),
+        ([1], {"temperature": float("nan"), "do_sample": True}, "temperature"),
+        ([1], {"adapter": "a", "max_new_tokens": 2}, "needs the native engine"),
+    ],
+)
+def test_refused_before_it_is_queued(small: Engine, prompt: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        small.generate([prompt] if prompt == [] else prompt, **given)
+    assert small.running == small.waiting == 0
+
+
+def test_look_up() -> None:
+    assert look_up([1, 2, 3, 9, 1, 2], 2) == [3, 9]
+    assert look_up([1, 2, 3], 2) == []
+    assert look_up([5], 2) == []
