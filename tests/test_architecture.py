@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llama2"
 ROWS: dict[str, int] = {
     **dict.fromkeys(("errors", "doors"), 0),
     **dict.fromkeys(("config", "generation_config"), 1),
-    **dict.fromkeys(("tokenizer", "quantization_config"), 2),
+    **dict.fromkeys(("tokenizer", "quantization_config", "lora_config"), 2),
     **dict.fromkeys(("rope", "cache", "outputs", "quant", "linear"), 3),
     "attention": 4,
     "pretrained": 5,
@@ -29,7 +29,15 @@ ROWS: dict[str, int] = {
     "convert_llama_weights_to_hf": 17,
 }
 STRANGERS = {"quant": {"model"}, "model": {"quant"}}
-NO_TORCH = ("tokenizer", "config.py", "quantization_config.py", "generation_config.py", "errors.py", "doors.py")
+NO_TORCH = (
+    "tokenizer",
+    "config.py",
+    "quantization_config.py",
+    "lora_config.py",
+    "generation_config.py",
+    "errors.py",
+    "doors.py",
+)
 UPWARD_DOORS = {
     ("native", "generate", "generate"),
     ("config", "auto", "load_config"),

@@ -28,7 +28,7 @@ def test_names_shapes_and_values(tmp_path: Path) -> None:
     low = adapter.modules["model.layers.0.self_attn.q_proj"]
     assert torch.equal(low.a, tensors[f"{Q0}A.weight"]) and torch.equal(low.b, tensors[f"{Q0}B.weight"])
     assert low.scale == 8 / 4
-    assert adapter.config.base_model is None and adapter.config.target_modules == ("v_proj", "q_proj")
+    assert adapter.config.base_model_name_or_path is None and adapter.config.target_modules == ("v_proj", "q_proj")
 
 
 def test_shapes_are_those_of_the_model() -> None:

@@ -8,24 +8,26 @@ peft itself lets a wrong prefix, a missing half or a layer too many pass with a 
 nothing. Here every tensor of the file must have its place, and every module that the configuration targets its tensors.
 """
 
-import math
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llama2 import lora
 from llama2.checkpoint import read_json
 from llama2.checkpoint.hf import load_bin, map_safetensors
+from llama2.checkpoint.save import replacing, write_safetensors
 from llama2.config import LlamaConfig
-from llama2.errors import CheckpointError, MismatchError
+from llama2.errors import CheckpointError, InputError, MismatchError
+from llama2.lora_config import LINEARS, LoraConfig
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # What changes the sum or the base weights themselves: used without it, the adapter would give wrong answers.
@@ -43,6 +45,18 @@ _FOREIGN = {
     "arrow_config": "it routes between several adapters",
     "kasa_config": "it changes the base weights (KaSA)",
 }
+# What peft's own files say besides; its loader fills in the rest.
+_WRITTEN = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "auto_mapping": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "modules_to_save": None,
+    "revision": None,
+}
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others take something out of the base weights
 
 
@@ -55,47 +69,11 @@ class LowRank(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
-    """What adapter_config.json says of a LoRA adapter. target_modules: suffixes of module paths, or one regex."""
-
-    r: int
-    lora_alpha: float
-    target_modules: tuple[str, ...] | str
-    exclude_modules: tuple[str, ...] | str = ()
-    layers_to_transform: tuple[int, ...] = ()
-    use_rslora: bool = False
-    rank_pattern: Mapping[str, int] | None = None
-    alpha_pattern: Mapping[str, float] | None = None
-    base_model: str | None = None
-
-    def rank(self, module: str) -> int:
-        """r of one module."""
-        return int(_by_pattern(self.rank_pattern, module, self.r))
-
-    def scaling(self, module: str) -> float:
-        """What multiplies B A of one module."""
-        alpha, rank = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-    def targets(self, module: str) -> bool:
-        """Whether the adapter is meant to change this module."""
-        if _listed(self.exclude_modules, module):
-            return False
-        if self.target_modules == "all-linear":
-            return module.endswith(LINEARS)
-        if self.layers_to_transform and not isinstance(self.target_modules, str):
-            layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
-            if layer is None or int(layer[1]) not in self.layers_to_transform:
-                return False
-        return _listed(self.target_modules, module)
-
-
-@dataclass(frozen=True)
 class Adapter:
     """An adapter that fits a model. modules: {path in the model: (A, B, scale)}, as `CpuWeights.add_adapter` takes."""
 
     path: Path
-    config: AdapterConfig
+    config: LoraConfig
     modules: Mapping[str, LowRank]
 
 
@@ -142,10 +120,59 @@ def linear_shapes(model: LlamaConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def write_adapter(
+    folder: str | Path, config: LoraConfig, tensors: Mapping[str, Tensor], inference: bool = True
+) -> None:
+    """Writes an adapter as peft does, for peft to load. tensors: by name behind PREFIX, as in its files.
+
+    Each file takes the place of an earlier one only when it is whole.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / WEIGHTS) as file:
+        write_safetensors(file, {PREFIX + name: tensor.detach().cpu() for name, tensor in tensors.items()})
+    fields = {**_WRITTEN, **vars(config), "inference_mode": True}
+    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+    fields["layers_to_transform"] = fields["layers_to_transform"] or None
+    fields["exclude_modules"] = fields["exclude_modules"] or None
+    with replacing(folder / CONFIG) as file:
+        file.write((json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
+
+
+def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, name: str = "default") -> None:
+    """Writes the adapter `name` of a model to a folder that peft, and `load_adapter`, read."""
+    tensors = {}
+    for path, layer in lora.layers(model).items():
+        if name in layer.lora_A:
+            tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = layer.lora_A[name], layer.lora_B[name]
+        if name in layer.lora_magnitude_vector:
+            tensors[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name]
+    if not tensors:
+        raise InputError(f"the model has no adapter {name!r}; there are {', '.join(lora.names(model)) or 'none'}")
+    write_adapter(folder, config, tensors)
+
+
+def load_adapter(model: Any, folder: str | Path, name: str = "default") -> LoraConfig:
+    """Attaches the adapter of a folder to a model and activates it; returns its configuration.
+
+    Raises as `read_adapter`, and InputError where the name is taken.
+    """
+    adapter = read_adapter(folder, model.config)
+    config = replace(adapter.config, target_modules=tuple(adapter.modules), layers_to_transform=(), exclude_modules=())
+    lora.add_adapter(model, config, name)
+    with torch.no_grad():
+        for path, low in adapter.modules.items():
+            layer = model.get_submodule(path)
+            layer.lora_A[name].copy_(low.a)
+            layer.lora_B[name].copy_(low.b)
+            layer.scaling[name] = low.scale
+    return adapter.config
+
+
 # -- adapter_config.json -----------------------------------------------------------------------------------------
 
 
-def read_config(folder: Path) -> AdapterConfig:
+def read_config(folder: Path) -> LoraConfig:
     """adapter_config.json. Raises CheckpointError for another kind of adapter than plain LoRA, naming what is not."""
     where, fields = folder / CONFIG, read_json(folder / CONFIG)
     if fields.get("peft_type") != "LORA":
@@ -169,45 +196,21 @@ def _refuse(where: Path, what: str) -> None:
     )
 
 
-def _parse(fields: Mapping[str, Any]) -> AdapterConfig:
+def _parse(fields: Mapping[str, Any]) -> LoraConfig:
     targets, excluded = fields["target_modules"], fields.get("exclude_modules") or ()
     layers = fields.get("layers_to_transform")
-    ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
-    for value in (fields["r"], *ranks.values()):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"r is {value!r}; it must be a positive integer")
-    for number in (fields["lora_alpha"], *alphas.values()):
-        if type(number) not in (int, float) or not math.isfinite(number):
-            raise ValueError(f"lora_alpha is {number!r}; it must be a number")
-    for pattern in (*ranks, *alphas, *(p for p in (targets, excluded) if isinstance(p, str))):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a pattern: {error}") from error
-    return AdapterConfig(
+    return LoraConfig(
         r=fields["r"],
         lora_alpha=fields["lora_alpha"],
         target_modules=targets if isinstance(targets, str) else tuple(map(str, targets)),
         exclude_modules=excluded if isinstance(excluded, str) else tuple(map(str, excluded)),
         layers_to_transform=() if layers is None else (layers,) if isinstance(layers, int) else tuple(map(int, layers)),
+        lora_dropout=fields.get("lora_dropout") or 0.0,
         use_rslora=bool(fields.get("use_rslora")),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        base_model=fields.get("base_model_name_or_path"),
+        rank_pattern=fields.get("rank_pattern") or {},
+        alpha_pattern=fields.get("alpha_pattern") or {},
+        base_model_name_or_path=fields.get("base_model_name_or_path"),
     )
-
-
-def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _listed(modules: tuple[str, ...] | str, module: str) -> bool:
-    if isinstance(modules, str):
-        return re.fullmatch(modules, module) is not None
-    return any(module == one or module.endswith(f".{one}") for one in modules)
 
 
 # -- the tensors -------------------------------------------------------------------------------------------------
@@ -248,7 +251,7 @@ def _pair(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Te
     return halves
 
 
-def _check_targets(folder: Path, config: AdapterConfig, found: set[str], known: set[str]) -> None:
+def _check_targets(folder: Path, config: LoraConfig, found: set[str], known: set[str]) -> None:
     targeted = {module for module in known if config.targets(module)}
     if not targeted:
         raise MismatchError(

@@ -45,8 +45,13 @@ class PackedLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear."""
-        out: Tensor = _Product.apply(x, self)
+        out = self.product(x)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T without the bias."""
+        out: Tensor = _Product.apply(x, self)
+        return out
 
     @property
     def packed(self) -> dict[str, Tensor]:

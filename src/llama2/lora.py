@@ -1,0 +1,249 @@
+"""LoRA over any linear of a model: attach, train, switch, merge, detach (Hu et al., arXiv 2106.09685).
+
+    add_adapter(model, LoraConfig(r=16, target_modules="all-linear"))    freezes the model, A random, B zero
+    with disabled(model): ...                                           the model without its adapters
+    merge(model)                                                        into the weights for good, adapters gone
+
+The base layer may be plain or packed (QLoRA); its weight takes no gradient and is not kept for the backward pass.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama2.errors import InputError
+from llama2.linear import Linear
+from llama2.lora_config import LoraConfig
+from llama2.quant.linear import PackedLinear
+
+
+class LoraLinear(nn.Module):
+    """base(x) + scale * B A dropout(x), summed over the active adapters.
+
+    lora_A[name] (r, in), lora_B[name] (out, r), with DoRA lora_magnitude_vector[name] (out,): float32 over a 16-bit
+    base. Products run in x's dtype.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer: Any = base
+        self.in_features, self.out_features = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ParameterDict()
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.active: tuple[str, ...] = ()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        found: Tensor | None = self.base_layer.bias
+        return found
+
+    def weight_of_base(self, dtype: torch.dtype) -> Tensor:
+        """The base layer's weight (out, in), unpacked where it is packed."""
+        base = self.base_layer
+        return base.dequantize(dtype) if isinstance(base, PackedLinear) else base.weight.detach().to(dtype)
+
+    def add(self, name: str, config: LoraConfig, path: str) -> None:
+        """Makes an adapter of this layer, which lies at `path`, and activates it alone."""
+        weight = next(t for t in (*self.base_layer.parameters(), *self.base_layer.buffers()))
+        rank, device = config.rank(path), weight.device
+        dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        a = torch.empty((rank, self.in_features), dtype=dtype, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.lora_A[name] = nn.Parameter(a)
+        self.lora_B[name] = nn.Parameter(torch.zeros((self.out_features, rank), dtype=dtype, device=device))
+        if config.use_dora:
+            self.lora_magnitude_vector[name] = nn.Parameter(self.weight_of_base(dtype).norm(dim=1))
+        self.scaling[name], self.dropout[name] = config.scaling(path), config.lora_dropout
+        self.active = (name,)
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter."""
+        for held in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, self.dropout):
+            if name in held:
+                del held[name]
+        self.active = tuple(n for n in self.active if n != name)
+
+    def delta(self, name: str) -> Tensor:
+        """scale * B A (out, in) in float32 or wider."""
+        a, b = self.lora_A[name].detach(), self.lora_B[name].detach()
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return (b.to(wide) @ a.to(wide)) * self.scaling[name]
+
+    def merged_weight(self) -> Tensor:
+        """The weight with the active adapters in it (out, in), float32 or wider."""
+        weight = self.weight_of_base(torch.float64 if self._dtype() == torch.float64 else torch.float32)
+        for name in self.active:
+            changed = weight + self.delta(name)
+            if name in self.lora_magnitude_vector:
+                changed *= (self.lora_magnitude_vector[name].detach() / changed.norm(dim=1))[:, None]
+            weight = changed
+        return weight
+
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.lora_A.values())).dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        names = self.active
+        plain = len(names) == 1 and names[0] not in self.lora_magnitude_vector
+        if plain and not (self.training and self.dropout[names[0]]):
+            (name,) = names
+            out: Tensor = _Adapted.apply(x, self, self.lora_A[name], self.lora_B[name], self.scaling[name])
+            return out if self.bias is None else out + self.bias.to(out.dtype)
+        if not names or not self.lora_A:
+            base: Tensor = self.base_layer(x)
+            return base
+        return self._composed(x)
+
+    def _composed(self, x: Tensor) -> Tensor:
+        """Several adapters, dropout or DoRA: the sum step by step, differentiated by torch."""
+        base = self.base_layer
+        out = base.product(x) if isinstance(base, PackedLinear) else F.linear(x, base.weight)
+        total = out
+        for name in self.active:
+            a, b = self.lora_A[name], self.lora_B[name]
+            wide = F.dropout(x.to(a.dtype), self.dropout[name], self.training)
+            low = F.linear(F.linear(wide, a), b) * self.scaling[name]
+            if name in self.lora_magnitude_vector:
+                # The norm is a constant of the backward pass (DoRA, section 4.3).
+                norm = (self.weight_of_base(a.dtype) + self.delta(name)).norm(dim=1)
+                scale = self.lora_magnitude_vector[name] / norm
+                dropped = F.linear(wide, self.weight_of_base(a.dtype)) if self._drops(name) else out.to(a.dtype)
+                total = total + ((scale - 1) * dropped + scale * low).to(total.dtype)
+            else:
+                total = total + low.to(total.dtype)
+        return total if self.bias is None else total + self.bias.to(total.dtype)
+
+    def _drops(self, name: str) -> bool:
+        return self.training and self.dropout[name] > 0
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(f"{name}: r={len(a)}" for name, a in self.lora_A.items())
+        return f"{ranks}; active {', '.join(self.active) or 'none'}"
+
+
+class _Adapted(torch.autograd.Function):
+    """x W^T + scale (x A^T) B^T. Keeps x and x A^T; W is read, or unpacked, again for the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: LoraLinear, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        low = flat @ a.to(x.dtype).T
+        out = flat @ layer.weight_of_base(x.dtype).T
+        out.addmm_(low, b.to(x.dtype).T, alpha=scale)
+        ctx.save_for_backward(x, a, b, low)
+        ctx.layer, ctx.scale = layer, scale
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
+        x, a, b, low = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        to_low = (grad @ b.to(grad.dtype)) * ctx.scale
+        to_b = (grad.T @ low).to(b.dtype) * ctx.scale
+        to_a = (to_low.T @ x.reshape(-1, x.shape[-1])).to(a.dtype)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = grad @ ctx.layer.weight_of_base(grad.dtype)
+            to_x = to_x.addmm_(to_low, a.to(grad.dtype)).view(x.shape)
+        return to_x, None, to_a, to_b, None
+
+
+# -- models ------------------------------------------------------------------------------------------------------
+
+
+def layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Every adapted layer of a model by its path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
+    """Freezes `model` and gives every linear that `config` targets an adapter called `name`, which becomes active.
+
+    A is random (Kaiming), B zero, so nothing changes until it is trained or loaded. Raises InputError where the name
+    is taken or no linear is targeted.
+    """
+    if not name or "." in name:
+        raise InputError(f"an adapter cannot be called {name!r}; give a name without dots, such as 'default'")
+    if name in names(model):
+        raise InputError(f"there is an adapter {name!r} already; remove_adapter(model, {name!r}) or take another name")
+    there = layers(model)
+    linear = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Linear | PackedLinear) and not path.endswith(".base_layer")
+    }
+    chosen = [path for path in {**linear, **there} if config.targets(path)]
+    if not chosen:
+        raise InputError(f"target_modules {config.target_modules!r} name none of {', '.join(linear)[:200]}")
+    model.requires_grad_(False)
+    for path in chosen:
+        if path not in there:
+            there[path] = LoraLinear(linear[path]).train(linear[path].training)
+            model.set_submodule(path, there[path])
+        there[path].add(name, config, path)
+    set_adapter(model, name)
+
+
+def names(model: nn.Module) -> list[str]:
+    """The adapters of a model."""
+    return list(dict.fromkeys(name for layer in layers(model).values() for name in layer.lora_A))
+
+
+def set_adapter(model: nn.Module, *active: str) -> None:
+    """Makes these adapters, and no others, active and trainable. Raises InputError for one that is not there."""
+    there = names(model)
+    if lost := [name for name in active if name not in there]:
+        raise InputError(f"there is no adapter {lost[0]!r}; there are {', '.join(there) or 'none'}")
+    for layer in layers(model).values():
+        layer.active = tuple(name for name in active if name in layer.lora_A)
+        for held in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            for name, parameter in held.items():
+                parameter.requires_grad_(name in active)
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Forgets an adapter; a layer without any becomes its base layer again."""
+    if name not in names(model):
+        raise InputError(f"there is no adapter {name!r}; there are {', '.join(names(model)) or 'none'}")
+    for path, layer in layers(model).items():
+        layer.remove(name)
+        if not layer.lora_A:
+            model.set_submodule(path, layer.base_layer)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters, for instance as the reference of DPO."""
+    there = layers(model).values()
+    before = [layer.active for layer in there]
+    for layer in there:
+        layer.active = ()
+    try:
+        yield
+    finally:
+        for layer, active in zip(there, before, strict=True):
+            layer.active = active
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Puts the active adapters into the weights, summed in float32 and rounded once, and forgets all adapters.
+
+    Raises InputError over packed weights, which have no room for the sum: dequantize() the model first.
+    """
+    there = layers(model)
+    if packed := [path for path, layer in there.items() if isinstance(layer.base_layer, PackedLinear)]:
+        raise InputError(f"{packed[0]} is packed, so nothing can be merged into it; call model.dequantize() first")
+    for path, layer in there.items():
+        weight = layer.base_layer.weight
+        weight.copy_(layer.merged_weight().to(weight.dtype))
+        model.set_submodule(path, layer.base_layer)
