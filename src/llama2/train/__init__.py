@@ -1,0 +1,1 @@
+"""Training: pure losses in `losses`, rows in `packing`."""

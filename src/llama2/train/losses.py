@@ -1,0 +1,157 @@
+"""Losses as pure functions. The head's logits (N, V) are never whole in memory: they exist a chunk of rows at a time.
+
+N targets, D width of the model, V vocabulary.
+"""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama2.errors import InputError
+from llama2.rope import promoted
+
+IGNORED = -100  # the label of a position without a target
+CHUNK_BYTES = 64 << 20  # of logits in float32; larger chunks were not faster
+
+
+def targets(hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states (N, D) that have a target, and the targets (N,): token t + 1 is predicted from t."""
+    shifted = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+    places = (shifted != IGNORED).nonzero().squeeze(1)
+    return hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[places], shifted[places]
+
+
+def head_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """The sum over targets of the cross entropy of hidden W^T, in promote(dtype, float32).
+
+    Differentiable in hidden and weight. Their gradients are made in the same pass over the chunks, so the head's
+    product runs once forward and once backward, and nothing of size V is kept.
+    """
+    loss: Tensor = _HeadLoss.apply(hidden_ND, weight_VD, targets_N)
+    return loss
+
+
+def token_log_probs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """log p(target) of each row (N,), in promote(dtype, float32). The logits are computed again for the gradient."""
+    found: Tensor = _LogProbs.apply(hidden_ND, weight_VD, targets_N)
+    return found
+
+
+def _rows(hidden_ND: Tensor, weight_VD: Tensor) -> int:
+    return max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        wide, step = promoted(hidden.dtype), _rows(hidden, weight)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), step):
+            rows, wanted = hidden[start : start + step], target[start : start + step, None]
+            p = (rows @ weight.T).to(wide).log_softmax(-1)
+            total -= p.gather(1, wanted).sum()
+            p.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=wide))
+            grad = p.to(hidden.dtype)
+            if to_hidden is not None:
+                torch.mm(grad, weight, out=to_hidden[start : start + step])
+            if to_weight is not None:
+                to_weight += grad.T @ rows
+        ctx.save_for_backward(to_hidden, None if to_weight is None else to_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        to_hidden, to_weight = ctx.saved_tensors
+        scaled = (None if t is None else t * grads[0].to(t.dtype) for t in (to_hidden, to_weight))
+        return next(scaled), next(scaled), None
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        step = _rows(hidden, weight)
+        ctx.save_for_backward(hidden, weight, target)
+        found = [
+            (hidden[i : i + step] @ weight.T)
+            .to(promoted(hidden.dtype))
+            .log_softmax(-1)
+            .gather(1, target[i : i + step, None])
+            for i in range(0, len(hidden), step)
+        ]
+        return torch.cat(found).squeeze(1) if found else hidden.new_zeros(0, dtype=promoted(hidden.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, weight, target = ctx.saved_tensors
+        wide, step = promoted(hidden.dtype), _rows(hidden, weight)
+        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), step):
+            rows, wanted = hidden[start : start + step], target[start : start + step, None]
+            factor = grads[0][start : start + step, None].to(wide)
+            p = (rows @ weight.T).to(wide).softmax(-1).mul_(-factor)
+            grad = p.scatter_add_(1, wanted, factor).to(hidden.dtype)
+            if to_hidden is not None:
+                torch.mm(grad, weight, out=to_hidden[start : start + step])
+            if to_weight is not None:
+                to_weight += grad.T @ rows
+        return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None
+
+
+# -- preferences -------------------------------------------------------------------------------------------------
+
+Preference = Literal["sigmoid", "ipo", "hinge", "robust"]
+
+
+class PreferenceLoss(NamedTuple):
+    """Mean loss, and what is logged: the rewards beta * (log pi - log ref) of both answers (pairs,)."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+def dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    reference_chosen: Tensor | float = 0.0,
+    reference_rejected: Tensor | float = 0.0,
+    *,
+    beta: float = 0.1,
+    kind: Preference = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> PreferenceLoss:
+    """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) of summed log-probabilities (pairs,).
+
+    With d = (chosen - reference_chosen) - (rejected - reference_rejected) and e = label_smoothing, the chance that a
+    label is wrong:
+
+        sigmoid   -(1 - e) log s(beta d) - e log s(-beta d)                       (e = 0: DPO; else cDPO)
+        robust    (-(1 - e) log s(beta d) + e log s(-beta d)) / (1 - 2 e)         (arXiv 2403.00409)
+        hinge     max(0, 1 - beta d)                                              (SLiC, arXiv 2305.10425)
+        ipo       (d - 1 / (2 beta))^2, of log-probabilities averaged by token    (arXiv 2310.12036)
+
+    References left at 0 make it reference-free. Raises InputError for a bad kind, beta or label_smoothing.
+    """
+    if kind not in get_args(Preference):
+        raise InputError(f"the loss is {kind!r}; it must be one of {', '.join(get_args(Preference))}")
+    if not beta > 0:
+        raise InputError(f"beta is {beta!r}; it must be above 0 (0.1 is usual)")
+    if not 0 <= label_smoothing < 0.5:
+        raise InputError(f"label_smoothing is {label_smoothing!r}; it must lie in [0, 0.5)")
+    up, down = chosen - reference_chosen, rejected - reference_rejected
+    d = up - down
+    if kind == "sigmoid":
+        loss = -(1 - label_smoothing) * F.logsigmoid(beta * d) - label_smoothing * F.logsigmoid(-beta * d)
+    elif kind == "robust":
+        right, wrong = F.logsigmoid(beta * d), F.logsigmoid(-beta * d)
+        loss = (-(1 - label_smoothing) * right + label_smoothing * wrong) / (1 - 2 * label_smoothing)
+    elif kind == "hinge":
+        loss = torch.relu(1 - beta * d)
+    else:
+        loss = (d - 1 / (2 * beta)) ** 2
+    return PreferenceLoss(loss.mean(), (beta * up).detach(), (beta * down).detach())
