@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llama2.errors import InputError
 from llama2.rope import promoted
+from llama2.train.data import IGNORED
 
-IGNORED = -100  # the label of a position without a target
 CHUNK_BYTES = 64 << 20  # of logits in float32; larger chunks were not faster
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llama2.errors import InputError
+from llama2.train.data import IGNORED
 
 
 class Packed(NamedTuple):
@@ -51,6 +52,6 @@ def pack(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Packed:
             raise InputError(f"a row has {len(ids)} ids and {len(labels)} labels; both must be as many, and not none")
         packed.starts.append(len(packed.input_ids))
         packed.input_ids.extend(ids)
-        packed.labels.extend([-100, *labels[1:]])
+        packed.labels.extend([IGNORED, *labels[1:]])
         packed.position_ids.extend(range(len(ids)))
     return packed

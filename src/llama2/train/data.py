@@ -1,0 +1,318 @@
+"""Rows of a data set as token ids with targets, every row checked before any step runs. No torch here.
+
+{"messages": [{"role", "content"}, ...]}   chat, through the tokenizer's template; answers are targets
+{"conversations": [{"from", "value"}, ...]}   the same in ShareGPT's words
+{"prompt", "completion"}                   the completion is the target
+{"instruction", "input", "output"}         the same in Alpaca's words ("input" may be missing)
+{"prompt", "chosen", "rejected"}           preferences: texts, or lists of messages
+{"text", "label"}                          classification: a number, a name, or a list of names or numbers
+{"text"}                                   every token is a target
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama2.errors import InputError, Llama2Error, MissingDependencyError
+
+IGNORED = -100
+_SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+_ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n"
+)
+Row = Mapping[str, Any]
+
+
+class Example(NamedTuple):
+    """One row: ids, and the same ids where they are targets, else -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt."""
+
+    chosen: Example
+    rejected: Example
+
+
+@dataclass
+class Report:
+    """What was found in a data set. problems: row -> what is wrong with it; those rows are left out."""
+
+    rows: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    targets: int = 0
+    truncated: list[int] = field(default_factory=list)
+    problems: dict[int, str] = field(default_factory=dict)
+
+    def text(self, shown: int = 5) -> str:
+        """A few lines for people, naming the first rows of each problem."""
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
+        lines = [f"{self.rows:,} rows ({kinds}), {self.tokens:,} tokens, {self.targets:,} of them targets"]
+        if self.truncated:
+            lines.append(
+                f"{len(self.truncated):,} answers are cut at the longest length: rows {_some(self.truncated, shown)}"
+            )
+        by_problem: dict[str, list[int]] = {}
+        for row, problem in self.problems.items():
+            by_problem.setdefault(problem, []).append(row)
+        lines += [
+            f"{len(rows):,} rows left out, {problem}: rows {_some(rows, shown)}" for problem, rows in by_problem.items()
+        ]
+        return "\n".join(lines)
+
+
+def _some(rows: Sequence[int], shown: int) -> str:
+    return ", ".join(map(str, rows[:shown])) + (", ..." if len(rows) > shown else "")
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def read(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
+    """The rows of a .jsonl, .json, .csv, .parquet or .txt file (a text a paragraph), or of a hub data set.
+
+    Raises InputError for a file that holds no rows, naming the line that is wrong; MissingDependencyError where
+    `datasets` is needed for a hub id or a .parquet file and is not installed.
+    """
+    path = Path(source)
+    if not path.exists():
+        return _from_hub(str(source), split)
+    reader = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _text}.get(
+        path.suffix.lower()
+    )
+    if reader is None:
+        raise InputError(f"{path} is no .jsonl, .json, .csv, .parquet or .txt file; convert it to one of these")
+    rows = reader(path)
+    if not rows:
+        raise InputError(f"{path} holds no rows; there is nothing to train on")
+    return rows
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            rows.append(_object(line, f"{path}, line {number}"))
+    return rows
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({error}); correct or remove it") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is a JSON {type(row).__name__}; each row must be an object")
+    return row
+
+
+def _json(path: Path) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}); is it JSON lines? Then call it .jsonl") from error
+    if isinstance(content, dict):  # {"data": [...]} and the like
+        content = next((value for value in content.values() if isinstance(value, list)), None)
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise InputError(f"{path} is no list of objects; each row must be an object")
+    return content
+
+
+def _csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _text(path: Path) -> list[dict[str, Any]]:
+    return [{"text": part.strip()} for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    return list(_datasets().load_dataset("parquet", data_files=str(path), split="train"))
+
+
+def _from_hub(name: str, split: str) -> list[dict[str, Any]]:
+    if name.count("/") > 1 or name.endswith((".jsonl", ".json", ".csv", ".parquet", ".txt")):
+        raise InputError(f"{name} does not exist; give a file of rows, or the id of a data set (owner/name)")
+    return list(_datasets().load_dataset(name, split=split))
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError(
+            "parquet files and hub data sets need the package datasets: pip install 'llama2[train]', or use .jsonl"
+        ) from error
+    return datasets
+
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+def kind_of(row: Row) -> str:
+    """Which of the shapes above a row has. Raises InputError naming its keys where it has none."""
+    keys = set(row)
+    for kind, needed in _NEEDED.items():
+        if needed <= keys:
+            return kind
+    raise InputError(
+        f"a row with the keys {sorted(keys)} is of no known shape; {'; '.join(map(str, map(sorted, _NEEDED.values())))}"
+    )
+
+
+_NEEDED: dict[str, set[str]] = {
+    "preference": {"chosen", "rejected"},
+    "messages": {"messages"},
+    "conversations": {"conversations"},
+    "completion": {"prompt", "completion"},
+    "instruction": {"instruction", "output"},
+    "classification": {"text", "label"},
+    "text": {"text"},
+}
+
+
+def encode(row: Row, tokenizer: Any) -> Example:
+    """Ids and targets of a row to be continued. Raises InputError, or the template's error, for one that cannot be."""
+    kind = kind_of(row)
+    if kind == "messages":
+        return _chat(_checked(row["messages"]), tokenizer)
+    if kind == "conversations":
+        return _chat(_from_sharegpt(row["conversations"]), tokenizer)
+    if kind == "completion":
+        return completion(row["prompt"], row["completion"], tokenizer)
+    if kind == "instruction":
+        return completion(_alpaca(row), row["output"], tokenizer)
+    if kind in ("text", "classification"):
+        ids = [*tokenizer(_string(row["text"], "text"))["input_ids"], *_end(tokenizer)]
+        return Example(ids, list(ids))
+    raise InputError("a preference row has two answers; use `encode_pair`")
+
+
+def encode_pair(row: Row, tokenizer: Any) -> Pair:
+    """Both answers of a preference row behind their prompt."""
+    if kind_of(row) != "preference":
+        raise InputError(f"a row with the keys {sorted(row)} is no preference; it needs prompt, chosen and rejected")
+    prompt, pair = row.get("prompt"), (row["chosen"], row["rejected"])
+    if isinstance(pair[0], str):
+        return Pair(*(completion(_string(prompt or "", "prompt"), answer, tokenizer) for answer in pair))
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+    return Pair(*(_chat(_checked([*before, *answer]), tokenizer, last_only=True) for answer in pair))
+
+
+def completion(prompt: str, answer: str, tokenizer: Any) -> Example:
+    """Prompt and answer encoded as one text; targets are what the prompt alone does not begin with, and the end."""
+    ids = [*tokenizer(_string(prompt, "prompt") + _string(answer, "completion"))["input_ids"], *_end(tokenizer)]
+    before = tokenizer(prompt)["input_ids"] if prompt else []
+    start = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
+    return Example(ids, [IGNORED] * start + ids[start:])
+
+
+def _chat(messages: list[Row], tokenizer: Any, last_only: bool = False) -> Example:
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    if last_only:  # of several answers only the one that differs
+        before = len(tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True))
+        mask = [m if i >= before else 0 for i, m in enumerate(mask)]
+    return Example(ids, [token if m else IGNORED for token, m in zip(ids, mask, strict=True)])
+
+
+def _checked(messages: Any) -> list[Row]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InputError("messages is not a list of messages")
+    return list(messages)
+
+
+def _from_sharegpt(turns: Any) -> list[Row]:
+    try:
+        return [{"role": _SPEAKERS[turn["from"]], "content": turn["value"]} for turn in _checked(turns)]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"a turn of conversations lacks a known 'from' or a 'value' ({error!r})") from error
+
+
+def _alpaca(row: Row) -> str:
+    context = row.get("input") or ""
+    return _ALPACA.format(
+        paired=", paired with an input that provides further context" if context else "",
+        instruction=_string(row["instruction"], "instruction"),
+        context=f"### Input:\n{context}\n\n" if context else "",
+    )
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{name} is a {type(value).__name__}, not a text")
+    return value
+
+
+def _end(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+# -- data sets ---------------------------------------------------------------------------------------------------
+
+
+def prepare(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> tuple[list[Example], Report]:
+    """The usable examples, cut to max_length at the end, and the report on all rows."""
+    report, made = Report(), []
+    for row, example in _each(rows, report, lambda row: encode(row, tokenizer)):
+        cut = _fitted(row, example, tokenizer, max_length, report)
+        if cut is not None:
+            made.append(cut)
+            report.tokens += len(cut.input_ids)
+            report.targets += sum(label != IGNORED for label in cut.labels)
+    return made, report
+
+
+def prepare_pairs(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> tuple[list[Pair], Report]:
+    """The usable pairs, each answer cut to max_length at the end, and the report on all rows."""
+    report, made = Report(), []
+    for row, pair in _each(rows, report, lambda row: encode_pair(row, tokenizer)):
+        cuts = [_fitted(row, example, tokenizer, max_length, report) for example in pair]
+        if cuts[0] is not None and cuts[1] is not None:
+            if cuts[0].input_ids == cuts[1].input_ids:
+                report.problems[row] = "both answers are the same"
+                continue
+            made.append(Pair(cuts[0], cuts[1]))
+            report.tokens += sum(len(cut.input_ids) for cut in made[-1])
+            report.targets += sum(label != IGNORED for cut in made[-1] for label in cut.labels)
+    return made, report
+
+
+def _each(rows: Iterable[Row], report: Report, make: Callable[[Row], Any]) -> Iterable[tuple[int, Any]]:
+    for number, row in enumerate(rows):
+        report.rows += 1
+        try:
+            report.kinds[kind_of(row)] += 1
+            made = make(row)
+        except Llama2Error as error:
+            report.problems[number] = str(error).partition(";")[0]
+        else:
+            yield number, made
+
+
+def _fitted(row: int, example: Example, tokenizer: Any, most: int | None, report: Report) -> Example | None:
+    """The example within `most` tokens, or None with the reason in the report."""
+    ids, labels = example
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        report.problems[row] = "it begins with two BOS tokens: take the one out of the text or template"
+        return None
+    if most is not None and len(ids) > most:
+        if any(label != IGNORED for label in labels[most:]):
+            report.truncated.append(row)
+        ids, labels = ids[:most], labels[:most]
+    if all(label == IGNORED for label in labels[1:]):
+        lost = len(ids) < len(example.input_ids)
+        report.problems[row] = "no target is left within the longest length" if lost else "it has no target"
+        return None
+    return Example(ids, labels)
