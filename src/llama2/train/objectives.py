@@ -1,0 +1,188 @@
+"""What is trained for: from checked rows to a batch, and from a batch to a loss. The loop knows nothing else.
+
+B rows, T tokens, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llama2 import lora
+from llama2.errors import InputError
+from llama2.train.data import IGNORED, Example, Pair
+from llama2.train.losses import Preference, dpo_loss, head_loss, targets, token_log_probs
+from llama2.train.packing import Packed, bins, pack
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class Loss:
+    """The loss of one batch as a sum over `units` (targets, pairs, rows), and sums of what is logged besides."""
+
+    total: Tensor
+    units: int
+    logs: dict[str, float] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """One kind of training."""
+
+    def tokens(self, item: Any) -> int:
+        """Tokens of an item, for tokens per second."""
+
+    def collate(self, items: Sequence[Any]) -> Batch:
+        """Tensors of some items."""
+
+    def loss(self, model: Any, batch: Batch) -> Loss:
+        """The loss of a batch, differentiable in the model's trainable parameters."""
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Rows as one tensor (B, longest), filled on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
+
+
+def head_of(model: Any) -> Tensor:
+    """The head's weight (V, D). Raises InputError where it is adapted or packed: its product is not a plain one."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        raise InputError(f"the head is a {type(head).__name__}; train with a plain head (leave lm_head out)")
+    return head.weight
+
+
+def isolated(starts: Sequence[Sequence[int]], lengths: Sequence[int], longest: int) -> Tensor | None:
+    """The mask (B, 1, T, T), True = sees, of rows that hold several documents; None where none does."""
+    if all(len(row) == 1 for row in starts):
+        return None
+    document = torch.zeros((len(starts), longest), dtype=torch.long)
+    for row, (begins, length) in enumerate(zip(starts, lengths, strict=True)):
+        document[row, list(begins[1:])] = 1
+        document[row] = document[row].cumsum(0)
+        document[row, length:] = -1  # padding sees itself, so that no row of the softmax is empty
+    same = document[:, :, None] == document[:, None, :]
+    return (same & torch.ones((longest, longest), dtype=torch.bool).tril())[:, None]
+
+
+class NextToken:
+    """Continuing text: pretraining and instruction tuning (the labels say which tokens are targets)."""
+
+    def tokens(self, item: Packed) -> int:
+        """As Objective.tokens."""
+        return len(item.input_ids)
+
+    def collate(self, items: Sequence[Packed]) -> Batch:
+        """As Objective.collate: input_ids, labels, position_ids (B, T), and the mask of `isolated`."""
+        lengths = [len(item.input_ids) for item in items]
+        return {
+            "input_ids": padded([item.input_ids for item in items], 0),
+            "labels": padded([item.labels for item in items], IGNORED),
+            "position_ids": padded([item.position_ids for item in items], 0),
+            "attention_mask": isolated([item.starts for item in items], lengths, max(lengths)),
+        }
+
+    def loss(self, model: Any, batch: Batch) -> Loss:
+        """As Objective.loss; units are targets."""
+        hidden = model.model(
+            batch["input_ids"], batch["attention_mask"], batch["position_ids"], use_cache=False, return_dict=True
+        )
+        rows, wanted = targets(hidden.last_hidden_state, batch["labels"])
+        return Loss(head_loss(rows, head_of(model), wanted), len(wanted))
+
+
+def packed_rows(examples: Sequence[Example], length: int | None, packing: bool = True) -> list[Packed]:
+    """Examples as rows of at most `length` tokens: several a row with packing, else one."""
+    if not packing or length is None:
+        return [pack([example]) for example in examples]
+    return [pack([examples[i] for i in rows]) for rows in bins([len(e.input_ids) for e in examples], length)]
+
+
+@dataclass
+class Preferences:
+    """Direct preference optimisation. The reference is the model without its adapters, or `reference`, another model.
+
+    reference_free leaves it out. See `losses.dpo_loss` for the rest.
+    """
+
+    beta: float = 0.1
+    kind: Preference = "sigmoid"
+    label_smoothing: float = 0.0
+    reference: Any = None
+    reference_free: bool = False
+
+    def tokens(self, item: Pair) -> int:
+        """As Objective.tokens."""
+        return len(item.chosen.input_ids) + len(item.rejected.input_ids)
+
+    def collate(self, items: Sequence[Pair]) -> Batch:
+        """As Objective.collate: input_ids and labels (2 B, T), the chosen answers first."""
+        examples = [item.chosen for item in items] + [item.rejected for item in items]
+        return {
+            "input_ids": padded([e.input_ids for e in examples], 0),
+            "labels": padded([e.labels for e in examples], IGNORED),
+        }
+
+    def loss(self, model: Any, batch: Batch) -> Loss:
+        """As Objective.loss; units are pairs."""
+        policy = self._answers(model, batch)
+        pairs = len(policy) // 2
+        reference = torch.zeros_like(policy)
+        if not self.reference_free:
+            with torch.no_grad():
+                if self.reference is not None:
+                    reference = self._answers(self.reference, batch)
+                else:
+                    with lora.disabled(model):
+                        reference = self._answers(model, batch)
+        result = dpo_loss(
+            *policy.split(pairs), *reference.split(pairs),
+            beta=self.beta, kind=self.kind, label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        up, down = result.chosen_rewards, result.rejected_rewards
+        logs = {
+            "rewards/chosen": float(up.sum()),
+            "rewards/rejected": float(down.sum()),
+            "rewards/margins": float((up - down).sum()),
+            "rewards/accuracies": float((up > down).sum()),
+        }
+        return Loss(result.loss * pairs, pairs, logs)
+
+    def _answers(self, model: Any, batch: Batch) -> Tensor:
+        """log p of each answer (2 B,): the sum over its targets, for ipo their mean."""
+        labels = batch["labels"]
+        hidden = model.model(batch["input_ids"], use_cache=False, return_dict=True).last_hidden_state
+        rows, wanted = targets(hidden, labels)
+        counts = (labels[:, 1:] != IGNORED).sum(1)
+        found = token_log_probs(rows, head_of(model), wanted)
+        owner = torch.repeat_interleave(torch.arange(len(labels), device=found.device), counts)
+        sums = torch.zeros(len(labels), dtype=found.dtype, device=found.device).index_add(0, owner, found)
+        return sums / counts.clamp(min=1) if self.kind == "ipo" else sums
+
+
+class Classification:
+    """Labels of whole texts with LlamaForSequenceClassification: one, several, or a number."""
+
+    def tokens(self, item: tuple[list[int], Any]) -> int:
+        """As Objective.tokens."""
+        return len(item[0])
+
+    def collate(self, items: Sequence[tuple[list[int], Any]]) -> Batch:
+        """As Objective.collate: input_ids, attention_mask (B, T), labels (B,) or (B, labels)."""
+        ids = [item[0] for item in items]
+        return {
+            "input_ids": padded(ids, 0),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
+            "labels": torch.tensor([item[1] for item in items]),
+        }
+
+    def loss(self, model: Any, batch: Batch) -> Loss:
+        """As Objective.loss; units are rows."""
+        output, rows = model(**batch, use_cache=False, return_dict=True), len(batch["labels"])
+        logs = {}
+        if model.config.problem_type == "single_label_classification":
+            logs["accuracy"] = float((output.logits.argmax(-1) == batch["labels"]).sum())
+        return Loss(output.loss * rows, rows, logs)

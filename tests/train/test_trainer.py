@@ -1,0 +1,312 @@
+"""The loop: what a step computes, that it learns, and that an interrupted run ends with the bits of a straight one."""
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_ids, tiny_model
+
+from llama2 import InputError, lora
+from llama2.lora_config import LoraConfig
+from llama2.train import checkpoints
+from llama2.train.data import Example, Pair
+from llama2.train.objectives import Classification, NextToken, Preferences, packed_rows
+from llama2.train.optim import AdamW, clip, learning_rate
+from llama2.train.trainer import Trainer, TrainingArguments
+
+
+def examples(count: int = 12) -> list[Example]:
+    lengths = torch.randint(3, 12, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [tiny_ids(1, n, seed=i)[0].tolist() for i, n in enumerate(lengths)]
+    return [Example(ids, [-100, -100, *ids[2:]]) for ids in rows]
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    given = {"per_device_train_batch_size": 2, "max_steps": 6, "learning_rate": 1e-3, "logging_steps": 1, **changes}
+    return TrainingArguments(output_dir=str(folder), **given)
+
+
+def trainer(folder: Path, model: Any = None, **changes: Any) -> Trainer:
+    model = tiny_model(torch.float32) if model is None else model
+    return Trainer(model, arguments(folder, **changes), NextToken(), packed_rows(examples(), 24))
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# -- objectives --------------------------------------------------------------------------------------------------
+
+
+def test_packed_equals_separate_documents() -> None:
+    model, objective = tiny_model(), NextToken()
+    rows = packed_rows(examples(), 24)
+    assert len(rows) < 12 and max(len(r.starts) for r in rows) > 2
+    alone = packed_rows(examples(), 24, packing=False)
+    together = objective.loss(model, objective.collate(rows))
+    separate = [objective.loss(model, objective.collate([row])) for row in alone]
+    assert together.units == sum(loss.units for loss in separate)
+    assert torch.allclose(together.total, sum(loss.total for loss in separate), atol=1e-10)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_no_document_sees_another(implementation: str) -> None:
+    model, objective = tiny_model(), NextToken()
+    model.set_attn_implementation(implementation)
+    a, b, c = examples(3)
+    batch = objective.collate(packed_rows([a, b], 64))
+    changed = objective.collate(packed_rows([c, b], 64))
+    first, second = len(a.input_ids), len(c.input_ids)
+    with torch.no_grad():
+        one, other = (
+            model.model(x["input_ids"], x["attention_mask"], x["position_ids"]).last_hidden_state
+            for x in (batch, changed)
+        )
+    assert torch.allclose(one[0, first:], other[0, second:], atol=1e-12)
+
+
+def test_preferences_equal_a_computation_by_hand() -> None:
+    model = tiny_model()
+    pairs = [Pair(*examples(2)), Pair(*examples(4)[2:])]
+    lora.add_adapter(model, LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():
+        for layer in lora.layers(model).values():
+            layer.lora_B["default"].normal_(0, 0.1)
+    objective = Preferences(beta=0.2)
+    found = objective.loss(model, objective.collate(pairs))
+
+    def log_p(model: Any, example: Example) -> torch.Tensor:
+        logits = model(torch.tensor([example.input_ids])).logits[0, :-1].log_softmax(-1)
+        total: torch.Tensor = sum(logits[i, t] for i, t in enumerate(example.labels[1:]) if t != -100)  # type: ignore
+        return total
+
+    wanted = 0.0
+    for pair in pairs:
+        policy = [log_p(model, answer) for answer in pair]
+        with lora.disabled(model):
+            reference = [log_p(model, answer) for answer in pair]
+        d = (policy[0] - reference[0]) - (policy[1] - reference[1])
+        wanted -= torch.nn.functional.logsigmoid(0.2 * d).item()
+    assert found.units == 2 and found.total.item() == pytest.approx(wanted, rel=1e-10)
+    assert found.logs["rewards/margins"] == pytest.approx(found.logs["rewards/chosen"] - found.logs["rewards/rejected"])
+
+
+# -- one step ----------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_equals_one_large_batch(tmp_path: Path) -> None:
+    found = []
+    for size, times in ((4, 1), (1, 4)):
+        model = tiny_model()
+        run = trainer(tmp_path / str(size), model, per_device_train_batch_size=size, gradient_accumulation_steps=times)
+        run.train()
+        found.append(weights(model))
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-9) for name in found[0])
+
+
+def test_adamw_is_torchs_with_float32_masters() -> None:
+    torch.manual_seed(0)
+    start, grads = torch.randn(5, 3), [torch.randn(5, 3) for _ in range(4)]
+    ours = torch.nn.Parameter(start.bfloat16())
+    exact = torch.nn.Parameter(start.bfloat16().float())
+    mine, theirs = AdamW([("w", ours)], weight_decay=0.1), torch.optim.AdamW([exact], lr=1e-4, weight_decay=0.1)
+    for grad in grads:
+        ours.grad, exact.grad = grad.bfloat16(), grad.bfloat16().float()
+        mine.step(1e-4)
+        theirs.step()
+    assert torch.allclose(mine.state()["master.w"], exact.detach(), atol=1e-7)
+    assert torch.equal(ours.detach(), exact.detach().bfloat16()) and ours.grad is None
+
+
+def test_vectors_do_not_decay() -> None:
+    vector, matrix = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = AdamW([("v", vector), ("m", matrix)], weight_decay=0.5)
+    vector.grad, matrix.grad = torch.zeros(3), torch.zeros(3, 3)
+    optimizer.step(0.1)
+    assert torch.equal(vector.detach(), torch.ones(3)) and torch.allclose(matrix.detach(), torch.full((3, 3), 0.95))
+
+
+def test_clipping() -> None:
+    p, q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    p.grad, q.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    assert clip([p, q], 10.0) == 5.0 and p.grad[0] == 3
+    clip([p, q], 1.0)
+    assert math.hypot(float(p.grad[0]), float(q.grad[1])) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("constant", [1, 1, 1, 1, 1]),
+        ("constant_with_warmup", [0, 0.5, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 2 / 3, 1 / 3]),
+        ("cosine", [0, 0.5, 1, 0.75, 0.25]),
+    ],
+)
+def test_schedules(schedule: str, wanted: list[float]) -> None:
+    assert [learning_rate(i, 5, 1.0, schedule, 2) for i in range(5)] == pytest.approx(wanted)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=40, learning_rate=3e-3, save_steps=100)
+    state = run.train()
+    losses = [entry["loss"] for entry in state.history]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logged] == list(range(1, 41)) and logged[-1]["loss"] == losses[-1]
+    assert [p.name for p in checkpoints.found(tmp_path)] == ["checkpoint-40"]
+
+
+def test_a_classifier_learns(tmp_path: Path) -> None:
+    from tiny import tiny_config
+
+    from llama2 import LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(tiny_config(num_labels=2, pad_token_id=0))
+    rows = [([int(t) for t in tiny_ids(1, 6, seed=i)[0]] + [5 if i % 2 else 6], i % 2) for i in range(16)]
+    run = Trainer(model, arguments(tmp_path, max_steps=40, learning_rate=5e-3), Classification(), rows, rows)
+    run.train()
+    assert run.evaluate()["eval_accuracy"] == 1.0
+
+
+def test_bf16_updates_float32_copies(tmp_path: Path) -> None:
+    model = tiny_model(torch.float32)
+    run = trainer(tmp_path, model, bf16=True, learning_rate=1e-5)
+    before = run.optimizer.state()["master.lm_head.weight"].clone()
+    run.train()
+    after = run.optimizer.state()["master.lm_head.weight"]
+    assert model.dtype == torch.bfloat16 and after.dtype == torch.float32
+    assert 0 < (after - before).abs().max() < 1e-3
+
+
+def test_each_epoch_has_every_row_once_in_its_own_order(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=-1, num_train_epochs=2)
+    first, second = run.order(0), run.order(1)
+    assert sorted(first) == sorted(second) == list(range(len(run.rows))) and first != second
+    per_epoch = math.ceil(len(run.rows) / 2)
+    assert run.steps == 2 * per_epoch
+    seen = [row for step in range(per_epoch) for row in run._rows_of(step)]
+    assert seen == [run.rows[i] for i in first]
+
+
+# -- interruption ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_resumed_equals_straight(tmp_path: Path, adapted: bool) -> None:
+    def start(folder: str, **changes: Any) -> Trainer:
+        model = tiny_model(torch.float32)
+        if adapted:
+            torch.manual_seed(7)
+            lora.add_adapter(model, LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear"))
+        return trainer(tmp_path / folder, model, save_steps=2, **changes)
+
+    straight = start("straight")
+    straight.train()
+    cut = start("cut")
+    cut._after = lambda entry, speed: (Trainer._after(cut, entry, speed), cut.stop() if cut.state.step == 3 else None)  # type: ignore
+    cut.train()
+    assert cut.state.step == 3
+    # The state of step 3 was never saved: the run goes on from step 2.
+    again = start("cut", resume_from_checkpoint=True)
+    state = again.train()
+    ours, theirs = weights(again.model), weights(straight.model)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [e["loss"] for e in state.history] == [e["loss"] for e in straight.state.history]
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path[:0] = sys.argv[2:]
+from pathlib import Path
+from test_trainer import trainer
+run = trainer(Path(sys.argv[1]), max_steps=int(1e6), save_steps=3, resume_from_checkpoint=True)
+run._report = lambda entry: print(entry["step"], flush=True)
+run.train()
+"""
+
+
+def test_killed_and_terminated_runs_leave_whole_checkpoints(tmp_path: Path) -> None:
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    for number, wait in ((signal.SIGKILL, 7), (signal.SIGTERM, 5)):
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path), *paths]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as child:
+            assert child.stdout is not None
+            for _ in range(wait):
+                line = child.stdout.readline()
+            child.send_signal(number)
+            child.wait(60)
+        assert line.strip().isdigit()
+        newest = checkpoints.newest(tmp_path)
+        assert newest is not None and not checkpoints.problem(newest)
+        if number == signal.SIGTERM:
+            assert child.returncode == 0 and checkpoints.step_of(newest) >= int(line)
+
+
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path) -> None:
+    trainer(tmp_path, save_steps=2).train()
+    newest = tmp_path / "checkpoint-6" / "optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"checkpoint-6 is damaged and is skipped: the content of optimizer"):
+        assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-4"
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    with pytest.warns(UserWarning):
+        assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_old_checkpoints_go(tmp_path: Path) -> None:
+    trainer(tmp_path, save_steps=1, save_total_limit=2).train()
+    assert [p.name for p in checkpoints.found(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run._save_model = lambda folder: (folder / "x").write_text("y") and 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run.save()
+    assert not list(tmp_path.iterdir())
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
+    trainer(tmp_path).train()
+    with pytest.raises(InputError, match="of another run"):
+        trainer(tmp_path, seed=1, resume_from_checkpoint=True).train()
+
+
+def test_nan_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    model = tiny_model(torch.float32)
+    run = trainer(tmp_path, model, save_steps=2)
+    run._report = lambda entry: model.lm_head.weight.data.fill_(math.nan) if entry["step"] == 3 else None
+    with pytest.raises(InputError, match="the loss is nan at step 4"):
+        run.train()
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    for name, value in (("logging_steps", 0), ("learning_rate", math.nan), ("lr_scheduler_type", "round")):
+        with pytest.raises(InputError, match=f"{name} is {value!r}"):
+            arguments(tmp_path, **{name: value})
+    model = tiny_model(torch.float32)
+    with pytest.raises(InputError, match="no rows"):
+        Trainer(model, arguments(tmp_path), NextToken(), [])
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with pytest.raises(InputError, match="no parameter of the model is trainable"):
+        trainer(tmp_path, frozen)
