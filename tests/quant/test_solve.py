@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import InputError
-from llama2.quant.solve import solve
+from llama2.quant.solve import Hessian, solve
 
 
 class Steps:
@@ -21,7 +21,12 @@ class Steps:
         return weight_NS.abs().amax(1) / 7
 
     def round(self, column_N: Tensor, params: Any, index: int) -> Tensor:
-        return (column_N / params).round().clamp(-8, 7) * params
+        near = (
+            (column_N / params).add_(1.5 * 2**23).sub_(1.5 * 2**23)
+            if column_N.dtype == torch.float32
+            else (column_N / params).round()
+        )
+        return near.clamp_(-8, 7).mul_(params)
 
 
 def textbook(
@@ -145,3 +150,21 @@ def test_wrong_arguments(change: Any, message: str) -> None:
     weight, hessian, damp = change(*problem(8, 64, 200))
     with pytest.raises(InputError, match=message):
         solve(weight, hessian, Steps(32), damp=damp)
+
+
+@pytest.mark.parametrize("columns", [40, 512, 1100])
+def test_hessian_is_a_running_mean(columns: int) -> None:
+    gen = torch.Generator().manual_seed(6)
+    parts = [torch.randn(*shape, columns, generator=gen) for shape in ((3, 20), (7,), (0,), (1, 33))]
+    found = Hessian(columns)
+    for part in parts:
+        found.add(part.bfloat16())
+    x = torch.cat([part.reshape(-1, columns) for part in parts]).bfloat16().double()
+    wanted = 2 / len(x) * x.T @ x
+    assert found.tokens == len(x) == 100
+    assert (found.diagonal_K - wanted.diagonal()).abs().max() < 1e-5
+    first = found.matrix().clone()
+    assert torch.equal(first, first.mT) and (first - wanted).abs().max() < 1e-5
+    found.add(x)  # the mean of the same again, after the lower half was filled
+    assert found.tokens == 200 and (found.matrix() - wanted).abs().max() < 1e-5
+    assert torch.equal(found.matrix(), found.matrix().mT)

@@ -18,8 +18,42 @@ from llama2.errors import InputError
 
 # Damping is raised by these factors until H can be factored, in float32 and then in float64.
 _RAISE = (1.0, 2.0, 5.0, 10.0)
-_STEP = 32  # columns whose updates are done one by one: their rows of errors stay in a core's cache
+_STEP = 8  # columns whose updates are done one by one: too few elements for torch to wake other threads each time
 _ROWS = 1 << 22  # elements that a copy with another order moves at once
+_TILE = 512  # rows of H that one product adds to, of its upper triangle only: half the work of all of it
+
+
+class Hessian:
+    """H = 2/n sum x x^T over the n inputs x (K,) seen so far, in float32."""
+
+    def __init__(self, columns: int, device: torch.device | str | None = None) -> None:
+        self.tokens = 0
+        self._upper_KK = torch.zeros(columns, columns, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Adds inputs (..., K) of any float dtype. Padding has no place among them."""
+        rows_TK = x.detach().reshape(-1, x.shape[-1]).float()
+        if not len(rows_TK):
+            return
+        self.tokens += len(rows_TK)
+        keep, new = 1 - len(rows_TK) / self.tokens, 2 / self.tokens
+        for start in range(0, len(self._upper_KK), _TILE):
+            tile = self._upper_KK[start : start + _TILE, start:]
+            tile.addmm_(rows_TK[:, start : start + _TILE].mT, rows_TK[:, start:], beta=keep, alpha=new)
+
+    @property
+    def diagonal_K(self) -> Tensor:
+        """Of each input, twice its mean square: a view."""
+        return self._upper_KK.diagonal()
+
+    def matrix(self) -> Tensor:
+        """H (K, K), symmetric. It is the memory in which `add` goes on, not a copy."""
+        for start in range(0, len(self._upper_KK), _TILE):
+            end = start + _TILE
+            self._upper_KK[end:, start:end] = self._upper_KK[start:end, end:].mT
+            own = self._upper_KK[start:end, start:end]
+            own.copy_(own.triu() + own.triu(1).mT)
+        return self._upper_KK
 
 
 class Grid(Protocol):
@@ -187,44 +221,53 @@ class _Run:
 
     def panel(self, start: int, end: int) -> float:
         """Rounds the columns [start, end): tr(E H E^T) of them. Their weights become their errors."""
-        span = self.grid.span
         shift_PN = self.factor[start:end, :start] @ self.errors_KN[:start]
-        total = 0.0
-        at = start
-        while at < end:
-            place = at // span
-            if place == len(self.params):
-                self._fit(at, min(at + span, end), shift_PN[at - start :])
-            stop = min(at + _STEP, (place + 1) * span, end)
-            total += self._step(at, stop, shift_PN[at - start :])
-            rest = shift_PN[stop - start :]
+        lost_PN, span = torch.empty_like(shift_PN), self.grid.span
+        for at in range(start, end, span):
+            stop = min(at + span, end)
+            own, rest = shift_PN[at - start : stop - start], shift_PN[stop - start :]
+            if at // span == len(self.params):
+                self._fit(at, stop, own)
+            self._columns(at, stop, own, lost_PN[at - start :])
             if len(rest):
                 rest.addmm_(self.factor[stop:end, at:stop], self.errors_KN[at:stop])
-            at = stop
-        return total
+        return float(lost_PN.square_().sum(1).double() @ self.pivots[start:end].double())
 
     def _fit(self, start: int, end: int, shift: Tensor) -> None:
         """Parameters of the span [start, end) from its weights, shifted as if none of its own errors were to come."""
         own = self.factor[start:end, start:end]
-        moved = torch.linalg.solve_triangular(own, shift[: end - start], upper=False, unitriangular=True)
+        moved = torch.linalg.solve_triangular(own, shift, upper=False, unitriangular=True)
         weights = moved.add_(self.errors_KN[start:end]).mT.contiguous()
         self.params.append(self.grid.fit(weights, self.importance[start:end]))
 
-    def _step(self, start: int, end: int, shift: Tensor) -> float:
-        """Rounds [start, end) one by one; shift[i] is what earlier columns move column start + i by."""
+    def _columns(self, start: int, end: int, shift: Tensor, lost: Tensor) -> None:
+        """As `panel`, of one span, by halves. shift[i] is what the columns before `start` move column start + i by;
+        lost[i] becomes what is rounded away of it."""
+        size = end - start
+        if size <= _STEP:
+            self._step(start, end, shift, lost)
+            return
+        half = -(-size // 2 // _STEP) * _STEP
+        middle = start + half
+        self._columns(start, middle, shift[:half], lost)
+        shift[half:].addmm_(self.factor[middle:end, start:middle], self.errors_KN[start:middle])
+        self._columns(middle, end, shift[half:], lost[half:])
+
+    def _step(self, start: int, end: int, shift: Tensor, lost: Tensor) -> None:
+        """As `_columns`, one by one."""
         own = self.factor[start:end, start:end].mT.contiguous()
-        lost_BN = torch.empty_like(shift[: end - start])
         for i in range(end - start):
-            weight_N, rounded_N, lost_N = self.errors_KN[start + i], self.rounded_KN[start + i], lost_BN[i]
+            weight_N, rounded_N, lost_N = self.errors_KN[start + i], self.rounded_KN[start + i], lost[i]
             place, index = self.places[start + i]
             torch.add(weight_N, shift[i], out=lost_N)
             rounded_N.copy_(lost_N)
-            rounded_N.copy_(self.grid.round(rounded_N.clone(), self.params[place], index))
+            found_N = self.grid.round(rounded_N, self.params[place], index)
+            if found_N.data_ptr() != rounded_N.data_ptr():
+                rounded_N.copy_(found_N)
             lost_N.sub_(rounded_N)
             weight_N.sub_(rounded_N)
             if i + 1 < end - start:
-                shift[i + 1 : end - start].addr_(own[i, i + 1 :], weight_N)
-        return float(lost_BN.square_().sum(1).double() @ self.pivots[start:end].double())
+                shift[i + 1 :].addr_(own[i, i + 1 :], weight_N)
 
     def result(self) -> Tensor:
         """The rounded weight (N, K), columns as they were."""
