@@ -25,7 +25,12 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-WAYS: dict[str, Any] = {"int8": BitsAndBytesConfig(load_in_8bit=True)}
+WAYS: dict[str, Any] = {
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+    "gptq": GPTQConfig(bits=4, group_size=32),
+    "gptq-asym": GPTQConfig(bits=4, group_size=64, sym=False, format="gptq_v2"),
+    "gptq-8": GPTQConfig(bits=8, group_size=-1),
+}
 IDS = torch.tensor([[5, 9, 60, 2, 33, 8, 90, 41]])
 
 
@@ -53,7 +58,7 @@ def test_quantised_saved_loaded_unpacked(folder: Path, config: Any, tmp_path: Pa
     assert len(layers) == 14 and "lm_head" not in layers
     plain = LlamaForCausalLM.from_pretrained(folder)
     change = (logits(model) - logits(plain)).abs().max()
-    assert 0 < change < 0.1 * logits(plain).abs().max()
+    assert 0 < change < 0.2 * logits(plain).abs().max()
     model.save_pretrained(tmp_path / "packed")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "packed")
     ours, theirs = model.state_dict(), again.state_dict()

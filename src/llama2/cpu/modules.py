@@ -2,8 +2,12 @@
 
 from typing import Any
 
-from llama2.cpu.codes import Int8Weight, PackableWeight
+import numpy as np
+import torch
+
+from llama2.cpu.codes import GroupWeight, Int8Weight, PackableWeight, order_of
 from llama2.errors import InputError
+from llama2.quant.gptq import GptqLinear
 from llama2.quant.int8 import LEVELS, Linear8bit
 from llama2.quant.linear import PackedLinear
 
@@ -15,4 +19,26 @@ def packable(layer: PackedLinear) -> PackableWeight:
         raise InputError("its tensors are not on the CPU; move the model with .to('cpu'), or use runner='torch'")
     if isinstance(layer, Linear8bit):
         return Int8Weight(held["weight"].numpy(), (held["SCB"] / LEVELS).numpy())
+    if isinstance(layer, GptqLinear):
+        return _groups(layer)
     raise InputError(f"{type(layer).__name__} has no native kernel; use runner='torch'")
+
+
+def _groups(layer: GptqLinear) -> GroupWeight:
+    """GPTQ's groups: 2 and 3 bits by the kernel of 4, which their codes are a part of."""
+    scales = layer.packed["scales"]
+    halves = scales.to(torch.float16)
+    if not torch.equal(halves.float(), scales.float()):
+        at = scales.float().flatten()[(halves.float() != scales.float()).flatten()][0].item()
+        raise InputError(f"a scale, {at} in {scales.dtype}, is no float16, which the kernel reads; use runner='torch'")
+    codes, zeros = layer.codes()
+    if int(zeros.max()) > 255:
+        raise InputError("a zero is 256, which does not fit the 8 bits of the kernel; use runner='torch'")
+    return GroupWeight(
+        np.ascontiguousarray(codes.to(torch.uint8).mT),
+        np.ascontiguousarray(halves.mT),
+        np.ascontiguousarray(zeros.to(torch.uint8).mT),
+        group=-1 if layer.group_size == layer.in_features else layer.group_size,
+        bits=max(4, layer.bits),
+        order=order_of(layer.packed["g_idx"].numpy(), layer.group_size),
+    )
