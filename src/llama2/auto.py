@@ -30,10 +30,7 @@ def load_config(path: str | Path, *, gguf_file: str | None = None, **overrides: 
     elif (local / "params.json").exists() and not (local / "config.json").exists():
         config = checkpoint.open(local).config  # Meta's params.json leaves sizes to the tensors
     else:
-        file = local / "config.json" if local.is_dir() else local
-        fields = checkpoint.read_json(file)
-        checkpoint.refuse_foreign(fields, file)
-        config = LlamaConfig.from_dict(fields)
+        config = LlamaConfig.from_dict(checkpoint.read_config(local / "config.json" if local.is_dir() else local))
     return override(config, overrides)
 
 

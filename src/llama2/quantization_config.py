@@ -20,6 +20,21 @@ def dtype_name(dtype: Any, what: str) -> str:
     return name
 
 
+# AWQ's files, and AutoGPTQ's of some versions, name two of the fields so.
+_SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
+_AWQ_ONLY = ("zero_point", "version")
+
+
+def completed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of AutoGPTQ's quantize_config.json as config.json would hold it, the method named.
+
+    AWQ's quant_config.json has other names for the same fields and packs otherwise; it is told by two of its own.
+    """
+    named = {_SYNONYMS.get(key, key): value for key, value in content.items()}
+    method = "awq" if any(key in named for key in _AWQ_ONLY) else "gptq"
+    return {**named, "quant_method": named.get("quant_method") or method}
+
+
 class QuantizationConfig:
     """What the methods share: JSON in both directions, and which linears are packed."""
 
@@ -91,7 +106,8 @@ class GPTQConfig(QuantizationConfig):
 
     group_size: columns of a group, -1 for whole rows. dataset: texts to calibrate with, or the name of a data set;
     tokenizer: what encodes them. They, and the settings of the solver, are needed only to quantise. format: "gptq" (v1,
-    stored zeros are one less) or "gptq_v2".
+    stored zeros are one less) or "gptq_v2"; of a new file that is not `sym` v2, in v1 readers disagree about a zero of
+    0 and GPTQModel takes none but its own.
     """
 
     quant_method: ClassVar[str] = "gptq"
@@ -116,10 +132,22 @@ class GPTQConfig(QuantizationConfig):
             raise InputError(f"group_size is {self.group_size!r}; it must be a number of columns, or -1 for whole rows")
         if not 0 < self.damp_percent < 1:
             raise InputError(f"damp_percent is {self.damp_percent!r}; it must lie between 0 and 1")
-        chosen = self.format or self.checkpoint_format or "gptq"
+        named = {name for name in (self.format, self.checkpoint_format) if name}
+        if len(named) > 1:
+            raise InputError(f"format is {self.format!r} and checkpoint_format {self.checkpoint_format!r}; give one")
+        chosen = next(iter(named), "gptq" if self.sym else "gptq_v2")
         if chosen not in ("gptq", "gptq_v2"):
             raise InputError(f"the GPTQ format is {chosen!r}; 'gptq' and 'gptq_v2' are supported, so repack the file")
         self.format = self.checkpoint_format = chosen
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """As QuantizationConfig.from_dict; takes the names and marks of older files."""
+        named = {_SYNONYMS.get(key, key): value for key, value in content.items() if value is not None}
+        if named.get("is_marlin_format"):
+            named["format"] = named["checkpoint_format"] = "marlin"
+        named["format"] = named.get("format") or named.get("checkpoint_format") or "gptq"
+        return super().from_dict(named)
 
     def to_dict(self) -> dict[str, Any]:
         """As QuantizationConfig.to_dict: without the calibration data."""

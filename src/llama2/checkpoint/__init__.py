@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import CheckpointError
+from llama2.quantization_config import completed
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "RawTensor", "Stored", "find_gguf", "open", "read_json", "refuse_foreign"]
+__all__ = ["Checkpoint", "RawTensor", "Stored", "find_gguf", "open", "read_config", "read_json"]
 
 
 class Stored(NamedTuple):
@@ -100,7 +101,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
+# Where AutoGPTQ put the settings of a quantised folder before config.json had them, in the order in which it looks.
+QUANTIZE_CONFIGS = ("quantize_config.json", "quant_config.json")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of a config.json, with the quantisation that a file of its own beside it describes.
+
+    Raises CheckpointError where it is missing, no JSON object, or of another architecture than Llama.
+    """
+    fields = read_json(file)
+    _refuse_foreign(fields, file)
+    if fields.get("quantization_config") is None:
+        for name in QUANTIZE_CONFIGS:
+            if (file.parent / name).exists():
+                return {**fields, "quantization_config": completed(read_json(file.parent / name))}
+    return fields
+
+
+def _refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
     """Raises CheckpointError where the content of a config.json is of another architecture than Llama."""
     kind, classes = fields.get("model_type"), fields.get("architectures") or []
     named = kind if kind is not None else next((c for c in classes if not str(c).startswith("Llama")), "llama")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_json, refuse_foreign
+from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_config, read_json
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError
 
@@ -121,9 +121,7 @@ class HfCheckpoint(Checkpoint):
 
     @cached_property
     def config(self) -> LlamaConfig:
-        fields = read_json(self.folder / "config.json")
-        refuse_foreign(fields, self.folder / "config.json")
-        return LlamaConfig.from_dict(fields)
+        return LlamaConfig.from_dict(read_config(self.folder / "config.json"))
 
     @property
     def generation_settings(self) -> dict[str, Any] | None:
@@ -158,7 +156,8 @@ class HfCheckpoint(Checkpoint):
 
 
 def find_files(folder: Path, use_safetensors: bool | None = None, variant: str | None = None) -> list[Path]:
-    """The first of the four places transformers looks in: a single safetensors file, its index, .bin, its index."""
+    """The first of the four places transformers looks in: a single safetensors file, its index, .bin, its index; then
+    AutoGPTQ's, gptq_model-4bit-128g.safetensors, its index, .bin."""
     infix = "" if variant is None else f".{variant}"
     names = []
     if use_safetensors is not False:
@@ -168,6 +167,15 @@ def find_files(folder: Path, use_safetensors: bool | None = None, variant: str |
     for name in names:
         if (folder / name).exists():
             return [folder / name]
+    for suffix in ("safetensors", "safetensors.index.json", "bin"):
+        found = sorted(folder.glob(f"gptq_model-*bit-*g.{suffix}"))
+        if use_safetensors is (suffix != "bin") or use_safetensors is None:
+            if len(found) > 1:
+                raise CheckpointError(
+                    f"{folder} holds {len(found)} quantised models, {', '.join(file.name for file in found)}; keep one"
+                )
+            if found:
+                return found
     there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".gguf"))
     raise CheckpointError(
         f"{folder} holds none of {', '.join(names)}; "

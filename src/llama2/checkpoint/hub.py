@@ -10,9 +10,9 @@ import huggingface_hub
 
 from llama2.errors import CheckpointError
 
-CONFIG_FILES = ("config.json", "generation_config.json", "params.json")
+CONFIG_FILES = ("config.json", "generation_config.json", "params.json", "quantize_config.json", "quant_config.json")
 SAFETENSORS_FILES = ("*.safetensors", "*.safetensors.index*.json")
-BIN_FILES = ("pytorch_model*.bin", "pytorch_model*.json")
+BIN_FILES = ("pytorch_model*.bin", "pytorch_model*.json", "gptq_model-*.bin")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import llama2.model
 from llama2.checkpoint import Checkpoint, Stored
-from llama2.checkpoint.hf import CODES
+from llama2.checkpoint.hf import CODES, HfCheckpoint
 from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
 from llama2.checkpoint.source import open_source, override, split_hub_options
 from llama2.config import LlamaConfig
@@ -102,6 +102,8 @@ def from_pretrained(
 
     with torch.device("meta"), _NoDraws():
         model = cls(settings, *model_args)
+    if config is not None and state_dict is None:
+        _take_quantization(settings, source)
     stored = settings_of(settings, settings.name_or_path)
     wanted = asked_for(quantization_config, load_in_4bit, load_in_8bit)
     if stored is not None:
@@ -225,6 +227,15 @@ def _configure(
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     return config
+
+
+def _take_quantization(config: LlamaConfig, source: Checkpoint | None) -> None:
+    """How a file is packed stands in its own configuration, whatever configuration the caller gave."""
+    if not isinstance(source, HfCheckpoint) or not (source.folder / "config.json").exists():
+        return
+    content = getattr(source.config, "quantization_config", None)
+    if content is not None and not hasattr(config, "quantization_config"):
+        config.quantization_config = content  # type: ignore[attr-defined]
 
 
 def _generation_config(source: Checkpoint | None, config: LlamaConfig) -> GenerationConfig:

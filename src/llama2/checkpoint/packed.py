@@ -56,6 +56,11 @@ def packed_parts(names: Mapping[str, Any], modules: Mapping[str, Any]) -> dict[s
     return {path: found for path, found in parts.items() if set(found) != {"weight"}}
 
 
+def is_zero(source: Any, name: str) -> bool:
+    """Whether a tensor is 0 throughout: AutoGPTQ writes such a bias for linears that have none."""
+    return not bool(source.read(name).any())
+
+
 def load_layer(
     source: Any,
     path: str,
@@ -95,6 +100,8 @@ def place(model: nn.Module, names: Mapping[str, str], weights: Any, config: Quan
         shape = (linear.out_features, linear.in_features)
         model.set_submodule(path, load_layer(weights, path, parts, shape, linear.bias, config))
         used |= set(parts.values())
+        if linear.bias is None and (stray := names.get(f"{path}.bias")) and is_zero(weights, stray):
+            used.add(stray)
     if not used:
         raise CheckpointError(
             f"the configuration says {config.quant_method}, but no linear of the file is packed; remove "
@@ -168,9 +175,17 @@ class UnpackedCheckpoint(SeenCheckpoint):
         for name, stored in self.source.tensors.items():
             path = owners.get(name)
             if path is None:
-                yield name, stored
+                if not self._needless(name):
+                    yield name, stored
             elif name == next(iter(self._parts[path].values())):
                 yield f"{path}.weight", Stored(self._shapes[path], "F32")
+
+    def _needless(self, name: str) -> bool:
+        """Whether it is the bias of a packed linear that has none, and 0."""
+        path, _, part = name.rpartition(".")
+        config = self.source.config
+        biased = config.attention_bias if ".self_attn." in name else config.mlp_bias
+        return part == "bias" and path in self._parts and not biased and is_zero(self.source, name)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         path = name.removesuffix(".weight")

@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from llama2.checkpoint import QUANTIZE_CONFIGS
 from llama2.checkpoint.hf import CODES
 from llama2.doors import door
 from llama2.errors import InputError, Llama2Error
@@ -73,6 +74,7 @@ def save_pretrained(
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype)
     model.config.save_pretrained(folder)
+    save_quantize_config(folder, getattr(model.config, "quantization_config", None))
     if model.get_output_embeddings() is not None:
         _save_generation_config(model, folder)
     with ExitStack() as stack:
@@ -230,6 +232,19 @@ def _write_bin(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
     # torch.save writes whole storages: a view of a larger one is copied first.
     plain = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     torch.save({n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in plain.items()}, file)
+
+
+def save_quantize_config(folder: Path, content: Mapping[str, Any] | None) -> None:
+    """Writes quantize_config.json, in which AutoGPTQ and GPTQModel look first, from config.json's quantization_config.
+
+    Removes one of an earlier save where the model is of another method or not quantised: it would be believed.
+    """
+    if content is not None and content.get("quant_method") == "gptq":
+        with replacing(folder / QUANTIZE_CONFIGS[0]) as file:
+            file.write((json.dumps(content, indent=2) + "\n").encode())
+        return
+    for name in QUANTIZE_CONFIGS:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _save_generation_config(model: PreTrainedModel, folder: Path) -> None:

@@ -47,7 +47,13 @@ def split_hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 _PATTERNS: dict[str, tuple[str, ...]] = {
-    "config": ("config.json", "generation_config.json", "params.json"),
+    "config": (
+        "config.json",
+        "generation_config.json",
+        "params.json",
+        "quantize_config.json",
+        "quant_config.json",
+    ),
     "tokenizer": (
         "config.json",
         "tokenizer*",

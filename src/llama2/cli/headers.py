@@ -12,6 +12,7 @@ from llama2 import checkpoint
 from llama2.auto import load_config
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.source import local_path
+from llama2.cli.packing import Packing
 from llama2.config import PRESETS, LlamaConfig
 from llama2.errors import CheckpointError, ConfigError
 from llama2.quant.blocks import NAMED, SIZES
@@ -109,13 +110,17 @@ def _folder(path: Path) -> Headers:
     if not files:
         return _opened(path, headers)
     head = 0
+    entries: dict[str, Any] = {}
     for file in files:
         headers.file_bytes += file.stat().st_size
-        for name, entry in _safetensors_header(file).items():
-            if not name.endswith(_TABLES):
-                count, (start, end) = math.prod(entry["shape"]), entry["data_offsets"]
-                headers.types.setdefault(entry["dtype"], Share()).add(count, end - start)
-                head += count if name == "lm_head.weight" else 0
+        entries |= _safetensors_header(file)
+    packing = Packing(getattr(config, "quantization_config", None), entries)
+    for name, entry in entries.items():
+        if not name.endswith(_TABLES):
+            start, end = entry["data_offsets"]
+            kind, count = packing.share(name, end - start) or (entry["dtype"], math.prod(entry["shape"]))
+            headers.types.setdefault(kind, Share()).add(count, end - start)
+            head += count if name == "lm_head.weight" else 0
     headers.duplicate_head = head if config.tie_word_embeddings else 0
     return _described(headers, folder)
 
@@ -124,9 +129,15 @@ def _safetensors(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint, by its index where it has one."""
     if path.is_file():
         return [path] if path.suffix == ".safetensors" else []
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists() or not index.exists():
-        return sorted(path.glob("model.safetensors"))
+    if not index.exists():  # then perhaps as AutoGPTQ names it
+        if alone := sorted(path.glob("gptq_model-*bit-*g.safetensors")):
+            return alone
+        index = next(path.glob("gptq_model-*bit-*g.safetensors.index.json"), index)
+    if not index.exists():
+        return []
     names = sorted({str(name) for name in (checkpoint.read_json(index).get("weight_map") or {}).values()})
     for name in names:
         if not (path / name).exists():

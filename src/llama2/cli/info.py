@@ -120,9 +120,9 @@ def _about(headers: Headers) -> dict[str, str]:
 
 
 def _tensor_table(headers: Headers) -> list[str]:
-    lines = [f"  {'type':<14}{'tensors':>8}{'weights':>18}{'bytes':>18}"]
+    lines = [f"  {'type':<18}{'tensors':>8}{'weights':>18}{'bytes':>18}"]
     for kind, share in sorted(headers.types.items(), key=lambda item: -item[1].bytes):
-        lines.append(f"  {kind:<14}{share.tensors:>8,}{share.parameters:>18,}{share.bytes:>18,}")
+        lines.append(f"  {kind:<18}{share.tensors:>8,}{share.parameters:>18,}{share.bytes:>18,}")
     return lines
 
 
