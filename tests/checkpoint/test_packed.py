@@ -30,6 +30,12 @@ WAYS: dict[str, Any] = {
     "gptq": GPTQConfig(bits=4, group_size=32),
     "gptq-asym": GPTQConfig(bits=4, group_size=64, sym=False, format="gptq_v2"),
     "gptq-8": GPTQConfig(bits=8, group_size=-1),
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "nf4 double": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "fp4 in float16": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage="float16"),
+    "fp4 double in float32": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage=torch.float32
+    ),
 }
 IDS = torch.tensor([[5, 9, 60, 2, 33, 8, 90, 41]])
 
@@ -52,18 +58,24 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bit for bit: codes that are kept as floats may look like NaN."""
+    bits = [each.reshape(-1).view(torch.uint8) for each in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
+
+
 def test_quantised_saved_loaded_unpacked(folder: Path, config: Any, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
     layers = packed_layers(model)
     assert len(layers) == 14 and "lm_head" not in layers
     plain = LlamaForCausalLM.from_pretrained(folder)
-    change = (logits(model) - logits(plain)).abs().max()
-    assert 0 < change < 0.2 * logits(plain).abs().max()
+    change = (logits(model) - logits(plain)).norm() / logits(plain).norm()
+    assert 0 < change < (0.02 if layers["model.layers.0.mlp.up_proj"].nbytes > 128 * 192 else 0.3)  # 8 bits, and 4
     model.save_pretrained(tmp_path / "packed")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "packed")
     ours, theirs = model.state_dict(), again.state_dict()
     assert list(ours) == list(theirs)
-    assert all(ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(same(ours[name], theirs[name]) for name in ours)
     assert parse(again.config.quantization_config) == config
     seen = unpacked(checkpoint.open(tmp_path / "packed"))
     for path, layer in layers.items():
@@ -105,12 +117,11 @@ def test_gradient_reaches_the_input_but_no_weight(folder: Path, config: Any) -> 
 
 def test_dtype_of_the_codes_survives_a_cast(folder: Path, config: Any) -> None:
     model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
-    before = {path: {n: (t.dtype, t.clone()) for n, t in x.packed.items()} for path, x in packed_layers(model).items()}
+    before = {path: {n: t.clone() for n, t in x.packed.items()} for path, x in packed_layers(model).items()}
     model.to(torch.bfloat16)
     for path, layer in packed_layers(model).items():
         for name, tensor in layer.packed.items():
-            dtype, old = before[path][name]
-            assert tensor.dtype == dtype and torch.equal(tensor, old)
+            assert same(tensor, before[path][name])
     assert logits(model).dtype == torch.bfloat16
 
 

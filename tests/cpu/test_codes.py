@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from cpu.test_kernels import ISAS, TOKENS, activations, as_int8, bf16_bits, native, product, relative
 
-from llama2.cpu.codes import FP4, NF4, CodebookWeight, GroupWeight, Int8Weight, PackableWeight, order_of
+from llama2.cpu.codes import CodebookWeight, GroupWeight, Int8Weight, PackableWeight, order_of
 from llama2.errors import InputError, MismatchError
+from llama2.quant.codebooks import FP4, NF4
 
 Made = tuple[PackableWeight, np.ndarray]  # the weight and numpy's own float32 values
 
@@ -17,7 +18,7 @@ Made = tuple[PackableWeight, np.ndarray]  # the weight and numpy's own float32 v
 def codebook(rng: np.random.Generator, rows: int, cols: int, block: int, table: tuple[float, ...], how: str) -> Made:
     codes = rng.integers(0, 16, (rows, cols), dtype=np.uint8)
     absmax = rng.uniform(0.0, 0.1, -(-rows * cols // block)).astype(np.float32)
-    absmax[0] = 0  # a block of zeros is legal
+    absmax[0], absmax[1] = 0, -0.01  # a block of zeros is legal, and so is what double quantisation leaves
     values = np.asarray(table, np.float32)[codes] * np.repeat(absmax, block)[: rows * cols].reshape(rows, cols)
     two = (codes.reshape(-1, 2)[:, :1] << 4 | codes.reshape(-1, 2)[:, 1:]).reshape(-1, 1)  # the files' order
     given = codes if rng.random() < 0.5 else two
@@ -160,7 +161,6 @@ def wrong(name: str) -> PackableWeight:
         "codes": lambda: CodebookWeight(np.zeros(127, u8), absmax, (4, 64)),
         "absmax": lambda: CodebookWeight(codes, absmax[:3], (4, 64)),
         "nan": lambda: CodebookWeight(codes, nan, (4, 64)),
-        "negative": lambda: CodebookWeight(codes, -absmax, (4, 64)),
         "codebook": lambda: CodebookWeight(codes, absmax, (4, 64), NF4[:15]),
         "arithmetic": lambda: CodebookWeight(codes, absmax, (4, 64), arithmetic="fp8"),  # type: ignore[arg-type]
         "dtype": lambda: CodebookWeight(codes, absmax.astype(np.float64), (4, 64)),
@@ -175,6 +175,7 @@ def wrong(name: str) -> PackableWeight:
         "int8": lambda: Int8Weight(np.zeros((4, 8), np.int8), np.ones(3, f32)),
         "int8 dtype": lambda: Int8Weight(codes, np.ones(4, f32)),  # type: ignore[arg-type]
         "int8 nan": lambda: Int8Weight(np.zeros((4, 8), np.int8), nan),
+        "int8 negative": lambda: Int8Weight(np.zeros((4, 8), np.int8), -absmax),
     }
     return made[name]()
 
@@ -185,7 +186,6 @@ MISTAKES = {
     "codes": "codes has 127 bytes",
     "absmax": "absmax has the shape",
     "nan": "absmax 2 is nan",
-    "negative": "absmax 0 is -1.0",
     "codebook": "16 finite values",
     "arithmetic": "'fp8'",
     "dtype": "absmax is float64; convert it to float32",
@@ -200,6 +200,7 @@ MISTAKES = {
     "int8": "scales has the shape",
     "int8 dtype": "values is uint8; convert it to int8",
     "int8 nan": "scale 2 is nan",
+    "int8 negative": "scale 0 is -1.0; it must be finite and 0 or more",
 }
 
 

@@ -13,21 +13,8 @@ from numpy.typing import NDArray
 
 from llama2.cpu.threads import native
 from llama2.errors import InputError, MismatchError
+from llama2.quant.codebooks import NF4
 
-# The 16 values of bitsandbytes' two 4-bit types, by code. NF4: quantiles of a normal distribution (QLoRA, appendix E);
-# FP4: sign, two bits of exponent, one of mantissa, over 12.
-NF4: tuple[float, ...] = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-)
-NF4 += (-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
-NF4 += (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-_FP4 = tuple(v / 12 for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
-FP4 = _FP4 + tuple(-v for v in _FP4)
 GPTQ_SPAN = 32  # columns that a kernel takes at once: a group is a multiple of it
 
 
@@ -37,14 +24,14 @@ class PackableWeight(Protocol):
     def pack(self, arena: Any, pool: Any) -> Any: ...
 
 
-def _finite_positive(scales: NDArray[Any], what: str, zero: str) -> None:
-    bad = ~np.isfinite(scales) | (scales < 0)
-    if not zero:
-        bad |= scales == 0
+def _finite(scales: NDArray[Any], what: str, bound: Literal["", " and 0 or more", " and above 0"] = "") -> None:
+    bad = ~np.isfinite(scales)
+    if bound:
+        bad |= (scales <= 0) if "above" in bound else (scales < 0)
     if bad.any():
         at = int(np.argmax(bad.reshape(-1)))
         raise InputError(
-            f"{what} {at} is {scales.reshape(-1)[at]}; it must be finite and {zero or 'above 0'}: "
+            f"{what} {at} is {scales.reshape(-1)[at]}; it must be finite{bound}: "
             "the file is damaged, fetch or quantise it again"
         )
 
@@ -64,9 +51,10 @@ class CodebookWeight:
     """Linear4bit of bitsandbytes: w = codebook[code] * absmax of its block, blocks running on through the rows.
 
     codes: uint8, one a byte (rows, columns), or two a byte (any shape of rows * columns / 2), the first in the high
-    nibble, as in its files. absmax: float32 (rows * columns / block,), double quantisation undone. codebook: 16 floats.
-    Columns and block are multiples of 64. arithmetic: how the fast mode multiplies, "int8" (table and activations in 8
-    bits, error 1e-2 of the product) or "bfloat16" (both in bfloat16, error 2e-3, slower: docs/native.md).
+    nibble, as in its files. absmax: float32 (rows * columns / block,), double quantisation undone (which may leave some
+    below 0). codebook: 16 floats. Columns and block are multiples of 64. arithmetic: how the fast mode multiplies,
+    "int8" (table and activations in 8 bits, error 1e-2 of the product) or "bfloat16" (both in bfloat16, error 2e-3,
+    slower: docs/native.md).
     """
 
     codes: NDArray[np.uint8]
@@ -92,7 +80,7 @@ class CodebookWeight:
                 f"{rows * cols // 2}, two codes a byte, or one a byte in exactly that shape"
             )
         _shape(self.absmax, (-(-rows * cols // self.block),), "absmax")
-        _finite_positive(self.absmax, "absmax", "0 or more")
+        _finite(self.absmax, "absmax")
         table = np.asarray(self.codebook, np.float32)
         if table.shape != (16,) or not np.isfinite(table).all():
             raise InputError(f"the codebook has the shape {table.shape}; 16 finite values are needed")
@@ -136,7 +124,7 @@ class GroupWeight:
         _dtype(self.zeros, np.uint8, "zeros")
         for array, what in ((self.scales, "scales"), (self.zeros, "zeros")):
             _shape(array, (rows, -(-cols // self.width)), what)
-        _finite_positive(self.scales, "scale", "")
+        _finite(self.scales, "scale", " and above 0")
         top = int(self.codes.max())
         if top >= 1 << self.bits:
             raise InputError(
@@ -187,7 +175,7 @@ class Int8Weight:
         _dtype(self.values, np.int8, "values")
         _dtype(self.scales, np.float32, "scales")
         _shape(self.scales, (self.values.shape[0],), "scales")
-        _finite_positive(self.scales, "scale", "0 or more")
+        _finite(self.scales, "scale", " and 0 or more")
 
     def pack(self, arena: Any, pool: Any) -> Any:
         values, scales = np.ascontiguousarray(self.values).reshape(-1), np.ascontiguousarray(self.scales)

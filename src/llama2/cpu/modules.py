@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama2.cpu.codes import GroupWeight, Int8Weight, PackableWeight, order_of
+from llama2.cpu.codes import CodebookWeight, GroupWeight, Int8Weight, PackableWeight, order_of
 from llama2.errors import InputError
 from llama2.quant.gptq import GptqLinear
 from llama2.quant.int8 import LEVELS, Linear8bit
 from llama2.quant.linear import PackedLinear
+from llama2.quant.nf4 import TABLES, Linear4bit
 
 
 def packable(layer: PackedLinear) -> PackableWeight:
@@ -21,6 +22,9 @@ def packable(layer: PackedLinear) -> PackableWeight:
         return Int8Weight(held["weight"].numpy(), (held["SCB"] / LEVELS).numpy())
     if isinstance(layer, GptqLinear):
         return _groups(layer)
+    if isinstance(layer, Linear4bit):
+        shape, state = (layer.out_features, layer.in_features), layer.state
+        return CodebookWeight(layer.codes.numpy(), layer.absmax.numpy(), shape, TABLES[state.kind], state.block)
     raise InputError(f"{type(layer).__name__} has no native kernel; use runner='torch'")
 
 

@@ -2,6 +2,11 @@
 
 w = weight * SCB / 127, as bitsandbytes' files hold it: "weight" int8 (out, in), "SCB" float32 (out,), and a number for
 the order of the weight, 0 for rows.
+
+bitsandbytes also rounds the activations to 8 bits, row by row, and so has to take columns of x with a magnitude of
+llm_int8_threshold (6.0) or more out of that product and multiply them in floating point. Here x is never rounded: W is
+unpacked and the product is that of x, outliers and all, so the threshold has nothing to decide. The native engine's
+fast mode rounds x in spans of 32 columns, which keeps an outlier from its neighbours in other spans (docs/native.md).
 """
 
 from collections.abc import Mapping
@@ -10,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from llama2.errors import CheckpointError
+from llama2.errors import CheckpointError, InputError
 from llama2.quant.linear import PackedLinear
 
 LEVELS = 127
@@ -42,15 +47,24 @@ class Linear8bit(PackedLinear):
 
     @classmethod
     def quantize(cls, weight: Tensor, bias: nn.Parameter | None, config: Any) -> Self:
-        """As PackedLinear.quantize: each row by its largest magnitude, to the nearest of 255 values."""
-        rows = weight.detach().float()
+        """As PackedLinear.quantize: each row by its largest magnitude, to the nearest of 255 values.
+
+        The weight goes through float16, as in bitsandbytes, so that the bytes are the same. Raises InputError for one
+        that is not finite there.
+        """
+        rows = weight.detach().to(torch.float16).float()
         peaks = rows.abs().amax(1)
+        if not bool(peaks.isfinite().all()):
+            raise InputError(
+                "the weight holds NaN, inf or magnitudes above 65504 and cannot be quantised to int8; "
+                "check the checkpoint it comes from"
+            )
         scale = torch.where(peaks > 0, LEVELS / peaks, 0.0)
         codes = (rows * scale[:, None]).round().to(torch.int8)
         order = torch.zeros((), dtype=torch.uint8, device=codes.device)
         return cls(tuple(weight.shape), {"weight": codes, "SCB": peaks, "weight_format": order}, bias)  # type: ignore[arg-type]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """As PackedLinear.dequantize."""
+        """As PackedLinear.dequantize, rounded as in bitsandbytes: times SCB, then times the float32 next to 1/127."""
         held = self.packed
-        return (held["weight"] * (held["SCB"] / LEVELS)[:, None]).to(dtype)
+        return (held["weight"] * held["SCB"][:, None]).mul_(1 / LEVELS).to(dtype)

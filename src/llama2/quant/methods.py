@@ -4,13 +4,14 @@ from llama2.errors import InputError
 from llama2.quant.gptq import GptqLinear
 from llama2.quant.int8 import Linear8bit
 from llama2.quant.linear import PackedLinear
+from llama2.quant.nf4 import Linear4bit
 from llama2.quantization_config import BitsAndBytesConfig, GPTQConfig, QuantizationConfig
 
 
 def layer_class(config: QuantizationConfig) -> type[PackedLinear]:
     """The layer of a checkpoint with this configuration."""
-    if isinstance(config, BitsAndBytesConfig) and config.load_in_8bit:
-        return Linear8bit
+    if isinstance(config, BitsAndBytesConfig):
+        return Linear8bit if config.load_in_8bit else Linear4bit
     if isinstance(config, GPTQConfig):
         return GptqLinear
     raise InputError(f"{config.quant_method} has no packed layer here")
