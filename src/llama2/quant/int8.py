@@ -38,6 +38,8 @@ class Linear8bit(PackedLinear):
         if stray := sorted(set(tensors) - {*wanted, "weight_format"}):
             raise CheckpointError(f"{stray[0]} is no part of int8 rows ({', '.join(wanted)}); quantise the model again")
         order = tensors.get("weight_format")
+        if order is not None and order.numel() != 1:
+            raise CheckpointError(f"weight_format has {order.numel()} values; one is needed: save the model again")
         if order is not None and int(order) != 0:
             raise CheckpointError(f"weight_format is {int(order)}; only 0, rows, is supported: save the model again")
         if not bool((tensors["SCB"].isfinite() & (tensors["SCB"] >= 0)).all()):

@@ -134,6 +134,9 @@ class Linear4bit(PackedLinear):
         return f"{super().extra_repr()}, {self.state.kind}, block={self.state.block}{double}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        key = _STATE + self.state.kind
+        if prefix + key in state_dict:  # its length is that of the numbers in it
+            self._buffers[key] = torch.empty_like(state_dict[prefix + key], device=self.codes.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.state = _State.read(self.packed, (self.out_features, self.in_features))
 
