@@ -101,10 +101,11 @@ class Search:
         sampler = self.request.sampler
         if sampler.do_sample:
             # Sampling without replacement: the largest p / Exp(1). Tokens of probability 0 come last, not at all an
-            # error: they carry their score of -inf.
+            # error: they carry their score of -inf. Best first as without sampling, for only the first K may end.
             p = total.softmax(-1)
-            places = (p / sampler.exponential(p)).topk(self.candidates).indices
-            scores = total.gather(1, places)
+            drawn = (p / sampler.exponential(p)).topk(self.candidates).indices
+            scores, order = total.gather(1, drawn).sort(dim=-1, descending=True)
+            places = drawn.gather(1, order)
         else:
             scores, places = total.topk(self.candidates)
         chosen = self.running.take(places // vocabulary, scores)

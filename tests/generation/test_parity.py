@@ -13,6 +13,7 @@ from llama2.generate import compute_transition_scores
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 transformers = pytest.importorskip("transformers")
+SORTED_DRAWS = tuple(int(n) for n in transformers.__version__.split(".")[:2]) >= (5, 24)
 PAD, EOS = 2, 5  # not 0: transformers 5.23 pads finished beams with the end id then
 
 
@@ -91,6 +92,8 @@ def test_same_tokens(models: tuple[LlamaForCausalLM, Any], name: str, padded: bo
     if padded and name in ("ngram", "unigram", "encoder_ngram", "encoder_repetition", "beams_ngram"):
         pytest.skip("transformers takes padding for text there, so a row alone differs from the row in a batch")
     inputs = left_padded() if padded else {"input_ids": tiny_ids(1, 9)}
+    if name == "sampled_beams" and not SORTED_DRAWS:
+        pytest.skip("transformers before 5.24 leaves drawn candidates in the order of the draw")
     mine, theirs = models
     extra = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     torch.manual_seed(3)
