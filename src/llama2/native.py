@@ -53,17 +53,18 @@ class NativeCache:
         """Context columns there is room for."""
         return self._real.shape[1]
 
-    def append(self, real_BT: np.ndarray) -> cpu.CacheView:
-        """Room for the tokens marked True of the rows that have any; counts the columns."""
-        end = self.columns + real_BT.shape[1]
+    def append(self, new: int, real_BT: np.ndarray | None = None) -> cpu.CacheView:
+        """Room for `new` tokens of every row, or for those marked True (B, new) of the rows that have any; counts the
+        columns."""
+        end = self.columns + new
         if end > self.get_max_cache_shape():
             raise InputError(
                 f"column {end - 1} does not fit a native cache of {self.get_max_cache_shape()}; "
                 "start with a new cache, or ask for fewer new tokens"
             )
-        counts = real_BT.sum(1)
-        view = self._pages.view((s, int(n)) for s, n in zip(self.sequences, counts, strict=True) if n)
-        self._real[:, self.columns : end] = real_BT
+        counts = [new] * self.rows if real_BT is None else real_BT.sum(1).tolist()
+        view = self._pages.view([(s, n) for s, n in zip(self.sequences, counts, strict=True) if n])
+        self._real[:, self.columns : end] = True if real_BT is None else real_BT
         self.columns = end
         return view
 
@@ -114,31 +115,48 @@ class NativeRunner:
         rows, new = tokens.shape
         if cache is None:
             cache = self.new_cache(None, rows, new)
-        held = cache.columns
         if cache.rows != rows:
             raise InputError(f"the native cache holds {cache.rows} rows but the step has {rows}; use a new cache")
-        ids = tokens.numpy()
-        places = np.broadcast_to(positions.numpy(), ids.shape)
-        real = np.ones(ids.shape, bool) if mask_BS is None else mask_BS[:, -new:].numpy() != 0
-        asked = np.zeros(ids.shape, bool)
-        asked[:, new - min(keep, new) :] = True
-        logits = torch.zeros((rows, min(keep, new), self.weights.config.vocab_size))
+        ids, places, kept = tokens.numpy(), positions.numpy(), min(keep, new)
+        if len(places) != rows:
+            places = np.broadcast_to(places, ids.shape)
+        if mask_BS is None:
+            # As many tokens in every row: what is asked for are the ends of equal stretches.
+            wanted = None if kept == 1 else np.arange(rows * new).reshape(rows, new)[:, new - kept :].ravel()
+            found = self._run(ids.ravel(), places.ravel(), wanted, cache, new)
+            return torch.from_numpy(found).view(rows, kept, -1)
+        real = mask_BS[:, -new:].numpy() != 0
+        logits = torch.zeros((rows, kept, self.weights.config.vocab_size))
         if not real.any():
             cache.columns += new
             return logits
-        wanted = np.flatnonzero(asked[real])
-        try:
-            view = cache.append(real)
-            chosen = None if self.adapter is None else [self.adapter] * len(view.past)
-            found = self._engine.step(ids[real], places[real], view, wanted, chosen)
-        except BaseException:
-            cache.columns = held  # the engine has left the sequences as they were
-            raise
-        target = torch.from_numpy(asked & real)[:, new - logits.shape[1] :]
+        asked = np.zeros(ids.shape, bool)
+        asked[:, new - kept :] = True
+        found = self._run(ids[real], places[real], np.flatnonzero(asked[real]), cache, new, real)
+        target = torch.from_numpy(asked & real)[:, new - kept :]
         if bool(target.all()):
             return torch.from_numpy(found).view_as(logits)
         logits[target] = torch.from_numpy(found)
         return logits
+
+    def _run(
+        self,
+        ids: np.ndarray,
+        places: np.ndarray,
+        wanted: np.ndarray | None,
+        cache: NativeCache,
+        new: int,
+        real_BT: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Logits (len(wanted), V) of a packed step; the cache is as before where it fails."""
+        held = cache.columns
+        try:
+            view = cache.append(new, real_BT)
+            chosen = None if self.adapter is None else [self.adapter] * len(view.past)
+            return self._engine.step(ids, places, view, wanted, chosen)
+        except BaseException:
+            cache.columns = held  # the engine has left the sequences as they were
+            raise
 
 
 class NativeModel:

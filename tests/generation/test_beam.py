@@ -114,7 +114,7 @@ def test_early_stopping_true_stops_earlier_than_never() -> None:
 
 
 def test_sampled_beams_follow_the_distribution() -> None:
-    # One step: a draw of 2 * K = 4 of 5 tokens without replacement; the first is plainly distributed.
+    # One step: 2 * K = 4 of 5 tokens are drawn without replacement, and the likelier 2 of them are the result.
     p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
     model, counts = TableModel(p.log().expand(5, 5)), torch.zeros(5)
     out = generate(
@@ -127,11 +127,16 @@ def test_sampled_beams_follow_the_distribution() -> None:
         max_new_tokens=1,
         seed=0,
     )
-    # Of two sequences drawn without replacement: P(token among them) for 0 is .4 + sum_j p_j .4 / (1 - p_j)
     for token in out[:, 1]:
         counts[token] += 1
-    included = p + torch.stack([sum(p[j] * p[i] / (1 - p[j]) for j in range(5) if j != i) for i in range(5)])  # type: ignore[arg-type]
-    error = (counts / 4000 - included).abs() / (included * (1 - included) / 4000).sqrt()
+    included = torch.zeros(5)
+    for drawn in itertools.permutations(range(5), 4):
+        left, chance = 1.0, 1.0
+        for i in drawn:
+            chance, left = chance * float(p[i]) / left, left - float(p[i])
+        included[sorted(drawn)[:2]] += chance
+    assert not counts[3:].any() and not included[3:].any()  # never among the likelier two
+    error = (counts / 4000 - included)[:3].abs() / (included * (1 - included) / 4000)[:3].sqrt()
     assert float(error.max()) < 4
 
 
