@@ -17,6 +17,7 @@
 #include "kernels.h"
 #include "pack.h"
 #include "pool.h"
+#include "shortlist.h"
 #include "step.h"
 
 namespace nb = nanobind;
@@ -560,6 +561,21 @@ double peak(Pool& pool, const std::string& isa_name, int kind, int64_t iteration
   return timed(pool, [&](int) { return k->peak(kind, iterations); });
 }
 
+// For each row (ids, probabilities), or None where shortlist() has no answer.
+nb::list shortlists(In2 scores, float temperature, int64_t top_k, double top_p, int64_t keep) {
+  require(temperature > 0 && top_k > 0 && top_p >= 0 && top_p <= 1 && keep > 0, "temperature, top_k and keep are positive, top_p is in [0, 1]");
+  nb::list rows;
+  std::vector<int32_t> ids;
+  std::vector<double> p;
+  for (size_t row = 0; row < scores.shape(0); ++row) {
+    int64_t vocabulary = static_cast<int64_t>(scores.shape(1));
+    bool sure = vocabulary > 0 && shortlist(scores.data() + row * vocabulary, vocabulary, {temperature, top_k, top_p, keep}, ids, p);
+    if (sure) rows.append(nb::make_tuple(ids, p));
+    else rows.append(nb::none());
+  }
+  return rows;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -611,6 +627,8 @@ NB_MODULE(_native, m) {
   m.def("view", &view, nb::arg("array"), nb::arg("bfloat16"));
   m.def("matmul_each", &matmul);
   m.def("matmul", &matmul_one, nb::arg("pool"), nb::arg("isa"), nb::arg("w"), nb::arg("x"), nb::arg("out"), nb::arg("exact"), nb::arg("repeat") = 1);
+  m.def("shortlists", &shortlists);
+  m.def("shortlist_margin", &shortlist_margin);
   m.def("attend", &attend);
   m.def("dequantize", &dequantize);
   m.def("read_bandwidth", &read_bandwidth);

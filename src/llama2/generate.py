@@ -16,6 +16,7 @@ from torch import Tensor
 from llama2.beam import beam_search
 from llama2.errors import InputError
 from llama2.generation_config import GenerationConfig
+from llama2.processors import LogitsProcessorList
 from llama2.request import (
     Call,
     GenerateBeamDecoderOnlyOutput,
@@ -26,6 +27,7 @@ from llama2.request import (
 )
 from llama2.rope import promoted
 from llama2.runner import Runner, invalid_logits
+from llama2.shortlist import Shortlist, split
 from llama2.speculative import PromptLookup, drafting_model, speculate
 from llama2.streamers import BaseStreamer
 
@@ -50,21 +52,16 @@ def decode(request: Request) -> Iterator[Step]:
     ids, pad, ends = request.ids, request.pad, frozenset(request.eos.tolist())
     alive = [True] * len(ids)
     length = request.width
+    pick = _picker(request)
     logits_BV = request.prefill()
     while True:
-        raw_BV = logits_BV.to(promoted(logits_BV.dtype))
-        scores_BV = request.processors(ids[:, :length], raw_BV)
-        tokens_B, peak_B = request.sampler(scores_BV)
-        tokens = tokens_B.tolist()
-        bad = [on and not math.isfinite(peak) for on, peak in zip(alive, peak_B.tolist(), strict=True)]
-        if any(bad):
-            raise invalid_logits(raw_BV, scores_BV, torch.tensor(bad, device=ids.device), length - request.width + 1)
+        with request.alone:
+            tokens_B, tokens = pick(logits_BV, ids[:, :length], alive)
         if not all(alive):
             tokens = [token if on else pad for token, on in zip(tokens, alive, strict=True)]
             tokens_B = torch.tensor(tokens, device=ids.device)
         ids[:, length] = tokens_B
         length += 1
-        request.record.add(request.runner, raw_BV, scores_BV)
         alive = [on and token not in ends for on, token in zip(alive, tokens, strict=True)]
         if request.criteria:
             kept = None if request.record.scores is None else tuple(request.record.scores)
@@ -75,6 +72,34 @@ def decode(request: Request) -> Iterator[Step]:
         if last:
             return
         logits_BV = request.advance(length)
+
+
+def _picker(request: Request) -> Callable[[Tensor, Tensor, list[bool]], tuple[Tensor, list[int]]]:
+    """What picks a token of each row, as a tensor and as ints, from logits (B, V) behind ids (B, S)."""
+    whole: tuple[LogitsProcessorList, LogitsProcessorList, Shortlist | None]
+    whole = request.processors, LogitsProcessorList(), None
+    before, filters, shortlist = (
+        whole if request.record.scores is not None else split(request.processors, request.sampler)
+    )
+
+    def pick(logits_BV: Tensor, ids_BS: Tensor, alive: list[bool]) -> tuple[Tensor, list[int]]:
+        raw_BV = logits_BV.to(promoted(logits_BV.dtype))
+        scores_BV = before(ids_BS, raw_BV)
+        tokens = None if shortlist is None else shortlist(scores_BV)
+        if tokens is not None:
+            tokens_B = torch.tensor(tokens)
+        else:
+            scores_BV = filters(ids_BS, scores_BV)
+            tokens_B, peak_B = request.sampler(scores_BV)
+            tokens = tokens_B.tolist()
+            bad = [on and not math.isfinite(peak) for on, peak in zip(alive, peak_B.tolist(), strict=True)]
+            if any(bad):
+                rows, step = torch.tensor(bad, device=ids_BS.device), ids_BS.shape[1] - request.width + 1
+                raise invalid_logits(raw_BV, scores_BV, rows, step)
+        request.record.add(request.runner, raw_BV, scores_BV)
+        return tokens_B, tokens
+
+    return pick
 
 
 def stream(

@@ -6,16 +6,18 @@ The buffers are made once. A decoding step then only takes views of them.
 import difflib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llama2 import cpu
 from llama2.cache import DynamicCache
 from llama2.errors import InputError
 from llama2.generation_config import DEFAULTS, GenerationConfig
-from llama2.native import NATIVE_CACHES, NativeCache, NativeModel, row_count
+from llama2.native import NATIVE_CACHES, NativeCache, NativeModel, NativeRunner, row_count
 from llama2.outputs import ModelOutput
 from llama2.processors import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from llama2.runner import Runner, TorchRunner, make_runner
@@ -116,6 +118,7 @@ class Request:
     criteria: StoppingCriteriaList
     sampler: Sampler
     record: Record = field(default_factory=Record)
+    alone: AbstractContextManager[None] = field(default_factory=nullcontext)  # around torch's work between steps
 
     @property
     def max_length(self) -> int:
@@ -381,6 +384,12 @@ def _guidance(model: Any, call: Call, config: GenerationConfig) -> Any:
     return UnbatchedClassifierFreeGuidanceLogitsProcessor(scale, model, ids, mask, config.value("use_cache"))
 
 
+def _alone(call: Call, runner: Runner) -> AbstractContextManager[None]:
+    """torch without threads where the engine has its own, unless the caller's code may need them."""
+    theirs = call.logits_processor or call.stopping_criteria or call.prefix_allowed_tokens_fn
+    return cpu.OneOpenMpThread() if isinstance(runner, NativeRunner) and not theirs else nullcontext()
+
+
 def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
     """Checks a call against the model and lays out its buffers. Raises InputError."""
     prompt = _prompt(model, call, config)
@@ -435,4 +444,5 @@ def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
         criteria=_criteria(call, config),
         sampler=Sampler(config.value("do_sample"), call.generator, seeds),
         record=Record.of(config),
+        alone=_alone(call, runner),
     )

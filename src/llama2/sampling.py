@@ -7,8 +7,11 @@ Everything runs in promote(logits.dtype, float32). B rows, V vocabulary.
 
 import math
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,8 @@ from llama2 import processors as pr
 from llama2.errors import InputError
 from llama2.generation_config import GenerationConfig, as_list
 from llama2.processors import LogitsProcessor, LogitsProcessorList
+
+Shortlisted = tuple[list[int], list[float]]  # ids of the tokens that are left of a row, and their probabilities
 
 __all__ = ["LogitsProcessor", "LogitsProcessorList", "Sampler", "build_processors"]
 
@@ -330,6 +335,7 @@ class Sampler:
         self.do_sample, self.generator = do_sample, generator
         self._rows = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         self._ahead: list[Tensor] = []
+        self._noise: Tensor | None = None  # of a draw that `among` began and left to `draw`
 
     def __call__(self, scores_BV: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B,) and the largest score of each row (B,), which is not finite where no token could be picked."""
@@ -342,6 +348,11 @@ class Sampler:
         """One token a row from probabilities; rows whose peak is not finite get an arbitrary one."""
         if peak_B is not None:
             p_BV = torch.where(peak_B.isfinite()[:, None], p_BV, 1.0)
+        if self._noise is not None:  # what it does not reach has probability 0
+            noise_BV, begun = torch.ones_like(p_BV), self._noise
+            noise_BV.view(-1)[: len(begun)] = begun
+            self._noise = None
+            return (p_BV / noise_BV).argmax(-1)
         if self._rows is None:
             return torch.multinomial(p_BV, 1, generator=self.generator).squeeze(1)
         # Inverse of the cumulative distribution in float64. A token of probability 0 has an empty interval, and the
@@ -351,6 +362,32 @@ class Sampler:
         target = self.uniform().to(p_BV.device)[:, None] * total
         target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+    def among(self, rows: Sequence[Shortlisted], vocabulary: int, margin: float) -> list[int] | None:
+        """As `draw`, a token a row, from ids in ascending order with their probabilities.
+
+        None where probabilities `margin` away could give another: the next `draw` then uses the same random numbers.
+        """
+        if self._rows is not None:
+            uniform = self.uniform()
+            found = [_inverse(*row, u, margin) for row, u in zip(rows, uniform.tolist(), strict=True)]
+            if None in found:
+                self._ahead.append(uniform)
+        else:
+            noise = self._first_noise((len(rows) - 1) * vocabulary + rows[-1][0][-1] + 1, len(rows) * vocabulary)
+            values = noise.numpy()
+            found = [
+                _race(ids, p, values[i * vocabulary + np.array(ids)].tolist(), margin)
+                for i, (ids, p) in enumerate(rows)
+            ]
+            if None in found:
+                self._noise = noise
+        return None if None in found else [token for token in found if token is not None]
+
+    def _first_noise(self, count: int, total: int) -> Tensor:
+        """The first `count`, or more, of the `total` Exp(1) numbers that torch.multinomial would draw."""
+        count = min(total, max(count, 64)) if _noise_can_end() else total
+        return torch.empty(count).exponential_(generator=self.generator)
 
     def exponential(self, like_BV: Tensor) -> Tensor:
         """Draws of Exp(1) in the shape of `like_BV`, each row from its own generator where there are seeds."""
@@ -368,6 +405,34 @@ class Sampler:
             block = torch.stack([torch.rand(self._BLOCK, dtype=torch.float64, generator=g) for g in self._rows])
             self._ahead = list(block.unbind(1)[::-1])
         return self._ahead.pop()
+
+
+@cache
+def _noise_can_end() -> bool:
+    """Whether torch draws exponential numbers such that fewer of them are a beginning of more, at the same cost in the
+    generator's state: so with MKL, where numbers that nobody looks at need not be drawn."""
+    long, short = (torch.Generator().manual_seed(0) for _ in range(2))
+    whole, part = torch.empty(5000).exponential_(generator=long), torch.empty(64).exponential_(generator=short)
+    return torch.equal(whole[:64], part) and torch.equal(long.get_state(), short.get_state())
+
+
+def _inverse(ids: list[int], p: list[float], u: float, margin: float) -> int | None:
+    """The token whose stretch of the cumulative distribution holds u in [0, 1), None within `margin` of its ends."""
+    ends = list(accumulate(p))
+    at = min(bisect_right(ends, u), len(ids) - 1)
+    above = at == 0 or u - ends[at - 1] > margin
+    below = at == len(ids) - 1 or ends[at] - u > margin
+    return ids[at] if above and below else None
+
+
+def _race(ids: list[int], p: list[float], noise: list[float], margin: float) -> int | None:
+    """The token of the largest p / noise, None where another is as good but for `margin`."""
+    if min(noise) <= 0:
+        return None
+    times = [share / wait for share, wait in zip(p, noise, strict=True)]
+    best = max(times)
+    near = [i for i, ratio in enumerate(times) if ratio > best * (1 - 2 * margin)]
+    return ids[near[0]] if len(near) == 1 else None
 
 
 def row_seeds(seed: int | Sequence[int] | None, prompts: int, returned: int) -> list[int] | None:

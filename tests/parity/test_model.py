@@ -71,7 +71,7 @@ def test_forward_outputs() -> None:
         assert (ours(ids, labels=labels, num_items_in_batch=5).loss
                 - theirs(ids, labels=labels, num_items_in_batch=5).loss).abs() < FLOAT32  # fmt: skip
     # 5.24 calls the field `cache` and still reads it as past_key_values.
-    assert list(one.keys()) == ["past_key_values" if name == "cache" else name for name in other.keys()]
+    assert list(one.keys()) == ["past_key_values" if name == "cache" else name for name in list(other.keys())]
     assert one.past_key_values.get_seq_length() == other.past_key_values.get_seq_length() == 9
     assert (one.loss - other.loss).abs() < FLOAT32
     real = mask.bool()

@@ -16,7 +16,8 @@ from llama2.cpu.packed import PackedFile
 from llama2.cpu.packed import find as find_packed
 from llama2.cpu.packed import write as write_packed
 from llama2.cpu.runner import CpuRunner
-from llama2.cpu.threads import available, default_threads, instruction_sets
+from llama2.cpu.shortlist import shortlist_margin, shortlists
+from llama2.cpu.threads import OneOpenMpThread, available, default_threads, instruction_sets
 from llama2.cpu.weights import CpuWeights
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "CpuRunner",
     "CpuWeights",
     "KvDtype",
+    "OneOpenMpThread",
     "PackedFile",
     "PagedCache",
     "Sequence",
@@ -33,5 +35,7 @@ __all__ = [
     "default_threads",
     "find_packed",
     "instruction_sets",
+    "shortlist_margin",
+    "shortlists",
     "write_packed",
 ]

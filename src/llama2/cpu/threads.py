@@ -1,5 +1,6 @@
 """The compiled module and the threads it may use."""
 
+import ctypes
 import importlib
 import os
 from functools import cache
@@ -59,6 +60,35 @@ def _processors() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+class OneOpenMpThread:
+    """A scope in which the calling thread's OpenMP, torch's, starts no team; without one in this process, nothing.
+
+    A team waits for work by spinning. Two teams on the same processors, ours and OpenMP's, take them from each other:
+    an operation of 50 us on 49,152 logits then costs milliseconds. Not torch.set_num_threads: that also counts for
+    threads that use torch for the first time while it holds.
+    """
+
+    def __enter__(self) -> None:
+        get, put = _openmp()
+        self._before = get() if get else 1
+        if self._before > 1:
+            put(1)
+
+    def __exit__(self, *error: object) -> None:
+        if self._before > 1:
+            _openmp()[1](self._before)
+
+
+@cache
+def _openmp() -> tuple[Any, Any]:
+    """OpenMP's own omp_get_max_threads and omp_set_num_threads, found where torch has loaded them for all."""
+    try:
+        loaded = ctypes.PyDLL(None)
+        return loaded.omp_get_max_threads, loaded.omp_set_num_threads
+    except (AttributeError, OSError, TypeError):  # no such functions; Windows has no library of everything
+        return None, None
 
 
 def default_threads() -> int:
