@@ -44,7 +44,7 @@ def test_hand_worked_block() -> None:
     ("kind", "bound"),
     [
         ("Q8_0", 0.006), ("Q4_0", 0.095), ("Q4_1", 0.085), ("Q5_0", 0.047), ("Q5_1", 0.042),
-        ("Q4_K", 0.077), ("Q5_K", 0.040), ("Q6_K", 0.020),
+        ("Q4_K", 0.077), ("Q5_K", 0.040), ("Q6_K", 0.020), ("Q3_K", 0.19), ("Q2_K", 0.33),
     ],
 )  # fmt: skip
 def test_relative_error(kind: str, bound: float) -> None:
@@ -81,8 +81,10 @@ def test_refusals() -> None:
         quantize(torch.ones(2, 48), "Q4_0")
     with pytest.raises(InputError, match="NaN or infinity"):
         quantize(torch.full((1, 32), torch.nan), "Q8_0")
-    with pytest.raises(InputError, match="nothing here writes Q2_K"):
-        quantize(torch.ones(1, 256), "Q2_K")
+    with pytest.raises(InputError, match=r"importance has shape \(31,\), but the weights have 32 columns"):
+        quantize(torch.ones(1, 32), "Q4_0", torch.ones(31))
+    with pytest.raises(InputError, match="importance holds NaN, infinity or a negative number"):
+        quantize(torch.ones(1, 32), "Q4_0", -torch.ones(32))
 
 
 @pytest.mark.parity

@@ -1,8 +1,9 @@
-"""Weights -> GGUF blocks, the inverse of `quant.ggml`: the quantisers of llama.cpp (ggml-quants.c) in torch.
+"""Weights -> GGUF blocks, the inverse of `quant.ggml`.
 
-Each encoder takes float32 blocks (N, weights) and returns packed bytes (N, bytes). The five plain types give the bits
-of gguf.quants.quantize; the K types choose their scales by `ggml_search`, with a smaller error than ggml's.
-Naming inside: N blocks, d scale, m minimum, q codes.
+Without importance the five plain types give the bits of gguf.quants.quantize and of ggml, and the K types choose their
+scales by `ggml_search`, weighted as ggml does without an importance matrix. With it every type minimises the sum of
+importance[column] * (weight - stored)^2.
+Naming inside: N blocks, d scale, m minimum, q codes, w importance.
 """
 
 from collections.abc import Callable
@@ -12,151 +13,123 @@ from torch import Tensor
 
 from llama2.errors import InputError
 from llama2.quant.ggml import BlockType, block_type
-from llama2.quant.ggml_search import Groups, by_block, fit_affine, fit_symmetric
+from llama2.quant.ggml_pack import LAYOUTS, Fit, Layout, layout_of, pack
+from llama2.quant.ggml_search import Groups, by_block, fit
 
 _CHUNK = 1 << 19  # weights encoded in one go; the searches hold a dozen copies of them in float32
+# No column counts for less than this part of the mean: the calibration text is a sample.
+_LEAST_IMPORTANCE = 1e-4
+
+ENCODERS = tuple(LAYOUTS)
+# How a group's values are spread in the attempts of the search (`ggml_search.fit`).
+_K_TRIALS: dict[str, tuple[float, ...]] = {
+    "Q2_K": (3.0, 2.2, 2.5, 2.8, 3.2, 3.5, 3.8),
+    "Q3_K": (-4.0, -4.6, -4.3, -3.7, -3.4, 3.0, 3.4),
+    "Q4_K": (15.0, 14.0, 14.3, 14.6, 14.9, 15.2, 15.5, 15.8),
+    "Q5_K": (31.0, 30.5, 30.8, 31.1, 31.4, 31.7, 32.0),
+    "Q6_K": (-32.0, -31.1, -31.4, -31.7, -32.3, -32.6, -32.9),
+}
+TRIALS: dict[str, tuple[float, ...]] = _K_TRIALS | {
+    "Q8_0": (-127.0, -126.4, -126.7, -127.3, -127.6, -128.0),
+    "Q4_0": (-8.0, -8.9, -8.6, -8.3, -7.7, -7.4, -7.1, 7.0, 7.4, 7.8, 8.2),
+    "Q5_0": (-16.0, -16.8, -16.5, -16.2, -15.8, -15.5, -15.2, 15.0, 15.5, 16.0),
+    "Q4_1": (15.0, 14.0, 14.3, 14.6, 14.9, 15.2, 15.5, 15.8),
+    "Q5_1": (31.0, 30.2, 30.5, 30.8, 31.1, 31.4, 31.7, 32.0),
+}
 
 
-def quantize(weights: Tensor, kind: str | BlockType) -> Tensor:
+def quantize(weights: Tensor, kind: str | BlockType, importance: Tensor | None = None) -> Tensor:
     """Packed rows (..., row_bytes) of uint8 from weights (..., columns).
 
-    Raises InputError for a type without an encoder or weights that are not finite, CheckpointError where blocks would
-    straddle rows.
+    importance (columns,): what the square of an error in that column counts for, such as the mean square of the input
+    that multiplies it. Raises InputError for a type without an encoder, weights that are not finite or an importance
+    of another shape, negative or not finite; CheckpointError where blocks would straddle rows.
     """
     block = kind if isinstance(kind, BlockType) else block_type(kind)
     row_bytes = block.row_bytes(weights.shape[-1])
     if block.dense is not None:
         return weights.to(block.dense).contiguous().view(torch.uint8)
-    if block.name not in ENCODERS:
-        raise InputError(f"nothing here writes {block.name}; the types are F32, F16, BF16, {', '.join(ENCODERS)}")
-    blocks = weights.reshape(-1, block.weights)
-    out = torch.empty(len(blocks), block.bytes, dtype=torch.uint8)
-    step = max(1, _CHUNK // block.weights)
-    for start in range(0, len(blocks), step):
-        part = blocks[start : start + step].float()
-        if not part.isfinite().all():
+    layout = layout_of(block.name)
+    per_column = None if importance is None else usable(importance, weights.shape[-1])
+    rows = weights.reshape(-1, weights.shape[-1])
+    out = torch.empty(len(rows), row_bytes, dtype=torch.uint8)
+    step = max(1, _CHUNK // rows.shape[1])
+    for start in range(0, len(rows), step):
+        x = rows[start : start + step].float()
+        if not x.isfinite().all():
             raise InputError(f"the weights hold NaN or infinity, which {block.name} cannot; check the checkpoint")
-        out[start : start + step] = ENCODERS[block.name](part)
+        w = None if per_column is None else per_column.expand(len(x), -1).reshape(-1, block.weights)
+        out[start : start + step] = _encode(block, layout, x.reshape(-1, block.weights), w).view(len(x), row_bytes)
     return out.view(*weights.shape[:-1], row_bytes)
+
+
+def usable(importance: Tensor, columns: int) -> Tensor:
+    """Importance with mean 1 in float32, no column of it negligible; all ones where nothing was measured. Raises
+    InputError for another shape and for values that are negative or not finite."""
+    if importance.shape != (columns,):
+        raise InputError(
+            f"the importance has shape {tuple(importance.shape)}, but the weights have {columns} columns; "
+            "give one number a column, of the layer that it was measured for"
+        )
+    x = importance.detach().to("cpu", torch.float64)
+    if not (x.isfinite().all() and (x >= 0).all()):
+        raise InputError("the importance holds NaN, infinity or a negative number; measure it again")
+    mean = x.mean()
+    return torch.ones(columns) if mean == 0 else (x / mean).clamp(min=_LEAST_IMPORTANCE).float()
+
+
+def _encode(block: BlockType, layout: Layout, x: Tensor, w: Tensor | None) -> Tensor:
+    if w is None and block.name in _PLAIN:
+        return _PLAIN[block.name](block, layout, x)
+    weight = _magnitude(x, layout) if w is None else w
+    groups = Groups(x, layout.width, weight)
+    found = fit(groups, layout, TRIALS[block.name])
+    return pack(block, found, by_block(groups.codes(found, layout), len(x)))
+
+
+def _magnitude(x: Tensor, layout: Layout) -> Tensor:
+    """ggml's weight of an error without an importance matrix: the square of the weight, or for types with a minimum
+    the group's root mean square plus the magnitude."""
+    if not layout.affine:
+        return x.square()
+    size = x.unflatten(1, (-1, layout.width)).abs()
+    return (size + size.square().mean(-1, keepdim=True).sqrt()).flatten(1)
+
+
+# -- the plain types, as ggml rounds them -----------------------------------------------------------------------------
 
 
 def _inverse(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, 1 / x)
 
 
-def _bytes(x: Tensor) -> Tensor:
-    """Float16 fields (N, k) as bytes (N, 2k)."""
-    return x.half().contiguous().view(torch.uint8)
-
-
-def _pairs_of_nibbles(q: Tensor, run: int) -> Tensor:
-    """(N, 2b) codes -> (N, b) bytes: of each 2 * run codes the first run in low nibbles, the second in high ones."""
-    low, high = q.unflatten(1, (-1, 2, run)).unbind(2)
-    return ((low & 15) | ((high & 15) << 4)).flatten(1)
-
-
-def _fifth_bits(q: Tensor) -> Tensor:
-    """(N, 32) codes -> (N, 4) bytes of their bits 4, little endian."""
-    bits = (q >> 4).unflatten(1, (4, 8)).int() << torch.arange(8)
-    return bits.sum(-1).to(torch.uint8)
-
-
-def _extreme(x: Tensor) -> Tensor:
-    """The first value of largest magnitude of each block, with its sign."""
-    return x.gather(-1, x.abs().argmax(-1, keepdim=True))
-
-
-def _q8_0(x: Tensor) -> Tensor:
+def _nearest(block: BlockType, _layout: Layout, x: Tensor) -> Tensor:
     d = x.abs().amax(1, keepdim=True) / 127
     scaled = x * _inverse(d)
     size = scaled.abs()
     whole = size.floor()
     q = scaled.sign() * (whole + (2 * (size - whole)).floor())  # half away from zero
-    return torch.cat((_bytes(d), q.to(torch.int8).view(torch.uint8)), 1)
+    return pack(block, Fit(d, torch.ones_like(d)), q)
 
 
-def _symmetric(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    d = _extreme(x) / -top
-    return d, (x * _inverse(d) + (top + 0.5)).trunc().clamp(0, 2 * top - 1).to(torch.uint8)
+def _symmetric(block: BlockType, layout: Layout, x: Tensor) -> Tensor:
+    extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))  # the first of largest magnitude, with its sign
+    d = extreme / layout.low
+    q = (x * _inverse(d) + (0.5 - layout.low)).trunc().clamp(0, 2 * layout.high + 1)
+    return pack(block, Fit(d, torch.ones_like(d)), q + layout.low)
 
 
-def _affine(x: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+def _affine(block: BlockType, layout: Layout, x: Tensor) -> Tensor:
     low = x.amin(1, keepdim=True)
-    d = (x.amax(1, keepdim=True) - low) / top
-    return d, low, ((x - low) * _inverse(d) + 0.5).trunc().clamp(0, top).to(torch.uint8)
+    d = (x.amax(1, keepdim=True) - low) / layout.high
+    q = ((x - low) * _inverse(d) + 0.5).trunc().clamp(0, layout.high)
+    return pack(block, Fit(d, torch.ones_like(d), low, -torch.ones_like(d)), q)
 
 
-def _q4_0(x: Tensor) -> Tensor:
-    d, q = _symmetric(x, 8)
-    return torch.cat((_bytes(d), _pairs_of_nibbles(q, 16)), 1)
-
-
-def _q4_1(x: Tensor) -> Tensor:
-    d, m, q = _affine(x, 15)
-    return torch.cat((_bytes(d), _bytes(m), _pairs_of_nibbles(q, 16)), 1)
-
-
-def _q5_0(x: Tensor) -> Tensor:
-    d, q = _symmetric(x, 16)
-    return torch.cat((_bytes(d), _fifth_bits(q), _pairs_of_nibbles(q, 16)), 1)
-
-
-def _q5_1(x: Tensor) -> Tensor:
-    d, m, q = _affine(x, 31)
-    return torch.cat((_bytes(d), _bytes(m), _fifth_bits(q), _pairs_of_nibbles(q, 16)), 1)
-
-
-# -- super-blocks ------------------------------------------------------------------------------------------------
-
-
-def _six_bit_bytes(s: Tensor, m: Tensor) -> Tensor:
-    low = (s[:, :4] & 63) | ((s[:, 4:] >> 4) << 6)
-    mid = (m[:, :4] & 63) | ((m[:, 4:] >> 4) << 6)
-    return torch.cat((low, mid, (s[:, 4:] & 15) | ((m[:, 4:] & 15) << 4)), 1)
-
-
-def _affine_groups(x: Tensor, top: int, trials: list[float]) -> tuple[Tensor, Tensor]:
-    """The 16 bytes of scales, and the codes (N, 256), of 8 groups of 32 with six-bit scales and minima."""
-    groups = Groups(x, 32, _importance(x))
-    fit = fit_affine(groups, top, trials)
-    head = torch.cat((_bytes(fit.d), _bytes(fit.dm), _six_bit_bytes(fit.s.to(torch.uint8), fit.m.to(torch.uint8))), 1)
-    return head, by_block(fit.codes(groups, top).to(torch.uint8), len(x))
-
-
-def _importance(x: Tensor) -> Tensor:
-    """ggml's weight of an error without an importance matrix: the group's root mean square plus the magnitude."""
-    size = x.unflatten(1, (8, 32)).abs()
-    return (size + size.square().mean(-1, keepdim=True).sqrt()).flatten(1)
-
-
-def _q4_k(x: Tensor) -> Tensor:
-    head, q = _affine_groups(x, 15, [0.0, -1.0, -0.7, -0.4, -0.1, 0.2, 0.5, 0.8])
-    return torch.cat((head, _pairs_of_nibbles(q, 32)), 1)
-
-
-def _q5_k(x: Tensor) -> Tensor:
-    head, q = _affine_groups(x, 31, [0.0, -0.5, -0.2, 0.1, 0.4, 0.7, 1.0])
-    high = (q >> 4).unflatten(1, (8, 32)).int() << torch.arange(8)[:, None]
-    return torch.cat((head, high.sum(1).to(torch.uint8), _pairs_of_nibbles(q, 32)), 1)
-
-
-def _q6_k(x: Tensor) -> Tensor:
-    groups = Groups(x, 16, x.square())
-    fit = fit_symmetric(groups, 32, [0.0, -0.9, -0.6, -0.3, 0.3, 0.6, 0.9])
-    q = by_block((fit.codes(groups, 32) + 32).to(torch.uint8), len(x))
-    quarters = q.unflatten(1, (2, 4, 32))
-    low = (quarters[:, :, :2] & 15) | ((quarters[:, :, 2:] & 15) << 4)
-    high = ((quarters >> 4).int() << (2 * torch.arange(4))[:, None]).sum(2).to(torch.uint8)
-    return torch.cat((low.flatten(1), high.flatten(1), fit.s.to(torch.int8).view(torch.uint8), _bytes(fit.d)), 1)
-
-
-ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "Q8_0": _q8_0,
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q5_0": _q5_0,
-    "Q5_1": _q5_1,
-    "Q4_K": _q4_k,
-    "Q5_K": _q5_k,
-    "Q6_K": _q6_k,
+_PLAIN: dict[str, Callable[[BlockType, Layout, Tensor], Tensor]] = {
+    "Q8_0": _nearest,
+    "Q4_0": _symmetric,
+    "Q4_1": _affine,
+    "Q5_0": _symmetric,
+    "Q5_1": _affine,
 }
