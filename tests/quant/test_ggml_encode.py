@@ -55,7 +55,8 @@ def test_relative_error(kind: str, bound: float) -> None:
     error = (x - y)[normal].square().mean().sqrt() / x[normal].square().mean().sqrt()
     assert bound / 2 < error < bound
     assert torch.equal(y[0], x[0])
-    assert ((x - y)[1:5].abs() <= 0.07 * x[1:5].abs().amax(1, keepdim=True)).all()
+    slack = 0.07 if bound < 0.1 else 0.2
+    assert ((x - y)[1:5].abs() <= slack * x[1:5].abs().amax(1, keepdim=True)).all()
     assert y.isfinite().all()
 
 
