@@ -361,7 +361,7 @@ def test_targets_that_are_taken(tmp_path: Path) -> None:
         (tmp_path / "x", Options("meta", shard_size="1GB"), "is for hf"),
         (tmp_path / "x", Options("meta", shards=3), "do not divide into 3 shards"),
         (tmp_path / "x", Options(dtype="q4_0"), "need --to gguf"),
-        (tmp_path / "x.gg.gguf", Options("gguf", dtype="q3_k"), "cannot be written"),
+        (tmp_path / "x.gg.gguf", Options("gguf", dtype="iq2_s"), "cannot be written"),
     ):
         with pytest.raises(InputError, match=match):
             convert(source, target, options)

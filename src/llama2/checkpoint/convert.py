@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from llama2.checkpoint import Checkpoint
-from llama2.checkpoint.gguf_write import WRITABLE, GgufTarget
+from llama2.checkpoint.gguf_mixture import FILE_TYPES, file_type
+from llama2.checkpoint.gguf_write import GgufTarget
 from llama2.checkpoint.hf import DTYPES
 from llama2.checkpoint.hf_write import HfTarget
+from llama2.checkpoint.imatrix import read_imatrix
 from llama2.checkpoint.merge import MergedCheckpoint
 from llama2.checkpoint.meta_write import MetaTarget
 from llama2.checkpoint.packed import unpacked
@@ -47,6 +49,7 @@ _FLOATS = {
     "float16": ("F16", torch.float16),
     "bfloat16": ("BF16", torch.bfloat16),
 }
+_DENSE = tuple(name for name, _ in _FLOATS.values())
 
 Progress = Callable[[int, int, str], None]
 
@@ -55,7 +58,9 @@ Progress = Callable[[int, int, str], None]
 class Options:
     """How to convert. dtype: "keep", a float dtype, or for gguf a block type such as "q4_0". shards: of meta.
     shard_size: of hf, bytes or "5GB". kv_heads: pool key and value heads to this number. chat: add Llama 2's chat
-    template; None does so for Meta folders whose name ends in "-chat". adapter: folder of a LoRA adapter to merge."""
+    template; None does so for Meta folders whose name ends in "-chat". adapter: folder of a LoRA adapter to merge.
+    imatrix: for gguf, the file of an importance matrix. calibrated: for gguf, whether tensors get the types that
+    llama.cpp gives them with an importance matrix; None: if there is one."""
 
     to: str = "hf"
     dtype: str = "keep"
@@ -64,6 +69,8 @@ class Options:
     kv_heads: int | None = None
     chat: bool | None = None
     adapter: str | None = None
+    imatrix: str | None = None
+    calibrated: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ def make_target(source: Checkpoint, file: str, options: Options) -> Target:
     if options.to == "gguf":
         kind = gguf_type(options.dtype)
         keys = gguf_keys(source.tokenizer_source, source.config.vocab_size, wants_chat(source, options))
-        return GgufTarget(source, names, kind, file, keys)
+        importance = None if options.imatrix is None else read_imatrix(options.imatrix).importance()
+        return GgufTarget(source, names, kind, file, keys, importance, options.calibrated)
     dtypes = {name: dtype_of(source, name, options.dtype) for name in names}
     if options.to == "meta":
         return MetaTarget(source, dtypes, options.shards)
@@ -161,12 +169,12 @@ def dtype_of(source: Checkpoint, name: str, wanted: str) -> torch.dtype:
 
 
 def gguf_type(wanted: str) -> str | None:
-    """The ggml type for a dtype argument; None for "keep"."""
+    """The GGUF file type for a dtype argument; None for "keep"."""
     if wanted == "keep":
         return None
-    kind = _FLOATS[wanted][0] if wanted in _FLOATS else wanted.upper()
-    if kind not in WRITABLE:
-        choices = ", ".join(("keep", *_FLOATS, *(name.lower() for name in WRITABLE[3:])))
+    kind = file_type(_FLOATS[wanted][0] if wanted in _FLOATS else wanted)
+    if kind is None or (kind in _DENSE and wanted not in _FLOATS):
+        choices = ", ".join(("keep", *_FLOATS, *(name.lower() for name in FILE_TYPES if name not in _DENSE)))
         raise InputError(f"dtype {wanted!r} cannot be written to GGUF; it is one of {choices}")
     return kind
 
@@ -188,6 +196,8 @@ def _check_target(source: Checkpoint, path: Path, options: Options) -> None:
         raise InputError(f"shards={options.shards} is for Meta's format; for hf give shard_size")
     if options.to != "hf" and options.shard_size != "5GB":
         raise InputError(f"shard_size is for hf, not for {options.to}")
+    if options.imatrix is not None and (options.to != "gguf" or options.dtype in ("keep", *_FLOATS)):
+        raise InputError(f"an importance matrix is for gguf and its block types, not for {options.to} {options.dtype}")
     if options.shards < 1:
         raise InputError(f"shards is {options.shards}; at least 1 is needed")
     if options.to == "gguf" and (path.suffix != ".gguf" or path.is_dir()):

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llama2.checkpoint import Checkpoint
+from llama2.checkpoint.gguf_mixture import FILE_TYPES, fitting, tensor_type
 from llama2.checkpoint.load import in_single_threads
 from llama2.checkpoint.names import hf_to_gguf, rotated_heads, to_pairs
 from llama2.checkpoint.target import Appender, Target, row_blocks, row_ranges
@@ -24,15 +24,8 @@ from llama2.quant.ggml_encode import ENCODERS, quantize
 
 ALIGNMENT = 32
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
-# general.file_type, enum llama_ftype: what most tensors are.
-_FILE_TYPES = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
-    "Q5_K": 17, "Q6_K": 18, "BF16": 32,
-}  # fmt: skip
-# What llama.cpp takes for rows that super-blocks do not divide, and then for those that no block divides.
-_NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-WRITABLE = ("F32", "F16", "BF16", *ENCODERS)
+# The file type that is named where stored types are kept and most of the weights are of this one.
+_KEPT = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 
 @dataclass(frozen=True)
@@ -48,29 +41,35 @@ class _Entry:
 
 
 class GgufTarget(Target):
-    """One file. `kind`: the type of the matrices ("Q4_0", ...), or None to keep what is stored.
+    """One file. `kind`: its type ("Q4_0", "Q4_K_M", ...), which names that of each matrix (`gguf_mixture`), or None to
+    keep what is stored.
 
-    Vectors are float32, which llama.cpp demands. The head (the embedding where they are tied) of a type below six
-    bits is Q6_K, llama.cpp's own choice. `tokenizer`: keys to store beside the architecture's.
+    Vectors are float32, which llama.cpp demands. `tokenizer`: keys to store beside the architecture's. `importance`:
+    what errors in the columns of a tensor count for, by Hugging Face name; tensors without it are rounded as they are.
+    `calibrated`: whether the types are those that llama.cpp takes with an importance matrix (None: if there is one).
     """
 
     format = "gguf"
 
     def __init__(
-        self, source: Checkpoint, names: Sequence[str], kind: str | None, file: str, tokenizer: Mapping[str, Any]
+        self,
+        source: Checkpoint,
+        names: Sequence[str],
+        kind: str | None,
+        file: str,
+        tokenizer: Mapping[str, Any],
+        importance: Mapping[str, Tensor] | None = None,
+        calibrated: bool | None = None,
     ) -> None:
-        self.config = source.config
+        self.config, self._importance = source.config, importance or {}
+        self._calibrated = bool(importance) if calibrated is None else calibrated
         if odd := [name for name in names if hf_to_gguf(name) is None]:
             raise InputError(f"GGUF has no place for {odd[0]} ({len(odd)} such tensors); convert to hf instead")
         self.files, self.steps = [file], list(names)
         self._entries = {name: self._entry(name, source, kind) for name in names}
         metadata = {**architecture(self.config), **tokenizer}
-        counts: dict[str, int] = {}
-        for entry in self._entries.values():
-            if len(entry.shape) > 1:
-                counts[entry.block.name] = counts.get(entry.block.name, 0) + entry.bytes
         metadata["general.name"] = source.path.resolve().stem
-        metadata["general.file_type"] = _FILE_TYPES.get(max(counts, key=lambda name: counts[name], default="F32"), 1)
+        metadata["general.file_type"] = FILE_TYPES[kind or self._kept()].id
         metadata["general.quantization_version"] = 2
         self._tables = {"rope_freqs.weight": table} if (table := rope_divisors(self.config)) is not None else {}
         self._head = self._header(metadata)
@@ -81,29 +80,30 @@ class GgufTarget(Target):
         if len(shape) < 2:
             return _Entry(name, shape, block_type("F32"), stored == "F32")
         if kind is None:
-            wanted = "F32" if stored == "F64" else stored
+            wanted = fitting(block_type("F32" if stored == "F64" else stored).name, shape[-1])
         else:
-            wanted = kind
-            head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-            if name == head and kind in ENCODERS and block_type(kind).bits_per_weight < 6.5625:
-                wanted = "Q6_K"
-        if shape[-1] % block_type(wanted).weights:
-            wanted = _NARROWER.get(wanted, wanted)
-        if shape[-1] % block_type(wanted).weights:
-            wanted = "F16"
+            wanted = tensor_type(name, shape[-1], kind, self.config, self._calibrated)
         return _Entry(name, shape, block_type(wanted), stored == wanted)
 
+    def _kept(self) -> str:
+        """The file type nearest to what the matrices are stored as."""
+        counts: dict[str, int] = {}
+        for entry in self._entries.values():
+            if len(entry.shape) > 1:
+                counts[entry.block.name] = counts.get(entry.block.name, 0) + entry.bytes
+        most = max(counts, key=lambda name: counts[name], default="F32")
+        return _KEPT.get(most, most)
+
+    def block_of(self, name: str) -> BlockType:
+        """The type that a tensor is stored as."""
+        return self._entries[name].block
+
     def _header(self, metadata: Mapping[str, Any]) -> bytes:
-        directory, at = [], 0
-        for name, table in self._tables.items():
-            directory.append(_info(name, (len(table),), 0, at))
-            at = _aligned(at + 4 * len(table))
-        for name, entry in self._entries.items():
-            directory.append(_info(hf_to_gguf(name) or "", entry.shape, entry.block.id, at))
-            at = _aligned(at + entry.bytes)
-        head = b"GGUF" + struct.pack("<IQQ", 3, len(directory), len(metadata))
-        head += b"".join(_text(key) + encode(key, value) for key, value in metadata.items()) + b"".join(directory)
-        head += bytes(-len(head) % ALIGNMENT)
+        tensors: list[tuple[str, tuple[int, ...], int, int]]
+        tensors = [(name, (len(table),), 0, 4 * len(table)) for name, table in self._tables.items()]
+        tensors += [(hf_to_gguf(name) or "", entry.shape, entry.block.id, entry.bytes)
+                    for name, entry in self._entries.items()]  # fmt: skip
+        head = container_head(metadata, tensors)
         for table in self._tables.values():
             data = struct.pack(f"<{len(table)}f", *table)
             head += data + bytes(-len(data) % ALIGNMENT)
@@ -119,8 +119,8 @@ class GgufTarget(Target):
 
         def encoded(rows: tuple[int, int]) -> Tensor:
             start, stop = rows
-            part = source.read_rows(name, start, stop)
-            return quantize(_in_pairs(part, None if heads is None else (stop - start) // width), entry.block)
+            part = _in_pairs(source.read_rows(name, start, stop), None if heads is None else (stop - start) // width)
+            return quantize(part, entry.block, self._importance.get(name))
 
         if entry.packed and source.format == "gguf":
             file.write(_in_pairs(source.raw(name).rows.reshape(entry.shape[0], -1), heads))
@@ -152,6 +152,18 @@ def _text(value: str) -> bytes:
 def _info(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
     dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
     return _text(name) + dims + struct.pack("<IQ", kind, offset)
+
+
+def container_head(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[int, ...], int, int]]) -> bytes:
+    """All that stands before the data, padded. tensors: name, shape, ggml type and bytes; the data of each begins at a
+    multiple of 32 bytes."""
+    directory, at = [], 0
+    for name, shape, kind, size in tensors:
+        directory.append(_info(name, shape, kind, at))
+        at = _aligned(at + size)
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    head += b"".join(_text(key) + encode(key, value) for key, value in metadata.items()) + b"".join(directory)
+    return head + bytes(-len(head) % ALIGNMENT)
 
 
 def encode(key: str, value: Any) -> bytes:

@@ -19,11 +19,13 @@ class Options:
     paths: tuple[str, ...] = option((), "what to convert, and the new folder or .gguf file", metavar="SRC DST",
                                     positional=True)  # fmt: skip
     to: Literal["hf", "meta", "gguf"] | None = option(None, "format (default: gguf where DST ends in .gguf, else hf)")
-    dtype: str = option("keep", "keep, float16, bfloat16, float32; for gguf also q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, "
-                        "q5_k, q6_k", metavar="TYPE")  # fmt: skip
+    dtype: str = option("keep", "keep, float16, bfloat16, float32; for gguf also q8_0, q6_k, q5_k_m, q5_k_s, q5_1, "
+                        "q5_0, q4_k_m, q4_k_s, q4_1, q4_0, q3_k_l, q3_k_m, q3_k_s, q2_k", metavar="TYPE")  # fmt: skip
     shard_size: str = option("5GB", "largest file of --to hf, such as 500MB or 5GiB", metavar="SIZE")
     shards: int = option(1, "number of files of --to meta")
     kv_heads: int | None = option(None, "pool the key and value heads to this many, by their mean (for uptraining)")
+    imatrix: str | None = option(None, "importance matrix (of llama-imatrix or `llama2 quantize`) for the block types "
+                                 "of gguf", metavar="FILE")  # fmt: skip
     chat: bool = option(False, "add Llama 2's chat template (Meta folders named *-chat get it anyway)")
     quiet: bool = option(False, "no progress bar")
 
@@ -40,6 +42,7 @@ def run(options: Options) -> int:
         shards=options.shards,
         kv_heads=options.kv_heads,
         chat=options.chat or None,
+        imatrix=options.imatrix,
         quiet=options.quiet,
     )
 
@@ -55,12 +58,13 @@ def convert(
     kv_heads: int | None = None,
     chat: bool | None = None,
     adapter: str | None = None,
+    imatrix: str | None = None,
     quiet: bool = False,
 ) -> int:
     """Converts with a progress bar and says what came of it."""
     from llama2.checkpoint import convert as engine
 
-    settings = engine.Options(to, dtype, shard_size, shards, kv_heads, chat, adapter)
+    settings = engine.Options(to, dtype, shard_size, shards, kv_heads, chat, adapter, imatrix)
     try:
         with Meter("converting" if adapter is None else "merging", quiet) as meter:
             result = engine.convert(source, target, settings, meter)

@@ -1,8 +1,8 @@
 """Codes and parameters -> GGUF blocks: where each bit lies, the inverse of the decoders in `ggml`.
 
-Every type stores value = d * s * q - dm * m: a code q for each weight, integers s and m for each group of `width` weights
-and float16 factors d and dm for the block. Types without super-blocks have one group with s = 1 (and m = -1, so that
-what is stored, -dm * m, is added). Naming inside: N blocks of k groups.
+Every type stores value = d * s * q - dm * m: a code q for each weight, integers s and m for each group of `width`
+weights, float16 factors d and dm for the block. Types without super-blocks have one group with s = 1 (and m = -1, so
+that what is stored, -dm * m, is added). Naming inside: N blocks of k groups.
 """
 
 from collections.abc import Callable
