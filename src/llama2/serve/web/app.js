@@ -86,6 +86,8 @@ class App {
   }
 
   keys() {
+    const apple = /Mac|iPhone|iPad/.test(navigator.platform);
+    $("new").querySelector("kbd").textContent = apple ? "⌘ K" : "Ctrl K";
     document.addEventListener("keydown", (event) => {
       if (event.isComposing || event.defaultPrevented) return;
       if ((event.ctrlKey || event.metaKey) && !event.shiftKey && event.key.toLowerCase() === "k") {
@@ -192,6 +194,7 @@ class App {
     this.thread.show(this.current, live);
     this.composer.set(live !== null);
     $("title").textContent = this.current.title;
+    $("title").hidden = !this.current.title;
     document.title = this.current.title ? `${this.current.title} · Llama 2` : "Llama 2";
     if (this.library) this.drawList();
   }

@@ -92,6 +92,7 @@ function list(lines, from) {
       loose ||= gap;
       items.push({ lines: [item[3] ?? ""], width: item[0].length - (item[3] ?? "").length });
     } else if (indent(line) >= base + 2) {
+      loose ||= gap;
       items.at(-1).lines.push(line.slice(Math.min(indent(line), items.at(-1).width)));
     } else if (gap || interrupts(lines, to)) {
       break;
@@ -100,7 +101,7 @@ function list(lines, from) {
     }
     gap = false;
   }
-  while (blank(lines[to - 1])) to -= 1;
+  for (; blank(lines[to - 1]); to -= 1) items.at(-1).lines.pop();
   return { kind: "list", from, to, ordered: kind === "ordered", start: parseInt(first[2], 10), loose, items: items.map((item) => item.lines) };
 }
 

@@ -38,7 +38,7 @@ const FAMILIES = [
   [DATA, "json jsonc yaml yml toml ini"],
 ];
 const BY_NAME = new Map(FAMILIES.flatMap(([pattern, names]) => names.split(" ").map((name) => [name, pattern])));
-const CLASSES = ["comment", "string", "number", "word"];
+const CLASSES = ["code-comment", "code-string", "code-number", "code-word"];
 
 /** The nodes of `code`; plain text where the language is not known. */
 export function highlight(code, language) {

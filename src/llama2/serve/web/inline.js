@@ -138,9 +138,14 @@ class Scanner {
   bare() {
     if (/\w/.test(this.source[this.at - 1] ?? "")) return false;
     BARE.lastIndex = this.at;
-    const address = trimmed(BARE.exec(this.source)?.[0] ?? "");
-    const made = address && link(address, "", [address]);
-    return made ? this.put(made, address.length) : false;
+    const found = BARE.exec(this.source)?.[0];
+    if (!found) return false;
+    const address = trimmed(found);
+    const made = link(address, "", [address]);
+    if (made) return this.put(made, address.length);
+    this.plain += found; // passed over as a whole: looking again at each part of it would take the square of its length
+    this.at += found.length;
+    return true;
   }
 
   mark(mark) {
@@ -168,13 +173,14 @@ function closingTicks(source, from, length) {
 
 /** A bare address without the sentence's punctuation, and without a ")" that it did not open. */
 function trimmed(address) {
-  for (let end = address.length; end > 0; end -= 1) {
+  let end = address.length;
+  let unopened = address.split(")").length - address.split("(").length;
+  for (; end > 0; end -= 1) {
     const last = address[end - 1];
-    const unopened = last === ")" && address.slice(0, end).split(")").length > address.slice(0, end).split("(").length;
-    if (!/[.,:;!?'*_~]/.test(last) && !unopened) return address.slice(0, end);
-    if (address.length - end > 50) break;
+    if (last === ")" && unopened > 0) unopened -= 1;
+    else if (!/[.,:;!?'*_~]/.test(last)) break;
   }
-  return "";
+  return address.slice(0, end);
 }
 
 /** Pairs the runs among items; what finds no partner is text again. */

@@ -36,7 +36,7 @@ export class MarkdownView {
   show(index, block, source) {
     const old = this.shown[index];
     if (old?.source === source) return;
-    if (old && block.kind === "fence" && old.block.kind === "fence" && !block.closed && old.block.language === block.language) {
+    if (old && block.kind === "fence" && old.block.kind === "fence" && !old.block.closed && !block.closed && old.block.language === block.language) {
       const text = old.node.querySelector("code").firstChild;
       if (text && block.code.startsWith(old.block.code)) {
         text.appendData(block.code.slice(old.block.code.length));

@@ -78,12 +78,12 @@ export class MessageView {
   }
 
   feet({ place, locked }) {
-    const { content } = this.message;
+    const { content, error } = this.message;
     const turned = place.count > 1 && this.branches(place, locked);
     const actions = [
       content && copyButton(() => this.message.content, "Copy message"),
-      !this.mine && iconButton("redo", "Regenerate", () => this.actions.regenerate(this.message), { disabled: locked }),
-      iconButton("edit", this.mine ? "Edit message" : "Edit answer", () => this.edit(), { disabled: locked, class: "icon-button edit" }),
+      !this.mine && !(error && !content) && iconButton("redo", "Regenerate", () => this.actions.regenerate(this.message), { disabled: locked }),
+      (this.mine || content) && iconButton("edit", this.mine ? "Edit message" : "Edit answer", () => this.edit(), { disabled: locked, class: "icon-button edit" }),
     ];
     const figures = !this.mine && this.figures();
     return [turned, h("span.actions", {}, actions), figures && h("span.figures", {}, figures)].filter(Boolean);

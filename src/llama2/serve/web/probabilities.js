@@ -68,6 +68,7 @@ export class TokenCard {
     this.target = span;
     span.classList.add("current");
     this.head.replaceChildren(h("code", {}, visible(text)), h("strong", {}, percent(logprob)));
+    this.head.hidden = alternatives.length > 0; // the token stands among them
     const known = alternatives.some(([other]) => other === text);
     const listed = known ? alternatives : [...alternatives, [text, logprob]];
     this.rows.replaceChildren(...(alternatives.length ? listed.map((row) => this.row(row, row[0] === text)) : []));

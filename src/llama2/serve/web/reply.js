@@ -67,9 +67,9 @@ class Clock {
   }
 }
 
-/** Tokens after the first over the time they took; null for fewer than two. */
+/** Tokens after the first over the time they took; null while there is too little of either to say. */
 export function rate({ tokens, seconds } = {}) {
-  return tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null;
+  return tokens > 1 && seconds > 0.02 ? (tokens - 1) / seconds : null;
 }
 
 /** exp of the mean surprise: how many equally likely tokens the model hesitated between. */

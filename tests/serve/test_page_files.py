@@ -1,0 +1,64 @@
+"""The page's files: complete, under a strict policy, and free of what the policy forbids. No browser needed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llama2.serve import page
+
+WEB = Path(page.__file__).parent / "web"
+FILES = sorted(WEB.iterdir())
+
+
+def test_policy_word_for_word() -> None:
+    assert page.POLICY == (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
+def test_every_file_is_served_with_its_type(file: Path) -> None:
+    found = page.asset(file.name)
+    assert found is not None and found.body == file.read_bytes()
+    kinds = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml"}
+    assert found.headers["Content-Type"].split(";")[0] == kinds[file.suffix]
+    assert found.headers["Content-Security-Policy"] == page.POLICY
+    assert found.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_empty_path_is_the_page_and_no_other_path_leads_anywhere() -> None:
+    assert page.asset("") == page.asset("index.html")
+    for path in ("../page.py", "..%2fpage.py", "/etc/passwd", "./app.js", "app.js/", "APP.JS", "nothing.js", ".", "web/app.js"):
+        assert page.asset(path) is None, path
+
+
+def test_a_client_with_the_same_copy_is_told_so() -> None:
+    found = page.asset("app.js")
+    assert found is not None
+    tag = found.headers["ETag"]
+    assert found.fresh(tag) and found.fresh(f'"other", W/{tag}')
+    assert not found.fresh(None) and not found.fresh('"other"')
+
+
+def test_all_that_is_named_exists_and_all_that_exists_is_named() -> None:
+    index = (WEB / "index.html").read_text()
+    named = {"index.html", *re.findall(r'(?:src|href)="([\w.]+)"', index)}
+    for file in WEB.glob("*.js"):
+        named |= set(re.findall(r'from "\./([\w.]+)"', file.read_text()))
+    assert named == {file.name for file in FILES}
+
+
+def test_nothing_inline_and_nothing_from_elsewhere() -> None:
+    index = (WEB / "index.html").read_text()
+    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)|javascript:", index)
+    for file in FILES:
+        text = file.read_text().replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?://\w|url\(|@import", text), f"{file.name} names another host"
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|srcdoc|DOMParser", text), file.name
+
+
+def test_modules_stay_readable() -> None:
+    for file in FILES:
+        assert file.read_text().count("\n") <= 500, file.name
