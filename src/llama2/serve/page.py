@@ -42,7 +42,7 @@ class Asset:
 
 @cache
 def assets() -> dict[str, Asset]:
-    """Every file of the page by its name below /ui/. A name that is not here does not exist, whatever a path looks like."""
+    """Every file of the page by its name below /ui/: what is not here does not exist, whatever a path looks like."""
     folder = Path(__file__).parent / "web"
     return {file.name: read(file) for file in sorted(folder.iterdir()) if file.suffix in TYPES}
 

@@ -1,84 +1,17 @@
-"""The chat page in headless Chromium, against canned answers: what a user does, and what a hostile answer may not do."""
+"""The chat page in headless Chromium, against canned answers: what a user does, and what goes wrong."""
 
 import json
-import os
-import random
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from chat_page import PHONE, Page, answers, idle, ready, send
 from chat_server import BREAK, ERROR, GATE, ChatServer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("needs Chromium on the PATH (Debian: apt-get install chromium)", allow_module_level=True)
-
 pytestmark = pytest.mark.slow
 expect = sync_api.expect
-Page = Any
-WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with ChatServer() as server:
-        yield server
-
-
-@pytest.fixture
-def opened(browser: Any, server: ChatServer) -> Iterator[Callable[..., Page]]:
-    """Opens the page in a context of its own; every script error and every breach of the content policy fails the test."""
-    contexts, faults = [], []
-
-    def watch(message: Any) -> None:
-        # The console repeats every failed request; those are the tests' own.
-        if message.type == "error" and "Failed to load resource" not in message.text:
-            faults.append(message.text)
-
-    def open_page(path: str = "", context: Any = None, **options: Any) -> Page:
-        if context is None:
-            context = browser.new_context(**{"viewport": WIDE, "reduced_motion": "reduce", **options})
-            context.set_default_timeout(10_000)
-            contexts.append(context)
-        page = context.new_page()
-        page.on("console", watch)
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.goto(server.url + path)
-        page.wait_for_selector("body.ready")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert faults == []
-
-
-def send(page: Page, text: str, wait: bool = True) -> None:
-    page.fill("#prompt", text)
-    page.keyboard.press("Enter")
-    if wait:
-        idle(page)
-
-
-def idle(page: Page) -> None:
-    expect(page.locator(".send")).to_have_attribute("aria-label", "Send")
-
-
-def answers(page: Page) -> Any:
-    return page.locator(".message.assistant .text")
 
 
 def sent(server: ChatServer) -> list[tuple[str, str]]:
@@ -163,9 +96,7 @@ def test_enter_shift_enter_and_composing(opened: Callable[..., Page], server: Ch
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")
     expect(page.locator("#prompt")).to_have_value("one\ntwo")
-    page.evaluate(
-        "document.getElementById('prompt').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))"
-    )
+    page.locator("#prompt").dispatch_event("keydown", {"key": "Enter", "isComposing": True, "bubbles": True})
     assert server.requests == []
     page.keyboard.press("Enter")
     idle(page)
@@ -273,7 +204,7 @@ def test_reload_brings_everything_back(opened: Callable[..., Page], server: Chat
     page.fill("#set-temperature", "0.3")
     page.wait_for_timeout(1700)  # settings are saved within a second and a half
     page.reload()
-    page.wait_for_selector("body.ready")
+    ready(page)
     expect(answers(page)).to_have_text("You said: first")
     expect(page.locator(".branches")).to_contain_text("2/2")
     expect(page.locator("#set-temperature")).to_have_value("0.3")
@@ -289,7 +220,7 @@ def test_reload_in_the_middle_of_an_answer(opened: Callable[..., Page], server: 
     expect(answers(page)).to_have_text("Once upon")
     page.wait_for_timeout(1700)
     page.reload()
-    page.wait_for_selector("body.ready")
+    ready(page)
     expect(answers(page)).to_have_text("Once upon")
     expect(page.locator(".aside")).to_have_text("This answer was interrupted.")
 
@@ -312,7 +243,7 @@ def test_rename_delete_and_undo(opened: Callable[..., Page]) -> None:
     page.get_by_role("button", name="Undo").click()
     expect(page.locator(".conversations .open")).to_have_count(2)
     page.reload()
-    page.wait_for_selector("body.ready")
+    ready(page)
     expect(page.locator(".conversations .open")).to_have_text(["second", "Llamas & <b>friends</b>"])
 
 
@@ -345,19 +276,20 @@ def test_export_and_import(opened: Callable[..., Page], tmp_path: Path) -> None:
     assert other.url != page.url
 
 
+def export(**message: object) -> str:
+    """An exported file of one conversation with one message."""
+    conversation = {"nodes": [{"id": "a", "parent": "root", "role": "user", "content": "", **message}]}
+    return json.dumps({"format": "llama2-conversations", "version": 1, "conversations": [conversation]})
+
+
 BAD_FILES = {
     "not JSON": ("{", "is not JSON"),
     "another format": ('{"format": "x"}', "is no export of this page"),
     "a later version": ('{"format": "llama2-conversations", "version": 2, "conversations": []}', "has version 2"),
     "no nodes": ('{"format": "llama2-conversations", "version": 1, "conversations": [{}]}', '"nodes" is missing'),
-    "an orphan": (
-        '{"format": "llama2-conversations", "version": 1, "conversations": [{"nodes": [{"id": "a", "parent": "a", "role": "user", "content": ""}]}]}',
-        "comes before its parent",
-    ),
-    "a strange role": (
-        '{"format": "llama2-conversations", "version": 1, "conversations": [{"nodes": [{"id": "a", "parent": "root", "role": "root", "content": ""}]}]}',
-        "has the role root",
-    ),
+    "an orphan": (export(parent="a"), "comes before its parent"),
+    "a strange role": (export(role="root"), "has the role root"),
+    "no text": (export(content=None), "has no text"),
 }
 
 
@@ -495,7 +427,9 @@ def test_error_bodies_of_other_dialects(opened: Callable[..., Page], server: Cha
 
 
 @pytest.mark.parametrize(("how", "text"), [(ERROR, "The engine failed"), (BREAK, "before the answer was finished")])
-def test_a_stream_that_fails_keeps_what_came(opened: Callable[..., Page], server: ChatServer, how: str, text: str) -> None:
+def test_a_stream_that_fails_keeps_what_came(
+    opened: Callable[..., Page], server: ChatServer, how: str, text: str
+) -> None:
     server.answers["story"] = f"Once upon{how}"
     page = opened()
     send(page, "story")
@@ -584,19 +518,29 @@ def test_dark_and_light(opened: Callable[..., Page]) -> None:
         assert (page.evaluate(BRIGHTNESS, "body") > 200) is bright
     page.click("#theme")
     page.reload()
-    page.wait_for_selector("body.ready")
+    ready(page)
     assert page.evaluate(BRIGHTNESS, "body") > 200
 
 
+# WCAG 2's ratio, of colours as the browser paints them.
 CONTRASTS = """() => {
-    const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d", {willReadFrequently: true});
-    const rgb = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); return canvas.getImageData(0, 0, 1, 1).data; };
-    const light = (colour) => [...rgb(colour)].slice(0, 3).map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-    const value = (name) => { const probe = document.createElement("i"); document.body.append(probe); probe.style.color = `var(--${name})`; const c = getComputedStyle(probe).color; probe.remove(); return c; };
-    const ratio = (a, b) => { const [x, y] = [light(value(a)), light(value(b))].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
-    const pairs = [];
-    for (const ink of ["ink", "soft", "faint", "accent", "danger"]) for (const paper of ["paper", "side", "raised"]) pairs.push([ink, paper]);
+    const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+    const painted = (name) => {
+        const probe = document.body.appendChild(document.createElement("i"));
+        probe.style.color = `var(--${name})`;
+        canvas.fillStyle = getComputedStyle(probe).color;
+        canvas.fillRect(0, 0, 1, 1);
+        probe.remove();
+        return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+    const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    const light = (name) => painted(name).reduce((sum, v, i) => sum + linear(v / 255) * [0.2126, 0.7152, 0.0722][i], 0);
+    const ratio = (a, b) => {
+        const [low, high] = [light(a), light(b)].sort((p, q) => p - q);
+        return (high + 0.05) / (low + 0.05);
+    };
+    const inks = ["ink", "soft", "faint", "accent", "danger"];
+    const pairs = inks.flatMap((ink) => ["paper", "side", "raised"].map((paper) => [ink, paper]));
     for (const ink of ["word", "string", "number", "faint"]) pairs.push([ink, "code"]);
     pairs.push(["on-accent", "accent"], ["ink", "bubble"]);
     return pairs.map(([a, b]) => [`${a} on ${b}`, ratio(a, b)]);
@@ -609,13 +553,18 @@ def test_text_has_the_contrast_that_wcag_asks_for(opened: Callable[..., Page], s
     assert low == []
 
 
+NAMELESS = """() => {
+    const named = (node) => node.getAttribute("aria-label") || node.labels?.length || node.textContent.trim();
+    const controls = [...document.querySelectorAll("button, input, textarea, select, [role]:not([role=status])")];
+    return controls.filter((node) => node.checkVisibility() && !named(node)).map((node) => node.outerHTML);
+}"""
+
+
 def test_every_control_has_a_name(opened: Callable[..., Page]) -> None:
     page = opened()
     send(page, "first")
     page.click("#tune")
-    nameless = page.evaluate("""() => [...document.querySelectorAll("button, input, textarea, select, [role]:not([role=status])")].filter((node) =>
-        node.checkVisibility() && !(node.getAttribute("aria-label") || node.labels?.length || node.textContent.trim() || node.placeholder))
-        .map((node) => node.outerHTML)""")
+    nameless = page.evaluate(NAMELESS)
     assert nameless == []
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map((node) => node.id)")
     assert len(ids) == len(set(ids))
@@ -626,7 +575,9 @@ def test_reading_back_is_not_pulled_to_the_end(opened: Callable[..., Page], serv
     page = opened()
     send(page, "long", wait=False)
     expect(answers(page)).to_contain_text("pause")
-    page.wait_for_function("(t => t.scrollHeight - t.scrollTop - t.clientHeight < 2)(document.getElementById('thread'))")
+    page.wait_for_function(
+        "(t => t.scrollHeight - t.scrollTop - t.clientHeight < 2)(document.getElementById('thread'))"
+    )
     page.evaluate("document.getElementById('thread').scrollTop = 100")
     expect(page.get_by_role("button", name="To the latest")).to_be_visible()
     server.gate.set()
@@ -634,201 +585,3 @@ def test_reading_back_is_not_pulled_to_the_end(opened: Callable[..., Page], serv
     assert page.evaluate("document.getElementById('thread').scrollTop") == 100
     page.get_by_role("button", name="To the latest").click()
     expect(page.get_by_role("button", name="To the latest")).to_be_hidden()
-
-
-# -- markdown ----------------------------------------------------------------------------------------------------
-
-RENDER = """async (text) => {
-    const { MarkdownView } = await import("./markdown.js");
-    const root = document.createElement("div");
-    const started = performance.now();
-    new MarkdownView(root).set(text);
-    return [root.innerHTML, performance.now() - started];
-}"""
-
-
-def markdown(page: Page, text: str) -> str:
-    html = str(page.evaluate(RENDER, text)[0])
-    return re.sub(r'<div class="code-head">.*?</button></div>', "", html).replace(' target="_blank" rel="noopener noreferrer nofollow"', "")
-
-
-CASES = {
-    "a *b* **c** ***d*** ~~e~~ `f*g*`": "<p>a <em>b</em> <strong>c</strong> <em><strong>d</strong></em> <del>e</del> <code>f*g*</code></p>",
-    "snake_case_name and 2*3*4 _ok_": "<p>snake_case_name and 2<em>3</em>4 <em>ok</em></p>",
-    "**bold *both* bold** *a": "<p><strong>bold <em>both</em> bold</strong> *a</p>",
-    "one\ntwo\n\nthree": "<p>one<br>two</p><p>three</p>",
-    "# A\n\n## B #\n#no": '<h3 class="h1">A</h3><h4 class="h2">B</h4><p>#no</p>',
-    "- a\n- b\n  - c\n  - d\n- e": "<ul><li>a</li><li>b<ul><li>c</li><li>d</li></ul></li><li>e</li></ul>",
-    "3. a\n4. b\n\n   more": '<ol start="3"><li><p>a</p></li><li><p>b</p><p>more</p></li></ol>',
-    "- [x] done\n- [ ] open": (
-        '<ul><li class="task"><input type="checkbox" disabled="" checked="" aria-label="Done">done</li>'
-        '<li class="task"><input type="checkbox" disabled="" aria-label="Open">open</li></ul>'
-    ),
-    "> a\n> > b\n\nc": "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>",
-    "Here:\n| a | b |\n|:--|--:|\n| 1 \\| 2 | `x` |": (
-        '<p>Here:</p><div class="table" role="region" aria-label="Table" tabindex="0"><table><thead><tr><th scope="col">a</th>'
-        '<th class="right" scope="col">b</th></tr></thead><tbody><tr><td>1 | 2</td><td class="right"><code>x</code></td></tr></tbody></table></div>'
-    ),
-    "```py\nx = 1 < 2\n```\nend": (
-        '<div class="code"><pre tabindex="0" role="region" aria-label="Code, py"><code>x = <span class="code-number">1</span> &lt; '
-        '<span class="code-number">2</span></code></pre></div><p>end</p>'
-    ),
-    "[a **b**](https://x.org/q?a=1&b=2 \"T\") https://y.org/a_(b). <https://z.org>": (
-        '<p><a href="https://x.org/q?a=1&amp;b=2" title="T">a <strong>b</strong></a> <a href="https://y.org/a_(b)" title="https://y.org/a_(b)">'
-        'https://y.org/a_(b)</a>. <a href="https://z.org/" title="https://z.org/">https://z.org</a></p>'
-    ),
-    "![cat](https://x.org/cat.png)": '<p><a href="https://x.org/cat.png" title="https://x.org/cat.png">cat</a></p>',
-    "---\n\\*plain\\*": "<hr><p>*plain*</p>",
-}  # fmt: skip
-
-
-def test_markdown_by_hand(opened: Callable[..., Page]) -> None:
-    page = opened()
-    for text, html in CASES.items():
-        # Class and attribute order is the order of writing; sets of attributes are compared as written.
-        assert markdown(page, text) == html, text
-
-
-HOSTILE = [
-    "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>",
-    "<svg/onload=window.hacked=1><iframe srcdoc='<script>parent.hacked=1</script>'>",
-    "[a](javascript:window.hacked=1) [b](JaVaScRiPt:window.hacked=1) [c](java\tscript:window.hacked=1) [d](\x01javascript:x)",
-    "[a](data:text/html,<script>window.hacked=1</script>) [b](vbscript:x) [c](file:///etc/passwd) [d](//evil.org) [e](../x)",
-    '[a](https://x.org "onmouseover=window.hacked=1") [b](https://x.org" onclick="window.hacked=1)',
-    "<javascript:window.hacked=1> <https://x.org\" onclick=window.hacked=1>",
-    "![x](javascript:window.hacked=1) ![x](https://evil.org/pixel.png) [![x](https://evil.org/p.png)](javascript:window.hacked=1)",
-    "```html\n<script>window.hacked = 1</script>",
-    "```\" onload=\"window.hacked=1\n<b>x</b>\n```",
-    "`<img src=x onerror=window.hacked=1>` **<img src=x onerror=window.hacked=1>**",
-    "| <script>window.hacked=1</script> | b |\n|--|--|\n| <img src=x onerror=window.hacked=1> | [a](javascript:window.hacked=1) |",
-    "# <img src=x onerror=window.hacked=1>\n> <img src=x onerror=window.hacked=1>\n- <img src=x onerror=window.hacked=1>",
-    "&lt;script&gt;window.hacked=1&lt;/script&gt; &#106;avascript: [a](&#106;avascript:window.hacked=1)",
-    "[__proto__](https://x.org) constructor __proto__ toString\n```constructor\nx\n```\n```__proto__\nx\n```",
-]  # fmt: skip
-ALLOWED = """p br strong em del code pre a span ul ol li blockquote hr h3 h4 h5 h6 table thead tbody tr th td div input
-button svg path""".split()
-ATTRIBUTES = """class href title target rel start type disabled checked aria-label aria-hidden role tabindex scope viewBox d""".split()
-INSPECT = """(root) => [...document.querySelector(root).querySelectorAll("*")].map((node) =>
-    [node.localName, node.getAttributeNames(), node.getAttribute("href")])"""
-
-
-def test_hostile_answers_stay_text(opened: Callable[..., Page], server: ChatServer) -> None:
-    page = opened()
-    page.route(re.compile("evil|x\\.org"), lambda route: pytest.fail(f"asked for {route.request.url}"))
-    for text in HOSTILE:
-        server.answers["go"] = text
-        page.keyboard.press("Control+k")
-        send(page, "go")
-        for tag, names, href in page.evaluate(INSPECT, ".message.assistant .text"):
-            assert tag in ALLOWED, (text, tag)
-            assert set(names) <= set(ATTRIBUTES), (text, names)
-            assert href is None or re.match("https?://", href), (text, href)
-    page.wait_for_timeout(100)
-    assert page.evaluate("window.hacked") is None
-    send(page, HOSTILE[0])
-    expect(page.locator(".message.user .text").last).to_have_text(HOSTILE[0])
-    assert page.locator(".message.user .text").last.evaluate("node => node.children.length") == 0
-
-
-BOMBS = {
-    "brackets": "[" * 50_000,
-    "links": "[a](" * 20_000,
-    "link spaces": "[a](" + " " * 50_000 + "x",
-    "images": "![" * 30_000,
-    "stars": "*a " * 30_000,
-    "nested stars": "*a **b " * 10_000 + "c** d* " * 10_000,
-    "mixed marks": "*_~~a" * 10_000,
-    "ticks": "".join("`" * (i % 300) + "a" for i in range(600)),
-    "quotes": ">" * 20_000 + " a",
-    "lists": "- " * 10_000 + "a",
-    "deep list": "\n".join(" " * (2 * i) + "- a" for i in range(300)),
-    "pipes": "|" * 20_000 + "\n" + "|-" * 20_000,
-    "table rows": "a|b\n-|-\n" + "c|d\n" * 5_000,
-    "fences": "```\n" * 5_000,
-    "urls": "https://" * 10_000 + ")" * 10_000,
-    "quoted code": "```js\n" + "\"'" * 20_000 + "\n```",
-    "comment": "```c\n" + "/*" * 20_000 + "\n```",
-    "escapes": "\\" * 50_001,
-    "blank": "\n" * 50_000 + "a",
-}
-
-
-def test_no_text_makes_the_page_hang(opened: Callable[..., Page]) -> None:
-    page = opened()
-    slow = {name: ms for name, text in BOMBS.items() if (ms := page.evaluate(RENDER, text)[1]) > 2000}
-    assert slow == {}
-    # Drawing, too, must survive the deepest nesting that is kept.
-    for name in ("quotes", "lists", "deep list", "nested stars"):
-        page.evaluate(
-            """async (text) => { const { MarkdownView } = await import("./markdown.js");
-            const root = document.createElement("div"); document.body.append(root); new MarkdownView(root).set(text); root.offsetHeight; root.remove(); }""",
-            BOMBS[name],
-        )
-
-
-STREAMED = """async ([text, cuts]) => {
-    const { MarkdownView } = await import("./markdown.js");
-    const [grown, whole] = [document.createElement("div"), document.createElement("div")];
-    const view = new MarkdownView(grown);
-    for (const cut of cuts) view.set(text.slice(0, cut));
-    view.set(text);
-    new MarkdownView(whole).set(text);
-    return [grown.innerHTML, whole.innerHTML];
-}"""
-FRAGMENTS = ["a", "b c", "\n", "\n\n", "- ", "  - ", "1. ", "2) ", "# ", "#", "> ", ">", "```", "```py\n", "\n```\n", "~~~", "|", "-|-", "a | b\n", "|--|--|\n",
-             "**", "*", "_", "`", "[x](https://a.org)", "![", "](", "---", "- [ ] ", "    ", "\t", "\\", "\r\n", "https://a.org", "<b>", "é🦙"]  # fmt: skip
-
-
-def test_fold_of_the_stream_is_the_whole(opened: Callable[..., Page]) -> None:
-    page = opened()
-    rng = random.Random(1)
-    texts = [*CASES, *HOSTILE, "\n\n".join(CASES)] + ["".join(rng.choices(FRAGMENTS, k=rng.randrange(3, 40))) for _ in range(1500)]
-    for text in texts:
-        length = len(text.encode("utf-16-le")) // 2  # JavaScript counts UTF-16 units
-        cuts = list(range(length)) if rng.random() < 0.5 else sorted(rng.sample(range(length), min(length, 5)))
-        grown, whole = page.evaluate(STREAMED, [text, cuts])
-        assert grown == whole, (text, cuts)
-
-
-def test_only_the_last_block_is_made_again(opened: Callable[..., Page], server: ChatServer) -> None:
-    server.answers["long"] = f"first\n\n```py\nx = 1\n{GATE}y = 2\n```\n\nlast"
-    page = opened()
-    send(page, "long", wait=False)
-    expect(answers(page).locator("code")).to_contain_text("x = 1")
-    page.evaluate("document.querySelector('.markdown p').mark = document.querySelector('.markdown pre').mark = true")
-    server.gate.set()
-    idle(page)
-    assert page.evaluate("document.querySelector('.markdown p').mark") is True
-    expect(answers(page).locator(".code-number")).to_have_text(["1", "2"])
-
-
-def test_copy_code(opened: Callable[..., Page], server: ChatServer) -> None:
-    server.answers["code"] = "```js\nlet a = 1;\n\nlet b;\n```"
-    page = opened(permissions=["clipboard-read", "clipboard-write"])
-    send(page, "code")
-    page.get_by_role("button", name="Copy code").click()
-    expect(page.get_by_role("button", name="Copied")).to_be_visible()
-    assert page.evaluate("navigator.clipboard.readText()") == "let a = 1;\n\nlet b;"
-    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")  # as on plain http
-    page.get_by_role("button", name="Copy message").last.click()
-    expect(page.get_by_role("button", name="Copied").last).to_be_visible()
-
-
-# -- events ------------------------------------------------------------------------------------------------------
-
-EVENTS = """async ([bytes, size]) => {
-    const { events } = await import("./sse.js");
-    const all = Uint8Array.from(bytes);
-    const body = new ReadableStream({ start(out) { for (let at = 0; at < all.length; at += size) out.enqueue(all.slice(at, at + size)); out.close(); } });
-    const found = [];
-    for await (const data of events(body)) found.push(data);
-    return found;
-}"""
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
-@pytest.mark.parametrize("size", [1, 2, 7, 1000])
-def test_events_however_they_are_cut(opened: Callable[..., Page], end: str, size: int) -> None:
-    lines = [": ping", "", "event: x", "data: one", "data:two", "", "id: 3", "", "data: é🦙", "", "data", "", "data: [DONE]", "", ": end", "", "data: cut off"]
-    stream = end.join(lines).encode()
-    assert opened().evaluate(EVENTS, [list(stream), size]) == ["one\ntwo", "é🦙", "", "[DONE]"]

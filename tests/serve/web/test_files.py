@@ -30,7 +30,17 @@ def test_every_file_is_served_with_its_type(file: Path) -> None:
 
 def test_the_empty_path_is_the_page_and_no_other_path_leads_anywhere() -> None:
     assert page.asset("") == page.asset("index.html")
-    for path in ("../page.py", "..%2fpage.py", "/etc/passwd", "./app.js", "app.js/", "APP.JS", "nothing.js", ".", "web/app.js"):
+    for path in (
+        "../page.py",
+        "..%2fpage.py",
+        "/etc/passwd",
+        "./app.js",
+        "app.js/",
+        "APP.JS",
+        "nothing.js",
+        ".",
+        "web/app.js",
+    ):
         assert page.asset(path) is None, path
 
 
@@ -56,7 +66,9 @@ def test_nothing_inline_and_nothing_from_elsewhere() -> None:
     for file in FILES:
         text = file.read_text().replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://\w|url\(|@import", text), f"{file.name} names another host"
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|srcdoc|DOMParser", text), file.name
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|srcdoc|DOMParser", text
+        ), file.name
 
 
 def test_modules_stay_readable() -> None:

@@ -1,4 +1,4 @@
-"""A server with canned answers behind the chat page: its files with their real headers, and a stream the test controls."""
+"""A server of canned answers for the chat page: its files with their real headers, a stream that the test controls."""
 
 import json
 import math
@@ -16,7 +16,7 @@ ERROR = "\0error\0"  # where an error event takes the place of the rest
 
 
 class ChatServer:
-    """`answers` maps the user's last text to the answer; others are echoed. `failures` are spent first, one a request."""
+    """`answers` maps the user's last text to the answer; others are echoed. `failures` come first, one a request."""
 
     def __init__(self) -> None:
         self.answers: dict[str, str] = {}
@@ -90,7 +90,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(200, found.body, found.headers)
         elif self.path == "/v1/models":
             if self.allowed():
-                rows = [{"id": name, "object": "model", "created": 0, "owned_by": "me"} for name in self.server_state.models]
+                rows = [
+                    {"id": name, "object": "model", "created": 0, "owned_by": "me"} for name in self.server_state.models
+                ]
                 self.json(200, {"object": "list", "data": rows})
         elif self.path == "/info":
             self.json(200, {"model_id": self.server_state.models[0], "max_total_tokens": 4096})
@@ -134,7 +136,9 @@ class Handler(BaseHTTPRequestHandler):
                 if state.pace:
                     threading.Event().wait(state.pace)
                 tokens += 1
-                yield event(choice({"content": piece}, logprobs=logprobs(piece, tokens) if body.get("logprobs") else None))
+                yield event(
+                    choice({"content": piece}, logprobs=logprobs(piece, tokens) if body.get("logprobs") else None)
+                )
         yield event(choice({}, finish="stop"))
         usage = {"prompt_tokens": 7, "completion_tokens": tokens, "total_tokens": 7 + tokens}
         yield event({"object": "chat.completion.chunk", "choices": [], "usage": usage})
@@ -153,6 +157,10 @@ def choice(delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish
 def logprobs(token: str, index: int) -> dict[str, Any]:
     """Probabilities 0.9, 0.5, 0.2, 0.05 in turn, with two alternatives that share most of the rest."""
     share = (0.9, 0.5, 0.2, 0.05)[index % 4]
-    rows = sorted([(token, share), (" other", (1 - share) * 0.6), (" third", (1 - share) * 0.3)], key=lambda row: -row[1])
+    rows = sorted(
+        [(token, share), (" other", (1 - share) * 0.6), (" third", (1 - share) * 0.3)], key=lambda row: -row[1]
+    )
     top = [{"token": text, "logprob": math.log(p), "bytes": list(text.encode())} for text, p in rows]
-    return {"content": [{"token": token, "logprob": math.log(share), "bytes": list(token.encode()), "top_logprobs": top}]}
+    return {
+        "content": [{"token": token, "logprob": math.log(share), "bytes": list(token.encode()), "top_logprobs": top}]
+    }
