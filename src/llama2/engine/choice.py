@@ -65,7 +65,14 @@ class Choice:
         self.length += 1
         if self._logprobs is None:
             return Picked(token)
-        log_V = raw_V.log_softmax(-1)
+        return self.rate(token, raw_V.log_softmax(-1))
+
+    def log_probabilities(self, logits_TV: Tensor) -> Tensor:
+        """Those of the model's own logits."""
+        return logits_TV.to(promoted(logits_TV.dtype)).log_softmax(-1)
+
+    def rate(self, token: int, log_V: Tensor) -> Picked:
+        """A token with its log-probability and as many of the likeliest as were asked for."""
         best = log_V.topk(self._logprobs) if self._logprobs else None
         top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         return Picked(token, float(log_V[token]), top)

@@ -9,6 +9,7 @@ A request's tokens are those that generate() gives for the same seed, alone or a
 """
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
@@ -37,8 +38,9 @@ class EngineBusyError(Llama2Error, RuntimeError):
 class Event:
     """One token of a request, or its end. The texts of a request's events joined are its whole text.
 
-    token: None where only text that was held back, or the end, is told. logprob, top: see `Picked`. finish: why the
-    request ended, in its last event; error: what went wrong where that is "error".
+    token: None where only text that was held back, prompt tokens, or the end, are told. logprob, top: see `Picked`.
+    prompt: ratings of the next tokens of the prompt, where they were asked for. finish: why the request ended, in its
+    last event; error: what went wrong where that is "error".
     """
 
     token: int | None = None
@@ -47,6 +49,7 @@ class Event:
     top: tuple[tuple[int, float], ...] = ()
     finish: Finish | None = None
     error: Exception | None = None
+    prompt: tuple[Picked, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Ask:
     config: settings of generate(), complete. stop: strings that end the text, left out of it unless keep_stop.
     logprobs: how many likeliest tokens each event tells, None for none. tenant: requests of another tenant share no
     cached prefix. lookup: tokens to guess from earlier text and check in one step (prompt lookup), 0 for none.
+    rate_prompt: tell the log-probability of each prompt token but the first, as events before the first new token.
+    continues: the text goes on from the prompt, so its first space counts; else it stands by itself.
     """
 
     prompt: Sequence[int]
@@ -69,6 +74,8 @@ class Ask:
     lookup: int = 0
     processors: tuple[Any, ...] = ()
     skip_special_tokens: bool = True
+    rate_prompt: bool = False
+    continues: bool = False
 
 
 @dataclass
@@ -96,12 +103,14 @@ class _Live:
     def __init__(self, ask: Ask, limit: int, decoder: Any, sink: Callable[[Event], None]) -> None:
         self.ask, self.sink = ask, sink
         salt = f"{ask.tenant}\0{ask.adapter or ''}".encode()
-        self.sequence = Scheduled(list(ask.prompt), limit, salt)
+        self.sequence = Scheduled(list(ask.prompt), limit, salt, len(ask.prompt) - 1 if ask.rate_prompt else 0)
         self.choice = Choice(ask.config, ask.prompt, limit, ask.seed, ask.logprobs, ask.processors)
         self.eos = frozenset(ask.config.eos_token_ids)
+        if decoder is not None and ask.continues:
+            decoder.put(list(ask.prompt[-8:]))  # a character has four bytes at most, and one token more tells the start
         self.text = None if decoder is None else StopText(decoder, ask.stop, ask.keep_stop)
-        self.ended = False
-        self.since = time.monotonic()
+        self.ended, self.rated = False, 0  # rated: tokens of the prompt that have been told
+        self.since, self.began = time.monotonic(), 0.0  # when it was submitted and when it first ran
 
     def take(self, picked: Picked) -> bool:
         """Tells one token; whether it was the last."""
@@ -117,6 +126,15 @@ class _Live:
             text += self.text.finish()
         self.tell(Event(picked.token, text, picked.logprob, picked.top, finish))
         return finish is not None
+
+    def rate(self, chunk: Chunk, logits_TV: Any) -> None:
+        """Tells the log-probabilities of the prompt tokens that follow the tokens of a chunk."""
+        rows = range(max(self.rated, chunk.start), min(chunk.start + len(chunk.tokens), self.sequence.scored))
+        if not rows:
+            return
+        log_TV = self.choice.log_probabilities(logits_TV[rows.start - chunk.start : rows.stop - chunk.start])
+        self.rated = rows.stop
+        self.tell(Event(prompt=tuple(self.choice.rate(self.ask.prompt[i + 1], row) for i, row in zip(rows, log_TV))))
 
     def tell(self, event: Event) -> None:
         if not self.ended:
@@ -180,6 +198,7 @@ class Engine:
         self._live: dict[Scheduled, _Live] = {}
         self._count, self._lock = 0, threading.Lock()
         self._closing = self._stopping = False
+        self.beat = time.monotonic()  # when the last step began
         self._thread: threading.Thread | None = None
         self.steps = self.tokens_in = self.tokens_out = self.tokens_reused = self.tokens_guessed = self.preemptions = 0
 
@@ -368,7 +387,8 @@ class Engine:
 
     def _end(self, live: _Live, event: Event | None = None) -> None:
         if event is not None:
-            live.tell(event)
+            with contextlib.suppress(Exception):  # of whoever listens: the pages go back all the same
+                live.tell(event)
         self.scheduler.finish(live.sequence)
         if self._live.pop(live.sequence, None) is not None:
             self.tokens_reused += live.sequence.reused
@@ -387,9 +407,14 @@ class Engine:
             else:
                 self._wake.wait()
                 self._wake.clear()
+                self.beat = time.monotonic()
 
     def _step(self) -> None:
         chunks = self.scheduler.plan()
+        self.beat = now = time.monotonic()
+        for chunk in chunks:
+            live = self._live[chunk.sequence]
+            live.began = live.began or now
         try:
             rows = iter(self.runner.step(chunks, [self._live[c.sequence].ask.adapter for c in chunks]))
         except Exception as error:
@@ -398,10 +423,16 @@ class Engine:
             return
         self.steps += 1
         for chunk in chunks:
-            if chunk.sampled:
-                self._advance(chunk, next(rows))
-            else:
-                self.scheduler.commit(chunk)
+            logits, live = next(rows) if chunk.wanted else None, self._live[chunk.sequence]
+            try:
+                if chunk.whole:
+                    live.rate(chunk, logits)
+                if chunk.sampled:
+                    self._advance(chunk, logits)
+                else:
+                    self.scheduler.commit(chunk)
+            except Exception as error:  # of a processor or of whoever listens: it ends this request, not the others
+                self._end(live, Event(finish="error", error=error))
 
     def _advance(self, chunk: Chunk, logits: Any) -> None:
         """Picks the next token of a sequence, and those that its guesses have foreseen."""
@@ -409,16 +440,12 @@ class Engine:
         guesses = chunk.tokens[len(chunk.tokens) - chunk.drafted :]
         new: list[int] = []
         done = False
-        try:
-            for i, logits_V in enumerate(logits):
-                picked = live.choice(logits_V)
-                new.append(picked.token)
-                done = live.take(picked)
-                if done or i == len(guesses) or picked.token != guesses[i]:
-                    break
-        except Llama2Error as error:
-            self._end(live, Event(finish="error", error=error))
-            return
+        for i, logits_V in enumerate(logits[len(logits) - 1 - chunk.drafted :]):
+            picked = live.choice(logits_V)
+            new.append(picked.token)
+            done = live.take(picked)
+            if done or i == len(guesses) or picked.token != guesses[i]:
+                break
         self.tokens_out += len(new)
         self.tokens_guessed += len(new) - 1
         self.scheduler.commit(chunk, new)

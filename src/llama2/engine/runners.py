@@ -23,7 +23,7 @@ class PlanRunner(Protocol):
     bytes_per_page: int
 
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
-        """Keys and values of the chunks go into their pages; logits (1 + drafted, V) of each sampled chunk, in order.
+        """Keys and values of the chunks go into their pages; logits (wanted, V) of each chunk that wants some, in order.
 
         adapters: for each chunk the adapter it runs with.
         """
@@ -48,7 +48,7 @@ class NativePlanRunner:
             row[: len(chunk.sequence.pages)] = chunk.sequence.pages
         tokens = np.concatenate([chunk.tokens for chunk in chunks]).astype(np.int32)
         positions = np.arange(starts[-1], dtype=np.int32) + np.repeat(past - starts[:-1], counts)
-        wanted = [range(end - 1 - c.drafted, end) for c, end in zip(chunks, starts[1:], strict=True) if c.sampled]
+        wanted = [range(end - c.wanted, end) for c, end in zip(chunks, starts[1:], strict=True) if c.wanted]
         rows = np.array([row for chunk_rows in wanted for row in chunk_rows], np.int32)
         view = cpu.CacheView(self._cache, starts, past, tables)
         logits = torch.from_numpy(self._runner.step(tokens, positions, view, rows, adapters))
@@ -75,10 +75,10 @@ class TorchPlanRunner:
         for chunk in chunks:
             if len(chunk.tokens) > 1:
                 (found[id(chunk)],) = self._batch([chunk])
-        return [found[id(chunk)] for chunk in chunks if chunk.sampled]
+        return [found[id(chunk)] for chunk in chunks if chunk.wanted]
 
     def _batch(self, chunks: Sequence[Chunk]) -> list[Tensor]:
-        """Logits (1 + drafted, V) of chunks of one length, padded on the left to the longest past."""
+        """Logits (wanted, V) of chunks of one length, padded on the left to the longest past."""
         device, new = self.model.device, len(chunks[0].tokens)
         longest = max(chunk.start for chunk in chunks)
         cache, mask = DynamicCache(), torch.ones((len(chunks), longest + new), dtype=torch.bool, device=device)
@@ -90,7 +90,7 @@ class TorchPlanRunner:
                 row[: longest - chunk.start] = False
         tokens = torch.tensor([chunk.tokens for chunk in chunks], device=device)
         positions = torch.tensor([list(range(c.start, c.start + new)) for c in chunks], device=device)
-        keep = max(1 + chunk.drafted for chunk in chunks)
+        keep = max(1, *(chunk.wanted for chunk in chunks))
         output = self.model(
             input_ids=tokens,
             attention_mask=None if bool(mask.all()) else mask,
@@ -104,7 +104,7 @@ class TorchPlanRunner:
         ).transpose(3, 4)  # layers, 2, B, T, K, E
         for row, chunk in enumerate(chunks):
             self._keep(chunk, fresh[:, :, row])
-        return [logits[keep - 1 - chunk.drafted :] for logits, chunk in zip(output.logits, chunks, strict=True)]
+        return [logits[keep - chunk.wanted :] for logits, chunk in zip(output.logits, chunks, strict=True)]
 
     def _past(self, chunk: Chunk, length: int) -> Tensor:
         """Keys and values (layers, 2, length, K, E) before a chunk, zeros first."""

@@ -16,18 +16,21 @@ from dataclasses import dataclass, field
 from llama2.engine.blocks import BlockPool
 from llama2.errors import InputError
 
+SCORED_AT_ONCE = 64  # tokens of a chunk whose logits are all wanted: they are rows of a whole vocabulary
+
 
 @dataclass(eq=False)
 class Sequence:
     """One text that grows: `tokens`, of which the first `computed` are in the cache.
 
     limit: tokens it may come to have, the prompt included. salt: sequences of another salt share no pages with it
-    (tenant, adapter).
+    (tenant, adapter). scored: its first `scored` tokens are to be rated too, so they all run and their logits are wanted.
     """
 
     tokens: list[int]
     limit: int
     salt: bytes = b""
+    scored: int = 0
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     reused: int = 0  # positions that were found in the cache when it was first admitted
@@ -45,13 +48,19 @@ class Sequence:
 @dataclass(frozen=True)
 class Chunk:
     """Part of a plan: `tokens` of a sequence at positions `start`, ...; with `sampled` its last pending one is among
-    them, followed by the `drafted` guesses, and logits are wanted from it on."""
+    them, followed by the `drafted` guesses, and logits are wanted from it on; with `whole` those of every token are."""
 
     sequence: Sequence
     start: int
     tokens: list[int]
     sampled: bool
     drafted: int = 0
+    whole: bool = False
+
+    @property
+    def wanted(self) -> int:
+        """Of how many of its last tokens logits are wanted."""
+        return len(self.tokens) if self.whole else (1 + self.drafted if self.sampled else 0)
 
 
 class Scheduler:
@@ -123,6 +132,9 @@ class Scheduler:
     def _plan_one(self, sequence: Sequence, planned: dict[Sequence, Chunk]) -> bool:
         """Plans what fits of a running sequence; whether somebody had to make room for it."""
         room = min(self._left(planned), sequence.pending)
+        whole = sequence.computed < sequence.scored
+        if whole:
+            room = min(room, SCORED_AT_ONCE)
         if room < 1:
             return False
         sampled = room == sequence.pending
@@ -137,7 +149,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return True
-        planned[sequence] = Chunk(sequence, sequence.computed, tokens, sampled, len(draft))
+        planned[sequence] = Chunk(sequence, sequence.computed, tokens, sampled, len(draft), whole)
         return preempted
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
@@ -185,6 +197,8 @@ class Scheduler:
 
     def _usable(self, sequence: Sequence) -> list[bytes]:
         """Keys of the pages that may be taken over: the last token has to run, for its logits."""
+        if sequence.scored:
+            return []
         return sequence._keys[: (len(sequence.tokens) - 1) // self.pool.size]
 
     def _remembered(self, sequence: Sequence) -> list[int]:

@@ -255,6 +255,15 @@ class PreTrainedTokenizer(ChatTemplates, Files):
         )
         return StreamDecoder(self._pieces, self._skippable if skip_special_tokens else frozenset(), clean)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that an id stands for inside a text."""
+        return self._pieces[token_id]
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of control tokens: what skip_special_tokens skips."""
+        return self._skippable
+
     @property
     def _skippable(self) -> frozenset[int]:
         if self._skip is None:

@@ -1,0 +1,73 @@
+"""/v1/embeddings: the mean of the last hidden states of a text, of length 1. Only a model that torch runs tells them."""
+
+import base64
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from starlette.responses import JSONResponse, Response
+
+from llama2.model import LlamaForCausalLM
+from llama2.serve.body import Body, Text
+from llama2.serve.openai_completions import encode
+from llama2.serve.refusal import Refusal
+from llama2.serve.service import Call, Service
+
+
+class EmbeddingBody(Body):
+    """The body of /v1/embeddings."""
+
+    input: Text | list[int] | list[Text] | list[list[int]] = Field(max_length=4_000_000)
+    model: str | None = Field(None, max_length=512)
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1, le=1_000_000)
+    user: Any = None
+
+
+def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
+    """The answer. Raises Refusal where the model has no torch module, and for inputs that do not fit."""
+    model = service.engine.model
+    if not isinstance(model, LlamaForCausalLM):
+        raise Refusal("unable", "this model runs packed in the native engine, which tells no hidden states; --runner torch does")
+    width = model.config.hidden_size
+    if body.dimensions not in (None, width):
+        raise Refusal("validation", f"dimensions is {body.dimensions}; this model has {width} and no fewer", "dimensions")
+    service.adapter(body.model)
+    given: list[Any] = [body.input] if isinstance(body.input, str) else list(body.input)
+    if given and isinstance(given[0], int):
+        given = [given]
+    if not given or len(given) > service.bounds.max_client_batch_size:
+        raise Refusal(
+            "validation", f"input has {len(given)} texts; give 1 to {service.bounds.max_client_batch_size}", "input"
+        )
+    rows = [encode(service.tokenizer, text, False) if isinstance(text, str) else tuple(text) for text in given]
+    for row in rows:
+        _check(row, service.bounds.max_input_tokens, model.config.vocab_size)
+    data = []
+    for i, row in enumerate(rows):
+        with service.hidden, torch.inference_mode():
+            states_TD = model.model(torch.tensor([row], device=model.device)).last_hidden_state[0]
+            mean_D = torch.nn.functional.normalize(states_TD.float().mean(0), dim=0).cpu()
+        vector: Any = mean_D.tolist()
+        if body.encoding_format == "base64":
+            vector = base64.b64encode(mean_D.numpy().astype("<f4").tobytes()).decode()
+        data.append({"object": "embedding", "index": i, "embedding": vector})
+    held = sum(map(len, rows))
+    return {
+        "object": "list",
+        "data": data,
+        "model": body.model or service.policy.names[0],
+        "usage": {"prompt_tokens": held, "total_tokens": held},
+    }
+
+
+def _check(row: tuple[int, ...], most: int, vocabulary: int) -> None:
+    if not 1 <= len(row) <= most:
+        raise Refusal("context" if row else "validation", f"an input has {len(row)} tokens; 1 to {most} fit", "input")
+    if bad := [i for i in row if not 0 <= i < vocabulary]:
+        raise Refusal("validation", f"token id {bad[0]} does not exist; ids run from 0 to {vocabulary - 1}", "input")
+
+
+async def embeddings(call: Call) -> Response:
+    """Answers one request."""
+    return JSONResponse(await call.parse(embed, call.service, await call.read(EmbeddingBody)))

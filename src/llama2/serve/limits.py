@@ -1,0 +1,106 @@
+"""How much of the memory the cache may take, which lengths that allows, and one table that says so at the start."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama2.engine.engine import Engine
+from llama2.engine.runners import PAGE
+from llama2.errors import InputError
+from llama2.serve.request import Bounds
+
+CACHE_SHARE = 0.4  # of the memory that is free once the weights are there
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What whoever runs the server asks for; None lets the model and the memory decide."""
+
+    max_input_tokens: int | None = None
+    max_total_tokens: int | None = None
+    max_batch_total_tokens: int | None = None
+    max_batch_prefill_tokens: int = 512
+    max_batch_size: int = 64
+    max_best_of: int = 8
+    max_stop_sequences: int = 16
+    max_top_n_tokens: int = 20
+    max_client_batch_size: int = 32
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can still be taken on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        found.append(int(rows["MemAvailable"].split()[0]) * 1024)
+    else:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (bound := limit.read_text().strip()) != "max":
+        found.append(int(bound) - int(used.read_text()))
+    return max(min(found), 0)
+
+
+def cache_tokens(model: Any, wanted: Wanted, bytes_per_token: int) -> tuple[int, str]:
+    """Positions of the cache and where the number comes from. Raises InputError where not even one text fits."""
+    context = wanted.max_total_tokens or model.config.max_position_embeddings
+    if wanted.max_batch_total_tokens is not None:
+        return wanted.max_batch_total_tokens, "max_batch_total_tokens"
+    free = available(model.device)
+    fits = int(free * CACHE_SHARE) // bytes_per_token
+    most = wanted.max_batch_size * context
+    if fits < min(context, 2048):
+        raise InputError(
+            f"{free / GIB:.1f} GiB of memory are free, and {CACHE_SHARE:.0%} of them hold {fits} tokens of the cache; "
+            "give --max-total-tokens or --max-batch-total-tokens, or --kv-cache int8"
+        )
+    if most <= fits:
+        return most, f"{wanted.max_batch_size} texts of {context} tokens"
+    return fits // PAGE * PAGE, f"{CACHE_SHARE:.0%} of {free / GIB:.1f} GiB free"
+
+
+def bounds(engine: Engine, wanted: Wanted) -> Bounds:
+    """What a request may ask for. Raises InputError for bounds that contradict each other or the model."""
+    context, held = engine.limit, engine.scheduler.capacity() + 1
+    total = wanted.max_total_tokens or min(context, held)
+    if total > context:
+        raise InputError(f"max_total_tokens is {total}, but the model's context is {context}; lower it")
+    if total > held:
+        raise InputError(f"max_total_tokens is {total}, but the cache holds {held - 1}; lower it or enlarge the cache")
+    longest = wanted.max_input_tokens or total - 1
+    if not 0 < longest < total:
+        raise InputError(f"max_input_tokens is {longest}; it must be between 1 and {total - 1}, max_total_tokens less 1")
+    return Bounds(
+        max_input_tokens=longest,
+        max_total_tokens=total,
+        max_best_of=wanted.max_best_of,
+        max_stop_sequences=wanted.max_stop_sequences,
+        max_top_n_tokens=wanted.max_top_n_tokens,
+        max_client_batch_size=wanted.max_client_batch_size,
+    )
+
+
+def table(engine: Engine, limits: Bounds, source: str) -> str:
+    """What the server can hold, for people."""
+    runner, weights = engine.runner, getattr(engine.runner, "weights", None)
+    size = weights.nbytes if weights is not None else sum(p.nbytes for p in engine.model.parameters())
+    each, held = runner.bytes_per_page / PAGE, engine.scheduler.capacity()
+    rows = [
+        ("weights", f"{size / GIB:.2f} GiB", "native engine" if weights is not None else f"torch, {engine.model.device}"),
+        ("cache, a token", f"{each / 1024:.1f} KiB", "keys and values of all layers"),
+        ("cache, all", f"{runner.pages * runner.bytes_per_page / GIB:.2f} GiB", f"{held} tokens: {source}"),
+        ("full-length texts at once", f"{held / limits.max_total_tokens:.1f}", f"of {limits.max_total_tokens} tokens"),
+        ("texts in a step", str(engine.scheduler.width), "max_batch_size; others wait"),
+        ("tokens in a step", str(engine.scheduler.budget), "max_batch_prefill_tokens; longer prompts run in parts"),
+        ("max_total_tokens", str(limits.max_total_tokens), f"prompt and answer; the context is {engine.limit}"),
+        ("max_input_tokens", str(limits.max_input_tokens), "prompt"),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join(f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {note}" for name, value, note in rows)

@@ -1,0 +1,255 @@
+"""/v1/chat/completions."""
+
+import secrets
+from typing import Any, Literal
+
+from pydantic import Field
+from starlette.responses import JSONResponse, Response
+
+from llama2.engine.choice import Picked
+from llama2.engine.engine import Event
+from llama2.serve import sse
+from llama2.serve.chat import CallReader, Message, Tool, Tools, chosen, prompt_ids
+from llama2.serve.openai import (
+    REASONS,
+    Common,
+    Count,
+    Head,
+    ResponseFormat,
+    drawn,
+    rated,
+    salt,
+    usage,
+)
+from llama2.serve.refusal import Refusal
+from llama2.serve.request import Generation
+from llama2.serve.service import Call, Service
+from llama2.serve.session import Answer, Session, fold
+
+# What the `text-generation` client always sends, set or not; see `ChatBody.legacy`.
+_LEGACY_FIELDS = {"model", "messages", "repetition_penalty", "logit_bias", "top_logprobs", "tool_choice", "seed", "n"}
+
+
+class ChatBody(Common):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = Field(None, max_length=256)
+    tool_choice: str | dict[str, Any] | None = Field(None, max_length=256)
+    tool_prompt: str | None = Field(None, max_length=8192)
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    modalities: list[Literal["text"]] | None = None
+    prediction: Any = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @property
+    def legacy(self) -> bool:
+        """Whether the `text-generation` client asks, which wants the role in every chunk, calls as one object and no
+        [DONE]. It sends every field of its own, most of them null, and the model name "tgi"."""
+        return self.model == "tgi" and self.model_fields_set >= _LEGACY_FIELDS
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on with the last message, as TGI does where that is the assistant's."""
+        if self.continue_final_message is None:
+            return self.messages[-1].role == "assistant" and not self.messages[-1].tool_calls
+        return self.continue_final_message
+
+    @property
+    def tops(self) -> int:
+        """Likeliest tokens to tell with each token."""
+        return self.top_logprobs or 0
+
+
+def parse(service: Service, body: ChatBody, owner: str) -> tuple[Generation, Tools]:
+    """The body as a generation. Raises Refusal."""
+    if len(body.messages) > service.bounds.max_messages:
+        raise Refusal("validation", f"{len(body.messages)} messages; {service.bounds.max_messages} are the most", "messages")
+    if body.tools and len(body.tools) > service.bounds.max_tools:
+        raise Refusal("tool", f"{len(body.tools)} tools; {service.bounds.max_tools} are the most", "tools")
+    tools = chosen(body.tools, body.tool_choice)
+    constraint = body.response_format.constraint() if body.response_format else None
+    if tools.active:
+        if constraint is not None:
+            raise Refusal("tool", "tools and a response_format exclude each other; send one of them")
+        constraint = tools.constraint()
+    if body.tops and not body.logprobs:
+        raise Refusal("validation", "top_logprobs needs logprobs: true", "top_logprobs")
+    ids = prompt_ids(service.tokenizer, body.messages, tools, body.continues)
+    wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if wanted == 0:
+        raise Refusal("validation", "max_tokens is 0; ask for at least 1", "max_tokens")
+    n = body.n or 1
+    return (
+        Generation(
+            prompts=(ids,),
+            sampling=body.sampling(service),
+            max_new_tokens=wanted,
+            n=n,
+            best_of=n,
+            seed=drawn(body.seed),
+            stop=body.stops,
+            keep_stop=bool(body.include_stop_str_in_output),
+            logprobs=body.tops if body.logprobs else None,
+            continues=body.continues,
+            constraint=constraint,
+            adapter=service.adapter(body.model),
+            salt=salt(owner, body.cache_salt),
+            stream=bool(body.stream),
+            skip_special_tokens=body.skip_special_tokens is not False,
+        ),
+        tools,
+    )
+
+
+async def chat(call: Call) -> Response:
+    """Answers one request."""
+    body = await call.read(ChatBody)
+    service = call.service
+    generation, tools = await call.parse(parse, service, body, call.owner)
+    session = await call.begin(generation)
+    prompt = len(generation.prompts[0])
+    if generation.stream:
+        writer = (LegacyWriter if body.legacy else ChatWriter)(service, body, tools, prompt, generation.n)
+        return sse.EventStream(call, session, writer, "openai")
+    answers = await call.until_gone(session, fold(session, generation.n))
+    choices = [_choice(service, body, tools, i, answer) for i, answer in enumerate(answers)]
+    head = Head(service, "chatcmpl", "chat.completion", body.model)
+    return JSONResponse(head(choices=choices, usage=usage(prompt, session)))
+
+
+def _choice(service: Service, body: ChatBody, tools: Tools, index: int, answer: Answer) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    reason = REASONS[answer.finish or "length"]
+    if tools.active:
+        reader = CallReader()
+        parts = [reader.put(answer.text), reader.finish(reason == "stop")]
+        text, arguments = ("".join(part) for part in zip(*parts, strict=True))
+        if reader.name is not None:
+            message |= {"content": None, "tool_calls": [_call(reader.name, arguments)]}
+            reason = "tool_calls" if reason == "stop" else reason
+        else:
+            message["content"] = text
+    logprobs = None
+    if body.logprobs:
+        special = service.tokenizer.special_ids
+        entries = [rated(service.tokenizer, p, body.tops) for p in answer.picked if p.token not in special]
+        logprobs = {"content": entries, "refusal": None}
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    return {"id": _call_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+class ChatWriter:
+    """Chunks: the role, then text or a call piece by piece, then the reason, then the usage if asked, then [DONE]."""
+
+    def __init__(self, service: Service, body: ChatBody, tools: Tools, prompt: int, n: int) -> None:
+        self.tokenizer, self.body, self.prompt, self.n = service.tokenizer, body, prompt, n
+        self.head = Head(service, "chatcmpl", "chat.completion.chunk", body.model)
+        self.readers = [CallReader() for _ in range(n)] if tools.active else []
+        self.calling = [False] * n
+
+    def begin(self) -> bytes:
+        """The role of every answer."""
+        return b"".join(self.chunk(i, {"role": "assistant", "content": ""}) for i in range(self.n))
+
+    def put(self, index: int, event: Event) -> bytes:
+        """One token, and the end."""
+        found = b""
+        text, arguments = event.text, ""
+        complete = event.finish in ("eos", "stop")
+        if self.readers:
+            reader = self.readers[index]
+            text, arguments = reader.put(event.text)
+            if event.finish is not None:
+                rest = reader.finish(complete)
+                text, arguments = text + rest[0], arguments + rest[1]
+            if reader.name is not None and not self.calling[index]:
+                self.calling[index] = True
+                found += self.chunk(index, self.call_delta(reader.name))
+        logprobs = self.logprobs(event)
+        if arguments:
+            found += self.chunk(index, self.arguments_delta(arguments), logprobs)
+        elif text or logprobs:
+            found += self.chunk(index, {"content": text}, logprobs)
+        if event.finish is not None:
+            reason = REASONS[event.finish]
+            reason = "tool_calls" if reason == "stop" and self.calling[index] else reason
+            found += self.chunk(index, {}, None, reason)
+        return found
+
+    def logprobs(self, event: Event) -> dict[str, Any] | None:
+        """Those of an event's token, if asked for."""
+        if not self.body.logprobs or event.token is None or event.token in self.tokenizer.special_ids:
+            return None
+        return {"content": [rated(self.tokenizer, _picked(event), self.body.tops)], "refusal": None}
+
+    def call_delta(self, name: str) -> dict[str, Any]:
+        """The begin of a call."""
+        return {"tool_calls": [{"index": 0, **_call(name, "")}]}
+
+    def arguments_delta(self, arguments: str) -> dict[str, Any]:
+        """More of its arguments."""
+        return {"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]}
+
+    def chunk(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+    ) -> bytes:
+        """One event."""
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        more = {"usage": None} if self.body.usage else {}
+        return sse.data(self.head(choices=[choice], **more))
+
+    def end(self, session: Session) -> bytes:
+        """Usage and [DONE]."""
+        told = sse.data(self.head(choices=[], usage=usage(self.prompt, session))) if self.body.usage else b""
+        return told + b"data: [DONE]\n\n"
+
+
+class LegacyWriter(ChatWriter):
+    """Chunks as TGI wrote them for its own client: role and call in every one of them, nothing behind the last."""
+
+    def __init__(self, service: Service, body: ChatBody, tools: Tools, prompt: int, n: int) -> None:
+        super().__init__(service, body, tools, prompt, n)
+        self._id, self._name = _call_id(), ""
+
+    def begin(self) -> bytes:
+        """Nothing: the role comes with the text."""
+        return b""
+
+    def call_delta(self, name: str) -> dict[str, Any]:
+        """The begin of a call."""
+        self._name = name
+        return self.arguments_delta("")
+
+    def arguments_delta(self, arguments: str) -> dict[str, Any]:
+        """More of its arguments."""
+        function = {"name": self._name, "arguments": arguments}
+        return {"tool_calls": {"index": 0, "id": self._id, "type": "function", "function": function}}
+
+    def chunk(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+    ) -> bytes:
+        """One event."""
+        return super().chunk(index, {"role": "assistant", "content": None, "tool_calls": None} | delta, logprobs, reason)
+
+    def end(self, session: Session) -> bytes:
+        """Nothing: its client takes every data line for JSON of one kind."""
+        return b""
+
+
+def _picked(event: Event) -> Picked:
+    return Picked(event.token or 0, event.logprob, event.top)

@@ -1,0 +1,71 @@
+"""Why a request is not served, in words and in each dialect's status and error body."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Dialect = Literal["openai", "tgi"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A reason: status, type and code for OpenAI's clients, status and type for TGI's."""
+
+    status: int
+    type: str
+    code: str | None
+    tgi_status: int
+    tgi_type: str
+
+
+_INVALID = "invalid_request_error"
+KINDS: Mapping[str, Kind] = {
+    "malformed": Kind(400, _INVALID, "malformed", 400, "validation"),
+    "validation": Kind(400, _INVALID, None, 422, "validation"),
+    "context": Kind(400, _INVALID, "context_length_exceeded", 422, "validation"),
+    "template": Kind(400, _INVALID, "template_error", 422, "template_error"),
+    "tool": Kind(400, _INVALID, "tool_error", 422, "tool_error"),
+    "key": Kind(401, "authentication_error", "invalid_api_key", 401, "authentication"),
+    "model": Kind(404, "not_found_error", "model_not_found", 404, "not_found"),
+    "route": Kind(404, "not_found_error", "not_found", 404, "not_found"),
+    "method": Kind(405, _INVALID, "method_not_allowed", 405, "validation"),
+    "size": Kind(413, _INVALID, "request_too_large", 413, "validation"),
+    "media": Kind(415, _INVALID, "unsupported_media_type", 415, "validation"),
+    "headers": Kind(431, _INVALID, "headers_too_large", 431, "validation"),
+    "busy": Kind(429, "rate_limit_error", "overloaded", 429, "overloaded"),
+    "starting": Kind(503, "server_error", "model_loading", 503, "healthcheck"),
+    "closing": Kind(503, "server_error", "shutting_down", 503, "overloaded"),
+    "unable": Kind(501, "server_error", "not_implemented", 501, "validation"),
+    "generation": Kind(500, "server_error", "generation_failed", 424, "generation"),
+    "deadline": Kind(504, "server_error", "deadline_exceeded", 504, "incomplete_generation"),
+    "internal": Kind(500, "server_error", "internal_error", 500, "incomplete_generation"),
+}
+
+
+class Refusal(Exception):
+    """A request that gets an error. kind: a key of KINDS. param: the field to blame. retry_after: seconds."""
+
+    def __init__(self, kind: str, message: str, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.kind, self.message, self.param, self.retry_after = kind, message, param, retry_after
+
+    def status(self, dialect: Dialect) -> int:
+        """The HTTP status."""
+        kind = KINDS[self.kind]
+        return kind.tgi_status if dialect == "tgi" else kind.status
+
+    def body(self, dialect: Dialect) -> dict[str, Any]:
+        """The error as JSON, on its own and as an event of a stream."""
+        kind = KINDS[self.kind]
+        if dialect == "tgi":
+            return {"error": self.message, "error_type": kind.tgi_type}
+        return {"error": {"message": self.message, "type": kind.type, "param": self.param, "code": kind.code}}
+
+    def headers(self) -> dict[str, str]:
+        """Retry-After, where waiting helps; WWW-Authenticate, where a key is missing."""
+        found = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        if self.kind == "key":
+            found["www-authenticate"] = "Bearer"
+        if self.kind == "closing":
+            found["connection"] = "close"
+        return found

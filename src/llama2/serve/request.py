@@ -1,0 +1,176 @@
+"""What is to be generated: the one type that every dialect parses into, and the bounds that hold for all of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llama2.engine.engine import Ask, Engine
+from llama2.generation_config import GenerationConfig
+from llama2.serve.adjust import Bias, CountPenalty, Watermark
+from llama2.serve.constraint import Compiler, Constraint
+from llama2.serve.refusal import Refusal
+
+SEED_BITS = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a request may ask for at most."""
+
+    max_input_tokens: int
+    max_total_tokens: int
+    max_best_of: int = 8
+    max_stop_sequences: int = 16
+    max_stop_characters: int = 512  # of one stop string
+    max_top_n_tokens: int = 20
+    max_client_batch_size: int = 32
+    max_messages: int = 2048
+    max_tools: int = 64
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. A None temperature takes the likeliest; the others are off at their defaults."""
+
+    temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: Mapping[int, float] = field(default_factory=dict)
+    watermark: bool = False
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_ids: tuple[int, ...] = ()
+
+    def settings(self, eos: list[int]) -> dict[str, Any]:
+        """As settings of generate(), every one of them given, so that none comes from the checkpoint."""
+        found: dict[str, Any] = {
+            "do_sample": self.temperature is not None,
+            "repetition_penalty": self.repetition_penalty,
+            "eos_token_id": [*([] if self.ignore_eos else eos), *self.stop_ids],
+        }
+        if self.temperature is not None:
+            found |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            found |= {"typical_p": self.typical_p, "min_p": self.min_p or None}
+        if self.min_tokens:
+            found["min_new_tokens"] = self.min_tokens
+        return found
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Prompts of ids and how each is continued `best_of` times, of which `n` are told.
+
+    max_new_tokens: None fills the context. prompt_logprobs, logprobs, continues, lookup: see `engine.Ask`. keep_stop: the
+    text ends behind the stop string. salt: requests of another salt share no cached prefix.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: Sampling = Sampling()
+    max_new_tokens: int | None = None
+    n: int = 1
+    best_of: int = 1
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    continues: bool = False
+    constraint: Constraint | None = None
+    adapter: str | None = None
+    salt: str = ""
+    stream: bool = False
+    skip_special_tokens: bool = True
+    prepared: list[Ask] = field(default_factory=list)  # filled in by the service once all is checked
+
+    @property
+    def new_tokens(self) -> int:
+        """The bound on new tokens of one answer; 0 where only the context bounds it."""
+        return self.max_new_tokens or 0
+
+    def check(self, bounds: Bounds, vocabulary: int) -> None:
+        """Raises Refusal for what the bounds forbid; the engine checks what it alone knows."""
+        _most("the number of prompts", len(self.prompts), bounds.max_client_batch_size, "prompt")
+        _most("n", self.n, bounds.max_best_of, "n")
+        _most("best_of", self.best_of, bounds.max_best_of, "best_of")
+        _most("the number of stop strings", len(self.stop), bounds.max_stop_sequences, "stop")
+        _most("a stop string's length", max(map(len, self.stop), default=0), bounds.max_stop_characters, "stop")
+        if "" in self.stop:
+            raise Refusal("validation", "a stop string is empty, which every text contains; leave it out", "stop")
+        if self.best_of < self.n:
+            raise Refusal("validation", f"best_of is {self.best_of}; it must be at least n, {self.n}", "best_of")
+        if self.best_of > 1 and self.sampling.temperature is None:
+            raise Refusal(
+                "validation", "more than one answer needs sampling; the likeliest tokens are one answer", "best_of"
+            )
+        if self.logprobs is not None:
+            _most("logprobs", self.logprobs, bounds.max_top_n_tokens, "logprobs")
+        for token in (*self.sampling.bias, *self.sampling.stop_ids):
+            if not 0 <= token < vocabulary:
+                raise Refusal("validation", f"token id {token} does not exist; ids run from 0 to {vocabulary - 1}")
+        for prompt in self.prompts:
+            self._check_length(len(prompt), bounds)
+
+    def _check_length(self, held: int, bounds: Bounds) -> None:
+        if held < 1:
+            raise Refusal("validation", "the prompt is empty and this tokenizer adds no token of its own; give some text")
+        if held > bounds.max_input_tokens:
+            raise Refusal(
+                "context",
+                f"the prompt has {held} tokens but at most {bounds.max_input_tokens} are taken (max_input_tokens); "
+                "shorten it",
+            )
+        if held + self.new_tokens > bounds.max_total_tokens:
+            raise Refusal(
+                "context",
+                f"{held} tokens of the prompt and {self.new_tokens} new ones are more than {bounds.max_total_tokens} "
+                f"(max_total_tokens); ask for at most {bounds.max_total_tokens - held} new tokens",
+            )
+
+    def asks(self, engine: Engine, bounds: Bounds, compiler: Compiler | None) -> list[Ask]:
+        """The engine's requests, `best_of` for each prompt in turn. Raises InputError. May take milliseconds."""
+        own: GenerationConfig = engine.model.generation_config
+        settings = self.sampling.settings(own.eos_token_ids)
+        found = []
+        for i, prompt in enumerate(self.prompts):
+            settings["max_new_tokens"] = self.max_new_tokens or bounds.max_total_tokens - len(prompt)
+            ask = engine.ask(
+                prompt,
+                stop=self.stop,
+                keep_stop=self.keep_stop,
+                logprobs=0 if self.logprobs is None and self.best_of > self.n else self.logprobs,
+                adapter=self.adapter,
+                tenant=self.salt,
+                skip_special_tokens=self.skip_special_tokens,
+                **settings,
+            )
+            ask = replace(ask, continues=self.continues, rate_prompt=self.prompt_logprobs and len(prompt) > 1)
+            for j in range(self.best_of):
+                seed = (self.seed + i * self.best_of + j) & SEED_BITS
+                processors = self._processors(len(prompt), engine.model.config.vocab_size, compiler)
+                found.append(replace(ask, seed=seed, processors=processors, rate_prompt=ask.rate_prompt and j == 0))
+        return found
+
+    def _processors(self, prompt: int, vocabulary: int, compiler: Compiler | None) -> tuple[Any, ...]:
+        sampling = self.sampling
+        found: list[Any] = [Watermark()] if sampling.watermark else []
+        if sampling.bias:
+            found.append(Bias(sampling.bias))
+        if sampling.frequency_penalty or sampling.presence_penalty:
+            found.append(
+                CountPenalty(sampling.frequency_penalty, sampling.presence_penalty, prompt, vocabulary)
+            )
+        if self.constraint is not None:
+            if compiler is None:
+                raise Refusal("unable", "this server was started without constrained answers; leave the format out")
+            found.append(compiler(self.constraint, prompt))
+        return tuple(found)
+
+
+def _most(what: str, value: int, bound: int, param: str) -> None:
+    if value > bound:
+        raise Refusal("validation", f"{what} is {value}; at most {bound} is allowed here", param)

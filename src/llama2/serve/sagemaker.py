@@ -1,0 +1,34 @@
+"""SageMaker's dialect: /invocations takes a TGI body, a chat or a completion, told apart by their fields."""
+
+import json
+from typing import Any
+
+from starlette.responses import Response
+
+from llama2.serve import openai_chat, openai_completions, tgi
+from llama2.serve.body import check_depth
+from llama2.serve.refusal import Dialect, Refusal
+from llama2.serve.service import Call
+
+
+def dialect_of(data: bytes) -> tuple[str, Dialect]:
+    """Which body this is: "messages", "prompt" or "inputs", and the dialect of its errors. Raises Refusal."""
+    check_depth(data)
+    try:
+        content: Any = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Refusal("malformed", "the body is not JSON") from None
+    for name in ("messages", "prompt", "inputs"):
+        if isinstance(content, dict) and name in content:
+            return name, "tgi" if name == "inputs" else "openai"
+    raise Refusal("validation", "the body has neither inputs (text generation), messages (chat) nor prompt; send one")
+
+
+async def invocations(call: Call) -> Response:
+    """/invocations."""
+    name, call.dialect = dialect_of(call.data)
+    if name == "messages":
+        return await openai_chat.chat(call)
+    if name == "prompt":
+        return await openai_completions.completions(call)
+    return await tgi.compat(call)

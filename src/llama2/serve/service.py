@@ -1,0 +1,263 @@
+"""What every route shares: the engine with its tokenizer, the bounds, the life, the metrics; and one call on a route."""
+
+import asyncio
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from llama2.engine.engine import Engine
+from llama2.errors import InputError, TokenizerError
+from llama2.serve import body
+from llama2.serve.constraint import Compiler
+from llama2.serve.keys import Keys
+from llama2.serve.life import Life
+from llama2.serve.metrics import Metrics
+from llama2.serve.refusal import Dialect, Refusal
+from llama2.serve.request import Bounds, Generation
+from llama2.serve.session import Mailbox, Session, Times
+
+T = TypeVar("T")
+M = TypeVar("M", bound=body.Body)
+ALIASES = ("tgi", "dummy", "default", "")  # what clients send that were given an address and no name
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Choices of whoever runs the server."""
+
+    names: tuple[str, ...] = ("llama2",)
+    revision: str | None = None
+    unknown_fields: str = "refuse"
+    parse_special: bool = True
+    payload_limit: int = 2_000_000
+    request_timeout: float = 0.0
+    stall_timeout: float = 60.0
+    cors_origins: tuple[str, ...] = ()
+    public_metrics: bool = False
+    workers: int = 2
+    max_concurrent_requests: int = 128
+
+
+class Service:
+    """The server without its routes."""
+
+    def __init__(self, policy: Policy = Policy(), keys: Keys | None = None, life: Life | None = None) -> None:
+        self.policy, self.keys, self.life = policy, keys or Keys(), life or Life()
+        self.metrics = Metrics()
+        self.created = int(time.time())
+        self.sessions: set[Session] = set()
+        self.hidden = threading.Lock()  # one forward pass for embeddings at a time
+        self._engine: Engine | None = None
+        self._bounds: Bounds | None = None
+        self._compiler: Compiler | None = None
+        self._pool = ThreadPoolExecutor(policy.workers, "llama2-check")
+        self._mailbox: Mailbox | None = None
+
+    # -- the model -----------------------------------------------------------------------------------------------
+
+    def open(self, engine: Engine, bounds: Bounds) -> None:
+        """Takes the engine in: from now on requests are served. Raises InputError for an engine without tokenizer."""
+        tokenizer, config = engine.tokenizer, engine.model.config
+        if tokenizer is None:
+            raise InputError("a server needs the tokenizer: Engine(model, tokenizer)")
+        eos = engine.model.generation_config.eos_token_ids
+        self._compiler = Compiler(tokenizer, config.vocab_size, eos) if eos else None
+        self._engine, self._bounds = engine, bounds
+        self._watch(engine)
+        if self.life.state == "loading":
+            self.life.state = "ready"
+
+    def _watch(self, engine: Engine) -> None:
+        pool, watch = engine.pool, self.metrics.watch
+        watch("tgi_queue_size", "Requests that wait.", lambda: max(engine.waiting, 0))
+        watch("tgi_batch_current_size", "Requests that run.", lambda: engine.running)
+        watch("llama2_kv_usage_ratio", "Share of the cache's pages that are held.", lambda: 1 - pool.free / pool.count)
+        watch("llama2_preemptions", "Requests put back into the queue for want of pages.", lambda: engine.preemptions)
+        watch("llama2_steps", "Steps of the engine.", lambda: engine.steps)
+        watch("llama2_streams", "Answers being told.", lambda: len(self.sessions))
+
+    @property
+    def engine(self) -> Engine:
+        """Raises Refusal while the model is being loaded."""
+        if self._engine is None:
+            raise Refusal("starting", "the model is still being loaded; ask again in a few seconds", retry_after=2)
+        return self._engine
+
+    @property
+    def loaded(self) -> bool:
+        """Whether there is a model."""
+        return self._engine is not None
+
+    @property
+    def bounds(self) -> Bounds:
+        """What a request may ask for."""
+        assert self._bounds is not None
+        return self._bounds
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return self.engine.tokenizer
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that a request can choose."""
+        return list(getattr(getattr(self.engine.runner, "weights", None), "adapters", ()))
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter that a model name asks for; None for the model itself. Raises Refusal for another name."""
+        if name is None or name in ALIASES or name in self.policy.names:
+            return None
+        if name in self.adapters:
+            return name
+        known = ", ".join((*self.policy.names, *self.adapters))
+        raise Refusal("model", f"the model {name[:100]!r} is not served here; there is {known}", "model")
+
+    def cut(self) -> None:
+        """Ends everything that runs."""
+        for session in list(self.sessions):
+            session.close()
+
+    def alive(self) -> bool:
+        """Whether the engine is moving, or has nothing to do."""
+        engine = self._engine
+        return engine is None or not engine.running or time.monotonic() - engine.beat < 120
+
+    # -- work ----------------------------------------------------------------------------------------------------
+
+    async def work(self, task: Callable[..., T], *args: Any) -> T:
+        """Runs what takes long in a thread beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, task, *args)
+
+    def session(self, generation: Generation, times: Times) -> Session:
+        """Submits a checked generation; called in the event loop. Raises Refusal."""
+        if self._mailbox is None:
+            self._mailbox = Mailbox(asyncio.get_running_loop())
+        if len(self.sessions) >= self.policy.max_concurrent_requests:
+            raise Refusal(
+                "busy",
+                f"{len(self.sessions)} requests are being served, which is the bound (max_concurrent_requests)",
+                retry_after=self._patience(),
+            )
+        asks = generation.prepared
+        session = Session(self.engine, self._mailbox, asks, times)
+        self.sessions.add(session)
+        held = sum(map(len, generation.prompts))
+        self.metrics.taken(held, asks[0].config.max_new_tokens or 0)
+        return session
+
+    def _patience(self) -> int:
+        """Seconds after which a refused client should find room: what the running ones took on average."""
+        seen = self.metrics.duration
+        count = sum(seen.counts)
+        return min(max(round(seen.sum / count) if count else 1, 1), 60)
+
+    def close(self) -> None:
+        """Ends the engine; what runs is cancelled."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._engine is not None:
+            self._engine.close(wait=False)
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+@dataclass
+class Call:
+    """One request on a route, its body read."""
+
+    service: Service
+    request: Request
+    data: bytes
+    owner: str = ""
+    dialect: Dialect = "openai"
+    id: str = ""
+    times: Times = field(default_factory=Times)
+    notes: dict[str, Any] = field(default_factory=dict)  # for the log
+
+    @staticmethod
+    def new_id() -> str:
+        """A request id."""
+        return secrets.token_hex(12)
+
+    async def read(self, model: type[M]) -> M:
+        """The body as a checked model. Raises Refusal."""
+        unknown = self.service.policy.unknown_fields
+        if len(self.data) < 16_384:
+            return body.read(model, self.data, unknown)
+        return await self.service.work(body.read, model, self.data, unknown)
+
+    async def parse(self, task: Callable[..., T], *args: Any) -> T:
+        """Runs a dialect's parser beside the event loop. Raises Refusal, also for the library's own errors."""
+        return await self.service.work(_refusing, task, *args)
+
+    async def begin(self, generation: Generation) -> Session:
+        """Checks and submits. Raises Refusal."""
+        session = self.service.session(await self.parse(_prepared, self.service, generation), self.times)
+        self.notes |= {"prompt_tokens": sum(map(len, generation.prompts)), "answers": len(generation.prepared)}
+        return session
+
+    async def until_gone(self, session: Session, answer: Coroutine[Any, Any, T]) -> T:
+        """The answer, unless the client leaves first: then raises Gone. Raises Refusal at the deadline."""
+        task = asyncio.ensure_future(answer)
+        watch = asyncio.ensure_future(self.left())
+        try:
+            await asyncio.wait({task, watch}, return_when="FIRST_COMPLETED", timeout=self.timeout)
+            if task.done():
+                return task.result()
+            raise Gone if watch.done() else late(self.service.policy)
+        finally:
+            for each in (task, watch):
+                each.cancel()
+            with contextlib.suppress(BaseException):
+                await asyncio.gather(task, watch, return_exceptions=True)
+            self.finish(session)
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that are left for this call; None without a bound."""
+        allowed = self.service.policy.request_timeout
+        return max(allowed - (time.monotonic() - self.times.came), 0.0) if allowed else None
+
+    async def left(self) -> None:
+        """Waits until the client has closed its connection."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+
+    def finish(self, session: Session) -> None:
+        """Closes a session and counts it."""
+        if session in self.service.sessions:
+            self.service.sessions.remove(session)
+            session.close()
+            self.service.metrics.done(session, ended=not session.open)
+            self.notes |= {"tokens": session.tokens, "cached_tokens": session.reused}
+            if session.times.first:
+                self.notes["first_token_s"] = round(session.times.first - self.times.came, 4)
+
+
+def late(policy: Policy) -> Refusal:
+    """The refusal at the deadline."""
+    return Refusal("deadline", f"the answer took longer than {policy.request_timeout:g} s (request_timeout)")
+
+
+def _refusing(task: Callable[..., T], *args: Any) -> T:
+    try:
+        return task(*args)
+    except TokenizerError as error:
+        raise Refusal("template", str(error)) from None
+    except InputError as error:
+        raise Refusal("validation", str(error)) from None
+
+
+def _prepared(service: Service, generation: Generation) -> Generation:
+    generation.check(service.bounds, service.engine.model.config.vocab_size)
+    generation.prepared.extend(generation.asks(service.engine, service.bounds, service._compiler))
+    return generation

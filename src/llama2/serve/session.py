@@ -1,0 +1,164 @@
+"""One client's requests in the engine: the events of all its answers in one place, and their end when it goes.
+
+The engine's thread hands events over in batches, with one call into the event loop for all that came since the last.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from llama2.engine.engine import Ask, Engine, EngineBusyError, Event, Finish
+from llama2.engine.choice import Picked
+from llama2.errors import InputError, Llama2Error
+from llama2.serve.refusal import Refusal
+
+Told = tuple[int, Event]
+PING_AFTER = 15.0
+
+
+class Mailbox:
+    """Events on their way from the engine's thread to the sessions of one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._held, self._called = loop, deque[tuple["Session", int, Event]](), False
+
+    def put(self, session: "Session", index: int, event: Event) -> None:
+        """Called in the engine's thread."""
+        self._held.append((session, index, event))
+        if not self._called:
+            self._called = True
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the loop has closed: nobody listens any more
+                return
+
+    def _deliver(self) -> None:
+        self._called = False  # before the box is emptied: what comes now is delivered now or by a call of its own
+        while self._held:
+            session, index, event = self._held.popleft()
+            session.arrive(index, event)
+
+
+@dataclass
+class Times:
+    """When things happened to a session, on the monotonic clock; 0 for not yet."""
+
+    came: float = field(default_factory=time.monotonic)
+    checked: float = 0.0
+    began: float = 0.0
+    first: float = 0.0
+    ended: float = 0.0
+
+
+class Session:
+    """Submits asks and tells their events. `close` ends what still runs, within one step of the engine."""
+
+    def __init__(self, engine: Engine, mailbox: Mailbox, asks: Sequence[Ask], times: Times | None = None) -> None:
+        """Raises Refusal where the engine takes them not all; then it has none of them."""
+        self.times = times or Times()
+        self.times.checked = time.monotonic()
+        self.open = len(asks)
+        self.reused, self.tokens, self.gaps = 0, 0, list[float]()
+        self._engine, self._arrived, self._news = engine, list[Told](), asyncio.Event()
+        self._last = [0.0] * len(asks)
+        self._lives = []
+        try:
+            for i, ask in enumerate(asks):
+                self._lives.append(engine.submit(ask, lambda event, i=i: mailbox.put(self, i, event)))  # type: ignore[misc]
+        except EngineBusyError as error:
+            self.close()
+            raise Refusal("busy", str(error), retry_after=1) from None
+        except InputError as error:
+            self.close()
+            kind = "context" if "tokens" in str(error) else "validation"
+            raise Refusal(kind, str(error)) from None
+
+    def arrive(self, index: int, event: Event) -> None:
+        """Called in the event loop for each event."""
+        now = time.monotonic()
+        if event.token is not None:
+            self.tokens += 1
+            if self._last[index]:
+                self.gaps.append(now - self._last[index])
+            elif not self.times.first:
+                self.times.first, self.times.began = now, self._lives[index].began
+            self._last[index] = now
+        if event.finish is not None:
+            self.open -= 1
+            self.times.ended = now
+            self.reused += self._lives[index].sequence.reused
+        self._arrived.append((index, event))
+        self._news.set()
+
+    async def batches(self) -> AsyncIterator[list[Told]]:
+        """All events since the last batch, with the number of their ask; ends when every ask has ended.
+
+        An empty batch says that nothing has come for PING_AFTER seconds.
+
+        Raises Refusal for an ask that failed. Whoever stops listening must call `close`.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(PING_AFTER):
+                    await self._news.wait()
+            except TimeoutError:
+                yield []
+                continue
+            self._news.clear()
+            batch, self._arrived = self._arrived, []
+            for _, event in batch:
+                if event.error is not None:
+                    raise _failed(event.error)
+                if event.finish == "cancelled":
+                    raise Refusal("closing", "the server is shutting down and cut this answer short", retry_after=5)
+            if batch:
+                yield batch
+            if not self.open and not self._arrived:
+                return
+
+    def close(self) -> None:
+        """Ends what still runs."""
+        for live in self._lives:
+            self._engine.cancel(live)
+
+
+def _failed(error: Exception) -> Refusal:
+    if isinstance(error, Llama2Error):
+        return Refusal("generation", str(error))
+    return Refusal("internal", f"the answer failed with {type(error).__name__}; the server's log tells more")
+
+
+@dataclass
+class Answer:
+    """What became of one ask: the fold of its events."""
+
+    text: str = ""
+    picked: list[Picked] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)  # the text that came with each token
+    prompt: list[Picked] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def add(self, event: Event) -> None:
+        """Takes one event in."""
+        self.prompt += event.prompt
+        self.text += event.text
+        if event.token is not None:
+            self.picked.append(Picked(event.token, event.logprob, event.top))
+            self.pieces.append(event.text)
+        self.finish = event.finish or self.finish
+
+    @property
+    def mean_logprob(self) -> float:
+        """What best_of goes by."""
+        return sum(p.logprob or 0.0 for p in self.picked) / max(len(self.picked), 1)
+
+
+async def fold(session: Session, count: int) -> list[Answer]:
+    """Every answer, complete. Raises Refusal as `Session.batches`."""
+    answers = [Answer() for _ in range(count)]
+    async for batch in session.batches():
+        for index, event in batch:
+            answers[index].add(event)
+    return answers

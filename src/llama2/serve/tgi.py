@@ -1,0 +1,370 @@
+"""text-generation-inference's dialect: /, /generate, /generate_stream, /info, /tokenize, /chat_tokenize.
+
+Kept: names, defaults, statuses, error bodies, the shape of streams. Mended, as docs/serving.md lists: top_p 1.0, stops
+exact across tokens, errors before the first byte with their status, log-probabilities of the model's own logits.
+"""
+
+import time
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from starlette.responses import JSONResponse, Response
+
+from llama2.engine.choice import Picked
+from llama2.engine.engine import Event, Finish
+from llama2.serve import sse
+from llama2.serve.body import Body, Text
+from llama2.serve.chat import prompt_ids
+from llama2.serve.constraint import Constraint, any_json, json_schema
+from llama2.serve.openai import as_object, drawn, finite, salt
+from llama2.serve.openai_chat import ChatBody, Tools
+from llama2.serve.openai_completions import encode
+from llama2.serve.refusal import Refusal
+from llama2.serve.request import Generation, Sampling
+from llama2.serve.service import Call, Service
+from llama2.serve.session import Answer, Session, fold
+
+REASONS: dict[Finish, str] = {"length": "length", "eos": "eos_token", "stop": "stop_sequence"}
+
+
+class Grammar(Body):
+    """grammar."""
+
+    type: Literal["json", "json_object", "json_schema", "regex"]
+    value: Text | dict[str, Any] | None = None
+
+    def constraint(self) -> Constraint:
+        """What the answer must look like. Raises Refusal."""
+        if self.type == "regex":
+            if not isinstance(self.value, str) or not self.value:
+                raise Refusal("validation", "a grammar of type regex needs an expression in `value`", "grammar")
+            return Constraint("regex", self.value)
+        schema = as_object(self.value) if isinstance(self.value, str) else self.value
+        if schema is None:
+            if self.type != "json_object":
+                raise Refusal("validation", f"a grammar of type {self.type} needs a schema in `value`", "grammar")
+            return any_json()
+        if "properties" not in schema and isinstance(schema.get("schema"), dict):
+            schema = schema["schema"]
+        return json_schema(schema)
+
+
+class Parameters(Body):
+    """parameters."""
+
+    best_of: int | None = Field(None, ge=1, le=1024)
+    temperature: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    top_k: int | None = Field(None, gt=0, le=10_000_000)
+    top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1)
+    do_sample: bool | None = None
+    max_new_tokens: int | None = Field(None, ge=1, le=10_000_000)
+    return_full_text: bool | None = None
+    stop: Text | list[Text] | None = None
+    stop_sequences: list[Text] | None = None
+    truncate: int | None = Field(None, ge=1, le=10_000_000)
+    watermark: bool | None = None
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+    seed: int | None = Field(None, ge=0, lt=2**64)
+    top_n_tokens: int | None = Field(None, ge=0, le=20)
+    grammar: Grammar | None = None
+    adapter_id: str | None = Field(None, max_length=512)
+    parse_special: bool | None = None
+    cache_salt: str | None = Field(None, max_length=256)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn: asked for, or anything set that shapes a draw."""
+        shaping = (self.temperature, self.top_k, self.top_p, self.typical_p, self.min_p)
+        return bool(self.do_sample) or any(value is not None for value in shaping)
+
+    def sampling(self) -> Sampling:
+        """How to choose tokens."""
+        return Sampling(
+            temperature=(self.temperature or 1.0) if self.samples else None,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            typical_p=1.0 if self.typical_p is None else self.typical_p,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            watermark=bool(self.watermark),
+        )
+
+
+class GenerateBody(Body):
+    """The body of /generate and, with `stream`, of /."""
+
+    inputs: Text
+    parameters: Parameters | None = None
+    stream: bool | None = None
+
+    @property
+    def given(self) -> Parameters:
+        """Its parameters, or the defaults."""
+        return self.parameters or Parameters()
+
+
+def parse(service: Service, body: GenerateBody, owner: str, stream: bool) -> Generation:
+    """The body as a generation. Raises Refusal."""
+    given, best_of = body.given, body.given.best_of or 1
+    if not body.inputs:
+        raise Refusal("validation", "inputs is empty; give some text", "inputs")
+    if best_of > 1 and given.seed is not None:
+        raise Refusal("validation", "best_of above 1 draws several seeds, so seed cannot be given; drop one", "seed")
+    if stream and best_of > 1:
+        raise Refusal("validation", f"best_of is {best_of} but a stream has one answer; set it to 1", "best_of")
+    if stream and given.decoder_input_details:
+        raise Refusal("validation", "decoder_input_details needs the whole answer; do not stream", "decoder_input_details")
+    special = service.policy.parse_special if given.parse_special is None else given.parse_special
+    ids = encode(service.tokenizer, body.inputs, special)
+    stops = (given.stop,) if isinstance(given.stop, str) else tuple(given.stop or ())
+    return Generation(
+        prompts=(ids[-given.truncate :] if given.truncate else ids,),
+        sampling=given.sampling(),
+        max_new_tokens=given.max_new_tokens,
+        best_of=best_of,
+        seed=drawn(given.seed),
+        stop=(*stops, *(given.stop_sequences or ())),
+        keep_stop=True,
+        logprobs=given.top_n_tokens or 0 if _wants_details(given) or stream else None,
+        prompt_logprobs=bool(given.decoder_input_details),
+        continues=True,
+        constraint=given.grammar.constraint() if given.grammar else None,
+        adapter=service.adapter(given.adapter_id),
+        salt=salt(owner, given.cache_salt),
+        stream=stream,
+    )
+
+
+def _wants_details(given: Parameters) -> bool:
+    return bool(given.details or given.decoder_input_details)
+
+
+async def generate(call: Call) -> Response:
+    """/generate."""
+    return await whole(call, await call.read(GenerateBody))
+
+
+async def generate_stream(call: Call) -> Response:
+    """/generate_stream."""
+    return await streamed(call, await call.read(GenerateBody))
+
+
+async def compat(call: Call) -> Response:
+    """/: one or the other, and a list around the whole answer."""
+    body = await call.read(GenerateBody)
+    full = body.given.return_full_text
+    if full is None:
+        body = body.model_copy(update={"parameters": body.given.model_copy(update={"return_full_text": True})})
+    return await streamed(call, body) if body.stream else await whole(call, body, listed=True)
+
+
+async def whole(call: Call, body: GenerateBody, listed: bool = False) -> Response:
+    """The complete answer."""
+    generation = await call.parse(parse, call.service, body, call.owner, False)
+    session = await call.begin(generation)
+    answers = await call.until_gone(session, fold(session, generation.best_of))
+    order = sorted(range(len(answers)), key=lambda i: -answers[i].mean_logprob) if len(answers) > 1 else [0]
+    before = _full_text(call.service, body, generation)
+    told = [_sequence(call.service, body, generation, answers[i], i, before) for i in order]
+    found: dict[str, Any] = {"generated_text": told[0]["generated_text"]}
+    if _wants_details(body.given):
+        found["details"] = {name: value for name, value in told[0].items() if name != "generated_text"}
+        found["details"]["prefill"] = _prefill(call.service, generation, answers[0])
+        if len(told) > 1:
+            found["details"]["best_of_sequences"] = told[1:]
+    headers = _headers(session, len(generation.prompts[0]), len(body.inputs))
+    return JSONResponse([found] if listed else found, headers=headers)
+
+
+async def streamed(call: Call, body: GenerateBody) -> Response:
+    """The answer token by token."""
+    generation = await call.parse(parse, call.service, body, call.owner, True)
+    session = await call.begin(generation)
+    writer = TokenWriter(call.service, body, generation)
+    headers = {"x-compute-type": _compute_type(call.service), "x-compute-characters": str(len(body.inputs))}
+    return sse.EventStream(call, session, writer, "tgi", headers)
+
+
+def _full_text(service: Service, body: GenerateBody, generation: Generation) -> str:
+    if not body.given.return_full_text:
+        return ""
+    if not body.given.truncate:
+        return body.inputs
+    text: str = service.tokenizer.decode(list(generation.prompts[0]), skip_special_tokens=True)
+    return text
+
+
+def _sequence(
+    service: Service, body: GenerateBody, generation: Generation, answer: Answer, index: int, before: str
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "generated_text": before + answer.text,
+        "finish_reason": REASONS[answer.finish or "length"],
+        "generated_tokens": len(answer.picked),
+        "seed": generation.seed + index if body.given.samples else None,
+        "prefill": [],
+        "tokens": [
+            token(service, p.token, p.logprob, piece or None)
+            for p, piece in zip(answer.picked, answer.pieces, strict=True)
+        ],
+    }
+    if body.given.top_n_tokens:
+        found["top_tokens"] = [[token(service, i, logprob) for i, logprob in p.top] for p in answer.picked]
+    return found
+
+
+def _prefill(service: Service, generation: Generation, answer: Answer) -> list[dict[str, Any]]:
+    if not generation.prompt_logprobs:
+        return []
+    rows = [Picked(generation.prompts[0][0]), *answer.prompt]
+    return [
+        {"id": p.token, "text": _text(service, p.token), "logprob": None if p.logprob is None else finite(p.logprob)}
+        for p in rows
+    ]
+
+
+def token(service: Service, token_id: int, logprob: float | None, text: str | None = None) -> dict[str, Any]:
+    """A token as TGI tells it; text: what it added, where that is known."""
+    special = token_id in service.tokenizer.special_ids
+    told = _text(service, token_id) if text is None else text
+    return {"id": token_id, "text": told, "logprob": finite(logprob), "special": special}
+
+
+def _text(service: Service, token_id: int) -> str:
+    raw: bytes = service.tokenizer.token_bytes(token_id)
+    return raw.decode("utf-8", "replace")
+
+
+class TokenWriter:
+    """One event a token; the last one carries the whole text. Special tokens have no text: clients join it."""
+
+    def __init__(self, service: Service, body: GenerateBody, generation: Generation) -> None:
+        self.service, self.body, self.generation = service, body, generation
+        self.answer = Answer()
+
+    def begin(self) -> bytes:
+        """Nothing."""
+        return b""
+
+    def put(self, index: int, event: Event) -> bytes:
+        """One token, and the end."""
+        self.answer.add(event)
+        if event.token is None:
+            return b""
+        told: dict[str, Any] = {
+            "index": len(self.answer.picked),
+            "token": token(self.service, event.token, event.logprob, event.text),
+        }
+        if self.body.given.top_n_tokens:
+            told["top_tokens"] = [token(self.service, i, logprob) for i, logprob in event.top]
+        return sse.data(told | {"generated_text": None, "details": None} | self._last(event))
+
+    def _last(self, event: Event) -> dict[str, Any]:
+        if event.finish is None:
+            return {}
+        given = self.body.given
+        details = {
+            "finish_reason": REASONS[event.finish],
+            "generated_tokens": len(self.answer.picked),
+            "seed": self.generation.seed if given.samples else None,
+            "input_length": len(self.generation.prompts[0]),
+        }
+        before = _full_text(self.service, self.body, self.generation)
+        return {"generated_text": before + self.answer.text, "details": details if given.details else None}
+
+    def end(self, session: Session) -> bytes:
+        """Nothing."""
+        return b""
+
+
+def _compute_type(service: Service) -> str:
+    return "cpu+optimized" if hasattr(service.engine.runner, "weights") else str(service.engine.model.device.type)
+
+
+def _headers(session: Session, prompt: int, characters: int) -> dict[str, str]:
+    times = session.times
+    total = time.monotonic() - times.came
+
+    def ms(seconds: float) -> str:
+        return str(round(max(seconds, 0.0) * 1000))
+
+    return {
+        "x-compute-type": "cpu+optimized",
+        "x-compute-time": f"{total:.6f}",
+        "x-compute-characters": str(characters),
+        "x-total-time": ms(total),
+        "x-validation-time": ms(times.checked - times.came),
+        "x-queue-time": ms(times.began - times.checked),
+        "x-inference-time": ms(times.ended - times.began),
+        "x-time-per-token": ms((times.ended - times.began) / max(session.tokens, 1)),
+        "x-prompt-tokens": str(prompt),
+        "x-generated-tokens": str(session.tokens),
+    }
+
+
+async def tokenize(call: Call) -> Response:
+    """/tokenize: the ids of a prompt with their places in it."""
+    body = await call.read(GenerateBody)
+    special = call.service.policy.parse_special
+    return JSONResponse(await call.parse(_pieces, call.service.tokenizer, body.inputs, True, special))
+
+
+def _pieces(tokenizer: Any, text: str, add: bool, special: bool) -> list[dict[str, Any]]:
+    found = tokenizer(
+        text, add_special_tokens=add, return_offsets_mapping=True, verbose=False, split_special_tokens=not special
+    )
+    return [
+        {"id": i, "text": text[a:b] or tokenizer.token_bytes(i).decode("utf-8", "replace"), "start": a, "stop": b}
+        for i, (a, b) in zip(found["input_ids"], found["offset_mapping"], strict=True)
+    ]
+
+
+async def chat_tokenize(call: Call) -> Response:
+    """/chat_tokenize: the ids and the text of a rendered conversation."""
+    body = await call.read(ChatBody)
+    return JSONResponse(await call.parse(_rendered, call.service, body))
+
+
+def _rendered(service: Service, body: ChatBody) -> dict[str, Any]:
+    tokenizer = service.tokenizer
+    ids = prompt_ids(tokenizer, body.messages, Tools(), body.continues)
+    found, text = [], ""
+    for i in ids:
+        piece = tokenizer.token_bytes(i).decode("utf-8", "replace")
+        found.append({"id": i, "text": piece, "start": len(text), "stop": len(text) + len(piece)})
+        text += piece
+    return {"tokenize_response": found, "templated_text": tokenizer.decode(list(ids))}
+
+
+class DetokenizeBody(Body):
+    """The body of /detokenize: vLLM's `tokens` or TGI's `ids`."""
+
+    model_config = ConfigDict(extra="ignore")
+    tokens: list[int] | None = Field(None, max_length=1_000_000)
+    ids: list[int] | None = Field(None, max_length=1_000_000)
+    skip_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "DetokenizeBody":
+        if (self.tokens is None) == (self.ids is None):
+            raise ValueError("give the ids in `tokens`")
+        return self
+
+
+async def detokenize(call: Call) -> Response:
+    """/detokenize: the text of ids."""
+    body = await call.read(DetokenizeBody)
+    ids = body.tokens if body.tokens is not None else body.ids or []
+    size = len(call.service.tokenizer)
+    if bad := [i for i in ids if not 0 <= i < size]:
+        raise Refusal("validation", f"id {bad[0]} does not exist; ids run from 0 to {size - 1}", "tokens")
+    text = await call.parse(call.service.tokenizer.decode, ids, bool(body.skip_special_tokens))
+    return JSONResponse({"prompt": text, "text": text})
