@@ -2,6 +2,7 @@
 
 import importlib.util
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,7 +176,13 @@ def _engine_takes_it(options: RunOptions) -> bool:
 
 @contextmanager
 def _keeping_interrupts() -> Iterator[None]:
-    """Ctrl-C inside raises KeyboardInterrupt at the end again: callbacks of C extensions swallow it now and then."""
+    """Ctrl-C inside raises KeyboardInterrupt at the end again: callbacks of C extensions swallow it now and then.
+
+    Only the main thread hears signals, so in another one (a server that loads its model) this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     requested: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llama2.engine.engine import Engine
-from llama2.engine.runners import PAGE
+from llama2.engine.runners import PAGE, make_plan_runner
 from llama2.errors import InputError
 from llama2.serve.request import Bounds
 
@@ -46,6 +46,11 @@ def available(device: torch.device) -> int:
     if limit.exists() and used.exists() and (bound := limit.read_text().strip()) != "max":
         found.append(int(bound) - int(used.read_text()))
     return max(min(found), 0)
+
+
+def bytes_per_token(model: Any, runner: str, kv_cache: Any) -> int:
+    """What keys and values of one position take in the cache that the engine will make."""
+    return make_plan_runner(model, 1, runner, kv_cache).bytes_per_page // PAGE
 
 
 def cache_tokens(model: Any, wanted: Wanted, bytes_per_token: int) -> tuple[int, str]:

@@ -112,9 +112,10 @@ class Service:
         return list(getattr(getattr(self.engine.runner, "weights", None), "adapters", ()))
 
     def adapter(self, name: str | None) -> str | None:
-        """The adapter that a model name asks for; None for the model itself. Raises Refusal for another name."""
+        """The adapter that a model name asks for; None for the model alone. Raises Refusal for another name."""
         if name is None or name in ALIASES or name in self.policy.names:
-            return None
+            own: str | None = getattr(self.engine.model, "adapter", None)
+            return own
         if name in self.adapters:
             return name
         known = ", ".join((*self.policy.names, *self.adapters))

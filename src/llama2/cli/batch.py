@@ -1,0 +1,74 @@
+"""`llama2 batch`: a file of requests, answered line by line."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama2.cli import terminal
+from llama2.cli.args import option
+from llama2.cli.loading import RunOptions, model_path
+from llama2.cli.serve import EngineOptions, _need_server, open_model
+from llama2.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(EngineOptions, RunOptions):
+    """Answer every line of IN.jsonl in OUT.jsonl, many at once. Run again after an interruption, it goes on.
+
+    A line is a body of the server's routes, {"prompt": ...}, {"messages": ...} or {"inputs": ...}, or OpenAI's batch
+    shape {"custom_id": ..., "url": "/v1/chat/completions", "body": ...}. The answers have its custom_id, or "line-N"."""
+
+    paths: tuple[str, ...] = option((), "the requests and the answers", metavar="IN.jsonl OUT.jsonl", positional=True)
+    chat_template: str | None = option(
+        None, "a file with a Jinja template, or llama2 (default: the one the model ships)", metavar="FILE"
+    )
+    quiet: bool = option(False, "no progress")
+
+
+def run(options: Options) -> int:
+    """Runs the command."""
+    if len(options.paths) != 2:
+        raise InputError(f"batch takes two files, the requests and the answers, but {len(options.paths)} were given")
+    _need_server()
+    from llama2.serve import offline
+
+    source, target = map(Path, options.paths)
+    lines = offline.read_lines(source)
+    known = offline.answered(target)
+    rest = [line for line in lines if line.id not in known]
+    if len(rest) < len(lines):
+        terminal.notice(f"llama2: {len(lines) - len(rest)} of {len(lines)} lines are answered already")
+    done, refused = _answer(options, rest, target) if rest else (0, 0)
+    terminal.notice(f"llama2: {done} lines answered in {target}" + (f", {refused} of them with an error" if refused else ""))
+    return 1 if refused else 0
+
+
+def _answer(options: Options, lines: list[Any], target: Path) -> tuple[int, int]:
+    import asyncio
+
+    from llama2.serve import offline
+    from llama2.serve.app import make_app
+    from llama2.serve.service import Policy, Service
+
+    name = options.model or Path(model_path(None)).stem
+    service = Service(Policy(names=(name,), max_concurrent_requests=1 << 30, payload_limit=1 << 30))
+    open_model(options, options.chat_template, (), service, 1 << 30, (lambda text: None) if options.quiet else terminal.notice)
+    try:
+        with target.open("a", encoding="utf-8") as out:
+            progress = _progress(options.quiet)
+            at_once = 2 * service.engine.scheduler.width
+            return asyncio.run(offline.run(make_app(service), lines, out, at_once, progress))
+    except KeyboardInterrupt:
+        terminal.notice("\nllama2: interrupted; what is answered stays, and the same command goes on from there")
+        raise
+    finally:
+        service.close()
+
+
+def _progress(quiet: bool) -> Any:
+    def tell(done: int, total: int) -> None:
+        if not quiet and sys.stderr.isatty():
+            print(f"\r{done} of {total} lines", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return tell

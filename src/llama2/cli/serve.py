@@ -1,0 +1,303 @@
+"""`llama2 serve`: many users at once over HTTP."""
+
+import os
+import threading
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from llama2.cli import terminal
+from llama2.cli.args import option
+from llama2.cli.loading import RunOptions, load, model_path
+from llama2.errors import InputError, Llama2Error, MissingDependencyError
+
+if TYPE_CHECKING:
+    from llama2.serve.limits import Wanted
+    from llama2.serve.life import Life, Server
+    from llama2.serve.service import Service
+
+SAGEMAKER_MODEL = Path("/opt/ml/model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """lengths and memory; what is not given follows from the model and the free memory."""
+
+    max_input_tokens: int | None = option(None, "tokens of a prompt at most (default: max-total-tokens less 1)")
+    max_total_tokens: int | None = option(None, "tokens of prompt and answer at most (default: the model's context)")
+    max_batch_total_tokens: int | None = option(
+        None, "tokens that the cache holds for all requests together (default: what 40 % of the free memory holds)"
+    )
+    max_batch_prefill_tokens: int | None = option(None, "tokens of one step at most (default: 512)")
+    max_batch_size: int | None = option(None, "requests in one step at most (default: 64)")
+    no_prefix_cache: bool = option(False, "forget a prompt once it is answered, so that none starts faster for it")
+
+    def wanted(self) -> "Wanted":
+        """As the server takes it."""
+        from llama2.serve.limits import Wanted
+
+        names = {f.name for f in fields(Wanted)}
+        return Wanted(**{n: v for n in names if (v := getattr(self, n, None)) is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(EngineOptions, RunOptions):
+    """Serve a model over HTTP: OpenAI's API (/v1/chat/completions, ...), text-generation-inference's (/generate, ...) and
+    SageMaker's (/ping, /invocations), with a page at /ui.
+
+    Every option can be given in the environment as LLAMA2_NAME (LLAMA2_MAX_TOTAL_TOKENS), and under the names that TGI
+    and SageMaker use (HF_MODEL_ID, MAX_TOTAL_TOKENS, PORT, API_KEY, ...); an option on the command line wins."""
+
+    paths: tuple[str, ...] = option((), "the same as -m MODEL", metavar="MODEL", positional=True)
+    host: str | None = option(None, "the address to listen on (default: 127.0.0.1, on SageMaker 0.0.0.0)", metavar="HOST")
+    port: int | None = option(None, "the port (default: 8000, on SageMaker 8080); 0 takes a free one")
+    served_model_name: tuple[str, ...] = option((), "the model's name for clients; may be given several times")
+    revision: str | None = option(None, "the version of the model, told by /info")
+    lora_adapters: tuple[str, ...] = option(
+        (), "an adapter that requests can choose by name; may be given several times", metavar="NAME=FOLDER"
+    )
+    chat_template: str | None = option(
+        None, "a file with a Jinja template, or llama2 (default: the one the model ships)", metavar="FILE"
+    )
+    api_key: tuple[str, ...] = option((), "a key that requests need; may be given several times", metavar="KEY")
+    api_key_file: Path | None = option(None, "a file of keys, one a line as KEY or NAME:KEY, read again when it changes")
+    ssl_certfile: Path | None = option(None, "the certificate, for HTTPS")
+    ssl_keyfile: Path | None = option(None, "its private key")
+    cors_allow_origin: tuple[str, ...] = option(
+        (), "a web page that may call this server, * for any; may be given several times", metavar="ORIGIN"
+    )
+    public_metrics: bool = option(False, "let /metrics be read without a key")
+    max_concurrent_requests: int | None = option(None, "requests inside at most; more get 429 (default: 128)")
+    max_waiting: int | None = option(None, "answers in the engine's queue at most; more get 429 (default: 1024)")
+    max_best_of: int | None = option(None, "answers of one prompt at most (default: 8)")
+    max_stop_sequences: int | None = option(None, "stop strings of a request at most (default: 16)")
+    max_top_n_tokens: int | None = option(None, "likeliest tokens told at most (default: 20)")
+    max_client_batch_size: int | None = option(None, "prompts of one request at most (default: 32)")
+    payload_limit: int | None = option(None, "bytes of a body at most (default: 2000000)")
+    validation_workers: int | None = option(None, "threads that check and tokenise requests (default: 2)")
+    request_timeout: float | None = option(None, "seconds after which an answer is given up; 0 for never (default: 0)")
+    stall_timeout: float | None = option(None, "seconds that a client may stop reading before it is dropped (default: 60)")
+    drain_delay: float | None = option(None, "seconds that SIGTERM still lets requests in (default: 0)")
+    shutdown_timeout: float | None = option(None, "seconds that running answers have after SIGTERM (default: 25)")
+    unknown_fields: Literal["refuse", "ignore"] | None = option(
+        None, "what to do with fields of a body that are not known (default: refuse)"
+    )
+    literal_prompts: bool = option(False, "in raw prompts, text such as </s> is text and no control token")
+    log_level: Literal["debug", "info", "warning", "error"] | None = option(None, "how much is logged (default: info)")
+
+
+# Names that TGI's launcher and SageMaker's recipes use, beside LLAMA2_<FIELD> and <FIELD> for those in _BARE.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "model": ("HF_MODEL_ID", "MODEL_ID"),
+    "revision": ("HF_MODEL_REVISION", "REVISION"),
+    "max_input_tokens": ("MAX_INPUT_TOKENS", "MAX_INPUT_LENGTH"),
+    "port": ("SAGEMAKER_BIND_TO_PORT", "PORT"),
+    "shutdown_timeout": ("GRACEFUL_TERMINATION_TIMEOUT",),
+}
+_BARE = (
+    "max_total_tokens", "max_batch_total_tokens", "max_batch_prefill_tokens", "max_batch_size",
+    "max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_client_batch_size",
+    "payload_limit", "validation_workers", "api_key", "cors_allow_origin", "lora_adapters",
+)  # fmt: skip
+
+
+def settled(options: Options, environment: Mapping[str, str]) -> Options:
+    """The options with what the environment says where the command line says nothing. Raises InputError."""
+    hints, found = get_type_hints(Options), {}
+    for f in fields(Options):
+        if f.metadata["positional"] or getattr(options, f.name) != f.default:
+            continue
+        names = (f"LLAMA2_{f.name.upper()}", *ALIASES.get(f.name, ()), *([f.name.upper()] if f.name in _BARE else []))
+        for name in names:
+            if text := environment.get(name, "").strip():
+                found[f.name] = _value(name, text, hints[f.name])
+                break
+    return replace(options, **found)
+
+
+def _value(name: str, text: str, hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if get_origin(hint) is Literal:
+        if text not in get_args(hint):
+            raise InputError(f"{name} is {text!r}; it must be one of {', '.join(get_args(hint))}")
+        return text
+    if hint is bool:
+        if text.lower() not in ("1", "0", "true", "false", "yes", "no"):
+            raise InputError(f"{name} is {text!r}; it must be true or false")
+        return text.lower() in ("1", "true", "yes")
+    try:
+        return hint(text)
+    except ValueError:
+        raise InputError(f"{name} is {text!r}; it must be {'a whole number' if hint is int else 'a number'}") from None
+
+
+def run(options: Options) -> int:
+    """Runs the command."""
+    environment = os.environ
+    options = settled(options, environment)
+    container = SAGEMAKER_MODEL.is_dir() or any(name.startswith("SAGEMAKER_") for name in environment)
+    options = _with_model(options, container)
+    _heed(environment)
+    _need_server()
+    from llama2.serve import logs
+    from llama2.serve.app import make_app
+    from llama2.serve.life import Life
+
+    life = Life(options.drain_delay or 0.0, 25.0 if options.shutdown_timeout is None else options.shutdown_timeout)
+    service = _service(options, life)
+    host = options.host or ("0.0.0.0" if container else "127.0.0.1")
+    if host not in ("127.0.0.1", "localhost", "::1") and not service.keys.wanted and not container:
+        terminal.notice(f"llama2: anyone who can reach {host} can use this model; --api-key asks for a key")
+    server = _server(options, host, 8080 if container else 8000, service, make_app(service))
+    listener = logs.start(options.log_level or "info")
+    threading.Thread(target=_open, args=(options, service, server), name="llama2-load", daemon=True).start()
+    try:
+        server.run()
+    finally:
+        service.close()
+        listener.stop()
+    if life.failure is not None:
+        raise life.failure
+    return 0
+
+
+def _with_model(options: Options, container: bool) -> Options:
+    given = [*options.paths, *([options.model] if options.model is not None else [])]
+    if len(options.paths) > 1 or (options.paths and options.model not in (None, options.paths[0])):
+        raise InputError(f"serve serves one model, but {given} were given; give one")
+    if not given and container and SAGEMAKER_MODEL.is_dir() and any(SAGEMAKER_MODEL.iterdir()):
+        given = [str(SAGEMAKER_MODEL)]
+    return replace(options, model=given[0] if given else None)
+
+
+def _heed(environment: Mapping[str, str]) -> None:
+    """Says what TGI's variables cannot do here."""
+    shards = next((environment[n] for n in ("SM_NUM_GPUS", "NUM_SHARD") if environment.get(n)), "1")
+    if shards.strip() not in ("1", "0"):
+        raise InputError(f"SM_NUM_GPUS or NUM_SHARD asks for {shards} devices, and this server runs on one; set it to 1")
+    if kind := environment.get("HF_MODEL_QUANTIZE") or environment.get("QUANTIZE"):
+        terminal.notice(
+            f"llama2: QUANTIZE={kind}: a model is served as its checkpoint is stored; quantise the checkpoint beforehand"
+        )
+
+
+def _need_server() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(f"serving needs {error.name}; run `pip install 'llama2[serve]'`") from error
+
+
+def _service(options: Options, life: "Life") -> "Service":
+    from llama2.serve.keys import Keys
+    from llama2.serve.service import Policy, Service
+
+    given = {
+        "revision": options.revision,
+        "unknown_fields": options.unknown_fields,
+        "parse_special": not options.literal_prompts,
+        "payload_limit": options.payload_limit,
+        "request_timeout": options.request_timeout,
+        "stall_timeout": options.stall_timeout,
+        "cors_origins": options.cors_allow_origin,
+        "public_metrics": options.public_metrics,
+        "workers": options.validation_workers,
+        "max_concurrent_requests": options.max_concurrent_requests,
+    }
+    names = options.served_model_name or (options.model or Path(model_path(None)).stem,)
+    policy = Policy(names=names, **{name: value for name, value in given.items() if value is not None})
+    return Service(policy, Keys(options.api_key, options.api_key_file), life)
+
+
+def _server(options: Options, host: str, port: int, service: "Service", app: Any) -> "Server":
+    import uvicorn
+
+    from llama2.serve.life import Server
+
+    if (options.ssl_certfile is None) != (options.ssl_keyfile is None):
+        raise InputError("HTTPS needs both --ssl-certfile and --ssl-keyfile; one of them is missing")
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port if options.port is None else options.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=65_536,
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+    )
+    return Server(config, service.life, service.cut)
+
+
+def _open(options: Options, service: "Service", server: "Server") -> None:
+    """Loads the model beside the server, which answers 503 meanwhile; a failure ends the server."""
+    try:
+        open_model(options, options.chat_template, options.lora_adapters, service, waiting=options.max_waiting or 1024)
+    except (Llama2Error, OSError) as error:
+        service.life.failure = error
+        server.should_exit = True
+
+
+def open_model(
+    options: Any,
+    chat_template: str | None,
+    adapters: tuple[str, ...],
+    service: "Service",
+    waiting: int = 1024,
+    tell: Callable[[str], None] = terminal.notice,
+) -> None:
+    """Loads the model, makes the engine within the memory, tells the table of limits and opens the service.
+
+    options: RunOptions and EngineOptions. Raises as `load`.
+    """
+    from llama2.engine.engine import Engine
+    from llama2.serve import limits
+
+    model, tokenizer = load(options)
+    if chat_template == "llama2":
+        from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE
+
+        tokenizer.chat_template = LLAMA2_CHAT_TEMPLATE
+    elif chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    wanted = options.wanted()
+    each = limits.bytes_per_token(model, options.runner, options.cache_dtype)
+    tokens, source = limits.cache_tokens(model, wanted, each)
+    engine = Engine(
+        model,
+        tokenizer,
+        cache_tokens=tokens,
+        budget=wanted.max_batch_prefill_tokens,
+        width=wanted.max_batch_size,
+        waiting=waiting,
+        prefix_cache=not options.no_prefix_cache,
+        runner=options.runner,
+        kv_cache=options.cache_dtype,
+    )
+    for adapter in adapters:
+        _add_adapter(engine, adapter)
+    bounds = limits.bounds(engine, wanted)
+    tell(f"llama2: what fits\n{limits.table(engine, bounds, source)}")
+    service.open(engine, bounds)
+
+
+def _add_adapter(engine: Any, adapter: str) -> None:
+    from llama2.checkpoint.peft import read_adapter
+
+    name, sign, folder = adapter.partition("=")
+    weights = getattr(engine.runner, "weights", None)
+    if not (sign and name.strip() and folder.strip()):
+        raise InputError(f"--lora-adapters is {adapter!r}; write it as NAME=FOLDER")
+    if weights is None:
+        raise InputError("adapters for each request need the native engine, and torch runs this model; merge one instead")
+    weights.add_adapter(name.strip(), read_adapter(folder.strip(), engine.model.config).modules)
