@@ -124,6 +124,8 @@ class _Live:
             finish = "length"
         if finish is not None and self.text is not None:
             text += self.text.finish()
+            if self.text.stopped and finish == "length":  # bytes that were held back as half a character completed it
+                finish = "stop"
         self.tell(Event(picked.token, text, picked.logprob, picked.top, finish))
         return finish is not None
 

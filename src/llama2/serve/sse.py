@@ -31,8 +31,8 @@ class Writer(Protocol):
 
 
 def data(content: Any) -> bytes:
-    """One event."""
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """One event, in ASCII: clients that split lines as Python does would end one at U+0085 or U+2028 too."""
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):

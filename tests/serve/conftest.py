@@ -1,0 +1,118 @@
+"""A server on loopback over a tiny random model with a byte-level tokenizer."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bytewise import write_tokenizer
+
+from llama2 import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
+pytest.importorskip("llguidance", reason="serving needs the extra `serve`")
+
+import uvicorn  # noqa: E402
+
+from llama2.engine.engine import Engine  # noqa: E402
+from llama2.serve import limits  # noqa: E402
+from llama2.serve.app import make_app  # noqa: E402
+from llama2.serve.keys import Keys  # noqa: E402
+from llama2.serve.life import Life, Server  # noqa: E402
+from llama2.serve.service import Policy, Service  # noqa: E402
+
+CONTEXT = 1024
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint: 2 layers, 260 tokens, a context of 1024, weights from a fixed seed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+class Served:
+    """A running server: its address, service and engine."""
+
+    def __init__(self, model: Any, tokenizer: Any, policy: Policy, keys: Keys | None, engine: dict[str, Any]) -> None:
+        self.engine = Engine(model, tokenizer, **{"cache_tokens": 16384, **engine})
+        self.service = Service(policy, keys, Life())
+        self.service.open(self.engine, limits.bounds(self.engine, limits.Wanted()))
+        config = uvicorn.Config(make_app(self.service), port=0, log_config=None, access_log=False, ws="none")
+        self.server = Server(config, self.service.life, self.service.cut)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def _run(self) -> None:
+        asyncio.run(self.server.serve())
+
+    def quiet(self, seconds: float = 20) -> bool:
+        """Whether nothing runs and no page is held, within some seconds."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if not self.engine.running and not self.service.sessions and self.engine.pool.free == self.engine.pool.count:
+                return self.service.life.inside == 0
+            time.sleep(0.02)
+        return False
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self._thread.join(15)
+        self.service.close()
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tiny_folder: Path) -> tuple[Any, Any]:
+    return LlamaForCausalLM.from_pretrained(tiny_folder).eval(), AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def serve(tiny_parts: tuple[Any, Any]) -> Iterator[Serve]:
+    """serve(policy fields, keys=..., engine={...}) starts a server of its own."""
+    running: list[Served] = []
+
+    def start(keys: Keys | None = None, engine: dict[str, Any] | None = None, **policy: Any) -> Served:
+        running.append(Served(*tiny_parts, Policy(**{"names": ("tiny",), **policy}), keys, engine or {}))
+        return running[-1]
+
+    yield start
+    for served in running:
+        served.close()
+
+
+@pytest.fixture(scope="module")
+def served(serve: Serve) -> Iterator[Served]:
+    """One server for a module's tests; at their end it holds no page."""
+    found = serve()
+    yield found
+    assert found.quiet()
