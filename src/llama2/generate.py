@@ -83,7 +83,7 @@ def _picker(request: Request) -> Callable[[Tensor, Tensor, list[bool]], tuple[Te
     )
 
     def pick(logits_BV: Tensor, ids_BS: Tensor, alive: list[bool]) -> tuple[Tensor, list[int]]:
-        raw_BV = logits_BV.to(promoted(logits_BV.dtype))
+        raw_BV = logits_BV if logits_BV.dtype == torch.float32 else logits_BV.to(promoted(logits_BV.dtype))
         scores_BV = before(ids_BS, raw_BV)
         tokens = None if shortlist is None else shortlist(scores_BV)
         if tokens is not None:

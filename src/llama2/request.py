@@ -384,10 +384,10 @@ def _guidance(model: Any, call: Call, config: GenerationConfig) -> Any:
     return UnbatchedClassifierFreeGuidanceLogitsProcessor(scale, model, ids, mask, config.value("use_cache"))
 
 
-def _alone(call: Call, runner: Runner) -> AbstractContextManager[None]:
-    """torch without threads where the engine has its own, unless the caller's code may need them."""
+def _alone(call: Call, runner: Runner, busy: bool) -> AbstractContextManager[None]:
+    """torch without threads where the engine has its own, unless there is nothing to do or it is the caller's code."""
     theirs = call.logits_processor or call.stopping_criteria or call.prefix_allowed_tokens_fn
-    return cpu.OneOpenMpThread() if isinstance(runner, NativeRunner) and not theirs else nullcontext()
+    return cpu.OneOpenMpThread() if isinstance(runner, NativeRunner) and busy and not theirs else nullcontext()
 
 
 def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
@@ -419,6 +419,14 @@ def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
     seeds = row_seeds(call.seed, len(prompt), 1 if beams > 1 else copies)
     if seeds is not None and call.generator is not None:
         raise InputError("seed and generator both given; seed draws each row by itself, generator the whole batch")
+    processors = build_processors(
+        config,
+        Prompt(prompt, known, copies),
+        width + new,
+        call.logits_processor,
+        call.prefix_allowed_tokens_fn,
+        _guidance(model, call, config),
+    )
     return Request(
         config=config,
         runner=runner,
@@ -433,16 +441,9 @@ def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
         eos=torch.tensor(config.eos_token_ids, dtype=torch.long, device=prompt.device),
         pad=int(pad),
         prompts=len(prompt),
-        processors=build_processors(
-            config,
-            Prompt(prompt, known, copies),
-            width + new,
-            call.logits_processor,
-            call.prefix_allowed_tokens_fn,
-            _guidance(model, call, config),
-        ),
+        processors=processors,
         criteria=_criteria(call, config),
         sampler=Sampler(config.value("do_sample"), call.generator, seeds),
         record=Record.of(config),
-        alone=_alone(call, runner),
+        alone=_alone(call, runner, bool(processors) or config.value("do_sample")),
     )

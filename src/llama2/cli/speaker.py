@@ -103,7 +103,7 @@ class Speaker:
         pieces: list[str] = []
         try:
             for step in self._steps(ids, settings, new, seed):
-                said.append(int(step.tokens[0]))
+                said += step.tokens.tolist()
                 if len(said) == 1:
                     answer.first = time.perf_counter() - began
                 if piece := decoder.put(said[-1]):

@@ -1,0 +1,177 @@
+"""What the loop above the engine costs: generate() and the command line beside the engine alone, on one GGUF file.
+
+    python bench/generate.py                  SmolLM2-135M, the real Q4_1 file
+    python bench/generate.py --tokens 200     so many new tokens a turn
+    python bench/generate.py --only greedy cli
+
+One process, in turns: the engine alone (feed and argmax), then generate() greedy, sampled (temperature 0.6, top_p 0.9,
+top_k 50, with a seed and without), sampled with a repetition penalty, the command line's loop writing text to a pipe,
+and llama.cpp's own high level (llama-cpp-python 0.3.36, create_completion with stream=True) greedy and sampled. A rate
+counts from the first new token to the last; end tokens are forbidden or ignored, so that all write as many. Prints
+medians of the rates, of the ratios to the engine's turn just before, and of eight prompts at once to eight sequences in
+the engine; the last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import torch
+from native_gguf import smollm2
+
+from llama2.auto import AutoTokenizer
+from llama2.cli.speaker import Speaker
+from llama2.cpu import CpuRunner, PagedCache
+from llama2.generation_config import GenerationConfig
+from llama2.native import NativeModel
+from llama2.streamers import BaseStreamer
+
+PROMPT = "The history of the lighthouse begins on a hill above the sea, where"
+SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50}
+NO_END = 10**6  # no id: nothing ends before the last token
+
+
+class Times(BaseStreamer):
+    """When each token came."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def rate(self, skip: int = 0) -> float:
+        """Tokens per second behind the first one."""
+        at = self.at[skip:]
+        return (len(at) - 1) / (at[-1] - at[0])
+
+
+class Bench:
+    """The subjects; each method writes `tokens` tokens and gives tokens per second."""
+
+    def __init__(self, path: Path, tokens: int) -> None:
+        self.model, self.tokenizer, self.tokens = (
+            NativeModel.from_gguf(path),
+            AutoTokenizer.from_pretrained(path),
+            tokens,
+        )
+        self.ids: list[int] = self.tokenizer(PROMPT)["input_ids"]
+        self.batch = torch.tensor([self.ids] * 8)
+        self.engine_runner = CpuRunner(self.model.weights)
+        self.pipe = open(os.devnull, "w")  # noqa: SIM115
+        self.rival = llama_cpp.Llama(
+            str(path), n_ctx=1024, n_threads=self.model.weights.pool.size, verbose=False, logits_all=False
+        )
+
+    def engine(self, rows: int = 1) -> float:
+        """feed (or one step of `rows` sequences) and argmax, nothing else."""
+        cache, times = PagedCache(self.model.weights, 1024 * rows), Times()
+        sequences = [cache.sequence() for _ in range(rows)]
+        new = [int(self.engine_runner.feed(s, self.ids).argmax()) for s in sequences]
+        times.put(None)
+        for at in range(len(self.ids), len(self.ids) + self.tokens - 1):
+            if rows == 1:
+                new = [int(self.engine_runner.feed(sequences[0], new).argmax())]
+            else:
+                view = cache.view([(s, 1) for s in sequences])
+                new = self.engine_runner.step(new, np.full(rows, at), view).argmax(1).tolist()
+            times.put(None)
+        return rows * times.rate()
+
+    def generate(self, **settings: Any) -> float:
+        times, ids = Times(), torch.tensor([self.ids])
+        self.model.generate(ids, max_new_tokens=self.tokens, eos_token_id=NO_END, streamer=times, **settings)
+        return times.rate(skip=1)
+
+    def together(self, **settings: Any) -> float:
+        """Eight prompts; there is no streamer, so a criterion that never stops takes the times."""
+        times = Times()
+
+        def criterion(ids: Any, scores: Any) -> bool:
+            times.put(None)
+            return False
+
+        self.model.generate(
+            self.batch, max_new_tokens=self.tokens, eos_token_id=NO_END, stopping_criteria=[criterion], **settings
+        )
+        return 8 * times.rate()
+
+    def cli(self, **settings: Any) -> float:
+        """What `llama2 generate` does behind the parsing of its options."""
+
+        def write(text: str) -> None:
+            self.pipe.write(text)
+            self.pipe.flush()
+
+        config = GenerationConfig(max_new_tokens=self.tokens, eos_token_id=NO_END, **settings)
+        answer = Speaker(self.model, self.tokenizer).say(self.ids, config, write, seed=1, continues=True)
+        return (answer.tokens - 1) / answer.rest
+
+    def llama_cpp(self, **settings: Any) -> float:
+        times = Times()
+        self.rival.reset()
+        bias = {self.rival.token_eos(): -100.0}
+        for _ in self.rival.create_completion(
+            self.ids, max_tokens=self.tokens, stream=True, seed=1, logit_bias=bias, repeat_penalty=1.0, **settings
+        ):
+            times.put(None)
+        return times.rate()
+
+
+def subjects(bench: Bench) -> dict[str, tuple[str, Callable[[], float]]]:
+    """Name: what it is set beside, and the turn."""
+    own = {"temperature": 0.6, "top_p": 0.9, "top_k": 50}
+    return {
+        "greedy": ("engine", lambda: bench.generate(do_sample=False)),
+        "sampled": ("engine", lambda: bench.generate(seed=1, **SAMPLED)),
+        "sampled, no seed": ("engine", lambda: bench.generate(**SAMPLED)),
+        "sampled, penalty": ("engine", lambda: bench.generate(seed=1, repetition_penalty=1.1, **SAMPLED)),
+        "cli greedy": ("engine", lambda: bench.cli(do_sample=False)),
+        "cli sampled": ("engine", lambda: bench.cli(**SAMPLED)),
+        "llama.cpp greedy": ("engine", lambda: bench.llama_cpp(temperature=0.0)),
+        "llama.cpp sampled": ("engine", lambda: bench.llama_cpp(**own)),
+        "8 greedy": ("engine of 8", lambda: bench.together(do_sample=False)),
+        "8 sampled": ("engine of 8", lambda: bench.together(seed=1, **SAMPLED)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--only", nargs="*", default=[""], help="beginnings of names")
+    args = parser.parse_args()
+    bench = Bench(smollm2(), args.tokens)
+    chosen = {n: s for n, s in subjects(bench).items() if any(n.startswith(part) for part in args.only)}
+    beside = {"engine": bench.engine, "engine of 8": lambda: bench.engine(8)}
+    rates: dict[str, list[float]] = {}
+    ratios: dict[str, list[float]] = {}
+    for _ in range(args.rounds):
+        for name, (reference, turn) in chosen.items():
+            alone = beside[reference]()
+            rate = turn()
+            rates.setdefault(reference, []).append(alone)
+            rates.setdefault(name, []).append(rate)
+            ratios.setdefault(name, []).append(rate / alone)
+    summary: dict[str, Any] = {}
+    print(f"{'':20}{'tokens/s':>10}{'of the engine':>15}")
+    for name, values in rates.items():
+        rate = statistics.median(values)
+        share = statistics.median(ratios[name]) if name in ratios else 1.0
+        print(f"{name:20}{rate:10.1f}{share:15.3f}")
+        summary[name] = [round(rate, 1), round(share, 3)]
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
