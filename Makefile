@@ -88,6 +88,7 @@ bench: .make/bench
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/load.py
 	$(BIN)/python bench/native_gguf.py
+	$(BIN)/python bench/generate.py
 	$(BIN)/python bench/bfloat16.py
 	$(BIN)/python bench/start.py
 	$(BIN)/python bench/lora.py

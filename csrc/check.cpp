@@ -4,12 +4,14 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <random>
 #include <vector>
 
 #include "kernels.h"
 #include "pack.h"
 #include "pool.h"
+#include "shortlist.h"
 #include "step.h"
 
 using namespace llama2;
@@ -339,6 +341,26 @@ void check_stop() {
 
 }  // namespace
 
+void check_shortlist() {  // the 12 best, whatever the size of the last block
+  std::vector<float> scores(1000);
+  for (float& x : scores) x = std::normal_distribution<float>(0, 3)(rng);
+  std::vector<int32_t> ids;
+  std::vector<double> p;
+  for (int64_t size : {int64_t{1000}, int64_t{999}, int64_t{961}}) {
+    bool sure = shortlist(scores.data(), size, {0.7f, 12, 1.0, 1}, ids, p);
+    std::vector<float> order(scores.begin(), scores.begin() + size);
+    std::sort(order.begin(), order.end(), std::greater<float>());
+    double wrong = !sure || ids.size() != 12, sum = 0;
+    for (size_t i = 0; i < ids.size(); ++i) {
+      wrong += !(scores[ids[i]] >= order[11]) || (i && ids[i] <= ids[i - 1]);
+      sum += p[i];
+    }
+    expect(wrong == 0 && std::fabs(sum - 1) < 1e-12, "shortlist", "", size, wrong, sum);
+  }
+  scores[500] = NAN;
+  expect(!shortlist(scores.data(), 1000, {0.7f, 12, 0.9, 1}, ids, p) && ids.empty(), "shortlist of NaN", "", 0, 0, 0);
+}
+
 int main() {
   const char* names[8];
   int n = list_kernels(names, 8);
@@ -354,6 +376,7 @@ int main() {
   }
   for (int i = 0; i < n; ++i) check_adapters(find_kernels(names[i]));
   check_stop();
+  check_shortlist();
   Pool pool(2, {});
   expect(ping_pong(pool, 100) > 0, "ping-pong", "", 0, 0, 0);
   std::printf("%d failures\n", failures);

@@ -155,9 +155,12 @@ def beam_search(request: Request) -> Tensor | GenerateBeamDecoderOnlyOutput:
     Shorter rows end in pad ids. Raises InputError where a row has no token to take.
     """
     search = Search(request)
-    logits_BV = request.prefill()
-    while search.step(logits_BV):
-        logits_BV = request.advance(search.length)
+    logits_BV, goes_on = request.prefill(), True
+    while goes_on:
+        with request.alone:
+            goes_on = search.step(logits_BV)
+        if goes_on:
+            logits_BV = request.advance(search.length)
     returned = request.config.value("num_return_sequences")
     ids, origins = (x[:, :returned].flatten(0, 1) for x in (search.finished.ids, search.finished.origins))
     longest = int((origins >= 0).sum(1).max())

@@ -445,5 +445,5 @@ def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
         criteria=_criteria(call, config),
         sampler=Sampler(config.value("do_sample"), call.generator, seeds),
         record=Record.of(config),
-        alone=_alone(call, runner, bool(processors) or config.value("do_sample")),
+        alone=_alone(call, runner, bool(processors) or beams > 1 or config.value("do_sample")),
     )

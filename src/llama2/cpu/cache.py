@@ -68,12 +68,13 @@ class CacheView:
     starts: NDArray[np.int32]
     past: NDArray[np.int32]
     tables: NDArray[np.int32]
-    sequences: tuple[Sequence, ...] = ()
+    last: NDArray[np.int32]  # the last token of each sequence, starts[1:] - 1
+    counts: tuple[tuple[Sequence, int], ...] = ()  # new tokens of each sequence
 
     def commit(self) -> None:
         """Counts the new tokens as cached; called by the runner once they are. A view of bare pages has nothing to."""
-        for sequence, past, count in zip(self.sequences, self.past, np.diff(self.starts), strict=False):
-            sequence.length = int(past + count)
+        for (sequence, count), past in zip(self.counts, self.past.tolist(), strict=False):
+            sequence.length = past + count
 
 
 class PagedCache:
@@ -111,8 +112,8 @@ class PagedCache:
         if len(pairs) == 1 and pairs[0][1] > 0 and pairs[0][0].cache is self:  # decoding: every microsecond counts
             sequence, count = pairs[0]
             sequence._reserve(sequence.length + count)
-            starts, past = np.array((0, count), np.int32), np.array((sequence.length,), np.int32)
-            return CacheView(self, starts, past, np.array((sequence.pages,), np.int32), (sequence,))
+            arrays = [np.array(x, np.int32) for x in ((0, count), (sequence.length,), (sequence.pages,), (count - 1,))]
+            return CacheView(self, *arrays, tuple(pairs))
         if not pairs or any(n < 1 for _, n in pairs):
             raise InputError("a step needs at least one new token of every sequence in it")
         if len({id(s) for s, _ in pairs}) != len(pairs):
@@ -126,7 +127,7 @@ class PagedCache:
             tables[i, : len(sequence.pages)] = sequence.pages
         starts = np.cumsum([0, *(n for _, n in pairs)], dtype=np.int32)
         past = np.array([s.length for s, _ in pairs], np.int32)
-        return CacheView(self, starts, past, tables, tuple(s for s, _ in pairs))
+        return CacheView(self, starts, past, tables, starts[1:] - 1, tuple(pairs))
 
     def _take(self) -> int:
         if not self._free:

@@ -54,7 +54,7 @@ class CpuRunner:
         """
         ids = _ints(tokens, "tokens")
         places = _ints(positions, "positions")
-        wanted = view.starts[1:] - 1 if rows is None else _ints(rows, "rows")
+        wanted = view.last if rows is None else _ints(rows, "rows")
         chosen = None if adapters is None else self._chosen(adapters, view)
         logits = np.empty((len(wanted), self.weights.config.vocab_size), np.float32)
         try:
@@ -117,7 +117,7 @@ def _pieces(
     ids: Ints, places: Ints, view: CacheView, wanted: Ints
 ) -> Iterator[tuple[int, int, slice, tuple[Ints, ...]]]:
     """The step in calls of at most CHUNK tokens: first and last logits row, sequences, arrays of the native call."""
-    total = int(view.starts[-1])
+    total = sum([count for _, count in view.counts])
     if total <= CHUNK or len(ids) != total or len(places) != total:  # the native call refuses a wrong length
         yield 0, len(wanted), slice(None), (ids, places, view.starts, view.past, view.tables, wanted)
         return

@@ -50,7 +50,7 @@ class NativePlanRunner:
         positions = np.arange(starts[-1], dtype=np.int32) + np.repeat(past - starts[:-1], counts)
         wanted = [range(end - c.wanted, end) for c, end in zip(chunks, starts[1:], strict=True) if c.wanted]
         rows = np.array([row for chunk_rows in wanted for row in chunk_rows], np.int32)
-        view = cpu.CacheView(self._cache, starts, past, tables)
+        view = cpu.CacheView(self._cache, starts, past, tables, starts[1:] - 1)
         logits = torch.from_numpy(self._runner.step(tokens, positions, view, rows, adapters))
         return list(logits.split([len(chunk_rows) for chunk_rows in wanted])) if wanted else []
 
