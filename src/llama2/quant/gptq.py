@@ -8,6 +8,7 @@ w[n, k] = scale[g, n] * (code[k, n] - zero[g, n]) with g = g_idx[k]. For a weigh
 32 fields fill b words, little endian; of 3 bits, two of the 32 lie across words.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -164,9 +165,12 @@ class GptqLinear(PackedLinear):
         zeros_GN = unpack_zeros(held["qzeros"], self.bits, self.v2).float()
         out_NK = torch.empty(self.out_features, self.in_features, dtype=dtype, device=scales_GN.device)
         step = max(1, _CHUNK // (SPAN * self.out_features)) * SPAN
+        groups = held["g_idx"].tolist() if self.in_order and self.group_size % SPAN == 0 else None
+        if groups is not None:  # then no chunk reaches into two groups, and its rows share their scales
+            step = math.gcd(step, self.group_size)
         for start in range(0, self.in_features, step):
             words = held["qweight"][start * self.bits // 32 : (start + step) * self.bits // 32]
-            at = held["g_idx"][start : start + step].long()
+            at = held["g_idx"][start : start + step].long() if groups is None else groups[start]
             part = unpack(words, self.bits).float().sub_(zeros_GN[at]).mul_(scales_GN[at])
             out_NK[:, start : start + step] = part.mT
         return out_NK
