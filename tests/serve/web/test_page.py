@@ -73,9 +73,26 @@ def test_stop_ends_the_request_and_keeps_the_text(opened: Callable[..., Page], s
     idle(page)
     assert server.gone.wait(5), "the server was not told"
     expect(answers(page)).to_have_text("Once upon")
-    expect(page.locator(".aside")).to_have_text("You stopped this answer.")
+    expect(page.locator(".aside")).to_contain_text("You stopped this answer.")
     send(page, "next")
     assert sent(server)[1] == ("assistant", "Once upon")
+
+
+def test_continue_adds_to_the_same_answer(opened: Callable[..., Page], server: ChatServer) -> None:
+    server.answers |= {"story": f"Once upon{GATE} a time", "Once upon": " a hill"}
+    page = opened()
+    send(page, "story", wait=False)
+    expect(answers(page)).to_have_text("Once upon")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Continue").click()
+    expect(answers(page)).to_have_text("Once upon a hill")
+    idle(page)
+    assert sent(server) == [("user", "story"), ("assistant", "Once upon")]
+    assert server.requests[-1]["continue_final_message"] is True
+    assert server.requests[-1]["add_generation_prompt"] is False
+    expect(page.locator(".figures")).to_contain_text("4 tokens")
+    expect(page.locator(".branches")).to_have_count(0)
+    expect(page.locator(".aside")).to_have_count(0)
 
 
 def test_stop_before_the_first_token(opened: Callable[..., Page], server: ChatServer) -> None:
@@ -222,7 +239,7 @@ def test_reload_in_the_middle_of_an_answer(opened: Callable[..., Page], server: 
     page.reload()
     ready(page)
     expect(answers(page)).to_have_text("Once upon")
-    expect(page.locator(".aside")).to_have_text("This answer was interrupted.")
+    expect(page.locator(".aside")).to_contain_text("This answer was interrupted.")
 
 
 def test_rename_delete_and_undo(opened: Callable[..., Page]) -> None:

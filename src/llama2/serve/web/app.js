@@ -42,6 +42,7 @@ class App {
       card: this.card,
       edit: (message, text) => this.edit(message, text),
       regenerate: (message) => this.answer(this.current, message.parent),
+      goOn: (message) => this.run(this.current, message, true),
       retry: (message) => this.retry(message),
       turn: (message, step) => this.turn(message, step),
     });
@@ -325,9 +326,10 @@ class App {
     this.runs.get(this.current.id)?.abort.abort();
   }
 
-  run(conversation, message) {
+  /** Begins an answer, or goes on with the one that `message` holds. */
+  run(conversation, message, goOn = false) {
     if (this.runs.has(conversation.id)) return;
-    const run = { conversation, message, abort: new AbortController() };
+    const run = { conversation, message, goOn, abort: new AbortController() };
     this.runs.set(conversation.id, run);
     conversation.updated = Date.now();
     this.library.list(conversation);
@@ -335,7 +337,7 @@ class App {
   }
 
   /** Reads an answer to its end, showing it at most once a frame and saving it now and then. */
-  async follow({ conversation, message, abort }) {
+  async follow({ conversation, message, goOn, abort }) {
     let frame = 0;
     const draw = () => {
       frame = 0;
@@ -352,7 +354,7 @@ class App {
     }
     if (!this.models.length) await this.connect();
     const model = conversation.model ?? this.model;
-    await reply(message, requestFor(conversation, message, model), abort.signal, changed);
+    await reply(message, requestFor(conversation, message, model, goOn), { goOn, signal: abort.signal, changed });
     cancelAnimationFrame(frame);
     this.runs.delete(conversation.id);
     conversation.updated = Date.now();

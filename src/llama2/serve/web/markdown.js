@@ -22,12 +22,14 @@ export class MarkdownView {
     this.shown = []; // {source, node} of every block
   }
 
-  set(text) {
+  /** `done`: nothing follows, so an open fence is as closed as it will be. */
+  set(text, done = false) {
     if (!text.startsWith(this.text)) this.reset();
     this.text = text;
     const raw = text.slice(this.stable).split("\n");
     const lines = raw.map(plainLine);
     const found = blocks(lines);
+    if (done && found.length) found.at(-1).closed = true;
     found.forEach((block, index) => this.show(this.settled + index, block, lines.slice(block.from, block.to).join("\n")));
     for (const { node } of this.shown.splice(this.settled + found.length)) node.remove();
     this.settle(raw, blocks(lines.slice(0, -1)));
@@ -35,7 +37,7 @@ export class MarkdownView {
 
   show(index, block, source) {
     const old = this.shown[index];
-    if (old?.source === source) return;
+    if (old?.source === source && old.block.closed === block.closed) return;
     if (old && block.kind === "fence" && old.block.kind === "fence" && !old.block.closed && !block.closed && old.block.language === block.language) {
       const text = old.node.querySelector("code").firstChild;
       if (text && block.code.startsWith(old.block.code)) {

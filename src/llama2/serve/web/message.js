@@ -6,8 +6,9 @@ import { TokenView } from "./probabilities.js";
 import { perplexity, rate } from "./reply.js";
 
 /**
- * `actions`: {edit(message, text), regenerate(message), turn(message, step), retry(message), card}. `update` shows the
- * message as it stands: {place: {index, count}, live: being written, locked: an answer is being written somewhere below}.
+ * `actions`: {edit(message, text), regenerate(message), goOn(message), turn(message, step), retry(message), card}. `update`
+ * shows the message as it stands: {place: {index, count}, live: being written, locked: an answer is being written
+ * somewhere below, last: nothing stands below, probabilities: shown as tokens where these are known}.
  */
 export class MessageView {
   constructor(message, actions) {
@@ -33,12 +34,12 @@ export class MessageView {
     const signature = JSON.stringify([state, this.message.finish, this.message.stats?.tokens, Boolean(this.editor)]);
     if (signature === this.signature) return;
     this.signature = signature;
-    this.note.replaceChildren(...this.notes(live));
+    this.note.replaceChildren(...this.notes(state));
     if (live) this.liveFoot();
     else this.foot.replaceChildren(...this.feet(state));
   }
 
-  updateAnswer({ probabilities }) {
+  updateAnswer({ probabilities, live }) {
     const { tokens, content } = this.message;
     const asTokens = Boolean(probabilities && tokens?.length);
     if (this.view === undefined || asTokens !== this.asTokens) {
@@ -48,7 +49,7 @@ export class MessageView {
       this.asTokens = asTokens;
       this.view = asTokens ? new TokenView(fresh, this.actions.card) : new MarkdownView(fresh);
     }
-    this.view.set(asTokens ? tokens : content);
+    this.view.set(asTokens ? tokens : content, !live);
   }
 
   // While pieces arrive only the figures change, so that a button under the pointer stays where it is.
@@ -58,12 +59,14 @@ export class MessageView {
     else this.foot.replaceChildren(h("span.figures", {}, text));
   }
 
-  notes(live) {
+  notes({ live, locked, last }) {
     const { error, finish, content } = this.message;
     if (live && !content) return [h("span.waiting", { role: "img", "aria-label": "Waiting for the first token" }, h("i"), h("i"), h("i"))];
     if (error) return [this.errorNote(error)];
     const said = { stopped: "You stopped this answer.", length: "Cut off at the token limit.", interrupted: "This answer was interrupted." };
-    return !live && said[finish] ? [h("p.aside", {}, said[finish])] : [];
+    if (live || !said[finish]) return [];
+    const goOn = last && content && h("button.text-button", { type: "button", disabled: locked, on: { click: () => this.actions.goOn(this.message) } }, "Continue");
+    return [h("p.aside", {}, said[finish], goOn)];
   }
 
   errorNote({ message, retryAfter }) {

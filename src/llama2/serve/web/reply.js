@@ -3,13 +3,14 @@
 import { chat } from "./api.js";
 
 /**
- * Fills `message` from the stream of `body`; `changed()` is called at every piece. Ends without throwing: `finish` is
- * "stop", "length", … as the server says, "stopped" after `signal`, and "error" with `message.error` after a failure.
+ * Fills `message` from the stream of `body`, or goes on with what it holds where `goOn`; `changed()` is called at every
+ * piece. Ends without throwing: `finish` is "stop", "length", … as the server says, "stopped" after `signal`, and "error"
+ * with `message.error` after a failure.
  */
-export async function reply(message, body, signal, changed) {
+export async function reply(message, body, { goOn, signal, changed }) {
+  if (!goOn) Object.assign(message, { content: "", tokens: undefined, stats: undefined });
+  Object.assign(message, { finish: null, error: undefined });
   const clock = new Clock(message);
-  Object.assign(message, { content: "", finish: null });
-  for (const name of ["error", "tokens", "stats"]) delete message[name];
   try {
     for await (const chunk of chat(body, signal)) {
       clock.usage(chunk.usage);
@@ -45,6 +46,7 @@ class Clock {
     this.message = message;
     this.started = performance.now();
     this.counted = 0;
+    this.before = message.stats ?? { tokens: 0, seconds: 0 }; // of the part that is gone on with
   }
 
   tick(tokens) {
@@ -52,8 +54,11 @@ class Clock {
     this.firstAt ??= now;
     // A piece is one token unless the server says how many it holds.
     this.counted += tokens || 1;
-    const seconds = (now - this.firstAt) / 1000;
-    this.message.stats = { ...this.message.stats, first: (this.firstAt - this.started) / 1000, seconds, tokens: this.counted };
+    this.message.stats = {
+      first: this.before.first ?? (this.firstAt - this.started) / 1000,
+      seconds: this.before.seconds + (now - this.firstAt) / 1000,
+      tokens: this.before.tokens + this.counted,
+    };
   }
 
   usage(usage) {
@@ -62,8 +67,8 @@ class Clock {
 
   end() {
     if (!this.message.stats || !this.known) return;
-    this.message.stats.tokens = this.known.completion_tokens ?? this.counted;
-    this.message.stats.prompt = this.known.prompt_tokens;
+    this.message.stats.tokens = this.before.tokens + (this.known.completion_tokens ?? this.counted);
+    this.message.stats.prompt = this.known.prompt_tokens - this.before.tokens;
   }
 }
 

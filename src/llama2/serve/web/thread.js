@@ -46,7 +46,7 @@ export class Thread {
   /** Shows one message again, as pieces arrive. */
   refresh(message, live) {
     const { probabilities } = this.conversation.settings;
-    this.views.get(message.id)?.update({ place: place(this.conversation, message), live: message === live, locked: live !== null, probabilities });
+    this.views.get(message.id)?.update({ place: place(this.conversation, message), live: message === live, locked: live !== null, last: message.chosen === null, probabilities });
   }
 
   /** Opens the editor of the last message of the user. */

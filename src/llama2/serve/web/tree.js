@@ -89,13 +89,14 @@ export function prompt(conversation, message) {
   return sent;
 }
 
-/** The body of the request for an answer at `message`, without what `stream` adds. */
-export function requestFor(conversation, message, model) {
+/** The body of the request for an answer at `message`, or for the rest of the one that it holds where `goOn`. */
+export function requestFor(conversation, message, model, goOn = false) {
   const { temperature, top_p, top_k, max_tokens, seed, stop, probabilities } = conversation.settings;
   const given = Object.entries({ temperature, top_p, top_k, max_tokens, seed }).filter(([, value]) => value !== null);
   return {
     ...(model ? { model } : {}),
-    messages: prompt(conversation, message),
+    messages: [...prompt(conversation, message), ...(goOn ? [{ role: "assistant", content: message.content }] : [])],
+    ...(goOn ? { continue_final_message: true, add_generation_prompt: false } : {}),
     ...Object.fromEntries(given),
     ...(stop.length ? { stop } : {}),
     ...(probabilities ? { logprobs: true, top_logprobs: 5 } : {}),
