@@ -25,8 +25,9 @@ ROWS: dict[str, int] = {
     "generate": 13,
     **dict.fromkeys(("auto", "engine"), 14),
     **dict.fromkeys(("pipelines", "serve", "train", "evaluate"), 15),
-    "cli": 16,
-    "convert_llama_weights_to_hf": 17,
+    "quantize": 16,
+    "cli": 17,
+    "convert_llama_weights_to_hf": 18,
 }
 STRANGERS = {"quant": {"model"}, "model": {"quant"}}
 NO_TORCH = (

@@ -99,9 +99,15 @@ def convert(
         opened = _merged(opened, options.adapter, options)
     if options.kv_heads is not None:
         opened = PooledCheckpoint(opened, options.kv_heads)
-    run = _Run(make_target(opened, path.name, options), opened, path, options)
+    return write(make_target(opened, path.name, options), opened, path, options, progress)
+
+
+def write(
+    target: Target, source: Checkpoint, path: Path, options: Options, progress: Progress | None = None
+) -> Result:
+    """Writes `source` by `target` to `path`, or goes on with it; the options say how, and are part of its identity."""
     try:
-        return run.go(progress)
+        return _Run(target, source, path, options).go(progress)
     except OSError as error:
         if error.errno == errno.EFBIG:
             raise CheckpointError(

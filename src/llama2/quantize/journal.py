@@ -1,0 +1,107 @@
+"""The folder beside the target that an interrupted job goes on from.
+
+    job.json              what is asked for, of which source and text; layers done; the rows of the report
+    windows.safetensors   the calibration windows and the held-out tokens
+    layer-00007.safetensors   the tensors of the result for layer 7
+    states-8              the activations that go into layer 8
+    result/               the finished folder, or the GGUF file, before it is renamed to the target
+
+Every entry of the journal is written when what it speaks of is on the disk.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llama2.checkpoint.save import replacing, write_safetensors
+from llama2.errors import CheckpointError
+
+_NAMES = {
+    "source": "the source has changed, or is another one",
+    "text": "the calibration text is another one",
+    "held_out": "the text to measure on is another one",
+    "version": "it was begun by another version of llama2",
+}
+
+
+class Journal:
+    """The work folder of a job for `target`, and what its job.json says."""
+
+    def __init__(self, target: Path, identity: Mapping[str, Any]) -> None:
+        """Takes up an interrupted job of the same identity. Raises CheckpointError where there is one of another."""
+        self.folder = target.parent / f".{target.name}.quantize"
+        self._file = self.folder / "job.json"
+        self.state: dict[str, Any] = {"identity": dict(identity), "layers": 0, "linears": []}
+        self.resumed = self._file.exists()
+        if self.resumed:
+            self._take_up(target)
+
+    def _take_up(self, target: Path) -> None:
+        try:
+            found = json.loads(self._file.read_text())
+            there = found["identity"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self._file} is malformed ({error!r}); delete {self.folder} to start anew") from error
+        wanted = json.loads(json.dumps(self.state["identity"]))
+        if there != wanted:
+            raise CheckpointError(
+                f"{target} has an interrupted job that this command does not continue: {_difference(there, wanted)}. "
+                f"Give the same command to go on, or delete {self.folder} to start anew"
+            )
+        self.state = found
+
+    def begin(self) -> None:
+        """Makes the folder, empty."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def record(self, **changes: Any) -> None:
+        """Notes changes of the state, durably."""
+        self.state |= changes
+        with replacing(self._file) as file:
+            file.write(json.dumps(self.state).encode())
+        sync_folder(self.folder)
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes a safetensors file of the folder."""
+        with replacing(self.folder / name) as file:
+            write_safetensors(file, tensors)
+
+    def finish(self, target: Path) -> None:
+        """Moves everything of result/ to the target, last of all what makes it one, and deletes the folder."""
+        result = self.folder / "result"
+        if result.exists() and (result / target.name).exists():  # a GGUF file and what is beside it
+            for file in sorted(result.iterdir(), key=lambda file: file.name == target.name):
+                os.replace(file, target.parent / file.name)
+        elif result.exists():
+            os.replace(result, target)
+        sync_folder(target.parent)
+        shutil.rmtree(self.folder)
+
+
+def layer_file(index: int) -> str:
+    """The file of one layer."""
+    return f"layer-{index:05d}.safetensors"
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    for key, meaning in _NAMES.items():
+        if there.get(key) != wanted[key]:
+            return meaning
+    old, new = there.get("options", {}), wanted["options"]
+    changed = [f"{name} was {old.get(name)!r} and is {value!r}" for name, value in new.items() if old.get(name) != value]
+    return "; ".join(changed) or "its settings differ"

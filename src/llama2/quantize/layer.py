@@ -1,0 +1,168 @@
+"""One decoder layer in stages, so that each group of linears can be replaced before the next one sees its inputs.
+
+The linears of a group share an input: [q, k, v], [o], [gate, up], [down]. A stage reads the stored activations a batch
+of sequences at a time, computes the input of one group and stores what the next stage needs, so that the whole layer is
+computed once, whether its groups are replaced one after the other or together.
+
+    stage 0   x                    -> input of q, k, v
+    stage 1   x                    -> input of o, stored as `inner`
+    stage 2   x, inner             -> y = x + attention, stored; input of gate, up
+    stage 3   y                    -> input of down, stored as `inner`
+    stage 4   y, inner             -> y + mlp, stored: the next layer's x
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama2.attention import ATTENTION, make_mask
+from llama2.checkpoint import Checkpoint
+from llama2.checkpoint.pages import release
+from llama2.config import LlamaConfig
+from llama2.model import ACTIVATIONS, LlamaRMSNorm
+from llama2.quantize.hessian import Hessian
+from llama2.quantize.states import States
+from llama2.rope import LlamaRotaryEmbedding, rotate
+
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+_BATCH_BYTES = 64 << 20  # of float32 in the widest activation of a batch
+
+
+class _Linear(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Stages:
+    """The stages of layer `index` over all sequences. `dtype`: what products are computed in."""
+
+    def __init__(self, source: Checkpoint, index: int, dtype: torch.dtype, sequences: tuple[int, int]) -> None:
+        """sequences: (number, T)."""
+        self.source, self.config, self.index, self.dtype = source, source.config, index, dtype
+        self.count, self.length = sequences
+        self.batch = batch_of(source.config, self.length)
+        self._linears: dict[str, _Linear] = {}
+        self._norms = [
+            norm(source, f"model.layers.{index}.{name}") for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+        places = torch.arange(self.length)[None]
+        cos, sin = LlamaRotaryEmbedding(self.config)(torch.empty(0, dtype=dtype), places)
+        self._rotation = (cos[:, None], sin[:, None])
+        self._act = ACTIVATIONS[self.config.hidden_act]
+
+    def path(self, name: str) -> str:
+        """The module path of a linear."""
+        return f"model.layers.{self.index}.{name}"
+
+    def load(self, name: str) -> Tensor:
+        """The weight of a linear as the checkpoint has it, float32; stages use it from here on."""
+        path, tensors = self.path(name), self.source.tensors
+        weight = self.source.read(f"{path}.weight", torch.float32)
+        for view in self.source.mapped(f"{path}.weight"):
+            release(view)
+        bias = self.source.read(f"{path}.bias", self.dtype) if f"{path}.bias" in tensors else None
+        self._linears[name] = _Linear(weight.to(self.dtype), bias)
+        return weight
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Stages use this weight from here on."""
+        self._linears[name] = _Linear(weight.to(self.dtype), self._linears[name].bias)
+
+    def drop(self, group: int) -> None:
+        """Forgets the weights of a group."""
+        for name in GROUPS[group]:
+            self._linears.pop(name, None)
+
+    def width(self, group: int) -> int:
+        """Columns of the group's input."""
+        config = self.config
+        return (
+            config.hidden_size,
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            config.intermediate_size,
+        )[group]
+
+    def run(
+        self,
+        stage: int,
+        x: States,
+        y: States,
+        folder: Path,
+        hessian: Hessian | None,
+        on_batch: Callable[[], None],
+    ) -> None:
+        """Runs one stage over all sequences; `hessian` takes in the input of the stage's group."""
+        inner = self._inner(stage, folder)
+        for start in range(0, self.count, self.batch):
+            stop = min(start + self.batch, self.count)
+            if stage == 0:
+                found = self._norms[0](x.read(start, stop))
+            elif stage == 1:
+                found = self._attend(self._norms[0](x.read(start, stop)).to(self.dtype))
+            elif stage == 2:
+                assert inner is not None
+                values = x.read(start, stop) + self._product("self_attn.o_proj", inner.read(start, stop)).float()
+                y.write(start, values)
+                found = self._norms[1](values)
+            elif stage == 3:
+                found = self._gated(self._norms[1](y.read(start, stop)).to(self.dtype))
+            else:
+                assert inner is not None
+                product = self._product("mlp.down_proj", inner.read(start, stop))
+                y.write(start, y.read(start, stop) + product.float())
+            if stage in (1, 3) and inner is not None:
+                inner.write(start, found)
+            if hessian is not None:
+                hessian.add(found)
+            on_batch()
+        if inner is not None and stage in (2, 4):
+            inner.remove()
+        elif inner is not None:
+            inner.close()
+
+    def _inner(self, stage: int, folder: Path) -> States | None:
+        if stage == 0:
+            return None
+        width = self.width(1 if stage < 3 else 3)
+        return States(folder / "inner", (self.count, self.length, width), self.dtype, new=stage in (1, 3))
+
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        weight, bias = self._linears[name]
+        return F.linear(x, weight, bias)
+
+    def _attend(self, x_BTD: Tensor) -> Tensor:
+        heads = (-1, self.config.head_dim)
+        projected = (self._product(name, x_BTD).unflatten(-1, heads).transpose(1, 2) for name in GROUPS[0])
+        q_BHTE, k_BKTE, v_BKTE = projected
+        q_BHTE, k_BKTE = rotate((q_BHTE, k_BKTE), *self._rotation)
+        mask = make_mask(None, self.length, 0, self.length, x_BTD.device)
+        out_BHTE, _ = ATTENTION["sdpa"](q_BHTE, k_BKTE, v_BKTE, mask, self.config.head_dim**-0.5)
+        return out_BHTE.transpose(1, 2).flatten(2)
+
+    def _gated(self, x_BTD: Tensor) -> Tensor:
+        gate, up = (self._product(name, x_BTD) for name in GROUPS[2])
+        return self._act(gate).mul_(up)
+
+
+def norm(source: Checkpoint, path: str) -> LlamaRMSNorm:
+    """A norm of the checkpoint, float32."""
+    with torch.device("meta"):
+        made = LlamaRMSNorm(source.config.hidden_size, source.config.rms_norm_eps)
+    made.weight = nn.Parameter(source.read(f"{path}.weight", torch.float32), requires_grad=False)
+    return made
+
+
+def batch_of(config: LlamaConfig, length: int) -> int:
+    """Sequences that are computed together."""
+    widest = max(config.intermediate_size, config.hidden_size)
+    return max(1, _BATCH_BYTES // (4 * widest * length))

@@ -1,0 +1,101 @@
+"""What a method makes of one linear: the tensors of the file, and the weight that they mean."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama2.errors import InputError
+from llama2.quant.ggml import BlockType, dequantize
+from llama2.quant.ggml_encode import quantize
+from llama2.quant.methods import layer_class
+from llama2.quantization_config import QuantizationConfig
+from llama2.quantize.options import Options
+
+
+class Made(NamedTuple):
+    """tensors: by what follows the path of the linear in the file, or packed rows alone for GGUF. weight: what they
+    mean, float32 (out, in). damp: what the solver needed, 0 without it. kind: a name for the report."""
+
+    tensors: dict[str, Tensor]
+    weight: Tensor
+    kind: str
+    damp: float = 0.0
+
+
+class Method(ABC):
+    """One of the formats with its settings."""
+
+    @abstractmethod
+    def make(self, path: str, weight: Tensor, hessian: Tensor | None, dtype: torch.dtype) -> Made:
+        """Quantises the weight (out, in; float32) of the linear at `path`, `hessian` (in, in) known of its inputs.
+
+        dtype: what the source stores, and a GPTQ file its scales in.
+        """
+
+
+class PlainMethod(Method):
+    """A packed format of a Hugging Face folder, rounded to the nearest."""
+
+    def __init__(self, config: QuantizationConfig, kind: str) -> None:
+        self.config, self.kind = config, kind
+        self._layer = layer_class(config)
+
+    def make(self, path: str, weight: Tensor, hessian: Tensor | None, dtype: torch.dtype) -> Made:
+        """As Method.make."""
+        layer = self._layer.quantize(weight, None, self.config)
+        return Made(layer.packed, layer.dequantize(), self.kind)
+
+
+class GgufMethod(Method):
+    """ggml's blocks; block_of: the type that the file gives a tensor."""
+
+    def __init__(self, options: Options, block_of: Callable[[str], BlockType]) -> None:
+        self.options, self.block_of = options, block_of
+
+    def make(self, path: str, weight: Tensor, hessian: Tensor | None, dtype: torch.dtype) -> Made:
+        """As Method.make."""
+        block = self.block_of(f"{path}.weight")
+        rows = quantize(weight, block)
+        return Made({"weight": rows}, dequantize(rows, block), block.name)
+
+
+def make_method(
+    options: Options, config: QuantizationConfig | None, block_of: Callable[[str], BlockType] | None
+) -> Method:
+    """The method that the options name."""
+    if block_of is not None:
+        return GgufMethod(options, block_of)
+    assert config is not None
+    if options.calibrated:
+        raise InputError("not yet")
+    return PlainMethod(config, options.method)
+
+
+# -- how good it is ----------------------------------------------------------------------------------------------
+
+_ROWS = 1024  # rows that the output error is measured on, evenly spread
+
+
+class Errors(NamedTuple):
+    """Relative errors of a linear: |X (W - Q)^T| / |X W^T| over the calibration, None without; |W - Q| / |W|."""
+
+    output: float | None
+    weight: float
+
+
+def errors(weight: Tensor, made: Tensor, hessian: Tensor | None) -> Errors:
+    """The errors of a weight (out, in) that became `made`, from H: |X E^T|^2 is n/2 tr(E H E^T)."""
+    change = weight - made
+    plain = _ratio(change.square().sum().item(), weight.square().sum().item())
+    if hessian is None:
+        return Errors(None, plain)
+    step = max(1, -(-len(weight) // _ROWS))
+    lost, whole = (((part[::step] @ hessian) * part[::step]).sum().item() for part in (change, weight))
+    return Errors(_ratio(lost, whole), plain)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return (max(part, 0.0) / whole) ** 0.5 if whole > 0 else 0.0

@@ -1,0 +1,142 @@
+"""What a quantisation is asked to do, checked before anything is read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from llama2.config import LlamaConfig
+from llama2.errors import InputError
+from llama2.quant.ggml_encode import ENCODERS
+from llama2.quantization_config import BitsAndBytesConfig, GPTQConfig, QuantizationConfig
+
+METHODS = ("gptq", "nf4", "fp4", "int8")
+GROUP_SIZES = (128, 64, 32)
+CALIBRATED = ("gptq", "gguf")  # unless told otherwise
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to quantise.
+
+    method: "gptq", "nf4", "fp4", "int8", or "gguf:" and a block type. bits, group_size, act_order, static_groups, sym,
+    mse, damp, format: of gptq; group_size -1 for whole rows, None for the largest of 128, 64, 32 that divides every
+    width. double_quant: of nf4 and fp4. calibrate: round with the inputs in mind, None: gptq and gguf do.
+    solve: compensate errors with the Hessian; else, of gguf, weigh them by an importance matrix only. samples windows
+    of `length` tokens, drawn by `seed`. true_sequential: each group of linears sees inputs that those before it in the
+    layer, already quantised, give it. precision: of the products that run the layers. shard_size: of the result.
+    eval_tokens: how many tokens of the held-out text are measured, 0: none.
+    """
+
+    method: str = "gptq"
+    bits: int = 4
+    group_size: int | None = None
+    act_order: bool = False
+    static_groups: bool = False
+    sym: bool = True
+    mse: bool = False
+    damp: float = 0.01
+    format: str = "gptq"
+    double_quant: bool = False
+    calibrate: bool | None = None
+    solve: bool = True
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+    true_sequential: bool = True
+    precision: str = "auto"
+    shard_size: int | str = "5GB"
+    eval_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        kind, _, block = self.method.partition(":")
+        if kind == "gguf" and block.upper() not in ENCODERS:
+            raise InputError(f"method {self.method!r}: give gguf: and one of {', '.join(map(str.lower, ENCODERS))}")
+        if kind != "gguf" and self.method not in METHODS:
+            raise InputError(
+                f"method is {self.method!r}; it must be one of {', '.join(METHODS)}, or gguf: and a block type such as "
+                "gguf:q4_k"
+            )
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"precision is {self.precision!r}; it must be auto, float32 or bfloat16")
+        if kind == "gptq" and self.calibrate is False:
+            raise InputError("gptq is made from calibration data; leave calibrate=False out, or take nf4 or int8")
+        if self.kind == "gptq":
+            self.gptq(32)
+
+    @property
+    def kind(self) -> str:
+        """The method without its block type."""
+        return self.method.partition(":")[0]
+
+    @property
+    def block_type(self) -> str:
+        """ggml's name of the block type of gguf."""
+        return self.method.partition(":")[2].upper()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the inputs of the layers are needed."""
+        return self.kind in CALIBRATED if self.calibrate is None else self.calibrate
+
+    def settings(self, config: LlamaConfig, dtype: str) -> QuantizationConfig | None:
+        """What config.json will say; None for gguf. Raises InputError for groups that do not fit the model."""
+        if self.kind == "gguf":
+            return None
+        if self.kind == "gptq":
+            return self.gptq(group_size(config, self.group_size))
+        if self.kind == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.kind,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype="bfloat16" if dtype == "bfloat16" else dtype,
+        )
+
+    def gptq(self, group: int) -> GPTQConfig:
+        """The settings of a GPTQ folder."""
+        return GPTQConfig(
+            bits=self.bits,
+            group_size=group,
+            damp_percent=self.damp,
+            desc_act=self.act_order,
+            static_groups=self.static_groups,
+            sym=self.sym,
+            true_sequential=self.true_sequential,
+            format=self.format,
+        )
+
+
+def widths(config: LlamaConfig) -> dict[str, int]:
+    """Columns of the linears of a layer, by what they are called."""
+    return {
+        "hidden_size": config.hidden_size,
+        "heads * head_dim": config.num_attention_heads * config.head_dim,
+        "intermediate_size": config.intermediate_size,
+    }
+
+
+def group_size(config: LlamaConfig, wanted: int | None) -> int:
+    """The group size asked for, or the largest that fits. Raises InputError where it does not divide every width."""
+    found = widths(config)
+    for name, width in found.items():
+        if width % 32:
+            raise InputError(f"{name} is {width}; GPTQ packs 32 columns at a time, so take nf4 or int8 for this model")
+    if wanted == -1:
+        return -1
+    if wanted is None:
+        return next(size for size in GROUP_SIZES if all(width % size == 0 for width in found.values()))
+    if wanted < 1:
+        raise InputError(f"group_size is {wanted}; give 128, 64 or 32, or -1 for whole rows")
+    for name, width in found.items():
+        if width % wanted:
+            fits = [size for size in GROUP_SIZES if all(other % size == 0 for other in found.values())]
+            raise InputError(
+                f"group_size {wanted} does not divide {name}, {width}; of the usual sizes {', '.join(map(str, fits))} "
+                "do, and -1 takes whole rows"
+            )
+    return wanted
+
+
+def as_dict(options: Options) -> dict[str, Any]:
+    """The options, JSON-ready."""
+    return {name: getattr(options, name) for name in options.__dataclass_fields__}
