@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenize": ("llama2.cli.tokenize", "text to token ids and back"),
     "info": ("llama2.cli.info", "what a model file is, its size and the memory it needs"),
     "convert": ("llama2.cli.convert", "between Hugging Face, Meta and GGUF checkpoints, in bounded memory"),
+    "quantize": ("llama2.cli.quantize", "a checkpoint in fewer bits: GPTQ, NF4, int8 or GGUF, with a report"),
     "merge-adapter": ("llama2.cli.merge_adapter", "put a LoRA adapter into the weights for good"),
     "shard": ("llama2.cli.shard", "split a checkpoint into files of a size"),
     "verify": ("llama2.cli.verify", "check a converted checkpoint against its hashes"),

@@ -25,10 +25,11 @@ from llama2.checkpoint.peft import linear_shapes
 from llama2.checkpoint.save import parse_size
 from llama2.checkpoint.source import open_source
 from llama2.errors import CheckpointError, InputError
+from llama2.quant.solve import Hessian
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
 from llama2.quantize import measure
 from llama2.quantize.calibration import Calibration, calibrate, encode, read_text
-from llama2.quantize.hessian import Hessian
+from llama2.quantize.hessian import make_hessian
 from llama2.quantize.journal import Journal, layer_file
 from llama2.quantize.layer import GROUPS, Stages, batch_of, norm
 from llama2.quantize.methods import Made, errors, make_method
@@ -227,7 +228,7 @@ class Job:
                 path = f"model.layers.{index}.{name}"
                 self.progress(index + number / 7, self.config.num_hidden_layers, path)
                 weight = self.source.read(f"{path}.weight", self._stored(path))
-                self._make(path, weight, None, rows, tensors)
+                self._make([path], [weight], None, rows, tensors)
         self.journal.save(layer_file(index), tensors)
         state = self.journal.state
         linears = [*state["linears"], *(vars(row) for row in rows)]
@@ -251,15 +252,15 @@ class Job:
             stages.run(stage, x, y, self.journal.folder, hessian, tick)
 
         def replace(group: int, hessian: Hessian) -> None:
-            matrix = hessian.matrix()
-            for name in GROUPS[group]:
-                weight = stages.load(name)
-                made = self._make(stages.path(name), weight, matrix, rows, tensors)
+            weights = [stages.load(name) for name in GROUPS[group]]
+            paths = [stages.path(name) for name in GROUPS[group]]
+            found = self._make(paths, weights, hessian.matrix(), rows, tensors)
+            for name, made in zip(GROUPS[group], found, strict=True):
                 stages.replace(name, made.weight)
 
         if self.options.true_sequential:
             for stage in range(4):
-                hessian = Hessian(stages.width(stage), self.bfloat16)
+                hessian = make_hessian(stages.width(stage), self.bfloat16)
                 run(stage, hessian)
                 if stage:
                     stages.drop(stage - 1)
@@ -269,7 +270,7 @@ class Job:
         else:
             for name in (name for group in GROUPS for name in group):
                 stages.load(name)
-            found = [Hessian(stages.width(stage), self.bfloat16) for stage in range(4)]
+            found = [make_hessian(stages.width(stage), self.bfloat16) for stage in range(4)]
             for stage in range(4):
                 run(stage, found[stage])
             for group in range(4):
@@ -282,20 +283,22 @@ class Job:
 
     def _make(
         self,
-        path: str,
-        weight: Tensor,
+        paths: Sequence[str],
+        weights: Sequence[Tensor],
         hessian: Tensor | None,
         rows: list[LinearReport],
         tensors: dict[str, Tensor],
-    ) -> Made:
+    ) -> list[Made]:
+        """Quantises linears that share their input, notes how well and what goes into the file."""
         began = time.perf_counter()
-        made = self.method.make(path, weight, hessian, self._stored(path))
-        found = errors(weight.float(), made.weight, hessian)
-        bits = 8 * sum(tensor.nbytes for tensor in made.tensors.values()) / weight.numel()
-        took = time.perf_counter() - began
-        rows.append(LinearReport(path, made.kind, bits, found.output, found.weight, made.damp, took))
-        tensors |= {f"{path}.{part}": tensor.contiguous() for part, tensor in made.tensors.items()}
-        return made
+        every = self.method.make_group(paths, weights, hessian)
+        took = (time.perf_counter() - began) / len(paths)
+        for path, weight, made in zip(paths, weights, every, strict=True):
+            found = errors(weight.float(), made.weight, hessian)
+            bits = 8 * sum(tensor.nbytes for tensor in made.tensors.values()) / weight.numel()
+            rows.append(LinearReport(path, made.kind, bits, found.output, found.weight, made.damp, took))
+            tensors |= {f"{path}.{part}": tensor.contiguous() for part, tensor in made.tensors.items()}
+        return every
 
     def _stored(self, path: str) -> torch.dtype:
         """What the source stores the weight in; bfloat16 where that is blocks."""
@@ -310,14 +313,15 @@ class Job:
         layers = self.config.num_hidden_layers
         self.progress(layers, layers, "head")
         x, final = self._states(layers), norm(self.source, "model.norm")
-        hessian = Hessian(self.config.hidden_size, self.bfloat16)
+        hessian = make_hessian(self.config.hidden_size, self.bfloat16)
         step = batch_of(self.config, x.shape[1])
         for start in range(0, x.shape[0], step):
             hessian.add(final(x.read(start, min(start + step, x.shape[0]))))
         x.close()
         rows: list[LinearReport] = []
         tensors: dict[str, Tensor] = {}
-        self._make(path, self.source.read(f"{path}.weight", torch.float32), hessian.matrix(), rows, tensors)
+        weight = self.source.read(f"{path}.weight", torch.float32)
+        self._make([path], [weight], hessian.matrix(), rows, tensors)
         self.journal.save(_HEAD, tensors)
         self.journal.record(head=True, linears=[*self.journal.state["linears"], *(vars(row) for row in rows)])
 

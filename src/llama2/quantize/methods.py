@@ -1,7 +1,7 @@
 """What a method makes of one linear: the tensors of the file, and the weight that they mean."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,11 @@ from torch import Tensor
 from llama2.errors import InputError
 from llama2.quant.ggml import BlockType, dequantize
 from llama2.quant.ggml_encode import quantize
+from llama2.quant.gptq import GptqLinear, grid_of
+from llama2.quant.grids import Steps
 from llama2.quant.methods import layer_class
-from llama2.quantization_config import QuantizationConfig
+from llama2.quant.solve import solve
+from llama2.quantization_config import GPTQConfig, QuantizationConfig
 from llama2.quantize.options import Options
 
 
@@ -29,11 +32,12 @@ class Method(ABC):
     """One of the formats with its settings."""
 
     @abstractmethod
-    def make(self, path: str, weight: Tensor, hessian: Tensor | None, dtype: torch.dtype) -> Made:
-        """Quantises the weight (out, in; float32) of the linear at `path`, `hessian` (in, in) known of its inputs.
+    def make(self, path: str, weight: Tensor, hessian: Tensor | None) -> Made:
+        """Quantises the weight (out, in) of the linear at `path`; `hessian` (in, in): what is known of its inputs."""
 
-        dtype: what the source stores, and a GPTQ file its scales in.
-        """
+    def make_group(self, paths: Sequence[str], weights: Sequence[Tensor], hessian: Tensor | None) -> list[Made]:
+        """As `make`, of linears that share their input."""
+        return [self.make(path, weight, hessian) for path, weight in zip(paths, weights, strict=True)]
 
 
 class PlainMethod(Method):
@@ -43,10 +47,48 @@ class PlainMethod(Method):
         self.config, self.kind = config, kind
         self._layer = layer_class(config)
 
-    def make(self, path: str, weight: Tensor, hessian: Tensor | None, dtype: torch.dtype) -> Made:
+    def make(self, path: str, weight: Tensor, hessian: Tensor | None) -> Made:
         """As Method.make."""
         layer = self._layer.quantize(weight, None, self.config)
         return Made(layer.packed, layer.dequantize(), self.kind)
+
+
+class GptqMethod(Method):
+    """GPTQ's integers. Linears that share an input are solved as one, for which H is factored once."""
+
+    def __init__(self, config: GPTQConfig, options: Options) -> None:
+        self.config, self.options = config, options
+
+    def make(self, path: str, weight: Tensor, hessian: Tensor | None) -> Made:
+        """As Method.make."""
+        return self.make_group([path], [weight], hessian)[0]
+
+    def make_group(self, paths: Sequence[str], weights: Sequence[Tensor], hessian: Tensor | None) -> list[Made]:
+        """As Method.make_group."""
+        assert hessian is not None
+        options, columns = self.options, weights[0].shape[1]
+        grid = grid_of(self.config, columns, options.mse)
+        found = solve(
+            torch.cat([weight.float() for weight in weights]),
+            hessian,
+            grid,
+            damp=options.damp,
+            act_order=options.act_order,
+            static_groups=options.static_groups,
+        )
+        made, start = [], 0
+        for weight in weights:
+            rows = slice(start, start + len(weight))
+            params = [_rows(steps, rows) for steps in found.params]
+            layer = GptqLinear.of_values(found.weight[rows], params, found.order, None, self.config)
+            made.append(Made(layer.packed, found.weight[rows], f"gptq {self.config.bits}", found.damp))
+            start = rows.stop
+        return made
+
+
+def _rows(steps: Steps, rows: slice) -> Steps:
+    low, high = (part[rows] if isinstance(part, Tensor) else part for part in (steps.low, steps.high))
+    return Steps(steps.scale[rows], steps.zero[rows], low, high, steps.dtype)
 
 
 class GgufMethod(Method):
@@ -55,7 +97,7 @@ class GgufMethod(Method):
     def __init__(self, options: Options, block_of: Callable[[str], BlockType]) -> None:
         self.options, self.block_of = options, block_of
 
-    def make(self, path: str, weight: Tensor, hessian: Tensor | None, dtype: torch.dtype) -> Made:
+    def make(self, path: str, weight: Tensor, hessian: Tensor | None) -> Made:
         """As Method.make."""
         block = self.block_of(f"{path}.weight")
         rows = quantize(weight, block)
@@ -69,6 +111,8 @@ def make_method(
     if block_of is not None:
         return GgufMethod(options, block_of)
     assert config is not None
+    if isinstance(config, GPTQConfig):
+        return GptqMethod(config, options)
     if options.calibrated:
         raise InputError("not yet")
     return PlainMethod(config, options.method)
