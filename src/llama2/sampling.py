@@ -379,10 +379,12 @@ class Sampler:
             if None in found:
                 self._ahead.append(uniform)
         else:
-            noise = self._first_noise((len(rows) - 1) * vocabulary + rows[-1][0][-1] + 1, len(rows) * vocabulary)
+            # A row with one token left races alone: its numbers count as drawn and are not looked at.
+            ends = [i * vocabulary + ids[-1] + 1 for i, (ids, _) in enumerate(rows) if len(ids) > 1]
+            noise = self._first_noise(max(ends, default=1), len(rows) * vocabulary)
             values = noise.numpy()
             found = [
-                _race(ids, p, values[i * vocabulary + np.array(ids)].tolist(), margin)
+                ids[0] if len(ids) == 1 else _race(ids, p, values[i * vocabulary + np.array(ids)].tolist(), margin)
                 for i, (ids, p) in enumerate(rows)
             ]
             if None in found:

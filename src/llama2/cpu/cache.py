@@ -112,8 +112,9 @@ class PagedCache:
         if len(pairs) == 1 and pairs[0][1] > 0 and pairs[0][0].cache is self:  # decoding: every microsecond counts
             sequence, count = pairs[0]
             sequence._reserve(sequence.length + count)
-            arrays = [np.array(x, np.int32) for x in ((0, count), (sequence.length,), (sequence.pages,), (count - 1,))]
-            return CacheView(self, *arrays, tuple(pairs))
+            starts, past = np.array((0, count), np.int32), np.array((sequence.length,), np.int32)
+            tables, last = np.array((sequence.pages,), np.int32), np.array((count - 1,), np.int32)
+            return CacheView(self, starts, past, tables, last, tuple(pairs))
         if not pairs or any(n < 1 for _, n in pairs):
             raise InputError("a step needs at least one new token of every sequence in it")
         if len({id(s) for s, _ in pairs}) != len(pairs):
