@@ -173,14 +173,14 @@ PyMatrix packed_view(Bytes data, int type_id, int64_t rows, int64_t cols) {
 
 std::string shape_of(int64_t rows, int64_t cols) { return str(rows) + " x " + str(cols); }
 
-PyMatrix pack_codes(Arena& arena, Pool& pool, CodeSource from, const float* table) {
+PyMatrix pack_codes(Arena& arena, Pool& pool, CodeSource from, const Codebook* codebook) {
   PyMatrix out;
   out.m.rows = from.rows; out.m.cols = from.cols; out.m.format = from.format;
   out.m.stride = tile_bytes(from.format, from.cols, from.group);
   if (from.format == Format::G4 || from.format == Format::G8) out.m.group = from.group;
-  if (table) out.m.table = reinterpret_cast<const float*>(arena.shared(table, 64));
+  if (codebook) out.m.codebook = reinterpret_cast<const Codebook*>(arena.shared(codebook, sizeof *codebook));
   if (from.order) out.m.order = reinterpret_cast<const int32_t*>(arena.shared(from.order, from.cols * 4));
-  if (table || from.order) out.shared = arena.kept();
+  if (codebook || from.order) out.shared = arena.kept();
   uint8_t* to = arena.take(out.m.tiles() * out.m.stride);
   out.m.data = to;
   out.memory = arena.memory();
@@ -216,7 +216,8 @@ PyMatrix pack_codebook(Arena& arena, Pool& pool, Bytes codes, Floats scales, Flo
   s.codes = codes.data();
   s.scales = scales.data();
   if (!s.pairs) require_nibbles(s.codes, n);
-  return pack_codes(arena, pool, s, table.data());
+  const Codebook codebook = codebook_of(table.data());
+  return pack_codes(arena, pool, s, &codebook);
 }
 
 using Halves = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;

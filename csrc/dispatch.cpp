@@ -16,7 +16,8 @@ int usable(const Kernels** to) {
   __builtin_cpu_init();
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+                __builtin_cpu_supports("avx512bf16");
   if (avx512) to[n++] = kernels_avx512();
 #if LLAMA2_AVXVNNI
   if (avx2 && __builtin_cpu_supports("avxvnni")) to[n++] = kernels_avxvnni();

@@ -66,6 +66,13 @@ inline int64_t tile_bytes(Format f, int64_t cols, int64_t group = 0) {  // bytes
   return up(cols, BLOCK_K) * block_bytes(f);
 }
 
+struct Codebook {  // of C4 and C4B, made once a matrix (codebook_of in pack.h)
+  float value[16];
+  uint8_t byte[16];  // 128 + value / step, rounded: the 8-bit form
+  float step;
+  float unused[11];  // whole lines
+};
+
 struct Matrix {
   const uint8_t* data = nullptr;
   int64_t rows = 0, cols = 0;
@@ -73,7 +80,7 @@ struct Matrix {
   Format format = Format::F32;
   const float* bias = nullptr;
   int64_t group = 0;               // G4, G8: columns that share a scale
-  const float* table = nullptr;    // C4, C4B: the 16 values
+  const Codebook* codebook = nullptr;  // C4, C4B
   const int32_t* order = nullptr;  // column j of the tiles is column order[j] of the activations; null: the same
   int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };

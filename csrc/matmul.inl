@@ -392,7 +392,7 @@ void product(const Job& job, const Matrix* w, const Acts& x, int64_t tile0, int6
 }
 
 bool one_kernel(const Matrix& a, const Matrix& b) {  // whether two tiles of a and b can go through one call
-  return a.format == b.format && a.group == b.group && a.table == b.table && a.order == b.order;
+  return a.format == b.format && a.group == b.group && a.codebook == b.codebook && a.order == b.order;
 }
 
 void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool exact) {

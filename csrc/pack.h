@@ -34,6 +34,10 @@ struct CodeSource {
   const uint8_t* zeros = nullptr;    // G4, G8: rows x groups
   const int32_t* order = nullptr;    // column j of the tile is column order[j] of the codes
 };
+// The forms of 16 values that the kernels want. The 8-bit step is the one whose rounding errs least (all values alike): the
+// largest value takes 64 to 127 steps. NF4: 112 and 0.33 % of the root mean square, 0.42 % with 127.
+Codebook codebook_of(const float* values);
+
 void pack_codes_tile(const CodeSource& from, int64_t tile, uint8_t* out);
 
 }  // namespace llama2

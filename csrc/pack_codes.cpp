@@ -1,4 +1,5 @@
 // From codes, scales and zeros (NF4, GPTQ, int8 per row) to kernel tiles, losslessly.
+#include <cmath>
 #include <cstring>
 
 #include "pack.h"
@@ -38,6 +39,23 @@ void head_row(const CodeSource& s, int64_t row, int64_t, uint8_t* head, int lane
 }
 
 }  // namespace
+
+Codebook codebook_of(const float* values) {
+  Codebook c = {};
+  std::memcpy(c.value, values, sizeof c.value);
+  float top = 0;
+  for (float v : c.value) top = std::fmax(top, std::fabs(v));
+  if (!(top > 0)) top = 1;
+  double least = INFINITY;
+  for (int steps = 64; steps <= 127; ++steps) {
+    float step = top / static_cast<float>(steps);
+    double error = 0;
+    for (float v : c.value) error += std::pow(std::rint(v / step) * step - v, 2.0);
+    if (error < least) least = error, c.step = step;
+  }
+  for (int i = 0; i < 16; ++i) c.byte[i] = static_cast<uint8_t>(128 + static_cast<int>(std::rint(values[i] / c.step)));
+  return c;
+}
 
 void pack_codes_tile(const CodeSource& s, int64_t tile, uint8_t* out) {
   bool codebook = s.format == Format::C4 || s.format == Format::C4B, four = codebook || s.format == Format::G4;

@@ -183,6 +183,8 @@ INLINE __m256 lookup_half(__m256i v, int shift, Table t) {  // the permutation r
 INLINE F lookup(B v, int shift, Table t) { return {lookup_half(v.a, shift, t), lookup_half(v.b, shift, t)}; }
 INLINE Bytes bytes_of(const uint8_t* codes) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)codes)); }
 INLINE B lookup8(B nibbles, Bytes t) { return {_mm256_shuffle_epi8(t, nibbles.a), _mm256_shuffle_epi8(t, nibbles.b)}; }
+INLINE B lookup_low(B v, Bytes t) { return lookup8(low4(v), t); }
+INLINE B lookup_high(B v, Bytes t) { return lookup8(high4(v), t); }
 INLINE Pairs pairs_of(const float* codes) {
   uint16_t rounded[16];
   store_bf16(rounded, fload(codes));

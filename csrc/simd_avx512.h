@@ -1,4 +1,4 @@
-// AVX-512 with VNNI and BF16: one register holds 16 rows.
+// AVX-512 with VNNI, VBMI and BF16 (Zen 4, Sapphire Rapids and later): one register holds 16 rows.
 #include <immintrin.h>
 #include <cstdint>
 
@@ -105,7 +105,9 @@ INLINE B with_bits(B low, B plane, int shift, int mask) {  // low | plane * 2^sh
 INLINE Table table_of(const float* codes) { return fload(codes); }
 INLINE F lookup(B v, int shift, Table t) { return digits(v, shift, t); }
 INLINE Bytes bytes_of(const uint8_t* codes) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)codes)); }
-INLINE B lookup8(B nibbles, Bytes t) { return _mm512_shuffle_epi8(t, nibbles); }
+// A permutation of 64 bytes reads six bits of its index and finds the 16 four times: no mask for the other nibble's bits.
+INLINE B lookup_low(B v, Bytes t) { return _mm512_permutexvar_epi8(v, t); }
+INLINE B lookup_high(B v, Bytes t) { return _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), t); }
 INLINE Pairs pairs_of(const float* codes) {
   uint16_t twice[32];
   store_bf16(twice, fload(codes));

@@ -145,6 +145,8 @@ INLINE F lookup(B v, int shift, Table t) {
 }
 INLINE Bytes bytes_of(const uint8_t* codes) { return vld1q_u8(codes); }
 INLINE B lookup8(B nibbles, Bytes t) { QUADS nibbles.v[i] = vqtbl1q_u8(t, nibbles.v[i]); return nibbles; }
+INLINE B lookup_low(B v, Bytes t) { return lookup8(low4(v), t); }
+INLINE B lookup_high(B v, Bytes t) { return lookup8(high4(v), t); }
 INLINE Pairs pairs_of(const float* codes) {
   uint16_t rounded[16];
   float values[16];

@@ -108,6 +108,8 @@ INLINE F lookup(B b, int shift, const Table& t) {
 }
 INLINE Bytes bytes_of(const uint8_t* codes) { Bytes r; std::memcpy(r.v, codes, 16); return r; }
 INLINE B lookup8(B nibbles, const Bytes& t) { for (int i = 0; i < 64; ++i) nibbles.v[i] = t.v[nibbles.v[i]]; return nibbles; }
+INLINE B lookup_low(B v, const Bytes& t) { return lookup8(low4(v), t); }
+INLINE B lookup_high(B v, const Bytes& t) { return lookup8(high4(v), t); }
 INLINE Pairs pairs_of(const float* codes) { Pairs r; LANES r.v[i] = bf16_to_float(float_to_bf16(codes[i])); return r; }
 // nibbles i of the two halves of each dword, looked up, times x[0] and x[1]
 INLINE F dot_pairs(F acc, B v, int i, const Pairs& t, const uint16_t* x) {

@@ -4,21 +4,17 @@
 
 struct Quads { B a, b; };
 
-struct Codes {  // the codebook of C4 and C4B in the forms that the kernels want, made once a tile
+struct Codes {  // the codebook of C4 and C4B in registers
   Table exact;
   Pairs pairs;
   Bytes bytes;
   float step;  // of the 8-bit form
 };
 
-Codes codes_of(const float* table) {
-  static const float zero[16] = {};
-  const float* t = table ? table : zero;
-  float top = 0;
-  for (int i = 0; i < 16; ++i) top = __builtin_fmaxf(top, __builtin_fabsf(t[i]));
-  uint8_t stored[16];
-  for (int i = 0; i < 16; ++i) stored[i] = (uint8_t)(128 + (int)__builtin_rintf(top > 0 ? t[i] * 127.0f / top : 0.0f));
-  return {table_of(t), pairs_of(t), bytes_of(stored), top / 127.0f};
+Codes codes_of(const Codebook* codebook) {
+  static const Codebook none = {};
+  const Codebook& c = codebook ? *codebook : none;
+  return {table_of(c.value), pairs_of(c.value), bytes_of(c.byte), c.step};
 }
 
 struct Nibbles {  // low nibbles are quad j, high ones quad 4 + j
@@ -50,7 +46,7 @@ struct C4 : Nibbles {
   static constexpr bool MINIMUM = false, FLAT = false;
   INLINE Quads quads(const uint8_t* p, B, int j, const Codes& t) {
     B v = bload(p + 64 * j);
-    return {lookup8(low4(v), t.bytes), lookup8(high4(v), t.bytes)};
+    return {lookup_low(v, t.bytes), lookup_high(v, t.bytes)};
   }
   INLINE F scale(const uint8_t* head, int, const Codes& t) { return mul(fload((const float*)head), fset(t.step)); }
   INLINE F minimum(const uint8_t*, int) { return fzero(); }
@@ -199,7 +195,7 @@ INLINE void stream_span(const uint8_t* const* p, const uint8_t* const* head, int
 
 struct Plan {  // how far a tile goes: spans in all and of one unit
   int64_t spans, unit;
-  const float* table;
+  const Codebook* codebook;
 };
 
 INLINE void touch(const uint8_t* head, int bytes) {  // a header is read span by span: all of it asked for first keeps
@@ -210,7 +206,7 @@ template <class W, int MR, int NR>
 __attribute__((noinline)) void stream_tile(const uint8_t* const* w, const Plan& plan, const Block& x, float* c) {
   F acc[NR][MR];
   const uint8_t *p[NR], *head[NR];
-  const Codes codes = codes_of(plan.table);
+  const Codes codes = codes_of(plan.codebook);
   UNROLL(8) for (int n = 0; n < NR; ++n) {
     p[n] = w[n];
     UNROLL(8) for (int m = 0; m < MR; ++m) acc[n][m] = fzero();
@@ -235,7 +231,7 @@ __attribute__((noinline)) void stream_tile(const uint8_t* const* w, const Plan& 
 // C4B: 16-bit halves of a row's dword are columns 2i and 2i+1, which one bfloat16 dot instruction takes together.
 template <int MR>
 __attribute__((noinline)) void pairs_tile(const uint8_t* w, const Plan& plan, const Block& x, float* c) {
-  const Codes codes = codes_of(plan.table);
+  const Codes codes = codes_of(plan.codebook);
   F acc[MR];
   UNROLL(8) for (int m = 0; m < MR; ++m) acc[m] = fzero();
   const uint16_t* a = x.bf16;
@@ -318,7 +314,7 @@ struct Exact<C4B> : Exact<C4> {
 template <class W, int MR>
 __attribute__((noinline)) void stream_exact(const uint8_t* w, const Plan& plan, const Block& x, float* c) {
   using E = Exact<W>;
-  const Codes codes = codes_of(plan.table);
+  const Codes codes = codes_of(plan.codebook);
   const Table table = E::table(codes);
   const float* a = x.f32;
   F acc[MR];
@@ -400,7 +396,7 @@ void stream_tiles(const uint8_t* const* w, int nr, const Plan& plan, const Block
 template <class W>
 Plan plan_of(const Matrix& w) {
   int64_t spans = W::UNIT ? up(w.cols, W::UNIT * W::SPAN) * W::UNIT : up(w.cols, GROUP);
-  return {spans, W::UNIT ? W::UNIT : w.group ? w.group / GROUP : spans, w.table};
+  return {spans, W::UNIT ? W::UNIT : w.group ? w.group / GROUP : spans, w.codebook};
 }
 
 // Tiles of one format, one of the cases below; false where the format is not one of these.
@@ -425,7 +421,7 @@ template <class W>
 void stream_row(const Matrix& w, const uint8_t* p, int lane, float* out) {
   using E = Exact<W>;
   const Plan plan = plan_of<W>(w);
-  const Codes codes = codes_of(plan.table);
+  const Codes codes = codes_of(plan.codebook);
   const Table table = E::table(codes);
   float t[TILE], scale[TILE], lowest[TILE];
   for (int64_t g = 0, k = 0; g < plan.spans;) {
