@@ -17,14 +17,14 @@ pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
 pytest.importorskip("llguidance", reason="serving needs the extra `serve`")
 
-import uvicorn  # noqa: E402
+import uvicorn
 
-from llama2.engine.engine import Engine  # noqa: E402
-from llama2.serve import limits  # noqa: E402
-from llama2.serve.app import make_app  # noqa: E402
-from llama2.serve.keys import Keys  # noqa: E402
-from llama2.serve.life import Life, Server  # noqa: E402
-from llama2.serve.service import Policy, Service  # noqa: E402
+from llama2.engine.engine import Engine
+from llama2.serve import limits
+from llama2.serve.app import make_app
+from llama2.serve.keys import Keys
+from llama2.serve.life import Life, Server
+from llama2.serve.service import Policy, Service
 
 CONTEXT = 1024
 
@@ -77,7 +77,11 @@ class Served:
         """Whether nothing runs and no page is held, within some seconds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if not self.engine.running and not self.service.sessions and self.engine.pool.free == self.engine.pool.count:
+            if (
+                not self.engine.running
+                and not self.service.sessions
+                and self.engine.pool.free == self.engine.pool.count
+            ):
                 return self.service.life.inside == 0
             time.sleep(0.02)
         return False

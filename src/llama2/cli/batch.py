@@ -17,7 +17,7 @@ class Options(EngineOptions, RunOptions):
     """Answer every line of IN.jsonl in OUT.jsonl, many at once. Run again after an interruption, it goes on.
 
     A line is a body of the server's routes, {"prompt": ...}, {"messages": ...} or {"inputs": ...}, or OpenAI's batch
-    shape {"custom_id": ..., "url": "/v1/chat/completions", "body": ...}. The answers have its custom_id, or "line-N"."""
+    shape {"custom_id": ..., "url": "/v1/chat/completions", "body": ...}. Answers have its custom_id, or "line-N"."""
 
     paths: tuple[str, ...] = option((), "the requests and the answers", metavar="IN.jsonl OUT.jsonl", positional=True)
     chat_template: str | None = option(
@@ -40,7 +40,9 @@ def run(options: Options) -> int:
     if len(rest) < len(lines):
         terminal.notice(f"llama2: {len(lines) - len(rest)} of {len(lines)} lines are answered already")
     done, refused = _answer(options, rest, target) if rest else (0, 0)
-    terminal.notice(f"llama2: {done} lines answered in {target}" + (f", {refused} of them with an error" if refused else ""))
+    terminal.notice(
+        f"llama2: {done} lines answered in {target}" + (f", {refused} of them with an error" if refused else "")
+    )
     return 1 if refused else 0
 
 
@@ -53,7 +55,9 @@ def _answer(options: Options, lines: list[Any], target: Path) -> tuple[int, int]
 
     name = options.model or Path(model_path(None)).stem
     service = Service(Policy(names=(name,), max_concurrent_requests=1 << 30, payload_limit=1 << 30))
-    open_model(options, options.chat_template, (), service, 1 << 30, (lambda text: None) if options.quiet else terminal.notice)
+    open_model(
+        options, options.chat_template, (), service, 1 << 30, (lambda text: None) if options.quiet else terminal.notice
+    )
     try:
         with target.open("a", encoding="utf-8") as out:
             progress = _progress(options.quiet)

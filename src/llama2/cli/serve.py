@@ -14,8 +14,8 @@ from llama2.cli.loading import RunOptions, load, model_path
 from llama2.errors import InputError, Llama2Error, MissingDependencyError
 
 if TYPE_CHECKING:
-    from llama2.serve.limits import Wanted
     from llama2.serve.life import Life, Server
+    from llama2.serve.limits import Wanted
     from llama2.serve.service import Service
 
 SAGEMAKER_MODEL = Path("/opt/ml/model")
@@ -44,14 +44,16 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EngineOptions, RunOptions):
-    """Serve a model over HTTP: OpenAI's API (/v1/chat/completions, ...), text-generation-inference's (/generate, ...) and
-    SageMaker's (/ping, /invocations), with a page at /ui.
+    """Serve a model over HTTP: OpenAI's API (/v1/chat/completions, ...), text-generation-inference's (/generate, ...)
+    and SageMaker's (/ping, /invocations), with a page at /ui.
 
     Every option can be given in the environment as LLAMA2_NAME (LLAMA2_MAX_TOTAL_TOKENS), and under the names that TGI
     and SageMaker use (HF_MODEL_ID, MAX_TOTAL_TOKENS, PORT, API_KEY, ...); an option on the command line wins."""
 
     paths: tuple[str, ...] = option((), "the same as -m MODEL", metavar="MODEL", positional=True)
-    host: str | None = option(None, "the address to listen on (default: 127.0.0.1, on SageMaker 0.0.0.0)", metavar="HOST")
+    host: str | None = option(
+        None, "the address to listen on (default: 127.0.0.1, on SageMaker 0.0.0.0)", metavar="HOST"
+    )
     port: int | None = option(None, "the port (default: 8000, on SageMaker 8080); 0 takes a free one")
     served_model_name: tuple[str, ...] = option((), "the model's name for clients; may be given several times")
     revision: str | None = option(None, "the version of the model, told by /info")
@@ -62,9 +64,11 @@ class Options(EngineOptions, RunOptions):
         None, "a file with a Jinja template, or llama2 (default: the one the model ships)", metavar="FILE"
     )
     api_key: tuple[str, ...] = option((), "a key that requests need; may be given several times", metavar="KEY")
-    api_key_file: Path | None = option(None, "a file of keys, one a line as KEY or NAME:KEY, read again when it changes")
-    ssl_certfile: Path | None = option(None, "the certificate, for HTTPS")
-    ssl_keyfile: Path | None = option(None, "its private key")
+    api_key_file: str | None = option(
+        None, "a file of keys, one a line as KEY or NAME:KEY, read again when it changes", metavar="FILE"
+    )
+    ssl_certfile: str | None = option(None, "the certificate, for HTTPS", metavar="FILE")
+    ssl_keyfile: str | None = option(None, "its private key", metavar="FILE")
     cors_allow_origin: tuple[str, ...] = option(
         (), "a web page that may call this server, * for any; may be given several times", metavar="ORIGIN"
     )
@@ -78,7 +82,9 @@ class Options(EngineOptions, RunOptions):
     payload_limit: int | None = option(None, "bytes of a body at most (default: 2000000)")
     validation_workers: int | None = option(None, "threads that check and tokenise requests (default: 2)")
     request_timeout: float | None = option(None, "seconds after which an answer is given up; 0 for never (default: 0)")
-    stall_timeout: float | None = option(None, "seconds that a client may stop reading before it is dropped (default: 60)")
+    stall_timeout: float | None = option(
+        None, "seconds that a client may stop reading before it is dropped (default: 60)"
+    )
     drain_delay: float | None = option(None, "seconds that SIGTERM still lets requests in (default: 0)")
     shutdown_timeout: float | None = option(None, "seconds that running answers have after SIGTERM (default: 25)")
     unknown_fields: Literal["refuse", "ignore"] | None = option(
@@ -179,10 +185,12 @@ def _heed(environment: Mapping[str, str]) -> None:
     """Says what TGI's variables cannot do here."""
     shards = next((environment[n] for n in ("SM_NUM_GPUS", "NUM_SHARD") if environment.get(n)), "1")
     if shards.strip() not in ("1", "0"):
-        raise InputError(f"SM_NUM_GPUS or NUM_SHARD asks for {shards} devices, and this server runs on one; set it to 1")
+        raise InputError(
+            f"SM_NUM_GPUS or NUM_SHARD asks for {shards} devices, and this server runs on one; set it to 1"
+        )
     if kind := environment.get("HF_MODEL_QUANTIZE") or environment.get("QUANTIZE"):
         terminal.notice(
-            f"llama2: QUANTIZE={kind}: a model is served as its checkpoint is stored; quantise the checkpoint beforehand"
+            f"llama2: QUANTIZE={kind}: a model is served as its checkpoint is stored; quantise that beforehand"
         )
 
 
@@ -198,7 +206,7 @@ def _service(options: Options, life: "Life") -> "Service":
     from llama2.serve.keys import Keys
     from llama2.serve.service import Policy, Service
 
-    given = {
+    given: dict[str, Any] = {
         "revision": options.revision,
         "unknown_fields": options.unknown_fields,
         "parse_special": not options.literal_prompts,
@@ -212,7 +220,7 @@ def _service(options: Options, life: "Life") -> "Service":
     }
     names = options.served_model_name or (options.model or Path(model_path(None)).stem,)
     policy = Policy(names=names, **{name: value for name, value in given.items() if value is not None})
-    return Service(policy, Keys(options.api_key, options.api_key_file), life)
+    return Service(policy, Keys(options.api_key, Path(options.api_key_file) if options.api_key_file else None), life)
 
 
 def _server(options: Options, host: str, port: int, service: "Service", app: Any) -> "Server":
@@ -299,5 +307,7 @@ def _add_adapter(engine: Any, adapter: str) -> None:
     if not (sign and name.strip() and folder.strip()):
         raise InputError(f"--lora-adapters is {adapter!r}; write it as NAME=FOLDER")
     if weights is None:
-        raise InputError("adapters for each request need the native engine, and torch runs this model; merge one instead")
+        raise InputError(
+            "adapters for each request need the native engine, and torch runs this model; merge one instead"
+        )
     weights.add_adapter(name.strip(), read_adapter(folder.strip(), engine.model.config).modules)

@@ -23,7 +23,7 @@ class PlanRunner(Protocol):
     bytes_per_page: int
 
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
-        """Keys and values of the chunks go into their pages; logits (wanted, V) of each chunk that wants some, in order.
+        """Keys and values of the chunks go into their pages; logits (wanted, V) of each chunk that wants any, in order.
 
         adapters: for each chunk the adapter it runs with.
         """

@@ -24,7 +24,7 @@ class Sequence:
     """One text that grows: `tokens`, of which the first `computed` are in the cache.
 
     limit: tokens it may come to have, the prompt included. salt: sequences of another salt share no pages with it
-    (tenant, adapter). scored: its first `scored` tokens are to be rated too, so they all run and their logits are wanted.
+    (tenant, adapter). scored: the logits of its first `scored` tokens are wanted too, so they all run.
     """
 
     tokens: list[int]

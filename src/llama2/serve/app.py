@@ -27,6 +27,7 @@ CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_INTERNAL = Refusal("internal", "the server failed on this request; its log has the reason under this request id")
 MAX_HEADERS, MAX_HEADER_BYTES = 128, 32_768
 
 
@@ -39,7 +40,9 @@ def make_app(service: Service) -> FastAPI:
     if WEB.is_dir():
         app.mount("/ui", StaticFiles(directory=WEB, html=True), name="ui")
     app.router.redirect_slashes = False
-    app.add_exception_handler(404, lambda request, _: _unknown(request, "route", f"there is no {request.scope['path'][:200]}"))
+    app.add_exception_handler(
+        404, lambda request, _: _unknown(request, "route", f"there is no {request.scope['path'][:200]}")
+    )
     app.add_exception_handler(
         405, lambda request, _: _unknown(request, "method", f"{request.method[:20]} is not a method of this route")
     )
@@ -63,7 +66,9 @@ def _text_routes(app: FastAPI, service: Service) -> None:
             methods=["POST"],
             summary=told,
             response_class=JSONResponse,
-            openapi_extra={"requestBody": {"content": {"application/json": {"schema": _inline(schema)}}, "required": True}},
+            openapi_extra={
+                "requestBody": {"content": {"application/json": {"schema": _inline(schema)}}, "required": True}
+            },
         )
 
     post("/v1/chat/completions", openai_chat.chat, openai_chat.ChatBody, "openai", "answer a conversation")
@@ -157,8 +162,7 @@ def _endpoint(
         except Exception:
             logger.exception("failed", extra={"fields": {"request_id": call.id, "path": request.scope["path"]}})
             service.metrics.failed("internal")
-            refusal = Refusal("internal", "the server failed on this request; its log has the reason under this request id")
-            return refused(refusal, call.dialect)
+            return refused(_INTERNAL, call.dialect)
         finally:
             if inside:
                 service.life.leave()
@@ -310,7 +314,14 @@ def _card(service: Service, name: str) -> dict[str, Any]:
     root = service.policy.names[0]
     more = {"root": root, "parent": None if name in service.policy.names else root}
     length = service.bounds.max_total_tokens
-    return {"id": name, "object": "model", "created": service.created, "owned_by": "llama2", "max_model_len": length, **more}
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "llama2",
+        "max_model_len": length,
+        **more,
+    }
 
 
 async def _models(call: Call) -> Response:

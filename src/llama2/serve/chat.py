@@ -46,7 +46,9 @@ class Message(Body):
             return self.content or ""
         for part in self.content:
             if part.type != "text" or part.text is None:
-                raise Refusal("validation", f"a message has a part of type {part.type[:40]!r}; this model reads text only")
+                raise Refusal(
+                    "validation", f"a message has a part of type {part.type[:40]!r}; this model reads text only"
+                )
         return "\n".join(part.text or "" for part in self.content)
 
 
@@ -60,7 +62,7 @@ class Function(Body):
     arguments: dict[str, Any] | None = None  # TGI's name for the parameters
 
     @property
-    def schema(self) -> dict[str, Any]:
+    def takes(self) -> dict[str, Any]:
         """The JSON schema of its arguments."""
         return self.parameters or self.arguments or {"type": "object", "properties": {}}
 
@@ -89,7 +91,7 @@ class Tools:
         rules = [f"call: {' | '.join(f'call{i}' for i in range(len(self.functions)))}"]
         for i, function in enumerate(self.functions):
             before = json.dumps(f'{{"name": "{function.name}", "arguments": ')
-            schema = json.dumps({**function.schema, "x-guidance": JSON_STYLE})
+            schema = json.dumps({**function.takes, "x-guidance": JSON_STYLE})
             rules += [f'call{i}: {before} arguments{i} "}}"', f"arguments{i}: %json {schema}"]
         start = "start: call"
         if self.choice == "auto":
@@ -97,14 +99,14 @@ class Tools:
             rules.append(r"TEXT: /[ \n\t]*[^{ \n\t](.|\n)*/")
         source = "\n".join([start, *rules])
         if len(source) > MAX_SOURCE:
-            raise Refusal("tool", f"the tools have {len(source)} characters of schemas; {MAX_SOURCE} are the most", "tools")
+            raise Refusal(
+                "tool", f"the tools have {len(source)} characters of schemas; {MAX_SOURCE} are the most", "tools"
+            )
         return Constraint("lark", source)
 
     def instruction(self) -> str:
         """What tells a model whose template knows no tools."""
-        told = [
-            {"name": f.name, "description": f.description or "", "parameters": f.schema} for f in self.functions
-        ]
+        told = [{"name": f.name, "description": f.description or "", "parameters": f.takes} for f in self.functions]
         rule = "Answer with nothing but" if self.choice == "required" else "To call one, answer with nothing but"
         return (
             f"You can call these functions:\n{json.dumps(told, ensure_ascii=False)}\n"
@@ -131,7 +133,9 @@ def chosen(tools: Sequence[Tool] | None, choice: Any) -> Tools:
     picked = tuple(f for f in functions if f.name == choice)
     if not picked:
         known = ", ".join(f.name for f in functions)
-        raise Refusal("tool", f"tool_choice names {choice[:64]!r}, which is not among the tools: {known}", "tool_choice")
+        raise Refusal(
+            "tool", f"tool_choice names {choice[:64]!r}, which is not among the tools: {known}", "tool_choice"
+        )
     return Tools(picked, "required")
 
 

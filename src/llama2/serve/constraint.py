@@ -33,7 +33,7 @@ class Compiler:
     """Makes processors of constraints for one tokenizer. Its methods may be called from any thread."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: list[int]) -> None:
-        """vocabulary: columns of the logits. Raises MissingDependencyError without llguidance, InputError without EOS."""
+        """vocabulary: columns of the logits. Raises MissingDependencyError, InputError without an EOS."""
         try:
             import llguidance
         except ImportError as error:
@@ -97,7 +97,7 @@ class Constrained:
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         new = ids[0, self._seen :].tolist()
         self._seen = ids.shape[1]
-        if new and not self._matcher.consume_tokens(new) or self._matcher.is_error():
+        if (new and not self._matcher.consume_tokens(new)) or self._matcher.is_error():
             raise InputError(f"the constraint could not be followed: {self._matcher.get_error()[:200]}")
         address = self._bits.ctypes.data_as(ctypes.c_void_p).value
         self._matcher.unsafe_compute_mask_ptr(address, self._bits.nbytes)
@@ -119,7 +119,9 @@ class _Pieces:
         self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < vocabulary)
 
     def __call__(self, text: bytes) -> list[int]:
-        ids: list[int] = self._tokenizer(text.decode(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids: list[int] = self._tokenizer(text.decode(), add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
         return ids
 
 

@@ -1,4 +1,4 @@
-"""/v1/embeddings: the mean of the last hidden states of a text, of length 1. Only a model that torch runs tells them."""
+"""/v1/embeddings: the mean of the last hidden states of a text, of length 1. Only a model that torch runs has them."""
 
 import base64
 from typing import Any, Literal
@@ -28,10 +28,14 @@ def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
     """The answer. Raises Refusal where the model has no torch module, and for inputs that do not fit."""
     model = service.engine.model
     if not isinstance(model, LlamaForCausalLM):
-        raise Refusal("unable", "this model runs packed in the native engine, which tells no hidden states; --runner torch does")
+        raise Refusal(
+            "unable", "this model runs packed in the native engine, which tells no hidden states; --runner torch does"
+        )
     width = model.config.hidden_size
     if body.dimensions not in (None, width):
-        raise Refusal("validation", f"dimensions is {body.dimensions}; this model has {width} and no fewer", "dimensions")
+        raise Refusal(
+            "validation", f"dimensions is {body.dimensions}; this model has {width} and no fewer", "dimensions"
+        )
     service.adapter(body.model)
     given: list[Any] = [body.input] if isinstance(body.input, str) else list(body.input)
     if given and isinstance(given[0], int):

@@ -1,9 +1,9 @@
 """A server's life: loading, ready, draining, gone; and the uvicorn server whose SIGTERM drains.
 
-    SIGTERM     not ready any more, at once; still accepting for `drain_delay`, while load balancers notice; then new
-                requests get 503 with Retry-After, and the running ones their time to finish
-    timeout     what still runs is cut short with an error that says so
-    SIGTERM again, or twice Ctrl-C     now
+SIGTERM     not ready any more, at once; still accepting for `drain_delay`, while load balancers notice; then new
+            requests get 503 with Retry-After, and the running ones their time to finish
+timeout     what still runs is cut short with an error that says so
+SIGTERM again, or twice Ctrl-C     now
 """
 
 import asyncio

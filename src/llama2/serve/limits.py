@@ -81,7 +81,9 @@ def bounds(engine: Engine, wanted: Wanted) -> Bounds:
         raise InputError(f"max_total_tokens is {total}, but the cache holds {held - 1}; lower it or enlarge the cache")
     longest = wanted.max_input_tokens or total - 1
     if not 0 < longest < total:
-        raise InputError(f"max_input_tokens is {longest}; it must be between 1 and {total - 1}, max_total_tokens less 1")
+        raise InputError(
+            f"max_input_tokens is {longest}; it must be between 1 and {total - 1}, max_total_tokens less 1"
+        )
     return Bounds(
         max_input_tokens=longest,
         max_total_tokens=total,
@@ -98,7 +100,11 @@ def table(engine: Engine, limits: Bounds, source: str) -> str:
     size = weights.nbytes if weights is not None else sum(p.nbytes for p in engine.model.parameters())
     each, held = runner.bytes_per_page / PAGE, engine.scheduler.capacity()
     rows = [
-        ("weights", f"{size / GIB:.2f} GiB", "native engine" if weights is not None else f"torch, {engine.model.device}"),
+        (
+            "weights",
+            f"{size / GIB:.2f} GiB",
+            "native engine" if weights is not None else f"torch, {engine.model.device}",
+        ),
         ("cache, a token", f"{each / 1024:.1f} KiB", "keys and values of all layers"),
         ("cache, all", f"{runner.pages * runner.bytes_per_page / GIB:.2f} GiB", f"{held} tokens: {source}"),
         ("full-length texts at once", f"{held / limits.max_total_tokens:.1f}", f"of {limits.max_total_tokens} tokens"),

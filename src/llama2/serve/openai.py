@@ -60,7 +60,9 @@ class ResponseFormat(Body):
             if schema is not None and "properties" not in schema and isinstance(schema.get("schema"), dict):
                 schema = schema["schema"]
         if schema is None and self.type == "json_schema":
-            raise Refusal("validation", "response_format of type json_schema needs json_schema.schema", "response_format")
+            raise Refusal(
+                "validation", "response_format of type json_schema needs json_schema.schema", "response_format"
+            )
         return any_json() if schema is None else json_schema(schema)
 
 
@@ -98,7 +100,7 @@ class Common(Body):
     cache_salt: str | None = Field(None, max_length=256)
 
     def sampling(self, service: Service) -> Sampling:
-        """How to choose tokens. What is not given comes from the checkpoint's generation_config.json, else is neutral."""
+        """How to choose tokens. What is not given comes from the checkpoint's generation_config.json."""
         own = service.engine.model.generation_config
 
         def value(name: str, neutral: float) -> Any:
@@ -110,7 +112,9 @@ class Common(Body):
 
         temperature = self.temperature
         if temperature is None:
-            temperature = float(value("temperature", 1.0)) if own.value("do_sample") or not own.is_set("do_sample") else 0.0
+            temperature = (
+                float(value("temperature", 1.0)) if own.value("do_sample") or not own.is_set("do_sample") else 0.0
+            )
         return Sampling(
             temperature=temperature if temperature >= 1e-5 else None,
             top_k=max(value("top_k", 0), 0),

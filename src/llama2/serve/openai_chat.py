@@ -71,7 +71,9 @@ class ChatBody(Common):
 def parse(service: Service, body: ChatBody, owner: str) -> tuple[Generation, Tools]:
     """The body as a generation. Raises Refusal."""
     if len(body.messages) > service.bounds.max_messages:
-        raise Refusal("validation", f"{len(body.messages)} messages; {service.bounds.max_messages} are the most", "messages")
+        raise Refusal(
+            "validation", f"{len(body.messages)} messages; {service.bounds.max_messages} are the most", "messages"
+        )
     if body.tools and len(body.tools) > service.bounds.max_tools:
         raise Refusal("tool", f"{len(body.tools)} tools; {service.bounds.max_tools} are the most", "tools")
     tools = chosen(body.tools, body.tool_choice)
@@ -244,7 +246,9 @@ class LegacyWriter(ChatWriter):
         self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
     ) -> bytes:
         """One event."""
-        return super().chunk(index, {"role": "assistant", "content": None, "tool_calls": None} | delta, logprobs, reason)
+        return super().chunk(
+            index, {"role": "assistant", "content": None, "tool_calls": None} | delta, logprobs, reason
+        )
 
     def end(self, session: Session) -> bytes:
         """Nothing: its client takes every data line for JSON of one kind."""

@@ -13,7 +13,6 @@ from llama2.serve.body import Text
 from llama2.serve.openai import (
     REASONS,
     Common,
-    Count,
     Head,
     ResponseFormat,
     drawn,
@@ -55,7 +54,9 @@ def encode(tokenizer: Any, text: str, special: bool) -> tuple[int, ...]:
 def parse(service: Service, body: CompletionBody, owner: str) -> Generation:
     """The body as a generation. Raises Refusal."""
     if body.suffix:
-        raise Refusal("validation", "suffix is not supported: Llama 2 continues text, it fills no gaps; drop it", "suffix")
+        raise Refusal(
+            "validation", "suffix is not supported: Llama 2 continues text, it fills no gaps; drop it", "suffix"
+        )
     prompt = body.prompt
     given: list[Any] = list(prompt) if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
     if not given:
@@ -69,7 +70,9 @@ def parse(service: Service, body: CompletionBody, owner: str) -> Generation:
     n = body.n or 1
     best_of = n if body.best_of is None else body.best_of
     if body.stream and best_of != n:
-        raise Refusal("validation", f"best_of is {best_of} but a stream cannot choose afterwards; set it to n", "best_of")
+        raise Refusal(
+            "validation", f"best_of is {best_of} but a stream cannot choose afterwards; set it to n", "best_of"
+        )
     if body.stream and body.echo and body.logprobs is not None:
         raise Refusal("validation", "echo with logprobs needs the whole answer; set stream to false", "echo")
     if body.max_tokens == 0 and not body.echo:
@@ -107,7 +110,7 @@ async def completions(call: Call) -> Response:
     if generation.stream:
         return sse.EventStream(call, session, CompletionWriter(service, body, generation), "openai")
     answers = await call.until_gone(session, fold(session, len(generation.prepared)))
-    choices = []
+    choices: list[dict[str, Any]] = []
     for i, prompt in enumerate(generation.prompts):
         tried = answers[i * generation.best_of : (i + 1) * generation.best_of]
         first = tried[0]

@@ -65,8 +65,8 @@ class Sampling:
 class Generation:
     """Prompts of ids and how each is continued `best_of` times, of which `n` are told.
 
-    max_new_tokens: None fills the context. prompt_logprobs, logprobs, continues, lookup: see `engine.Ask`. keep_stop: the
-    text ends behind the stop string. salt: requests of another salt share no cached prefix.
+    max_new_tokens: None fills the context. prompt_logprobs, logprobs, continues, lookup: see `engine.Ask`. keep_stop:
+    the text ends behind the stop string. salt: requests of another salt share no cached prefix.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -117,7 +117,9 @@ class Generation:
 
     def _check_length(self, held: int, bounds: Bounds) -> None:
         if held < 1:
-            raise Refusal("validation", "the prompt is empty and this tokenizer adds no token of its own; give some text")
+            raise Refusal(
+                "validation", "the prompt is empty and this tokenizer adds no token of its own; give some text"
+            )
         if held > bounds.max_input_tokens:
             raise Refusal(
                 "context",
@@ -161,9 +163,7 @@ class Generation:
         if sampling.bias:
             found.append(Bias(sampling.bias))
         if sampling.frequency_penalty or sampling.presence_penalty:
-            found.append(
-                CountPenalty(sampling.frequency_penalty, sampling.presence_penalty, prompt, vocabulary)
-            )
+            found.append(CountPenalty(sampling.frequency_penalty, sampling.presence_penalty, prompt, vocabulary))
         if self.constraint is not None:
             if compiler is None:
                 raise Refusal("unable", "this server was started without constrained answers; leave the format out")

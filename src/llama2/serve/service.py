@@ -1,4 +1,4 @@
-"""What every route shares: the engine with its tokenizer, the bounds, the life, the metrics; and one call on a route."""
+"""What every route shares: the engine with its tokenizer, bounds, life and metrics; and one call on a route."""
 
 import asyncio
 import contextlib

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from llama2.engine.engine import Ask, Engine, EngineBusyError, Event, Finish
 from llama2.engine.choice import Picked
+from llama2.engine.engine import Ask, Engine, EngineBusyError, Event, Finish
 from llama2.errors import InputError, Llama2Error
 from llama2.serve.refusal import Refusal
 

@@ -108,7 +108,7 @@ class GenerateBody(Body):
     @property
     def given(self) -> Parameters:
         """Its parameters, or the defaults."""
-        return self.parameters or Parameters()
+        return self.parameters or Parameters.model_validate({})
 
 
 def parse(service: Service, body: GenerateBody, owner: str, stream: bool) -> Generation:
@@ -121,7 +121,9 @@ def parse(service: Service, body: GenerateBody, owner: str, stream: bool) -> Gen
     if stream and best_of > 1:
         raise Refusal("validation", f"best_of is {best_of} but a stream has one answer; set it to 1", "best_of")
     if stream and given.decoder_input_details:
-        raise Refusal("validation", "decoder_input_details needs the whole answer; do not stream", "decoder_input_details")
+        raise Refusal(
+            "validation", "decoder_input_details needs the whole answer; do not stream", "decoder_input_details"
+        )
     special = service.policy.parse_special if given.parse_special is None else given.parse_special
     ids = encode(service.tokenizer, body.inputs, special)
     stops = (given.stop,) if isinstance(given.stop, str) else tuple(given.stop or ())
