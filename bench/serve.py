@@ -5,8 +5,9 @@
 Closed loop: so many clients, each with one request after another. Open loop (--rate): requests arrive at random times
 (Poisson) whether or not earlier ones are answered. Prompts are 20 to 800 tokens of made-up English, all different,
 and 128 new tokens are streamed. Prints time to the first token, time between tokens, tokens per second and the server's
-processor time per token, and at the end how much sooner the second request over a shared 700-token prompt starts. Needs llama-cpp-python with its server's packages:
-fastapi, uvicorn, sse-starlette, starlette-context, pydantic-settings. Both servers get all cores; so does this script.
+processor time per token, and at the end how much sooner the second request over a shared 700-token prompt starts.
+Needs llama-cpp-python with its server's packages: fastapi, uvicorn, sse-starlette, starlette-context,
+pydantic-settings. Both servers get all cores; so does this script.
 """
 
 import argparse
@@ -29,11 +30,12 @@ from typing import Any
 
 from decode import default_model
 
-WORDS = """
-time year people way day man thing woman life child world school state family student group country problem hand
-part place case week company system program question work government number night point home water room mother area money
-story fact month lot right study book eye job word business issue side kind head house service friend
-""".split()
+TEXT = (
+    "time year people way day man thing woman life child world school state family student group country problem hand "
+    "part place case week company system program question work government number night point home water room mother area money "
+    "story fact month lot right study book eye job word business issue side kind head house service friend "
+)
+WORDS = TEXT.split()
 NEW = 128
 
 
@@ -191,7 +193,8 @@ def prefix(port: int) -> dict[str, float]:
         seconds.append(asyncio.run(ask(port, shared + " other", 0.0, 4)).first)
     first, second = statistics.median(firsts), statistics.median(seconds)
     print(
-        f"\nshared prompt of 700 tokens: first {first * 1000:.0f} ms, second {second * 1000:.1f} ms, {first / second:.1f} x"
+        f"\nshared prompt of 700 tokens: first {first * 1000:.0f} ms, second {second * 1000:.1f} ms, "
+        f"{first / second:.1f} x"
     )
     return {"prefix_first_s": first, "prefix_second_s": second, "prefix_ratio": first / second}
 
@@ -209,7 +212,8 @@ def main() -> None:
     args, extra = parser.parse_known_args()
     model = args.model or default_model()
     print(
-        "| load | server | answered | first token ms p50/p95/p99 | between tokens ms p50/p95/p99 | tokens/s | CPU ms/token |"
+        "| load | server | answered | first token ms p50/p95/p99 | between tokens ms p50/p95/p99 | tokens/s "
+        "| CPU ms/token |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     results: list[dict[str, Any]] = []

@@ -286,3 +286,70 @@ def test_look_up() -> None:
     assert look_up([1, 2, 3, 9, 1, 2], 2) == [3, 9]
     assert look_up([1, 2, 3], 2) == []
     assert look_up([5], 2) == []
+
+
+def test_a_prompt_is_rated_whatever_is_cached_or_preempted(model: Any, runner: str) -> None:
+    prompt = tiny_ids(1, 90)[0].tolist()
+    with torch.inference_mode():
+        wanted = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    with Engine(model, runner=runner, cache_tokens=9 * PAGE, budget=70) as engine:
+        engine.generate(prompt, max_new_tokens=1, eos_token_id=None)  # its pages are remembered now
+        others = [engine.stream([i, 4], max_new_tokens=40, eos_token_id=None) for i in range(1, 4)]
+        ask = replace(engine.ask(prompt, max_new_tokens=3, logprobs=2, eos_token_id=None), rate_prompt=True)
+        events = list(Stream(engine, ask))
+        for other in others:
+            list(other)
+    rated = [picked for event in events for picked in event.prompt]
+    assert [p.token for p in rated] == prompt[1:] and len([e for e in events if e.token is not None]) == 3
+    for i, picked in enumerate(rated):
+        assert picked.logprob == pytest.approx(float(wanted[i, prompt[i + 1]]), abs=1e-4)
+        assert picked.top[0] == (int(wanted[i].argmax()), pytest.approx(float(wanted[i].max()), abs=1e-4))
+
+
+def test_what_a_processor_or_a_listener_raises_ends_its_request_only(model: Any) -> None:
+    class Broken:
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            raise IndexError("broken")
+
+    def deaf(event: Event) -> None:
+        raise RuntimeError("deaf")
+
+    events: list[Event] = []
+    with Engine(model, runner="torch") as engine:
+        ask = engine.ask([1, 2, 3], max_new_tokens=20, eos_token_id=None)
+        engine.submit(replace(ask, processors=(Broken(),)), events.append)
+        engine.submit(ask, deaf)
+        assert len([e for e in engine.stream([1, 2, 3], max_new_tokens=20, eos_token_id=None) if e.token]) == 20
+    assert isinstance(events[-1].error, IndexError) and engine.pool.free == engine.pool.count
+
+
+def test_a_text_that_goes_on_keeps_its_first_space(model: Any, tokenizer_model: Any) -> None:
+    from llama2 import LlamaTokenizer
+
+    tokenizer = LlamaTokenizer(str(tokenizer_model))
+    (one,) = tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    for continues, text in ((True, " Hello"), (False, "Hello")):
+        with Engine(model, tokenizer, runner="torch") as engine:
+            ask = engine.ask([1, 2], max_new_tokens=1, eos_token_id=None)
+            always = replace(ask, continues=continues)
+            engine.tokenizer = _Always(tokenizer, one)
+            assert "".join(e.text for e in Stream(engine, always)) == text
+
+
+class _Always:
+    """The tokenizer's decoder, fed with one id whatever the model says."""
+
+    def __init__(self, tokenizer: Any, token: int) -> None:
+        self.tokenizer, self.token = tokenizer, token
+
+    def stream_decoder(self, skip_special_tokens: bool = False) -> Any:
+        decoder, token = self.tokenizer.stream_decoder(), self.token
+
+        class Decoder:
+            def put(self, ids: Any) -> str:
+                return str(decoder.put(token if isinstance(ids, int) else ids))
+
+            def finish(self) -> str:
+                return str(decoder.finish())
+
+        return Decoder()

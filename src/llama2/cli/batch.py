@@ -8,7 +8,7 @@ from typing import Any
 from llama2.cli import terminal
 from llama2.cli.args import option
 from llama2.cli.loading import RunOptions, model_path
-from llama2.cli.serve import EngineOptions, _need_server, open_model
+from llama2.cli.serve import EngineOptions, need_server, open_model
 from llama2.errors import InputError
 
 
@@ -30,7 +30,7 @@ def run(options: Options) -> int:
     """Runs the command."""
     if len(options.paths) != 2:
         raise InputError(f"batch takes two files, the requests and the answers, but {len(options.paths)} were given")
-    _need_server()
+    need_server()
     from llama2.serve import offline
 
     source, target = map(Path, options.paths)

@@ -149,7 +149,7 @@ def run(options: Options) -> int:
     container = SAGEMAKER_MODEL.is_dir() or any(name.startswith("SAGEMAKER_") for name in environment)
     options = _with_model(options, container)
     _heed(environment)
-    _need_server()
+    need_server()
     from llama2.serve import logs
     from llama2.serve.app import make_app
     from llama2.serve.life import Life
@@ -194,7 +194,7 @@ def _heed(environment: Mapping[str, str]) -> None:
         )
 
 
-def _need_server() -> None:
+def need_server() -> None:
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401

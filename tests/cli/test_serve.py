@@ -1,0 +1,137 @@
+"""`llama2 serve` and `llama2 batch`: options from the environment, refusals, and a file of requests."""
+
+import json
+import ssl
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llama2.cli import serve
+from llama2.cli.args import parse
+from llama2.errors import InputError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def options(*words: str, **environment: str) -> serve.Options:
+    return serve.settled(parse(serve.Options, "serve", words), environment)
+
+
+def test_options_come_from_the_environment_under_all_names() -> None:
+    found = options(
+        HF_MODEL_ID="m", MAX_INPUT_LENGTH="10", MAX_TOTAL_TOKENS="20", LLAMA2_HOST="h", API_KEY="a, b", SM_NUM_GPUS="1",
+        LLAMA2_PUBLIC_METRICS="true", LLAMA2_KV_CACHE="int8", LLAMA2_REQUEST_TIMEOUT="1.5", PORT="81", HOST="no",
+    )  # fmt: skip
+    assert (found.model, found.max_input_tokens, found.max_total_tokens, found.host) == ("m", 10, 20, "h")
+    assert (found.api_key, found.public_metrics, found.kv_cache, found.request_timeout) == (
+        ("a", "b"),
+        True,
+        "int8",
+        1.5,
+    )
+    assert found.port == 81
+
+
+def test_the_command_line_and_our_own_names_win() -> None:
+    assert options("--port", "5", PORT="6", LLAMA2_PORT="7").port == 5
+    assert options(PORT="6", LLAMA2_PORT="7").port == 7
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [({"MAX_TOTAL_TOKENS": "x"}, "MAX_TOTAL_TOKENS is 'x'; it must be a whole number"),
+     ({"LLAMA2_KV_CACHE": "x"}, "must be one of auto"), ({"LLAMA2_PUBLIC_METRICS": "x"}, "true or false")],
+)  # fmt: skip
+def test_a_wrong_value_in_the_environment(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        options(**environment)
+
+
+def test_more_than_one_device_is_refused(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SM_NUM_GPUS", "4")
+    assert run("serve", checkpoint)[0] == 2
+
+
+def test_batch_answers_each_line_once(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        {"prompt": "a", "max_tokens": 4},
+        {"custom_id": "c", "method": "POST", "url": "/v1/chat/completions",
+         "body": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}},
+        {"inputs": "Hi", "parameters": {"max_new_tokens": 2}},
+        {"prompt": "a", "temperature": -1},
+    ]  # fmt: skip
+    source.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    size = ("--max-batch-total-tokens", "1024", "--quiet")
+    code, out, err = run("batch", "-m", checkpoint, source, target, *size)
+    assert (code, out) == (1, "") and "4 lines answered" in err and "1 of them with an error" in err
+    found = {row["custom_id"]: row for row in map(json.loads, target.read_text().splitlines())}
+    assert set(found) == {"line-1", "c", "line-3", "line-4"}
+    assert found["c"]["response"]["body"]["usage"]["completion_tokens"] == 3 and found["c"]["error"] is None
+    assert found["line-4"]["response"]["status_code"] == 400 and "temperature" in found["line-4"]["error"]["message"]
+
+    whole = target.read_text().splitlines(keepends=True)
+    target.write_text("".join(whole[:2]) + whole[2][:20])  # as an interruption in the middle of a line leaves it
+    code, _, err = run("batch", "-m", checkpoint, source, target, *size)
+    assert "2 of 4 lines are answered already" in err
+    again = target.read_text().splitlines(keepends=True)
+    assert again[:2] == whole[:2] and len(again) == 4
+    assert {json.loads(line)["custom_id"] for line in again} == set(found)
+    assert run("batch", "-m", checkpoint, source, target, *size)[0] == 0 and target.read_text() == "".join(again)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("x", "not a JSON object"),
+     ('{"a": 1}', "needs messages, prompt or inputs"), ('{"prompt": "x", "stream": true}', "stream"),
+     ('{"url": "/metrics", "body": {}}', "/metrics"), ('{"prompt": "x", "custom_id": "line-9"}', "")],
+)  # fmt: skip
+def test_batch_refuses_lines_that_are_none(run: Run, checkpoint: Path, tmp_path: Path, line: str, message: str) -> None:
+    pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+    source = tmp_path / "in.jsonl"
+    source.write_text(line + "\n" + ('{"prompt": "x", "custom_id": "line-9"}\n' if not message else ""))
+    code, _, err = run("batch", "-m", checkpoint, source, tmp_path / "out.jsonl")
+    assert code == 2 and (message or "is there twice") in err and not (tmp_path / "out.jsonl").exists()
+
+
+def test_serving_over_tls_on_sagemakers_terms(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate),
+             "-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]  # fmt: skip
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("needs openssl")
+    log = tmp_path / "log"
+    environment = {
+        "HF_MODEL_ID": str(checkpoint),
+        "MAX_TOTAL_TOKENS": "64",
+        "MAX_BATCH_TOTAL_TOKENS": "1024",
+        "PATH": "/usr/bin",
+    }
+    argv = [sys.executable, "-m", "llama2.cli", "serve", "--port", "0", "--ssl-certfile", str(certificate),
+            "--ssl-keyfile", str(key)]  # fmt: skip
+    with log.open("wb") as file, subprocess.Popen(argv, stderr=file, env=environment) as process:
+        context = ssl.create_default_context(cafile=str(certificate))
+        try:
+            for _ in range(600):
+                text = log.read_text()
+                if "max_total_tokens" in text and "running on" in text:
+                    break
+                time.sleep(0.05)
+            port = text.split("https://127.0.0.1:")[1].split()[0]
+            body = json.dumps({"inputs": "Hi", "parameters": {"max_new_tokens": 3}}).encode()
+            request = urllib.request.Request(
+                f"https://localhost:{port}/invocations", body, {"content-type": "application/json"}
+            )
+            time.sleep(0.2)
+            with urllib.request.urlopen(request, context=context, timeout=20) as reply:
+                assert "generated_text" in json.load(reply)[0]
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
