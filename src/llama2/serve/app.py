@@ -3,18 +3,16 @@
 import time
 from collections.abc import Awaitable, Callable
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.staticfiles import StaticFiles
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import llama2
-from llama2.serve import embeddings, openai_chat, openai_completions, sagemaker, tgi
+from llama2.serve import embeddings, openai_chat, openai_completions, page, sagemaker, tgi
 from llama2.serve.body import Body
 from llama2.serve.logs import logger
 from llama2.serve.refusal import Dialect, Refusal
@@ -22,11 +20,6 @@ from llama2.serve.service import Call, Gone, Service
 from llama2.serve.sse import EventStream, refused
 
 Handler = Callable[[Call], Awaitable[Response]]
-WEB = Path(__file__).parent / "web"
-CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
-    "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 _INTERNAL = Refusal("internal", "the server failed on this request; its log has the reason under this request id")
 MAX_HEADERS, MAX_HEADER_BYTES = 128, 32_768
 
@@ -37,8 +30,7 @@ def make_app(service: Service) -> FastAPI:
     app.state.service = service
     _text_routes(app, service)
     _plain_routes(app, service)
-    if WEB.is_dir():
-        app.mount("/ui", StaticFiles(directory=WEB, html=True), name="ui")
+    _page_routes(app)
     app.router.redirect_slashes = False
     app.add_exception_handler(
         404, lambda request, _: _unknown(request, "route", f"there is no {request.scope['path'][:200]}")
@@ -55,6 +47,23 @@ def make_app(service: Service) -> FastAPI:
     )
     app.add_middleware(Envelope)
     return app
+
+
+def _page_routes(app: FastAPI) -> None:
+    """The chat page, open to all: it holds no secret, and asks for a key where the routes that it calls want one."""
+
+    async def home(request: Request) -> Response:
+        return RedirectResponse("ui/")  # relative: a proxy may have put a prefix before it
+
+    async def file(request: Request) -> Response:
+        found = page.asset(request.path_params["path"])
+        if found is None:
+            return _unknown(request, "route", f"there is no {request.scope['path'][:200]}")
+        fresh = found.fresh(request.headers.get("if-none-match"))
+        return Response(None if fresh else found.body, 304 if fresh else 200, found.headers)
+
+    app.router.add_route("/ui", home)
+    app.router.add_route("/ui/{path:path}", file)
 
 
 def _text_routes(app: FastAPI, service: Service) -> None:
@@ -220,12 +229,10 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                policy = [(b"content-security-policy", CSP.encode())] if scope["path"].startswith("/ui") else []
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", state["id"].encode()),
                     (b"x-content-type-options", b"nosniff"),
-                    *policy,
                 ]
             await send(message)
 

@@ -1,4 +1,4 @@
-"""The chat page at /ui: the files of web/ and the headers that they are served under. Standard library only."""
+"""The chat page at /ui: the files of web/ and the headers that are theirs alone. Standard library only."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ POLICY = (
 )
 HEADERS = {
     "Content-Security-Policy": POLICY,
-    "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
