@@ -7,7 +7,7 @@ of 512 tokens, each window's first token unscored), so that rows differ only in 
 of the row's negative log-likelihoods less the base's, in thousandths of a nat a token, with the standard error of that
 mean over the windows: two rows whose excesses are nearer than that are level on this text. Bits count what the file
 holds of the layers' linears, tables and indices included. --reader rival unpacks with the package that wrote the file
-(`rival_weights.py`). --speed decodes with the native engine and with the file's own runtime, in turns (`regime.py`).
+(`rival_weights.py`). --keep FILE remembers rows, so that a later call measures only what is new. --speed decodes with the native engine and with the file's own runtime, in turns (`regime.py`).
 The last line is JSON.
 """
 
@@ -119,7 +119,19 @@ def losses(model: LlamaForCausalLM, ids: list[int]) -> list[float]:
     return [b - a for a, b in itertools.pairwise(totals)]
 
 
-def measure(name: str, path: Path, ids: list[int], reader: str) -> Row:
+def measure(name: str, path: Path, ids: list[int], reader: str, keep: Path | None = None) -> Row:
+    """The row of a file, or the one that `keep` has of the same name, path, time of writing, reader and text."""
+    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    key = json.dumps([name, str(path), max(f.stat().st_mtime for f in files), reader, len(ids), sum(ids)])
+    kept = json.loads(keep.read_text()) if keep is not None and keep.exists() else {}
+    if key not in kept:
+        kept[key] = asdict(_measured(name, path, ids, reader))
+        if keep is not None:
+            keep.write_text(json.dumps(kept))
+    return Row(**kept[key])
+
+
+def _measured(name: str, path: Path, ids: list[int], reader: str) -> Row:
     nll = losses(unpacked_model(path, reader), ids)
     tokens = len(ids) - len(nll)
     return Row(name, method_of(path), *storage(path), nll, tokens, math.exp(sum(nll) / tokens))
@@ -180,6 +192,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=20480, help="of the text, from its start: whole windows")
     parser.add_argument("--reader", choices=["ours", "rival"], default="ours")
+    parser.add_argument("--keep", type=Path, help="JSON file of rows measured before, read and added to")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
@@ -187,12 +200,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     ids = tokenizer(args.text.read_text(encoding="utf-8"), verbose=False)["input_ids"]
     ids = ids[: min(args.tokens, len(ids)) // WINDOW * WINDOW]
-    base = measure(f"{args.base.name} (base)", args.base, ids, "ours")
+    base = measure(f"{args.base.name} (base)", args.base, ids, "ours", args.keep)
     rows = [base]
     for given in args.rows:
         name, _, place = given.rpartition("=")
         path = Path(place)
-        row = measure(name or path.name, path, ids, args.reader)
+        row = measure(name or path.name, path, ids, args.reader, args.keep)
         compare(row, base)
         rows.append(row)
         if args.speed:
