@@ -12,6 +12,11 @@ from llama2.errors import InputError
 if TYPE_CHECKING:
     from llama2.quantize.report import Report
 
+# Options that are called the same in the library.
+_SETTINGS = (
+    *("bits", "group_size", "act_order", "static_groups", "mse", "damp", "format", "double_quant", "calibrate"),
+    *("solve", "samples", "length", "seed", "true_sequential", "precision", "shard_size", "eval_tokens"),
+)
 METHODS = "gptq, nf4, fp4, int8, or gguf:TYPE such as gguf:q4_k"
 
 
@@ -19,8 +24,8 @@ METHODS = "gptq, nf4, fp4, int8, or gguf:TYPE such as gguf:q4_k"
 class Calibration:
     """calibration (gptq and gguf; the others with --calibrate)."""
 
-    data: str | None = option(None, "text to calibrate on: plain, or .jsonl with \"text\" or \"messages\" (default: the "
-                              "text that comes with llama2)", metavar="FILE")  # fmt: skip
+    data: str | None = option(None, "text to calibrate on, or .jsonl with text or messages (default: the one that comes "
+                              "with llama2)", metavar="FILE")  # fmt: skip
     samples: int = option(128, "windows of that text, at most")
     length: int = option(512, "tokens of a window")
     seed: int = option(0, "which windows")
@@ -36,8 +41,8 @@ class Gptq:
     """gptq."""
 
     bits: int = option(4, "of a weight: 2, 3, 4 or 8")
-    group_size: int | None = option(None, "columns that share a scale, -1: whole rows (default: the largest of 128, 64, "
-                                    "32 that divides every width of the model)")  # fmt: skip
+    group_size: int | None = option(None, "columns that share a scale, -1: whole rows (default: the largest of 128, "
+                                    "64, 32 that divides every width of the model)")  # fmt: skip
     act_order: bool = option(False, "columns of large inputs first")
     static_groups: bool = option(False, "with --act-order: groups of neighbouring columns, which read faster")
     asym: bool = option(False, "zeros of their own for each group")
@@ -72,11 +77,7 @@ def run(options: Options) -> int:
     from llama2.quantize.job import quantize
 
     method = options.method or ("gguf:q4_k" if target.endswith(".gguf") else "gptq")
-    fields = (
-        "bits group_size act_order static_groups mse damp format double_quant calibrate solve samples length seed "
-        "true_sequential precision shard_size eval_tokens"
-    ).split()
-    settings = {name: getattr(options, name) for name in fields}
+    settings = {name: getattr(options, name) for name in _SETTINGS}
     try:
         with Layers("quantising", options.quiet) as meter:
             report = quantize(source, target, method, data=options.data, held_out=options.eval, progress=meter,

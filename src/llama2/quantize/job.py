@@ -1,11 +1,13 @@
 """The job: one layer's weights in memory at a time, from the embedding to the last, then the files.
 
-For every layer its stages run over all stored sequences (layer.py); after each the linears of one group are replaced by
-what their quantised form means, so that everything behind them sees their errors. Its tensors are written, the journal
-notes the layer, and the next one begins. The result is then written as any converted checkpoint is, from a view in which
+For every layer its stages run over all stored sequences (layer.py); after each the linears of one group are replaced
+by what their quantised form means, so that everything behind them sees their errors. Its tensors are written, the
+journal notes the layer, and the next one begins. The result is then written as any converted checkpoint is, from a view in which
 the new tensors have taken the place of the old ones.
 """
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ from llama2.checkpoint.packed import unpacked
 from llama2.checkpoint.peft import linear_shapes
 from llama2.checkpoint.save import parse_size
 from llama2.checkpoint.source import open_source
-from llama2.errors import CheckpointError, InputError
+from llama2.errors import CheckpointError, InputError, Llama2Error
 from llama2.quant.solve import Hessian
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
 from llama2.quantize import measure
@@ -141,22 +143,25 @@ class Job:
             raise InputError(f"{path} is the source; give another place, the source is never written to")
 
     def _calibration(self, data: Any, held_out: str | Path | None, tokenizer: Any) -> Calibration | None:
+        """The windows, and what is measured; None where neither is wanted, or measuring alone and no tokenizer there."""
         options = self.options
-        if not options.calibrated and held_out is None:
+        if not options.calibrated and not options.eval_tokens:
             return None
         if tokenizer is None:
-            home = self.source.path if self.source.path.is_dir() or self.blocks_of_gguf() else self.source.path.parent
-            tokenizer = AutoTokenizer.from_pretrained(home)
+            path = self.source.path
+            home = path if path.is_dir() or self.source.format == "gguf" else path.parent
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(home)
+            except Llama2Error:
+                if options.calibrated or held_out is not None:
+                    raise
+                return None
         length = min(options.length, self.config.max_position_embeddings)
         found = calibrate(data, tokenizer, options.samples, length, options.seed)
         if held_out is None:
             return found
         ids = torch.tensor(encode(read_text(held_out), tokenizer))
         return Calibration(found.windows, ids, found.origin, found.digest, Path(held_out).name)
-
-    def blocks_of_gguf(self) -> bool:
-        """Whether the source is a GGUF file, which has its tokenizer in it."""
-        return self.source.format == "gguf"
 
     def _identity(self) -> dict[str, Any]:
         found = self.calibration
@@ -204,12 +209,11 @@ class Job:
         assert self.calibration is not None
         windows, table = self.calibration.windows, "model.embed_tokens.weight"
         weight = self.source.read(table)
-        x = self._states(0, new=True)
         step = batch_of(self.config, windows.shape[1])
-        for start in range(0, len(windows), step):
-            x.write(start, weight[windows[start : start + step]].float())
-        x.sync()
-        x.close()
+        with self._states(0, new=True) as x:
+            for start in range(0, len(windows), step):
+                x.write(start, weight[windows[start : start + step]].float())
+            x.sync()
 
     def _states(self, index: int, new: bool = False) -> States:
         assert self.calibration is not None
@@ -233,13 +237,19 @@ class Job:
         state = self.journal.state
         linears = [*state["linears"], *(vars(row) for row in rows)]
         self.journal.record(layers=index + 1, linears=linears)
-        (self.journal.folder / f"states-{index}").unlink(missing_ok=True)
+        for name in (f"states-{index}", "inner"):
+            (self.journal.folder / name).unlink(missing_ok=True)
 
     def _calibrated_layer(self, index: int, rows: list[LinearReport], tensors: dict[str, Tensor]) -> None:
-        assert self.calibration is not None
-        count, length = self.calibration.windows.shape
+        with self._states(index) as x, self._states(index + 1, new=True) as y:
+            self._run_stages(index, x, y, rows, tensors)
+            y.sync()
+
+    def _run_stages(
+        self, index: int, x: States, y: States, rows: list[LinearReport], tensors: dict[str, Tensor]
+    ) -> None:
+        count, length, _ = x.shape
         stages = Stages(self.source, index, self.dtype, (count, length))
-        x, y = self._states(index), self._states(index + 1, new=True)
         passes = 5 if self.options.true_sequential else 8
         batches = passes * -(-count // stages.batch)
         ticks = iter(range(1, batches + 1))
@@ -277,9 +287,6 @@ class Job:
                 replace(group, found[group])
             for stage in range(1, 5):
                 run(stage, None)
-        y.sync()
-        x.close()
-        y.close()
 
     def _make(
         self,
@@ -312,12 +319,11 @@ class Job:
         path = "model.embed_tokens" if tied else "lm_head"
         layers = self.config.num_hidden_layers
         self.progress(layers, layers, "head")
-        x, final = self._states(layers), norm(self.source, "model.norm")
-        hessian = make_hessian(self.config.hidden_size, self.bfloat16)
-        step = batch_of(self.config, x.shape[1])
-        for start in range(0, x.shape[0], step):
-            hessian.add(final(x.read(start, min(start + step, x.shape[0]))))
-        x.close()
+        final, hessian = norm(self.source, "model.norm"), make_hessian(self.config.hidden_size, self.bfloat16)
+        with self._states(layers) as x:
+            step = batch_of(self.config, x.shape[1])
+            for start in range(0, x.shape[0], step):
+                hessian.add(final(x.read(start, min(start + step, x.shape[0]))))
         rows: list[LinearReport] = []
         tensors: dict[str, Tensor] = {}
         weight = self.source.read(f"{path}.weight", torch.float32)
@@ -339,7 +345,7 @@ class Job:
 
     def _writing(self) -> convert.Options:
         if self.options.kind == "gguf":
-            return convert.Options("gguf", self.options.block_type)
+            return convert.Options("gguf", self.options.block_type, calibrated=self.options.calibrated)
         return convert.Options("hf", shard_size=self.options.shard_size)
 
     def _write(self, report: Report) -> None:
@@ -365,10 +371,7 @@ class Job:
         self._measure(report, result / self.path.name if gguf else result)
         report.write(json_file, picture)
         if not gguf:
-            sums = result / convert.SUMS
-            lines = [line for line in sums.read_text().splitlines() if not line.endswith(("  report.json", "  report.svg"))]
-            lines += [f"{convert.sha256(file)}  {file.name}" for file in (json_file, picture)]
-            sums.write_text("\n".join(sorted(lines, key=lambda line: line.split("  ", 1)[1])) + "\n")
+            convert.add_sums(result / convert.SUMS, (json_file, picture))
         self.journal.finish(self.path)
 
     def _told_calibration(self) -> dict[str, Any] | None:
@@ -376,13 +379,15 @@ class Job:
         if found is None or not self.options.calibrated:
             return None
         count, length = found.windows.shape
-        return {"text": found.origin, "windows": count, "length": length, "products": str(self.dtype).removeprefix("torch.")}
+        products = "bfloat16" if self.bfloat16 else "float32"
+        return {"text": found.origin, "windows": count, "length": length, "products": products}
 
     def _measure(self, report: Report, path: Path) -> None:
         found = self.calibration
         ids = torch.empty(0) if found is None else found.held_out[: self.options.eval_tokens]
         if found is None or len(ids) < 2:
-            report.perplexity = {"not measured": "no text to measure on"}
+            why = "eval_tokens is 0" if not self.options.eval_tokens else "there is no tokenizer, or no text"
+            report.perplexity = {"not measured": why}
             return
         if reason := measure.why_not(self.name):
             report.perplexity = {"not measured": reason}
@@ -392,9 +397,8 @@ class Job:
         before = measure.measure(self.name, ids)
         self.progress(layers, layers, "measuring after")
         after = measure.measure(path, ids)
-        report.perplexity = {
-            "before": before.perplexity, "after": after.perplexity, "tokens": before.tokens, "text": found.held_out_origin,
-        }  # fmt: skip
+        report.perplexity = {"before": before.perplexity, "after": after.perplexity, "tokens": before.tokens}
+        report.perplexity["text"] = found.held_out_origin
         report.tokens_per_second = {"before": before.speed, "after": after.speed}
 
 
@@ -411,19 +415,14 @@ class PackedTarget(HfTarget):
 
     def describe(self, folder: Path) -> str:
         if isinstance(self._settings, GPTQConfig):
-            (folder / "quantize_config.json").write_text(_json(self._settings.to_dict()))
+            (folder / "quantize_config.json").write_text(json.dumps(self._settings.to_dict(), indent=2) + "\n")
         return super().describe(folder)
 
 
-def _json(content: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(content, indent=2) + "\n"
-
-
 def _others(source: Checkpoint) -> list[tuple[str, tuple[int, ...]]]:
-    shapes = linear_shapes(source.config)
-    return [(kind, shape) for name, (shape, kind) in source.tensors.items() if name.removesuffix(".weight") not in shapes]
+    """(type, shape) of what is not quantised."""
+    paths, tensors = linear_shapes(source.config), source.tensors.items()
+    return [(kind, shape) for name, (shape, kind) in tensors if name.removesuffix(".weight") not in paths]
 
 
 def stored_bytes(kind: str, shape: tuple[int, ...]) -> int:
@@ -433,8 +432,6 @@ def stored_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 
 def _digest(ids: Tensor) -> str:
-    import hashlib
-
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 

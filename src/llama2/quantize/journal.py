@@ -46,7 +46,9 @@ class Journal:
             found = json.loads(self._file.read_text())
             there = found["identity"]
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self._file} is malformed ({error!r}); delete {self.folder} to start anew") from error
+            raise CheckpointError(
+                f"{self._file} is malformed ({error!r}); delete {self.folder} to start anew"
+            ) from error
         wanted = json.loads(json.dumps(self.state["identity"]))
         if there != wanted:
             raise CheckpointError(
@@ -103,5 +105,5 @@ def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         if there.get(key) != wanted[key]:
             return meaning
     old, new = there.get("options", {}), wanted["options"]
-    changed = [f"{name} was {old.get(name)!r} and is {value!r}" for name, value in new.items() if old.get(name) != value]
+    changed = [f"{key} was {old.get(key)!r} and is {value!r}" for key, value in new.items() if old.get(key) != value]
     return "; ".join(changed) or "its settings differ"

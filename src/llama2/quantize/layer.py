@@ -102,39 +102,35 @@ class Stages:
         on_batch: Callable[[], None],
     ) -> None:
         """Runs one stage over all sequences; `hessian` takes in the input of the stage's group."""
-        inner = self._inner(stage, folder)
-        for start in range(0, self.count, self.batch):
-            stop = min(start + self.batch, self.count)
-            if stage == 0:
-                found = self._norms[0](x.read(start, stop))
-            elif stage == 1:
-                found = self._attend(self._norms[0](x.read(start, stop)).to(self.dtype))
-            elif stage == 2:
-                assert inner is not None
-                values = x.read(start, stop) + self._product("self_attn.o_proj", inner.read(start, stop)).float()
-                y.write(start, values)
-                found = self._norms[1](values)
-            elif stage == 3:
-                found = self._gated(self._norms[1](y.read(start, stop)).to(self.dtype))
-            else:
-                assert inner is not None
-                product = self._product("mlp.down_proj", inner.read(start, stop))
-                y.write(start, y.read(start, stop) + product.float())
-            if stage in (1, 3) and inner is not None:
-                inner.write(start, found)
-            if hessian is not None:
-                hessian.add(found)
-            on_batch()
-        if inner is not None and stage in (2, 4):
-            inner.remove()
-        elif inner is not None:
-            inner.close()
-
-    def _inner(self, stage: int, folder: Path) -> States | None:
-        if stage == 0:
-            return None
         width = self.width(1 if stage < 3 else 3)
-        return States(folder / "inner", (self.count, self.length, width), self.dtype, new=stage in (1, 3))
+        shape = (self.count, self.length, width)
+        with States(folder / "inner", shape, self.dtype, new=stage in (0, 1, 3)) as inner:
+            for start in range(0, self.count, self.batch):
+                found = self._batch(stage, start, min(start + self.batch, self.count), x, y, inner)
+                if hessian is not None:
+                    assert found is not None
+                    hessian.add(found)
+                on_batch()
+
+    def _batch(self, stage: int, start: int, stop: int, x: States, y: States, inner: States) -> Tensor | None:
+        """One stage over some sequences; gives the input of its group."""
+        first, second = self._norms
+        if stage == 0:
+            return first(x.read(start, stop))
+        if stage == 1:
+            found = self._attend(first(x.read(start, stop)).to(self.dtype))
+            inner.write(start, found)
+            return found
+        if stage == 2:
+            values = x.read(start, stop) + self._product("self_attn.o_proj", inner.read(start, stop)).float()
+            y.write(start, values)
+            return second(values)
+        if stage == 3:
+            found = self._gated(second(y.read(start, stop)).to(self.dtype))
+            inner.write(start, found)
+            return found
+        y.write(start, y.read(start, stop) + self._product("mlp.down_proj", inner.read(start, stop)).float())
+        return None
 
     def _product(self, name: str, x: Tensor) -> Tensor:
         weight, bias = self._linears[name]

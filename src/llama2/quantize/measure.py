@@ -1,7 +1,9 @@
 """Before and after: perplexity and speed of a model on the engine that serves it, and this process's peak memory."""
 
+import contextlib
 import gc
 import os
+import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -81,10 +83,8 @@ def _speed(model: Any, held_out: Tensor) -> float:
 
 def reset_peak() -> None:
     """Lets the peak of this process's memory count from here on, where the system can (Linux)."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_bytes() -> int:
@@ -95,7 +95,5 @@ def peak_bytes() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -7,12 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama2.errors import InputError
+from llama2.quant.code_grids import solved
 from llama2.quant.ggml import BlockType, dequantize
-from llama2.quant.ggml_encode import quantize
+from llama2.quant.ggml_grid import gguf_rows
 from llama2.quant.gptq import GptqLinear, grid_of
 from llama2.quant.grids import Steps
+from llama2.quant.int8 import Linear8bit
 from llama2.quant.methods import layer_class
+from llama2.quant.nf4 import Linear4bit
 from llama2.quant.solve import solve
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
 from llama2.quantize.options import Options
@@ -40,17 +42,22 @@ class Method(ABC):
         return [self.make(path, weight, hessian) for path, weight in zip(paths, weights, strict=True)]
 
 
-class PlainMethod(Method):
-    """A packed format of a Hugging Face folder, rounded to the nearest."""
+class BlockMethod(Method):
+    """The packed formats of bitsandbytes: NF4, FP4, int8 rows. With a Hessian the solver chooses the codes."""
 
-    def __init__(self, config: QuantizationConfig, kind: str) -> None:
-        self.config, self.kind = config, kind
+    def __init__(self, config: QuantizationConfig, options: Options) -> None:
+        self.config, self.options = config, options
         self._layer = layer_class(config)
 
     def make(self, path: str, weight: Tensor, hessian: Tensor | None) -> Made:
         """As Method.make."""
+        kind, damp = self.options.method, 0.0
         layer = self._layer.quantize(weight, None, self.config)
-        return Made(layer.packed, layer.dequantize(), self.kind)
+        if hessian is not None:
+            assert isinstance(layer, Linear4bit | Linear8bit)
+            layer, found = solved(layer, weight, hessian, self.options.damp)
+            damp = found.damp
+        return Made(layer.packed, layer.dequantize(), kind, damp)
 
 
 class GptqMethod(Method):
@@ -92,7 +99,8 @@ def _rows(steps: Steps, rows: slice) -> Steps:
 
 
 class GgufMethod(Method):
-    """ggml's blocks; block_of: the type that the file gives a tensor."""
+    """ggml's blocks; block_of: the type that the file gives a tensor. With a Hessian the solver chooses the codes, or
+    its diagonal weighs the errors where the options want no solver."""
 
     def __init__(self, options: Options, block_of: Callable[[str], BlockType]) -> None:
         self.options, self.block_of = options, block_of
@@ -100,8 +108,11 @@ class GgufMethod(Method):
     def make(self, path: str, weight: Tensor, hessian: Tensor | None) -> Made:
         """As Method.make."""
         block = self.block_of(f"{path}.weight")
-        rows = quantize(weight, block)
-        return Made({"weight": rows}, dequantize(rows, block), block.name)
+        importance = None if hessian is None else hessian.diagonal()
+        # The embedding, where it is the head too, is looked up row by row: compensation would spoil it.
+        whole = hessian if self.options.solve and not path.endswith("embed_tokens") else None
+        rows = gguf_rows(weight.float(), block, importance, whole, damp=self.options.damp)
+        return Made({"weight": rows}, dequantize(rows, block), block.name, 0.0 if whole is None else self.options.damp)
 
 
 def make_method(
@@ -111,11 +122,7 @@ def make_method(
     if block_of is not None:
         return GgufMethod(options, block_of)
     assert config is not None
-    if isinstance(config, GPTQConfig):
-        return GptqMethod(config, options)
-    if options.calibrated:
-        raise InputError("not yet")
-    return PlainMethod(config, options.method)
+    return GptqMethod(config, options) if isinstance(config, GPTQConfig) else BlockMethod(config, options)
 
 
 # -- how good it is ----------------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+from llama2.checkpoint.gguf_mixture import ALIASES, FILE_TYPES, file_type
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
-from llama2.quant.ggml_encode import ENCODERS
 from llama2.quantization_config import BitsAndBytesConfig, GPTQConfig, QuantizationConfig
 
 METHODS = ("gptq", "nf4", "fp4", "int8")
 GROUP_SIZES = (128, 64, 32)
+_DENSE = ("F32", "F16", "BF16")
 CALIBRATED = ("gptq", "gguf")  # unless told otherwise
 
 
@@ -48,8 +49,9 @@ class Options:
 
     def __post_init__(self) -> None:
         kind, _, block = self.method.partition(":")
-        if kind == "gguf" and block.upper() not in ENCODERS:
-            raise InputError(f"method {self.method!r}: give gguf: and one of {', '.join(map(str.lower, ENCODERS))}")
+        if kind == "gguf" and (file_type(block) is None or block.upper() in _DENSE):
+            known = ", ".join(name.lower() for name in (*FILE_TYPES, *ALIASES) if name not in _DENSE)
+            raise InputError(f"method is {self.method!r}; gguf: takes one of {known}")
         if kind != "gguf" and self.method not in METHODS:
             raise InputError(
                 f"method is {self.method!r}; it must be one of {', '.join(METHODS)}, or gguf: and a block type such as "
@@ -69,8 +71,8 @@ class Options:
 
     @property
     def block_type(self) -> str:
-        """ggml's name of the block type of gguf."""
-        return self.method.partition(":")[2].upper()
+        """The type of a GGUF file."""
+        return self.method.partition(":")[2]
 
     @property
     def calibrated(self) -> bool:

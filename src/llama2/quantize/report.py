@@ -55,7 +55,7 @@ class Report:
         layers: dict[int, dict[str, float]] = {}
         for linear in self.linears:
             parts = linear.path.split(".")
-            if parts[1] == "layers":
+            if "layers" in parts:
                 error = linear.weight_error if linear.output_error is None else linear.output_error
                 layers.setdefault(int(parts[2]), {})[parts[-1]] = error
         return [layers[i] for i in sorted(layers)]

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -43,14 +44,12 @@ class States:
         """Returns when every write is on the disk."""
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Closes the file; it stays."""
         self._file.close()
-
-    def remove(self) -> None:
-        """Closes and deletes the file."""
-        self.close()
-        self.path.unlink(missing_ok=True)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
