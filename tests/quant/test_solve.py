@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import InputError
+from llama2.quant.grids import IntegerGrid
 from llama2.quant.solve import Hessian, solve
 
 
@@ -94,6 +95,30 @@ def test_better_than_rounding(act_order: bool) -> None:
     assert ours < 0.6 * theirs
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(128)
     assert found.error == pytest.approx(cost(weight - found.weight, damped), rel=1e-4)
+
+
+@pytest.mark.parametrize("span", [16, 96])
+@pytest.mark.parametrize(("act_order", "static"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("refits", [False, True])
+def test_passes_lower_the_error_that_is_reported(refits: bool, act_order: bool, static: bool, span: int) -> None:
+    weight, hessian = problem(32, 96, 600, seed=7)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(96)
+    grid: Any = IntegerGrid(span, 3) if refits else Steps(span)
+    errors = []
+    for passes in (0, 1, 2, 30):
+        found = solve(weight, hessian, grid, act_order=act_order, static_groups=static, passes=passes)
+        errors.append(found.error)
+        assert found.error == pytest.approx(cost(weight - found.weight, damped), rel=1e-4)
+    assert (
+        errors[0] > errors[1] > errors[2] >= errors[3]
+        and errors[2] < (0.97 if refits and span < 96 else 0.999) * errors[0]
+    )
+    # Converged: no single value has a better neighbour.
+    pull, order = (weight - found.weight) @ damped, range(96) if found.order is None else found.order.tolist()
+    for place, column in enumerate(order):
+        target = found.weight[:, column] + pull[:, column] / damped[column, column]
+        nearest = grid.round(target.clone(), found.params[place // span], place % span)
+        assert torch.allclose(nearest, found.weight[:, column], atol=1e-5)
 
 
 def test_dead_inputs_are_rounded_and_shift_nothing() -> None:

@@ -71,6 +71,15 @@ class IntegerGrid:
         """As Grid.round."""
         return params.nearest(column_N)
 
+    def refit(self, values_SN: Tensor, pull_SN: Tensor, own_SS: Tensor, params: Steps) -> tuple[Steps, Tensor]:
+        """As Refitting.refit: each row's scale to the least error with its codes kept."""
+        codes = values_SN.div(params.scale).round_()
+        pulled, stiff = (pull_SN * codes).sum(0), ((own_SS @ codes) * codes).sum(0)
+        scale = self._stored(params.scale + torch.where(stiff > 0, pulled / stiff, 0))
+        step = scale - params.scale
+        scale = torch.where(step * (2 * pulled - step * stiff) > 0, scale, params.scale)
+        return self._steps(scale, params.zero), codes.mul_(scale)
+
     def _steps(self, scale: Tensor, zero: Tensor) -> Steps:
         if self.sym:
             middle = 1 << (self.bits - 1)

@@ -9,7 +9,7 @@ Letters: N rows (outputs), K columns (inputs), S columns of a span, P of a panel
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -64,10 +64,21 @@ class Grid(Protocol):
 
     def fit(self, weight_NS: Tensor, importance_S: Tensor) -> Any:
         """Parameters for these columns (float32; the last span of a row may have fewer), given what a squared error of
-        each column costs (above 0)."""
+        each column costs (above 0) once later columns have made up for what they can."""
 
     def round(self, column_N: Tensor, params: Any, index: int) -> Tensor:
         """The nearest representable values (float32) of column `index` of a span; column_N may be overwritten."""
+
+
+@runtime_checkable
+class Refitting(Grid, Protocol):
+    """A grid whose parameters can follow its codes."""
+
+    def refit(self, values_SN: Tensor, pull_SN: Tensor, own_SS: Tensor, params: Any) -> tuple[Any, Tensor]:
+        """Parameters that serve the codes behind the values (S, N) at least as well, and the values they now mean.
+
+        pull: half the derivative of tr(E H E^T) by the values, with the sign turned; own: H of these columns.
+        """
 
 
 @dataclass
@@ -96,6 +107,7 @@ def solve(
     damp: float = 0.01,
     act_order: bool = False,
     static_groups: bool = False,
+    passes: int = 0,
     block: int = 128,
 ) -> Solution:
     """Rounds a weight (float32) to a grid. Neither argument is changed.
@@ -103,17 +115,23 @@ def solve(
     hessian: symmetric, float32. act_order: columns of large inputs first. static_groups: parameters of the spans come
     from the weight as it is given and its spans stay contiguous; otherwise from the shifted weight, as it is when
     their first column is reached, and spans follow the order. A column whose inputs were all 0 is rounded like any
-    other, and shifts nothing. Raises InputError for shapes that do not fit, NaN, and an H that is never definite.
+    other, and shifts nothing. passes: over the solution, each of which takes every span to its best values given all
+    the others (coordinate descent), parameters first where the grid refits them; the error only falls.
+
+    Raises InputError for shapes that do not fit, NaN, and an H that no damping makes definite.
     """
     _check(weight_NK, hessian_KK, damp)
     columns = weight_NK.shape[1]
-    importance = hessian_KK.diagonal().clone()
-    dead = importance == 0
-    level = importance.double().mean().item() or 1.0
-    order = importance.argsort(descending=True, stable=True) if act_order else None
-    factor, pivots, used, double = _factor(hessian_KK, order, dead, damp, level)
-    run = _Run(grid, weight_NK, importance.add_(used * level), order, factor, pivots, static_groups)
+    diagonal = hessian_KK.diagonal()
+    level = diagonal.double().mean().item() or 1.0
+    order = diagonal.argsort(descending=True, stable=True) if act_order else None
+    factor, pivots, used, double = _factor(hessian_KK, order, damp, level)
+    run = _Run(grid, weight_NK, order, factor, pivots, static_groups)
+    del factor
     error = sum(run.panel(start, end) for start, end in _panels(columns, grid.span, block))
+    run.factor = pivots[:0]
+    for _ in range(passes):
+        error -= sum(run.again(at, hessian_KK, used * level) for at in run.spans(block))
     placed = order if act_order and not static_groups else None
     return Solution(run.result(), run.params, placed, used, error / 2, double)
 
@@ -142,17 +160,14 @@ def _panels(columns: int, span: int, block: int) -> list[tuple[int, int]]:
 # -- H = U D U^T -------------------------------------------------------------------------------------------------
 
 
-def _factor(
-    hessian_KK: Tensor, order: Tensor | None, dead: Tensor, damp: float, level: float
-) -> tuple[Tensor, Tensor, float, bool]:
+def _factor(hessian_KK: Tensor, order: Tensor | None, damp: float, level: float) -> tuple[Tensor, Tensor, float, bool]:
     """U^T (K, K; unit lower triangular; above the diagonal is anything), D (K,), the damping and whether in float64."""
-    diagonal = torch.where(dead, torch.ones_like(dead, dtype=torch.float32), hessian_KK.diagonal())
-    backward = torch.arange(len(dead), device=dead.device) if order is None else order
-    backward = backward.flip(0)
+    forward = torch.arange(len(hessian_KK), device=hessian_KK.device) if order is None else order
+    backward = forward.flip(0)
     for dtype in (torch.float32, torch.float64):
         for step in _RAISE:
             work = _reordered(hessian_KK, backward, dtype)
-            work.diagonal().copy_(diagonal[backward]).add_(damp * step * level)
+            work.diagonal().add_(damp * step * level)
             # Lower Cholesky factor of the reversed matrix, in place; seen row by row it is its transpose.
             info = torch.empty((), dtype=torch.int32, device=work.device)
             torch.linalg.cholesky_ex(work.mT, out=(work.mT, info))
@@ -163,7 +178,7 @@ def _factor(
             del work
     raise InputError(
         f"the Hessian is not positive definite even with damping {damp * _RAISE[-1]:g}; give a larger damp or more "
-        f"calibration text ({len(dead)} inputs need more tokens than that)"
+        f"calibration text ({len(backward)} inputs need more tokens than that)"
     )
 
 
@@ -188,7 +203,58 @@ def _reverse_(matrix_KK: Tensor) -> None:
         lower.copy_(held)
 
 
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum(1).double().sum())
+
+
 # -- columns -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Columns:
+    """P columns that are rounded one by one, each shifting those after it.
+
+    factor (P, P): what the error of a column (second axis) shifts another by. weights, rounded, shift, lost (P, N):
+    column i is rounded at weights[i] + shift[i]; then weights[i] is its error and lost[i] what was rounded away.
+    places: for each the parameters and the index in their span.
+    """
+
+    grid: Grid
+    places: list[tuple[Any, int]]
+    factor: Tensor
+    weights: Tensor
+    rounded: Tensor
+    shift: Tensor
+    lost: Tensor
+
+    def round(self, start: int, end: int) -> None:
+        """Rounds the columns [start, end), by halves: most of the shifting is then products of matrices."""
+        if end - start <= _STEP:
+            self._step(start, end)
+            return
+        middle = start + -(-(end - start) // 2 // _STEP) * _STEP
+        self.round(start, middle)
+        self.push(start, middle, end)
+        self.round(middle, end)
+
+    def push(self, start: int, middle: int, end: int) -> None:
+        """Shifts the columns [middle, end) by the errors of [start, middle)."""
+        if middle < end:
+            self.shift[middle:end].addmm_(self.factor[middle:end, start:middle], self.weights[start:middle])
+
+    def _step(self, start: int, end: int) -> None:
+        own = self.factor[start:end, start:end].mT.contiguous()
+        for i in range(start, end):
+            weight_N, rounded_N, lost_N = self.weights[i], self.rounded[i], self.lost[i]
+            torch.add(weight_N, self.shift[i], out=lost_N)
+            rounded_N.copy_(lost_N)
+            found_N = self.grid.round(rounded_N, *self.places[i])
+            if found_N.data_ptr() != rounded_N.data_ptr():
+                rounded_N.copy_(found_N)
+            lost_N.sub_(rounded_N)
+            weight_N.sub_(rounded_N)
+            if i + 1 < end:
+                self.shift[i + 1 : end].addr_(own[i - start, i + 1 - start :], weight_N)
 
 
 class _Run:
@@ -198,7 +264,6 @@ class _Run:
         self,
         grid: Grid,
         weight_NK: Tensor,
-        importance_K: Tensor,
         order: Tensor | None,
         factor_KK: Tensor,
         pivots_K: Tensor,
@@ -209,12 +274,12 @@ class _Run:
         self.params: list[Any] = []
         self.places = [divmod(column, span) for column in range(columns)]
         if static or span >= columns:
+            placed = pivots_K if order is None else torch.empty_like(pivots_K).index_copy_(0, order, pivots_K)
             for start in range(0, columns, span):
                 part = slice(start, start + span)
-                self.params.append(grid.fit(weight_NK[:, part].contiguous(), importance_K[part]))
+                self.params.append(grid.fit(weight_NK[:, part].contiguous(), placed[part]))
             if order is not None:
                 self.places = [divmod(column, span) for column in order.tolist()]
-        self.importance = importance_K if order is None else importance_K[order]
         ordered = weight_NK if order is None else weight_NK[:, order]
         self.errors_KN = ordered.mT.contiguous().clone() if order is None else ordered.mT.contiguous()
         self.rounded_KN = torch.empty_like(self.errors_KN)
@@ -222,52 +287,59 @@ class _Run:
     def panel(self, start: int, end: int) -> float:
         """Rounds the columns [start, end): tr(E H E^T) of them. Their weights become their errors."""
         shift_PN = self.factor[start:end, :start] @ self.errors_KN[:start]
-        lost_PN, span = torch.empty_like(shift_PN), self.grid.span
-        for at in range(start, end, span):
-            stop = min(at + span, end)
-            own, rest = shift_PN[at - start : stop - start], shift_PN[stop - start :]
-            if at // span == len(self.params):
-                self._fit(at, stop, own)
-            self._columns(at, stop, own, lost_PN[at - start :])
-            if len(rest):
-                rest.addmm_(self.factor[stop:end, at:stop], self.errors_KN[at:stop])
-        return float(lost_PN.square_().sum(1).double() @ self.pivots[start:end].double())
+        own, part, span = self.factor[start:end, start:end], slice(start, end), self.grid.span
+        columns = _Columns(
+            self.grid, [], own, self.errors_KN[part], self.rounded_KN[part], shift_PN, torch.empty_like(shift_PN)
+        )
+        for at in range(0, end - start, span):
+            stop = min(at + span, end - start)
+            if (start + at) // span == len(self.params):
+                self._fit(start + at, own[at:stop, at:stop], shift_PN[at:stop])
+            columns.places += [(self.params[p], i) for p, i in self.places[start + at : start + stop]]
+            columns.round(at, stop)
+            columns.push(at, stop, end - start)
+        return float(columns.lost.square_().sum(1).double() @ self.pivots[part].double())
 
-    def _fit(self, start: int, end: int, shift: Tensor) -> None:
-        """Parameters of the span [start, end) from its weights, shifted as if none of its own errors were to come."""
-        own = self.factor[start:end, start:end]
+    def _fit(self, start: int, own: Tensor, shift: Tensor) -> None:
+        """Parameters of the span from `start` from its weights, shifted as if none of its own errors were to come."""
+        part = slice(start, start + len(own))
         moved = torch.linalg.solve_triangular(own, shift, upper=False, unitriangular=True)
-        weights = moved.add_(self.errors_KN[start:end]).mT.contiguous()
-        self.params.append(self.grid.fit(weights, self.importance[start:end]))
+        weights = moved.add_(self.errors_KN[part]).mT.contiguous()
+        self.params.append(self.grid.fit(weights, self.pivots[part]))
 
-    def _columns(self, start: int, end: int, shift: Tensor, lost: Tensor) -> None:
-        """As `panel`, of one span, by halves. shift[i] is what the columns before `start` move column start + i by;
-        lost[i] becomes what is rounded away of it."""
-        size = end - start
-        if size <= _STEP:
-            self._step(start, end, shift, lost)
-            return
-        half = -(-size // 2 // _STEP) * _STEP
-        middle = start + half
-        self._columns(start, middle, shift[:half], lost)
-        shift[half:].addmm_(self.factor[middle:end, start:middle], self.errors_KN[start:middle])
-        self._columns(middle, end, shift[half:], lost[half:])
+    def spans(self, block: int) -> list[Tensor]:
+        """For each span where its columns are held; of whole rows, runs of `block` columns."""
+        device = self.errors_KN.device
+        if self.grid.span >= len(self.places):
+            return list(torch.arange(len(self.places), device=device).split(block))
+        at = torch.tensor([place * self.grid.span + index for place, index in self.places], device=device)
+        return list(at.argsort().split(self.grid.span))
 
-    def _step(self, start: int, end: int, shift: Tensor, lost: Tensor) -> None:
-        """As `_columns`, one by one."""
-        own = self.factor[start:end, start:end].mT.contiguous()
-        for i in range(end - start):
-            weight_N, rounded_N, lost_N = self.errors_KN[start + i], self.rounded_KN[start + i], lost[i]
-            place, index = self.places[start + i]
-            torch.add(weight_N, shift[i], out=lost_N)
-            rounded_N.copy_(lost_N)
-            found_N = self.grid.round(rounded_N, self.params[place], index)
-            if found_N.data_ptr() != rounded_N.data_ptr():
-                rounded_N.copy_(found_N)
-            lost_N.sub_(rounded_N)
-            weight_N.sub_(rounded_N)
-            if i + 1 < end - start:
-                shift[i + 1 :].addr_(own[i, i + 1 :], weight_N)
+    def again(self, at: Tensor, hessian_KK: Tensor, damping: float) -> float:
+        """Takes the columns held at `at` to better values, all others as they are: by how much tr(E H E^T) falls."""
+        rows = hessian_KK[at if self.order is None else self.order[at]]
+        if self.order is not None:
+            rows = rows.index_select(1, self.order)
+        errors, values = self.errors_KN[at], self.rounded_KN[at]
+        pull = (rows @ self.errors_KN).add_(errors, alpha=damping)
+        own = rows[:, at]
+        own.diagonal().add_(damping)
+        place, moved, fallen = self.places[int(at[0])][0], torch.zeros_like(values), 0.0
+        if isinstance(self.grid, Refitting) and self.grid.span < len(self.places):
+            self.params[place], fitted = self.grid.refit(values, pull, own, self.params[place])
+            moved = fitted - values
+            pulled = own @ moved
+            fallen = _dot(moved, 2 * pull - pulled)
+            values, pull = fitted, pull.sub_(pulled)
+        costs = own.diagonal().clone()[:, None]
+        shift, rounded = pull.div_(costs), torch.empty_like(values)
+        places = [(self.params[p], i) for p, i in (self.places[k] for k in at.tolist())]
+        columns = _Columns(self.grid, places, own.div_(costs), values.clone(), rounded, shift, torch.empty_like(values))
+        columns.round(0, len(at))
+        self.rounded_KN[at] = rounded
+        self.errors_KN[at] = errors.sub_(rounded.sub_(values).add_(moved))
+        gained = shift.square_().sum(1).double() - columns.lost.square_().sum(1).double()
+        return fallen + float(gained @ costs[:, 0].double())
 
     def result(self) -> Tensor:
         """The rounded weight (N, K), columns as they were."""
