@@ -104,7 +104,8 @@ def measure(name: str, args: argparse.Namespace, summary: dict[str, Any]) -> Non
         rate, share, read = (statistics.median(v[i] for v in values) for i in range(3))
         best = max(v[1] for v in values)
         print(
-            f"{name:18}{size:6.2f}  {label:6}{len(values):3}{rate:9.2f}{rate * size:8.1f}{read / 1e9:8.1f}{share:9.3f}{best:8.3f}",
+            f"{name:18}{size:6.2f}  {label:6}{len(values):3}{rate:9.2f}{rate * size:8.1f}{read / 1e9:8.1f}"
+            f"{share:9.3f}{best:8.3f}",
             flush=True,
         )
         summary[f"{name}, {label}"] = [len(values), round(rate, 3), round(share, 3)]

@@ -7,7 +7,8 @@ of 512 tokens, each window's first token unscored), so that rows differ only in 
 of the row's negative log-likelihoods less the base's, in thousandths of a nat a token, with the standard error of that
 mean over the windows: two rows whose excesses are nearer than that are level on this text. Bits count what the file
 holds of the layers' linears, tables and indices included. --reader rival unpacks with the package that wrote the file
-(`rival_weights.py`). --keep FILE remembers rows, so that a later call measures only what is new. --speed decodes with the native engine and with the file's own runtime, in turns (`regime.py`).
+(`rival_weights.py`). --keep FILE remembers rows, so that a later call measures only what is new. --speed decodes with
+the native engine and with the file's own runtime, in turns (`regime.py`).
 The last line is JSON.
 """
 

@@ -76,7 +76,7 @@ def test_every_method(name: str, source: Path, tmp_path: Path, text: str, letter
 
 @pytest.mark.parametrize(("name", "worse"), [("nf4", "plain"), ("int8", "plain"), ("gguf:q4_0", "plain")])
 def test_calibration_loses_less(name: str, worse: str, source: Path, tmp_path: Path, text: str, letters: Any) -> None:
-    """The same file format, the same scales or nearly, and a smaller error of the outputs in every linear of layer 0."""
+    """The same file format, nearly the same scales, and a smaller error of the outputs in every linear of layer 0."""
     errors = []
     for calibrated in (True, False):
         target = target_of(name, tmp_path / str(calibrated))

@@ -102,9 +102,7 @@ def convert(
     return write(make_target(opened, path.name, options), opened, path, options, progress)
 
 
-def write(
-    target: Target, source: Checkpoint, path: Path, options: Options, progress: Progress | None = None
-) -> Result:
+def write(target: Target, source: Checkpoint, path: Path, options: Options, progress: Progress | None = None) -> Result:
     """Writes `source` by `target` to `path`, or goes on with it; the options say how, and are part of its identity."""
     try:
         return _Run(target, source, path, options).go(progress)
@@ -418,6 +416,16 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def add_sums(manifest: Path, files: Sequence[Path]) -> None:
+    """Lists files in a manifest, in the place of older entries of theirs."""
+    names = {file.name for file in files}
+    lines = [line for line in manifest.read_text().splitlines() if line.split("  ", 1)[1] not in names]
+    lines += [f"{sha256(file)}  {file.name}" for file in files]
+    ordered = sorted(lines, key=lambda line: line.split("  ", 1)[1])
+    with replacing(manifest) as opened:
+        opened.write("".join(f"{line}\n" for line in ordered).encode())
 
 
 # -- checking it -------------------------------------------------------------------------------------------------

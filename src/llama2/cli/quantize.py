@@ -24,7 +24,7 @@ METHODS = "gptq, nf4, fp4, int8, or gguf:TYPE such as gguf:q4_k"
 class Calibration:
     """calibration (gptq and gguf; the others with --calibrate)."""
 
-    data: str | None = option(None, "text to calibrate on, or .jsonl with text or messages (default: the one that comes "
+    data: str | None = option(None, "text to calibrate on, or .jsonl of texts or messages (default: the one that comes "
                               "with llama2)", metavar="FILE")  # fmt: skip
     samples: int = option(128, "windows of that text, at most")
     length: int = option(512, "tokens of a window")

@@ -2,8 +2,8 @@
 
 For every layer its stages run over all stored sequences (layer.py); after each the linears of one group are replaced
 by what their quantised form means, so that everything behind them sees their errors. Its tensors are written, the
-journal notes the layer, and the next one begins. The result is then written as any converted checkpoint is, from a view in which
-the new tensors have taken the place of the old ones.
+journal notes the layer, and the next one begins. The result is then written as any converted checkpoint is, from a
+view in which the new tensors have taken the place of the old ones.
 """
 
 import hashlib
@@ -143,7 +143,7 @@ class Job:
             raise InputError(f"{path} is the source; give another place, the source is never written to")
 
     def _calibration(self, data: Any, held_out: str | Path | None, tokenizer: Any) -> Calibration | None:
-        """The windows, and what is measured; None where neither is wanted, or measuring alone and no tokenizer there."""
+        """The windows, and what is measured; None where neither is wanted, or only measuring without a tokenizer."""
         options = self.options
         if not options.calibrated and not options.eval_tokens:
             return None
