@@ -21,6 +21,9 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "stopping": ("StoppingCriteria", "StoppingCriteriaList"),
     "streamers": ("AsyncTextIteratorStreamer", "TextIteratorStreamer", "TextStreamer"),
     "pipelines": ("pipeline",),
+    "lora_config": ("LoraConfig",),
+    "engine.engine": ("Engine",),
+    "train.trainer": ("Trainer", "TrainingArguments"),
     "errors": (
         "CheckpointError",
         "ConfigError",

@@ -18,7 +18,7 @@ from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.linear import Linear
 from llama2.quant.linear import PackedLinear
 from llama2.quant.methods import layer_class
-from llama2.quantization_config import QuantizationConfig, parse
+from llama2.quantization_config import GPTQConfig, QuantizationConfig, parse
 
 
 def settings_of(config: LlamaConfig, where: Path | str) -> QuantizationConfig | None:
@@ -38,7 +38,13 @@ def asked_for(given: Any, load_in_4bit: bool, load_in_8bit: bool) -> Quantizatio
         raise InputError("quantization_config and load_in_4bit or load_in_8bit are one setting; give one of them")
     if given is None and not (load_in_4bit or load_in_8bit):
         return None
-    return parse({"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit} if given is None else given)
+    config = parse({"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit} if given is None else given)
+    if isinstance(config, GPTQConfig) and config.dataset is not None:
+        raise InputError(
+            "from_pretrained rounds without calibration, and GPTQConfig has a dataset to calibrate on; make files with "
+            "`llama2 quantize SRC DST --data FILE` and load those, or leave dataset out"
+        )
+    return config
 
 
 def packed_parts(names: Mapping[str, Any], modules: Mapping[str, Any]) -> dict[str, dict[str, str]]:
