@@ -17,7 +17,7 @@ from torch import Tensor
 from llama2.errors import InputError, MissingDependencyError
 
 MAX_SOURCE = 65_536  # characters of a schema, regular expression or grammar
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _KEPT = 64  # compiled grammars
 
 
