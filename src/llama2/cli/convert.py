@@ -24,7 +24,7 @@ class Options:
     shard_size: str = option("5GB", "largest file of --to hf, such as 500MB or 5GiB", metavar="SIZE")
     shards: int = option(1, "number of files of --to meta")
     kv_heads: int | None = option(None, "pool the key and value heads to this many, by their mean (for uptraining)")
-    imatrix: str | None = option(None, "importance matrix (of llama-imatrix or `llama2 quantize`) for the block types "
+    imatrix: str | None = option(None, "importance matrix (a file of llama-imatrix) for the block types "
                                  "of gguf", metavar="FILE")  # fmt: skip
     chat: bool = option(False, "add Llama 2's chat template (Meta folders named *-chat get it anyway)")
     quiet: bool = option(False, "no progress bar")
