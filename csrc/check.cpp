@@ -104,7 +104,7 @@ struct Given {  // random codes with their scales, in buffers of exactly the rig
   std::vector<uint8_t> codes, zeros;
   std::vector<uint16_t> halves;
   std::vector<float> floats;
-  Codebook codebook;
+  Codebook forms;
   std::vector<int32_t> order;
 
   Given(Format f, int64_t rows, int64_t cols, int64_t group, bool shuffled) {
@@ -120,7 +120,7 @@ struct Given {  // random codes with their scales, in buffers of exactly the rig
     for (auto& v : floats) v = 0.01f + 0.01f * static_cast<float>(rng() % 100);
     float table[16];
     for (auto& v : table) v = normal();
-    codebook = codebook_of(table);
+    forms = codebook_of(table);
     order.resize(shuffled ? cols : 0);
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
     std::shuffle(order.begin(), order.end(), rng);
@@ -142,7 +142,7 @@ struct Given {  // random codes with their scales, in buffers of exactly the rig
     p.m.cols = source.cols;
     p.m.format = f;
     p.m.stride = tile_bytes(f, source.cols, source.group);
-    p.m.codebook = &codebook;
+    p.m.codebook = &forms;
     p.m.order = source.order;
     if (f == Format::G4 || f == Format::G8) p.m.group = source.group;
     p.memory.resize(p.m.tiles() * p.m.stride);
