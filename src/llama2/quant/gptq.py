@@ -15,9 +15,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
 from llama2.quant.grids import IntegerGrid, Steps
-from llama2.quant.linear import PackedLinear
+from llama2.quant.linear import Fused, PackedLinear
 from llama2.quant.solve import Solution
 
 SPAN = 32  # fields that fill whole words, whatever their bits
@@ -25,6 +26,7 @@ SPAN = 32  # fields that fill whole words, whatever their bits
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 _CHUNK = 1 << 19  # codes unpacked in one go: their floats (2 MiB) stay near a core's cache
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
+_groups = door("quant.fused", "Groups", "The kernels of GPTQ's integers; imports triton.")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -102,6 +104,7 @@ class GptqLinear(PackedLinear):
         self.bits: int = config.bits
         self.group_size = config.group_size if config.group_size != -1 else self.in_features
         self.v2 = config.format == "gptq_v2"
+        self._seen: tuple[Tensor, int, bool] | None = None
 
     @classmethod
     def from_file(
@@ -149,9 +152,16 @@ class GptqLinear(PackedLinear):
 
     @property
     def in_order(self) -> bool:
-        """Whether groups are runs of neighbouring columns."""
+        """Whether groups are runs of neighbouring columns.
+
+        Looked up once for a g_idx: a GPU would have to be waited for at each product, and not while it records a graph.
+        """
         g_idx = self.packed["g_idx"]
-        return bool(torch.equal(g_idx, torch.arange(len(g_idx), device=g_idx.device) // self.group_size))
+        version = 0 if g_idx.is_inference() else g_idx._version
+        if self._seen is None or self._seen[0] is not g_idx or self._seen[1] != version:
+            places = torch.arange(len(g_idx), dtype=torch.int32, device=g_idx.device) // self.group_size
+            self._seen = (g_idx, version, bool(torch.equal(g_idx, places)))
+        return self._seen[2]
 
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes (K, N) and zeros (G, N), int32."""
@@ -174,6 +184,13 @@ class GptqLinear(PackedLinear):
             part = unpack(words, self.bits).float().sub_(zeros_GN[at]).mul_(scales_GN[at])
             out_NK[:, start : start + step] = part.mT
         return out_NK
+
+    def fused(self) -> Fused:
+        """As PackedLinear.fused."""
+        shape = (self.out_features, self.in_features)
+        tensors = [self.packed[name] for name in _PARTS]
+        made: Fused = _groups(shape, self.bits, self.group_size, not self.v2, self.in_order, *tensors)
+        return made
 
     def extra_repr(self) -> str:
         """As PackedLinear.extra_repr."""

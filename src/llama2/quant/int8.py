@@ -15,10 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
-from llama2.quant.linear import PackedLinear
+from llama2.quant.linear import Fused, PackedLinear
 
 LEVELS = 127
+_bytes = door("quant.fused", "Bytes", "The kernels of int8 rows; imports triton.")
 
 
 class Linear8bit(PackedLinear):
@@ -70,3 +72,8 @@ class Linear8bit(PackedLinear):
         """As PackedLinear.dequantize, rounded as in bitsandbytes: times SCB, then times the float32 next to 1/127."""
         held = self.packed
         return (held["weight"] * held["SCB"][:, None]).mul_(1 / LEVELS).to(dtype)
+
+    def fused(self) -> Fused:
+        """As PackedLinear.fused."""
+        made: Fused = _bytes((self.out_features, self.in_features), self.packed["weight"], self.packed["SCB"])
+        return made

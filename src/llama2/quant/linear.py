@@ -2,15 +2,44 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_FUSED = (torch.float32, torch.float16, torch.bfloat16)
+_ROWS = 16  # of x, up to which a kernel multiplies with packed weights
+
+
+class Fused(Protocol):
+    """The kernels of one packed weight (N, K); the classes of `fused`."""
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether `product` is there for this shape and format."""
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """What the layer's `dequantize` gives."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (M, K) W^T (M, N), M from 1 to 16."""
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Whether `fused` has kernels for tensors there; without them torch computes everything."""
+    return device.type == "cuda" and _has_triton()
+
 
 class PackedLinear(nn.Module, ABC):
-    """x (..., in) -> x W^T + b (..., out), W unpacked for each product.
+    """x (..., in) -> x W^T + b (..., out), W unpacked for each product, or multiplied packed where a kernel can.
 
     The packed tensors are buffers under the names that files give them ("qweight", or "weight" and "weight.absmax"), so
     `state_dict()` is what the file holds. They follow the module to another device but never change their dtype, and
@@ -42,6 +71,27 @@ class PackedLinear(nn.Module, ABC):
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (out, in) in `dtype`."""
+
+    @abstractmethod
+    def fused(self) -> Fused:
+        """The kernels over this layer's tensors. Asked for where `kernels_run`; imports triton."""
+
+    def weight_for(self, x: Tensor) -> Tensor:
+        """The weight (out, in) in the dtype of x, by a kernel where there is one."""
+        return self.fused().unpack(x.dtype) if self._has_kernels(x) else self.dequantize(x.dtype)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x W^T without gradients."""
+        rows = x.numel() // self.in_features
+        if 1 <= rows <= _ROWS and self._has_kernels(x):
+            fused = self.fused()
+            if fused.multiplies:
+                out = fused.product(x.reshape(rows, self.in_features).contiguous())
+                return out.view(*x.shape[:-1], self.out_features)
+        return F.linear(x, self.weight_for(x))
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        return x.dtype in _FUSED and kernels_run(x.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear."""
@@ -97,9 +147,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantize(x.dtype))
+        return layer.multiply(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        return grad @ ctx.layer.dequantize(grad.dtype), None
+        return grad @ ctx.layer.weight_for(grad), None

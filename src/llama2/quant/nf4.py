@@ -22,9 +22,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
 from llama2.quant.codebooks import FP4, NF4
-from llama2.quant.linear import PackedLinear
+from llama2.quant.linear import Fused, PackedLinear
 from llama2.quantization_config import BitsAndBytesConfig
 
 TABLES = {"nf4": NF4, "fp4": FP4}
@@ -34,6 +35,7 @@ STORAGES = {t: getattr(torch, t) for t in ("uint8", "bfloat16", "float16", "floa
 _STATE = "weight.quant_state.bitsandbytes__"
 _NEAREST = 65536  # steps of [-1, 1] in which bitsandbytes looks for the nearest of the 256 values
 _CHUNK = 1 << 20  # values at once: what is between codes and weights stays in the cache of a core
+_blocks = door("quant.fused", "Blocks", "The kernels of two codes a byte; imports triton.")
 _DAMAGED = "the file is damaged: fetch it, or quantise the model, again"
 
 
@@ -122,6 +124,14 @@ class Linear4bit(PackedLinear):
         one (1e-38) are kept, which its AVX-512 build makes 0."""
         shape = (self.out_features, self.in_features)
         return from_codes(self.codes, self.absmax, self.state.kind, self.state.block, shape, dtype)
+
+    def fused(self) -> Fused:
+        """As PackedLinear.fused."""
+        held, shape, state = self.packed, (self.out_features, self.in_features), self.state
+        tables = (held.get("weight.nested_quant_map"), held.get("weight.nested_absmax"))
+        scales = (held["weight.absmax"], *tables, state.nested, state.offset)
+        made: Fused = _blocks(shape, state.kind, state.block, self.codes, *scales)
+        return made
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear, computed in compute_dtype."""

@@ -1,0 +1,439 @@
+"""The Triton kernels of `fused`: packed weights to floats, and products of a few rows of x with packed weights.
+
+W is (N, K), x (M, K), sums are float32. A program of a product takes rows n of W and a range of K, `share` tiles of it;
+where there are several ranges, each has its own plane of `out`. "row" kernels multiply on the vector units, "rows"
+kernels (up to 16 rows of x) as matrices of 16 rows. Codes are read 16 bytes a thread; the table of 16 values is one
+line of the first cache.
+"""
+
+import triton
+import triton.language as tl
+
+# -- parts -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _halves(pairs: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """Two neighbouring numbers of x out of one integer of twice their width."""
+    if DTYPE == tl.float32:  # noqa: SIM300
+        low = pairs.to(tl.int32).to(DTYPE, bitcast=True)
+        high = (pairs >> 32).to(tl.int32).to(DTYPE, bitcast=True)
+    else:
+        low = pairs.to(tl.int16).to(DTYPE, bitcast=True)
+        high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _absmax(
+    absmax: tl.tensor,
+    values: tl.tensor,
+    nested: tl.tensor,
+    offset: tl.tensor,
+    at: tl.tensor,
+    mask: tl.tensor,
+    NESTED: tl.constexpr,
+) -> tl.tensor:
+    """Scales of the blocks `at`; with double quantisation values[code] * nested + offset."""
+    found = tl.load(absmax + at, mask=mask, other=0)
+    if NESTED > 0:
+        value = tl.load(values + found.to(tl.int32))
+        found = value * tl.load(nested + at // NESTED, mask=mask, other=0.0) + offset
+    return found
+
+
+@triton.jit
+def _field(
+    words: tl.tensor,
+    at: tl.tensor,
+    step: tl.tensor,
+    shift: tl.tensor,
+    mask: tl.tensor,
+    BITS: tl.constexpr,
+    ADD: tl.constexpr,
+) -> tl.tensor:
+    """The field that begins at bit `shift` of word `at`; of 3 bits it may end in the word `step` further on."""
+    value = (tl.load(words + at, mask=mask, other=0).to(tl.uint32, bitcast=True) + ADD) >> shift.to(tl.uint32)
+    if BITS == 3:
+        high = tl.load(words + at + step, mask=mask & (shift > 29), other=0).to(tl.uint32, bitcast=True)
+        value = value | ((high << 1) << (31 - shift).to(tl.uint32))
+    return (value & ((1 << BITS) - 1)).to(tl.int32)
+
+
+@triton.jit
+def _zeros(
+    qzeros: tl.tensor,
+    group: tl.tensor,
+    n: tl.tensor,
+    columns: tl.tensor,
+    mask: tl.tensor,
+    BITS: tl.constexpr,
+    ADD: tl.constexpr,
+    V1: tl.constexpr,
+) -> tl.tensor:
+    """The zeros of outputs n in `group`, shaped alike. ADD: what v1 leaves out of every field of a word."""
+    bit = (n % 32) * BITS
+    at = group * (columns // 32 * BITS) + n // 32 * BITS + bit // 32
+    zero = _field(qzeros, at, 1, bit % 32, mask, BITS, ADD)
+    if V1 and BITS == 3:
+        zero = (zero + 1) & 7
+    return zero
+
+
+# -- to floats ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def unpack_blocks(
+    codes: tl.tensor,
+    table: tl.tensor,
+    absmax: tl.tensor,
+    values: tl.tensor,
+    nested: tl.tensor,
+    offset: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    SPAN: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    SPANS: tl.constexpr,
+) -> None:
+    """Two codes a byte to `count` values. A block has PER_BLOCK spans of SPAN values."""
+    span = tl.program_id(0).to(tl.int64) * SPANS + tl.arange(0, SPANS)
+    byte = span[:, None] * (SPAN // 2) + tl.arange(0, SPAN // 2)[None, :]
+    code = tl.load(codes + byte, mask=byte * 2 < count, other=0).to(tl.int32)
+    scale = _absmax(absmax, values, nested, offset, span // PER_BLOCK, span * SPAN < count, NESTED)
+    even = tl.load(table + (code >> 4)) * scale[:, None]
+    odd = tl.load(table + (code & 15)) * scale[:, None]
+    at = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+    tl.store(out + at, tl.interleave(even, odd).to(out.dtype.element_ty), mask=at < count)
+
+
+@triton.jit
+def unpack_groups(
+    qweight: tl.tensor,
+    qzeros: tl.tensor,
+    scales: tl.tensor,
+    g_idx: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    BITS: tl.constexpr,
+    ADD: tl.constexpr,
+    V1: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    """GPTQ's integers (rows N, columns K), in any order of their groups, to values (N, K)."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (k[:, None] < columns) & (n[None, :] < rows)
+    bit = (k % 32) * BITS
+    word = k // 32 * BITS + bit // 32
+    shift = (bit % 32)[:, None] + tl.zeros((BLOCK_K, BLOCK_N), tl.int32)
+    code = _field(qweight, word[:, None] * rows + n[None, :], rows, shift, mask, BITS, 0)
+    group = tl.load(g_idx + k, mask=k < columns, other=0)
+    places = n[None, :] + tl.zeros((BLOCK_K, BLOCK_N), tl.int32)
+    zero = _zeros(qzeros, group[:, None], places, rows, mask, BITS, ADD, V1)
+    scale = tl.load(scales + group[:, None] * rows + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    value = tl.trans((code - zero).to(tl.float32) * scale).to(out.dtype.element_ty)
+    at = n[:, None].to(tl.int64) * columns + k[None, :]
+    tl.store(out + at, value, mask=(n[:, None] < rows) & (k[None, :] < columns))
+
+
+@triton.jit
+def unpack_rows(weight: tl.tensor, peaks: tl.tensor, out: tl.tensor, columns: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """int8 rows times their scale / 127."""
+    n = tl.program_id(1).to(tl.int64)
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    code = tl.load(weight + n * columns + k, mask=k < columns, other=0)
+    value = code.to(tl.float32) * tl.load(peaks + n) * 0.007874015748031496
+    tl.store(out + n * columns + k, value.to(out.dtype.element_ty), mask=k < columns)
+
+
+@triton.jit(do_not_specialize=["split"])
+def add_parts(parts: tl.tensor, out: tl.tensor, count: tl.tensor, split: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """Sum of the planes (split, count), always in the same order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(split):
+        total += tl.load(parts + part * count + at, mask=at < count, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
+
+
+# -- two codes a byte --------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["share"])
+def blocks_row(
+    x: tl.tensor,
+    codes: tl.tensor,
+    table: tl.tensor,
+    absmax: tl.tensor,
+    values: tl.tensor,
+    nested: tl.tensor,
+    offset: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    row_bytes: tl.tensor,
+    spans: tl.tensor,
+    share: tl.tensor,
+    SPAN: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPANS: tl.constexpr,
+) -> None:
+    """One row of x, as pairs. A row of W has `spans` whole spans."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * share * SPANS
+    sums = tl.zeros((BLOCK_N, SPANS), tl.float32)
+    for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
+        span = start + tl.arange(0, SPANS)
+        there = (n[:, None] < rows) & (span[None, :] < spans)
+        byte = span[:, None] * (SPAN // 2) + tl.arange(0, SPAN // 2)[None, :]
+        at = n[:, None, None] * row_bytes + byte[None, :, :]
+        code = tl.load(codes + at, mask=there[:, :, None], other=0).to(tl.int32)
+        even, odd = _halves(tl.load(x + byte, mask=span[:, None] < spans, other=0), DTYPE)
+        block = (n[:, None] * spans + span[None, :]) // PER_BLOCK
+        scale = _absmax(absmax, values, nested, offset, block, there, NESTED)
+        product = tl.load(table + (code >> 4)) * even.to(tl.float32)[None, :, :]
+        product += tl.load(table + (code & 15)) * odd.to(tl.float32)[None, :, :]
+        sums += tl.sum(product, 2) * scale
+    total = tl.sum(sums, 1).to(out.dtype.element_ty)
+    tl.store(out + tl.program_id(1) * rows + n, total, mask=n < rows)
+
+
+@triton.jit(do_not_specialize=["share", "count"])
+def blocks_rows(
+    x: tl.tensor,
+    codes: tl.tensor,
+    table: tl.tensor,
+    absmax: tl.tensor,
+    values: tl.tensor,
+    nested: tl.tensor,
+    offset: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    row_bytes: tl.tensor,
+    spans: tl.tensor,
+    share: tl.tensor,
+    count: tl.tensor,
+    SPAN: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPANS: tl.constexpr,
+) -> None:
+    """`count` rows of x, up to 16: as blocks_row, W rounded to DTYPE. DOT: the type that matrices multiply in."""
+    m = tl.arange(0, 16)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * share * SPANS
+    width: tl.constexpr = SPANS * SPAN // 2
+    sums = tl.zeros((16, BLOCK_N), tl.float32)
+    for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
+        span = start + tl.arange(0, SPANS)
+        there = (n[:, None] < rows) & (span[None, :] < spans)
+        byte = span[:, None] * (SPAN // 2) + tl.arange(0, SPAN // 2)[None, :]
+        at = n[:, None, None] * row_bytes + byte[None, :, :]
+        code = tl.load(codes + at, mask=there[:, :, None], other=0).to(tl.int32)
+        block = (n[:, None] * spans + span[None, :]) // PER_BLOCK
+        scale = _absmax(absmax, values, nested, offset, block, there, NESTED)[:, :, None]
+        high = tl.reshape((tl.load(table + (code >> 4)) * scale).to(DTYPE), (BLOCK_N, width))
+        low = tl.reshape((tl.load(table + (code & 15)) * scale).to(DTYPE), (BLOCK_N, width))
+        pair = start * (SPAN // 2) + tl.arange(0, width)
+        held = (m[:, None] < count) & (pair[None, :] < row_bytes)
+        even, odd = _halves(tl.load(x + m[:, None] * row_bytes + pair[None, :], mask=held, other=0), DTYPE)
+        sums = tl.dot(even.to(DOT), tl.trans(high).to(DOT), sums, input_precision="ieee")
+        sums = tl.dot(odd.to(DOT), tl.trans(low).to(DOT), sums, input_precision="ieee")
+    at = (tl.program_id(1) * count + m[:, None]) * rows + n[None, :]
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(m[:, None] < count) & (n[None, :] < rows))
+
+
+# -- GPTQ, four bits ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _steps(
+    qzeros: tl.tensor,
+    scales: tl.tensor,
+    group: tl.tensor,
+    n: tl.tensor,
+    rows: tl.tensor,
+    mask: tl.tensor,
+    ADD: tl.constexpr,
+    V1: tl.constexpr,
+) -> tl.tensor:
+    """(2^23 + zero, scale) of outputs n in `group`: code | 2^23 as float bits, less the first, is code - zero."""
+    zero = _zeros(qzeros, group, n, rows, mask, 4, ADD, V1).to(tl.float32) + 8388608.0
+    return zero, tl.load(scales + group * rows + n, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _less(word: tl.tensor, j: tl.constexpr, zero: tl.tensor) -> tl.tensor:
+    """The j-th code of each word less its zero, float32."""
+    return (((word >> (4 * j)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - zero
+
+
+@triton.jit(do_not_specialize=["share"])
+def groups_row(
+    x: tl.tensor,
+    qweight: tl.tensor,
+    qzeros: tl.tensor,
+    scales: tl.tensor,
+    g_idx: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    group_size: tl.tensor,
+    share: tl.tensor,
+    ADD: tl.constexpr,
+    V1: tl.constexpr,
+    ORDERED: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPANS: tl.constexpr,
+) -> None:
+    """One row of x. A span is SPAN rows of words, 8 SPAN columns; ORDERED: it lies in one group, in file order."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * share * SPANS
+    spans = (columns + 8 * SPAN - 1) // (8 * SPAN)
+    sums = tl.zeros((SPANS, SPAN, BLOCK_N), tl.float32)
+    for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
+        span = start + tl.arange(0, SPANS)
+        line = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+        held = line < columns // 8
+        mask = held[:, :, None] & (n < rows)[None, None, :]
+        place = n[None, None, :] + tl.zeros((SPANS, 1, BLOCK_N), tl.int32)
+        word = tl.load(qweight + line[:, :, None] * rows + n[None, None, :], mask=mask, other=0)
+        if ORDERED:
+            group = (span * (8 * SPAN) // group_size)[:, None, None]
+            real = (span * (8 * SPAN) < columns)[:, None, None] & (n < rows)[None, None, :]
+            zero, scale = _steps(qzeros, scales, group, place, rows, real, ADD, V1)
+            part = tl.zeros((SPANS, SPAN, BLOCK_N), tl.float32)
+            for j in tl.static_range(8):
+                value = tl.load(x + line * 8 + j, mask=held, other=0.0).to(tl.float32)
+                part += _less(word, j, zero) * value[:, :, None]
+            sums += part * scale
+        else:
+            for j in tl.static_range(8):
+                value = tl.load(x + line * 8 + j, mask=held, other=0.0).to(tl.float32)
+                group = tl.load(g_idx + line * 8 + j, mask=held, other=0)[:, :, None]
+                zero, scale = _steps(qzeros, scales, group, place, rows, mask, ADD, V1)
+                sums += _less(word, j, zero) * scale * value[:, :, None]
+    total = tl.sum(tl.reshape(sums, (SPANS * SPAN, BLOCK_N)), 0).to(out.dtype.element_ty)
+    tl.store(out + tl.program_id(1) * rows + n, total, mask=n < rows)
+
+
+@triton.jit(do_not_specialize=["share", "count"])
+def groups_rows(
+    x: tl.tensor,
+    qweight: tl.tensor,
+    qzeros: tl.tensor,
+    scales: tl.tensor,
+    g_idx: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    group_size: tl.tensor,
+    share: tl.tensor,
+    count: tl.tensor,
+    ADD: tl.constexpr,
+    V1: tl.constexpr,
+    ORDERED: tl.constexpr,
+    SPAN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPANS: tl.constexpr,
+) -> None:
+    """`count` rows of x, up to 16: as groups_row, W rounded to DTYPE. DOT: the type that matrices multiply in."""
+    m = tl.arange(0, 16)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * share * SPANS
+    spans = (columns + 8 * SPAN - 1) // (8 * SPAN)
+    lines: tl.constexpr = SPANS * SPAN
+    sums = tl.zeros((16, BLOCK_N), tl.float32)
+    for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
+        line = start * SPAN + tl.arange(0, lines)
+        held = line < columns // 8
+        mask = held[:, None] & (n < rows)[None, :]
+        place = n[None, :] + tl.zeros((lines, 1), tl.int32)
+        word = tl.load(qweight + line[:, None] * rows + n[None, :], mask=mask, other=0)
+        group = (line * 8 // group_size)[:, None]
+        if ORDERED:
+            zero, scale = _steps(qzeros, scales, group, place, rows, mask, ADD, V1)
+        for j in tl.static_range(8):
+            if not ORDERED:
+                group = tl.load(g_idx + line * 8 + j, mask=held, other=0)[:, None]
+                zero, scale = _steps(qzeros, scales, group, place, rows, mask, ADD, V1)
+            w = (_less(word, j, zero) * scale).to(DTYPE)
+            there = (m[:, None] < count) & held[None, :]
+            value = tl.load(x + m[:, None] * columns + line[None, :] * 8 + j, mask=there, other=0.0)
+            sums = tl.dot(value.to(DOT), w.to(DOT), sums, input_precision="ieee")
+    at = (tl.program_id(1) * count + m[:, None]) * rows + n[None, :]
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(m[:, None] < count) & (n[None, :] < rows))
+
+
+# -- int8 rows ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["share"])
+def bytes_row(
+    x: tl.tensor,
+    weight: tl.tensor,
+    peaks: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    share: tl.tensor,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """One row of x; W's scales come last."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * share * BLOCK_K
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(first, tl.minimum(first + share * BLOCK_K, columns), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = (n[:, None] < rows) & (k[None, :] < columns)
+        code = tl.load(weight + n[:, None] * columns + k[None, :], mask=mask, other=0)
+        sums += code.to(tl.float32) * tl.load(x + k, mask=k < columns, other=0.0).to(tl.float32)[None, :]
+    scale = tl.load(peaks + n, mask=n < rows, other=0.0) * 0.007874015748031496
+    total = (tl.sum(sums, 1) * scale).to(out.dtype.element_ty)
+    tl.store(out + tl.program_id(1) * rows + n, total, mask=n < rows)
+
+
+@triton.jit(do_not_specialize=["share", "count"])
+def bytes_rows(
+    x: tl.tensor,
+    weight: tl.tensor,
+    peaks: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    share: tl.tensor,
+    count: tl.tensor,
+    DTYPE: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """`count` rows of x, up to 16; DTYPE holds a code exactly."""
+    m = tl.arange(0, 16)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * share * BLOCK_K
+    sums = tl.zeros((16, BLOCK_N), tl.float32)
+    for start in range(first, tl.minimum(first + share * BLOCK_K, columns), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = (n[:, None] < rows) & (k[None, :] < columns)
+        code = tl.load(weight + n[:, None] * columns + k[None, :], mask=mask, other=0).to(tl.float32).to(DTYPE)
+        there = (m[:, None] < count) & (k[None, :] < columns)
+        value = tl.load(x + m[:, None] * columns + k[None, :], mask=there, other=0.0)
+        sums = tl.dot(value.to(DOT), tl.trans(code).to(DOT), sums, input_precision="ieee")
+    sums *= (tl.load(peaks + n, mask=n < rows, other=0.0) * 0.007874015748031496)[None, :]
+    at = (tl.program_id(1) * count + m[:, None]) * rows + n[None, :]
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(m[:, None] < count) & (n[None, :] < rows))
