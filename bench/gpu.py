@@ -1,9 +1,10 @@
-"""What a CUDA machine must show: parity of the attention implementations, CUDA graphs, speed at 7B shape.
+"""What a CUDA machine must show: parity of attention and of packed weights, CUDA graphs, speed at 7B shape.
 
-    python bench/gpu.py [--layers 32] [--tokens 128]
+    python bench/gpu.py [--layers 32] [--tokens 128] [--only parity,packed] [--tiles]
 
-Where there is no GPU it says so and exits 0. On one it prints a table and, as the last line, JSON; exit code 1 where a
-parity bound breaks. Bandwidth shares are against a device-to-device copy measured in the same run.
+Where there is no GPU it says so and exits 0. On one it prints a table for each part and, as the last line, JSON. A part
+that fails prints its traceback and the others go on; exit code 1 where one failed or a parity bound breaks. Bandwidth
+shares are against a device-to-device copy measured in the same run.
 """
 
 import argparse
@@ -11,8 +12,11 @@ import copy
 import json
 import platform
 import time
+import traceback
+from collections.abc import Callable
 from typing import Any
 
+import gpu_packed
 import torch
 from torch import Tensor
 
@@ -133,14 +137,19 @@ def copy_bandwidth(device: str, gib: float = 2.0) -> float:
     return 10 * 2 * source.numel() / (time.perf_counter() - start) / 1e9
 
 
-def decode_speed(layers: int, tokens: int) -> list[dict[str, Any]]:
-    """Tokens per second at 7B shape, batch 1, bfloat16: eager calls, and the same step as a CUDA graph."""
+def decode_speed(layers: int, tokens: int, limit: float, weights: str = "bfloat16") -> list[dict[str, Any]]:
+    """Tokens per second at 7B shape, batch 1, activations bfloat16: eager calls, and the same step as a CUDA graph.
+
+    weights: "bfloat16" or a format of gpu_packed. limit: GB/s of a copy.
+    """
     config = LlamaConfig.preset("7b", num_hidden_layers=layers)
     torch.manual_seed(0)
     model = random_model(config, torch.bfloat16, "cuda")
     prompt = torch.randint(1, 32000, (1, 128), device="cuda")
-    read = model.get_memory_footprint() - 2 * config.vocab_size * config.hidden_size
-    limit = copy_bandwidth("cuda")
+    if weights == "bfloat16":
+        read = model.get_memory_footprint() - 2 * config.vocab_size * config.hidden_size
+    else:
+        read = gpu_packed.pack_model(model, weights)
     rows, greedy = [], {}
     with torch.inference_mode():
         for name in ("dynamic cache", "static cache, CUDA graph"):
@@ -165,6 +174,7 @@ def decode_speed(layers: int, tokens: int) -> list[dict[str, Any]]:
             greedy[name] = torch.cat(chosen).flatten().tolist()
             rows.append(
                 {
+                    "weights": weights,
                     "step": name,
                     "tok/s": 1 / seconds,
                     "GB/s": read / seconds / 1e9,
@@ -172,7 +182,15 @@ def decode_speed(layers: int, tokens: int) -> list[dict[str, Any]]:
                 }
             )
     same = sum(a == b for a, b in zip(*greedy.values(), strict=True))
-    rows.append({"step": "greedy tokens equal", "tok/s": f"{same} of {tokens}", "GB/s": limit, "of copy": 1.0})
+    rows.append(
+        {
+            "weights": weights,
+            "step": "greedy tokens equal",
+            "tok/s": f"{same} of {tokens}",
+            "GB/s": limit,
+            "of copy": 1.0,
+        }
+    )
     return rows
 
 
@@ -187,17 +205,44 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32, help="layers of the 7B shape")
     parser.add_argument("--tokens", type=int, default=128, help="tokens to decode")
+    parser.add_argument("--only", default="", help="parts to run, by the beginnings of their names, comma separated")
+    parser.add_argument("--tiles", action="store_true", help="also time other tiles of the packed kernels")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"no CUDA device on this machine ({platform.machine()}, torch {torch.__version__}): nothing was checked")
         return 0
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    checks = parity("cuda", ["eager", "sdpa", "flash_attention_2"], [torch.bfloat16, torch.float16])
-    print(table(checks) + "\n")
-    speeds = decode_speed(args.layers, args.tokens)
-    print(table(speeds) + "\n")
-    print(json.dumps({"device": torch.cuda.get_device_name(), "parity": checks, "decode": speeds}))
-    return 0 if all(row["ok"] for row in checks) else 1
+    limit = copy_bandwidth("cuda")
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy GB/s": limit}
+    print(", ".join(f"{name} {value}" for name, value in report.items()) + "\n", flush=True)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "parity": lambda: parity("cuda", ["eager", "sdpa", "flash_attention_2"], [torch.bfloat16, torch.float16]),
+        "packed parity": gpu_packed.parity,
+        "packed products": lambda: gpu_packed.products(limit),
+        "packed unpacking": lambda: gpu_packed.unpacking(limit),
+        **{
+            f"decode {weights}": lambda weights=weights: decode_speed(args.layers, args.tokens, limit, weights)
+            for weights in ("bfloat16", "nf4", "gptq 4 bits")
+        },
+    }
+    if args.tiles:
+        parts["tiles"] = lambda: gpu_packed.tiles(limit)
+    wanted = tuple(args.only.split(","))
+    failed = False
+    for name, part in parts.items():
+        if not name.startswith(wanted):
+            continue
+        start = time.perf_counter()
+        try:
+            report[name] = part()
+            print(f"{name}\n{table(report[name])}")
+            failed |= not all(row.get("ok", True) for row in report[name])
+        except Exception:  # the other parts are worth their time on the device
+            traceback.print_exc()
+            failed = True
+        torch.cuda.empty_cache()
+        print(f"({time.perf_counter() - start:.0f} s)\n", flush=True)
+    print(json.dumps(report))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

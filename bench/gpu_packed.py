@@ -1,0 +1,217 @@
+"""Packed weights on a GPU, for bench/gpu.py: parity of each format, bandwidth of the kernels, packed models.
+
+A product's bandwidth is the bytes of the packed weight over its time, the median of replays of a CUDA graph that goes
+through more copies of the weight than the second-level cache holds.
+"""
+
+import copy
+import statistics
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama2 import BitsAndBytesConfig, LlamaForCausalLM
+from llama2.quant.gptq import GptqLinear
+from llama2.quant.int8 import Linear8bit
+from llama2.quant.linear import PackedLinear
+from llama2.quant.nf4 import Linear4bit
+
+Rows = list[dict[str, Any]]
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
+# Relative error against float64, norm over norm: W and the sum rounded to 8 bits, or float32 throughout.
+BOUNDS = {torch.bfloat16: 6e-3, torch.float32: 1e-5}
+ROTATED = 240 << 20  # bytes of weights between two uses of one: several times the cache of an H100
+
+
+def blocks(shape: tuple[int, int], kind: str = "nf4", double: bool = False) -> PackedLinear:
+    """NF4 or FP4 of normal weights."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype="bfloat16",
+    )
+    return Linear4bit.quantize(torch.randn(shape, device="cuda") * 0.02, None, config)
+
+
+def groups(shape: tuple[int, int], bits: int = 4, layout: str = "gptq", shuffled: bool = False) -> PackedLinear:
+    """GPTQ of random codes in groups of 128. Random words are valid zeros too: those of v1 borrow."""
+    (rows, columns), size = shape, 128
+    count = -(-columns // size)
+
+    def words(lines: int, width: int) -> Tensor:
+        return torch.randint(-(1 << 31), 1 << 31, (lines, width), dtype=torch.int32, device="cuda")
+
+    g_idx = torch.arange(columns, dtype=torch.int32, device="cuda") // size
+    tensors = {
+        "qweight": words(columns * bits // 32, rows),
+        "qzeros": words(count, rows * bits // 32),
+        "scales": (torch.rand(count, rows, device="cuda") * 0.064 / (1 << bits) + 1e-4).half(),
+        "g_idx": g_idx[torch.randperm(columns, device="cuda")] if shuffled else g_idx,
+    }
+    return GptqLinear.from_file(
+        tensors, shape, None, SimpleNamespace(bits=bits, group_size=size, sym=False, format=layout)
+    )
+
+
+def int8(shape: tuple[int, int]) -> PackedLinear:
+    """int8 rows of normal weights."""
+    return Linear8bit.quantize(torch.randn(shape, device="cuda") * 0.02, None, None).cuda()
+
+
+FORMATS: dict[str, Callable[[tuple[int, int]], PackedLinear]] = {
+    "nf4": blocks,
+    "nf4 double": lambda shape: blocks(shape, double=True),
+    "gptq 4 bits": groups,
+    "gptq 4 bits act-order": lambda shape: groups(shape, shuffled=True),
+    "int8": int8,
+}
+UNPACKED = {
+    "fp4 double": lambda shape: blocks(shape, "fp4", True),
+    **{f"gptq {bits} bits": lambda shape, b=bits: groups(shape, b) for bits in (2, 3, 8)},
+    "gptq 3 bits v2": lambda shape: groups(shape, 3, "gptq_v2"),
+    "gptq 4 bits v2": lambda shape: groups(shape, 4, "gptq_v2"),
+}
+
+
+def parity() -> Rows:
+    """Products of 1, 3 and 16 rows and the unpacked weight of each format, against torch's unpacking."""
+    torch.manual_seed(0)
+    shape, found = (1056, 2816), []
+    for name, make in {**FORMATS, **UNPACKED}.items():
+        layer = make(shape)
+        exact, fused = layer.dequantize().double(), layer.fused()
+        for dtype in (torch.bfloat16, torch.float32) if name in FORMATS else (torch.bfloat16,):
+            same = torch.equal(fused.unpack(dtype), layer.dequantize(dtype))
+            row = {"format": name, "dtype": str(dtype).removeprefix("torch."), "unpacked equal": same}
+            errors = [0.0]
+            for rows in (1, 3, 16) if fused.multiplies else ():
+                x = torch.randn(rows, shape[1], device="cuda").to(dtype)
+                wanted = x.double() @ exact.T
+                errors.append(float((layer.multiply(x).double() - wanted).norm() / wanted.norm()))
+            worst = max(errors, key=lambda e: float("inf") if e != e else e)
+            found.append({**row, "error": worst, "bound": BOUNDS[dtype], "ok": same and worst < BOUNDS[dtype]})
+    return found
+
+
+def seconds(calls: list[Callable[[], Any]], replays: int = 15) -> float:
+    """Median seconds of one call, all of them recorded as a graph."""
+    with torch.inference_mode():
+        for call in calls:  # compiles kernels; a layer also looks at the order of its groups once
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        times = []
+        for _ in range(replays + 2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3 / len(calls))
+    return statistics.median(times[2:])
+
+
+def copies(layer: PackedLinear, held: int) -> list[PackedLinear]:
+    """The layer and as many copies as are not in the cache together."""
+    return [layer, *(copy.deepcopy(layer) for _ in range(-(-ROTATED // held)))]
+
+
+def products(limit: float) -> Rows:
+    """GB/s of products with packed weights beside F.linear in bfloat16, by shape and rows of x. limit: of a copy."""
+    found = []
+    for shape in SHAPES:
+        size = 2 * shape[0] * shape[1]
+        plain = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(-(-ROTATED // size) + 1)]
+        layers = {name: copies(layer, layer.nbytes) for name, make in FORMATS.items() if (layer := make(shape))}
+        for rows in (1, 4, 16):
+            x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+            base = seconds([lambda w=w, x=x: F.linear(x, w) for w in plain])
+            at = {"out x in": f"{shape[0]} x {shape[1]}", "rows": rows}
+            rate = size / base / 1e9
+            found.append(
+                {**at, "weights": "bfloat16", "us": base * 1e6, "GB/s": rate, "of copy": rate / limit, "x": 1.0}
+            )
+            for name, held in layers.items():
+                took = seconds([lambda layer=layer, x=x: layer.multiply(x) for layer in held])
+                rate = held[0].nbytes / took / 1e9
+                line = {"us": took * 1e6, "GB/s": rate, "of copy": rate / limit, "x": base / took}
+                found.append({**at, "weights": name, **line})
+    return found
+
+
+def unpacking(limit: float) -> Rows:
+    """GB/s, read and written, of the kernels that unpack to bfloat16, and their time beside torch's."""
+    found, shape = [], SHAPES[2]
+    for name, make in {**FORMATS, "gptq 3 bits": UNPACKED["gptq 3 bits"]}.items():
+        layer = make(shape)
+        held = copies(layer, 2 * shape[0] * shape[1])
+        took = seconds([lambda layer=layer: layer.fused().unpack(torch.bfloat16) for layer in held])
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        layer.dequantize(torch.bfloat16)
+        start.record()
+        layer.dequantize(torch.bfloat16)
+        end.record()
+        end.synchronize()
+        rate = (layer.nbytes + 2 * shape[0] * shape[1]) / took / 1e9
+        line = {"us": took * 1e6, "GB/s": rate, "of copy": rate / limit, "torch us": start.elapsed_time(end) * 1e3}
+        found.append({"unpacking": name, **line})
+    return found
+
+
+# -- tiles -------------------------------------------------------------------------------------------------------
+
+_TILES: dict[str, tuple[str, int, list[tuple[int, int, int]]]] = {
+    "blocks_row": ("nf4", 1, [(4, 16, 4), (8, 16, 4), (16, 16, 4), (4, 32, 4), (8, 32, 8), (16, 16, 8), (4, 64, 8)]),
+    "blocks_rows": ("nf4", 4, [(16, 4, 4), (16, 8, 4), (32, 4, 4), (32, 8, 8), (16, 16, 8), (64, 4, 8)]),
+    "groups_row": ("gptq 4 bits", 1, [(64, 1, 4), (64, 2, 4), (32, 2, 4), (128, 1, 4), (128, 2, 8), (256, 1, 8)]),
+    "groups_rows": ("gptq 4 bits", 4, [(64, 1, 4), (64, 2, 4), (32, 2, 4), (128, 1, 4), (64, 4, 8), (128, 2, 8)]),
+    "bytes_row": ("int8", 1, [(4, 512, 4), (8, 512, 4), (4, 1024, 4), (16, 512, 4), (8, 1024, 8)]),
+    "bytes_rows": ("int8", 4, [(16, 256, 4), (16, 512, 4), (32, 256, 4), (32, 256, 8), (16, 512, 8)]),
+}
+
+
+def tiles(limit: float) -> Rows:
+    """GB/s of every kernel by its tile, at 4096 x 11008 and 4096 x 4096."""
+    from llama2.quant import fused
+
+    found = []
+    for kernel, (name, rows, tried) in _TILES.items():
+        held = {
+            shape: copies(layer, layer.nbytes) for shape in (SHAPES[2], SHAPES[0]) if (layer := FORMATS[name](shape))
+        }
+        kept = fused.TILES[kernel]
+        for tile in tried:
+            row: dict[str, Any] = {"kernel": kernel, "rows": rows, "tile": "x".join(map(str, tile))}
+            for shape, layers in held.items():
+                fused.TILES[kernel] = fused.Tile(*tile)
+                x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+                try:
+                    took = seconds([lambda layer=layer, x=x: layer.multiply(x) for layer in layers], 7)
+                    row[f"of copy, {shape[0]} x {shape[1]}"] = layers[0].nbytes / took / 1e9 / limit
+                except Exception as error:  # too large a tile says so in one of several ways
+                    row[f"of copy, {shape[0]} x {shape[1]}"] = type(error).__name__
+                finally:
+                    fused.TILES[kernel] = kept
+            found.append(row)
+    return found
+
+
+# -- whole models ------------------------------------------------------------------------------------------------
+
+
+def pack_model(model: LlamaForCausalLM, weights: str) -> int:
+    """Packs every linear of the layers in place; returns the bytes that a step reads."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and ".layers." in path:
+            shape = (module.out_features, module.in_features)
+            model.set_submodule(path, FORMATS[weights](shape))
+    packed = sum(module.nbytes for module in model.modules() if isinstance(module, PackedLinear))
+    return packed + model.lm_head.weight.nbytes
