@@ -104,7 +104,8 @@ def values(layer: PackedLinear, dtype: torch.dtype) -> Tensor:
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found.detach().double() - wanted).norm() / wanted.norm())
+    found, wanted = found.detach().double(), wanted.detach()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -33,8 +33,8 @@ class Tile(NamedTuple):
 # By kernel. `bench/gpu.py --tiles` times others.
 TILES = {
     "blocks_row": Tile(8, 16),
-    "blocks_rows": Tile(16, 8),
-    "groups_row": Tile(64, 2),
+    "blocks_rows": Tile(16, 4),
+    "groups_row": Tile(128, 1),
     "groups_rows": Tile(64, 2),
     "bytes_row": Tile(8, 512),
     "bytes_rows": Tile(16, 256),
@@ -89,7 +89,14 @@ class Blocks:
         with torch.cuda.device_of(out):
             # Products and sums round one by one, as in torch.
             kernels.unpack_blocks[grid](
-                *self._scales, out, out.numel(), **self._settings, SPANS=spans, num_warps=4, enable_fp_fusion=False
+                *self._scales,
+                out,
+                out.numel(),
+                self.codes.numel(),
+                **self._settings,
+                SPANS=spans,
+                num_warps=4,
+                enable_fp_fusion=False,
             )
         return out
 
@@ -99,7 +106,9 @@ class Blocks:
         pairs = _pairs(x)
 
         def launch(kernel: Any, grid: tuple[int, int], out: Tensor, share: int, tile: Tile, **more: Any) -> None:
-            fixed = {**self._settings, "DTYPE": DTYPES[x.dtype], "BLOCK_N": tile.rows, "SPANS": tile.spans}
+            asm = _LOOKUP if x.is_cuda and x.dtype != torch.float32 else ""
+            fixed = {**self._settings, "ASM": asm, "DTYPE": DTYPES[x.dtype]}
+            fixed |= {"BLOCK_N": tile.rows, "SPANS": tile.spans}
             kernel[grid](pairs, *self._scales, out, rows, columns // 2, spans, share, **fixed, **more)
 
         return _split("blocks", x, rows, spans, launch)
@@ -147,17 +156,17 @@ class Groups:
         """x (M, K) W^T."""
         rows, columns = self.shape
         width = min(self.group_size & -self.group_size, 128)  # the largest power of two in a group
-        ordered = self.ordered and width >= 32
-        span = width // 8 if ordered else 16
+        ordered, span = self.ordered and width >= 32, 16
+        if ordered and len(x) == 1:
+            span = width // 8
 
         def launch(kernel: Any, grid: tuple[int, int], out: Tensor, share: int, tile: Tile, **more: Any) -> None:
-            if "DOT" in more:
-                more["DTYPE"] = DTYPES[x.dtype]
-            fixed = {**self._zeros, "ORDERED": ordered, "SPAN": span}
-            fixed |= {"BLOCK_N": tile.rows, "SPANS": tile.spans * 16 // span}
+            if len(x) > 1:
+                more |= {"DTYPE": DTYPES[x.dtype], "SPANS": tile.spans}
+            fixed = {**self._zeros, "ORDERED": ordered, "SPAN": span, "BLOCK_N": tile.rows}
             kernel[grid](x, *self._tensors, out, rows, columns, self.group_size, share, **fixed, **more)
 
-        return _split("groups", x, rows, triton.cdiv(columns, 128), launch)
+        return _split("groups", x, rows, triton.cdiv(columns, 8 * span), launch)
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,7 @@ class Bytes:
         rows, columns = self.shape
 
         def launch(kernel: Any, grid: tuple[int, int], out: Tensor, share: int, tile: Tile, **more: Any) -> None:
-            if "DOT" in more:
+            if len(x) > 1:
                 more["DTYPE"] = DTYPES[x.dtype]
             fixed = {"BLOCK_N": tile.rows, "BLOCK_K": tile.spans}
             kernel[grid](x, self.weight, self.peaks, out, rows, columns, share, **fixed, **more)
@@ -222,4 +231,45 @@ def _pairs(x: Tensor) -> Tensor:
 
 @cache
 def _table(kind: str, device: torch.device) -> Tensor:
-    return torch.tensor(_TABLES[kind], device=device)
+    """The 16 values in float32, then their float16 bytes: the low ones of all, the high ones of all, (24,)."""
+    values = torch.tensor(_TABLES[kind])
+    planes = values.half().view(torch.uint8).view(16, 2).T.contiguous().view(torch.float32)
+    return torch.cat((values, planes.flatten())).to(device)
+
+
+def _lookup() -> str:
+    """PTX for four bytes $8: values of the high four bits as float32 in $0..$3, of the low ones in $4..$7.
+
+    The values have float16's precision, an eighth of bfloat16's. $9..$40 are the planes of `_table`, each word four
+    times. prmt takes four bytes out of eight by four numbers at once: for either byte of a value, it looks in both
+    halves of the plane, then chooses by the top bit.
+    """
+    lines = [
+        ".reg .b32 c<2>, s<2>, a, b, lo, hi, pair;",
+        ".reg .b16 x, y;",
+        "and.b32 c0, $8, 0x77777777;",
+        "shr.u32 s0, $8, 1;",
+        "and.b32 s0, s0, 0x44444444;",
+        "or.b32 s0, s0, 0x32103210;",
+        "shr.u32 c1, c0, 16;",
+        "shr.u32 s1, s0, 16;",
+    ]
+    for half in range(2):
+        for plane, name in enumerate(("lo", "hi")):
+            words = [f"${9 + 4 * (4 * plane + word)}" for word in range(4)]
+            lines += [
+                f"prmt.b32 a, {words[0]}, {words[1]}, c{half};",
+                f"prmt.b32 b, {words[2]}, {words[3]}, c{half};",
+                f"prmt.b32 {name}, a, b, s{half};",
+            ]
+        for byte, order in enumerate(("0x5140", "0x7362"), 2 * half):
+            lines += [
+                f"prmt.b32 pair, lo, hi, {order};",
+                "mov.b32 {x, y}, pair;",
+                f"cvt.f32.f16 ${4 + byte}, x;",
+                f"cvt.f32.f16 ${byte}, y;",
+            ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_LOOKUP = _lookup()

@@ -25,6 +25,34 @@ def _halves(pairs: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _planes(table: tl.tensor) -> tl.tensor:
+    """The table as float16, its eight words of low bytes and of high bytes, which stand after its 16 float32."""
+    words = (table + 16).to(tl.pointer_type(tl.int32))
+    low = (tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3))
+    return low, (tl.load(words + 4), tl.load(words + 5), tl.load(words + 6), tl.load(words + 7))
+
+
+@triton.jit
+def _looked_up(code: tl.tensor, table: tl.tensor, planes: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
+    """The table's values of the high and of the low four bits of bytes. ASM: instructions that do it, "" for loads."""
+    if ASM == "":
+        wide = code.to(tl.int32)
+        high = tl.load(table + (wide >> 4))
+        low = tl.load(table + (wide & 15))
+    else:
+        a, b = planes
+        high, low = tl.inline_asm_elementwise(
+            asm=ASM,
+            constraints="=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            args=[code, a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+    return high, low
+
+
+@triton.jit
 def _absmax(
     absmax: tl.tensor,
     values: tl.tensor,
@@ -93,15 +121,16 @@ def unpack_blocks(
     offset: tl.tensor,
     out: tl.tensor,
     count: tl.tensor,
+    length: tl.tensor,
     SPAN: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
     SPANS: tl.constexpr,
 ) -> None:
-    """Two codes a byte to `count` values. A block has PER_BLOCK spans of SPAN values."""
+    """Two codes a byte, `length` bytes, to `count` values. A block has PER_BLOCK spans of SPAN values."""
     span = tl.program_id(0).to(tl.int64) * SPANS + tl.arange(0, SPANS)
     byte = span[:, None] * (SPAN // 2) + tl.arange(0, SPAN // 2)[None, :]
-    code = tl.load(codes + byte, mask=byte * 2 < count, other=0).to(tl.int32)
+    code = tl.load(codes + byte, mask=byte < length, other=0).to(tl.int32)
     scale = _absmax(absmax, values, nested, offset, span // PER_BLOCK, span * SPAN < count, NESTED)
     even = tl.load(table + (code >> 4)) * scale[:, None]
     odd = tl.load(table + (code & 15)) * scale[:, None]
@@ -181,6 +210,7 @@ def blocks_row(
     SPAN: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
+    ASM: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPANS: tl.constexpr,
@@ -188,19 +218,22 @@ def blocks_row(
     """One row of x, as pairs. A row of W has `spans` whole spans."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * share * SPANS
+    width: tl.constexpr = SPANS * SPAN // 2
+    planes = _planes(table)
     sums = tl.zeros((BLOCK_N, SPANS), tl.float32)
     for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
+        byte = start * (SPAN // 2) + tl.arange(0, width)
+        held = byte < row_bytes
+        at = n[:, None] * row_bytes + byte[None, :]
+        code = tl.load(codes + at, mask=(n[:, None] < rows) & held[None, :], other=0)
+        high, low = _looked_up(code, table, planes, ASM)
+        even, odd = _halves(tl.load(x + byte, mask=held, other=0), DTYPE)
+        product = high * even.to(tl.float32)[None, :] + low * odd.to(tl.float32)[None, :]
         span = start + tl.arange(0, SPANS)
         there = (n[:, None] < rows) & (span[None, :] < spans)
-        byte = span[:, None] * (SPAN // 2) + tl.arange(0, SPAN // 2)[None, :]
-        at = n[:, None, None] * row_bytes + byte[None, :, :]
-        code = tl.load(codes + at, mask=there[:, :, None], other=0).to(tl.int32)
-        even, odd = _halves(tl.load(x + byte, mask=span[:, None] < spans, other=0), DTYPE)
         block = (n[:, None] * spans + span[None, :]) // PER_BLOCK
         scale = _absmax(absmax, values, nested, offset, block, there, NESTED)
-        product = tl.load(table + (code >> 4)) * even.to(tl.float32)[None, :, :]
-        product += tl.load(table + (code & 15)) * odd.to(tl.float32)[None, :, :]
-        sums += tl.sum(product, 2) * scale
+        sums += tl.sum(tl.reshape(product, (BLOCK_N, SPANS, SPAN // 2)), 2) * scale
     total = tl.sum(sums, 1).to(out.dtype.element_ty)
     tl.store(out + tl.program_id(1) * rows + n, total, mask=n < rows)
 
@@ -223,6 +256,7 @@ def blocks_rows(
     SPAN: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
+    ASM: tl.constexpr,
     DTYPE: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -233,20 +267,22 @@ def blocks_rows(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * share * SPANS
     width: tl.constexpr = SPANS * SPAN // 2
+    planes = _planes(table)
     sums = tl.zeros((16, BLOCK_N), tl.float32)
     for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
+        byte = start * (SPAN // 2) + tl.arange(0, width)
+        held = byte < row_bytes
+        at = n[:, None] * row_bytes + byte[None, :]
+        code = tl.load(codes + at, mask=(n[:, None] < rows) & held[None, :], other=0)
+        high, low = _looked_up(code, table, planes, ASM)
         span = start + tl.arange(0, SPANS)
         there = (n[:, None] < rows) & (span[None, :] < spans)
-        byte = span[:, None] * (SPAN // 2) + tl.arange(0, SPAN // 2)[None, :]
-        at = n[:, None, None] * row_bytes + byte[None, :, :]
-        code = tl.load(codes + at, mask=there[:, :, None], other=0).to(tl.int32)
         block = (n[:, None] * spans + span[None, :]) // PER_BLOCK
         scale = _absmax(absmax, values, nested, offset, block, there, NESTED)[:, :, None]
-        high = tl.reshape((tl.load(table + (code >> 4)) * scale).to(DTYPE), (BLOCK_N, width))
-        low = tl.reshape((tl.load(table + (code & 15)) * scale).to(DTYPE), (BLOCK_N, width))
-        pair = start * (SPAN // 2) + tl.arange(0, width)
-        held = (m[:, None] < count) & (pair[None, :] < row_bytes)
-        even, odd = _halves(tl.load(x + m[:, None] * row_bytes + pair[None, :], mask=held, other=0), DTYPE)
+        scale = tl.reshape(tl.broadcast_to(scale, (BLOCK_N, SPANS, SPAN // 2)), (BLOCK_N, width))
+        high, low = (high * scale).to(DTYPE), (low * scale).to(DTYPE)
+        pairs = tl.load(x + m[:, None] * row_bytes + byte[None, :], mask=(m[:, None] < count) & held[None, :], other=0)
+        even, odd = _halves(pairs, DTYPE)
         sums = tl.dot(even.to(DOT), tl.trans(high).to(DOT), sums, input_precision="ieee")
         sums = tl.dot(odd.to(DOT), tl.trans(low).to(DOT), sums, input_precision="ieee")
     at = (tl.program_id(1) * count + m[:, None]) * rows + n[None, :]
@@ -295,36 +331,32 @@ def groups_row(
     ORDERED: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPANS: tl.constexpr,
 ) -> None:
     """One row of x. A span is SPAN rows of words, 8 SPAN columns; ORDERED: it lies in one group, in file order."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * share * SPANS
+    first = tl.program_id(1) * share
     spans = (columns + 8 * SPAN - 1) // (8 * SPAN)
-    sums = tl.zeros((SPANS, SPAN, BLOCK_N), tl.float32)
-    for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
-        span = start + tl.arange(0, SPANS)
-        line = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+    sums = tl.zeros((SPAN, BLOCK_N), tl.float32)
+    for span in range(first, tl.minimum(first + share, spans)):
+        line = span * SPAN + tl.arange(0, SPAN)
         held = line < columns // 8
-        mask = held[:, :, None] & (n < rows)[None, None, :]
-        place = n[None, None, :] + tl.zeros((SPANS, 1, BLOCK_N), tl.int32)
-        word = tl.load(qweight + line[:, :, None] * rows + n[None, None, :], mask=mask, other=0)
+        mask = held[:, None] & (n < rows)[None, :]
+        word = tl.load(qweight + line[:, None] * rows + n[None, :], mask=mask, other=0)
         if ORDERED:
-            group = (span * (8 * SPAN) // group_size)[:, None, None]
-            real = (span * (8 * SPAN) < columns)[:, None, None] & (n < rows)[None, None, :]
-            zero, scale = _steps(qzeros, scales, group, place, rows, real, ADD, V1)
-            part = tl.zeros((SPANS, SPAN, BLOCK_N), tl.float32)
+            zero, scale = _steps(qzeros, scales, span * (8 * SPAN) // group_size, n, rows, n < rows, ADD, V1)
+            part = tl.zeros((SPAN, BLOCK_N), tl.float32)
             for j in tl.static_range(8):
                 value = tl.load(x + line * 8 + j, mask=held, other=0.0).to(tl.float32)
-                part += _less(word, j, zero) * value[:, :, None]
-            sums += part * scale
+                part += _less(word, j, zero[None, :]) * value[:, None]
+            sums += part * scale[None, :]
         else:
+            place = n[None, :] + tl.zeros((SPAN, 1), tl.int32)
             for j in tl.static_range(8):
                 value = tl.load(x + line * 8 + j, mask=held, other=0.0).to(tl.float32)
-                group = tl.load(g_idx + line * 8 + j, mask=held, other=0)[:, :, None]
+                group = tl.load(g_idx + line * 8 + j, mask=held, other=0)[:, None]
                 zero, scale = _steps(qzeros, scales, group, place, rows, mask, ADD, V1)
-                sums += _less(word, j, zero) * scale * value[:, :, None]
-    total = tl.sum(tl.reshape(sums, (SPANS * SPAN, BLOCK_N)), 0).to(out.dtype.element_ty)
+                sums += _less(word, j, zero) * scale * value[:, None]
+    total = tl.sum(sums, 0).to(out.dtype.element_ty)
     tl.store(out + tl.program_id(1) * rows + n, total, mask=n < rows)
 
 
