@@ -85,7 +85,7 @@ def parity() -> Rows:
     for name, make in {**FORMATS, **UNPACKED}.items():
         layer = make(shape)
         exact, fused = layer.dequantize().double(), layer.fused()
-        for dtype in (torch.bfloat16, torch.float32) if name in FORMATS else (torch.bfloat16,):
+        for dtype in (torch.bfloat16, torch.float32) if name in ("nf4", "gptq 4 bits", "int8") else (torch.bfloat16,):
             same = torch.equal(fused.unpack(dtype), layer.dequantize(dtype))
             row = {"format": name, "dtype": str(dtype).removeprefix("torch."), "unpacked equal": same}
             errors = [0.0]

@@ -18,6 +18,7 @@ from llama2.quant.codebooks import FP4, NF4
 
 _TABLES = {"nf4": NF4, "fp4": FP4}
 _ONES = {2: 0x55555555, 3: 0, 4: 0x11111111, 8: 0x01010101}  # what v1 leaves out of a word of zeros
+_UNIT = 0x4B000000  # the bits of 2^23 in float32
 _PAIR = {torch.float32: torch.int64, torch.float16: torch.int32, torch.bfloat16: torch.int32}
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -35,7 +36,7 @@ TILES = {
     "blocks_row": Tile(8, 16),
     "blocks_rows": Tile(16, 4),
     "groups_row": Tile(128, 1),
-    "groups_rows": Tile(64, 2),
+    "groups_rows": Tile(64, 1),
     "bytes_row": Tile(8, 512),
     "bytes_rows": Tile(16, 256),
 }
@@ -164,7 +165,7 @@ class Groups:
             if len(x) > 1:
                 more |= {"DTYPE": DTYPES[x.dtype], "SPANS": tile.spans}
             fixed = {**self._zeros, "ORDERED": ordered, "SPAN": span, "BLOCK_N": tile.rows}
-            kernel[grid](x, *self._tensors, out, rows, columns, self.group_size, share, **fixed, **more)
+            kernel[grid](x, *self._tensors, out, rows, columns, self.group_size, _UNIT, share, **fixed, **more)
 
         return _split("groups", x, rows, triton.cdiv(columns, 8 * span), launch)
 

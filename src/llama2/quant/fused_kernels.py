@@ -303,15 +303,22 @@ def _steps(
     ADD: tl.constexpr,
     V1: tl.constexpr,
 ) -> tl.tensor:
-    """(2^23 + zero, scale) of outputs n in `group`: code | 2^23 as float bits, less the first, is code - zero."""
-    zero = _zeros(qzeros, group, n, rows, mask, 4, ADD, V1).to(tl.float32) + 8388608.0
+    """(zero, scale) of outputs n in `group`, float32."""
+    zero = _zeros(qzeros, group, n, rows, mask, 4, ADD, V1).to(tl.float32)
     return zero, tl.load(scales + group * rows + n, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _less(word: tl.tensor, j: tl.constexpr, zero: tl.tensor) -> tl.tensor:
-    """The j-th code of each word less its zero, float32."""
-    return (((word >> (4 * j)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - zero
+def _less(word: tl.tensor, j: tl.constexpr, zero: tl.tensor, unit: tl.tensor) -> tl.tensor:
+    """16^(j mod 5) times the j-th code of each word less its zero, float32.
+
+    unit: the bits of 2^23. Five codes lie in the 23 bits of a mantissa, where and-or makes a float of one: no shift,
+    and one instruction where `unit` is in a register, so it is an argument.
+    """
+    if j >= 5:
+        word = word >> 20
+    bits = (word & (15 << (4 * (j % 5)))) | unit
+    return bits.to(tl.float32, bitcast=True) - (8388608.0 + zero * (1 << (4 * (j % 5))))
 
 
 @triton.jit(do_not_specialize=["share"])
@@ -325,6 +332,7 @@ def groups_row(
     rows: tl.tensor,
     columns: tl.tensor,
     group_size: tl.tensor,
+    unit: tl.tensor,
     share: tl.tensor,
     ADD: tl.constexpr,
     V1: tl.constexpr,
@@ -346,16 +354,16 @@ def groups_row(
             zero, scale = _steps(qzeros, scales, span * (8 * SPAN) // group_size, n, rows, n < rows, ADD, V1)
             part = tl.zeros((SPAN, BLOCK_N), tl.float32)
             for j in tl.static_range(8):
-                value = tl.load(x + line * 8 + j, mask=held, other=0.0).to(tl.float32)
-                part += _less(word, j, zero[None, :]) * value[:, None]
+                value = tl.load(x + line * 8 + j, mask=held, other=0.0).to(tl.float32) * (1.0 / (1 << (4 * (j % 5))))
+                part += _less(word, j, zero[None, :], unit) * value[:, None]
             sums += part * scale[None, :]
         else:
             place = n[None, :] + tl.zeros((SPAN, 1), tl.int32)
             for j in tl.static_range(8):
-                value = tl.load(x + line * 8 + j, mask=held, other=0.0).to(tl.float32)
+                value = tl.load(x + line * 8 + j, mask=held, other=0.0).to(tl.float32) * (1.0 / (1 << (4 * (j % 5))))
                 group = tl.load(g_idx + line * 8 + j, mask=held, other=0)[:, None]
                 zero, scale = _steps(qzeros, scales, group, place, rows, mask, ADD, V1)
-                sums += _less(word, j, zero) * scale * value[:, None]
+                sums += _less(word, j, zero, unit) * scale * value[:, None]
     total = tl.sum(sums, 0).to(out.dtype.element_ty)
     tl.store(out + tl.program_id(1) * rows + n, total, mask=n < rows)
 
@@ -371,6 +379,7 @@ def groups_rows(
     rows: tl.tensor,
     columns: tl.tensor,
     group_size: tl.tensor,
+    unit: tl.tensor,
     share: tl.tensor,
     count: tl.tensor,
     ADD: tl.constexpr,
@@ -402,7 +411,7 @@ def groups_rows(
             if not ORDERED:
                 group = tl.load(g_idx + line * 8 + j, mask=held, other=0)[:, None]
                 zero, scale = _steps(qzeros, scales, group, place, rows, mask, ADD, V1)
-            w = (_less(word, j, zero) * scale).to(DTYPE)
+            w = (_less(word, j, zero, unit) * (1.0 / (1 << (4 * (j % 5)))) * scale).to(DTYPE)
             there = (m[:, None] < count) & held[None, :]
             value = tl.load(x + m[:, None] * columns + line[None, :] * 8 + j, mask=there, other=0.0)
             sums = tl.dot(value.to(DOT), w.to(DOT), sums, input_precision="ieee")
