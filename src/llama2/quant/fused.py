@@ -41,6 +41,7 @@ TILES = {
     "bytes_rows": Tile(16, 256),
 }
 PROGRAMS = 512  # that a product is divided into at least, where K is long enough: 4 for each processor of an H100
+PARTS = 16  # of K at most; a power of two
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _split(name: str, x: Tensor, rows: int, spans: int, launch: Any) -> Tensor:
     name += "_row" if len(x) == 1 else "_rows"
     tile = TILES[name]
     blocks, steps = triton.cdiv(rows, tile.rows), triton.cdiv(spans, tile.spans)
-    share = triton.cdiv(steps, min(steps, triton.cdiv(PROGRAMS, blocks)))
+    share = triton.cdiv(steps, min(steps, PARTS, triton.cdiv(PROGRAMS, blocks)))
     parts = triton.cdiv(steps, share)
     out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
     sums = out if parts == 1 else torch.empty(parts, len(x), rows, dtype=torch.float32, device=x.device)
@@ -220,7 +221,7 @@ def _split(name: str, x: Tensor, rows: int, spans: int, launch: Any) -> Tensor:
     with torch.cuda.device_of(x):
         launch(getattr(kernels, name), (blocks, parts), sums, share, tile, **more)
         if parts > 1:
-            kernels.add_parts[(triton.cdiv(out.numel(), 256),)](sums, out, out.numel(), parts, BLOCK=256, num_warps=4)
+            kernels.add_parts[(triton.cdiv(out.numel(), 128),)](sums, out, out.numel(), parts, PARTS=PARTS, BLOCK=128)
     return out
 
 

@@ -181,12 +181,14 @@ def unpack_rows(weight: tl.tensor, peaks: tl.tensor, out: tl.tensor, columns: tl
 
 
 @triton.jit(do_not_specialize=["split"])
-def add_parts(parts: tl.tensor, out: tl.tensor, count: tl.tensor, split: tl.tensor, BLOCK: tl.constexpr) -> None:
-    """Sum of the planes (split, count), always in the same order."""
+def add_parts(
+    parts: tl.tensor, out: tl.tensor, count: tl.tensor, split: tl.tensor, PARTS: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """Sum of the planes (split, count), PARTS at most, always in the same order."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(split):
-        total += tl.load(parts + part * count + at, mask=at < count, other=0.0)
+    part = tl.arange(0, PARTS)
+    mask = (part[:, None] < split) & (at[None, :] < count)
+    total = tl.sum(tl.load(parts + part[:, None] * count + at[None, :], mask=mask, other=0.0), 0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
 
 
