@@ -14,8 +14,29 @@ if TYPE_CHECKING:
 
 # Options that are called the same in the library.
 _SETTINGS = (
-    *("bits", "group_size", "act_order", "static_groups", "mse", "damp", "format", "double_quant", "calibrate"),
-    *("solve", "samples", "length", "seed", "true_sequential", "precision", "shard_size", "eval_tokens"),
+    *(
+        "bits",
+        "group_size",
+        "act_order",
+        "static_groups",
+        "mse",
+        "passes",
+        "damp",
+        "format",
+        "double_quant",
+        "calibrate",
+    ),
+    *(
+        "solve",
+        "samples",
+        "length",
+        "seed",
+        "true_sequential",
+        "token_weights",
+        "precision",
+        "shard_size",
+        "eval_tokens",
+    ),
 )
 METHODS = "gptq, nf4, fp4, int8, or gguf:TYPE such as gguf:q4_k"
 
@@ -32,6 +53,7 @@ class Calibration:
     calibrate: bool | None = option(None, "round with the inputs of each layer in mind (default: gptq and gguf)")
     solve: bool = option(True, "compensate the errors of columns that are rounded; --no-solve of gguf: weigh them only")
     true_sequential: bool = option(True, "linears see the inputs that those before them in the layer, quantised, give")
+    token_weights: bool = option(True, "tokens count by the attention that they receive; --no-token-weights: all alike")
     precision: Literal["auto", "float32", "bfloat16"] = option("auto", "of the products that run the layers; auto is "
                                                                "bfloat16 where the processor has it")  # fmt: skip
 
@@ -46,7 +68,8 @@ class Gptq:
     act_order: bool = option(False, "columns of large inputs first")
     static_groups: bool = option(False, "with --act-order: groups of neighbouring columns, which read faster")
     asym: bool = option(False, "zeros of their own for each group")
-    mse: bool = option(False, "search the scale of least error for each group")
+    mse: bool = option(True, "search the scale of least error for each group; --no-mse: the one that spans it")
+    passes: int = option(0, "over the solution, each of which lowers its error a little")
     damp: float = option(0.01, "added to the Hessian's diagonal, in shares of its mean")
     format: Literal["gptq", "gptq_v2"] = option("gptq", "how zeros are stored: gptq is what every reader knows")
 

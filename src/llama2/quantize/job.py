@@ -249,7 +249,7 @@ class Job:
         self, index: int, x: States, y: States, rows: list[LinearReport], tensors: dict[str, Tensor]
     ) -> None:
         count, length, _ = x.shape
-        stages = Stages(self.source, index, self.dtype, (count, length))
+        stages = Stages(self.source, index, self.dtype, (count, length), self.options.token_weights)
         passes = 5 if self.options.true_sequential else 8
         batches = passes * -(-count // stages.batch)
         ticks = iter(range(1, batches + 1))
@@ -271,6 +271,9 @@ class Job:
         if self.options.true_sequential:
             for stage in range(4):
                 hessian = make_hessian(stages.width(stage), self.bfloat16)
+                if stage == 0 and stages.weighted:
+                    for name in GROUPS[0][:2]:
+                        stages.load(name)
                 run(stage, hessian)
                 if stage:
                     stages.drop(stage - 1)

@@ -9,6 +9,11 @@ computed once, whether its groups are replaced one after the other or together.
     stage 2   x, inner             -> y = x + attention, stored; input of gate, up
     stage 3   y                    -> input of down, stored as `inner`
     stage 4   y, inner             -> y + mlp, stored: the next layer's x
+
+The first token of a text takes half of the attention of most heads and has a state unlike any other, hundreds of times
+as large in places. A Hessian that counts it as one of 512 lets its keys and values err by more than their size, which
+moves every other token; where a layer makes that state or takes it away, it alone is most of the Hessian. So tokens are
+weighted: for q, k, v by the attention that they receive, and nowhere is one counted for more than the median's energy.
 """
 
 from collections.abc import Callable
@@ -35,6 +40,7 @@ GROUPS = (
     ("mlp.down_proj",),
 )
 _BATCH_BYTES = 64 << 20  # of float32 in the widest activation of a batch
+_QUERIES = 128  # whose attention is in memory at once
 
 
 class _Linear(NamedTuple):
@@ -45,10 +51,13 @@ class _Linear(NamedTuple):
 class Stages:
     """The stages of layer `index` over all sequences. `dtype`: what products are computed in."""
 
-    def __init__(self, source: Checkpoint, index: int, dtype: torch.dtype, sequences: tuple[int, int]) -> None:
-        """sequences: (number, T)."""
+    def __init__(
+        self, source: Checkpoint, index: int, dtype: torch.dtype, sequences: tuple[int, int], weighted: bool = True
+    ) -> None:
+        """sequences: (number, T). weighted: whether the Hessians weigh tokens, see above; else all count alike."""
         self.source, self.config, self.index, self.dtype = source, source.config, index, dtype
         self.count, self.length = sequences
+        self.weighted = weighted
         self.batch = batch_of(source.config, self.length)
         self._linears: dict[str, _Linear] = {}
         self._norms = [
@@ -101,7 +110,10 @@ class Stages:
         hessian: Hessian | None,
         on_batch: Callable[[], None],
     ) -> None:
-        """Runs one stage over all sequences; `hessian` takes in the input of the stage's group."""
+        """Runs one stage over all sequences; `hessian` takes in the input of the stage's group.
+
+        With it and weights, stage 0 needs q_proj and k_proj to be loaded.
+        """
         width = self.width(1 if stage < 3 else 3)
         shape = (self.count, self.length, width)
         with States(folder / "inner", shape, self.dtype, new=stage in (0, 1, 3)) as inner:
@@ -109,7 +121,7 @@ class Stages:
                 found = self._batch(stage, start, min(start + self.batch, self.count), x, y, inner)
                 if hessian is not None:
                     assert found is not None
-                    hessian.add(found)
+                    hessian.add(found * self._roots(stage, found) if self.weighted else found)
                 on_batch()
 
     def _batch(self, stage: int, start: int, stop: int, x: States, y: States, inner: States) -> Tensor | None:
@@ -132,15 +144,38 @@ class Stages:
         y.write(start, y.read(start, stop) + self._product("mlp.down_proj", inner.read(start, stop)).float())
         return None
 
+    def _roots(self, stage: int, x_BTD: Tensor) -> Tensor:
+        """The roots (B, T, 1) of the weights that tokens have in H."""
+        energy_BT = x_BTD.float().square().sum(-1)
+        weights_BT = (energy_BT.median() / energy_BT).clamp_(max=1)  # NaN of an input that is all 0, which adds nothing
+        if stage == 0:
+            weights_BT *= self._importance(x_BTD.to(self.dtype))
+        return weights_BT.nan_to_num_(1).sqrt_()[..., None]
+
+    def _importance(self, x_BTD: Tensor) -> Tensor:
+        """Of tokens (B, T), 1 in the mean: one half alike, as queries; one half by the attention that they receive."""
+        q_BHTE, k_BHSE = self._queries_and_keys(x_BTD)
+        k_BHSE = k_BHSE.repeat_interleave(q_BHTE.shape[1] // k_BHSE.shape[1], 1)
+        received_BS = torch.zeros(x_BTD.shape[:2])
+        for start in range(0, self.length, _QUERIES):
+            stop = min(start + _QUERIES, self.length)
+            scores = (q_BHTE[:, :, start:stop] @ k_BHSE[:, :, :stop].mT).float().mul_(self.config.head_dim**-0.5)
+            later = torch.ones(stop - start, stop, dtype=torch.bool).triu_(start + 1)
+            received_BS[:, :stop] += scores.masked_fill_(later, -torch.inf).softmax(-1).mean(1).sum(1)
+        return received_BS.add_(1).div_(2)
+
+    def _queries_and_keys(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        heads = (-1, self.config.head_dim)
+        q, k = (self._product(name, x_BTD).unflatten(-1, heads).transpose(1, 2) for name in GROUPS[0][:2])
+        return rotate((q, k), *self._rotation)
+
     def _product(self, name: str, x: Tensor) -> Tensor:
         weight, bias = self._linears[name]
         return F.linear(x, weight, bias)
 
     def _attend(self, x_BTD: Tensor) -> Tensor:
-        heads = (-1, self.config.head_dim)
-        projected = (self._product(name, x_BTD).unflatten(-1, heads).transpose(1, 2) for name in GROUPS[0])
-        q_BHTE, k_BKTE, v_BKTE = projected
-        q_BHTE, k_BKTE = rotate((q_BHTE, k_BKTE), *self._rotation)
+        q_BHTE, k_BKTE = self._queries_and_keys(x_BTD)
+        v_BKTE = self._product(GROUPS[0][2], x_BTD).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
         mask = make_mask(None, self.length, 0, self.length, x_BTD.device)
         out_BHTE, _ = ATTENTION["sdpa"](q_BHTE, k_BKTE, v_BKTE, mask, self.config.head_dim**-0.5)
         return out_BHTE.transpose(1, 2).flatten(2)

@@ -82,6 +82,7 @@ class GptqMethod(Method):
             damp=options.damp,
             act_order=options.act_order,
             static_groups=options.static_groups,
+            passes=options.passes,
         )
         made, start = [], 0
         for weight in weights:
