@@ -167,7 +167,8 @@ class Stages:
     def _queries_and_keys(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         heads = (-1, self.config.head_dim)
         q, k = (self._product(name, x_BTD).unflatten(-1, heads).transpose(1, 2) for name in GROUPS[0][:2])
-        return rotate((q, k), *self._rotation)
+        q, k = rotate((q, k), *self._rotation)
+        return q, k
 
     def _product(self, name: str, x: Tensor) -> Tensor:
         weight, bias = self._linears[name]

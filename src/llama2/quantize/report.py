@@ -12,8 +12,9 @@ from llama2.quantize.layer import GROUPS
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One linear. output_error: |X (W - Q)^T| / |X W^T| over the calibration inputs (None without calibration), of the
-    inputs that the quantised layers before it give, tokens weighted as they were for the solver; weight_error: |W - Q| / |W|. bits: of the file per weight."""
+    """One linear. output_error: |X (W - Q)^T| / |X W^T| over the calibration inputs that the quantised layers before
+    it give, tokens weighted as for the solver (None without calibration); weight_error: |W - Q| / |W|. bits: of the
+    file per weight."""
 
     path: str
     kind: str
