@@ -399,17 +399,18 @@ class Engine:
                 self._count -= 1
 
     def _loop(self) -> None:
-        while True:
-            while not self._inbox.empty():
-                self._inbox.get()()
-            if not self.scheduler.idle:
-                self._step()
-            elif self._stopping:
-                return
-            else:
-                self._wake.wait()
-                self._wake.clear()
-                self.beat = time.monotonic()
+        with self.runner.alone:
+            while True:
+                while not self._inbox.empty():
+                    self._inbox.get()()
+                if not self.scheduler.idle:
+                    self._step()
+                elif self._stopping:
+                    return
+                else:
+                    self._wake.wait()
+                    self._wake.clear()
+                    self.beat = time.monotonic()
 
     def _step(self) -> None:
         chunks = self.scheduler.plan()

@@ -1,6 +1,7 @@
 """What runs a plan: the native engine over its own pages, or a torch module over pages kept as tensors."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ class PlanRunner(Protocol):
 
     pages: int
     bytes_per_page: int
+    alone: AbstractContextManager[None]  # held by the thread that steps
 
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
         """Keys and values of the chunks go into their pages; logits (wanted, V) of each chunk that wants any, in order.
@@ -37,6 +39,7 @@ class NativePlanRunner:
         self._cache = cpu.PagedCache(weights, pages * PAGE, dtype)
         self._runner = cpu.CpuRunner(weights)
         self.bytes_per_page = self._cache.nbytes // pages
+        self.alone: AbstractContextManager[None] = cpu.OneOpenMpThread()  # the engine's own threads run beside torch's
 
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
         """As PlanRunner.step."""
@@ -64,6 +67,7 @@ class TorchPlanRunner:
         shape = (config.num_hidden_layers, 2, pages, PAGE, config.num_key_value_heads, config.head_dim)
         self._cached = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.bytes_per_page = self._cached[:, :, 0].nbytes
+        self.alone: AbstractContextManager[None] = nullcontext()
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
