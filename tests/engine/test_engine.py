@@ -80,8 +80,11 @@ def test_engine_equals_generate(model: Any, runner: str, sizes: dict[str, Any]) 
     prompts = [[*shared, i + 1] for i in range(4)] + [shared[:5], shared[3:25], [7], [7, 8] * 9]
     rng = random.Random(2)
     cases = [(p, rng.randrange(8, 30), 100 + i, WAYS[i % len(WAYS)]) for i, p in enumerate(prompts)]
+    gate = threading.Event()
     with Engine(model, runner=runner, **sizes) as engine:
+        engine._put(lambda: gate.wait(30) and None)  # all requests are there before the first step
         streams = [engine.stream(p, max_new_tokens=n, seed=s, eos_token_id=None, **way) for p, n, s, way in cases]
+        gate.set()
         found = [[event.token for event in stream if event.token is not None] for stream in streams]
     for tokens, (prompt, new, seed, way) in zip(found, cases, strict=True):
         assert tokens == alone(model, prompt, new, seed, runner, way)

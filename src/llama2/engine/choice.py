@@ -11,8 +11,8 @@ from torch import Tensor
 from llama2.generation_config import GenerationConfig
 from llama2.rope import promoted
 from llama2.runner import invalid_logits
-from llama2.sampling import Prompt, Sampler, build_processors
-from llama2.shortlist import split
+from llama2.sampling import Prompt, Sampler, build_processors, likeliest
+from llama2.shortlist import Shortlist, split
 
 
 class Picked(NamedTuple):
@@ -45,6 +45,7 @@ class Choice:
         processors = build_processors(config, Prompt(ids), limit, own)
         self._sampler = Sampler(sample, None, [self.seed] if sample else None)
         self._before, self._filters, self._shortlist = split(processors, self._sampler)
+        self._guesser: tuple[Sampler, Shortlist | None] | None = None
         self._ids, self.length, self._logprobs = ids, ids.shape[1], logprobs
         if self._before:
             self._ids = torch.cat((ids, torch.zeros((1, limit - self.length), dtype=torch.long)), 1)
@@ -71,6 +72,22 @@ class Choice:
         if not math.isfinite(float(peak_B)):
             raise invalid_logits(raw_BV, scores_BV, torch.ones(1, dtype=torch.bool), self.length)
         return int(token_B)
+
+    def guess(self, logits_V: Tensor, ahead: int) -> int:
+        """What a smaller model's logits give with the draw of the token `ahead` places behind the next; takes no draw.
+
+        Penalties and other processors, which may count what they see, are left to the check of the guess.
+        """
+        scores_BV = self._promoted(logits_V)[None]
+        if not self._sampler.do_sample:
+            return int(likeliest(scores_BV)[0])
+        if self._guesser is None:
+            sampler = Sampler(True, None, [self.seed])
+            self._guesser = sampler, split(self._filters, sampler)[2]
+        sampler, shortlist = self._guesser
+        sampler.put_back(self._sampler.peek(ahead))
+        found = None if shortlist is None else shortlist(scores_BV)
+        return found[0] if found is not None else int(sampler(self._filters(self._ids, scores_BV))[0])
 
     def log_probabilities(self, logits_TV: Tensor) -> Tensor:
         """Those of the model's own logits."""
