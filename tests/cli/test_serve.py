@@ -57,6 +57,22 @@ def test_more_than_one_device_is_refused(run: Run, checkpoint: Path, monkeypatch
     assert run("serve", checkpoint)[0] == 2
 
 
+def test_guesses_change_no_answer(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+    source = tmp_path / "in.jsonl"
+    lines = [{"prompt": text, "max_tokens": 20, "temperature": i, "seed": 1} for i, text in enumerate(["a b a b", "c"])]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    texts = []
+    for i, more in enumerate([(), ("--draft", checkpoint), ("--speculate", "3")]):
+        target = tmp_path / f"{i}.jsonl"
+        code, _, err = run("batch", "-m", checkpoint, source, target, "--max-batch-total-tokens", "1024", *more)
+        assert code == 0 and ("guesses in a step" in err) == (more[:1] == ("--draft",))
+        rows = map(json.loads, target.read_text().splitlines())
+        texts.append({row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows})
+    assert texts[0] == texts[1] == texts[2]
+    assert run("batch", "-m", checkpoint, source, tmp_path / "x", "--speculate", "-1")[0] == 2
+
+
 def test_batch_answers_each_line_once(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

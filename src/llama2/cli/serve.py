@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from llama2.cli import terminal
 from llama2.cli.args import option
-from llama2.cli.loading import RunOptions, load, model_path
+from llama2.cli.loading import RunOptions, load, load_model, model_path
 from llama2.errors import InputError, Llama2Error, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -32,6 +32,14 @@ class EngineOptions:
     )
     max_batch_prefill_tokens: int | None = option(None, "tokens of one step at most (default: 512)")
     max_batch_size: int | None = option(None, "requests in one step at most (default: 64)")
+    draft: str | None = option(
+        None,
+        "a smaller model with the same vocabulary that guesses tokens ahead; answers stay the same",
+        metavar="MODEL",
+    )
+    speculate: int | None = option(
+        None, "tokens guessed in a step at most: by --draft (default: 4), else from the text so far (default: 0)"
+    )
     no_prefix_cache: bool = option(False, "forget a prompt once it is answered, so that none starts faster for it")
 
     def wanted(self) -> "Wanted":
@@ -105,7 +113,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 _BARE = (
     "max_total_tokens", "max_batch_total_tokens", "max_batch_prefill_tokens", "max_batch_size",
     "max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_client_batch_size",
-    "payload_limit", "validation_workers", "api_key", "cors_allow_origin", "lora_adapters",
+    "payload_limit", "validation_workers", "speculate", "api_key", "cors_allow_origin", "lora_adapters",
 )  # fmt: skip
 
 
@@ -279,7 +287,8 @@ def open_model(
     elif chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     wanted = options.wanted()
-    each = limits.bytes_per_token(model, options.runner, options.cache_dtype)
+    draft = None if options.draft is None else load_model(options.draft, options)
+    each = limits.bytes_per_token(model, options.runner, options.cache_dtype, draft)
     tokens, source = limits.cache_tokens(model, wanted, each)
     engine = Engine(
         model,
@@ -291,6 +300,8 @@ def open_model(
         prefix_cache=not options.no_prefix_cache,
         runner=options.runner,
         kv_cache=options.cache_dtype,
+        draft=draft,
+        guesses=options.speculate,
     )
     for adapter in adapters:
         _add_adapter(engine, adapter)

@@ -18,6 +18,7 @@ from llama2.engine.runners import PlanRunner, make_plan_runner
 from llama2.engine.scheduler import Chunk
 from llama2.engine.scheduler import Sequence as Scheduled
 from llama2.errors import InputError
+from llama2.native import NativeModel
 
 UNKNOWN = -1  # a guess for which the plan has a place and the drafter has yet to find a token
 
@@ -25,8 +26,11 @@ UNKNOWN = -1  # a guess for which the plan has a place and the drafter has yet t
 class Drafter:
     """A smaller model with the model's vocabulary. count: guesses of a sequence in a step at most."""
 
-    def __init__(self, model: Any, draft: Any, pages: int, count: int, dtype: Any = None) -> None:
-        """Raises InputError where the vocabularies differ, and for a count that guesses nothing."""
+    def __init__(self, model: Any, draft: Any, pages: int, count: int, runner: str = "auto", dtype: Any = None) -> None:
+        """runner, dtype: as make_plan_runner; a NativeModel runs natively whatever they say.
+
+        Raises InputError where the vocabularies differ, and for a count that guesses nothing.
+        """
         ours, theirs = model.config.vocab_size, draft.config.vocab_size
         if ours != theirs:
             raise InputError(
@@ -34,7 +38,9 @@ class Drafter:
             )
         if count < 1:
             raise InputError(f"guesses is {count}, so the draft model would never run; give at least 1, or no draft")
-        self.runner: PlanRunner = make_plan_runner(draft, pages, "auto", dtype)
+        self.runner: PlanRunner = make_plan_runner(
+            draft, pages, "auto" if isinstance(draft, NativeModel) else runner, dtype
+        )
         self.count, self._context = count, int(draft.config.max_position_embeddings)
         self._missing: WeakKeyDictionary[Scheduled, int] = WeakKeyDictionary()  # last positions it has not run
 

@@ -129,12 +129,14 @@ class Engine:
         nothing, and for a draft of another vocabulary."""
         if cache_tokens < PAGE:
             raise InputError(f"a cache of {cache_tokens} tokens is less than a page; give at least {PAGE}")
+        if guesses is not None and guesses < 0:
+            raise InputError(f"guesses is {guesses}; give 0 for none, or a small number")
         self.model, self.tokenizer, self.limit = model, tokenizer, int(model.config.max_position_embeddings)
         self.runner: PlanRunner = make_plan_runner(model, -(-cache_tokens // PAGE), runner, kv_cache)
         self.pool = BlockPool(self.runner.pages, PAGE, prefix_cache)
         self.drafter: Drafter | None = None
         if draft is not None:
-            self.drafter = Drafter(model, draft, self.runner.pages, 4 if guesses is None else guesses, kv_cache)
+            self.drafter = Drafter(model, draft, self.runner.pages, 4 if guesses is None else guesses, runner, kv_cache)
         self._lookup = 0 if draft is not None or guesses is None else guesses
         self.scheduler = Scheduler(self.pool, budget, width)
         self.max_waiting = waiting
@@ -145,7 +147,8 @@ class Engine:
         self._closing = self._stopping = False
         self.beat = time.monotonic()  # when the last step began
         self._thread: threading.Thread | None = None
-        self.steps = self.tokens_in = self.tokens_out = self.tokens_reused = self.tokens_guessed = self.preemptions = 0
+        self.steps = self.tokens_in = self.tokens_out = self.tokens_reused = self.preemptions = 0
+        self.tokens_proposed = self.tokens_guessed = 0  # guesses that were checked, and those that held
 
     # -- for callers ---------------------------------------------------------------------------------------------
 
@@ -396,6 +399,7 @@ class Engine:
             if done or i == len(guesses) or picked.token != guesses[i]:
                 break
         self.tokens_out += len(new)
+        self.tokens_proposed += chunk.drafted
         self.tokens_guessed += len(new) - 1
         self.scheduler.commit(chunk, new)
         if self.drafter is not None:
