@@ -257,12 +257,12 @@ class Engine:
         """Takes nothing new; with `wait` every accepted request is finished first, else all are cancelled."""
         with self._lock:
             self._closing = True
-        if self._thread is None:
-            return
-        if not wait:
-            self._put(self._cancel_all)
-        self._put(self._stop)
-        self._thread.join()
+        if self._thread is not None:
+            if not wait:
+                self._put(self._cancel_all)
+            self._put(self._stop)
+            self._thread.join()
+        self.runner.close()
 
     def __enter__(self) -> Self:
         return self

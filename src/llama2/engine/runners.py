@@ -30,6 +30,9 @@ class PlanRunner(Protocol):
         adapters: for each chunk the adapter it runs with.
         """
 
+    def close(self) -> None:
+        """No step follows."""
+
 
 class NativePlanRunner:
     """The native CPU engine: a whole plan in one call."""
@@ -57,6 +60,9 @@ class NativePlanRunner:
         logits = torch.from_numpy(self._runner.step(tokens, positions, view, rows, adapters))
         return list(logits.split([len(chunk_rows) for chunk_rows in wanted])) if wanted else []
 
+    def close(self) -> None:
+        """Nothing to do."""
+
 
 class TorchPlanRunner:
     """A LlamaForCausalLM on any device. Each chunk of a prompt runs alone; what decodes runs as one padded batch."""
@@ -80,6 +86,9 @@ class TorchPlanRunner:
             if len(chunk.tokens) > 1:
                 (found[id(chunk)],) = self._batch([chunk])
         return [found[id(chunk)] for chunk in chunks if chunk.wanted]
+
+    def close(self) -> None:
+        """Nothing to do."""
 
     def _batch(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Logits (wanted, V) of chunks of one length, padded on the left to the longest past."""
@@ -128,6 +137,11 @@ def make_plan_runner(model: Any, pages: int, runner: str = "auto", dtype: cpu.Kv
     """
     if runner not in ("auto", "native", "torch"):
         raise InputError(f"runner is {runner!r}; it must be 'auto', 'native' or 'torch'")
+    if hasattr(model, "plan_runner"):  # a model over several processes brings its own
+        if runner == "native":
+            raise InputError("the native engine runs whole models in one process; use runner='torch'")
+        found: PlanRunner = model.plan_runner(pages)
+        return found
     weights = None if runner == "torch" else native_weights(model)
     if weights is not None:
         default: cpu.KvDtype = "float32" if getattr(model, "dtype", None) == torch.float32 else "bfloat16"

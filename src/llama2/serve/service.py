@@ -129,9 +129,12 @@ class Service:
             session.close()
 
     def alive(self) -> bool:
-        """Whether the engine is moving, or has nothing to do."""
+        """Whether the engine is moving, or has nothing to do, and has not lost a process of its model."""
         engine = self._engine
-        return engine is None or not engine.running or time.monotonic() - engine.beat < 120
+        if engine is None:
+            return True
+        lost = getattr(engine.runner, "failed", None) is not None
+        return not lost and (not engine.running or time.monotonic() - engine.beat < 120)
 
     # -- work ----------------------------------------------------------------------------------------------------
 
