@@ -97,7 +97,7 @@ ray: .make/ray
 	$(BIN)/python -m pytest -m slow tests/serve/test_ray.py
 
 .make/bench: .make/parity
-	$(PIP) llama-cpp-python==0.3.36
+	$(PIP) 'llama-cpp-python[server]==0.3.36'
 	@touch $@
 
 # TOKENIZER=tokenizer.model TEXT=text.txt add the tokenizer's; the conversion bench makes 13.5 GB and needs 45 GB free.
@@ -106,6 +106,8 @@ bench: .make/bench
 	$(BIN)/python bench/load.py
 	$(BIN)/python bench/native_gguf.py
 	$(BIN)/python bench/generate.py
+	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/serve.py
 	$(BIN)/python bench/bfloat16.py
 	$(BIN)/python bench/start.py
 	$(BIN)/python bench/lora.py
