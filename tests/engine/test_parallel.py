@@ -12,7 +12,8 @@ import torch.distributed as dist
 from tiny import VARIANTS, tiny_config, tiny_model
 
 from llama2 import InputError
-from llama2.engine.parallel import packed, part_of, unpacked
+from llama2.engine.parallel import Place, load_part, packed, part_of, unpacked
+from llama2.engine.runners import TorchPlanRunner
 from llama2.engine.scheduler import Chunk, Sequence
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -33,6 +34,19 @@ def test_equals_one_process(tmp_path: Path, variant: str, size: int) -> None:
     tiny_model(torch.float32, **{"max_position_embeddings": 128, **VARIANTS[variant]}).save_pretrained(tmp_path)
     done = torchrun(size, WORKER, tmp_path)
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]
+
+
+def test_the_parts_together_need_what_the_whole_needs(tmp_path: Path) -> None:
+    model = tiny_model(torch.float32, max_position_embeddings=128, vocab_size=97)
+    model.save_pretrained(tmp_path)
+    parts = [load_part(tmp_path, Place(i, 2), neighbours=2) for i in range(2)]
+    whole, held = dict(model.named_parameters()), [dict(part.named_parameters()) for part in parts]
+    head = torch.cat([part["lm_head.weight"] for part in held])
+    assert torch.equal(head, whole["lm_head.weight"]) and [len(p["lm_head.weight"]) for p in held] == [49, 48]
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(torch.cat([part[name] for part in held], 1), whole[name])
+    each = TorchPlanRunner(model, 1).bytes_per_page
+    assert [part.neighbours * part.plan_runner(1).bytes_per_page for part in parts] == [each, each]
 
 
 @pytest.mark.parametrize(("size", "message"), [(3, r"take one of \[1, 2, 4\]"), (8, "to 8 processes")])

@@ -108,7 +108,9 @@ def load_part(options: RunOptions, ranks: Ranks) -> tuple[Any, Any]:
     else:
         torch.set_num_threads(max(1, cpu.default_threads() // ranks.local_size))
     place = parallel.join(device, ranks.store, ranks.rank, ranks.size)
-    return parallel.load_part(path, place, None if options.dtype == "auto" else options.dtype, device), tokenizer
+    dtype = None if options.dtype == "auto" else options.dtype
+    neighbours = ranks.local_size if device.type == "cpu" else 1
+    return parallel.load_part(path, place, dtype, device, neighbours), tokenizer
 
 
 def follow(options: RunOptions, ranks: Ranks) -> int:

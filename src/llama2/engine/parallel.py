@@ -165,16 +165,22 @@ class HeadPart(Linear):
 
 
 class PartOfLlama(LlamaForCausalLM):
-    """One process's part of a model; a forward pass is one of all processes together."""
+    """One process's part of a model; a forward pass is one of all processes together.
+
+    neighbours: processes that share this one's memory, itself among them.
+    """
 
     place: Place
+    neighbours: int = 1
 
     def plan_runner(self, pages: int) -> "ParallelPlanRunner":
         """What runs plans on all parts, for the engine in the process of rank 0."""
         return ParallelPlanRunner(self, pages)
 
 
-def load_part(path: str | Path, place: Place, dtype: Any = None, device: torch.device | None = None) -> PartOfLlama:
+def load_part(
+    path: str | Path, place: Place, dtype: Any = None, device: torch.device | None = None, neighbours: int = 1
+) -> PartOfLlama:
     """This process's part of a checkpoint folder, file or hub id; nobody ever holds the whole.
 
     Raises InputError for packed checkpoints and for models that cannot be shared out so, else as `from_pretrained`.
@@ -185,7 +191,7 @@ def load_part(path: str | Path, place: Place, dtype: Any = None, device: torch.d
         raise InputError(f"{path} is packed, and packed linears are not shared out; dequantise it, or serve it whole")
     with torch.device("meta"):
         model = PartOfLlama(part_of(config, place.size))
-        model.place = place
+        model.place, model.neighbours = place, neighbours
         begin, end = _rows(config.vocab_size, place)
         model.lm_head = HeadPart(config.hidden_size, end - begin, bias=False)
         model.lm_head.place, model.lm_head.vocabulary = place, config.vocab_size

@@ -50,8 +50,8 @@ def available(device: torch.device) -> int:
 
 
 def bytes_per_token(model: Any, runner: str, kv_cache: Any, draft: Any = None) -> int:
-    """What keys and values of one position take in the caches that the engine will make."""
-    own = make_plan_runner(model, 1, runner, kv_cache).bytes_per_page
+    """What keys and values of one position take in the caches that the engine will make, in all processes."""
+    own = make_plan_runner(model, 1, runner, kv_cache).bytes_per_page * getattr(model, "neighbours", 1)
     return (own + (0 if draft is None else Drafter(model, draft, 1, 1, runner, kv_cache).runner.bytes_per_page)) // PAGE
 
 
