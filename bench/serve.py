@@ -1,13 +1,18 @@
 """The server under load beside llama-cpp-python's server: the same GGUF file, the same requests, in turns in one run.
 
-    python bench/serve.py [--clients 1 4 16 64] [--requests 2] [--rate 2.0 --seconds 20] [--temperature 0] [--only ours]
+    python bench/serve.py --rival-python .venv-llamacpp/bin/python      1, 4, 16 and 64 clients, then an open loop
+    python bench/serve.py --clients 1 4 --new 32 --seconds 0            a short try
+    python bench/serve.py --only ours --max-batch-size 32               what is not known here goes to our server
 
-Closed loop: so many clients, each with one request after another. Open loop (--rate): requests arrive at random times
-(Poisson) whether or not earlier ones are answered. Prompts are 20 to 800 tokens of made-up English, all different,
-and 128 new tokens are streamed. Prints time to the first token, time between tokens, tokens per second and the server's
-processor time per token, and at the end how much sooner the second request over a shared 700-token prompt starts.
-Needs llama-cpp-python with its server's packages: fastapi, uvicorn, sse-starlette, starlette-context,
-pydantic-settings. Both servers get all cores; so does this script.
+Closed loop: so many clients, each with one request after another, `--requests` in all at least. Open loop: requests
+arrive at random times (Poisson, `--rate` a second) whether or not earlier ones are answered. Prompts are 20 to 800
+tokens of made-up English, all different, and `--new` tokens are streamed. Both servers are up all the time; a load goes
+to one and then, the same, to the other, `--rounds` times. Prints p50, p95 and p99 of the time to the first token and
+between tokens, tokens per second and the server's processor time per token, and at the end how much sooner the second
+request over a shared 700-token prompt starts. The last line is JSON.
+
+The rival: `python -m venv .venv-llamacpp`, then in it `pip install 'llama-cpp-python[server]==0.3.36'` (compiles for
+minutes). Both servers get all cores; so does this script.
 """
 
 import argparse
@@ -22,8 +27,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +42,7 @@ TEXT = (
     "business issue side kind head house service friend "
 )
 WORDS = TEXT.split()
-NEW = 128
+NAMES = {"ours": "llama2", "theirs": "llama-cpp-python"}
 
 
 @dataclass
@@ -55,7 +60,39 @@ def prompt(rng: random.Random, tokens: int) -> str:
     return "The " + " ".join(rng.choice(WORDS) for _ in range(tokens - 1))
 
 
-async def ask(port: int, text: str, temperature: float, new: int = NEW) -> Seen:
+@dataclass(frozen=True)
+class Load:
+    """So many clients with `requests` each, or with a rate requests that arrive for some seconds."""
+
+    name: str
+    temperature: float
+    new: int
+    clients: int = 0
+    requests: int = 1
+    rate: float = 0.0
+    seconds: float = 0.0
+
+    async def run(self, port: int, seed: int) -> tuple[list[Seen], float]:
+        """What the requests saw, and the seconds for all. The same seed gives the same requests."""
+        rng, began = random.Random(seed), time.perf_counter()
+        tasks = []
+        if self.clients:
+            texts = [[prompt(rng, rng.randint(20, 800)) for _ in range(self.requests)] for _ in range(self.clients)]
+            tasks = [asyncio.create_task(self.client(port, mine)) for mine in texts]
+        at = rng.expovariate(self.rate) if self.rate else self.seconds
+        while at < self.seconds:
+            await asyncio.sleep(max(began + at - time.perf_counter(), 0))
+            tasks.append(asyncio.create_task(self.client(port, [prompt(rng, rng.randint(20, 800))])))
+            at += rng.expovariate(self.rate)
+        found = await asyncio.gather(*tasks)
+        return [seen for each in found for seen in each], time.perf_counter() - began
+
+    async def client(self, port: int, texts: list[str]) -> list[Seen]:
+        """One client: one request after another."""
+        return [await ask(port, text, self.temperature, self.new) for text in texts]
+
+
+async def ask(port: int, text: str, temperature: float, new: int) -> Seen:
     """One streamed completion."""
     seen, began, last = Seen(), time.perf_counter(), 0.0
     body = {"prompt": text, "max_tokens": new, "temperature": temperature, "stream": True, "top_p": 1.0, "seed": 1}
@@ -82,31 +119,6 @@ async def ask(port: int, text: str, temperature: float, new: int = NEW) -> Seen:
     finally:
         writer.close()
     return seen
-
-
-async def closed(port: int, clients: int, requests: int, temperature: float, seed: int) -> tuple[list[Seen], float]:
-    """Every client's requests, and the seconds for all."""
-    rng = random.Random(seed)
-    texts = [[prompt(rng, rng.randint(20, 800)) for _ in range(requests)] for _ in range(clients)]
-
-    async def client(mine: list[str]) -> list[Seen]:
-        return [await ask(port, text, temperature) for text in mine]
-
-    began = time.perf_counter()
-    found = await asyncio.gather(*map(client, texts))
-    return [seen for each in found for seen in each], time.perf_counter() - began
-
-
-async def opened(port: int, rate: float, seconds: float, temperature: float, seed: int) -> tuple[list[Seen], float]:
-    """Requests that arrive by themselves."""
-    rng, tasks, began = random.Random(seed), [], time.perf_counter()
-    at = rng.expovariate(rate)
-    while at < seconds:
-        await asyncio.sleep(max(began + at - time.perf_counter(), 0))
-        tasks.append(asyncio.create_task(ask(port, prompt(rng, rng.randint(20, 800)), temperature)))
-        at += rng.expovariate(rate)
-    found = await asyncio.gather(*tasks)
-    return list(found), time.perf_counter() - began
 
 
 def free_port() -> int:
@@ -143,20 +155,25 @@ def ours(model: Path, extra: list[str]) -> Any:
     return running([sys.executable, "-c", code, "serve", str(model), "--port", str(port), *extra], port, "/ready")
 
 
-def theirs(model: Path) -> Any:
+def theirs(model: Path, python: str) -> Any:
     port = free_port()
     cores = str(len(os.sched_getaffinity(0)))
-    argv = [sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--port", str(port), "--n_ctx", "2048"]
+    argv = [python, "-m", "llama_cpp.server", "--model", str(model), "--port", str(port), "--n_ctx", "2048"]
     argv += ["--n_threads", cores, "--n_threads_batch", cores, "--interrupt_requests", "false", "--verbose", "false"]
     return running(argv, port, "/v1/models")
 
 
-def quantiles(values: list[float]) -> str:
-    """p50, p95 and p99 in milliseconds."""
+def quantiles(values: list[float]) -> list[float]:
+    """p50, p95 and p99."""
     if len(values) < 2:
         values = values * 2 or [0.0, 0.0]
     cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return " / ".join(f"{cuts[i - 1] * 1000:.0f}" for i in (50, 95, 99))
+    return [round(cuts[i - 1], 5) for i in (50, 95, 99)]
+
+
+def told(cuts: list[float]) -> str:
+    """In milliseconds."""
+    return " / ".join(f"{cut * 1000:.0f}" for cut in cuts)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -165,84 +182,116 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def row(name: str, load: str, seen: list[Seen], seconds: float, cpu: float) -> dict[str, Any]:
-    """Prints one line of the table."""
-    good = [s for s in seen if s.tokens]
-    rate = sum(s.tokens for s in good) / seconds
-    gaps = [gap for s in good for gap in s.gaps]
-    firsts = [s.first for s in good]
-    tokens, times = sum(s.tokens for s in good), f"{quantiles(firsts)} | {quantiles(gaps)}"
-    each = cpu / max(tokens, 1) * 1000
-    print(f"| {load} | {name} | {len(good)}/{len(seen)} | {times} | {rate:.0f} | {each:.1f} |", flush=True)
-    p95 = statistics.quantiles(firsts * 2, n=20, method="inclusive")[-1] if firsts else None
-    return {
-        "server": name,
-        "load": load,
-        "tokens_per_s": rate,
-        "first_p95_s": p95,
-        "cpu_ms_per_token": each,
-        "failed": len(seen) - len(good),
-    }
+@dataclass
+class Result:
+    """One server under one load, all rounds."""
+
+    load: str
+    server: str
+    seen: list[Seen] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return sum(s.tokens for s in self.seen) / self.seconds
+
+    def row(self) -> str:
+        """A line of the table."""
+        good, tokens = [s for s in self.seen if s.tokens], sum(s.tokens for s in self.seen)
+        firsts, gaps = quantiles([s.first for s in good]), quantiles([gap for s in good for gap in s.gaps])
+        cells = [self.load, NAMES[self.server], f"{len(good)}/{len(self.seen)}", told(firsts), told(gaps)]
+        return "| " + " | ".join([*cells, f"{self.rate:.1f}", f"{self.cpu / max(tokens, 1) * 1000:.1f}"]) + " |"
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        good = [s for s in self.seen if s.tokens]
+        return {
+            "load": self.load,
+            "server": NAMES[self.server],
+            "tokens": sum(s.tokens for s in self.seen),
+            "tokens_per_s": round(self.rate, 2),
+            "first_s": quantiles([s.first for s in good]),
+            "between_s": quantiles([gap for s in good for gap in s.gaps]),
+            "cpu_s": round(self.cpu, 2),
+            "failed": len(self.seen) - len(good),
+        }
 
 
-def prefix(port: int) -> dict[str, float]:
-    """Times to the first token of two requests that share 700 tokens, medians of five."""
+def prefix(port: int, server: str, times: int) -> dict[str, float]:
+    """Times to the first token of two requests that share 700 tokens, medians."""
     firsts, seconds = [], []
-    for i in range(5):
+    for i in range(times):
         shared = prompt(random.Random(100 + i), 700)
         firsts.append(asyncio.run(ask(port, shared + " one", 0.0, 4)).first)
         seconds.append(asyncio.run(ask(port, shared + " other", 0.0, 4)).first)
     first, second = statistics.median(firsts), statistics.median(seconds)
     print(
-        f"\nshared prompt of 700 tokens: first {first * 1000:.0f} ms, second {second * 1000:.1f} ms, "
+        f"shared prompt of 700 tokens, {NAMES[server]}: first {first * 1000:.0f} ms, second {second * 1000:.1f} ms, "
         f"{first / second:.1f} x"
     )
-    return {"prefix_first_s": first, "prefix_second_s": second, "prefix_ratio": first / second}
+    return {"first_s": first, "second_s": second, "ratio": first / second}
+
+
+def measure(ports: dict[str, tuple[int, int]], loads: list[Load], rounds: int) -> list[Result]:
+    """Every load in turns; its lines are printed when its last round is over."""
+    results = []
+    for i, load in enumerate(loads):
+        mine = {name: Result(load.name, name) for name in ports}
+        for j in range(rounds):
+            for name, (port, pid) in ports.items():
+                before = cpu_seconds(pid)
+                seen, seconds = asyncio.run(load.run(port, 1000 * j + i))
+                mine[name].cpu += cpu_seconds(pid) - before
+                mine[name].seconds += seconds
+                mine[name].seen += seen
+        for result in mine.values():
+            print(result.row(), flush=True)
+        results += mine.values()
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=None, help="a GGUF file (default: SmolLM2-135M)")
+    parser.add_argument("--rival-python", default=sys.executable, help="the interpreter that has llama_cpp.server")
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
-    parser.add_argument("--requests", type=int, default=2, help="of each client, one after another")
-    parser.add_argument("--rate", type=float, default=None, help="requests a second, open loop")
-    parser.add_argument("--seconds", type=float, default=20, help="of arrivals, open loop")
+    parser.add_argument("--requests", type=int, default=8, help="of a closed loop in all, at least")
+    parser.add_argument("--new", type=int, default=128, help="new tokens of a request")
+    parser.add_argument("--rate", type=float, default=0.5, help="requests a second, open loop")
+    parser.add_argument("--seconds", type=float, default=30, help="of arrivals, open loop; 0 leaves it out")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; else top-p 0.95 and top-k 40 too")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", choices=["ours", "theirs"], default=None)
-    parser.add_argument("--no-prefix", action="store_true", help="leave the prefix measurement out")
+    parser.add_argument("--prefixes", type=int, default=5, help="shared prompts of the prefix measurement")
     args, extra = parser.parse_known_args()
     model = args.model or default_model()
-    print(
-        "| load | server | answered | first token ms p50/p95/p99 | between tokens ms p50/p95/p99 | tokens/s "
-        "| CPU ms/token |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    results: list[dict[str, Any]] = []
-    loads: list[tuple[str, Callable[[int, int], Awaitable[Any]]]] = [
-        (f"{n} clients", lambda p, s, n=n: closed(p, n, args.requests, args.temperature, s)) for n in args.clients
-    ]
-    if args.rate:
-        loads.append((f"{args.rate:g}/s", lambda p, s: opened(p, args.rate, args.seconds, args.temperature, s)))
-    kinds = {"ours": lambda: ours(model, extra), "theirs": lambda: theirs(model)}
+    shared = {"temperature": args.temperature, "new": args.new}
+    loads = [Load(f"{n} clients", **shared, clients=n, requests=-(-args.requests // n)) for n in args.clients]
+    if args.rate and args.seconds:
+        loads.append(Load(f"{args.rate:g}/s", **shared, rate=args.rate, seconds=args.seconds))
+    starts = {"ours": lambda: ours(model, extra), "theirs": lambda: theirs(model, args.rival_python)}
     found: dict[str, Any] = {}
-    for name, start in kinds.items():
-        if args.only in (None, name):
-            with start() as (port, pid):
-                asyncio.run(ask(port, "warm up", args.temperature, 8))
-                for i, (load, run) in enumerate(loads):
-                    before = cpu_seconds(pid)
-                    seen, seconds = asyncio.run(run(port, i))
-                    cpu = cpu_seconds(pid) - before
-                    results.append(row("llama2" if name == "ours" else "llama-cpp-python", load, seen, seconds, cpu))
-                if name == "ours" and not args.no_prefix:
-                    found = prefix(port)
-    for load, _ in loads:
-        pair = {r["server"]: r for r in results if r["load"] == load}
+    with ExitStack() as stack:
+        ports = {n: stack.enter_context(start()) for n, start in starts.items() if args.only in (None, n)}
+        for port, _ in ports.values():
+            asyncio.run(ask(port, "warm up", args.temperature, 8))
+        print(
+            "| load | server | answered | first token ms p50/p95/p99 | between tokens ms p50/p95/p99 | tokens/s "
+            "| CPU ms/token |\n| --- | --- | --- | --- | --- | --- | --- |"
+        )
+        results = measure(ports, loads, args.rounds)
+        for name, (port, _) in ports.items():
+            if args.prefixes:
+                found[f"prefix {NAMES[name]}"] = prefix(port, name, args.prefixes)
+    for load in loads:
+        pair = {r.server: r for r in results if r.load == load.name}
         if len(pair) == 2:
-            ratio = pair["llama2"]["tokens_per_s"] / pair["llama-cpp-python"]["tokens_per_s"]
-            print(f"{load}: {ratio:.2f} x the tokens per second")
-            found[f"ratio {load}"] = ratio
-    print(json.dumps({"results": results, **found}))
+            ratio = pair["ours"].rate / pair["theirs"].rate
+            print(f"{load.name}: {ratio:.2f} x the tokens per second")
+            found[f"ratio {load.name}"] = round(ratio, 3)
+    print(json.dumps({"results": [r.record() for r in results], **found}))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("pipelines", "serve", "train", "evaluate"), 15),
     "quantize": 16,
     "cli": 17,
-    "convert_llama_weights_to_hf": 18,
+    **dict.fromkeys(("convert_llama_weights_to_hf", "__main__"), 18),
 }
 STRANGERS = {"quant": {"model"}, "model": {"quant"}}
 NO_TORCH = (

@@ -377,7 +377,7 @@ class Sampler:
             uniform = self.uniform()
             found = [_inverse(*row, u, margin) for row, u in zip(rows, uniform.tolist(), strict=True)]
             if None in found:
-                self._ahead.append(uniform)
+                self.put_back(uniform)
         else:
             # A row with one token left races alone: its numbers count as drawn and are not looked at.
             ends = [i * vocabulary + ids[-1] + 1 for i, (ids, _) in enumerate(rows) if len(ids) > 1]
@@ -409,9 +409,22 @@ class Sampler:
             device = "cpu" if self.generator is None else self.generator.device
             return torch.rand(1, dtype=torch.float64, generator=self.generator, device=device)
         if not self._ahead:
-            block = torch.stack([torch.rand(self._BLOCK, dtype=torch.float64, generator=g) for g in self._rows])
-            self._ahead = list(block.unbind(1)[::-1])
+            self._draw_ahead(self._rows)
         return self._ahead.pop()
+
+    def peek(self, place: int) -> Tensor:
+        """The number that `uniform` will give after `place` others; needs seeds."""
+        while self._rows is not None and len(self._ahead) <= place:
+            self._draw_ahead(self._rows)
+        return self._ahead[-1 - place]
+
+    def put_back(self, uniform: Tensor) -> None:
+        """Makes a number the next that `uniform` gives."""
+        self._ahead.append(uniform)
+
+    def _draw_ahead(self, rows: list[torch.Generator]) -> None:
+        block = torch.stack([torch.rand(self._BLOCK, dtype=torch.float64, generator=g) for g in rows])
+        self._ahead[:0] = block.unbind(1)[::-1]
 
 
 @cache

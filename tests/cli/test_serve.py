@@ -1,17 +1,21 @@
 """`llama2 serve` and `llama2 batch`: options from the environment, refusals, and a file of requests."""
 
 import json
+import os
+import signal
+import socket
 import ssl
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from llama2.cli import serve
+from llama2.cli import parallel, serve
 from llama2.cli.args import parse
 from llama2.errors import InputError
 
@@ -52,9 +56,88 @@ def test_a_wrong_value_in_the_environment(environment: dict[str, str], message: 
         options(**environment)
 
 
-def test_more_than_one_device_is_refused(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SM_NUM_GPUS", "4")
-    assert run("serve", checkpoint)[0] == 2
+def test_the_number_of_processes(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert options(SM_NUM_GPUS="4").tensor_parallel == 4 and parallel.ranks(1, {}) is None
+    assert parallel.ranks(None, {"WORLD_SIZE": "2", "RANK": "1"}) == parallel.Ranks(1, 2, 1, 2)
+    with pytest.raises(InputError, match="is 3 but 2 processes were started"):
+        parallel.ranks(3, {"WORLD_SIZE": "2"})
+    monkeypatch.setenv("SM_NUM_GPUS", "2")
+    assert run("serve", checkpoint, "--draft", checkpoint)[0] == 2
+
+
+def test_two_processes_serve_one_model(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
+    body = json.dumps({"prompt": "a b", "max_tokens": 12, "temperature": 0, "ignore_eos": True}).encode()
+    texts = []
+    for count in (1, 2):
+        with serving(checkpoint, "--tensor-parallel", str(count), "--runner", "torch", "--dtype", "float32") as server:
+            process, port = server
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/completions", body, {"content-type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                texts.append(json.load(reply)["choices"][0]["text"])
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(40) == 0
+    assert texts[0] == texts[1]
+
+
+def test_the_end_of_one_process_is_that_of_all(checkpoint: Path) -> None:
+    pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("finds the other process in /proc")
+    with serving(checkpoint, "--tensor-parallel", "2") as (process, _):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        assert process.wait(40) != 0
+
+
+@contextmanager
+def serving(model: Path, *words: str) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+    """`llama2 serve` with a cache of 1024 tokens, ready: its process and port."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    argv = [
+        sys.executable,
+        "-m",
+        "llama2",
+        "serve",
+        str(model),
+        "--port",
+        str(port),
+        "--max-batch-total-tokens",
+        "1024",
+    ]
+    process = subprocess.Popen([*argv, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(900):
+            assert process.poll() is None
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_guesses_change_no_answer(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+    source = tmp_path / "in.jsonl"
+    lines = [{"prompt": text, "max_tokens": 20, "temperature": i, "seed": 1} for i, text in enumerate(["a b a b", "c"])]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    texts = []
+    for i, more in enumerate([(), ("--draft", checkpoint), ("--speculate", "3")]):
+        target = tmp_path / f"{i}.jsonl"
+        code, _, err = run("batch", "-m", checkpoint, source, target, "--max-batch-total-tokens", "1024", *more)
+        assert code == 0 and ("guesses in a step" in err) == (more[:1] == ("--draft",))
+        rows = map(json.loads, target.read_text().splitlines())
+        texts.append({row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows})
+    assert texts[0] == texts[1] == texts[2]
+    assert run("batch", "-m", checkpoint, source, tmp_path / "x", "--speculate", "-1")[0] == 2
 
 
 def test_batch_answers_each_line_once(run: Run, checkpoint: Path, tmp_path: Path) -> None:

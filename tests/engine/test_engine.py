@@ -13,8 +13,11 @@ from tiny import tiny_ids, tiny_model
 
 from llama2 import InputError, cpu
 from llama2.cpu import PAGE
+from llama2.engine.choice import Choice
 from llama2.engine.engine import Engine, EngineBusyError, Event, Stream, look_up
 from llama2.engine.text import StopText
+from llama2.processors import LogitsProcessorList
+from llama2.request import settings
 
 RUNNERS = ["torch", *(["native"] if cpu.available() else [])]
 WAYS: list[dict[str, Any]] = [
@@ -77,8 +80,11 @@ def test_engine_equals_generate(model: Any, runner: str, sizes: dict[str, Any]) 
     prompts = [[*shared, i + 1] for i in range(4)] + [shared[:5], shared[3:25], [7], [7, 8] * 9]
     rng = random.Random(2)
     cases = [(p, rng.randrange(8, 30), 100 + i, WAYS[i % len(WAYS)]) for i, p in enumerate(prompts)]
+    gate = threading.Event()
     with Engine(model, runner=runner, **sizes) as engine:
+        engine._put(lambda: gate.wait(30) and None)  # all requests are there before the first step
         streams = [engine.stream(p, max_new_tokens=n, seed=s, eos_token_id=None, **way) for p, n, s, way in cases]
+        gate.set()
         found = [[event.token for event in stream if event.token is not None] for stream in streams]
     for tokens, (prompt, new, seed, way) in zip(found, cases, strict=True):
         assert tokens == alone(model, prompt, new, seed, runner, way)
@@ -353,3 +359,14 @@ class _Always:
                 return str(decoder.finish())
 
         return Decoder()
+
+
+def test_sampling_looks_at_few_tokens_only(model: Any) -> None:
+    config = settings(model, None, {"do_sample": True, "top_k": 20, "top_p": 0.9})
+    choice = Choice(config, [1, 2], 30, seed=3)
+    assert (choice._shortlist is not None) == cpu.available() and not choice._before
+    long = Choice(config, [1, 2], 30, seed=3)
+    long._before, long._filters, long._shortlist = long._filters, LogitsProcessorList(), None
+    long._ids = torch.zeros((1, 30), dtype=torch.long)
+    rows = torch.randn((28, 97), generator=torch.Generator().manual_seed(1)) * 3
+    assert [choice(row).token for row in rows] == [long(row).token for row in rows]

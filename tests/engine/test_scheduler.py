@@ -225,3 +225,21 @@ def test_sizes_that_hold_nothing() -> None:
         BlockPool(0, 4)
     with pytest.raises(InputError, match="does nothing"):
         Scheduler(BlockPool(1, 4), budget=0)
+
+
+def test_a_long_prompt_runs_in_small_parts_while_others_decode() -> None:
+    scheduler = Scheduler(BlockPool(100, SIZE), budget=64, beside=6)
+    first, second = Sequence([1] * 30, 60), Sequence([2] * 40, 60)
+    scheduler.submit(first)
+    (chunk,) = scheduler.plan()
+    assert len(chunk.tokens) == 30  # nobody waits for it
+    scheduler.commit(chunk, [5])
+    scheduler.submit(second)
+    sizes = []
+    while second.pending > 1:
+        plan = scheduler.plan()
+        assert plan[0].sequence is first and len(plan[0].tokens) == 1
+        sizes.append(len(plan[1].tokens))
+        for chunk in plan:
+            scheduler.commit(chunk, [5] if chunk.sampled else ())
+    assert sizes == [6] * 6 + [4]

@@ -12,25 +12,21 @@ import torch
 from bytewise import write_tokenizer
 
 from llama2 import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
-pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
-pytest.importorskip("llguidance", reason="serving needs the extra `serve`")
-
-import uvicorn
-
 from llama2.engine.engine import Engine
-from llama2.serve import limits
-from llama2.serve.app import make_app
-from llama2.serve.keys import Keys
-from llama2.serve.life import Life, Server
-from llama2.serve.service import Policy, Service
 
 CONTEXT = 1024
+EXTRA = ("fastapi", "uvicorn", "llguidance")
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def extra() -> None:
+    """Skips where the packages of the extra are absent."""
+    for name in EXTRA:
+        pytest.importorskip(name, reason="serving needs the extra `serve`")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(extra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint: 2 layers, 260 tokens, a context of 1024, weights from a fixed seed."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
@@ -57,7 +53,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Served:
     """A running server: its address, service and engine."""
 
-    def __init__(self, model: Any, tokenizer: Any, policy: Policy, keys: Keys | None, engine: dict[str, Any]) -> None:
+    def __init__(self, model: Any, tokenizer: Any, policy: Any, keys: Any, engine: dict[str, Any]) -> None:
+        import uvicorn  # the extra may be absent: see `extra`
+
+        from llama2.serve import limits
+        from llama2.serve.app import make_app
+        from llama2.serve.life import Life, Server
+        from llama2.serve.service import Service
+
         self.engine = Engine(model, tokenizer, **{"cache_tokens": 16384, **engine})
         self.service = Service(policy, keys, Life())
         self.service.open(self.engine, limits.bounds(self.engine, limits.Wanted()))
@@ -105,7 +108,9 @@ def serve(tiny_parts: tuple[Any, Any]) -> Iterator[Serve]:
     """serve(policy fields, keys=..., engine={...}) starts a server of its own."""
     running: list[Served] = []
 
-    def start(keys: Keys | None = None, engine: dict[str, Any] | None = None, **policy: Any) -> Served:
+    from llama2.serve.service import Policy
+
+    def start(keys: Any = None, engine: dict[str, Any] | None = None, **policy: Any) -> Served:
         running.append(Served(*tiny_parts, Policy(**{"names": ("tiny",), **policy}), keys, engine or {}))
         return running[-1]
 

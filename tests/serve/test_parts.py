@@ -11,6 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
+pytest.importorskip("pydantic", reason="serving needs the extra `serve`")
+
 from llama2.engine.engine import Engine
 from llama2.errors import InputError
 from llama2.serve import limits, logs

@@ -12,7 +12,6 @@ from wire import post
 
 from llama2 import AutoTokenizer, cpu
 from llama2.native import NativeModel
-from llama2.serve.service import Policy
 
 pytestmark = pytest.mark.skipif(
     not cpu.available(), reason="the GGUF file runs in the native engine, which is not built"
@@ -20,7 +19,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def smol(smollm2: Path) -> Iterator[Served]:
+def smol(extra: None, smollm2: Path) -> Iterator[Served]:
+    from llama2.serve.service import Policy
+
     found = Served(NativeModel.from_gguf(smollm2), AutoTokenizer.from_pretrained(smollm2), Policy(("smol",)), None, {})
     yield found
     assert found.quiet()

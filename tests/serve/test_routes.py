@@ -86,6 +86,29 @@ def test_completions_are_the_fold_of_their_stream(served: Served) -> None:
             assert [x for c in mine if c["logprobs"] for x in c["logprobs"][name]] == near(choice["logprobs"][name])
 
 
+def test_the_end_token_is_rated_in_streams_as_in_whole_answers(served: Served) -> None:
+    """min_tokens forbids the end three times, then the bias makes it certain: four tokens, four ratings."""
+    given = {"min_tokens": 3, "logit_bias": {"0": 100}, "max_tokens": 12, "skip_special_tokens": False}
+    for skip in (True, False):
+        body = RAW | given | {"logprobs": 1, "skip_special_tokens": skip}
+        whole = post(served.port, "/v1/completions", body).json
+        (choice,) = whole["choices"]
+        rated = choice["logprobs"]
+        assert choice["finish_reason"] == "stop" and whole["usage"]["completion_tokens"] == 4
+        assert rated["tokens"][-1] == "<|end|>" and len(rated["token_logprobs"]) == 4 == len(rated["top_logprobs"])
+        assert choice["text"].endswith("<|end|>") is not skip
+        *chunks, _ = post(served.port, "/v1/completions", body | {"stream": True}).events
+        for name, values in rated.items():
+            assert [
+                x for c in chunks if c["choices"][0]["logprobs"] for x in c["choices"][0]["logprobs"][name]
+            ] == near(values)
+    body = CHAT | given | {"logprobs": True, "top_logprobs": 1}
+    rated = post(served.port, "/v1/chat/completions", body).json["choices"][0]["logprobs"]["content"]
+    assert len(rated) == 4 and rated[-1]["token"] == "<|end|>" and rated[-1]["logprob"] < 0
+    *chunks, _ = post(served.port, "/v1/chat/completions", body | {"stream": True}).events
+    assert near(rated) == [e for c in chunks if (told := c["choices"][0]["logprobs"]) for e in told["content"]]
+
+
 def test_echo_with_logprobs_rates_the_prompt(served: Served) -> None:
     body = RAW | {"prompt": "Hello there", "echo": True, "logprobs": 2, "max_tokens": 0}
     (choice,) = post(served.port, "/v1/completions", body).json["choices"]

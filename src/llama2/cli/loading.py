@@ -100,11 +100,11 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
     path = model_path(options.model)
     tokenizer = load_tokenizer(path)
     if options.adapter is None:
-        return _load_model(path, options), tokenizer
+        return load_model(path, options), tokenizer
     from llama2.checkpoint.peft import read_config
 
     read_config(Path(options.adapter))  # a wrong folder is told before the model is loaded
-    return _adapted(_load_model(path, options), options.adapter, options.runner), tokenizer
+    return _adapted(load_model(path, options), options.adapter, options.runner), tokenizer
 
 
 def _adapted(model: "LlamaForCausalLM | NativeModel", folder: str, runner: str) -> "LlamaForCausalLM | NativeModel":
@@ -125,7 +125,8 @@ def _adapted(model: "LlamaForCausalLM | NativeModel", folder: str, runner: str) 
     return model
 
 
-def _load_model(path: str, options: RunOptions) -> "LlamaForCausalLM | NativeModel":
+def load_model(path: str, options: RunOptions) -> "LlamaForCausalLM | NativeModel":
+    """The model of a path without an adapter; see `load`."""
     reason = "the native engine is not built, because the install found no C++17 compiler"
     with _keeping_interrupts():
         gguf = _may_stay_packed(path, options)

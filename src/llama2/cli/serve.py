@@ -5,12 +5,13 @@ import threading
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from llama2.cli import terminal
+from llama2.cli import parallel, terminal
 from llama2.cli.args import option
-from llama2.cli.loading import RunOptions, load, model_path
+from llama2.cli.loading import RunOptions, load, load_model, model_path
 from llama2.errors import InputError, Llama2Error, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from llama2.serve.limits import Wanted
     from llama2.serve.service import Service
 
+Loader = Callable[[Any], tuple[Any, Any]]
 SAGEMAKER_MODEL = Path("/opt/ml/model")
 
 
@@ -32,6 +34,14 @@ class EngineOptions:
     )
     max_batch_prefill_tokens: int | None = option(None, "tokens of one step at most (default: 512)")
     max_batch_size: int | None = option(None, "requests in one step at most (default: 64)")
+    draft: str | None = option(
+        None,
+        "a smaller model with the same vocabulary that guesses tokens ahead; answers stay the same",
+        metavar="MODEL",
+    )
+    speculate: int | None = option(
+        None, "tokens guessed in a step at most: by --draft (default: 4), else from the text so far (default: 0)"
+    )
     no_prefix_cache: bool = option(False, "forget a prompt once it is answered, so that none starts faster for it")
 
     def wanted(self) -> "Wanted":
@@ -59,6 +69,9 @@ class Options(EngineOptions, RunOptions):
     revision: str | None = option(None, "the version of the model, told by /info")
     lora_adapters: tuple[str, ...] = option(
         (), "an adapter that requests can choose by name; may be given several times", metavar="NAME=FOLDER"
+    )
+    tensor_parallel: int | None = option(
+        None, "processes, each with its own part of every layer and its own GPU where there are some (default: 1)"
     )
     chat_template: str | None = option(
         None, "a file with a Jinja template, or llama2 (default: the one the model ships)", metavar="FILE"
@@ -100,12 +113,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "revision": ("HF_MODEL_REVISION", "REVISION"),
     "max_input_tokens": ("MAX_INPUT_TOKENS", "MAX_INPUT_LENGTH"),
     "port": ("SAGEMAKER_BIND_TO_PORT", "PORT"),
+    "tensor_parallel": ("SM_NUM_GPUS", "NUM_SHARD"),
     "shutdown_timeout": ("GRACEFUL_TERMINATION_TIMEOUT",),
 }
 _BARE = (
     "max_total_tokens", "max_batch_total_tokens", "max_batch_prefill_tokens", "max_batch_size",
     "max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_client_batch_size",
-    "payload_limit", "validation_workers", "api_key", "cors_allow_origin", "lora_adapters",
+    "payload_limit", "validation_workers", "speculate", "api_key", "cors_allow_origin", "lora_adapters",
 )  # fmt: skip
 
 
@@ -149,6 +163,11 @@ def run(options: Options) -> int:
     container = SAGEMAKER_MODEL.is_dir() or any(name.startswith("SAGEMAKER_") for name in environment)
     options = _with_model(options, container)
     _heed(environment)
+    several = parallel.ranks(options.tensor_parallel, environment)
+    if several is not None:
+        parallel.check(options)
+        if several.rank:
+            return parallel.follow(options, several)
     need_server()
     from llama2.serve import logs
     from llama2.serve.app import make_app
@@ -161,11 +180,22 @@ def run(options: Options) -> int:
         terminal.notice(f"llama2: anyone who can reach {host} can use this model; --api-key asks for a key")
     server = _server(options, host, 8080 if container else 8000, service, make_app(service))
     listener = logs.start(options.log_level or "info")
-    threading.Thread(target=_open, args=(options, service, server), name="llama2-load", daemon=True).start()
+
+    def failed(error: Exception) -> None:
+        life.failure, server.should_exit = error, True
+
+    others = None
+    if several is not None and "WORLD_SIZE" not in environment:
+        others = parallel.Others(several, failed)
+        several = replace(several, store=others.store)
+    loader = load if several is None else partial(parallel.load_part, ranks=several)
+    threading.Thread(target=_open, args=(options, service, failed, loader), name="llama2-load", daemon=True).start()
     try:
         server.run()
     finally:
         service.close()
+        if others is not None:
+            others.close()
         listener.stop()
     if life.failure is not None:
         raise life.failure
@@ -183,11 +213,6 @@ def _with_model(options: Options, container: bool) -> Options:
 
 def _heed(environment: Mapping[str, str]) -> None:
     """Says what TGI's variables cannot do here."""
-    shards = next((environment[n] for n in ("SM_NUM_GPUS", "NUM_SHARD") if environment.get(n)), "1")
-    if shards.strip() not in ("1", "0"):
-        raise InputError(
-            f"SM_NUM_GPUS or NUM_SHARD asks for {shards} devices, and this server runs on one; set it to 1"
-        )
     if kind := environment.get("HF_MODEL_QUANTIZE") or environment.get("QUANTIZE"):
         terminal.notice(
             f"llama2: QUANTIZE={kind}: a model is served as its checkpoint is stored; quantise that beforehand"
@@ -247,13 +272,13 @@ def _server(options: Options, host: str, port: int, service: "Service", app: Any
     return Server(config, service.life, service.cut)
 
 
-def _open(options: Options, service: "Service", server: "Server") -> None:
+def _open(options: Options, service: "Service", failed: Callable[[Exception], None], loader: Loader) -> None:
     """Loads the model beside the server, which answers 503 meanwhile; a failure ends the server."""
+    waiting = options.max_waiting or 1024
     try:
-        open_model(options, options.chat_template, options.lora_adapters, service, waiting=options.max_waiting or 1024)
-    except (Llama2Error, OSError) as error:
-        service.life.failure = error
-        server.should_exit = True
+        open_model(options, options.chat_template, options.lora_adapters, service, waiting, loader=loader)
+    except (Llama2Error, OSError, RuntimeError) as error:
+        failed(error)
 
 
 def open_model(
@@ -263,6 +288,7 @@ def open_model(
     service: "Service",
     waiting: int = 1024,
     tell: Callable[[str], None] = terminal.notice,
+    loader: Loader = load,
 ) -> None:
     """Loads the model, makes the engine within the memory, tells the table of limits and opens the service.
 
@@ -271,7 +297,7 @@ def open_model(
     from llama2.engine.engine import Engine
     from llama2.serve import limits
 
-    model, tokenizer = load(options)
+    model, tokenizer = loader(options)
     if chat_template == "llama2":
         from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE
 
@@ -279,7 +305,8 @@ def open_model(
     elif chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     wanted = options.wanted()
-    each = limits.bytes_per_token(model, options.runner, options.cache_dtype)
+    draft = None if options.draft is None else load_model(options.draft, options)
+    each = limits.bytes_per_token(model, options.runner, options.cache_dtype, draft)
     tokens, source = limits.cache_tokens(model, wanted, each)
     engine = Engine(
         model,
@@ -291,6 +318,8 @@ def open_model(
         prefix_cache=not options.no_prefix_cache,
         runner=options.runner,
         kv_cache=options.cache_dtype,
+        draft=draft,
+        guesses=options.speculate,
     )
     for adapter in adapters:
         _add_adapter(engine, adapter)

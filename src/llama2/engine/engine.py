@@ -14,87 +14,21 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Self
 
+from llama2.engine.ask import Ask, Completion, EngineBusyError, Event, Finish
 from llama2.engine.blocks import BlockPool
 from llama2.engine.choice import Choice, Picked
+from llama2.engine.draft import UNKNOWN, Drafter, look_up
 from llama2.engine.runners import PAGE, PlanRunner, make_plan_runner
 from llama2.engine.scheduler import Chunk, Scheduler
 from llama2.engine.scheduler import Sequence as Scheduled
 from llama2.engine.text import StopText
-from llama2.errors import InputError, Llama2Error
+from llama2.errors import InputError
 from llama2.generation_config import GenerationConfig
 from llama2.request import settings
 
-Finish = Literal["length", "eos", "stop", "cancelled", "error"]
-
-
-class EngineBusyError(Llama2Error, RuntimeError):
-    """The queue is full, or the engine takes nothing new because it is closing."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """One token of a request, or its end. The texts of a request's events joined are its whole text.
-
-    token: None where only text that was held back, prompt tokens, or the end, are told. logprob, top: see `Picked`.
-    prompt: ratings of the next tokens of the prompt, where they were asked for. finish: why the request ended, in its
-    last event; error: what went wrong where that is "error".
-    """
-
-    token: int | None = None
-    text: str = ""
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    finish: Finish | None = None
-    error: Exception | None = None
-    prompt: tuple[Picked, ...] = ()
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A request: a prompt of ids and how to continue it.
-
-    config: settings of generate(), complete. stop: strings that end the text, left out of it unless keep_stop.
-    logprobs: how many likeliest tokens each event tells, None for none. tenant: requests of another tenant share no
-    cached prefix. lookup: tokens to guess from earlier text and check in one step (prompt lookup), 0 for none.
-    rate_prompt: tell the log-probability of each prompt token but the first, as events before the first new token.
-    continues: the text goes on from the prompt, so its first space counts; else it stands by itself.
-    """
-
-    prompt: Sequence[int]
-    config: GenerationConfig
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    keep_stop: bool = False
-    logprobs: int | None = None
-    adapter: str | None = None
-    tenant: str = ""
-    lookup: int = 0
-    processors: tuple[Any, ...] = ()
-    skip_special_tokens: bool = True
-    rate_prompt: bool = False
-    continues: bool = False
-
-
-@dataclass
-class Completion:
-    """What became of a request."""
-
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    finish: Finish | None = None
-    logprobs: list[float] = field(default_factory=list)
-
-    def add(self, event: Event) -> None:
-        """Takes one event in."""
-        if event.token is not None:
-            self.tokens.append(event.token)
-        if event.logprob is not None:
-            self.logprobs.append(event.logprob)
-        self.text += event.text
-        self.finish = event.finish or self.finish
+DRAFTING = 8  # requests that run, above which a drafter rests
 
 
 class _Live:
@@ -109,6 +43,7 @@ class _Live:
         if decoder is not None and ask.continues:
             decoder.put(list(ask.prompt[-8:]))  # a character has four bytes at most, and one token more tells the start
         self.text = None if decoder is None else StopText(decoder, ask.stop, ask.keep_stop)
+        self.guesses = 0  # of the drafter in the next step; 0 for as many as it may make
         self.ended, self.rated = False, 0  # rated: tokens of the prompt that have been told
         self.since, self.began = time.monotonic(), 0.0  # when it was submitted and when it first ran
 
@@ -184,15 +119,25 @@ class Engine:
         prefix_cache: bool = True,
         runner: str = "auto",
         kv_cache: Any = None,
+        draft: Any = None,
+        guesses: int | None = None,
     ) -> None:
         """cache_tokens: positions of all requests together that are kept. budget: tokens of one step at most. width:
         requests in one step at most. waiting: requests in the queue at most. kv_cache: dtype of keys and values in the
-        native engine. Raises InputError for sizes that hold nothing."""
+        native engine. draft: a smaller model that proposes up to `guesses` tokens a step, 4 if None, while few requests
+        run; without one `guesses` is what requests look up in their own text. Raises InputError for sizes that hold
+        nothing, and for a draft of another vocabulary."""
         if cache_tokens < PAGE:
             raise InputError(f"a cache of {cache_tokens} tokens is less than a page; give at least {PAGE}")
+        if guesses is not None and guesses < 0:
+            raise InputError(f"guesses is {guesses}; give 0 for none, or a small number")
         self.model, self.tokenizer, self.limit = model, tokenizer, int(model.config.max_position_embeddings)
         self.runner: PlanRunner = make_plan_runner(model, -(-cache_tokens // PAGE), runner, kv_cache)
         self.pool = BlockPool(self.runner.pages, PAGE, prefix_cache)
+        self.drafter: Drafter | None = None
+        if draft is not None:
+            self.drafter = Drafter(model, draft, self.runner.pages, 4 if guesses is None else guesses, runner, kv_cache)
+        self._lookup = 0 if draft is not None or guesses is None else guesses
         self.scheduler = Scheduler(self.pool, budget, width)
         self.max_waiting = waiting
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -202,7 +147,8 @@ class Engine:
         self._closing = self._stopping = False
         self.beat = time.monotonic()  # when the last step began
         self._thread: threading.Thread | None = None
-        self.steps = self.tokens_in = self.tokens_out = self.tokens_reused = self.tokens_guessed = self.preemptions = 0
+        self.steps = self.tokens_in = self.tokens_out = self.tokens_reused = self.preemptions = 0
+        self.tokens_proposed = self.tokens_guessed = 0  # guesses that were checked, and those that held
 
     # -- for callers ---------------------------------------------------------------------------------------------
 
@@ -217,7 +163,7 @@ class Engine:
         logprobs: int | None = None,
         adapter: str | None = None,
         tenant: str = "",
-        lookup: int = 0,
+        lookup: int | None = None,
         skip_special_tokens: bool = True,
         **kwargs: Any,
     ) -> Ask:
@@ -234,6 +180,7 @@ class Engine:
             raise InputError(f"stop is {stop!r}; give non-empty strings")
         if logprobs is not None and not 0 <= logprobs <= self.model.config.vocab_size:
             raise InputError(f"logprobs is {logprobs}; it must lie between 0 and the vocabulary")
+        lookup = self._lookup if lookup is None else lookup
         return Ask(
             list(ids), config, seed, stops, keep_stop, logprobs, adapter, tenant, lookup, (), skip_special_tokens
         )
@@ -310,12 +257,12 @@ class Engine:
         """Takes nothing new; with `wait` every accepted request is finished first, else all are cancelled."""
         with self._lock:
             self._closing = True
-        if self._thread is None:
-            return
-        if not wait:
-            self._put(self._cancel_all)
-        self._put(self._stop)
-        self._thread.join()
+        if self._thread is not None:
+            if not wait:
+                self._put(self._cancel_all)
+            self._put(self._stop)
+            self._thread.join()
+        self.runner.close()
 
     def __enter__(self) -> Self:
         return self
@@ -399,17 +346,18 @@ class Engine:
                 self._count -= 1
 
     def _loop(self) -> None:
-        while True:
-            while not self._inbox.empty():
-                self._inbox.get()()
-            if not self.scheduler.idle:
-                self._step()
-            elif self._stopping:
-                return
-            else:
-                self._wake.wait()
-                self._wake.clear()
-                self.beat = time.monotonic()
+        with self.runner.alone:
+            while True:
+                while not self._inbox.empty():
+                    self._inbox.get()()
+                if not self.scheduler.idle:
+                    self._step()
+                elif self._stopping:
+                    return
+                else:
+                    self._wake.wait()
+                    self._wake.clear()
+                    self.beat = time.monotonic()
 
     def _step(self) -> None:
         chunks = self.scheduler.plan()
@@ -418,6 +366,8 @@ class Engine:
             live = self._live[chunk.sequence]
             live.began = live.began or now
         try:
+            if self.drafter is not None:
+                chunks = self.drafter.fill(chunks, lambda chunk: self._live[chunk.sequence].choice)
             rows = iter(self.runner.step(chunks, [self._live[c.sequence].ask.adapter for c in chunks]))
         except Exception as error:
             for chunk in chunks:
@@ -449,23 +399,25 @@ class Engine:
             if done or i == len(guesses) or picked.token != guesses[i]:
                 break
         self.tokens_out += len(new)
+        self.tokens_proposed += chunk.drafted
         self.tokens_guessed += len(new) - 1
         self.scheduler.commit(chunk, new)
+        if self.drafter is not None:
+            self.drafter.settle(chunk, len(new) - 1)
         if done:
             self._end(live)
-        elif live.ask.lookup:
-            chunk.sequence.draft = look_up(chunk.sequence.tokens, live.ask.lookup)
+        else:
+            chunk.sequence.draft = self._proposed(live, chunk.drafted, len(new) - 1)
 
-
-def look_up(tokens: Sequence[int], count: int, longest: int = 3, window: int = 2048) -> list[int]:
-    """What followed the latest earlier occurrence of the last few tokens: `count` guesses at most (prompt lookup)."""
-    recent = list(tokens[-window:])
-    for size in range(min(longest, len(recent) - 1), 0, -1):
-        tail = recent[-size:]
-        for start in range(len(recent) - size - 1, -1, -1):
-            if recent[start] == tail[0] and recent[start : start + size] == tail:
-                return recent[start + size : start + size + count]
-    return []
+    def _proposed(self, live: _Live, drafted: int, held: int) -> list[int]:
+        """Guesses for the next step, or places for those of the drafter: one more after a full success, one more than
+        held after a failure, none where so many decode that their rows cost more than they save."""
+        found = look_up(live.sequence.tokens, live.ask.lookup) if live.ask.lookup else []
+        if found or self.drafter is None or len(self.scheduler.running) > DRAFTING:
+            return found
+        if drafted:
+            live.guesses = min(held + 1, self.drafter.count) if held < drafted else min(drafted + 1, self.drafter.count)
+        return [UNKNOWN] * (live.guesses or self.drafter.count)
 
 
 def _listed(value: Any) -> list[str]:

@@ -1,6 +1,7 @@
 """What runs a plan: the native engine over its own pages, or a torch module over pages kept as tensors."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,12 +22,16 @@ class PlanRunner(Protocol):
 
     pages: int
     bytes_per_page: int
+    alone: AbstractContextManager[None]  # held by the thread that steps
 
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
         """Keys and values of the chunks go into their pages; logits (wanted, V) of each chunk that wants any, in order.
 
         adapters: for each chunk the adapter it runs with.
         """
+
+    def close(self) -> None:
+        """No step follows."""
 
 
 class NativePlanRunner:
@@ -37,6 +42,7 @@ class NativePlanRunner:
         self._cache = cpu.PagedCache(weights, pages * PAGE, dtype)
         self._runner = cpu.CpuRunner(weights)
         self.bytes_per_page = self._cache.nbytes // pages
+        self.alone: AbstractContextManager[None] = cpu.OneOpenMpThread()  # the engine's own threads run beside torch's
 
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
         """As PlanRunner.step."""
@@ -54,6 +60,9 @@ class NativePlanRunner:
         logits = torch.from_numpy(self._runner.step(tokens, positions, view, rows, adapters))
         return list(logits.split([len(chunk_rows) for chunk_rows in wanted])) if wanted else []
 
+    def close(self) -> None:
+        """Nothing to do."""
+
 
 class TorchPlanRunner:
     """A LlamaForCausalLM on any device. Each chunk of a prompt runs alone; what decodes runs as one padded batch."""
@@ -64,6 +73,7 @@ class TorchPlanRunner:
         shape = (config.num_hidden_layers, 2, pages, PAGE, config.num_key_value_heads, config.head_dim)
         self._cached = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.bytes_per_page = self._cached[:, :, 0].nbytes
+        self.alone: AbstractContextManager[None] = nullcontext()
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
@@ -76,6 +86,9 @@ class TorchPlanRunner:
             if len(chunk.tokens) > 1:
                 (found[id(chunk)],) = self._batch([chunk])
         return [found[id(chunk)] for chunk in chunks if chunk.wanted]
+
+    def close(self) -> None:
+        """Nothing to do."""
 
     def _batch(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Logits (wanted, V) of chunks of one length, padded on the left to the longest past."""
@@ -124,6 +137,11 @@ def make_plan_runner(model: Any, pages: int, runner: str = "auto", dtype: cpu.Kv
     """
     if runner not in ("auto", "native", "torch"):
         raise InputError(f"runner is {runner!r}; it must be 'auto', 'native' or 'torch'")
+    if hasattr(model, "plan_runner"):  # a model over several processes brings its own
+        if runner == "native":
+            raise InputError("the native engine runs whole models in one process; use runner='torch'")
+        found: PlanRunner = model.plan_runner(pages)
+        return found
     weights = None if runner == "torch" else native_weights(model)
     if weights is not None:
         default: cpu.KvDtype = "float32" if getattr(model, "dtype", None) == torch.float32 else "bfloat16"

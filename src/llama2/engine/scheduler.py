@@ -64,12 +64,20 @@ class Chunk:
 
 
 class Scheduler:
-    """Sequences over a pool. budget: tokens of one step at most; width: sequences in one step at most."""
+    """Sequences over a pool.
 
-    def __init__(self, pool: BlockPool, budget: int = 512, width: int = 64) -> None:
-        if budget < 1 or width < 1:
-            raise InputError(f"a step of {budget} tokens of {width} sequences does nothing; give at least 1 of each")
-        self.pool, self.budget, self.width = pool, budget, width
+    budget: tokens of one step at most; beside: tokens of prompts in a step in which others decode, who wait for the
+    end of the step; width: sequences in one step at most.
+    """
+
+    def __init__(self, pool: BlockPool, budget: int = 512, width: int = 64, beside: int = 128) -> None:
+        if budget < 1 or width < 1 or beside < 1:
+            raise InputError(
+                f"a step of {budget} tokens, {beside} beside others, of {width} sequences does nothing; give at least "
+                "1 of each"
+            )
+        self.pool, self.budget, self.width, self.beside = pool, budget, width, beside
+        self._most = budget  # tokens of the step that is being planned
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of admission
 
@@ -118,7 +126,10 @@ class Scheduler:
         """The next step; never empty while there is a sequence. Every chunk has its pages."""
         planned: dict[Sequence, Chunk] = {}
         crowded = False
+        self._most = self.budget
         for prompts in (False, True):
+            if planned:
+                self._most = min(self.budget, self._spent(planned) + self.beside)
             for sequence in list(self.running):
                 if (sequence.pending > 1) is prompts and sequence in self.running:
                     crowded |= self._plan_one(sequence, planned)
@@ -126,8 +137,11 @@ class Scheduler:
             self._admit(planned)
         return list(planned.values())
 
+    def _spent(self, planned: dict[Sequence, Chunk]) -> int:
+        return sum(len(chunk.tokens) for chunk in planned.values())
+
     def _left(self, planned: dict[Sequence, Chunk]) -> int:
-        return self.budget - sum(len(chunk.tokens) for chunk in planned.values())
+        return self._most - self._spent(planned)
 
     def _plan_one(self, sequence: Sequence, planned: dict[Sequence, Chunk]) -> bool:
         """Plans what fits of a running sequence; whether somebody had to make room for it."""

@@ -27,6 +27,8 @@ class EmbeddingBody(Body):
 def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
     """The answer. Raises Refusal where the model has no torch module, and for inputs that do not fit."""
     model = service.engine.model
+    if hasattr(model, "plan_runner"):
+        raise Refusal("unable", "this model runs in several processes, which tell no hidden states")
     if not isinstance(model, LlamaForCausalLM):
         raise Refusal(
             "unable", "this model runs packed in the native engine, which tells no hidden states; --runner torch does"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llama2.engine.draft import Drafter
 from llama2.engine.engine import Engine
 from llama2.engine.runners import PAGE, make_plan_runner
 from llama2.errors import InputError
@@ -48,9 +49,10 @@ def available(device: torch.device) -> int:
     return max(min(found), 0)
 
 
-def bytes_per_token(model: Any, runner: str, kv_cache: Any) -> int:
-    """What keys and values of one position take in the cache that the engine will make."""
-    return make_plan_runner(model, 1, runner, kv_cache).bytes_per_page // PAGE
+def bytes_per_token(model: Any, runner: str, kv_cache: Any, draft: Any = None) -> int:
+    """What keys and values of one position take in the caches that the engine will make, in all processes."""
+    own = make_plan_runner(model, 1, runner, kv_cache).bytes_per_page * getattr(model, "neighbours", 1)
+    return (own + (0 if draft is None else Drafter(model, draft, 1, 1, runner, kv_cache).runner.bytes_per_page)) // PAGE
 
 
 def cache_tokens(model: Any, wanted: Wanted, bytes_per_token: int) -> tuple[int, str]:
@@ -96,9 +98,10 @@ def bounds(engine: Engine, wanted: Wanted) -> Bounds:
 
 def table(engine: Engine, limits: Bounds, source: str) -> str:
     """What the server can hold, for people."""
-    runner, weights = engine.runner, getattr(engine.runner, "weights", None)
+    runner, weights, drafter = engine.runner, getattr(engine.runner, "weights", None), engine.drafter
     size = weights.nbytes if weights is not None else sum(p.nbytes for p in engine.model.parameters())
-    each, held = runner.bytes_per_page / PAGE, engine.scheduler.capacity()
+    page = runner.bytes_per_page + (drafter.runner.bytes_per_page if drafter else 0)
+    each, held = page / PAGE, engine.scheduler.capacity()
     rows = [
         (
             "weights",
@@ -106,7 +109,8 @@ def table(engine: Engine, limits: Bounds, source: str) -> str:
             "native engine" if weights is not None else f"torch, {engine.model.device}",
         ),
         ("cache, a token", f"{each / 1024:.1f} KiB", "keys and values of all layers"),
-        ("cache, all", f"{runner.pages * runner.bytes_per_page / GIB:.2f} GiB", f"{held} tokens: {source}"),
+        *([("guesses in a step", str(drafter.count), "at most, of the draft model")] if drafter else []),
+        ("cache, all", f"{runner.pages * page / GIB:.2f} GiB", f"{held} tokens: {source}"),
         ("full-length texts at once", f"{held / limits.max_total_tokens:.1f}", f"of {limits.max_total_tokens} tokens"),
         ("texts in a step", str(engine.scheduler.width), "max_batch_size; others wait"),
         ("tokens in a step", str(engine.scheduler.budget), "max_batch_prefill_tokens; longer prompts run in parts"),

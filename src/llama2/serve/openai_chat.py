@@ -141,8 +141,7 @@ def _choice(service: Service, body: ChatBody, tools: Tools, index: int, answer: 
             message["content"] = text
     logprobs = None
     if body.logprobs:
-        special = service.tokenizer.special_ids
-        entries = [rated(service.tokenizer, p, body.tops) for p in answer.picked if p.token not in special]
+        entries = [rated(service.tokenizer, p, body.tops) for p in answer.picked]
         logprobs = {"content": entries, "refusal": None}
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
@@ -195,7 +194,7 @@ class ChatWriter:
 
     def logprobs(self, event: Event) -> dict[str, Any] | None:
         """Those of an event's token, if asked for."""
-        if not self.body.logprobs or event.token is None or event.token in self.tokenizer.special_ids:
+        if not self.body.logprobs or event.token is None:
             return None
         return {"content": [rated(self.tokenizer, _picked(event), self.body.tops)], "refusal": None}
 

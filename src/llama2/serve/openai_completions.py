@@ -93,8 +93,12 @@ def parse(service: Service, body: CompletionBody, owner: str) -> Generation:
         adapter=service.adapter(body.model),
         salt=salt(owner, body.cache_salt),
         stream=bool(body.stream),
-        skip_special_tokens=body.skip_special_tokens is not False,
+        skip_special_tokens=_skips(body),
     )
+
+
+def _skips(body: CompletionBody) -> bool:
+    return body.skip_special_tokens is not False
 
 
 def _is_ids(prompt: list[Any]) -> bool:
@@ -130,21 +134,23 @@ def _choice(
     tokenizer, text, picked = service.tokenizer, answer.text, answer.picked
     if body.max_tokens == 0:
         text, picked = "", []
-    elif body.logprobs is not None:
-        picked = [p for p in picked if p.token not in tokenizer.special_ids]
     if body.echo:
         text = tokenizer.decode(list(prompt), skip_special_tokens=True) + text
     logprobs = None
     if body.logprobs is not None:
         before = [Picked(prompt[0]), *answer.prompt] if body.echo else []
-        logprobs = table(tokenizer, [*before, *picked], body.logprobs)
+        logprobs = table(tokenizer, [*before, *picked], body.logprobs, skip=_skips(body))
     reason = "length" if body.max_tokens == 0 else REASONS[answer.finish or "length"]
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
-def table(tokenizer: Any, picked: list[Picked], tops: int, offset: int = 0) -> dict[str, Any]:
-    """The logprobs of a completion; offset: characters before its first token. A first token has none: null."""
+def table(tokenizer: Any, picked: list[Picked], tops: int, offset: int = 0, skip: bool = True) -> dict[str, Any]:
+    """The logprobs of a completion; offset: characters before its first token. A first token has none: null.
+
+    Special tokens are told too, `</s>` among them; where the text leaves them out (skip) they take no room in it.
+    """
     texts = [token_text(tokenizer, p.token) for p in picked]
+    sizes = [0 if skip and p.token in tokenizer.special_ids else len(t) for p, t in zip(picked, texts, strict=True)]
     best = [
         None if p.logprob is None else {token_text(tokenizer, token): finite(value) for token, value in p.top[:tops]}
         for p in picked
@@ -153,7 +159,7 @@ def table(tokenizer: Any, picked: list[Picked], tops: int, offset: int = 0) -> d
         "tokens": texts,
         "token_logprobs": [None if p.logprob is None else finite(p.logprob) for p in picked],
         "top_logprobs": best if tops else None,
-        "text_offset": list(accumulate(map(len, texts[:-1]), initial=offset)) if texts else [],
+        "text_offset": list(accumulate(sizes[:-1], initial=offset)) if texts else [],
     }
 
 
@@ -180,10 +186,11 @@ class CompletionWriter:
         """One token, and the end."""
         text = "" if self.body.max_tokens == 0 else event.text
         logprobs = None
-        if self.body.logprobs is not None and event.token is not None and event.token not in self.tokenizer.special_ids:
-            picked = Picked(event.token, event.logprob, event.top)
-            logprobs = table(self.tokenizer, [picked], self.body.logprobs, self.offsets[index])
-            self.offsets[index] += len(logprobs["tokens"][0])
+        if self.body.logprobs is not None and event.token is not None:
+            picked, skip = Picked(event.token, event.logprob, event.top), _skips(self.body)
+            logprobs = table(self.tokenizer, [picked], self.body.logprobs, self.offsets[index], skip)
+            if not (skip and event.token in self.tokenizer.special_ids):
+                self.offsets[index] += len(logprobs["tokens"][0])
         reason = None if event.finish is None else REASONS[event.finish]
         return self.chunk(index, text, logprobs, reason) if text or logprobs or reason else b""
 

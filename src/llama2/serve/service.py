@@ -81,6 +81,8 @@ class Service:
         watch("llama2_kv_usage_ratio", "Share of the cache's pages that are held.", lambda: 1 - pool.free / pool.count)
         watch("llama2_preemptions", "Requests put back into the queue for want of pages.", lambda: engine.preemptions)
         watch("llama2_steps", "Steps of the engine.", lambda: engine.steps)
+        watch("llama2_guesses", "Tokens that were guessed and checked.", lambda: engine.tokens_proposed)
+        watch("llama2_guesses_held", "Of these, those that held.", lambda: engine.tokens_guessed)
         watch("llama2_streams", "Answers being told.", lambda: len(self.sessions))
 
     @property
@@ -127,9 +129,12 @@ class Service:
             session.close()
 
     def alive(self) -> bool:
-        """Whether the engine is moving, or has nothing to do."""
+        """Whether the engine is moving, or has nothing to do, and has not lost a process of its model."""
         engine = self._engine
-        return engine is None or not engine.running or time.monotonic() - engine.beat < 120
+        if engine is None:
+            return True
+        lost = getattr(engine.runner, "failed", None) is not None
+        return not lost and (not engine.running or time.monotonic() - engine.beat < 120)
 
     # -- work ----------------------------------------------------------------------------------------------------
 

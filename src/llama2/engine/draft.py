@@ -1,0 +1,97 @@
+"""Guesses that a step checks: what followed earlier in the text, or what a smaller model would write.
+
+A guess holds only if it is the token that would have been picked without it, so guesses change no text and no draw. The
+smaller model draws with the random numbers that the request will use for the same places, which makes the two agree as
+often as their distributions overlap in the order of the ids.
+
+The smaller model keeps its keys and values in pages of the same numbers as the model's: whatever the model computes or
+finds again, the smaller one has too.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from llama2.engine.choice import Choice
+from llama2.engine.runners import PlanRunner, make_plan_runner
+from llama2.engine.scheduler import Chunk
+from llama2.engine.scheduler import Sequence as Scheduled
+from llama2.errors import InputError
+from llama2.native import NativeModel
+
+UNKNOWN = -1  # a guess for which the plan has a place and the drafter has yet to find a token
+
+
+class Drafter:
+    """A smaller model with the model's vocabulary. count: guesses of a sequence in a step at most."""
+
+    def __init__(self, model: Any, draft: Any, pages: int, count: int, runner: str = "auto", dtype: Any = None) -> None:
+        """runner, dtype: as make_plan_runner; a NativeModel runs natively whatever they say.
+
+        Raises InputError where the vocabularies differ, and for a count that guesses nothing.
+        """
+        ours, theirs = model.config.vocab_size, draft.config.vocab_size
+        if ours != theirs:
+            raise InputError(
+                f"the draft model's vocabulary is {theirs} but the model's is {ours}; both must be the same"
+            )
+        if count < 1:
+            raise InputError(f"guesses is {count}, so the draft model would never run; give at least 1, or no draft")
+        self.runner: PlanRunner = make_plan_runner(
+            draft, pages, "auto" if isinstance(draft, NativeModel) else runner, dtype
+        )
+        self.count, self._context = count, int(draft.config.max_position_embeddings)
+        self._missing: WeakKeyDictionary[Scheduled, int] = WeakKeyDictionary()  # last positions it has not run
+
+    def fill(self, chunks: Sequence[Chunk], choice: Callable[[Chunk], Choice]) -> list[Chunk]:
+        """Runs what the chunks bring, and finds their unknown guesses; a chunk may come back with fewer."""
+        texts = {c.sequence: self._known(c) for c in chunks}
+        ran = [c for c in texts.values() if c.start + len(c.tokens) <= self._context]
+        going = {c.sequence: c for c in chunks if _asks(c)}
+        guesses: dict[Scheduled, list[int]] = {sequence: [] for sequence in going}
+        while ran:
+            wanted = [c.sequence for c in ran if c.wanted]
+            for sequence, logits in zip(wanted, self.runner.step(ran, [None] * len(ran)), strict=True):
+                found = guesses[sequence]
+                found.append(choice(going[sequence]).guess(logits[-1], len(found)))
+            ran = [self._next(texts[s], guesses[s]) for s in wanted if len(guesses[s]) < going[s].drafted]
+            ran = [c for c in ran if c.start < self._context]
+        for chunk in chunks:
+            own = guesses.get(chunk.sequence)  # of these the last has not run; of those looked up, none has
+            self._missing[chunk.sequence] = chunk.drafted if own is None else min(len(own), 1)
+        return [_guessed(c, guesses[c.sequence]) if c.sequence in guesses else c for c in chunks]
+
+    def settle(self, chunk: Chunk, held: int) -> None:
+        """Hears how many guesses of a chunk held: of those that did not, nothing is missing."""
+        wrong = chunk.drafted - held
+        self._missing[chunk.sequence] = max(self._missing.get(chunk.sequence, 0) - wrong, 0)
+
+    def _known(self, chunk: Chunk) -> Chunk:
+        """What of a chunk is no guess, behind the positions that are missing."""
+        tokens = chunk.tokens[: len(chunk.tokens) - chunk.drafted]
+        start = max(chunk.start - self._missing.get(chunk.sequence, 0), 0)
+        return Chunk(chunk.sequence, start, chunk.sequence.tokens[start : chunk.start] + tokens, _asks(chunk))
+
+    def _next(self, text: Chunk, guesses: list[int]) -> Chunk:
+        return Chunk(text.sequence, text.start + len(text.tokens) + len(guesses) - 1, guesses[-1:], True)
+
+
+def _asks(chunk: Chunk) -> bool:
+    return chunk.drafted > 0 and chunk.tokens[-1] == UNKNOWN
+
+
+def _guessed(chunk: Chunk, guesses: list[int]) -> Chunk:
+    known = chunk.tokens[: len(chunk.tokens) - chunk.drafted]
+    return replace(chunk, tokens=known + guesses, drafted=len(guesses))
+
+
+def look_up(tokens: Sequence[int], count: int, longest: int = 3, window: int = 2048) -> list[int]:
+    """What followed the latest earlier occurrence of the last few tokens: `count` guesses at most (prompt lookup)."""
+    recent = list(tokens[-window:])
+    for size in range(min(longest, len(recent) - 1), 0, -1):
+        tail = recent[-size:]
+        for start in range(len(recent) - size - 1, -1, -1):
+            if recent[start] == tail[0] and recent[start : start + size] == tail:
+                return recent[start + size : start + size + count]
+    return []

@@ -1,0 +1,91 @@
+"""The container file: its command, as it stands, serves; nobody is root."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from bytewise import write_tokenizer
+from tiny import tiny_model
+
+FILE = Path(__file__).resolve().parents[2] / "deploy" / "Containerfile"
+
+
+def instructions() -> dict[str, list[str]]:
+    """Those of the final stage, by name."""
+    text = re.sub(r"\\\n", " ", FILE.read_text()).rpartition("\nFROM ")[2]
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        name, _, rest = line.strip().partition(" ")
+        if name.isupper():
+            found.setdefault(name, []).append(rest)
+    return found
+
+
+def environment() -> dict[str, str]:
+    pairs = [pair.partition("=") for line in instructions()["ENV"] for pair in line.split()]
+    return {name: value for name, _, value in pairs if name != "PATH"}
+
+
+def test_what_it_copies_exists_and_the_user_is_not_root() -> None:
+    user = instructions()["USER"]
+    assert user == ["10001"] and f"useradd --uid {user[0]}" in FILE.read_text()
+    for line in re.findall(r"^COPY (?!--from)(.*)$", FILE.read_text(), re.M):
+        for name in line.split()[:-1]:
+            assert (FILE.parents[1] / name).exists(), name
+
+
+@pytest.mark.parametrize("words", [None, ["serve"]], ids=["default", "sagemaker"])
+def test_its_command_serves(tmp_path: Path, words: list[str] | None) -> None:
+    pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
+    pytest.importorskip("llguidance", reason="serving needs the extra `serve`")
+    model, scripts = tmp_path / "model", tmp_path / "bin"
+    tiny_model(vocab_size=260, max_position_embeddings=256, bos_token_id=None, eos_token_id=0).float().save_pretrained(
+        model
+    )
+    write_tokenizer(model)
+    scripts.mkdir()
+    (scripts / "llama2").write_text(
+        f"#!{sys.executable}\nimport sys\nfrom llama2.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    (scripts / "llama2").chmod(0o755)
+    assert environment()["LLAMA2_HOST"] == "0.0.0.0" and environment()["PORT"] == "8080"
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    argv = json.loads(instructions()["ENTRYPOINT"][0]) + (words or json.loads(instructions()["CMD"][0]))
+    variables = {**os.environ, **environment(), "PATH": f"{scripts}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    variables |= {"HF_MODEL_ID": str(model), "SAGEMAKER_BIND_TO_PORT": str(port), "MAX_BATCH_TOTAL_TOKENS": "1024"}
+    process = subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ping", process)
+        body = json.dumps({"inputs": "Hi", "parameters": {"max_new_tokens": 3}}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", body, {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            assert isinstance(json.load(reply), dict | list)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(url: str, process: subprocess.Popen[str]) -> None:
+    for _ in range(600):
+        assert process.poll() is None, process.communicate()[1]
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise AssertionError(f"{url} never answered 200")
