@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from llama2.checkpoint.hf import map_safetensors
-from llama2.checkpoint.save import write_safetensors
+from llama2.checkpoint.save import replacing, write_safetensors
 from llama2.errors import InputError
 from llama2.train import checkpoints
 from llama2.train.objectives import Objective
@@ -50,6 +50,7 @@ class TrainingArguments:
     warmup_ratio: float = 0.0
     logging_steps: int = 10
     eval_steps: int | None = None
+    eval_on_start: bool = False
     save_steps: int = 500
     save_total_limit: int | None = None
     seed: int = 42
@@ -151,6 +152,8 @@ class Trainer:
             self.model.gradient_checkpointing_enable()  # type: ignore[operator]
         self.model.train()
         with self._signals():
+            if self.args.eval_on_start and self.eval_rows and self.state.step == 0:
+                self._evaluated()
             while self.state.step < self.steps and not self._stop:
                 self._step()
         self.model.eval()
@@ -206,9 +209,15 @@ class Trainer:
         if step % args.logging_steps == 0 or last:
             self._log({"step": step, "epoch": step * self.batch / len(self.rows), **entry, "tokens_per_second": speed})
         if self.eval_rows and args.eval_steps and (step % args.eval_steps == 0 or last):
-            self._log({"step": step, **self.evaluate()})
+            self._evaluated()
         if step % args.save_steps == 0 or last:
             self.save()
+
+    def _evaluated(self) -> None:
+        found = self.evaluate()
+        self._log({"step": self.state.step, **found})
+        if self._report is not None:
+            self._report({"step": self.state.step, "steps": self.steps, **found})
 
     def _log(self, entry: dict[str, Any]) -> None:
         self.state.history.append(entry)
@@ -235,7 +244,9 @@ class Trainer:
     # -- interruption --------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Ends the run after the step that is running, with a checkpoint."""
+        """Ends the run after the step that is running, with a checkpoint. Asked twice, it ends at once and without."""
+        if self._stop:
+            raise KeyboardInterrupt
         self._stop = True
 
     @contextmanager
@@ -291,6 +302,8 @@ class Trainer:
                 parameter.copy_(weights[name])
         self.optimizer.load(map_safetensors(place / "optimizer.safetensors"))
         self.state = TrainerState(content["step"], content["tokens"], content["history"])
+        with replacing(self.folder / LOG) as file:  # without the steps that are taken again
+            file.write("".join(json.dumps(entry) + "\n" for entry in self.state.history).encode())
 
 
 def _to(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
