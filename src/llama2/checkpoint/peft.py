@@ -224,6 +224,37 @@ def load_adapter(model: Any, folder: str | Path, name: str = "default") -> LoraC
     return adapter.config
 
 
+def adapted_base(path: str | Path | None) -> tuple[str, dict[str, Any]] | None:
+    """Where the model of an adapter's folder is, and how many labels it has and what they are called.
+
+    None for anything but such a folder. Raises CheckpointError where the folder does not say which model it is for.
+    """
+    folder = None if path is None else Path(path)
+    if folder is None or not (folder / CONFIG).is_file() or any(folder.glob("*model*.safetensors.index.json")):
+        return None
+    if any((folder / name).exists() for name in ("model.safetensors", "pytorch_model.bin")):
+        return None
+    base = read_config(folder).base_model_name_or_path
+    if not base:
+        raise CheckpointError(
+            f"{folder / CONFIG} does not say which model the adapter is for (base_model_name_or_path); load that model "
+            "and call llama2.checkpoint.peft.load_adapter(model, folder)"
+        )
+    return base, classifier_labels(folder)
+
+
+def classifier_labels(folder: Path) -> dict[str, Any]:
+    """What a classifier's adapter says of the labels, as keywords of from_pretrained; {} for another adapter."""
+    head = _tensors(folder).get(PREFIX + HEAD)
+    if head is None:
+        return {}
+    said = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    found = {
+        key: said[key] for key in ("id2label", "label2id", "problem_type", "pad_token_id") if said.get(key) is not None
+    }
+    return found if "id2label" in found else {**found, "num_labels": head.shape[0]}
+
+
 # -- adapter_config.json -----------------------------------------------------------------------------------------
 
 
