@@ -13,7 +13,7 @@ import pytest
 import torch
 from cli.conftest import Run
 
-from llama2 import AutoModelForCausalLM, InputError, LoraConfig, TrainingArguments
+from llama2 import AutoModelForCausalLM, AutoTokenizer, InputError, LoraConfig, TrainingArguments
 from llama2.train import checkpoints
 from llama2.train import trainer as loop
 from llama2.train.finetune import Finetune, Recipe
@@ -60,6 +60,10 @@ def test_an_adapter_for_chats(run: Run, checkpoint: Path, chats: Path, tmp_path:
     plain = run("generate", "-m", checkpoint, "-n", "8", "--greedy", "--chat", "red")[1]
     tuned = run("generate", "-m", checkpoint, "--adapter", out, "-n", "8", "--greedy", "--chat", "red")[1]
     assert tuned != plain
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "red"}], add_generation_prompt=True)
+    new = model.generate(torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :]
+    assert tokenizer.decode(new, skip_special_tokens=True) + "\n" == tuned
     code, _, err = run(*words)
     assert code == 2 and "holds checkpoint-12 of an earlier run; go on from it (--resume" in err
 

@@ -6,8 +6,8 @@ JOB: {"ids": token ids (rows, tokens), "make": [[name, base folder, arguments of
 folder, adapter folder, "causal" or "labels"]], "train": [[name, "sft" or "dpo", base folder, arguments of LoraConfig,
 arguments of the trainer's configuration, rows]], "out": a folder}.
 OUT/NAME is the adapter that was made (random), for `train` the fresh one that it began with, OUT/NAME-after the one
-that it ended with; OUT/NAME.json the losses of the steps; OUT/logits.safetensors the logits by NAME. Knows nothing of this
-library.
+that it ended with; OUT/NAME.json the losses of the steps; OUT/logits.safetensors the logits by NAME. Knows nothing of
+this library.
 """
 
 import json

@@ -108,7 +108,7 @@ def _load(options: Options) -> tuple[Any, Any]:
         labels = classifier_labels(Path(options.adapter))
         if not labels:
             raise InputError(
-                f"{options.adapter} is no adapter of a classifier (it has no head); `llama2 finetune classify` makes one"
+                f"{options.adapter} is no adapter of a classifier: it has no head (`llama2 finetune classify` makes it)"
             )
     own = options.adapter is not None and any(Path(options.adapter).glob("tokenizer*"))
     tokenizer = load_tokenizer(str(options.adapter) if own else path)
@@ -140,7 +140,7 @@ def _rows(options: Options) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         if not isinstance(row.get("text"), str) or not row["text"]:
             raise InputError(
-                f"row {number} of {file} has no text; its columns are {', '.join(map(str, row))} (--text-column names it)"
+                f"row {number} of {file} has no text; its columns are {', '.join(map(str, row))}; see --text-column"
             )
     return rows
 
