@@ -62,7 +62,7 @@ def test_an_adapter_for_chats(run: Run, checkpoint: Path, chats: Path, tmp_path:
     assert tuned != plain
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "red"}], add_generation_prompt=True)
-    new = model.generate(torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :]
+    new = model.generate(torch.tensor([ids]), max_new_tokens=8, runner="torch")[0, len(ids) :]
     assert tokenizer.decode(new, skip_special_tokens=True) + "\n" == tuned
     code, _, err = run(*words)
     assert code == 2 and "holds checkpoint-12 of an earlier run; go on from it (--resume" in err
