@@ -188,8 +188,11 @@ def write_adapter(
         file.write((json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
 
-def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, name: str = "default") -> None:
-    """Writes the adapter `name` of a model to a folder that peft, and `load_adapter`, read."""
+def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig | None = None, name: str = "default") -> None:
+    """Writes the adapter `name` of a model to a folder that peft, and `load_adapter`, read.
+
+    Without its config one is written that names each module, with its rank and scale.
+    """
     tensors = {}
     for path, layer in lora.layers(model).items():
         if name in layer.lora_A:
@@ -198,9 +201,27 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, name:
             tensors[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name]
     if not tensors:
         raise InputError(f"the model has no adapter {name!r}; there are {', '.join(lora.names(model)) or 'none'}")
+    config = config or _config_of(model, name)
     if classifier := hasattr(model, "score"):
         tensors[HEAD] = model.get_parameter(HEAD)
     write_adapter(folder, config, tensors, "SEQ_CLS" if classifier else "CAUSAL_LM")
+
+
+def _config_of(model: Any, name: str) -> LoraConfig:
+    found = {path: layer for path, layer in lora.layers(model).items() if name in layer.lora_A}
+    ranks = {path: len(layer.lora_A[name]) for path, layer in found.items()}
+    alphas = {path: layer.scaling[name] * ranks[path] for path, layer in found.items()}
+    first, one = next(iter(ranks.values())), next(iter(alphas.values()))
+    return LoraConfig(
+        r=first,
+        lora_alpha=one,
+        target_modules=tuple(found),
+        lora_dropout=max(layer.dropout[name] for layer in found.values()),
+        use_dora=any(name in layer.lora_magnitude_vector for layer in found.values()),
+        rank_pattern={re.escape(path): rank for path, rank in ranks.items() if rank != first},
+        alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items() if alpha != one},
+        base_model_name_or_path=model.name_or_path or None,
+    )
 
 
 def load_adapter(model: Any, folder: str | Path, name: str = "default") -> LoraConfig:

@@ -280,10 +280,10 @@ class Finetune:
             if recipe.task == "classify":
                 model.score.requires_grad_(True)
         args = self.args
+        if self.data.eval_items and args.eval_strategy == "no":
+            args.eval_strategy = "epoch"
         save = None if recipe.lora is None else lambda folder: self._write_adapter(model, folder)
         trainer = Trainer(model, args, self._objective(), self.data.items, self.data.eval_items, save, report)
-        if self.data.eval_items and args.eval_steps is None:
-            args.eval_steps = max(1, -(-len(self.data.items) // trainer.batch))
         try:
             state = trainer.train()
             finished = state.step >= trainer.steps
