@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "llama2.cli.finetune",
         "train a model on your rows: sft, dpo, classify or pretrain; LoRA, QLoRA or whole",
     ),
+    "train": ("llama2.cli.train", "finetune as a SageMaker training job: hyperparameters and channels under /opt/ml"),
     "classify": ("llama2.cli.classify", "labels of texts, with their probabilities, by a classifier that was trained"),
     "merge-adapter": ("llama2.cli.merge_adapter", "put a LoRA adapter into the weights for good"),
     "shard": ("llama2.cli.shard", "split a checkpoint into files of a size"),

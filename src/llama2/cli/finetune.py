@@ -42,6 +42,7 @@ class Adapter:
     use_dora: bool = option(False, "learn the length of each changed row too (DoRA)")
     load_in_4bit: bool = option(False, "on weights packed as NF4 with double quantisation (QLoRA)")
     load_in_8bit: bool = option(False, "on weights packed as int8 rows")
+    merge: bool = option(False, "write the whole model with the adapter in its weights, instead of the adapter")
 
     @property
     def lora(self) -> "LoraConfig | None":
@@ -183,7 +184,7 @@ def run(options: Common) -> int:
     job = Finetune(recipe, args)
     if not options.quiet:
         terminal.notice(job.data.text())
-    with _progress(options) as report:
+    with progress(options) as report:
         result = job.run(report)
     if not result.finished:
         print(
@@ -192,7 +193,7 @@ def run(options: Common) -> int:
             file=sys.stderr,
         )
         return 130
-    _show(job, result, options)
+    show(job, result, options)
     return 0
 
 
@@ -252,11 +253,13 @@ def _again(argv: Sequence[str]) -> str:
     return shlex.join(words if "--resume" in words else [*words, "--resume"])
 
 
-def _progress(options: Common) -> AbstractContextManager[Callable[[dict[str, Any]], None] | None]:
+def progress(options: Common) -> AbstractContextManager[Callable[[dict[str, Any]], None] | None]:
+    """What hears of the steps."""
     return nullcontext() if options.quiet else Steps(options.task, options.logging_steps)
 
 
-def _show(job: "Finetune", result: "Result", options: Common) -> None:
+def show(job: "Finetune", result: "Result", options: Common) -> None:
+    """What came of the run, and the command that uses it."""
     if options.json:
         import json
 
@@ -274,7 +277,6 @@ def _use(job: "Finetune", folder: Path) -> str:
     command = "classify" if job.recipe.task == "classify" else "chat" if job.tokenizer.chat_template else "generate"
     if command == "classify":
         return shlex.join(["llama2", "classify", str(folder)])
-    words = ["llama2", command, "-m"]
-    return shlex.join(
-        [*words, str(folder)] if job.recipe.lora is None else [*words, job.recipe.model, "--adapter", str(folder)]
-    )
+    whole = job.recipe.lora is None or job.recipe.merge
+    model = [str(folder)] if whole else [job.recipe.model, "--adapter", str(folder)]
+    return shlex.join(["llama2", command, "-m", *model])

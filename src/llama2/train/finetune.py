@@ -22,6 +22,7 @@ import torch
 
 from llama2 import lora
 from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, load_config
+from llama2.checkpoint.packed import packed_layers
 from llama2.checkpoint.peft import CONFIG as ADAPTER_CONFIG
 from llama2.checkpoint.peft import save_adapter
 from llama2.checkpoint.save import replacing
@@ -53,10 +54,11 @@ class Recipe:
     """What is trained for, which model, on which rows.
 
     lora: an adapter is trained instead of all weights; packed weights (load_in_4bit: NF4 with double quantisation as
-    QLoRA, load_in_8bit) need one. fresh: new random weights of the model's configuration. dtype: of the weights while
-    they train; auto is float32 for all weights, and what they are stored in beneath an adapter. packing: several rows
-    in one of max_length, none seeing another; by default for pretraining. eval_data: rows to measure on, or eval_split,
-    a share of the training rows that is held out. max_length: tokens of a row, by default 1024 or the model's context.
+    QLoRA, load_in_8bit) need one. merge: the result is the whole model with the adapter in its weights. fresh: new
+    random weights of the model's configuration. dtype: of the weights while they train; auto is float32 for all
+    weights, and what they are stored in beneath an adapter. max_length: tokens of a row, by default 1024 or the model's
+    context. packing: several rows in one of max_length, none seeing another; by default for pretraining. eval_data:
+    rows to measure on, or eval_split, a share of the training rows that is held out.
     """
 
     task: Task
@@ -66,6 +68,7 @@ class Recipe:
     lora: LoraConfig | None = None
     load_in_4bit: bool = False
     load_in_8bit: bool = False
+    merge: bool = False
     fresh: bool = False
     dtype: str = "auto"
     device: str = "auto"
@@ -92,6 +95,8 @@ class Recipe:
             raise InputError("load_in_4bit and load_in_8bit are both set; set one of them")
         if (self.load_in_4bit or self.load_in_8bit) and self.lora is None:
             raise InputError("packed weights cannot be trained themselves; train an adapter on them (lora_r=16)")
+        if self.merge and self.lora is None:
+            raise InputError("merge is for an adapter, and all weights are trained; leave it out")
         if self.fresh and (self.lora is not None or self.task != "pretrain"):
             raise InputError("fresh weights are for pretraining all weights; leave fresh, or the adapter, out")
         if self.max_length is not None and self.max_length < 2:
@@ -306,7 +311,11 @@ class Finetune:
 
     def _write(self, model: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.recipe.lora is None:
+        if self.recipe.lora is None or self.recipe.merge:
+            if self.recipe.lora is not None:
+                if packed_layers(model):
+                    model.dequantize()
+                lora.merge(model)
             (self.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
             model.save_pretrained(self.folder)
         else:
