@@ -207,11 +207,18 @@ def test_a_full_disk_keeps_what_was_saved(checkpoint: Path, chats: Path, tmp_pat
         (["finetune", "sft", "MODEL", "DATA", "OUT", "--target-modules", "qproj", "--max-length", "64"],
          "target_modules ('qproj',) name none of"),
         (["finetune", "pretrain", "MODEL", "DATA", "OUT", "--fresh", "--lora-r", "4"], "fresh weights are for"),
+        (["finetune", "sft", "MODEL", "DATA", "OUT", "--merge"], "merge is for an adapter"),
+        (["finetune", "sft", "MODEL", "DATA", "OUT", "--lora-r", "4", "--fp16"], "fp16 needs a CUDA device"),
+        (["finetune", "sft", "ADAPTER", "DATA", "OUT"], "is an adapter; put it into its model first"),
+        (["finetune", "sft", "MODEL", "DATA", "DATA"], "is a file; give the path of a folder"),
     ],
 )  # fmt: skip
 def test_mistakes(run: Run, checkpoint: Path, chats: Path, tmp_path: Path, words: list[str], said: str) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     names = {"MODEL": checkpoint, "DATA": chats, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty.jsonl"}
+    names["ADAPTER"] = tmp_path / "adapter"
     code, _, err = run(*(names.get(word, word) for word in words))
     assert code == 2 and said in err, err
 

@@ -171,6 +171,11 @@ class Finetune:
 
     def _tokenizer(self) -> Any:
         path, recipe = Path(self.recipe.model), self.recipe
+        if (path / ADAPTER_CONFIG).exists():
+            raise InputError(
+                f"{path} is an adapter; put it into its model first (`llama2 merge-adapter`, or finetune with --merge) and "
+                "train that"
+            )
         single = path.is_file() and path.suffix in (".safetensors", ".bin")
         tokenizer = AutoTokenizer.from_pretrained(path.parent if single else recipe.model)
         if recipe.chat_template is not None:
