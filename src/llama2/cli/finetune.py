@@ -47,7 +47,7 @@ class Adapter:
     @property
     def lora(self) -> "LoraConfig | None":
         """The adapter that the flags describe."""
-        if all(getattr(self, f.name) == f.default for f in fields(Adapter)):
+        if all(getattr(self, f.name) == f.default for f in fields(Adapter) if f.name != "merge"):
             return None
         from llama2.lora_config import LoraConfig
 
