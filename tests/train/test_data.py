@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,6 +158,21 @@ def test_a_missing_file_is_no_hub_id() -> None:
         read("rows.jsonl")
     with pytest.raises(InputError, match="does not exist"):
         read("a/b/c")
+
+
+def test_hub_data_sets_bring_names_of_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found(list[dict[str, Any]]):
+        features = {"text": object(), "label": SimpleNamespace(int2str=["no", "yes"].__getitem__)}  # noqa: RUF012
+
+    def load(name: str, split: str) -> Found:
+        if split != "test":
+            raise ValueError(f"Unknown split {split!r}")
+        return Found([{"text": name, "label": 1}, {"text": "b", "label": None}])
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", SimpleNamespace(load_dataset=load))
+    assert read("owner/name", "test") == [{"text": "owner/name", "label": "yes"}, {"text": "b", "label": None}]
+    with pytest.raises(InputError, match="owner/name cannot be read: Unknown split 'train'"):
+        read("owner/name")
 
 
 def test_hub_ids_need_datasets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,6 +292,19 @@ def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
         trainer(tmp_path, seed=1, resume_from_checkpoint=True).train()
 
 
+def test_a_checkpoint_of_another_adapter(tmp_path: Path) -> None:
+    def adapted(rank: int, **changes: Any) -> Trainer:
+        model = tiny_model(torch.float32)
+        lora.add_adapter(model, LoraConfig(r=rank))
+        return trainer(tmp_path, model, **changes)
+
+    adapted(2).train()
+    with pytest.raises(InputError, match=r"lora_A.default is \(2, 64\) there and \(3, 64\) here; give the same"):
+        adapted(3, resume_from_checkpoint=True).train()
+    with pytest.raises(InputError, match=r"is not trained there and|there and not trained here"):
+        trainer(tmp_path, resume_from_checkpoint=True).train()
+
+
 def test_nan_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     model = tiny_model(torch.float32)
     run = trainer(tmp_path, model, save_steps=2)

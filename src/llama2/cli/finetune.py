@@ -70,8 +70,8 @@ class Training:
     max_steps: int = option(-1, "end after this many steps, -1: after the epochs")
     batch_size: int = option(4, "rows at once")
     gradient_accumulation_steps: int = option(1, "such batches a step")
-    learning_rate: float | None = option(None, "the highest (default: 2e-4 for an adapter, 2e-5 for all weights; dpo "
-                                         "5e-6 and 1e-6)")  # fmt: skip
+    learning_rate: float | None = option(None, "the highest (default: 2e-4 for an adapter, 2e-5 for all weights, "
+                                         "pretrain 5e-5; dpo 5e-6 and 1e-6)")  # fmt: skip
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = option("cosine", "how the rate falls")
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises")
     weight_decay: float = option(0.0, "of matrices, each step")

@@ -179,7 +179,12 @@ def _from_hub(name: str, split: str) -> list[dict[str, Any]]:
         raise MissingDependencyError(
             f"{name} is no file here, and a hub data set needs the package datasets: pip install 'llama2[train]'"
         ) from error
-    return list(datasets.load_dataset(name, split=split))
+    try:
+        found = datasets.load_dataset(name, split=split)
+    except ValueError as error:  # a split, or a configuration, that it does not have
+        raise InputError(f"{name} cannot be read: {error}") from error
+    named = {column: kind.int2str for column, kind in (found.features or {}).items() if hasattr(kind, "int2str")}
+    return [{**row, **{c: name_of(row[c]) for c, name_of in named.items() if isinstance(row[c], int)}} for row in found]
 
 
 def renamed(rows: Sequence[Row], columns: Mapping[str, str | None]) -> list[Row]:

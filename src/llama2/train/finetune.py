@@ -173,7 +173,7 @@ class Finetune:
         path, recipe = Path(self.recipe.model), self.recipe
         if (path / ADAPTER_CONFIG).exists():
             raise InputError(
-                f"{path} is an adapter; put it into its model first (`llama2 merge-adapter`, or finetune with --merge) and "
+                f"{path} is an adapter; put it into its model first (`llama2 merge-adapter`, or finetune --merge) and "
                 "train that"
             )
         single = path.is_file() and path.suffix in (".safetensors", ".bin")

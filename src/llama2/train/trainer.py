@@ -326,6 +326,13 @@ class Trainer:
 
     def _load_weights(self, place: Path) -> None:
         weights = map_safetensors(place / "trainable.safetensors")
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        wanted = {name: tuple(parameter.shape) for name, parameter in self.optimizer.parameters.items()}
+        if differ := sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name)):
+            raise InputError(
+                f"{place} is of another run: {differ[0]} is {shapes.get(differ[0], 'not trained')} there and "
+                f"{wanted.get(differ[0], 'not trained')} here; give the same model and adapter, or another output_dir"
+            )
         with torch.no_grad():
             for name, parameter in self.optimizer.parameters.items():
                 parameter.copy_(weights[name])
