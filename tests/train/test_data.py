@@ -115,6 +115,32 @@ def test_the_report_names_the_rows(tok: Any) -> None:
     assert "rows 1, 2" in report.text() and "two BOS" in report.text()
 
 
+def test_messages_that_a_template_would_misread(tok: Any) -> None:
+    answer = {"role": "assistant", "content": "x"}
+    rows = [{"messages": [{"role": "user", "content": None}, answer]}, {"messages": [1, answer]},
+            {"messages": [{"content": "a"}, answer]}]  # fmt: skip
+    assert prepare(rows, tok, None)[1].problems == {
+        0: "message 0 has no content", 1: "message 0 has no role", 2: "message 0 has no role"
+    }  # fmt: skip
+
+
+def test_preferences_that_cannot_be(tok: Any) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "chosen": 1, "rejected": 2},
+        {"prompt": "a", "chosen": "x", "rejected": [{"role": "assistant", "content": "y"}]},
+        {"chosen": "", "rejected": "x"},
+        {"prompt": 5, "chosen": "a", "rejected": "b"},
+        {"chosen": [], "rejected": []},
+        {"prompt": "q", "chosen": [{"role": "assistant"}], "rejected": [{"role": "assistant"}]},
+        {"prompt": 5, "chosen": [{"role": "assistant", "content": "y"}], "rejected": []},
+    ]
+    pairs, report = prepare_pairs(rows, tok, None)
+    found = [report.problems.get(i, "") for i in range(len(rows))]
+    wanted = ["int and int", "str and list", "no target", "prompt is a int", "not a list", "no content", "not a list"]
+    assert all(words in said for words, said in zip(wanted, found, strict=True)), found
+    assert not pairs and set(report.problems) == set(range(len(rows)))
+
+
 def test_pairs_that_are_the_same_are_left_out(tok: Any) -> None:
     rows = [{"prompt": "a", "chosen": " b", "rejected": " c"}, {"prompt": "a", "chosen": " b", "rejected": " b"}]
     pairs, report = prepare_pairs(rows, tok, None)

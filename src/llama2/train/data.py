@@ -261,9 +261,12 @@ def encode_pair(row: Row, tokenizer: Any) -> Pair:
     if prompt is None and isinstance(pair[0], str) and isinstance(pair[1], str):
         prompt = _shared(*pair)
         pair = (pair[0][len(prompt) :], pair[1][len(prompt) :])
+    if not (all(isinstance(a, str) for a in pair) or all(isinstance(a, list | tuple) for a in pair)):
+        kinds = " and ".join(type(answer).__name__ for answer in pair)
+        raise InputError(f"chosen and rejected are {kinds}, not both texts or both lists of messages")
     if isinstance(pair[0], str):
         return Pair(*(completion(_string(prompt or "", "prompt"), answer, tokenizer) for answer in pair))
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _checked(prompt) if prompt else []
     return Pair(*(_chat(_checked([*before, *answer]), tokenizer, last_only=True) for answer in pair))
 
 
@@ -290,15 +293,24 @@ def _chat(messages: list[Row], tokenizer: Any, last_only: bool = False) -> Examp
     return Example(ids, [token if m else IGNORED for token, m in zip(ids, mask, strict=True)])
 
 
-def _checked(messages: Any) -> list[Row]:
+def _listed(messages: Any) -> list[Row]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("messages is not a list of messages")
     return list(messages)
 
 
+def _checked(messages: Any) -> list[Row]:
+    for number, message in enumerate(_listed(messages)):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InputError(f"message {number} has no role")
+        if message.get("content") is None and not message.get("tool_calls"):  # a template would write "None"
+            raise InputError(f"message {number} has no content")
+    return list(messages)
+
+
 def _from_sharegpt(turns: Any) -> list[Row]:
     try:
-        return [{"role": _SPEAKERS[turn["from"]], "content": turn["value"]} for turn in _checked(turns)]
+        return [{"role": _SPEAKERS[turn["from"]], "content": turn["value"]} for turn in _listed(turns)]
     except (KeyError, TypeError) as error:
         raise InputError(f"a turn of conversations lacks a known 'from' or a 'value' ({error!r})") from error
 
