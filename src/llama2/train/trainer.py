@@ -127,13 +127,13 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def train(self) -> TrainerState:
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainerState:
         """Trains to the end, or to a signal (SIGTERM, Ctrl-C), which saves first. Returns the state.
 
-        With resume_from_checkpoint=True the newest whole checkpoint of output_dir is taken up, if there is one; a path
-        names one. Raises InputError where the loss is NaN or inf.
+        With resume_from_checkpoint=True, here or in the arguments, the newest whole checkpoint of output_dir is taken up
+        (if there is one); a path names one. Raises InputError where the loss is NaN or inf.
         """
-        self._resume()
+        self._resume(self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint)
         if self.args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)  # type: ignore[operator]
         self.model.train()
@@ -302,8 +302,7 @@ class Trainer:
         """What has to be the same for a run to be the same."""
         return {"rows": len(self.rows), "batch": self.batch, "seed": self.args.seed, "steps": self.steps}
 
-    def _resume(self) -> None:
-        wanted = self.args.resume_from_checkpoint
+    def _resume(self, wanted: bool | str | None) -> None:
         if not wanted:
             return
         place = checkpoints.newest(self.folder) if wanted is True else Path(wanted)
