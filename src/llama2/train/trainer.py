@@ -130,8 +130,8 @@ class Trainer:
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainerState:
         """Trains to the end, or to a signal (SIGTERM, Ctrl-C), which saves first. Returns the state.
 
-        With resume_from_checkpoint=True, here or in the arguments, the newest whole checkpoint of output_dir is taken up
-        (if there is one); a path names one. Raises InputError where the loss is NaN or inf.
+        With resume_from_checkpoint=True, here or in the arguments, the newest whole checkpoint of output_dir is taken
+        up, if there is one; a path names one. Raises InputError where the loss is NaN or inf.
         """
         self._resume(self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint)
         if self.args.gradient_checkpointing:
