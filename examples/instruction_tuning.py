@@ -1,4 +1,4 @@
-"""Instruction tuning with LoRA: sentences into records. About 3 minutes on two cores.
+"""Instruction tuning with LoRA: sentences into records. 6 minutes on one busy core.
 
     python examples/instruction_tuning.py [MODEL] [OUT]
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation with LoRA: a word rather than a lecture. About 4 minutes on two cores.
+"""Direct preference optimisation with LoRA: a word rather than a lecture. 11 minutes on one busy core.
 
     python examples/preferences.py [MODEL] [OUT]
 

@@ -1,4 +1,4 @@
-"""A text classifier with LoRA: what a customer writes about. About 2 minutes on two cores.
+"""A text classifier with LoRA: what a customer writes about. 2 minutes on one busy core.
 
     python examples/text_classifier.py [MODEL] [OUT]
 
