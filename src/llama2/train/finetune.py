@@ -46,6 +46,7 @@ RATES: dict[str, tuple[float, float]] = {
     "pretrain": (5e-5, 2e-4),
 }
 LENGTH = 1024  # tokens of a row where nothing is said
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", ADAPTER_CONFIG)
 SUMMARY, CHART = "finetune.json", "loss.svg"
 
 
@@ -168,6 +169,12 @@ class Finetune:
                 f"{self.args.output_dir} holds {there[-1].name} of an earlier run; go on from it (--resume, "
                 "resume_from_checkpoint=True) or give another folder"
             )
+
+        if Path(self.recipe.model).exists() and Path(self.recipe.model).resolve() == self.folder.resolve():
+            raise InputError(f"{self.folder} is the model itself, which would be overwritten; give a new folder")
+        held = [path.name for pattern in _WEIGHTS for path in sorted(self.folder.glob(pattern))]
+        if held and not self.args.resume_from_checkpoint:
+            raise InputError(f"{self.folder} holds a model already ({held[0]}); give a new folder")
 
     def _tokenizer(self) -> Any:
         path, recipe = Path(self.recipe.model), self.recipe
