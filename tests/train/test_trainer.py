@@ -453,8 +453,8 @@ def test_data_sets_of_texts(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
     first = Trainer(model=model, args=arguments(tmp_path / "a"), train_dataset=rows[:1], processing_class=tokenizer)
     assert isinstance(first.objective, NextToken) and first.rows[0].labels == [-100, *first.rows[0].input_ids[1:]]
-    lora.add_adapter(model, LoraConfig(r=2))
-    second = Trainer(model=model, args=arguments(tmp_path / "b"), train_dataset=rows[1:], tokenizer=tokenizer)
+    args, config = arguments(tmp_path / "b"), LoraConfig(r=2)
+    second = Trainer(model=model, args=args, train_dataset=rows[1:], tokenizer=tokenizer, peft_config=config)
     assert isinstance(second.objective, Preferences) and isinstance(second.rows[0], Pair)
     second.train()
     second.save_model(str(tmp_path / "out"))
@@ -462,6 +462,10 @@ def test_data_sets_of_texts(tmp_path: Path) -> None:
     assert load_adapter(again, tmp_path / "out").r == 2 and (tmp_path / "out" / "tokenizer.json").exists()
     with torch.no_grad():
         assert torch.equal(again(tiny_ids()).logits, model(tiny_ids()).logits)
+    state = second.state
+    assert state.global_step == 6 and state.log_history is state.history and 0 < state.training_loss < 1
+    with pytest.raises(InputError, match="has no 'data_collator'; the objective makes the batches"):
+        Trainer(model=model, args=args, train_dataset=rows, data_collator=print)
     with pytest.raises(InputError, match="pass processing_class=tokenizer"):
         Trainer(model=model, args=arguments(tmp_path), train_dataset=rows)
 

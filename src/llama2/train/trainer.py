@@ -25,6 +25,7 @@ from llama2.checkpoint.hf import map_safetensors
 from llama2.checkpoint.peft import save_adapter
 from llama2.checkpoint.save import replacing, write_safetensors
 from llama2.errors import InputError, MissingDependencyError
+from llama2.lora_config import LoraConfig
 from llama2.train import checkpoints
 from llama2.train.arguments import TrainingArguments
 from llama2.train.objectives import Objective
@@ -45,13 +46,41 @@ class TrainerState:
     best_step: int | None = None
     best_metric: float | None = None
 
+    # The names of transformers.
+
+    @property
+    def global_step(self) -> int:
+        """The step."""
+        return self.step
+
+    @property
+    def log_history(self) -> list[dict[str, Any]]:
+        """What was logged."""
+        return self.history
+
+    @property
+    def training_loss(self) -> float:
+        """The mean of the logged losses."""
+        found = [entry["loss"] for entry in self.history if "loss" in entry]
+        return sum(found) / max(len(found), 1)
+
+
+_INSTEAD = {
+    "data_collator": "the objective makes the batches: leave it out, or write an Objective of your own",
+    "compute_metrics": "an Objective's loss() gives what is logged and measured",
+    "callbacks": "report= is called with every step and measurement",
+    "optimizers": "optim and lr_scheduler_type of the arguments choose them",
+    "ref_model": "give Preferences(reference=model) as the objective",
+    "formatting_func": "give rows in a shape that llama2.train.data knows",
+}
+
 
 class Trainer:
     """Trains `model` on `rows` for `objective`.
 
     Without an objective it is chosen by the model's class and the rows of train_dataset: see `rows.objective_for`, for
-    which processing_class (or tokenizer) encodes texts. save: writes the model into a checkpoint's folder for others to
-    load, such as `model.save_pretrained`. report: hears of every step.
+    which processing_class (or tokenizer) encodes texts. peft_config: a new adapter for the model. save: writes the
+    model into a checkpoint's folder for others to load, such as `model.save_pretrained`. report: hears of every step.
     """
 
     def __init__(
@@ -68,7 +97,13 @@ class Trainer:
         eval_dataset: Iterable[Any] | None = None,
         processing_class: Any = None,
         tokenizer: Any = None,
+        peft_config: LoraConfig | None = None,
+        **others: Any,
     ) -> None:
+        for name in others:
+            raise InputError(f"Trainer has no {name!r}; {_INSTEAD.get(name, 'leave it out')}")
+        if peft_config is not None:
+            lora.add_adapter(model, peft_config)
         self.tokenizer = tokenizer if processing_class is None else processing_class
         if train_dataset is not None:
             chosen, rows, found = objective_for(model, train_dataset, self.tokenizer)
