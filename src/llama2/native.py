@@ -202,7 +202,7 @@ class NativeModel:
 
         Raises as `checkpoint.peft.read_adapter`, and InputError where there is an adapter of that name.
         """
-        self.weights.add_adapter(name, read_adapter(folder, self.config).modules)
+        self.weights.add_adapter(name, read_adapter(folder, self.config).plain)
         self.adapter = name
 
     def set_adapter(self, name: str | None) -> None:

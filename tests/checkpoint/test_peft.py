@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoint.adapter_files import tensors_for, write_adapter
-from tiny import tiny_config
+from safetensors.torch import load_file, save_file
+from tiny import tiny_config, tiny_ids, tiny_model
+from tolerance import FLOAT32
 
-from llama2 import CheckpointError
-from llama2.checkpoint.peft import linear_shapes, read_adapter, read_config
+from llama2 import CheckpointError, LlamaForSequenceClassification, LoraConfig, lora
+from llama2.checkpoint.merge import merge_into
+from llama2.checkpoint.peft import linear_shapes, load_adapter, read_adapter, read_config, save_adapter
 from llama2.errors import MismatchError
 
 MODEL = tiny_config()
@@ -32,8 +35,6 @@ def test_names_shapes_and_values(tmp_path: Path) -> None:
 
 
 def test_shapes_are_those_of_the_model() -> None:
-    from tiny import tiny_model
-
     for changes in ({}, {"head_dim": 24}, {"num_key_value_heads": 1}):
         model = tiny_model(torch.float32, **changes)
         shapes = linear_shapes(model.config)
@@ -125,8 +126,12 @@ def _changed(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         (_changed(f"{Q0}A.weight", torch.zeros(4, 63)), r"lora_A of .*q_proj has shape \(4, 63\).*\(64, 64\)"),
         (_changed(f"{Q0}B.weight", torch.zeros(64, 5)), r"lora_B of .*q_proj has shape \(64, 5\)"),
         (_changed(f"{Q0}A.weight", torch.zeros(4, 64, dtype=torch.float64)), "float64"),
-        (_changed("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", torch.zeros(64)), "magn"),
+        (
+            _changed("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", torch.zeros(64)),
+            "no DoRA",
+        ),
         (_changed("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 97)), "lora_embedding_A"),
+        (_changed("base_model.model.score.weight", torch.zeros(2, 64)), "adapter of a classifier"),
         (_changed("base_model.model.lm_head.weight", torch.zeros(97, 64)), "'base_model.model.lm_head.weight'"),
         (tensors_for(tiny_config(num_hidden_layers=3), QV), r"layers.2.*no linear of a layer of this 2-layer model"),
         (tensors_for(tiny_config(num_hidden_layers=1), QV), r"targets 'model.layers.1.*fewer layers"),
@@ -147,7 +152,7 @@ def test_tensors_that_have_no_place(tmp_path: Path, tensors: dict[str, torch.Ten
     "changes, said",
     [
         ({"peft_type": "IA3"}, "'IA3'; only 'LORA'"),
-        ({"use_dora": True}, "use_dora.*DoRA.*merge the adapter with peft"),
+        ({"use_dora": True}, r"q_proj.lora_magnitude_vector \(DoRA\)"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "lora_only"}, "bias is 'lora_only'"),
@@ -188,3 +193,62 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match=r"malformed: KeyError\('r'\)"):
         read_config(folder)
+
+
+# -- DoRA and classifiers ----------------------------------------------------------------------------------------
+
+
+def _trained(model: Any, **settings: Any) -> LoraConfig:
+    config = LoraConfig(r=4, lora_alpha=8, **settings)
+    lora.add_adapter(model, config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for layer in lora.layers(model).values():
+            layer.lora_B["default"].normal_(0, 0.3)
+            for magnitude in layer.lora_magnitude_vector.values():
+                magnitude.mul_(1 + 0.2 * torch.rand_like(magnitude))
+    return config
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("o_proj", "down_proj")])
+def test_dora_is_saved_loaded_and_merged(tmp_path: Path, targets: Any) -> None:
+    model, ids = tiny_model(torch.float32), tiny_ids(2, 12)
+    config = _trained(model, use_dora=True, target_modules=targets)
+    save_adapter(model, tmp_path, config)
+    with torch.no_grad():
+        want = model(ids).logits
+    close = {"rtol": 0, "atol": FLOAT32 * float(want.abs().max())}
+    loaded, merged = tiny_model(torch.float32), tiny_model(torch.float32)
+    assert load_adapter(loaded, tmp_path).use_dora
+    merge_into(merged, read_adapter(tmp_path, merged.config))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, want)
+        torch.testing.assert_close(merged(ids).logits, want, **close)
+        assert not torch.allclose(tiny_model(torch.float32)(ids).logits, want, atol=1e-2)
+    with pytest.raises(CheckpointError, match="DoRA adapter.*llama2 merge-adapter"):
+        read_adapter(tmp_path, merged.config).plain  # noqa: B018
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("magnitude_vector"))
+    save_file({**tensors, name: tensors[name][:-1]}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(MismatchError, match=r"lora_magnitude_vector of .* has shape"):
+        read_adapter(tmp_path, merged.config)
+
+
+def test_the_head_of_a_classifier_goes_with_its_adapter(tmp_path: Path) -> None:
+    def classifier(labels: int) -> Any:
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(tiny_config(num_labels=labels, pad_token_id=0)).eval()
+
+    model, other, ids = classifier(3), classifier(3), tiny_ids(1, 12)
+    save_adapter(model, tmp_path, _trained(model, target_modules="all-linear"))
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert fields["task_type"] == "SEQ_CLS" and fields["modules_to_save"] == ["classifier", "score"]
+    with torch.no_grad():
+        other.score.weight.zero_()
+    load_adapter(other, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, model(ids).logits)
+    with pytest.raises(MismatchError, match=r"score.weight has shape \(3, 64\).*num_labels=3"):
+        load_adapter(classifier(2), tmp_path)
+    with pytest.raises(MismatchError, match="adapter of a classifier"):
+        load_adapter(tiny_model(torch.float32), tmp_path)

@@ -86,7 +86,6 @@ def test_other_shapes(tmp_path: Path, variant: str) -> None:
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "lora_only"}, "bias"),

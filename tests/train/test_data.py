@@ -2,13 +2,26 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llama2 import AutoTokenizer, InputError
 from llama2.errors import MissingDependencyError
-from llama2.train.data import IGNORED, Example, encode, encode_pair, prepare, prepare_pairs, read
+from llama2.train.data import (
+    IGNORED,
+    Example,
+    encode,
+    encode_pair,
+    held_out,
+    pieces,
+    prepare,
+    prepare_pairs,
+    read,
+    renamed,
+)
+from llama2.train.labels import MULTI, REGRESSION, SINGLE, Labels, prepare_labelled
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +115,32 @@ def test_the_report_names_the_rows(tok: Any) -> None:
     assert "rows 1, 2" in report.text() and "two BOS" in report.text()
 
 
+def test_messages_that_a_template_would_misread(tok: Any) -> None:
+    answer = {"role": "assistant", "content": "x"}
+    rows = [{"messages": [{"role": "user", "content": None}, answer]}, {"messages": [1, answer]},
+            {"messages": [{"content": "a"}, answer]}]  # fmt: skip
+    assert prepare(rows, tok, None)[1].problems == {
+        0: "message 0 has no content", 1: "message 0 has no role", 2: "message 0 has no role"
+    }  # fmt: skip
+
+
+def test_preferences_that_cannot_be(tok: Any) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "chosen": 1, "rejected": 2},
+        {"prompt": "a", "chosen": "x", "rejected": [{"role": "assistant", "content": "y"}]},
+        {"chosen": "", "rejected": "x"},
+        {"prompt": 5, "chosen": "a", "rejected": "b"},
+        {"chosen": [], "rejected": []},
+        {"prompt": "q", "chosen": [{"role": "assistant"}], "rejected": [{"role": "assistant"}]},
+        {"prompt": 5, "chosen": [{"role": "assistant", "content": "y"}], "rejected": []},
+    ]
+    pairs, report = prepare_pairs(rows, tok, None)
+    found = [report.problems.get(i, "") for i in range(len(rows))]
+    wanted = ["int and int", "str and list", "no target", "prompt is a int", "not a list", "no content", "not a list"]
+    assert all(words in said for words, said in zip(wanted, found, strict=True)), found
+    assert not pairs and set(report.problems) == set(range(len(rows)))
+
+
 def test_pairs_that_are_the_same_are_left_out(tok: Any) -> None:
     rows = [{"prompt": "a", "chosen": " b", "rejected": " c"}, {"prompt": "a", "chosen": " b", "rejected": " b"}]
     pairs, report = prepare_pairs(rows, tok, None)
@@ -129,6 +168,9 @@ def test_files(tmp_path: Path) -> None:
         ("a.json", '{"a": 1}', "no list of objects"),
         ("a.json", '{"text": 1}\n{"text": 2}', "JSON lines"),
         ("a.xml", "", r"no \.jsonl"),
+        ("a.csv", "text,label\none,1\ntwo, and three,2\n", "line 3 has more or fewer than the 2 fields"),
+        ("a.csv", "text,label\none\n", "line 2 has more or fewer"),
+        ("a.csv", "text\n", "holds no rows"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -144,7 +186,132 @@ def test_a_missing_file_is_no_hub_id() -> None:
         read("a/b/c")
 
 
+def test_hub_data_sets_bring_names_of_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found(list[dict[str, Any]]):
+        features = {"text": object(), "label": SimpleNamespace(int2str=["no", "yes"].__getitem__)}  # noqa: RUF012
+
+    def load(name: str, split: str) -> Found:
+        if split != "test":
+            raise ValueError(f"Unknown split {split!r}")
+        return Found([{"text": name, "label": 1}, {"text": "b", "label": None}])
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", SimpleNamespace(load_dataset=load))
+    assert read("owner/name", "test") == [{"text": "owner/name", "label": "yes"}, {"text": "b", "label": None}]
+    with pytest.raises(InputError, match="owner/name cannot be read: Unknown split 'train'"):
+        read("owner/name")
+
+
 def test_hub_ids_need_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(MissingDependencyError, match=r"llama2\[train\]"):
         read("owner/name")
+
+
+def test_texts_keep_other_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two\x85three"}\n', encoding="utf-8")
+    assert read(tmp_path / "a.jsonl") == [{"text": "one\u2028two\x85three"}]
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "behind a byte order mark"}\r\n')
+    assert read(tmp_path / "b.jsonl") == [{"text": "behind a byte order mark"}]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="needs pyarrow (extra 'train')")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": "one", "label": [1, 2]}, {"text": "two", "label": []}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == rows
+    (tmp_path / "b.parquet").write_text("text")
+    with pytest.raises(InputError, match="no parquet file"):
+        read(tmp_path / "b.parquet")
+
+
+def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    (tmp_path / "a.parquet").write_text("text")
+    with pytest.raises(MissingDependencyError, match=r"need the package pyarrow: pip install 'llama2\[train\]'"):
+        read(tmp_path / "a.parquet")
+
+
+def test_columns_under_other_names() -> None:
+    rows = [{"review": "fine", "stars": 5}, {"review": "bad"}]
+    found = renamed(rows, {"text": "review", "label": "stars"})
+    assert [(row["text"], row.get("label")) for row in found] == [("fine", 5), ("bad", None)]
+    with pytest.raises(InputError, match="no column 'reviews'; there are review, stars; did you mean review"):
+        renamed(rows, {"text": "reviews"})
+
+
+def test_rows_held_out() -> None:
+    rows = [{"text": str(i)} for i in range(20)]
+    kept, out = held_out(rows, 0.25, 1)
+    assert len(out) == 5 and sorted(map(str, [*kept, *out])) == sorted(map(str, rows))
+    assert held_out(rows, 0.25, 1) == (kept, out) and held_out(rows, 0.25, 2)[1] != out
+    for share in (0, 1, -1, 0.99):
+        with pytest.raises(InputError, match="h[eo]ld"):
+            held_out(rows[:2] if share == 0.99 else rows, share, 1)
+
+
+def test_pieces_lose_nothing_but_single_tokens() -> None:
+    examples = [Example(list(range(7)), list(range(7))), Example([1, 2], [1, 2])]
+    assert [piece.input_ids for piece in pieces(examples, 3)] == [[0, 1, 2], [3, 4, 5], [1, 2]]
+
+
+def test_answers_without_a_prompt_share_one(tok: Any) -> None:
+    row = {"chosen": "The sky is blue today", "rejected": "The sky is black today"}
+    pair = encode_pair(row, tok)
+    assert pair == encode_pair({"prompt": "The sky is bl", "chosen": "ue today", "rejected": "ack today"}, tok)
+    spaced = encode_pair({"chosen": "Sky: blue", "rejected": "Sky: red"}, tok)
+    assert target_text(spaced.chosen, tok) == " blue" + tok.eos_token
+
+
+# -- labels ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "names", "targets"),
+    [
+        (["b", "a", "b"], SINGLE, ("a", "b"), [1, 0, 1]),
+        ([0, 2, 1], SINGLE, ("LABEL_0", "LABEL_1", "LABEL_2"), [0, 2, 1]),
+        (["10", "9", "10"], SINGLE, ("9", "10"), [1, 0, 1]),
+        ([True, False], SINGLE, ("false", "true"), [1, 0]),
+        ([["x"], ["y", "x"], []], MULTI, ("x", "y"), [[1, 0], [1, 1], [0, 0]]),
+        ([[0], [2, 1]], MULTI, ("LABEL_0", "LABEL_1", "LABEL_2"), [[1, 0, 0], [0, 1, 1]]),
+        ([[0, 1, 1], [0, 0, 0]], MULTI, ("LABEL_0", "LABEL_1", "LABEL_2"), [[0, 1, 1], [0, 0, 0]]),
+        ([0.5, 2], REGRESSION, (), [0.5, 2.0]),
+        (["0.5", "-2"], REGRESSION, (), [0.5, -2.0]),
+    ],
+    ids=str,
+)
+def test_labels_are_found(values: list[Any], kind: str, names: tuple[str, ...], targets: list[Any]) -> None:
+    labels = Labels.of([{"text": "t", "label": value} for value in values])
+    assert (labels.kind, labels.names) == (kind, names)
+    assert [labels.target(value) for value in values] == targets
+
+
+def test_csv_of_several_labels() -> None:
+    labels = Labels.of([{"label": "x, y"}, {"label": "z"}], MULTI)
+    assert labels.names == ("x", "y", "z") and labels.target("z,x") == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "message"),
+    [
+        ([], {}, "no row has a label"),
+        (["a", "a"], {}, "all rows have the label 'a'"),
+        ([-1, 3], {}, "labels from -1 to 3"),
+        ([1, 2000000], {}, "regression"),
+        (["a", "b"], {"kind": "two"}, "problem_type is 'two'"),
+        (["a", "b"], {"names": ("a", "a")}, "not all different"),
+    ],
+)
+def test_labels_that_make_no_sense(values: list[Any], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Labels.of([{"label": value} for value in values], **settings)
+
+
+def test_rows_whose_labels_are_wrong_are_named(tok: Any) -> None:
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": 5}, {"text": "c", "label": None}, {"text": 3, "label": 1},
+            {"text": "d"}, {"text": "e " * 50, "label": "yes"}]  # fmt: skip
+    made, report = prepare_labelled(rows, tok, 20, Labels(SINGLE, ("no", "yes")))
+    assert [target for _, target in made] == [0, 1] and len(made[1][0]) == 20 and report.truncated == [5]
+    assert set(report.problems) == {1, 2, 3, 4} and "the label 5 is none of 0 .. 1 (no, yes)" in report.problems[1]
+    assert prepare_labelled([{"text": "a", "label": "x"}], tok, None, Labels(REGRESSION))[1].problems

@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_ids, tiny_model
+from bytewise import write_tokenizer
+from tiny import tiny_config, tiny_ids, tiny_model
 
-from llama2 import InputError, lora
+from llama2 import AutoTokenizer, InputError, LlamaForSequenceClassification, lora
+from llama2.checkpoint.peft import load_adapter
+from llama2.errors import MissingDependencyError
 from llama2.lora_config import LoraConfig
 from llama2.train import checkpoints
+from llama2.train import trainer as loop
 from llama2.train.data import Example, Pair
 from llama2.train.objectives import Classification, NextToken, Preferences, packed_rows
 from llama2.train.optim import AdamW, clip, learning_rate
@@ -169,10 +174,6 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_a_classifier_learns(tmp_path: Path) -> None:
-    from tiny import tiny_config
-
-    from llama2 import LlamaForSequenceClassification
-
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(tiny_config(num_labels=2, pad_token_id=0))
     rows = [([int(t) for t in tiny_ids(1, 6, seed=i)[0]] + [5 if i % 2 else 6], i % 2) for i in range(16)]
@@ -220,8 +221,8 @@ def test_resumed_equals_straight(tmp_path: Path, adapted: bool) -> None:
     cut.train()
     assert cut.state.step == 3
     # The state of step 3 was never saved: the run goes on from step 2.
-    again = start("cut", resume_from_checkpoint=True)
-    state = again.train()
+    again = start("cut", resume_from_checkpoint=True if adapted else None)
+    state = again.train(resume_from_checkpoint=None if adapted else True)
     ours, theirs = weights(again.model), weights(straight.model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [e["loss"] for e in state.history] == [e["loss"] for e in straight.state.history]
@@ -291,6 +292,19 @@ def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
         trainer(tmp_path, seed=1, resume_from_checkpoint=True).train()
 
 
+def test_a_checkpoint_of_another_adapter(tmp_path: Path) -> None:
+    def adapted(rank: int, **changes: Any) -> Trainer:
+        model = tiny_model(torch.float32)
+        lora.add_adapter(model, LoraConfig(r=rank))
+        return trainer(tmp_path, model, **changes)
+
+    adapted(2).train()
+    with pytest.raises(InputError, match=r"lora_A.default is \(2, 64\) there and \(3, 64\) here; give the same"):
+        adapted(3, resume_from_checkpoint=True).train()
+    with pytest.raises(InputError, match=r"is not trained there and|there and not trained here"):
+        trainer(tmp_path, resume_from_checkpoint=True).train()
+
+
 def test_nan_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     model = tiny_model(torch.float32)
     run = trainer(tmp_path, model, save_steps=2)
@@ -310,3 +324,176 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     frozen = copy.deepcopy(model).requires_grad_(False)
     with pytest.raises(InputError, match="no parameter of the model is trainable"):
         trainer(tmp_path, frozen)
+
+
+# -- the fields that users of transformers set -------------------------------------------------------------------
+
+
+def test_unknown_fields_are_named(tmp_path: Path) -> None:
+    for given, said in (
+        ({"learning_rat": 1.0}, "has no 'learning_rat'; did you mean learning_rate"),
+        ({"evaluation_strategy": "no"}, "has no 'evaluation_strategy'; did you mean eval_strategy"),
+        ({"zzz": 1}, "has no 'zzz'; leave it out"),
+        ({"save_strategy": "never"}, "save_strategy is 'never'; it must be one of no, steps, epoch"),
+        ({"report_to": "paper"}, "report_to is 'paper'"),
+        ({"optim": "sgd"}, "optim is 'sgd'"),
+        ({"bf16": True, "fp16": True}, "both set"),
+        ({"load_best_model_at_end": True}, "needs every saved step to be measured"),
+    ):
+        with pytest.raises(InputError, match=said):
+            arguments(tmp_path, **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "saved", "measured", "logged"),
+    [
+        ({"save_steps": 4}, [4, 6], [], [1, 2, 3, 4, 5, 6]),
+        ({"eval_steps": 3, "save_strategy": "no"}, [], [3, 6], [1, 2, 3, 4, 5, 6]),
+        ({"eval_strategy": "steps", "logging_steps": 4}, [6], [4, 6], [4, 6]),
+        ({"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}, [2, 4, 6], [2, 4, 6],
+         [2, 4, 6]),
+        ({"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True, "logging_strategy": "no"}, [6], [0, 3, 6],
+         [6]),
+    ],
+)  # fmt: skip
+def test_strategies(
+    tmp_path: Path, changes: dict[str, Any], saved: list[int], measured: list[int], logged: list[int]
+) -> None:
+    rows = packed_rows(examples(8), None)
+    args = arguments(tmp_path, **{"per_device_train_batch_size": 4, "save_total_limit": 9, **changes})
+    state = Trainer(tiny_model(torch.float32), args, NextToken(), rows, rows[:2]).train()
+    assert [checkpoints.step_of(p) for p in checkpoints.found(tmp_path)] == saved
+    assert [e["step"] for e in state.history if "eval_loss" in e] == measured
+    assert [e["step"] for e in state.history if "loss" in e] == logged
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
+    rows, model = packed_rows(examples(), None), tiny_model(torch.float32)
+    args = arguments(
+        tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1, load_best_model_at_end=True
+    )
+    run = Trainer(model, args, NextToken(), rows, rows[:2])
+    measured = iter([5.0, 3.0, 1.0, 2.0, 4.0, 6.0])
+    kept: dict[int, Any] = {}
+
+    def evaluate() -> dict[str, float]:
+        kept[run.state.step] = weights(model)
+        return {"eval_loss": next(measured)}
+
+    run.evaluate = evaluate  # type: ignore[method-assign]
+    state = run.train()
+    assert (state.best_step, state.best_metric, state.step) == (3, 1.0, 6)
+    assert [p.name for p in checkpoints.found(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
+    now = weights(model)
+    assert all(torch.equal(now[name], kept[3][name]) for name in now)
+    assert not torch.equal(now["lm_head.weight"], kept[6]["lm_head.weight"])
+
+
+def test_float16_needs_cuda(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fp16 needs a CUDA device, and the model is on cpu: use bf16=True.*NaN"):
+        trainer(tmp_path, fp16=True)
+
+
+def test_float16_scales_the_loss_and_leaves_overflows_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_check_float16", lambda model: None)
+    plain, model = tiny_model(torch.float32), tiny_model(torch.float32)
+    trainer(tmp_path / "plain", plain, bf16=False).train()
+    run = trainer(tmp_path / "half", model, fp16=True, save_steps=3)
+    state, scale = run.train(), run.scale
+    assert model.dtype == torch.float16 and scale == loop.LOSS_SCALE
+    master = run.optimizer.state()["master.lm_head.weight"]
+    assert (master - plain.lm_head.weight).abs().mean() < 2e-5 and state.step == 6
+    overflowing = trainer(tmp_path / "over", tiny_model(torch.float32), fp16=True, max_steps=3)
+    overflowing.scale = 2.0**40
+    before = overflowing.optimizer.state()["master.lm_head.weight"].clone()
+    overflowing.train()
+    assert torch.equal(overflowing.optimizer.state()["master.lm_head.weight"], before)
+    assert overflowing.scale == 2.0**37
+    again = trainer(tmp_path / "over", tiny_model(torch.float32), fp16=True, max_steps=3, resume_from_checkpoint=True)
+    again.train()
+    assert again.scale == 2.0**37
+
+
+def test_tensorboard_is_told_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingDependencyError, match="needs the package tensorboard"):
+        trainer(tmp_path, report_to="tensorboard")
+    written: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, place: str) -> None:
+            self.place, self.add_scalar, self.flush = place, lambda *entry: written.append(entry), lambda: None
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    trainer(tmp_path, report_to=["tensorboard"], max_steps=1).train()
+    assert {name for name, _, _ in written} >= {"loss", "learning_rate", "grad_norm"}
+    assert all(step == 1 for *_, step in written)
+
+
+def test_data_sets_of_ids_as_transformers_has_them(tmp_path: Path) -> None:
+    made = examples()
+    sets = [
+        [{"input_ids": e.input_ids, "labels": e.labels} for e in made],
+        [{"input_ids": torch.tensor([0, *e.input_ids]), "labels": torch.tensor([-100, *e.labels]),
+          "attention_mask": torch.tensor([0, *[1] * len(e.input_ids)])} for e in made],
+    ]  # fmt: skip
+    wanted = Trainer(tiny_model(torch.float32), arguments(tmp_path / "a"), NextToken(), packed_rows(made, None)).train()
+    for i, rows in enumerate(sets):
+        args = arguments(tmp_path / str(i), eval_steps=6)
+        run = Trainer(model=tiny_model(torch.float32), args=args, train_dataset=rows, eval_dataset=rows[:2])
+        state = run.train()
+        assert [e["loss"] for e in state.history if "loss" in e] == [e["loss"] for e in wanted.history]
+        assert "eval_loss" in state.history[-1]
+
+
+def test_data_sets_of_texts(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = tiny_model(torch.float32, vocab_size=260)
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    first = Trainer(model=model, args=arguments(tmp_path / "a"), train_dataset=rows[:1], processing_class=tokenizer)
+    assert isinstance(first.objective, NextToken) and first.rows[0].labels == [-100, *first.rows[0].input_ids[1:]]
+    args, config = arguments(tmp_path / "b"), LoraConfig(r=2)
+    second = Trainer(model=model, args=args, train_dataset=rows[1:], tokenizer=tokenizer, peft_config=config)
+    assert isinstance(second.objective, Preferences) and isinstance(second.rows[0], Pair)
+    second.train()
+    second.save_model(str(tmp_path / "out"))
+    again = tiny_model(torch.float32, vocab_size=260)
+    assert load_adapter(again, tmp_path / "out").r == 2 and (tmp_path / "out" / "tokenizer.json").exists()
+    with torch.no_grad():
+        assert torch.equal(again(tiny_ids()).logits, model(tiny_ids()).logits)
+    state = second.state
+    assert state.global_step == 6 and state.log_history is state.history and 0 < state.training_loss < 1
+    with pytest.raises(InputError, match="has no 'data_collator'; the objective makes the batches"):
+        Trainer(model=model, args=args, train_dataset=rows, data_collator=print)
+    with pytest.raises(InputError, match="pass processing_class=tokenizer"):
+        Trainer(model=model, args=arguments(tmp_path), train_dataset=rows)
+
+
+def test_data_sets_of_labels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(tiny_config(num_labels=3, pad_token_id=0))
+    rows = [{"input_ids": tiny_ids(1, 6, seed=i)[0], "label": i % 3} for i in range(6)]
+    run = Trainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=rows)
+    assert isinstance(run.objective, Classification) and [label for _, label in run.rows] == [0, 1, 2, 0, 1, 2]
+    run.train()
+    assert model.config.problem_type == "single_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("classes", "row", "message"),
+    [
+        (0, {"input_ids": [1, 2, 3], "labels": [1, 2]}, "3 input_ids, 2 labels and a mask of 3"),
+        (0, {"input_ids": [1, 2], "labels": [1, -100]}, "row 0 has no target"),
+        (0, 5, "a row is a int"),
+        (3, {"input_ids": [1, 2], "label": 3}, r"the label 3; the model has 3, 0 \.\. 2"),
+        (3, {"input_ids": [1, 2]}, "row 0 has no labels"),
+        (3, {"input_ids": [1, 2], "labels": [0, 1]}, "2 labels, and the model 3"),
+    ],
+)
+def test_rows_that_cannot_be(tmp_path: Path, classes: int, row: Any, message: str) -> None:
+    model: Any = tiny_model(torch.float32)
+    if classes:
+        model = LlamaForSequenceClassification(tiny_config(num_labels=classes))
+    with pytest.raises(InputError, match=message):
+        Trainer(model=model, args=arguments(tmp_path), train_dataset=[row])

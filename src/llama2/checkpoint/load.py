@@ -1,6 +1,7 @@
 """from_pretrained: build on meta, take each tensor from the memory map, demand exact coverage."""
 
 import copy
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ import llama2.model
 from llama2.checkpoint import Checkpoint, Stored
 from llama2.checkpoint.hf import CODES, HfCheckpoint
 from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
+from llama2.checkpoint.peft import adapted_base, load_adapter
 from llama2.checkpoint.source import open_source, override, split_hub_options
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
@@ -40,6 +42,25 @@ _ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
 _WEIGHT_TYPES = {"F64", *ggml.TYPES}
 
 
+def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
+    """`load` that takes the folder of an adapter too: the model that it is for, with the adapter attached."""
+
+    @functools.wraps(load)
+    def loaded(cls: type[Any], pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
+        found = adapted_base(pretrained_model_name_or_path)
+        if found is None:
+            return load(cls, pretrained_model_name_or_path, *args, **kwargs)
+        base, labels = found
+        with warnings.catch_warnings():  # the adapter brings the head
+            warnings.filterwarnings("ignore", message="score.weight .* newly initialised")
+            made = load(cls, base, *args, **{**labels, **kwargs})
+        load_adapter(made[0] if isinstance(made, tuple) else made, Path(str(pretrained_model_name_or_path)))
+        return made
+
+    return loaded
+
+
+@_on_adapters
 def from_pretrained(
     cls: type[Model],
     pretrained_model_name_or_path: str | Path | None,
@@ -61,7 +82,7 @@ def from_pretrained(
     load_in_8bit: bool = False,
     **kwargs: Any,
 ) -> Model | tuple[Model, dict[str, list[Any]]]:
-    """A model in eval mode from a folder, a .safetensors, .bin or GGUF file, or a hub id.
+    """A model in eval mode from a folder, a .safetensors, .bin or GGUF file, a hub id, or the folder of an adapter.
 
     dtype (or torch_dtype): "auto" and None mean the dtype the weights are stored in (config.json's where it names
     one), and bfloat16 for GGUF files with quantised blocks; a torch.dtype or its name converts. device_map: one

@@ -1,4 +1,7 @@
-"""W + scale * B A: an adapter put into the weights for good. The sum is taken in float32 and rounded once."""
+"""W + scale * B A: an adapter put into the weights for good. The sum is taken in float32 and rounded once.
+
+With DoRA the rows of the sum get the lengths that the adapter learnt.
+"""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,9 +16,13 @@ from llama2.checkpoint.seen import SeenCheckpoint
 
 
 def merged(weight: Tensor, low: LowRank, start: int = 0) -> Tensor:
-    """Rows `start` .. start + len(weight) of W + scale * B A, in the weight's dtype and on its device."""
+    """Rows `start` .. start + len(weight) of the changed W, in the weight's dtype and on its device."""
     a, b = (half.to(weight.device, torch.float32) for half in (low.a, low.b[start : start + len(weight)]))
-    return torch.addmm(weight.float(), b, a, alpha=low.scale).to(weight.dtype)
+    total = torch.addmm(weight.float(), b, a, alpha=low.scale)
+    if low.magnitude is not None:
+        wanted = low.magnitude[start : start + len(weight)].to(weight.device, torch.float32)
+        total *= (wanted / total.norm(dim=1))[:, None]
+    return total.to(weight.dtype)
 
 
 def merge_into(model: nn.Module, adapter: Adapter) -> None:

@@ -4,6 +4,9 @@ A tensor is called "base_model.model." + module path + ".lora_A.weight" (r, in) 
 scaling * B A to the module's weight, scaling = alpha / r, or alpha / sqrt(r) with use_rslora (arXiv 2106.09685,
 2312.03732). `rank_pattern` and `alpha_pattern` give single modules another r or alpha.
 
+DoRA (arXiv 2402.09353) has ".lora_magnitude_vector" (out,) besides, and an adapter of a classifier the whole head,
+"base_model.model.score.weight" (labels, D).
+
 peft itself lets a wrong prefix, a missing half or a layer too many pass with a warning, and the adapter then does
 nothing. Here every tensor of the file must have its place, and every module that the configuration targets its tensors.
 """
@@ -28,12 +31,14 @@ from llama2.lora_config import LINEARS, LoraConfig
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+HEAD = "score.weight"
+_HEADS = {"classifier", "score"}  # what peft calls a classifier's head in modules_to_save
+_NAME = re.compile(
+    r"(.+)\.(?:lora_(?P<half>[AB])(?:\.default)?\.weight|lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
+)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # What changes the sum or the base weights themselves: used without it, the adapter would give wrong answers.
 _FOREIGN = {
-    "use_dora": "DoRA rescales each row of the merged weight",
-    "modules_to_save": "it brings whole layers of its own",
     "lora_bias": "B has a bias",
     "fan_in_fan_out": "its weights are stored transposed",
     "layer_replication": "it repeats layers of the model",
@@ -61,33 +66,50 @@ _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the other
 
 
 class LowRank(NamedTuple):
-    """scale * b @ a is added to a weight: a (r, in), b (out, r)."""
+    """scale * b @ a is added to a weight: a (r, in), b (out, r).
+
+    magnitude (out,), of DoRA: what the rows of the sum are long.
+    """
 
     a: Tensor
     b: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits a model. modules: {path in the model: (A, B, scale)}, as `CpuWeights.add_adapter` takes."""
+    """An adapter that fits a model. modules by path in the model; head: the classifier's weight (labels, D)."""
 
     path: Path
     config: LoraConfig
     modules: Mapping[str, LowRank]
+    head: Tensor | None = None
+
+    @property
+    def plain(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """{path: (A, B, scale)}, as `CpuWeights.add_adapter` takes. Raises CheckpointError for DoRA."""
+        if self.config.use_dora:
+            raise CheckpointError(
+                f"{self.path} is a DoRA adapter, which rescales the rows of the weights, so it cannot be added while "
+                "the native engine runs; put it into the weights with `llama2 merge-adapter`"
+            )
+        return {path: (low.a, low.b, low.scale) for path, low in self.modules.items()}
 
 
-def read_adapter(folder: str | Path, model: LlamaConfig) -> Adapter:
+def read_adapter(folder: str | Path, model: LlamaConfig, classifier: bool = False) -> Adapter:
     """Opens the adapter in `folder` for a model of this configuration; tensors are views of the mapped file.
 
-    Raises CheckpointError for files that are missing, malformed, or of a kind that is not plain LoRA; MismatchError
-    where names or shapes do not fit the model.
+    classifier: whether the model has a classifier's head. Raises CheckpointError for files that are missing, malformed,
+    or of a kind that is no LoRA; MismatchError where names or shapes do not fit the model.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds {CONFIG} and {WEIGHTS}")
     config = read_config(folder)
-    halves = _pair(folder, _tensors(folder))
+    tensors = dict(_tensors(folder))
+    head = _head(folder, tensors.pop(PREFIX + HEAD, None), model, classifier)
+    halves = _pair(folder, tensors, config.use_dora)
     shapes = linear_shapes(model)
     if stray := sorted(set(halves) - set(shapes)):
         if f"model.{stray[0]}" in shapes:
@@ -103,9 +125,32 @@ def read_adapter(folder: str | Path, model: LlamaConfig) -> Adapter:
     modules = {}
     for module in sorted(halves, key=list(shapes).index):
         a, b = halves[module]["A"], halves[module]["B"]
+        magnitude = halves[module].get("magnitude_vector")
         _check_shapes(folder, module, (a, b), config.rank(module), shapes[module])
-        modules[module] = LowRank(a, b, config.scaling(module))
-    return Adapter(folder, config, modules)
+        if magnitude is not None and magnitude.shape != shapes[module][:1]:
+            raise MismatchError(
+                f"{folder}: lora_magnitude_vector of {module} has shape {tuple(magnitude.shape)}, but this model needs "
+                f"{shapes[module][:1]}; it is an adapter of another model"
+            )
+        modules[module] = LowRank(a, b, config.scaling(module), magnitude)
+    return Adapter(folder, config, modules, head)
+
+
+def _head(folder: Path, head: Tensor | None, model: LlamaConfig, classifier: bool) -> Tensor | None:
+    if head is None:
+        return None
+    if not classifier:
+        raise MismatchError(
+            f"{folder} is an adapter of a classifier (it holds {HEAD}); load it into a LlamaForSequenceClassification, "
+            "or use `llama2 classify`"
+        )
+    wanted = (model.num_labels, model.hidden_size)
+    if tuple(head.shape) != wanted:
+        raise MismatchError(
+            f"{folder}: {HEAD} has shape {tuple(head.shape)}, but this model needs {wanted}; give the model "
+            f"num_labels={head.shape[0]}, or it is an adapter of another model"
+        )
+    return head
 
 
 def linear_shapes(model: LlamaConfig) -> dict[str, tuple[int, int]]:
@@ -121,17 +166,21 @@ def linear_shapes(model: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def write_adapter(
-    folder: str | Path, config: LoraConfig, tensors: Mapping[str, Tensor], inference: bool = True
+    folder: str | Path, config: LoraConfig, tensors: Mapping[str, Tensor], task: str = "CAUSAL_LM"
 ) -> None:
     """Writes an adapter as peft does, for peft to load. tensors: by name behind PREFIX, as in its files.
 
-    Each file takes the place of an earlier one only when it is whole.
+    task: peft's task_type, SEQ_CLS for a classifier. Each file takes the place of an earlier one only when it is whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as file:
         write_safetensors(file, {PREFIX + name: tensor.detach().cpu() for name, tensor in tensors.items()})
-    fields = {**_WRITTEN, **vars(config), "inference_mode": True}
+    fields = {**_WRITTEN, **vars(config), "task_type": task, "inference_mode": True}
+    if task == "SEQ_CLS":
+        fields["modules_to_save"] = sorted(_HEADS)
+    if config.target_modules == "all-linear":  # as peft, which writes the names that it finds
+        fields["target_modules"] = LINEARS
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
     fields["layers_to_transform"] = fields["layers_to_transform"] or None
     fields["exclude_modules"] = fields["exclude_modules"] or None
@@ -139,8 +188,11 @@ def write_adapter(
         file.write((json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
 
-def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, name: str = "default") -> None:
-    """Writes the adapter `name` of a model to a folder that peft, and `load_adapter`, read."""
+def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig | None = None, name: str = "default") -> None:
+    """Writes the adapter `name` of a model to a folder that peft, and `load_adapter`, read.
+
+    Without its config one is written that names each module, with its rank and scale.
+    """
     tensors = {}
     for path, layer in lora.layers(model).items():
         if name in layer.lora_A:
@@ -149,7 +201,27 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, name:
             tensors[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name]
     if not tensors:
         raise InputError(f"the model has no adapter {name!r}; there are {', '.join(lora.names(model)) or 'none'}")
-    write_adapter(folder, config, tensors)
+    config = config or _config_of(model, name)
+    if classifier := hasattr(model, "score"):
+        tensors[HEAD] = model.get_parameter(HEAD)
+    write_adapter(folder, config, tensors, "SEQ_CLS" if classifier else "CAUSAL_LM")
+
+
+def _config_of(model: Any, name: str) -> LoraConfig:
+    found = {path: layer for path, layer in lora.layers(model).items() if name in layer.lora_A}
+    ranks = {path: len(layer.lora_A[name]) for path, layer in found.items()}
+    alphas = {path: layer.scaling[name] * ranks[path] for path, layer in found.items()}
+    first, one = next(iter(ranks.values())), next(iter(alphas.values()))
+    return LoraConfig(
+        r=first,
+        lora_alpha=one,
+        target_modules=tuple(found),
+        lora_dropout=max(layer.dropout[name] for layer in found.values()),
+        use_dora=any(name in layer.lora_magnitude_vector for layer in found.values()),
+        rank_pattern={re.escape(path): rank for path, rank in ranks.items() if rank != first},
+        alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items() if alpha != one},
+        base_model_name_or_path=model.name_or_path or None,
+    )
 
 
 def load_adapter(model: Any, folder: str | Path, name: str = "default") -> LoraConfig:
@@ -157,7 +229,7 @@ def load_adapter(model: Any, folder: str | Path, name: str = "default") -> LoraC
 
     Raises as `read_adapter`, and InputError where the name is taken.
     """
-    adapter = read_adapter(folder, model.config)
+    adapter = read_adapter(folder, model.config, classifier=hasattr(model, "score"))
     config = replace(adapter.config, target_modules=tuple(adapter.modules), layers_to_transform=(), exclude_modules=())
     lora.add_adapter(model, config, name)
     with torch.no_grad():
@@ -166,20 +238,58 @@ def load_adapter(model: Any, folder: str | Path, name: str = "default") -> LoraC
             layer.lora_A[name].copy_(low.a)
             layer.lora_B[name].copy_(low.b)
             layer.scaling[name] = low.scale
+            if low.magnitude is not None:
+                layer.lora_magnitude_vector[name].copy_(low.magnitude)
+        if adapter.head is not None:
+            model.score.weight.copy_(adapter.head)
     return adapter.config
+
+
+def adapted_base(path: str | Path | None) -> tuple[str, dict[str, Any]] | None:
+    """Where the model of an adapter's folder is, and how many labels it has and what they are called.
+
+    None for anything but such a folder. Raises CheckpointError where the folder does not say which model it is for.
+    """
+    folder = None if path is None else Path(path)
+    if folder is None or not (folder / CONFIG).is_file() or any(folder.glob("*model*.safetensors.index.json")):
+        return None
+    if any((folder / name).exists() for name in ("model.safetensors", "pytorch_model.bin")):
+        return None
+    base = read_config(folder).base_model_name_or_path
+    if not base:
+        raise CheckpointError(
+            f"{folder / CONFIG} does not say which model the adapter is for (base_model_name_or_path); load that model "
+            "and call llama2.checkpoint.peft.load_adapter(model, folder)"
+        )
+    return base, classifier_labels(folder)
+
+
+def classifier_labels(folder: Path) -> dict[str, Any]:
+    """What a classifier's adapter says of the labels, as keywords of from_pretrained; {} for another adapter."""
+    head = _tensors(folder).get(PREFIX + HEAD)
+    if head is None:
+        return {}
+    said = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    found = {
+        key: said[key] for key in ("id2label", "label2id", "problem_type", "pad_token_id") if said.get(key) is not None
+    }
+    return found if "id2label" in found else {**found, "num_labels": head.shape[0]}
 
 
 # -- adapter_config.json -----------------------------------------------------------------------------------------
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """adapter_config.json. Raises CheckpointError for another kind of adapter than plain LoRA, naming what is not."""
+    """adapter_config.json. Raises CheckpointError for another kind of adapter than LoRA and DoRA."""
     where, fields = folder / CONFIG, read_json(folder / CONFIG)
     if fields.get("peft_type") != "LORA":
         raise CheckpointError(f"{where} has peft_type {fields.get('peft_type')!r}; only 'LORA' adapters are supported")
     for key, why in _FOREIGN.items():
         if fields.get(key):
             _refuse(where, f"{key} is {fields[key]!r}: {why}")
+    saved = fields.get("modules_to_save") or ()
+    if not set(saved) <= _HEADS:
+        _refuse(where, f"modules_to_save is {saved!r}: it brings whole layers of its own")
     if fields.get("bias", "none") != "none":
         _refuse(where, f"bias is {fields['bias']!r}: it changes biases of the model")
     if (init := fields.get("init_lora_weights")) not in _PLAIN_INITS:
@@ -207,6 +317,7 @@ def _parse(fields: Mapping[str, Any]) -> LoraConfig:
         layers_to_transform=() if layers is None else (layers,) if isinstance(layers, int) else tuple(map(int, layers)),
         lora_dropout=fields.get("lora_dropout") or 0.0,
         use_rslora=bool(fields.get("use_rslora")),
+        use_dora=bool(fields.get("use_dora")),
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
         base_model_name_or_path=fields.get("base_model_name_or_path"),
@@ -224,8 +335,9 @@ def _tensors(folder: Path) -> Mapping[str, Tensor]:
     raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {PICKLE}; fetch or save the adapter again")
 
 
-def _pair(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{module: {"A": tensor, "B": tensor}}; every tensor has its place and every pair both halves."""
+def _pair(folder: Path, tensors: Mapping[str, Tensor], dora: bool) -> dict[str, dict[str, Tensor]]:
+    """{module: {"A": tensor, "B": tensor}}, with DoRA "magnitude_vector" too; every tensor has its place and every
+    module all of them."""
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
@@ -239,7 +351,12 @@ def _pair(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Te
             raise CheckpointError(
                 f"{folder}: {name!r} is {tensor.dtype}; an adapter is float32, float16 or bfloat16. Convert it first"
             )
-        halves.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = tensor
+        half = match["half"] or "magnitude_vector"
+        if half == "magnitude_vector" and not dora:
+            raise CheckpointError(
+                f"{folder} holds {name!r}, but {CONFIG} says that it is no DoRA adapter; set use_dora, or save it again"
+            )
+        halves.setdefault(match[1].removeprefix(PREFIX), {})[half] = tensor
     if not halves:
         raise CheckpointError(f"{folder} holds no tensors: the adapter was saved empty; save it again")
     for module, pair in halves.items():
@@ -248,6 +365,8 @@ def _pair(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Te
                 raise CheckpointError(
                     f"{folder} has no {PREFIX}{module}.lora_{half}.weight, the other half of a pair; save it again"
                 )
+        if dora and "magnitude_vector" not in pair:
+            raise CheckpointError(f"{folder} has no {PREFIX}{module}.lora_magnitude_vector (DoRA); save it again")
     return halves
 
 

@@ -1,6 +1,7 @@
 """The `llama2` command: a table of commands, each imported only when it is called, and one place for errors.
 
-A command is a module with `Options`, a dataclass whose fields become the flags, and `run(options) -> exit code`.
+A command is a module with `Options`, a dataclass whose fields become the flags, and `run(options) -> exit code`. One
+with several tasks has `TASKS`, such a dataclass for each, and `SUMMARY`, what `--help` says of each.
 """
 
 import os
@@ -24,6 +25,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("llama2.cli.info", "what a model file is, its size and the memory it needs"),
     "convert": ("llama2.cli.convert", "between Hugging Face, Meta and GGUF checkpoints, in bounded memory"),
     "quantize": ("llama2.cli.quantize", "a checkpoint in fewer bits: GPTQ, NF4, int8 or GGUF, with a report"),
+    "finetune": (
+        "llama2.cli.finetune",
+        "train a model on your rows: sft, dpo, classify or pretrain; LoRA, QLoRA or whole",
+    ),
+    "train": ("llama2.cli.train", "finetune as a SageMaker training job: hyperparameters and channels under /opt/ml"),
+    "classify": ("llama2.cli.classify", "labels of texts, with their probabilities, by a classifier that was trained"),
     "merge-adapter": ("llama2.cli.merge_adapter", "put a LoRA adapter into the weights for good"),
     "shard": ("llama2.cli.shard", "split a checkpoint into files of a size"),
     "verify": ("llama2.cli.verify", "check a converted checkpoint against its hashes"),
@@ -80,13 +87,29 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         hint = nearest(name, list(COMMANDS)) or f"; there are {', '.join(COMMANDS)}"
         raise InputError(f"{name!r} is not a command{hint}")
-    module = import_module(COMMANDS[name][0])
+    module, rest = import_module(COMMANDS[name][0]), words[1:]
     try:
-        options = parse(module.Options, f"llama2 {name}", words[1:])
+        if tasks := getattr(module, "TASKS", None):
+            task = rest[0] if rest else ""
+            if task in ("-h", "--help"):
+                print(_tasks(name, module.SUMMARY))
+                return 0
+            if task not in tasks:
+                raise InputError(
+                    f"{name} needs one of {', '.join(tasks)} first, not {task!r}{nearest(task, list(tasks))}"
+                )
+            options = parse(tasks[task], f"llama2 {name} {task}", rest[1:])
+        else:
+            options = parse(module.Options, f"llama2 {name}", rest)
     except SystemExit:  # --help has been printed
         return 0
     code: int = module.run(options)
     return code
+
+
+def _tasks(name: str, summary: dict[str, str]) -> str:
+    rows = "\n".join(f"  {task:<{max(map(len, summary))}}  {text}" for task, text in summary.items())
+    return f"usage: llama2 {name} TASK ...\n\n{rows}\n\n`llama2 {name} TASK --help` lists the options of a task."
 
 
 def _overview() -> str:

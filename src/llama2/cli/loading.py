@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,12 +103,13 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
         return load_model(path, options), tokenizer
     from llama2.checkpoint.peft import read_config
 
-    read_config(Path(options.adapter))  # a wrong folder is told before the model is loaded
-    return _adapted(load_model(path, options), options.adapter, options.runner), tokenizer
+    dora = read_config(Path(options.adapter)).use_dora  # a wrong folder is told before the model is loaded
+    model = load_model(path, replace(options, runner="torch") if dora else options)
+    return _adapted(model, options.adapter, "torch" if dora else options.runner), tokenizer
 
 
 def _adapted(model: "LlamaForCausalLM | NativeModel", folder: str, runner: str) -> "LlamaForCausalLM | NativeModel":
-    """The model with the adapter: beside the weights on the native engine, merged into them for torch."""
+    """The model with the adapter: beside the weights on the native engine, merged into them for torch (and DoRA)."""
     from llama2.native import NativeModel, why_not
 
     if not isinstance(model, NativeModel):

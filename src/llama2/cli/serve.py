@@ -339,4 +339,4 @@ def _add_adapter(engine: Any, adapter: str) -> None:
         raise InputError(
             "adapters for each request need the native engine, and torch runs this model; merge one instead"
         )
-    weights.add_adapter(name.strip(), read_adapter(folder.strip(), engine.model.config).modules)
+    weights.add_adapter(name.strip(), read_adapter(folder.strip(), engine.model.config).plain)

@@ -4,13 +4,17 @@
 {"conversations": [{"from", "value"}, ...]}   the same in ShareGPT's words
 {"prompt", "completion"}                   the completion is the target
 {"instruction", "input", "output"}         the same in Alpaca's words ("input" may be missing)
-{"prompt", "chosen", "rejected"}           preferences: texts, or lists of messages
+{"prompt", "chosen", "rejected"}           preferences: texts, or lists of messages; without a prompt it is what both
+                                           answers begin with
 {"text", "label"}                          classification: a number, a name, or a list of names or numbers
 {"text"}                                   every token is a target
 """
 
 import csv
+import difflib
+import io
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,8 +84,8 @@ def _some(rows: Sequence[int], shown: int) -> str:
 def read(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
     """The rows of a .jsonl, .json, .csv, .parquet or .txt file (a text a paragraph), or of a hub data set.
 
-    Raises InputError for a file that holds no rows, naming the line that is wrong; MissingDependencyError where
-    `datasets` is needed for a hub id or a .parquet file and is not installed.
+    Raises InputError for a file that holds no rows, naming the line that is wrong; MissingDependencyError where a hub
+    id needs `datasets`, or a .parquet file `pyarrow`, and it is not installed.
     """
     path = Path(source)
     if not path.exists():
@@ -99,10 +103,17 @@ def read(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_content(path).split("\n"), 1):  # a text may hold other line ends, such as U+2028
         if line.strip():
             rows.append(_object(line, f"{path}, line {number}"))
     return rows
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
@@ -117,7 +128,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 def _json(path: Path) -> list[dict[str, Any]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_content(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); is it JSON lines? Then call it .jsonl") from error
     if isinstance(content, dict):  # {"data": [...]} and the like
@@ -128,32 +139,76 @@ def _json(path: Path) -> list[dict[str, Any]]:
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    reader = csv.DictReader(io.StringIO(_content(path), newline=""))
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            fields = len(reader.fieldnames or ())
+            raise InputError(
+                f"{path}, line {reader.line_num} has more or fewer than the {fields} fields of its first line; a text "
+                'with commas needs quotes: "..."'
+            )
+        rows.append(row)
+    return rows
 
 
 def _text(path: Path) -> list[dict[str, Any]]:
-    return [{"text": part.strip()} for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    return [{"text": part.strip()} for part in _content(path).split("\n\n") if part.strip()]
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
-    return list(_datasets().load_dataset("parquet", data_files=str(path), split="train"))
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingDependencyError(
+            "parquet files need the package pyarrow: pip install 'llama2[train]', or use .jsonl"
+        ) from error
+    try:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path} is no parquet file ({str(error)[:100]}); write it again") from error
+    return rows
 
 
 def _from_hub(name: str, split: str) -> list[dict[str, Any]]:
     if name.count("/") > 1 or name.endswith((".jsonl", ".json", ".csv", ".parquet", ".txt")):
         raise InputError(f"{name} does not exist; give a file of rows, or the id of a data set (owner/name)")
-    return list(_datasets().load_dataset(name, split=split))
-
-
-def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise MissingDependencyError(
-            "parquet files and hub data sets need the package datasets: pip install 'llama2[train]', or use .jsonl"
+            f"{name} is no file here, and a hub data set needs the package datasets: pip install 'llama2[train]'"
         ) from error
-    return datasets
+    try:
+        found = datasets.load_dataset(name, split=split)
+    except ValueError as error:  # a split, or a configuration, that it does not have
+        raise InputError(f"{name} cannot be read: {error}") from error
+    named = {column: kind.int2str for column, kind in (found.features or {}).items() if hasattr(kind, "int2str")}
+    return [{**row, **{c: name_of(row[c]) for c, name_of in named.items() if isinstance(row[c], int)}} for row in found]
+
+
+def renamed(rows: Sequence[Row], columns: Mapping[str, str | None]) -> list[Row]:
+    """Rows with columns under the names used here: {"text": "review"}; None leaves one. Raises InputError for a column
+    that no row has."""
+    wanted = {name: column for name, column in columns.items() if column is not None}
+    there = sorted({key for row in rows for key in row})
+    for column in wanted.values():
+        if column not in there:
+            close = difflib.get_close_matches(column, there, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InputError(f"there is no column {column!r}; there are {', '.join(there)}{hint}")
+    return [{**row, **{name: row[column] for name, column in wanted.items() if column in row}} for row in rows]
+
+
+def held_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """The rows to train on and a random share of them to measure on, each in their order."""
+    if not 0 < share < 1:
+        raise InputError(f"the share to hold out is {share!r}; it must lie between 0 and 1, such as 0.1")
+    count = max(1, round(share * len(rows)))
+    if count >= len(rows):
+        raise InputError(f"of {len(rows)} rows none is left to train on when {share:.0%} are held out; give more rows")
+    out = set(random.Random(f"{seed}/held out").sample(range(len(rows)), count))
+    return [row for i, row in enumerate(rows) if i not in out], [row for i, row in enumerate(rows) if i in out]
 
 
 # -- rows --------------------------------------------------------------------------------------------------------
@@ -203,10 +258,22 @@ def encode_pair(row: Row, tokenizer: Any) -> Pair:
     if kind_of(row) != "preference":
         raise InputError(f"a row with the keys {sorted(row)} is no preference; it needs prompt, chosen and rejected")
     prompt, pair = row.get("prompt"), (row["chosen"], row["rejected"])
+    if prompt is None and isinstance(pair[0], str) and isinstance(pair[1], str):
+        prompt = _shared(*pair)
+        pair = (pair[0][len(prompt) :], pair[1][len(prompt) :])
+    if not (all(isinstance(a, str) for a in pair) or all(isinstance(a, list | tuple) for a in pair)):
+        kinds = " and ".join(type(answer).__name__ for answer in pair)
+        raise InputError(f"chosen and rejected are {kinds}, not both texts or both lists of messages")
     if isinstance(pair[0], str):
         return Pair(*(completion(_string(prompt or "", "prompt"), answer, tokenizer) for answer in pair))
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _checked(prompt) if prompt else []
     return Pair(*(_chat(_checked([*before, *answer]), tokenizer, last_only=True) for answer in pair))
+
+
+def _shared(one: str, other: str) -> str:
+    """What both texts begin with, up to the space before the first difference."""
+    count = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[: count - 1 if one[count - 1 : count] == " " else count]
 
 
 def completion(prompt: str, answer: str, tokenizer: Any) -> Example:
@@ -226,15 +293,24 @@ def _chat(messages: list[Row], tokenizer: Any, last_only: bool = False) -> Examp
     return Example(ids, [token if m else IGNORED for token, m in zip(ids, mask, strict=True)])
 
 
-def _checked(messages: Any) -> list[Row]:
+def _listed(messages: Any) -> list[Row]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("messages is not a list of messages")
     return list(messages)
 
 
+def _checked(messages: Any) -> list[Row]:
+    for number, message in enumerate(_listed(messages)):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InputError(f"message {number} has no role")
+        if message.get("content") is None and not message.get("tool_calls"):  # a template would write "None"
+            raise InputError(f"message {number} has no content")
+    return list(messages)
+
+
 def _from_sharegpt(turns: Any) -> list[Row]:
     try:
-        return [{"role": _SPEAKERS[turn["from"]], "content": turn["value"]} for turn in _checked(turns)]
+        return [{"role": _SPEAKERS[turn["from"]], "content": turn["value"]} for turn in _listed(turns)]
     except (KeyError, TypeError) as error:
         raise InputError(f"a turn of conversations lacks a known 'from' or a 'value' ({error!r})") from error
 
@@ -264,7 +340,7 @@ def _end(tokenizer: Any) -> list[int]:
 def prepare(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> tuple[list[Example], Report]:
     """The usable examples, cut to max_length at the end, and the report on all rows."""
     report, made = Report(), []
-    for row, example in _each(rows, report, lambda row: encode(row, tokenizer)):
+    for row, example in each(rows, report, lambda row: encode(row, tokenizer)):
         cut = _fitted(row, example, tokenizer, max_length, report)
         if cut is not None:
             made.append(cut)
@@ -273,10 +349,18 @@ def prepare(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> tupl
     return made, report
 
 
+def pieces(examples: Iterable[Example], length: int) -> list[Example]:
+    """Each example in pieces of at most `length` tokens: for texts that are all target, so that nothing is cut off."""
+    made = []
+    for ids, labels in examples:
+        made += [Example(ids[i : i + length], labels[i : i + length]) for i in range(0, len(ids), length)]
+    return [piece for piece in made if len(piece.input_ids) > 1]
+
+
 def prepare_pairs(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> tuple[list[Pair], Report]:
     """The usable pairs, each answer cut to max_length at the end, and the report on all rows."""
     report, made = Report(), []
-    for row, pair in _each(rows, report, lambda row: encode_pair(row, tokenizer)):
+    for row, pair in each(rows, report, lambda row: encode_pair(row, tokenizer)):
         cuts = [_fitted(row, example, tokenizer, max_length, report) for example in pair]
         if cuts[0] is not None and cuts[1] is not None:
             if cuts[0].input_ids == cuts[1].input_ids:
@@ -288,7 +372,7 @@ def prepare_pairs(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -
     return made, report
 
 
-def _each(rows: Iterable[Row], report: Report, make: Callable[[Row], Any]) -> Iterable[tuple[int, Any]]:
+def each(rows: Iterable[Row], report: Report, make: Callable[[Row], Any]) -> Iterable[tuple[int, Any]]:
     for number, row in enumerate(rows):
         report.rows += 1
         try:

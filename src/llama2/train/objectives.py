@@ -163,8 +163,15 @@ class Preferences:
         return sums / counts.clamp(min=1) if self.kind == "ipo" else sums
 
 
+@dataclass
 class Classification:
-    """Labels of whole texts with LlamaForSequenceClassification: one, several, or a number."""
+    """Labels of whole texts with LlamaForSequenceClassification: one, several, or a number.
+
+    Logged are the accuracy of one label, the share of rows all of whose labels are right (those whose probability
+    reaches `threshold`), or the mean absolute error of a number.
+    """
+
+    threshold: float = 0.5
 
     def tokens(self, item: tuple[list[int], Any]) -> int:
         """As Objective.tokens."""
@@ -182,7 +189,11 @@ class Classification:
     def loss(self, model: Any, batch: Batch) -> Loss:
         """As Objective.loss; units are rows."""
         output, rows = model(**batch, use_cache=False, return_dict=True), len(batch["labels"])
-        logs = {}
-        if model.config.problem_type == "single_label_classification":
-            logs["accuracy"] = float((output.logits.argmax(-1) == batch["labels"]).sum())
+        kind, logits, labels = model.config.problem_type, output.logits.detach().float(), batch["labels"]
+        if kind == "single_label_classification":
+            logs = {"accuracy": float((logits.argmax(-1) == labels).sum())}
+        elif kind == "multi_label_classification":
+            logs = {"accuracy": float(((logits.sigmoid() >= self.threshold) == labels.bool()).all(-1).sum())}
+        else:
+            logs = {"absolute_error": float((logits.reshape(-1) - labels.reshape(-1)).abs().sum())}
         return Loss(output.loss * rows, rows, logs)

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from llama2.errors import InputError
 
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
-
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: int, floor: float = 0.0) -> float:
     """The rate of step 0, 1, ... of `total`: up linearly over `warmup` steps, then as the schedule says.
@@ -58,8 +56,11 @@ class AdamW:
         self._inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=fused)
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """One update at this learning rate from the parameters' gradients, which are then dropped."""
+    def step(self, rate: float, factor: float = 1.0) -> None:
+        """One update at this learning rate from the parameters' gradients, which are then dropped.
+
+        factor: what gradients are multiplied with, in the precision of the master copies.
+        """
         for group in self._inner.param_groups:
             group["lr"] = rate
         for name, parameter in self.parameters.items():
@@ -67,6 +68,8 @@ class AdamW:
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
                 parameter.grad = None
+            if factor != 1 and master.grad is not None:
+                master.grad.mul_(factor)
         self._inner.step()
         self._inner.zero_grad(set_to_none=True)
         for name, parameter in self.parameters.items():

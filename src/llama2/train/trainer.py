@@ -10,66 +10,30 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from llama2 import lora
 from llama2.checkpoint.hf import map_safetensors
-from llama2.checkpoint.save import write_safetensors
-from llama2.errors import InputError
+from llama2.checkpoint.peft import save_adapter
+from llama2.checkpoint.save import replacing, write_safetensors
+from llama2.errors import InputError, MissingDependencyError
+from llama2.lora_config import LoraConfig
 from llama2.train import checkpoints
+from llama2.train.arguments import TrainingArguments
 from llama2.train.objectives import Objective
-from llama2.train.optim import SCHEDULES, AdamW, clip, learning_rate
+from llama2.train.optim import AdamW, clip, learning_rate
+from llama2.train.rows import objective_for
 
 LOG = "log.jsonl"
-
-
-@dataclass(kw_only=True)
-class TrainingArguments:
-    """How to train, with the names and defaults of transformers.TrainingArguments where it has them."""
-
-    output_dir: str
-    per_device_train_batch_size: int = 8
-    per_device_eval_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-5
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    num_train_epochs: float = 3.0
-    max_steps: int = -1
-    lr_scheduler_type: str = "linear"
-    warmup_steps: int = 0
-    warmup_ratio: float = 0.0
-    logging_steps: int = 10
-    eval_steps: int | None = None
-    save_steps: int = 500
-    save_total_limit: int | None = None
-    seed: int = 42
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    resume_from_checkpoint: bool | str | None = None
-
-    def __post_init__(self) -> None:
-        positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                    "logging_steps", "save_steps")  # fmt: skip
-        for name in positive:
-            if not getattr(self, name) >= 1:
-                raise InputError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
-        for name in ("learning_rate", "num_train_epochs"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise InputError(f"{name} is {getattr(self, name)!r}; it must be a positive number")
-        if self.lr_scheduler_type not in SCHEDULES:
-            raise InputError(
-                f"lr_scheduler_type is {self.lr_scheduler_type!r}; it must be one of {', '.join(SCHEDULES)}"
-            )
+LOSS_SCALE = 2.0**6  # that fp16 begins with, of a sum over a step's targets; halved where gradients overflow
 
 
 @dataclass
@@ -79,27 +43,83 @@ class TrainerState:
     step: int = 0
     tokens: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int | None = None
+    best_metric: float | None = None
+
+    # The names of transformers.
+
+    @property
+    def global_step(self) -> int:
+        """The step."""
+        return self.step
+
+    @property
+    def log_history(self) -> list[dict[str, Any]]:
+        """What was logged."""
+        return self.history
+
+    @property
+    def training_loss(self) -> float:
+        """The mean of the logged losses."""
+        found = [entry["loss"] for entry in self.history if "loss" in entry]
+        return sum(found) / max(len(found), 1)
+
+
+_INSTEAD = {
+    "data_collator": "the objective makes the batches: leave it out, or write an Objective of your own",
+    "compute_metrics": "an Objective's loss() gives what is logged and measured",
+    "callbacks": "report= is called with every step and measurement",
+    "optimizers": "optim and lr_scheduler_type of the arguments choose them",
+    "ref_model": "give Preferences(reference=model) as the objective",
+    "formatting_func": "give rows in a shape that llama2.train.data knows",
+}
 
 
 class Trainer:
     """Trains `model` on `rows` for `objective`.
 
-    save: writes the model into a checkpoint's folder for others to load, such as `model.save_pretrained`. report: hears
-    of every step. bf16 computes in bfloat16 and updates float32 copies of the weights.
+    Without an objective it is chosen by the model's class and the rows of train_dataset: see `rows.objective_for`, for
+    which processing_class (or tokenizer) encodes texts. peft_config: a new adapter for the model. save: writes the
+    model into a checkpoint's folder for others to load, such as `model.save_pretrained`. report: hears of every step.
     """
 
     def __init__(
         self,
         model: nn.Module,
         args: TrainingArguments,
-        objective: Objective,
-        rows: Sequence[Any],
+        objective: Objective | None = None,
+        rows: Sequence[Any] = (),
         eval_rows: Sequence[Any] = (),
         save: Callable[[Path], Any] | None = None,
         report: Callable[[dict[str, Any]], None] | None = None,
+        *,
+        train_dataset: Iterable[Any] | None = None,
+        eval_dataset: Iterable[Any] | None = None,
+        processing_class: Any = None,
+        tokenizer: Any = None,
+        peft_config: LoraConfig | None = None,
+        **others: Any,
     ) -> None:
+        for name in others:
+            raise InputError(f"Trainer has no {name!r}; {_INSTEAD.get(name, 'leave it out')}")
+        if peft_config is not None:
+            lora.add_adapter(model, peft_config)
+        self.tokenizer = tokenizer if processing_class is None else processing_class
+        if train_dataset is not None:
+            chosen, rows, found = objective_for(model, train_dataset, self.tokenizer)
+            objective = objective or chosen
+            if found.problems:
+                warnings.warn(f"train_dataset: {found.text()}", stacklevel=2)
+        if eval_dataset is not None:
+            eval_rows = objective_for(model, eval_dataset, self.tokenizer)[1]
+        if objective is None:
+            raise InputError("there is nothing to train on; pass train_dataset=, or an objective and its rows")
         if not rows:
             raise InputError("there are no rows to train on")
+        if args.fp16:
+            _check_float16(model)
+        if args.eval_strategy != "no" and args.load_best_model_at_end and not eval_rows:
+            raise InputError("load_best_model_at_end needs rows to measure on (eval_dataset)")
         self.model, self.args, self.objective = model, args, objective
         self.rows, self.eval_rows, self._save_model, self._report = rows, eval_rows, save, report
         self.folder = Path(args.output_dir)
@@ -109,10 +129,12 @@ class Trainer:
             (args.adam_beta1, args.adam_beta2),
             args.adam_epsilon,
             args.weight_decay,
-            masters=args.bf16,
+            masters=args.bf16 or args.fp16,
         )
-        if args.bf16:
-            model.to(torch.bfloat16)
+        if args.bf16 or args.fp16:
+            model.to(torch.float16 if args.fp16 else torch.bfloat16)
+        self.scale = LOSS_SCALE if args.fp16 else 1.0
+        self._sinks = [Tensorboard(self.folder, args.logging_dir) for _ in args.sinks()]
         self._stop = False
 
     # -- how long and in which order -----------------------------------------------------------------------------
@@ -140,25 +162,29 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def train(self) -> TrainerState:
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainerState:
         """Trains to the end, or to a signal (SIGTERM, Ctrl-C), which saves first. Returns the state.
 
-        With resume_from_checkpoint=True the newest whole checkpoint of output_dir is taken up, if there is one; a path
-        names one. Raises InputError where the loss is NaN or inf.
+        With resume_from_checkpoint=True, here or in the arguments, the newest whole checkpoint of output_dir is taken
+        up, if there is one; a path names one. Raises InputError where the loss is NaN or inf.
         """
-        self._resume()
+        self._resume(self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint)
         if self.args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()  # type: ignore[operator]
+            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)  # type: ignore[operator]
         self.model.train()
         with self._signals():
+            if self.args.eval_on_start and self.eval_rows and self.state.step == 0:
+                self._evaluated()
             while self.state.step < self.steps and not self._stop:
                 self._step()
         self.model.eval()
-        if (
-            not checkpoints.found(self.folder)
-            or checkpoints.step_of(checkpoints.found(self.folder)[-1]) != self.state.step
+        there = checkpoints.found(self.folder)
+        if (self.args.save_strategy != "no" or self._stop) and not (
+            there and checkpoints.step_of(there[-1]) == self.state.step
         ):
             self.save()
+        if self.args.load_best_model_at_end and self.state.best_step is not None and not self._stop:
+            self._load_weights(self.folder / f"checkpoint-{self.state.best_step}")
         return self.state
 
     def _step(self) -> None:
@@ -169,7 +195,7 @@ class Trainer:
         total, units, logs = 0.0, 0, dict[str, float]()
         for batch in batches:
             loss = self.objective.loss(self.model, _to(batch, self.model))
-            loss.total.backward()
+            (loss.total * self.scale).backward()
             total, units = total + loss.total.item(), units + loss.units
             for name, value in loss.logs.items():
                 logs[name] = logs.get(name, 0.0) + value
@@ -179,9 +205,14 @@ class Trainer:
                 "rate or max_grad_norm helps where it grew; the last checkpoint is kept"
             )
         self._divide(max(units, 1))
-        norm = clip(self.optimizer.parameters.values(), args.max_grad_norm)
+        norm = clip(self.optimizer.parameters.values(), args.max_grad_norm * self.scale) / self.scale
         rate = learning_rate(step, self.steps, args.learning_rate, args.lr_scheduler_type, self._warmup())
-        self.optimizer.step(rate)
+        if args.fp16 and not math.isfinite(norm):  # the scaled gradients overflowed: leave the step out
+            self.scale /= 2
+            self.model.zero_grad(set_to_none=True)
+        else:
+            self.optimizer.step(rate, 1 / self.scale)
+            self.scale *= 2 if args.fp16 and step % 2000 == 1999 else 1
         self.state.step += 1
         tokens = sum(map(self.objective.tokens, rows))
         self.state.tokens += tokens
@@ -203,18 +234,40 @@ class Trainer:
         last = step == self.steps or self._stop
         if self._report is not None:
             self._report({"step": step, "steps": self.steps, "tokens_per_second": speed, **entry})
-        if step % args.logging_steps == 0 or last:
+        if self._due(args.logging_strategy, args.logging_steps) or last:
             self._log({"step": step, "epoch": step * self.batch / len(self.rows), **entry, "tokens_per_second": speed})
-        if self.eval_rows and args.eval_steps and (step % args.eval_steps == 0 or last):
-            self._log({"step": step, **self.evaluate()})
-        if step % args.save_steps == 0 or last:
+        measures = self.eval_rows and args.eval_strategy != "no"
+        if measures and (self._due(args.eval_strategy, args.eval_steps) or last):
+            self._evaluated()
+        if self._due(args.save_strategy, args.save_steps) or (last and (args.save_strategy != "no" or self._stop)):
             self.save()
+
+    def _due(self, strategy: str | None, every: int | None) -> bool:
+        if strategy == "epoch":
+            every = math.ceil(len(self.rows) / self.batch)
+        return strategy != "no" and self.state.step % (every or 1) == 0
+
+    def _evaluated(self) -> None:
+        found, args, state = self.evaluate(), self.args, self.state
+        self._log({"step": state.step, **found})
+        if args.load_best_model_at_end:
+            if args.better not in found:
+                raise InputError(
+                    f"metric_for_best_model is {args.metric_for_best_model!r}; measured are {', '.join(found)}"
+                )
+            value = found[args.better]
+            if state.step and (state.best_metric is None or (value > state.best_metric) == args.rising):
+                state.best_step, state.best_metric = state.step, value
+        if self._report is not None:
+            self._report({"step": self.state.step, "steps": self.steps, **found})
 
     def _log(self, entry: dict[str, Any]) -> None:
         self.state.history.append(entry)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOG).open("a") as file:
             file.write(json.dumps(entry) + "\n")
+        for sink in self._sinks:
+            sink.write(entry)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -232,10 +285,22 @@ class Trainer:
         found = {f"eval_{name}": value / max(units, 1) for name, value in logs.items()}
         return {"eval_loss": total / max(units, 1), **found}
 
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Writes the model, or its adapter, and the tokenizer to output_dir, or to that of the arguments."""
+        folder = Path(output_dir or self.args.output_dir)
+        if lora.names(self.model):
+            save_adapter(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)  # type: ignore[operator]
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
     # -- interruption --------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Ends the run after the step that is running, with a checkpoint."""
+        """Ends the run after the step that is running, with a checkpoint. Asked twice, it ends at once and without."""
+        if self._stop:
+            raise KeyboardInterrupt
         self._stop = True
 
     @contextmanager
@@ -259,19 +324,20 @@ class Trainer:
                 write_safetensors(file, dict(self.optimizer.parameters))
             with (made / "optimizer.safetensors").open("wb") as file:
                 write_safetensors(file, self.optimizer.state())
-            (made / "trainer_state.json").write_text(json.dumps({**asdict(self.state), "run": self._identity()}) + "\n")
+            state = {**asdict(self.state), "run": self._identity(), "scale": self.scale}
+            (made / "trainer_state.json").write_text(json.dumps(state) + "\n")
             if self._save_model is not None:
                 self._save_model(made)
         if self.args.save_total_limit:
-            checkpoints.prune(self.folder, self.args.save_total_limit)
+            best = None if self.state.best_step is None else self.folder / f"checkpoint-{self.state.best_step}"
+            checkpoints.prune(self.folder, self.args.save_total_limit, best)
         return self.folder / f"checkpoint-{self.state.step}"
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same for a run to be the same."""
         return {"rows": len(self.rows), "batch": self.batch, "seed": self.args.seed, "steps": self.steps}
 
-    def _resume(self) -> None:
-        wanted = self.args.resume_from_checkpoint
+    def _resume(self, wanted: bool | str | None) -> None:
         if not wanted:
             return
         place = checkpoints.newest(self.folder) if wanted is True else Path(wanted)
@@ -285,12 +351,59 @@ class Trainer:
                 f"{place} is of another run ({content['run']}) than this ({self._identity()}); give the same data, "
                 "batch size, seed and length, or another output_dir"
             )
+        self._load_weights(place)
+        self.scale = content.get("scale", 1.0)
+        self.optimizer.load(map_safetensors(place / "optimizer.safetensors"))
+        self.state = TrainerState(**{f.name: content[f.name] for f in fields(TrainerState) if f.name in content})
+        with replacing(self.folder / LOG) as file:  # without the steps that are taken again
+            file.write("".join(json.dumps(entry) + "\n" for entry in self.state.history).encode())
+
+    def _load_weights(self, place: Path) -> None:
         weights = map_safetensors(place / "trainable.safetensors")
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        wanted = {name: tuple(parameter.shape) for name, parameter in self.optimizer.parameters.items()}
+        if differ := sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name)):
+            raise InputError(
+                f"{place} is of another run: {differ[0]} is {shapes.get(differ[0], 'not trained')} there and "
+                f"{wanted.get(differ[0], 'not trained')} here; give the same model and adapter, or another output_dir"
+            )
         with torch.no_grad():
             for name, parameter in self.optimizer.parameters.items():
                 parameter.copy_(weights[name])
-        self.optimizer.load(map_safetensors(place / "optimizer.safetensors"))
-        self.state = TrainerState(content["step"], content["tokens"], content["history"])
+
+
+class Tensorboard:
+    """What is logged as TensorBoard's event files, in `folder`/runs or where `place` says."""
+
+    def __init__(self, folder: Path, place: str | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingDependencyError(
+                "report_to='tensorboard' needs the package tensorboard: pip install 'llama2[train]'"
+            ) from error
+        self._writer: Any = SummaryWriter(place or str(folder / "runs"))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """One logged entry."""
+        for name, value in entry.items():
+            if name != "step":
+                self._writer.add_scalar(name.replace("eval_", "eval/"), value, entry["step"])
+        self._writer.flush()
+
+
+def _check_float16(model: nn.Module) -> None:
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        raise InputError(
+            f"fp16 needs a CUDA device, and the model is on {device}: use bf16=True there. Llama 2 was trained in "
+            "bfloat16; in float16, whose largest number is 65,504, training it is known to end in NaN"
+        )
+    warnings.warn(
+        "Llama 2 was trained in bfloat16; in float16 its activations may overflow and the loss become NaN. Use "
+        "bf16=True where the device has it",
+        stacklevel=3,
+    )
 
 
 def _to(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:

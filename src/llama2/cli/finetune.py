@@ -1,0 +1,282 @@
+"""`llama2 finetune TASK`: a model trained on rows of text, answers, preferences or labels."""
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from llama2.cli import terminal
+from llama2.cli.args import option
+from llama2.cli.meter import Steps
+from llama2.errors import InputError
+
+if TYPE_CHECKING:
+    from llama2.lora_config import LoraConfig
+    from llama2.train.finetune import Finetune, Recipe, Result
+    from llama2.train.trainer import TrainingArguments
+
+# Flag -> field of TrainingArguments, where the two are called differently.
+_ARGUMENTS = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "schedule": "lr_scheduler_type",
+    "keep": "save_total_limit",
+    "resume": "resume_from_checkpoint",
+}
+LORA_RANK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """adapter (any of these trains one; without them all weights are trained)."""
+
+    lora_r: int | None = option(None, f"rank of its matrices (default: {LORA_RANK})")
+    lora_alpha: float | None = option(None, "scale: alpha / r multiplies it (default: 2 r)")
+    lora_dropout: float | None = option(None, "share of its inputs that a step leaves out (default: 0)")
+    target_modules: str | None = option(None, "linears to adapt: names with commas, or one pattern for whole paths "
+                                        "(default: all-linear)", metavar="NAMES")  # fmt: skip
+    use_rslora: bool = option(False, "scale alpha / sqrt(r)")
+    use_dora: bool = option(False, "learn the length of each changed row too (DoRA)")
+    load_in_4bit: bool = option(False, "on weights packed as NF4 with double quantisation (QLoRA)")
+    load_in_8bit: bool = option(False, "on weights packed as int8 rows")
+    merge: bool = option(False, "write the whole model with the adapter in its weights, instead of the adapter")
+
+    @property
+    def lora(self) -> "LoraConfig | None":
+        """The adapter that the flags describe."""
+        if all(getattr(self, f.name) == f.default for f in fields(Adapter) if f.name != "merge"):
+            return None
+        from llama2.lora_config import LoraConfig
+
+        rank = LORA_RANK if self.lora_r is None else self.lora_r
+        return LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank if self.lora_alpha is None else self.lora_alpha,
+            lora_dropout=self.lora_dropout or 0.0,
+            target_modules=_modules(self.target_modules or "all-linear"),
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """training."""
+
+    epochs: float = option(3.0, "times that each row is seen")
+    max_steps: int = option(-1, "end after this many steps, -1: after the epochs")
+    batch_size: int = option(4, "rows at once")
+    gradient_accumulation_steps: int = option(1, "such batches a step")
+    learning_rate: float | None = option(None, "the highest (default: 2e-4 for an adapter, 2e-5 for all weights, "
+                                         "pretrain 5e-5; dpo 5e-6 and 1e-6)")  # fmt: skip
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = option("cosine", "how the rate falls")
+    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises")
+    weight_decay: float = option(0.0, "of matrices, each step")
+    max_grad_norm: float = option(1.0, "gradients beyond this norm are scaled down, 0: never")
+    seed: int = option(42, "order of the rows, fresh weights, dropout")
+    bf16: bool = option(False, "compute in bfloat16; weights that are trained keep float32 copies")
+    fp16: bool = option(False, "compute in float16 with scaled losses, on CUDA alone")
+    gradient_checkpointing: bool = option(False, "less memory for a third more work: each layer is run twice")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one", metavar="DEVICE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """measuring and saving."""
+
+    output_dir: str | None = option(None, "the new folder, instead of a third path", metavar="FOLDER")
+    eval_data: str | None = option(None, "rows to measure on, as DATA", metavar="DATA")
+    eval_split: float | None = option(None, "hold out this share of the rows to measure on")
+    eval_steps: int | None = option(None, "measure every N steps (default: once an epoch, and before and after)")
+    save_steps: int = option(500, "a checkpoint every N steps")
+    keep: int = option(2, "checkpoints at a time")
+    logging_steps: int = option(10, "a line of log.jsonl every N steps")
+    report_to: Literal["none", "tensorboard"] = option("none", "besides log.jsonl")
+    resume: bool = option(False, "go on from the newest checkpoint of the folder")
+    quiet: bool = option(False, "no progress, no report of the rows")
+    json: bool = option(False, "the result as JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Adapter, Training, Saving):
+    """What all tasks share."""
+
+    task: ClassVar[str]
+
+    paths: tuple[str, ...] = option((), "the model (a folder, a file or a hub id), the rows (.jsonl, .json, .csv, "
+                                    ".parquet, .txt or the id of a data set), the new folder",
+                                    metavar="MODEL DATA OUT", positional=True)  # fmt: skip
+    max_length: int | None = option(None, "tokens of a row, at most (default: 1024, or the context if it is less)")
+    split: str = option("train", "of a data set of the hub")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts(Common):
+    """rows."""
+
+    packing: bool | None = option(None, "several rows in one of --max-length, none seeing another (default: pretrain)")
+    text_column: str | None = option(None, "the column of the text (default: text)", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft(Texts):
+    """Instruction tuning: rows of {"messages"}, {"prompt", "completion"}, {"instruction", "input", "output"},
+    {"conversations"} or {"text"}. Answers alone are learnt, not prompts.
+
+    An interrupted run goes on when the same command is given again with --resume."""
+
+    task = "sft"
+    chat_template: str | None = option(None, "of {messages}: llama2, or a file (default: the model's)", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Texts):
+    """Continued pretraining, or training from nothing, on {"text"} rows or a .txt file: every token is learnt."""
+
+    task = "pretrain"
+    fresh: bool = option(False, "new random weights of the model's configuration")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dpo(Common):
+    """Direct preference optimisation on {"prompt", "chosen", "rejected"}: texts or lists of messages. The reference is
+    the model without its adapter, or for all weights a copy of the model."""
+
+    task = "dpo"
+    beta: float = option(0.1, "how far the model is held to the reference")
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = option("sigmoid", "the loss")
+    label_smoothing: float = option(0.0, "share of pairs that are taken to be the wrong way round")
+    reference_free: bool = option(False, "without a reference")
+    chat_template: str | None = option(None, "of messages: llama2, or a file (default: the model's)", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify(Common):
+    """A classifier on {"text", "label"}: a name or number a row; several in a list; or measurements (regression)."""
+
+    task = "classify"
+    text_column: str | None = option(None, "the column of the text (default: text)", metavar="NAME")
+    label_column: str | None = option(None, "the column of the label (default: label)", metavar="NAME")
+    labels: str | None = option(None, "their names in order, with commas (default: those of the rows)", metavar="A,B,C")
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = option(
+        None, "default: multi for lists, regression for numbers with fractions, else single", metavar="TYPE"
+    )
+    threshold: float = option(0.5, "probability from which a text has a label, of several")
+
+
+TASKS: dict[str, type[Common]] = {cls.task: cls for cls in (Sft, Dpo, Classify, Pretrain)}
+SUMMARY = {
+    "sft": "instruction tuning on prompts and answers",
+    "dpo": "preferences: of two answers the better",
+    "classify": "labels of texts, or a number",
+    "pretrain": "plain text, continued or from nothing",
+}
+
+
+def run(options: Common) -> int:
+    """Runs the command."""
+    from llama2.train.finetune import Finetune
+
+    recipe, args = recipe_of(options), arguments(options)
+    job = Finetune(recipe, args)
+    if not options.quiet:
+        terminal.notice(job.data.text())
+    with progress(options) as report:
+        result = job.run(report)
+    if not result.finished:
+        print(
+            f"llama2: stopped at step {result.step} of {result.steps}, which is saved; go on with\n  "
+            f"{_again(sys.argv)}",
+            file=sys.stderr,
+        )
+        return 130
+    show(job, result, options)
+    return 0
+
+
+def recipe_of(options: Common) -> "Recipe":
+    """The recipe that the flags describe. Raises InputError for a wrong number of paths."""
+    from llama2.train.finetune import Recipe
+
+    paths = [*options.paths, *([options.output_dir] if options.output_dir else [])]
+    if len(paths) != 3:
+        raise InputError(
+            f"finetune {options.task} needs a model, its rows and a new folder (or --output-dir), but {len(paths)} "
+            f"paths were given: {', '.join(paths) or 'none'}"
+        )
+    settings = {f.name: getattr(options, f.name) for f in fields(Recipe) if hasattr(options, f.name)}
+    settings |= {"model": paths[0], "data": paths[1], "output_dir": paths[2], "lora": options.lora}
+    if "labels" in settings:
+        settings["labels"] = tuple(part.strip() for part in (settings["labels"] or "").split(",") if part.strip())
+    if settings.get("chat_template"):
+        settings["chat_template"] = _template(settings["chat_template"])
+    return Recipe(**settings)
+
+
+def arguments(options: Common, checkpoint_dir: str | None = None) -> "TrainingArguments":
+    """How the flags say to train."""
+    from llama2.train.finetune import RATES
+    from llama2.train.trainer import TrainingArguments
+
+    known = {f.name for f in fields(TrainingArguments)}
+    given = {_ARGUMENTS.get(f.name, f.name): getattr(options, f.name) for f in fields(options)}
+    settings = {name: value for name, value in given.items() if name in known}
+    whole, adapter = RATES[options.task]
+    if options.learning_rate is None:
+        settings["learning_rate"] = whole if options.lora is None else adapter
+    settings["output_dir"] = checkpoint_dir or options.output_dir or (options.paths or ("",))[-1]
+    settings["per_device_eval_batch_size"] = options.batch_size
+    settings["bf16"] = options.bf16 and options.lora is None  # an adapter is float32 on weights loaded as bfloat16
+    settings["eval_on_start"] = options.eval_data is not None or options.eval_split is not None
+    return TrainingArguments(**settings)
+
+
+def _modules(names: str) -> tuple[str, ...] | str:
+    if names == "all-linear" or not all(part.strip().replace("_", "").isalnum() for part in names.split(",")):
+        return names
+    return tuple(part.strip() for part in names.split(","))
+
+
+def _template(name: str) -> str:
+    if name == "llama2":
+        from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE
+
+        return LLAMA2_CHAT_TEMPLATE
+    return Path(name).read_text(encoding="utf-8")
+
+
+def _again(argv: Sequence[str]) -> str:
+    words = ["llama2", *argv[1:]]
+    return shlex.join(words if "--resume" in words else [*words, "--resume"])
+
+
+def progress(options: Common) -> AbstractContextManager[Callable[[dict[str, Any]], None] | None]:
+    """What hears of the steps."""
+    return nullcontext() if options.quiet else Steps(options.task, options.logging_steps)
+
+
+def show(job: "Finetune", result: "Result", options: Common) -> None:
+    """What came of the run, and the command that uses it."""
+    if options.json:
+        import json
+
+        print(json.dumps({**vars(result), "folder": str(result.folder)}))
+        return
+    speed = result.tokens / result.seconds
+    print(f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s ({speed:,.0f} tokens/s)")
+    for name, before in result.before.items():
+        label, after = name.removeprefix("eval_").replace("_", " "), result.after[name]
+        print(f"held out, {label}: {before:.4f} before, {after:.4f} after")
+    print(f"{result.folder} holds the result, log.jsonl and loss.svg; use it with\n  {_use(job, result.folder)}")
+
+
+def _use(job: "Finetune", folder: Path) -> str:
+    command = "classify" if job.recipe.task == "classify" else "chat" if job.tokenizer.chat_template else "generate"
+    if command == "classify":
+        return shlex.join(["llama2", "classify", str(folder)])
+    whole = job.recipe.lora is None or job.recipe.merge
+    model = [str(folder)] if whole else [job.recipe.model, "--adapter", str(folder)]
+    return shlex.join(["llama2", command, "-m", *model])

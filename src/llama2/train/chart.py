@@ -1,0 +1,63 @@
+"""The losses of a run as an SVG picture, drawn without any package."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WIDTH, HEIGHT = 720, 400
+LEFT, RIGHT, TOP, BOTTOM = 64, 20, 36, 44
+COLOURS = {"loss": "#2563eb", "eval_loss": "#dc2626"}
+NAMES = {"loss": "training", "eval_loss": "held out"}
+_HEAD = (
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+    'font-family="sans-serif" font-size="12" fill="#333">'
+    f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
+)
+
+
+def loss_chart(history: Sequence[Mapping[str, Any]]) -> str:
+    """The SVG of the entries' loss and eval_loss over their steps; "" where there is none."""
+    lines = {
+        name: [(entry["step"], entry[name]) for entry in history if name in entry and math.isfinite(entry[name])]
+        for name in COLOURS
+    }
+    points = [point for line in lines.values() for point in line]
+    if not points:
+        return ""
+    steps = ticks(min(x for x, _ in points), max(x for x, _ in points))
+    losses = ticks(min(y for _, y in points), max(y for _, y in points))
+
+    def place(x: float, y: float) -> str:
+        across = (x - steps[0]) / (steps[-1] - steps[0]) * (WIDTH - LEFT - RIGHT)
+        up = (y - losses[0]) / (losses[-1] - losses[0]) * (HEIGHT - TOP - BOTTOM)
+        return f"{LEFT + across:.1f},{HEIGHT - BOTTOM - up:.1f}"
+
+    parts = [_HEAD]
+    for y in losses:
+        x, at = place(steps[0], y).split(",")
+        parts.append(f'<path d="M{x} {at}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{float(at) + 4}" text-anchor="end">{y:g}</text>')
+    for x_value in steps:
+        x = place(x_value, losses[0]).split(",")[0]
+        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x_value:g}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
+    for i, (name, line) in enumerate((name, line) for name, line in lines.items() if line):
+        way = " ".join(place(*point) for point in line)
+        parts.append(f'<polyline points="{way}" fill="none" stroke="{COLOURS[name]}" stroke-width="1.8"/>')
+        parts += [
+            f'<circle cx="{cx}" cy="{cy}" r="2.5" fill="{COLOURS[name]}"/>'
+            for cx, cy in (place(*point).split(",") for point in (line if len(line) < 60 else line[-1:]))
+        ]
+        parts.append(
+            f'<text x="{LEFT + 150 * i}" y="20" fill="{COLOURS[name]}">{NAMES[name]} loss {line[-1][1]:.4g}</text>'
+        )
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers at equal distances from below `low` to above `high`, at least two."""
+    span = max(high - low, abs(high) * 1e-3, 1e-9)
+    power = 10 ** math.floor(math.log10(span / most))
+    step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= most)
+    first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
+    return [round(i * step, 12) for i in range(first, last + 1)]

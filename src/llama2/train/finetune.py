@@ -1,0 +1,369 @@
+"""From a model, a file of rows and a recipe to a folder that others load: what `llama2 finetune` runs.
+
+    job = Finetune(Recipe(task="sft", model="path", data="rows.jsonl", output_dir="out", lora=LoraConfig(r=16)),
+                   TrainingArguments(output_dir="out", max_steps=100))
+    print(job.data.text())       # rows left out, by number, before the model is loaded
+    result = job.run()           # result.before, result.after: losses of the rows that were held out
+
+OUT holds the adapter (or the whole model) and the tokenizer, log.jsonl, loss.svg, finetune.json, and the checkpoints
+that --resume goes on from.
+"""
+
+import errno
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from llama2 import lora
+from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, load_config
+from llama2.checkpoint.packed import packed_layers
+from llama2.checkpoint.peft import CONFIG as ADAPTER_CONFIG
+from llama2.checkpoint.peft import save_adapter
+from llama2.checkpoint.save import replacing
+from llama2.errors import InputError
+from llama2.lora_config import LoraConfig
+from llama2.quantization_config import BitsAndBytesConfig
+from llama2.train import checkpoints
+from llama2.train.chart import loss_chart
+from llama2.train.data import Report, held_out, kind_of, pieces, prepare, prepare_pairs, read, renamed
+from llama2.train.labels import Labels, prepare_labelled
+from llama2.train.losses import Preference
+from llama2.train.objectives import Classification, NextToken, Objective, Preferences, packed_rows
+from llama2.train.trainer import Trainer, TrainingArguments
+
+Task = Literal["sft", "dpo", "classify", "pretrain"]
+# Peak learning rates where none is given: of all weights, and of an adapter.
+RATES: dict[str, tuple[float, float]] = {
+    "sft": (2e-5, 2e-4),
+    "dpo": (1e-6, 5e-6),
+    "classify": (2e-5, 2e-4),
+    "pretrain": (5e-5, 2e-4),
+}
+LENGTH = 1024  # tokens of a row where nothing is said
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", ADAPTER_CONFIG)
+SUMMARY, CHART = "finetune.json", "loss.svg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained for, which model, on which rows.
+
+    lora: an adapter is trained instead of all weights; packed weights (load_in_4bit: NF4 with double quantisation as
+    QLoRA, load_in_8bit) need one. merge: the result is the whole model with the adapter in its weights. fresh: new
+    random weights of the model's configuration. dtype: of the weights while they train; auto is float32 for all
+    weights, and what they are stored in beneath an adapter. max_length: tokens of a row, by default 1024 or the model's
+    context. packing: several rows in one of max_length, none seeing another; by default for pretraining. eval_data:
+    rows to measure on, or eval_split, a share of the training rows that is held out.
+    """
+
+    task: Task
+    model: str
+    data: str
+    output_dir: str
+    lora: LoraConfig | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    merge: bool = False
+    fresh: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    max_length: int | None = None
+    packing: bool | None = None
+    chat_template: str | None = None
+    split: str = "train"
+    eval_data: str | None = None
+    eval_split: float | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    problem_type: str | None = None
+    labels: tuple[str, ...] = ()
+    threshold: float = 0.5
+    beta: float = 0.1
+    loss_type: Preference = "sigmoid"
+    label_smoothing: float = 0.0
+    reference_free: bool = False
+
+    def __post_init__(self) -> None:
+        if self.task not in get_args(Task):
+            raise InputError(f"task is {self.task!r}; it must be one of {', '.join(get_args(Task))}")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("load_in_4bit and load_in_8bit are both set; set one of them")
+        if (self.load_in_4bit or self.load_in_8bit) and self.lora is None:
+            raise InputError("packed weights cannot be trained themselves; train an adapter on them (lora_r=16)")
+        if self.merge and self.lora is None:
+            raise InputError("merge is for an adapter, and all weights are trained; leave it out")
+        if self.fresh and (self.lora is not None or self.task != "pretrain"):
+            raise InputError("fresh weights are for pretraining all weights; leave fresh, or the adapter, out")
+        if self.max_length is not None and self.max_length < 2:
+            raise InputError(f"max_length is {self.max_length}; it must be at least 2")
+        if self.eval_data is not None and self.eval_split is not None:
+            raise InputError("eval_data and eval_split are both given; give one of them")
+        if not 0 < self.threshold < 1:
+            raise InputError(f"threshold is {self.threshold}; it must lie between 0 and 1")
+        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            raise InputError(f"output_dir {self.output_dir!r} is a file; give the path of a folder")
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are packed."""
+        return self.task == "pretrain" if self.packing is None else self.packing
+
+
+@dataclass
+class Data:
+    """Items as the objective takes them, and what was found in the rows they are made of."""
+
+    items: list[Any]
+    report: Report
+    eval_items: list[Any] = field(default_factory=list)
+    eval_report: Report | None = None
+    labels: Labels | None = None
+
+    def text(self) -> str:
+        """Both reports, and the labels."""
+        found = [f"training: {self.report.text()}"]
+        if self.eval_report is not None:
+            found.append(f"held out: {self.eval_report.text()}")
+        if self.labels is not None and self.labels.names:
+            kind = self.labels.kind.replace("_", " ")
+            found.append(f"{kind}: {len(self.labels.names)} labels: {', '.join(self.labels.names[:12])}")
+        elif self.labels is not None:
+            found.append("regression: the labels are numbers")
+        return "\n".join(found)
+
+
+@dataclass
+class Result:
+    """What came of a run. before and after: of the rows held out, if there are any."""
+
+    folder: Path
+    finished: bool
+    step: int
+    steps: int
+    seconds: float
+    tokens: int
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+
+
+class Finetune:
+    """One job. `data` is read and checked when the job is made, the model is loaded by `run`."""
+
+    def __init__(self, recipe: Recipe, args: TrainingArguments) -> None:
+        self.recipe, self.args = recipe, args
+        self.folder = Path(recipe.output_dir)
+        self._check_folder()
+        self.tokenizer = self._tokenizer()
+        self.data = self._data()
+
+    def _check_folder(self) -> None:
+        there = checkpoints.found(Path(self.args.output_dir))
+        if there and not self.args.resume_from_checkpoint:
+            raise InputError(
+                f"{self.args.output_dir} holds {there[-1].name} of an earlier run; go on from it (--resume, "
+                "resume_from_checkpoint=True) or give another folder"
+            )
+
+        if Path(self.recipe.model).exists() and Path(self.recipe.model).resolve() == self.folder.resolve():
+            raise InputError(f"{self.folder} is the model itself, which would be overwritten; give a new folder")
+        held = [path.name for pattern in _WEIGHTS for path in sorted(self.folder.glob(pattern))]
+        if held and not self.args.resume_from_checkpoint:
+            raise InputError(f"{self.folder} holds a model already ({held[0]}); give a new folder")
+
+    def _tokenizer(self) -> Any:
+        path, recipe = Path(self.recipe.model), self.recipe
+        if (path / ADAPTER_CONFIG).exists():
+            raise InputError(
+                f"{path} is an adapter; put it into its model first (`llama2 merge-adapter`, or finetune --merge) and "
+                "train that"
+            )
+        single = path.is_file() and path.suffix in (".safetensors", ".bin")
+        tokenizer = AutoTokenizer.from_pretrained(path.parent if single else recipe.model)
+        if recipe.chat_template is not None:
+            tokenizer.chat_template = recipe.chat_template
+        return tokenizer
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def _data(self) -> Data:
+        recipe = self.recipe
+        context = load_config(recipe.model).max_position_embeddings
+        length = min(LENGTH, context) if recipe.max_length is None else recipe.max_length
+        if length > context:
+            raise InputError(f"max_length is {length}, beyond the model's context of {context}; lower it")
+        columns = {"text": recipe.text_column, "label": recipe.label_column}
+        rows = renamed(read(recipe.data, recipe.split), columns)
+        rest: Sequence[Any] = ()
+        if recipe.eval_data is not None:
+            rest = renamed(read(recipe.eval_data, recipe.split), columns)
+        elif recipe.eval_split is not None:
+            rows, rest = held_out(rows, recipe.eval_split, self.args.seed)
+        labels = Labels.of(rows, recipe.problem_type, recipe.labels) if recipe.task == "classify" else None
+        items, report = self._items(rows, length, labels)
+        if not items:
+            raise InputError(f"no row of {recipe.data} can be used. {report.text()}")
+        data = Data(items, report, labels=labels)
+        if rest:
+            data.eval_items, data.eval_report = self._items(rest, length, labels)
+            if not data.eval_items:
+                raise InputError(f"no row that is held out can be used. {data.eval_report.text()}")
+        return data
+
+    def _items(self, rows: Sequence[Any], length: int, labels: Labels | None) -> tuple[list[Any], Report]:
+        task = self.recipe.task
+        if labels is not None:
+            labelled, report = prepare_labelled(rows, self.tokenizer, length, labels)
+            return list(labelled), report
+        if task == "dpo":
+            pairs, report = prepare_pairs(rows, self.tokenizer, length)
+            return list(pairs), report
+        if task == "pretrain" and (kinds := {kind_of(row) for row in rows} - {"text", "classification"}):
+            raise InputError(f"pretraining takes rows with a text, not {', '.join(sorted(kinds))}; use sft for those")
+        examples, report = prepare(rows, self.tokenizer, None if task == "pretrain" else length)
+        if task == "pretrain":
+            examples = pieces(examples, length)
+        return list(packed_rows(examples, length, self.recipe.packs)), report
+
+    # -- the model -----------------------------------------------------------------------------------------------
+
+    def _model(self) -> Any:
+        recipe, labels = self.recipe, self.data.labels
+        torch.manual_seed(self.args.seed)  # for the fresh weights of a head, an adapter or a model
+        if recipe.fresh:
+            return AutoModelForCausalLM.from_config(load_config(recipe.model), dtype="float32").to(_device(recipe))
+        settings: dict[str, Any] = {"dtype": self._dtype(), "device_map": recipe.device}
+        if recipe.load_in_4bit:
+            settings["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype="bfloat16",
+            )
+        elif recipe.load_in_8bit:
+            settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        if labels is None:
+            return AutoModelForCausalLM.from_pretrained(recipe.model, **settings)
+        names = dict(enumerate(labels.names)) or {0: "LABEL_0"}
+        settings |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="score.weight .* newly initialised")  # it is trained now
+            model = AutoModelForSequenceClassification.from_pretrained(
+                recipe.model, problem_type=labels.kind, **settings
+            )
+        self._set_pad(model)
+        return model
+
+    def _dtype(self) -> str:
+        if self.recipe.dtype != "auto":
+            return self.recipe.dtype
+        if self.recipe.lora is None:
+            return "float32"  # bf16 trains a cast of it and updates float32 copies
+        return "bfloat16" if self.args.bf16 else "auto"
+
+    def _set_pad(self, model: Any) -> None:
+        """A saved classifier names the token that others pad with."""
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    def _objective(self) -> Objective:
+        recipe = self.recipe
+        if recipe.task == "classify":
+            return Classification(recipe.threshold)
+        if recipe.task != "dpo":
+            return NextToken()
+        reference = None
+        if recipe.lora is None and not recipe.reference_free:
+            reference = self._model().requires_grad_(False).eval()
+        return Preferences(recipe.beta, recipe.loss_type, recipe.label_smoothing, reference, recipe.reference_free)
+
+    # -- the run -------------------------------------------------------------------------------------------------
+
+    def run(self, report: Callable[[dict[str, Any]], None] | None = None) -> Result:
+        """Trains to the end, or to a signal, which leaves a checkpoint. report: hears of every step.
+
+        Raises InputError where the disk is full, with what is kept.
+        """
+        begin, recipe = time.perf_counter(), self.recipe
+        model = self._model()
+        if recipe.lora is not None:
+            lora.add_adapter(model, recipe.lora)
+            if recipe.task == "classify":
+                model.score.requires_grad_(True)
+        args = self.args
+        if self.data.eval_items and args.eval_strategy == "no":
+            args.eval_strategy = "epoch"
+        save = None if recipe.lora is None else lambda folder: self._write_adapter(model, folder)
+        trainer = Trainer(model, args, self._objective(), self.data.items, self.data.eval_items, save, report)
+        try:
+            state = trainer.train()
+            finished = state.step >= trainer.steps
+            if finished:
+                self._write(model)
+            result = Result(self.folder, finished, state.step, trainer.steps, time.perf_counter() - begin, state.tokens)
+            measured = [_measured(entry) for entry in state.history if "eval_loss" in entry]
+            if measured:
+                result.before, result.after = measured[0], measured[-1]
+            self._summarise(result, state.history)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            kept = checkpoints.found(Path(args.output_dir))
+            raise InputError(
+                f"the disk of {self.folder} is full, so nothing could be saved; "
+                + (f"{kept[-1].name} is kept: make room and go on with --resume" if kept else "make room and try again")
+            ) from error
+        return result
+
+    def _write(self, model: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.recipe.lora is None or self.recipe.merge:
+            if self.recipe.lora is not None:
+                if packed_layers(model):
+                    model.dequantize()
+                lora.merge(model)
+            (self.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+            model.save_pretrained(self.folder)
+        else:
+            self._write_adapter(model, self.folder)
+        self.tokenizer.save_pretrained(self.folder)
+
+    def _write_adapter(self, model: Any, folder: Path) -> None:
+        assert self.recipe.lora is not None
+        base = Path(self.recipe.model)
+        name = str(base.resolve()) if base.exists() else self.recipe.model
+        save_adapter(model, folder, replace(self.recipe.lora, base_model_name_or_path=name))
+        if self.data.labels is not None:  # the names of the labels, which an adapter's own files leave out
+            content = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+            type(model.config).from_dict(content).save_pretrained(folder)
+
+    def _summarise(self, result: Result, history: Sequence[dict[str, Any]]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "recipe": asdict(self.recipe),
+            "arguments": asdict(self.args),
+            "data": {**vars(self.data.report), "kinds": dict(self.data.report.kinds)},
+            "labels": self.data.labels and asdict(self.data.labels),
+            "result": {**asdict(result), "folder": str(result.folder)},
+        }
+        with replacing(self.folder / SUMMARY) as file:
+            file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
+        if picture := loss_chart(history):
+            with replacing(self.folder / CHART) as file:
+                file.write(picture.encode())
+
+
+def _measured(entry: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if name.startswith("eval_")}
+
+
+def _device(recipe: Recipe) -> torch.device:
+    if recipe.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(recipe.device)

@@ -1,0 +1,83 @@
+"""A data set as users of transformers have it, rows of input_ids and labels or of texts, as items of an objective."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from llama2.errors import InputError
+from llama2.train.data import IGNORED, Example, Report, kind_of, prepare, prepare_pairs
+from llama2.train.labels import MULTI, REGRESSION, SINGLE, Labels, prepare_labelled
+from llama2.train.objectives import Classification, NextToken, Objective, Preferences, packed_rows
+
+
+def objective_for(model: Any, rows: Iterable[Any], tokenizer: Any) -> tuple[Objective, list[Any], Report]:
+    """What rows are trained for: by the model's class, and for texts by their shape. And the rows as its items.
+
+    A classifier takes {"input_ids", "labels" or "label"} or {"text", "label"}; another model {"input_ids", "labels"}
+    (without labels every token is a target), or texts in any shape that `data` knows, which need the tokenizer.
+    """
+    rows = list(rows)
+    if not rows:
+        return NextToken(), [], Report()
+    if not isinstance(rows[0], Mapping):
+        raise InputError(f"a row is a {type(rows[0]).__name__}; it must be a dict, with input_ids or with texts")
+    encoded = "input_ids" in rows[0]
+    if not encoded and tokenizer is None:
+        raise InputError(f"rows of {sorted(rows[0])} are texts; pass processing_class=tokenizer to have them encoded")
+    if hasattr(model, "score"):
+        return Classification(), *(_labelled(model, rows) if encoded else _labelled_texts(model, rows, tokenizer))
+    if encoded:
+        items = packed_rows([_example(i, row) for i, row in enumerate(rows)], None)
+        return NextToken(), items, Report(rows=len(items))
+    length = model.config.max_position_embeddings
+    if kind_of(rows[0]) == "preference":
+        pairs, report = prepare_pairs(rows, tokenizer, length)
+        return Preferences(), list(pairs), report
+    examples, report = prepare(rows, tokenizer, length)
+    return NextToken(), list(packed_rows(examples, None)), report
+
+
+def _example(number: int, row: Mapping[str, Any]) -> Example:
+    """The tokens that the attention mask keeps; rows may be lists, arrays or tensors."""
+    ids = _list(row["input_ids"])
+    labels = _list(row["labels"]) if row.get("labels") is not None else list(ids)
+    mask = _list(row["attention_mask"]) if row.get("attention_mask") is not None else [1] * len(ids)
+    if not len(ids) == len(labels) == len(mask):
+        raise InputError(
+            f"row {number} has {len(ids)} input_ids, {len(labels)} labels and a mask of {len(mask)}; give as many"
+        )
+    kept = [i for i, on in enumerate(mask) if on]
+    example = Example([int(ids[i]) for i in kept], [int(labels[i]) for i in kept])
+    if all(label == IGNORED for label in example.labels[1:]):
+        raise InputError(f"row {number} has no target: every label behind its first token is {IGNORED}")
+    return example
+
+
+def _labelled(model: Any, rows: list[Mapping[str, Any]]) -> tuple[list[Any], Report]:
+    items, count = [], model.config.num_labels
+    for number, row in enumerate(rows):
+        label = row["labels"] if row.get("labels") is not None else row.get("label")
+        label = _list(label) if hasattr(label, "tolist") or isinstance(label, list | tuple) else label
+        if label is None:
+            raise InputError(f"row {number} has no labels; its keys are {sorted(row)}")
+        if isinstance(label, list) and len(label) != count:
+            raise InputError(f"row {number} has {len(label)} labels, and the model {count}")
+        if isinstance(label, int) and count > 1 and not 0 <= label < count:
+            raise InputError(f"row {number} has the label {label}; the model has {count}, 0 .. {count - 1}")
+        ids = _example(number, {**row, "labels": None}).input_ids
+        items.append((ids, [float(x) for x in label] if isinstance(label, list) else label))
+    return items, Report(rows=len(items))
+
+
+def _labelled_texts(model: Any, rows: list[Mapping[str, Any]], tokenizer: Any) -> tuple[list[Any], Report]:
+    config = model.config
+    kind = config.problem_type or (REGRESSION if config.num_labels == 1 else None)
+    if kind is None:
+        kind = MULTI if isinstance(rows[0].get("label"), list | tuple) else SINGLE
+    labels = Labels(kind, () if kind == REGRESSION else tuple(config.id2label.values()))
+    items, report = prepare_labelled(rows, tokenizer, config.max_position_embeddings, labels)
+    return list(items), report
+
+
+def _list(values: Any) -> list[Any]:
+    found = values.tolist() if hasattr(values, "tolist") else values
+    return list(found) if isinstance(found, list | tuple) else found

@@ -1,0 +1,233 @@
+"""finetune on a tiny checkpoint: every task learns, its result loads, a stopped run goes on, mistakes are told."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli.conftest import Run
+
+from llama2 import AutoModelForCausalLM, AutoTokenizer, InputError, LoraConfig, TrainingArguments
+from llama2.train import checkpoints
+from llama2.train import trainer as loop
+from llama2.train.finetune import Finetune, Recipe
+
+QUICK = ("--max-length", "64", "--max-steps", "12", "--batch-size", "4", "--learning-rate", "0.02", "--seed", "1")
+WORDS = ("red", "blue", "green", "grey")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": f"{word} sky"}]}
+        for word in WORDS * 4
+    ]
+    return write(tmp_path / "chats.jsonl", [*rows, {"messages": [{"role": "user", "content": "no answer"}]}])
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    rows = [{"review": f"{word} {i}", "kind": "warm" if word == "red" else "cold"} for i in range(6) for word in WORDS]
+    return write(tmp_path / "labelled.jsonl", rows)
+
+
+def test_an_adapter_for_chats(run: Run, checkpoint: Path, chats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("finetune", "sft", checkpoint, chats, out, *QUICK, "--lora-r", "4", "--eval-split", "0.25")
+    code, said, err = run(*words)
+    assert code == 0, err
+    assert "1 rows left out, it has no target: rows" in err and "step 0: held out, loss" in err
+    assert f"llama2 chat -m {checkpoint} --adapter {out}" in said and "held out, loss: " in said
+    content = json.loads((out / "finetune.json").read_text())
+    assert content["result"]["after"]["eval_loss"] < content["result"]["before"]["eval_loss"] - 0.5
+    assert (out / "loss.svg").read_text().count("<polyline") == 2
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps[0] == 0 and steps[-1] == 12
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["r"] == 4 and settings["lora_alpha"] == 8 and "up_proj" in settings["target_modules"]
+    assert settings["base_model_name_or_path"] == str(checkpoint)
+    plain = run("generate", "-m", checkpoint, "-n", "8", "--greedy", "--chat", "red")[1]
+    tuned = run("generate", "-m", checkpoint, "--adapter", out, "-n", "8", "--greedy", "--chat", "red")[1]
+    assert tuned != plain
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "red"}], add_generation_prompt=True)
+    new = model.generate(torch.tensor([ids]), max_new_tokens=8, runner="torch")[0, len(ids) :]
+    assert tokenizer.decode(new, skip_special_tokens=True) + "\n" == tuned
+    code, _, err = run(*words)
+    assert code == 2 and "holds checkpoint-12 of an earlier run; go on from it (--resume" in err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--use-dora",), ("--load-in-4bit",), ("--load-in-8bit",), ("--use-rslora", "--bf16", "--lora-alpha", "4")],
+)
+def test_kinds_of_adapters(run: Run, checkpoint: Path, chats: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    code, _, err = run("finetune", "sft", checkpoint, chats, tmp_path / "out", *QUICK, *flags)
+    assert code == 0, err
+    logged = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    words = ("generate", "-m", checkpoint, "-n", "8", "--greedy", "--chat", "red")
+    code, tuned, err = run(*words, "--adapter", tmp_path / "out")
+    assert code == 0, err
+    assert tuned != run(*words)[1]
+    assert ("merged into the weights" in err) == ("--use-dora" in flags)
+
+
+def test_all_weights(run: Run, checkpoint: Path, chats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, said, err = run("finetune", "sft", checkpoint, chats, "--output-dir", out, *QUICK, "--packing")
+    assert code == 0, err
+    assert f"llama2 chat -m {out}" in said and "--adapter" not in said
+    code, text, err = run("generate", "-m", out, "-n", "8", "--greedy", "--chat", "blue")
+    assert code == 0 and text, err
+    before, after = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (checkpoint, out))
+    assert all(not torch.equal(before[name], after[name]) for name in before if "embed" not in name)
+
+
+@pytest.mark.parametrize("flags", [("--lora-r", "4"), ("--lora-r", "4", "--reference-free"), ("--loss-type", "ipo")])
+def test_preferences(run: Run, checkpoint: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    rows = [{"prompt": f"{word} ", "chosen": f"{word} sky", "rejected": f"{word} sea"} for word in WORDS * 4]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    words = ("finetune", "dpo", checkpoint, data, tmp_path / "out", *QUICK, "--eval-split", "0.25", "--json", *flags)
+    code, said, err = run(*words)
+    assert code == 0, err
+    result = json.loads(said)
+    assert result["after"]["eval_rewards/margins"] > result["before"]["eval_rewards/margins"]
+    assert result["after"]["eval_rewards/accuracies"] == 1.0
+
+
+def test_text_from_nothing(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join("the sky is blue and the sea is green, " * 6 for _ in range(8)))
+    code, _, err = run(
+        "finetune",
+        "pretrain",
+        checkpoint,
+        tmp_path / "text.txt",
+        tmp_path / "out",
+        "--fresh",
+        *QUICK,
+        "--logging-steps",
+        "1",
+    )
+    assert code == 0, err
+    logged = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert logged[0]["loss"] > 5 and logged[-1]["loss"] < logged[0]["loss"]
+    content = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert content["data"]["tokens"] == 8 * (
+        len("the sky is blue and the sea is green, ") * 6 - 1 + 1
+    )  # and no end is cut
+
+
+# -- interruption ------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(checkpoint: Path, chats: Path, tmp_path: Path) -> None:
+    words = ["finetune", "sft", str(checkpoint), str(chats), "--lora-r", "4", *QUICK, "--max-steps", "60"]
+    words += ["--logging-steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(out: str, *more: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "llama2.cli", *words, "--output-dir", str(tmp_path / out), *more]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    with start("cut") as child:
+        assert child.stderr is not None
+        while "step 3 of" not in child.stderr.readline():
+            assert child.poll() is None
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=120)
+    assert child.returncode == 130 and "which is saved; go on with" in err and err.strip().endswith("--resume")
+    stopped = checkpoints.step_of(checkpoints.found(tmp_path / "cut")[-1])
+    assert 3 <= stopped < 60 and not (tmp_path / "cut" / "adapter_config.json").exists()
+    for out, more in (("cut", ["--resume"]), ("straight", [])):
+        with start(out, *more) as child:
+            _, err = child.communicate(timeout=240)
+        assert child.returncode == 0, err
+    files = [(tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("cut", "straight")]
+    assert files[0] == files[1]
+    logs = [
+        [json.loads(line)["loss"] for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
+        for out in ("cut", "straight")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 60
+
+
+def test_a_full_disk_keeps_what_was_saved(checkpoint: Path, chats: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    out, written = tmp_path / "out", loop.write_safetensors
+
+    def fails(file: Any, tensors: Any) -> None:
+        if len(checkpoints.found(out)) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(file, tensors)
+
+    monkeypatch.setattr(loop, "write_safetensors", fails)
+    recipe = Recipe(
+        task="sft", model=str(checkpoint), data=str(chats), output_dir=str(out), max_length=64, lora=LoraConfig()
+    )
+    args = TrainingArguments(output_dir=str(out), max_steps=6, save_steps=2)
+    with pytest.raises(InputError, match="is full, so nothing could be saved; checkpoint-4 is kept: make room and go"):
+        Finetune(recipe, args).run()
+    assert [p.name for p in checkpoints.found(out)] == ["checkpoint-2", "checkpoint-4"]
+    assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
+    monkeypatch.undo()
+    args.resume_from_checkpoint = True
+    assert Finetune(recipe, args).run().finished
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["finetune"], "finetune needs one of sft, dpo, classify, pretrain first"),
+        (["finetune", "sff", "a", "b", "c"], "not 'sff'; did you mean sft?"),
+        (["finetune", "sft", "MODEL"], "needs a model, its rows and a new folder (or --output-dir), but 1 paths"),
+        (["finetune", "sft", "MODEL", "DATA", "OUT", "--max-length", "4096"], "beyond the model's context of 96"),
+        (["finetune", "sft", "MODEL", "EMPTY", "OUT"], "holds no rows"),
+        (["finetune", "sft", "MODEL", "gone.jsonl", "OUT"], "gone.jsonl does not exist"),
+        (["finetune", "dpo", "MODEL", "DATA", "OUT", "--max-length", "64"], "no row of"),
+        (["finetune", "sft", "MODEL", "DATA", "OUT", "--max-length", "4"], "no target is left within the longest"),
+        (["finetune", "pretrain", "MODEL", "DATA", "OUT", "--max-length", "64"], "takes rows with a text, not"),
+        (["finetune", "classify", "MODEL", "DATA", "OUT", "--max-length", "64", "--text-column", "mesages"],
+         "there is no column 'mesages'; there are messages; did you mean messages?"),
+        (["finetune", "sft", "MODEL", "DATA", "OUT", "--load-in-4bit", "--load-in-8bit", "--max-length", "64"],
+         "set one of them"),
+        (["finetune", "sft", "MODEL", "DATA", "OUT", "--target-modules", "qproj", "--max-length", "64"],
+         "target_modules ('qproj',) name none of"),
+        (["finetune", "pretrain", "MODEL", "DATA", "OUT", "--fresh", "--lora-r", "4"], "fresh weights are for"),
+        (["finetune", "sft", "MODEL", "DATA", "OUT", "--merge"], "merge is for an adapter"),
+        (["finetune", "sft", "MODEL", "DATA", "OUT", "--lora-r", "4", "--fp16"], "fp16 needs a CUDA device"),
+        (["finetune", "sft", "ADAPTER", "DATA", "OUT"], "is an adapter; put it into its model first"),
+        (["finetune", "sft", "MODEL", "DATA", "DATA"], "is a file; give the path of a folder"),
+        (["finetune", "sft", "MODEL", "DATA", "MODEL"], "is the model itself, which would be overwritten"),
+        (["finetune", "sft", "MODEL", "DATA", "MODEL", "--resume"], "is the model itself, which would be overwritten"),
+        (["finetune", "sft", "MODEL", "DATA", "ADAPTER"], "holds a model already (adapter_config.json)"),
+    ],
+)  # fmt: skip
+def test_mistakes(run: Run, checkpoint: Path, chats: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    names = {"MODEL": checkpoint, "DATA": chats, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty.jsonl"}
+    names["ADAPTER"] = tmp_path / "adapter"
+    code, _, err = run(*(names.get(word, word) for word in words))
+    assert code == 2 and said in err, err
+
+
+def test_help_lists_tasks_and_flags(run: Run) -> None:
+    code, out, _ = run("finetune", "--help")
+    assert code == 0 and all(f"  {task}" in out for task in ("sft", "dpo", "classify", "pretrain"))
+    code, out, _ = run("finetune", "dpo", "--help")
+    assert code == 0 and "--beta" in out and "--lora-r" in out and "--label-column" not in out

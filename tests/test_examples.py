@@ -1,0 +1,30 @@
+"""The examples from beginning to end on the real checkpoint: what they print has improved. Minutes each."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "least", "most"),
+    [
+        ("instruction_tuning", r"right answers (\d+)% before, (\d+)% after", 20, 80),
+        ("text_classifier", r"held out, accuracy: ([\d.]+) before, ([\d.]+) after", 0.7, 0.9),
+        ("preferences", r"held out, rewards/accuracies: ([\d.]+) before, ([\d.]+) after", 0.7, 0.9),
+    ],
+)
+def test_example(smollm2: Path, tmp_path: Path, name: str, line: str, least: float, most: float) -> None:
+    """Before at most `least`, after at least `most`."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), str(smollm2), str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert ran.returncode == 0, ran.stderr
+    found = re.search(line, ran.stdout)
+    assert found is not None, ran.stdout
+    assert float(found[1]) <= least and float(found[2]) >= most
