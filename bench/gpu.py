@@ -9,8 +9,10 @@ shares are against a device-to-device copy measured in the same run.
 
 import argparse
 import copy
+import importlib.util
 import json
 import platform
+import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -20,7 +22,8 @@ import gpu_packed
 import torch
 from torch import Tensor
 
-from llama2 import LlamaConfig, LlamaForCausalLM, StaticCache
+from llama2 import LlamaConfig, LlamaForCausalLM
+from llama2.runner import TorchRunner
 
 # Relative error of the logits against float64, norm over norm: a dozen roundings of 2**-9 and 2**-12.
 BOUNDS = {torch.bfloat16: 5e-2, torch.float16: 6e-3}
@@ -91,39 +94,6 @@ def _relative(x: Tensor, exact: Tensor) -> float:
     return float((x.double() - exact).norm() / exact.norm())
 
 
-class GraphedStep:
-    """One decoding step over a static cache, captured once as a CUDA graph and replayed per token."""
-
-    def __init__(self, model: LlamaForCausalLM, cache: StaticCache) -> None:
-        self.ids = torch.zeros((cache.batch_size, 1), dtype=torch.long, device=model.device)
-        self.place = torch.zeros(1, dtype=torch.long, device=model.device)
-        self._graph = torch.cuda.CUDAGraph()
-
-        def step() -> Tensor:
-            return model(
-                self.ids,
-                past_key_values=cache,
-                cache_position=self.place,
-                position_ids=self.place[None],
-                logits_to_keep=1,
-            ).logits
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self._graph):
-            self.logits = step()
-
-    def __call__(self, ids: Tensor, position: int) -> Tensor:
-        self.ids.copy_(ids)
-        self.place.fill_(position)
-        self._graph.replay()
-        return self.logits
-
-
 def copy_bandwidth(device: str, gib: float = 2.0) -> float:
     """GB/s of a device-to-device copy, bytes read plus bytes written."""
     source = torch.empty(int(gib * 2**30), dtype=torch.uint8, device=device)
@@ -137,10 +107,30 @@ def copy_bandwidth(device: str, gib: float = 2.0) -> float:
     return 10 * 2 * source.numel() / (time.perf_counter() - start) / 1e9
 
 
-def decode_speed(layers: int, tokens: int, limit: float, weights: str = "bfloat16") -> list[dict[str, Any]]:
-    """Tokens per second at 7B shape, batch 1, activations bfloat16: eager calls, and the same step as a CUDA graph.
+def steps(model: LlamaForCausalLM, prompt: Tensor, tokens: int, graphs: bool) -> tuple[float, list[int]]:
+    """Seconds of a greedy step that nothing waits for, and the tokens; with graphs, of the second answer."""
+    runner, width = TorchRunner(model, graphs=graphs), prompt.shape[1]
+    places = torch.arange(width + tokens, device=prompt.device)[None]
+    seconds, chosen = 0.0, []
+    for _ in range(2 if graphs else 1):
+        cache = runner.new_cache(None, len(prompt), width + tokens)
+        token = runner.step(prompt, places[:, :width], None, cache)[:, -1].argmax(-1, keepdim=True)
+        chosen = []
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for place in range(width, width + tokens):
+            token = runner.step(token, places[:, place : place + 1], None, cache)[:, -1].argmax(-1, keepdim=True)
+            chosen.append(token)
+        torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) / tokens
+    return seconds, torch.cat(chosen, 1).flatten().tolist()
 
-    weights: "bfloat16" or a format of gpu_packed. limit: GB/s of a copy.
+
+def decode_speed(layers: int, tokens: int, limit: float, weights: str = "bfloat16") -> list[dict[str, Any]]:
+    """Tokens per second at 7B shape, activations bfloat16: steps alone, then whole answers of generate().
+
+    weights: "bfloat16" (then beside transformers, over the same tensors) or a format of gpu_packed. limit: GB/s of a
+    copy.
     """
     config = LlamaConfig.preset("7b", num_hidden_layers=layers)
     torch.manual_seed(0)
@@ -150,48 +140,54 @@ def decode_speed(layers: int, tokens: int, limit: float, weights: str = "bfloat1
         read = model.get_memory_footprint() - 2 * config.vocab_size * config.hidden_size
     else:
         read = gpu_packed.pack_model(model, weights)
-    rows, greedy = [], {}
+    rows, greedy = [], []
     with torch.inference_mode():
-        for name in ("dynamic cache", "static cache, CUDA graph"):
-            cache = StaticCache(config, 1, 128 + tokens, "cuda", torch.bfloat16) if "graph" in name else None
-            out = model(prompt, past_key_values=cache, logits_to_keep=1)
-            graphed = GraphedStep(model, cache) if cache is not None else None
-            if cache is not None:  # the warm-up steps wrote at position 0
-                cache.reset()
-                out = model(prompt, past_key_values=cache, logits_to_keep=1)
-            token, chosen = out.logits[:, -1:].argmax(-1), []
+        for name, graphs in (("step, module", False), ("step, CUDA graph", True)):
+            seconds, chosen = steps(model, prompt, tokens if graphs else min(tokens, 48), graphs)
+            greedy.append(chosen)
+            share = read / seconds / 1e9
+            rows.append(
+                {"weights": weights, "what": name, "tok/s": 1 / seconds, "GB/s": share, "of copy": share / limit}
+            )
+        same = sum(a == b for a, b in zip(*greedy, strict=False))
+        rows[-1]["greedy tokens equal"] = f"{same} of {len(greedy[0])}"
+        rivals = {"generate, module": (model, {"runner": "plain"}), "generate, CUDA graph": (model, {})}
+        if weights == "bfloat16" and (theirs := transformers_model(model)) is not None:
+            rivals["generate, transformers"] = (theirs, {})
+        for batch in (1, 8) if weights == "bfloat16" else (1,):
+            for name, rate in answers(rivals, prompt.repeat(batch, 1), min(tokens, 48)).items():
+                rows.append({"weights": weights, "what": f"{name}, {batch} rows", "tok/s": rate})
+    return [{**dict.fromkeys(rows[1], ""), **row} for row in rows]
+
+
+def answers(rivals: dict[str, tuple[Any, dict[str, Any]]], prompt: Tensor, tokens: int) -> dict[str, float]:
+    """New tokens per second of generate(), prompt included, the median of three rounds in which rivals take turns."""
+    rates: dict[str, list[float]] = {name: [] for name in rivals}
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    for _ in range(4):  # the first warms up and records
+        for name, (model, more) in rivals.items():
             torch.cuda.synchronize()
             start = time.perf_counter()
-            for place in range(128, 128 + tokens):
-                if graphed is None:
-                    logits = model(token, past_key_values=out.past_key_values, logits_to_keep=1).logits
-                else:
-                    logits = graphed(token, place)
-                token = logits[:, -1:].argmax(-1)
-                chosen.append(token)
+            model.generate(prompt, eos_token_id=None, **settings, **more)
             torch.cuda.synchronize()
-            seconds = (time.perf_counter() - start) / tokens
-            greedy[name] = torch.cat(chosen).flatten().tolist()
-            rows.append(
-                {
-                    "weights": weights,
-                    "step": name,
-                    "tok/s": 1 / seconds,
-                    "GB/s": read / seconds / 1e9,
-                    "of copy": read / seconds / 1e9 / limit,
-                }
-            )
-    same = sum(a == b for a, b in zip(*greedy.values(), strict=True))
-    rows.append(
-        {
-            "weights": weights,
-            "step": "greedy tokens equal",
-            "tok/s": f"{same} of {tokens}",
-            "GB/s": limit,
-            "of copy": 1.0,
-        }
-    )
-    return rows
+            rates[name].append(prompt.shape[0] * tokens / (time.perf_counter() - start))
+    return {name: statistics.median(found[1:]) for name, found in rates.items()}
+
+
+def transformers_model(model: LlamaForCausalLM) -> Any:
+    """The model of transformers over the same tensors, None where that is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    import transformers
+
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    sizes = {name: getattr(model.config, name) for name in (*names, "num_hidden_layers", "max_position_embeddings")}
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    theirs.load_state_dict(model.state_dict(), assign=True)
+    rotary = theirs.model.rotary_emb
+    theirs.model.rotary_emb = type(rotary)(theirs.config).to(model.device)
+    return theirs.eval()
 
 
 def table(rows: list[dict[str, Any]]) -> str:

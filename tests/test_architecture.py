@@ -18,7 +18,7 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("model", "lora"), 6),
     **dict.fromkeys(("processors", "stopping", "streamers", "cpu"), 7),
     **dict.fromkeys(("checkpoint", "sampling"), 8),
-    **dict.fromkeys(("native", "shortlist"), 9),
+    **dict.fromkeys(("native", "shortlist", "graphs"), 9),
     "runner": 10,
     "request": 11,
     **dict.fromkeys(("beam", "speculative"), 12),

@@ -1,12 +1,15 @@
 """The CUDA check's own logic, exercised on CPU tensors, and the GPU suite where there is one."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-SPEC = importlib.util.spec_from_file_location("gpu", Path(__file__).parent.parent / "bench" / "gpu.py")
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.insert(0, str(BENCH))  # as for a script: gpu.py imports its neighbours
+SPEC = importlib.util.spec_from_file_location("gpu", BENCH / "gpu.py")
 assert SPEC is not None and SPEC.loader is not None
 gpu = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(gpu)

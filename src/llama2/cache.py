@@ -1,12 +1,13 @@
 """Keys and values of the tokens seen so far. The cache is an argument of forward, never module state.
 
     KVCache (DynamicCache)   grows with the sequence; appends without copying what is there
+                             or fills buffers that it is lodged in, see `graphs`
     StaticCache              fixed length, fixed addresses: for compiled steps and CUDA graphs
 
 Shapes: B batch, K key-value heads, S cached positions, E head width.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -31,6 +32,15 @@ class _Layer:
     @property
     def values(self) -> Tensor:
         return self._values[:, :, : self.length]
+
+    @property
+    def views(self) -> tuple[Tensor, Tensor]:
+        """Keys and values for this moment, not to be kept."""
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    def fills(self, keys: Tensor) -> bool:
+        """Whether this layer's keys lie in the buffer `keys`."""
+        return self._keys is keys
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         old, new = self.length, self.length + keys.shape[2]
@@ -58,6 +68,30 @@ class _Layer:
         self._keys, self._values, self.length = keys, values, keys.shape[2]
 
 
+class _Lodged(_Layer):
+    """A layer in buffers of another owner, who will use them again: what it hands out to keep are copies."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__(keys, values)
+        self.length = 0
+
+    @property
+    def keys(self) -> Tensor:
+        return super().keys.clone()
+
+    @property
+    def values(self) -> Tensor:
+        return super().values.clone()
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        if len(keys) != len(self._keys):
+            return super().replace(keys, values)
+        self.length = keys.shape[2]
+        for mine, new in zip(self.views, (keys, values), strict=True):
+            mine.copy_(new)
+        return None
+
+
 def _grown(x: Tensor, room: int, length: int) -> Tensor:
     larger = x.new_empty((x.shape[0], x.shape[1], room, x.shape[3]))
     larger[:, :, :length] = x[:, :, :length]
@@ -80,8 +114,7 @@ class KVCache:
             self.layers[layer_idx].append(key_states, value_states)
         else:
             raise InputError(f"layer {layer_idx} comes before layer {len(self.layers)} has been filled")
-        layer = self.layers[layer_idx]
-        return layer.keys, layer.values
+        return self.layers[layer_idx].views
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions held."""
@@ -112,7 +145,23 @@ class KVCache:
 
     def _map(self, change: Any) -> None:
         for layer in self.layers:
-            layer.replace(change(layer.keys), change(layer.values))
+            keys, values = layer.views
+            layer.replace(change(keys), change(values))
+
+    def lodge(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Moves into buffers (B, K, room, E), one of each a layer, which stay their owner's; grows out of them."""
+        held = self.layers
+        self.layers = [_Lodged(k, v) for k, v in zip(keys, values, strict=True)]
+        for old, new in zip(held, self.layers, strict=False):
+            new.append(*old.views)
+
+    def lodges_in(self, keys: Sequence[Tensor]) -> bool:
+        """Whether all layers still lie in the buffers that `lodge` was given."""
+        return len(self.layers) == len(keys) and all(map(_Layer.fills, self.layers, keys))
+
+    def move_out(self) -> None:
+        """Takes memory of its own."""
+        self.layers = [_Layer(layer.keys, layer.values) for layer in self.layers]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes the rows `beam_idx` (B,) in that order: beam search."""
@@ -181,6 +230,15 @@ class StaticCache:
         self.key_cache = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.value_cache = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self._lengths = [0] * config.num_hidden_layers
+
+    @classmethod
+    def over(cls, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Self:
+        """A cache whose buffers (B, K, max_cache_len, E) are these."""
+        cache = cls.__new__(cls)
+        cache.key_cache, cache.value_cache = list(keys), list(values)
+        cache.batch_size, cache.max_cache_len = keys[0].shape[0], keys[0].shape[2]
+        cache._lengths = [0] * len(keys)
+        return cache
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None

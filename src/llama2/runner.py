@@ -11,10 +11,11 @@ from torch import Tensor
 from llama2.cache import DynamicCache, StaticCache
 from llama2.cpu import KvDtype
 from llama2.errors import InputError
+from llama2.graphs import graphs_of
 from llama2.model import LlamaForCausalLM
 from llama2.native import NativeModel, native_runner, why_not
 
-RUNNERS = ("auto", "native", "torch")
+RUNNERS = ("auto", "native", "torch", "plain")  # "plain": torch without CUDA graphs
 
 
 class Runner(Protocol):
@@ -32,10 +33,15 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """The torch module itself, on whatever device it is."""
+    """The torch module itself, on whatever device it is; single tokens as CUDA graphs where that works.
 
-    def __init__(self, model: Any, attentions: bool = False, hidden_states: bool = False) -> None:
+    graphs=False always calls the module.
+    """
+
+    def __init__(self, model: Any, attentions: bool = False, hidden_states: bool = False, graphs: bool = True) -> None:
         self.model = model
+        self._graphs = graphs_of(model) if graphs and not (attentions or hidden_states) else None
+        self._looked, self._usable, self._length = False, False, 0
         self._extra = {
             name: True
             for name, wanted in (("output_attentions", attentions), ("output_hidden_states", hidden_states))
@@ -60,10 +66,33 @@ class TorchRunner:
                 device=self.model.device,
                 dtype=self.model.dtype,
             )
-        return DynamicCache()
+        cache, self._length = DynamicCache(), length
+        if self._may_replay() and self._graphs is not None:
+            self._graphs.receive(cache, self.model.device, rows, length)
+        return cache
+
+    def _may_replay(self) -> bool:
+        """Whether graphs can do this model's steps, looked up once for each prompt."""
+        if not self._looked:
+            self._looked = True
+            self._usable = self._graphs is not None and self._graphs.current(self.model)
+        return self._usable
+
+    def _replayed(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: Any) -> Tensor | None:
+        if tokens.shape[1] > 1 or tokens.is_floating_point():
+            self._looked = False  # a runner may live for many prompts, between which its model may change
+            return None
+        if self._graphs is None or type(cache) is not DynamicCache or torch.is_grad_enabled():
+            return None
+        if not self._may_replay():
+            return None
+        return self._graphs.step(self.model, tokens, positions, mask_BS, cache, self._length)
 
     def step(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: Any, keep: int = 1) -> Tensor:
         """As Runner.step."""
+        replayed = self._replayed(tokens, positions, mask_BS, cache)
+        if replayed is not None:
+            return replayed
         if tokens.shape[1] == 1 and not self._prepacked:
             self.model.prepack()  # from the first single token on it pays; before, it would delay the first token
             self._prepacked = True
@@ -92,9 +121,9 @@ def make_runner(
 ) -> Runner:
     """The runner called `runner`, or the object itself.
 
-    "auto" takes the native engine where it can run `model`, else torch; `needs_torch` names what of this call only
-    torch can do. cache_dtype is what the native engine keeps keys and values in, None its own choice. Raises
-    InputError where "native" or a cache_dtype is asked for and cannot be had.
+    "auto" takes the native engine where it can run `model`, else torch; "plain" is torch without CUDA graphs.
+    `needs_torch` names what of this call only torch can do. cache_dtype is what the native engine keeps keys and values
+    in, None its own choice. Raises InputError where "native" or a cache_dtype is asked for and cannot be had.
     """
     if attentions or hidden_states:
         needs_torch = "output_attentions and output_hidden_states"
@@ -105,7 +134,7 @@ def make_runner(
     if runner not in RUNNERS:
         raise InputError(f"runner is {runner!r}; it must be one of {', '.join(RUNNERS)}")
     only_native = runner == "native" or isinstance(model, NativeModel)
-    native = None if runner == "torch" or needs_torch else native_runner(model, cache_dtype)
+    native = None if runner in ("torch", "plain") or needs_torch else native_runner(model, cache_dtype)
     if native is not None:
         return native
     if only_native:
@@ -114,11 +143,11 @@ def make_runner(
             "AutoModelForCausalLM and use runner='torch'"
         )
     if cache_dtype is not None:
-        reason = needs_torch or why_not(model) or "runner='torch' was asked for"
+        reason = needs_torch or why_not(model) or f"runner={runner!r} was asked for"
         raise InputError(
             f"a cache of {cache_dtype} is the native engine's, and torch runs this model ({reason}); leave it out"
         )
-    return TorchRunner(model, attentions, hidden_states)
+    return TorchRunner(model, attentions, hidden_states, graphs=runner != "plain")
 
 
 def invalid_logits(raw_BV: Tensor, scores_BV: Tensor, rows: Tensor, step: int) -> InputError:
