@@ -7,10 +7,10 @@
     dpo     as lora, pairs of answers; the reference is the model without its adapter
     qlora   as lora over NF4 weights, beside our own lora
 
-`make bench-train` sets the rival's environment up. SmolLM2-135M's weights, or random ones with --shape. Rows hold several
-documents, which we keep apart; TRL on a CPU without a flash kernel cannot, and sees each row as one text, which is less
-work. TRL runs as its configuration has it by default (activations recomputed); --keep-activations turns that off. Memory
-is the high-water mark of a process, loading included. The last line is JSON.
+`make bench-train` sets the rival's environment up. SmolLM2-135M's weights, or random ones with --shape. Rows hold
+several documents, which we keep apart. TRL on a CPU without a flash kernel cannot: it sees each row as one text.
+It runs as its configuration has it by default, recomputing activations; --keep-activations turns that off. Memory is
+the high-water mark of a process, loading included. The last line is JSON.
 """
 
 import argparse
@@ -151,16 +151,15 @@ def trl(args: argparse.Namespace, rows: list[Row]) -> None:
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             rounds.step(None)
 
-    common = dict(
-        output_dir=args.out, per_device_train_batch_size=args.batch, max_steps=10**6, learning_rate=1e-4,
-        lr_scheduler_type="constant", save_strategy="no", report_to=[], use_cpu=True, bf16=True, max_length=None,
-        gradient_checkpointing=not args.keep_activations, logging_steps=1, disable_tqdm=True, optim="adamw_torch",
-        shuffle_dataset=False,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "output_dir": args.out, "per_device_train_batch_size": args.batch, "max_steps": 10**6, "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": True,
+        "gradient_checkpointing": not args.keep_activations, "max_length": None, "disable_tqdm": True,
+        "optim": "adamw_torch",
+    }  # fmt: skip
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     chosen = {"peft_config": adapter} if args.mode != "full" else {}
     if args.mode == "dpo":
-        common.pop("shuffle_dataset")
         texts = [{name: " ".join(f"t{i}" for i in ids) for name, ids in row.items()} for row in rows]
         texts = [t | {a: " " + t[a] for a in ("chosen", "rejected")} for t in texts]
         trainer: Any = DPOTrainer(
@@ -185,7 +184,18 @@ class Worker:
     def __init__(self, name: str, python: str, mode: str, args: argparse.Namespace, model: Path, out: Path) -> None:
         self.name, self.mode = name, mode
         answers, theirs = os.pipe()
-        command = [python, str(Path(__file__).resolve()), "--worker", name, "--mode", mode, "--model", str(model), "--out", str(out)]
+        command = [
+            python,
+            str(Path(__file__).resolve()),
+            "--worker",
+            name,
+            "--mode",
+            mode,
+            "--model",
+            str(model),
+            "--out",
+            str(out),
+        ]
         command += ["--answers", str(theirs), "--options", json.dumps(vars(args))]
         self.errors = out.parent / f"{name}-{mode}.err"
         self.process = subprocess.Popen(
@@ -282,7 +292,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="of a round")
     parser.add_argument("--batch", type=int, default=4, help="rows or pairs of a step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--threads", type=int, help="of each side; 1 makes processor seconds comparable on a busy machine")
+    parser.add_argument(
+        "--threads", type=int, help="of each side; 1 makes processor seconds comparable on a busy machine"
+    )
     parser.add_argument("--keep-activations", action="store_true", help="TRL without gradient checkpointing")
     parser.add_argument("--ours", type=json.loads, default={}, help="more TrainingArguments for our side, as JSON")
     parser.add_argument("--alone", action="store_true", help="without the rival")
@@ -290,8 +302,8 @@ def main() -> None:
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        args = argparse.Namespace(**{**json.loads(args.options), **{k: getattr(args, k) for k in ("mode", "model", "out")},
-                                     "answers": int(args.answers), "worker": args.worker})  # fmt: skip
+        own = {name: getattr(args, name) for name in ("mode", "model", "out", "worker")}
+        args = argparse.Namespace(**{**json.loads(args.options), **own, "answers": int(args.answers)})
         vocabulary = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
         (ours if args.worker == "ours" else trl)(args, rows_of(args.mode, 64, args.length, vocabulary))
         return

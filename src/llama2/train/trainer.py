@@ -23,6 +23,7 @@ from llama2.checkpoint.hf import map_safetensors
 from llama2.checkpoint.save import write_safetensors
 from llama2.errors import InputError
 from llama2.train import checkpoints
+from llama2.train.layer import fused
 from llama2.train.objectives import Objective
 from llama2.train.optim import SCHEDULES, AdamW, clip, learning_rate
 
@@ -150,7 +151,7 @@ class Trainer:
         if self.args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()  # type: ignore[operator]
         self.model.train()
-        with self._signals():
+        with self._signals(), fused(self.model):
             while self.state.step < self.steps and not self._stop:
                 self._step()
         self.model.eval()
