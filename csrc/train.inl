@@ -154,31 +154,39 @@ struct Heads {  // one head of tokens [first, last) in [token][heads][width]
   int64_t stride, width;
   Heads(const void* p, int64_t first, int64_t head, int64_t heads, int64_t w) : at((typename T::V*)p + (first * heads + head) * w), stride(heads * w), width(w) {}
 
+  bool vectors() const { return width % 32 == 0; }  // halves of whole registers
+
   void read(int64_t token, const float* cos, const float* sin, float* to) const {  // rotated, unless cos is null
     const typename T::V* p = at + token * stride;
-    if (!cos) {
-      for (int64_t i = 0; i < width; ++i) to[i] = T::one(p[i]);
-      return;
-    }
     int64_t half = width / 2;
-    for (int64_t i = 0; i < half; ++i) {
-      float a = T::one(p[i]), b = T::one(p[half + i]);
-      to[i] = a * cos[i] - b * sin[i];
-      to[half + i] = b * cos[half + i] + a * sin[half + i];
-    }
+    if (vectors())
+      for (int64_t i = 0; i < half; i += 16) {
+        F a = T::load(p + i), b = T::load(p + half + i);
+        fstore(to + i, cos ? sub(mul(a, fload(cos + i)), mul(b, fload(sin + i))) : a);
+        fstore(to + half + i, cos ? fma(b, fload(cos + half + i), mul(a, fload(sin + half + i))) : b);
+      }
+    else
+      for (int64_t i = 0; i < half; ++i) {
+        float a = T::one(p[i]), b = T::one(p[half + i]);
+        to[i] = cos ? a * cos[i] - b * sin[i] : a;
+        to[half + i] = cos ? b * cos[half + i] + a * sin[half + i] : b;
+      }
   }
   void write(int64_t token, const float* cos, const float* sin, const float* from) const {  // the transposed rotation
     typename T::V* p = at + token * stride;
-    if (!cos) {
-      for (int64_t i = 0; i < width; ++i) p[i] = T::put(from[i]);
-      return;
-    }
     int64_t half = width / 2;
-    for (int64_t i = 0; i < half; ++i) {
-      float a = from[i], b = from[half + i];
-      p[i] = T::put(a * cos[i] + b * sin[half + i]);
-      p[half + i] = T::put(b * cos[half + i] - a * sin[i]);
-    }
+    if (vectors())
+      for (int64_t i = 0; i < half; i += 16) {
+        F a = fload(from + i), b = fload(from + half + i);
+        T::store(p + i, cos ? fma(a, fload(cos + i), mul(b, fload(sin + half + i))) : a);
+        T::store(p + half + i, cos ? sub(mul(b, fload(cos + half + i)), mul(a, fload(sin + i))) : b);
+      }
+    else
+      for (int64_t i = 0; i < half; ++i) {
+        float a = from[i], b = from[half + i];
+        p[i] = T::put(cos ? a * cos[i] + b * sin[half + i] : a);
+        p[half + i] = T::put(cos ? b * cos[half + i] - a * sin[i] : b);
+      }
   }
 };
 
@@ -240,7 +248,7 @@ void texts_backward(const Texts& x, const TextsGrad& g, int64_t first, int64_t l
   float *dk = take.floats(wide * ep), *dv = take.floats(wide * ep);
   float *q = take.floats(ROWS * ep), *d = take.floats(ROWS * ep), *dq = take.floats(ROWS * ep);
   float *s = take.floats(ROWS * wide), *ds = take.floats(ROWS * wide);
-  __builtin_memset(k, 0, (size_t)(dq - k) * 4);
+  __builtin_memset(k, 0, (size_t)(s - k) * 4);
   Heads<T> keys(x.k, first, kv_head, x.kv_heads, e), values(x.v, first, kv_head, x.kv_heads, e);
   const float *cos = x.cos + first * e, *sin = x.sin + first * e;
   for (int64_t t = 0; t < n; ++t) values.read(t, nullptr, nullptr, k + t * ep);
@@ -257,8 +265,9 @@ void texts_backward(const Texts& x, const TextsGrad& g, int64_t first, int64_t l
         outs.read(t0 + r, nullptr, nullptr, dq);
         grads.read(t0 + r, nullptr, nullptr, d + r * ep);
         queries.read(t0 + r, cos + (t0 + r) * e, sin + (t0 + r) * e, q + r * ep);
-        delta[r] = 0;
-        for (int64_t i = 0; i < e; ++i) delta[r] += dq[i] * d[r * ep + i];
+        F sum = fzero();  // both are 0 from e on: dq was cleared, and products leave columns of zeros there
+        for (int64_t i = 0; i < ep; i += 16) sum = fma(fload(dq + i), fload(d + r * ep + i), sum);
+        delta[r] = hsum(sum);
       }
       small_product({q, ep, 1}, rows, e, kt, wide, seen, s, wide);
       small_product({d, ep, 1}, rows, e, vt, wide, seen, ds, wide);
@@ -328,15 +337,18 @@ void unpack4_values(const uint8_t* codes, const float* scales, const float* tabl
     pairs[2 * c + 1] = table[c & 15];
   }
   for (int64_t i = begin; i < end; i += 32) {
-    float t[32];
+    float t[32] = {};
     int64_t left = end - i < 32 ? end - i : 32;
     for (int64_t j = 0; j < left; j += 2) __builtin_memcpy(t + j, pairs + 2 * codes[(i + j) / 2], 8);
+    float size = __builtin_fabsf(scales[i / block]);
     F scale = fset(scales[i / block]);
-    if (left == 32) {
-      T::store((V*)out + i, mul(fload(t), scale));
-      T::store((V*)out + i + 16, mul(fload(t + 16), scale));
-    } else {
-      for (int64_t j = 0; j < left; ++j) ((V*)out)[i + j] = T::put(t[j] * scales[i / block]);
+    fstore(t, mul(fload(t), scale));
+    fstore(t + 16, mul(fload(t + 16), scale));
+    if (left == 32 && (size >= 1e-30f || size == 0)) {
+      T::store((V*)out + i, fload(t));
+      T::store((V*)out + i + 16, fload(t + 16));
+    } else {  // the instruction behind store makes the smallest numbers 0
+      for (int64_t j = 0; j < left; ++j) ((V*)out)[i + j] = T::put(t[j]);
     }
   }
 }

@@ -14,7 +14,7 @@ from llama2.errors import InputError
 from llama2.rope import promoted
 from llama2.train.data import IGNORED
 
-CHUNK_BYTES = 64 << 20  # of logits in float32; larger chunks were not faster
+CHUNK_BYTES = 24 << 20  # of logits: beyond 32 MB malloc gives memory back each time, and its pages come anew
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -42,7 +42,7 @@ def token_log_probs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
 
 
 def _rows(hidden_ND: Tensor, weight_VD: Tensor) -> int:
-    return max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
+    return max(1, CHUNK_BYTES // (hidden_ND.itemsize * weight_VD.shape[0]))
 
 
 def _log_probs(logits_NV: Tensor, targets_N: Tensor, factors_N: Tensor | None) -> tuple[Tensor, Tensor]:

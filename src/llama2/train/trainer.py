@@ -25,9 +25,10 @@ from llama2.errors import InputError
 from llama2.train import checkpoints
 from llama2.train.layer import fused
 from llama2.train.objectives import Objective
-from llama2.train.optim import SCHEDULES, AdamW, clip, learning_rate
+from llama2.train.optim import OPTIMIZERS, SCHEDULES, AdamW, clip, learning_rate
 
 LOG = "log.jsonl"
+PASS_TOKENS = 1024
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,7 @@ class TrainingArguments:
     save_steps: int = 500
     save_total_limit: int | None = None
     seed: int = 42
+    optim: str = "adamw_torch"
     bf16: bool = False
     gradient_checkpointing: bool = False
     resume_from_checkpoint: bool | str | None = None
@@ -67,6 +69,8 @@ class TrainingArguments:
         for name in ("learning_rate", "num_train_epochs"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be a positive number")
+        if self.optim not in OPTIMIZERS:
+            raise InputError(f"optim is {self.optim!r}; it must be one of {', '.join(OPTIMIZERS)}")
         if self.lr_scheduler_type not in SCHEDULES:
             raise InputError(
                 f"lr_scheduler_type is {self.lr_scheduler_type!r}; it must be one of {', '.join(SCHEDULES)}"
@@ -111,6 +115,7 @@ class Trainer:
             args.adam_epsilon,
             args.weight_decay,
             masters=args.bf16,
+            kind=args.optim,
         )
         if args.bf16:
             model.to(torch.bfloat16)
@@ -165,10 +170,10 @@ class Trainer:
     def _step(self) -> None:
         args, step, begin = self.args, self.state.step, time.perf_counter()
         torch.manual_seed(random.Random(f"{args.seed}/step/{step}").getrandbits(63))
-        rows, size = self._rows_of(step), args.per_device_train_batch_size
-        batches = [self.objective.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        rows, size = self._rows_of(step), self._at_once
         total, units, logs = 0.0, 0, dict[str, float]()
-        for batch in batches:
+        for start in range(0, len(rows), size):
+            batch = self.objective.collate(rows[start : start + size])
             loss = self.objective.loss(self.model, _to(batch, self.model))
             loss.total.backward()
             total, units = total + loss.total.item(), units + loss.units
@@ -189,6 +194,20 @@ class Trainer:
         entry = {"loss": total / max(units, 1), "grad_norm": norm, "learning_rate": rate}
         entry |= {name: value / max(units, 1) for name, value in logs.items()}
         self._after(entry, tokens / (time.perf_counter() - begin))
+
+    @property
+    def _at_once(self) -> int:
+        """Rows of one pass: those of a device, but on a CPU no more than PASS_TOKENS where gradients add up in float32.
+
+        Losses are sums and are divided once, so that the gradient is that of the whole batch; more at once would be no
+        faster on a CPU and takes memory by the token.
+        """
+        size = self.args.per_device_train_batch_size
+        trained = self.optimizer.parameters.values()
+        if any(p.device.type != "cpu" or p.itemsize < 4 for p in trained):
+            return size
+        longest = max(map(self.objective.tokens, self.rows[:256]))
+        return min(size, max(1, PASS_TOKENS // longest))
 
     def _divide(self, units: int) -> None:
         """Gradients of the sum become those of the mean over all targets of the step."""
