@@ -79,6 +79,7 @@ class Training:
     seed: int = option(42, "order of the rows, fresh weights, dropout")
     bf16: bool = option(False, "compute in bfloat16; weights that are trained keep float32 copies")
     fp16: bool = option(False, "compute in float16 with scaled losses, on CUDA alone")
+    optim: Literal["adamw_torch", "adamw_8bit"] = option("adamw_torch", "adamw_8bit keeps its moments in bytes")
     gradient_checkpointing: bool = option(False, "less memory for a third more work: each layer is run twice")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one", metavar="DEVICE")
 
