@@ -266,8 +266,7 @@ def show(job: "Finetune", result: "Result", options: Common) -> None:
 
         print(json.dumps({**vars(result), "folder": str(result.folder)}))
         return
-    speed = result.tokens / result.seconds
-    print(f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s ({speed:,.0f} tokens/s)")
+    print(f"{result.steps} steps, {result.tokens:,} tokens; {result.seconds:.0f} s with loading and saving")
     for name, before in result.before.items():
         label, after = name.removeprefix("eval_").replace("_", " "), result.after[name]
         print(f"held out, {label}: {before:.4f} before, {after:.4f} after")
