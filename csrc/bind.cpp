@@ -1,4 +1,4 @@
-// The only file that knows Python. Every size and index is checked here, before memory is touched.
+// This file and bind_train.cpp alone know Python. Every size and index is checked here, before memory is touched.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/function.h>
@@ -22,6 +22,8 @@
 
 namespace nb = nanobind;
 using namespace llama2;
+
+void bind_train(nb::module_& m);
 
 namespace {
 
@@ -632,6 +634,7 @@ NB_MODULE(_native, m) {
   m.def("shortlist_margin", &shortlist_margin);
   m.def("attend", &attend);
   m.def("dequantize", &dequantize);
+  bind_train(m);
   m.def("read_bandwidth", &read_bandwidth);
   m.def("read_matrix", &read_matrix);
   m.def("peak", &peak);

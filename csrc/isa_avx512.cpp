@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "train.h"
 
 namespace llama2 {
 namespace {
@@ -13,10 +14,11 @@ namespace {
 #include "kv.inl"
 #include "attention.inl"
 #include "probes.inl"
+#include "train.inl"
 }  // namespace
 
 const Kernels* kernels_avx512() {
-  static const Kernels table = {"avx512", prepare, rmsnorm, matmul, dequantize_row, rope, kv_store, attention, peak, read_bytes, shrink};
+  static const Kernels table = {"avx512", prepare, rmsnorm, matmul, dequantize_row, rope, kv_store, attention, peak, read_bytes, shrink, &TRAIN};
   return &table;
 }
 }  // namespace llama2

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "train.h"
 
 namespace llama2 {
 namespace {
@@ -12,10 +13,11 @@ namespace {
 #include "kv.inl"
 #include "attention.inl"
 #include "probes.inl"
+#include "train.inl"
 }  // namespace
 
 const Kernels* kernels_scalar() {
-  static const Kernels table = {"scalar", prepare, rmsnorm, matmul, dequantize_row, rope, kv_store, attention, peak, read_bytes, shrink};
+  static const Kernels table = {"scalar", prepare, rmsnorm, matmul, dequantize_row, rope, kv_store, attention, peak, read_bytes, shrink, &TRAIN};
   return &table;
 }
 }  // namespace llama2

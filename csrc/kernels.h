@@ -226,6 +226,8 @@ struct AttentionTask {
   float scale = 1;
 };
 
+struct TrainKernels;  // train.h
+
 struct Kernels {
   const char* name;
   // tokens [m0, m1) of x, m0 and m1 multiples of 8 or the end: the wanted forms of the activations
@@ -240,6 +242,7 @@ struct Kernels {
   int64_t (*read)(const uint8_t* data, int64_t bytes);  // touch every line, as fast as a load can
   // rows row .. row+3 of scale * A x for `count` tokens of x, named by their index, to t[token][row]
   void (*shrink)(const LowRank& l, const float* x, int64_t ldx, const int32_t* tokens, int64_t count, int64_t row, float* t, int64_t ldt);
+  const TrainKernels* train;
 };
 
 constexpr int ATT_ROWS = 8;    // query rows handled together

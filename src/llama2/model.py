@@ -5,6 +5,7 @@ B batch, T new tokens, S cached positions, D model, H query heads, K key-value h
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,6 +164,7 @@ class LlamaModel(PreTrainedModel):
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.run_layer: Callable[..., Any] | None = None  # called with a layer and its arguments in the layer's place
         self.init_weights()
 
     def forward(
@@ -279,10 +281,11 @@ class LlamaModel(PreTrainedModel):
         return mask, position_ids, cache_position
 
     def _run(self, layer: nn.Module, x_BTD: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+        call = layer if self.run_layer is None else partial(self.run_layer, layer)
         if self.gradient_checkpointing and self.training:
-            out: tuple[Tensor, Tensor | None] = checkpoint(layer, x_BTD, *args, **self.gradient_checkpointing_kwargs)
+            out: tuple[Tensor, Tensor | None] = checkpoint(call, x_BTD, *args, **self.gradient_checkpointing_kwargs)
         else:
-            out = layer(x_BTD, *args)
+            out = call(x_BTD, *args)
         return out
 
 

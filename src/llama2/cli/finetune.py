@@ -79,6 +79,7 @@ class Training:
     seed: int = option(42, "order of the rows, fresh weights, dropout")
     bf16: bool = option(False, "compute in bfloat16; weights that are trained keep float32 copies")
     fp16: bool = option(False, "compute in float16 with scaled losses, on CUDA alone")
+    optim: Literal["adamw_torch", "adamw_8bit"] = option("adamw_torch", "adamw_8bit keeps its moments in bytes")
     gradient_checkpointing: bool = option(False, "less memory for a third more work: each layer is run twice")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one", metavar="DEVICE")
 
@@ -265,8 +266,7 @@ def show(job: "Finetune", result: "Result", options: Common) -> None:
 
         print(json.dumps({**vars(result), "folder": str(result.folder)}))
         return
-    speed = result.tokens / result.seconds
-    print(f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s ({speed:,.0f} tokens/s)")
+    print(f"{result.steps} steps, {result.tokens:,} tokens; {result.seconds:.0f} s with loading and saving")
     for name, before in result.before.items():
         label, after = name.removeprefix("eval_").replace("_", " "), result.after[name]
         print(f"held out, {label}: {before:.4f} before, {after:.4f} after")

@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from llama2.compiled import kernels, pool
 from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
 from llama2.quant.codebooks import FP4, NF4
@@ -254,6 +255,10 @@ def from_codes(
 ) -> Tensor:
     """The values (shape) of two codes a byte (n / 2,), products in float32, then rounded to `dtype`."""
     table = torch.tensor(TABLES[kind], device=codes.device)
+    if codes.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and block % 32 == 0 and kernels():
+        filled = torch.empty(shape, dtype=dtype)
+        kernels().unpack4(pool(), codes.contiguous(), absmax.contiguous(), table, block, filled)
+        return filled
     # Two values as one element of 8 bytes: looking those up is twice as fast as looking up rows of two.
     pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), 1).view(torch.float64)[:, 0]
     count = math.prod(shape)

@@ -249,7 +249,7 @@ class Job:
         self, index: int, x: States, y: States, rows: list[LinearReport], tensors: dict[str, Tensor]
     ) -> None:
         count, length, _ = x.shape
-        stages = Stages(self.source, index, self.dtype, (count, length), self.options.token_weights)
+        stages = Stages(self.source, index, self.dtype, (count, length), self.options.weighs_tokens)
         passes = 5 if self.options.true_sequential else 8
         batches = passes * -(-count // stages.batch)
         ticks = iter(range(1, batches + 1))

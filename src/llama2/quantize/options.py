@@ -83,6 +83,11 @@ class Options:
         """Whether the inputs of the layers are needed."""
         return self.kind in CALIBRATED if self.calibrate is None else self.calibrate
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count differently: not in an importance matrix, which is llama.cpp's and does worse with it."""
+        return self.token_weights and (self.solve or self.kind != "gguf")
+
     def settings(self, config: LlamaConfig, dtype: str) -> QuantizationConfig | None:
         """What config.json will say; None for gguf. Raises InputError for groups that do not fit the model."""
         if self.kind == "gguf":

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 from llama2.errors import InputError
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
 SINKS = ("none", "tensorboard")
 Strategy = Literal["no", "steps", "epoch"]
 

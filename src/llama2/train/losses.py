@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama2.compiled import kernels, pool
 from llama2.errors import InputError
 from llama2.rope import promoted
 from llama2.train.data import IGNORED
 
-CHUNK_BYTES = 64 << 20  # of logits in float32; larger chunks were not faster
+CHUNK_BYTES = 24 << 20  # of logits: beyond 32 MB malloc gives memory back each time, and its pages come anew
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def targets(hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +42,23 @@ def token_log_probs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
 
 
 def _rows(hidden_ND: Tensor, weight_VD: Tensor) -> int:
-    return max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
+    return max(1, CHUNK_BYTES // (hidden_ND.itemsize * weight_VD.shape[0]))
+
+
+def _log_probs(logits_NV: Tensor, targets_N: Tensor, factors_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log p(target) of each row, and with factors what factor * log p(target) has for a gradient in the logits, in
+    their place; else the logits. In promote(dtype, float32)."""
+    wide = promoted(logits_NV.dtype)
+    if logits_NV.device.type == "cpu" and logits_NV.dtype in _KERNEL_DTYPES and kernels():
+        found = torch.empty(len(targets_N))
+        kernels().log_probs(pool(), logits_NV, targets_N, factors_N, found)
+        return found, logits_NV
+    p, at = logits_NV.to(wide).log_softmax(-1), targets_N[:, None]
+    found = p.gather(1, at).squeeze(1)
+    if factors_N is None:
+        return found, logits_NV
+    factors = factors_N[:, None].to(wide)
+    return found, p.exp_().mul_(-factors).scatter_add_(1, at, factors).to(logits_NV.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -51,11 +69,9 @@ class _HeadLoss(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), step):
-            rows, wanted = hidden[start : start + step], target[start : start + step, None]
-            p = (rows @ weight.T).to(wide).log_softmax(-1)
-            total -= p.gather(1, wanted).sum()
-            p.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=wide))
-            grad = p.to(hidden.dtype)
+            rows, wanted = hidden[start : start + step], target[start : start + step]
+            found, grad = _log_probs(rows @ weight.T, wanted, torch.full((len(rows),), -1.0, device=hidden.device))
+            total -= found.sum()
             if to_hidden is not None:
                 torch.mm(grad, weight, out=to_hidden[start : start + step])
             if to_weight is not None:
@@ -76,13 +92,10 @@ class _LogProbs(torch.autograd.Function):
         step = _rows(hidden, weight)
         ctx.save_for_backward(hidden, weight, target)
         found = [
-            (hidden[i : i + step] @ weight.T)
-            .to(promoted(hidden.dtype))
-            .log_softmax(-1)
-            .gather(1, target[i : i + step, None])
+            _log_probs(hidden[i : i + step] @ weight.T, target[i : i + step], None)[0]
             for i in range(0, len(hidden), step)
         ]
-        return torch.cat(found).squeeze(1) if found else hidden.new_zeros(0, dtype=promoted(hidden.dtype))
+        return torch.cat(found) if found else hidden.new_zeros(0, dtype=promoted(hidden.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -91,10 +104,8 @@ class _LogProbs(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), step):
-            rows, wanted = hidden[start : start + step], target[start : start + step, None]
-            factor = grads[0][start : start + step, None].to(wide)
-            p = (rows @ weight.T).to(wide).softmax(-1).mul_(-factor)
-            grad = p.scatter_add_(1, wanted, factor).to(hidden.dtype)
+            rows, wanted = hidden[start : start + step], target[start : start + step]
+            _, grad = _log_probs(rows @ weight.T, wanted, grads[0][start : start + step].contiguous())
             if to_hidden is not None:
                 torch.mm(grad, weight, out=to_hidden[start : start + step])
             if to_weight is not None:

@@ -1,13 +1,17 @@
 """The optimiser and its schedules. AdamW (Loshchilov & Hutter, arXiv 1711.05101) with float32 state for any weights."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llama2.errors import InputError
+from llama2.quant.nf4 import dynamic_map
+
+_WIDE_BYTES = 64 << 20  # of 16-bit gradients made float32 at once
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: int, floor: float = 0.0) -> float:
@@ -39,9 +43,10 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         masters: bool = False,
+        kind: str = "adamw_torch",
     ) -> None:
         """named: the trainable parameters; matrices decay, vectors do not. masters: keep float32 copies of wider
-        weights too, which may be cast down afterwards."""
+        weights too, which may be cast down afterwards. kind: "adamw_8bit" keeps the moments in bytes, see `AdamW8`."""
         self.parameters = dict(named)
         if not self.parameters:
             raise InputError("no parameter of the model is trainable; add an adapter or set requires_grad")
@@ -53,7 +58,11 @@ class AdamW:
         rest = [m for m in self._masters.values() if m.dim() < 2]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         fused = all(m.device.type in ("cpu", "cuda") for m in self._masters.values())
-        self._inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=fused)
+        given: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps}
+        groups = [g for g in groups if g["params"]]
+        self._inner: torch.optim.Optimizer = (
+            AdamW8(groups, **given) if kind == "adamw_8bit" else torch.optim.AdamW(groups, **given, fused=fused)
+        )
 
     @torch.no_grad()
     def step(self, rate: float, factor: float = 1.0) -> None:
@@ -63,18 +72,27 @@ class AdamW:
         """
         for group in self._inner.param_groups:
             group["lr"] = rate
+        widened = 0
         for name, parameter in self.parameters.items():
             master = self._masters[name]
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+            if master is not parameter and parameter.grad is not None:
+                master.grad = parameter.grad.to(master.dtype)
                 parameter.grad = None
-            if factor != 1 and master.grad is not None:
-                master.grad.mul_(factor)
-        self._inner.step()
-        self._inner.zero_grad(set_to_none=True)
+                if factor != 1:
+                    master.grad.mul_(factor)
+                widened += master.nbytes
+                if widened > _WIDE_BYTES:
+                    self._update()
+                    widened = 0
+        self._update()
         for name, parameter in self.parameters.items():
             if self._masters[name] is not parameter:
                 parameter.copy_(self._masters[name])
+
+    def _update(self) -> None:
+        """Updates what has a gradient, and drops that."""
+        self._inner.step()
+        self._inner.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
@@ -89,12 +107,18 @@ class AdamW:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes up the state of an earlier run. Raises InputError where it is of another model."""
         used = set()
+        bytes_ = isinstance(self._inner, AdamW8)
         for name, master in self._masters.items():
             mine: dict[str, Any] = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
+            there = f"exp_avg_codes.{name}" in state
+            if there != (bytes_ and in_bytes(master)) and f"step.{name}" in state:
+                have, want = ("8-bit", "float32") if there else ("float32", "8-bit")
+                raise InputError(f"the moments of {name} are {have}, this run's {want}; resume with the same optim")
+            for key in ("step", *(_BYTES if there else ("exp_avg", "exp_avg_sq"))):
                 if (value := state.get(f"{key}.{name}")) is not None:
-                    if key != "step" and value.shape != master.shape:
-                        sizes = f"{tuple(value.shape)}, not {tuple(master.shape)}"
+                    shape = _BYTES[key](master) if there and key != "step" else tuple(master.shape)
+                    if key != "step" and tuple(value.shape) != shape:
+                        sizes = f"{tuple(value.shape)}, not {shape}"
                         raise InputError(f"the optimiser's {key} of {name} is {sizes}; it is another model's")
                     mine[key] = value.clone().to(master.device)
                     used.add(f"{key}.{name}")
@@ -106,6 +130,122 @@ class AdamW:
                 used.add(f"master.{name}")
         if stray := sorted(set(state) - used):
             raise InputError(f"the optimiser's state has {stray[0]!r}, which this run does not train")
+
+
+# -- moments in bytes --------------------------------------------------------------------------------------------
+
+BLOCK = 256
+_SMALLEST = 4096  # values of a tensor whose moments go into bytes, as in bitsandbytes
+_PIECE = 1 << 18  # values at once, so that what is between bytes and weights stays small
+
+
+def in_bytes(weight: Tensor) -> bool:
+    """Whether the moments of a weight are kept in bytes: small tensors are not worth it."""
+    return weight.numel() >= _SMALLEST
+
+
+def _blocks(weight: Tensor) -> int:
+    return -(-weight.numel() // BLOCK)
+
+
+_BYTES: dict[str, Callable[[Tensor], tuple[int, ...]]] = {
+    "exp_avg_codes": lambda weight: (weight.numel(),),
+    "exp_avg_scales": lambda weight: (_blocks(weight),),
+    "exp_avg_sq_codes": lambda weight: (weight.numel(),),
+    "exp_avg_sq_scales": lambda weight: (_blocks(weight),),
+}
+
+
+@cache
+def dynamic_code(signed: bool) -> Tensor:
+    """The 256 values of bitsandbytes' dynamic tree (Dettmers et al., arXiv 2110.02861), ascending: in [-1, 1], or with
+    one more bit of fraction in [0, 1]."""
+    if signed:
+        return torch.tensor(dynamic_map())
+    values = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        ends = torch.linspace(0.1, 1, 2 ** (i + 1) + 1)
+        values.append(10.0 ** (i - 6) * (ends[:-1] + ends[1:]) / 2)
+    return torch.cat(values).sort().values
+
+
+@cache
+def _bounds(signed: bool) -> Tensor:
+    code = dynamic_code(signed)
+    return (code[1:] + code[:-1]) / 2
+
+
+def to_codes(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """float32 values (n,) -> the codes nearest to value / scale, uint8 (n,), and scales, each block's largest size."""
+    padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    scales = padded.abs().amax(1)
+    shares = padded / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    codes = torch.bucketize(shares, _bounds(signed).to(values.device), out_int32=True)
+    return codes.view(-1)[: len(values)].to(torch.uint8), scales
+
+
+def from_codes(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """Codes (n,) and scales -> float32 values (n,)."""
+    values = dynamic_code(signed).to(codes.device).index_select(0, codes.int())
+    return values.mul_(scales.repeat_interleave(BLOCK)[: len(values)])
+
+
+class AdamW8(torch.optim.Optimizer):
+    """AdamW over moments in bytes by blocks of 256 values (Dettmers et al., arXiv 2110.02861): 2 bytes a weight, not 8.
+
+    A moment is unpacked, updated in float32 and packed again, a piece of the weight at a time.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """As torch.optim.AdamW.step, for parameters that have a gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._weight(weight, group)
+
+    def _weight(self, weight: Tensor, group: dict[str, Any]) -> None:
+        state, packed = self.state[weight], in_bytes(weight)
+        if not state:
+            state["step"] = torch.zeros(())
+            if packed:
+                zeros = {signed: int(dynamic_code(signed).abs().argmin()) for signed in (True, False)}
+                for key, shape in _BYTES.items():
+                    filled = zeros["sq" not in key] if key.endswith("codes") else 0.0
+                    dtype = torch.uint8 if key.endswith("codes") else torch.float32
+                    state[key] = torch.full(shape(weight), filled, dtype=dtype, device=weight.device)
+            else:
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        state["step"] += 1
+        flat, grad = weight.view(-1), weight.grad.reshape(-1)  # type: ignore[union-attr]
+        for at in range(0, len(flat), _PIECE):
+            piece = slice(at, min(at + _PIECE, len(flat)))
+            held = slice(at // BLOCK, -(-piece.stop // BLOCK))
+            if not packed:
+                moments = [state[key].view(-1)[piece] for key in ("exp_avg", "exp_avg_sq")]
+                _adamw(flat[piece], grad[piece], moments[0], moments[1], int(state["step"]), group)
+                continue
+            moments = [
+                from_codes(state[f"{key}_codes"][piece], state[f"{key}_scales"][held], key == "exp_avg")
+                for key in ("exp_avg", "exp_avg_sq")
+            ]
+            _adamw(flat[piece], grad[piece], moments[0], moments[1], int(state["step"]), group)
+            for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+                codes, scales = to_codes(moment, key == "exp_avg")
+                state[f"{key}_codes"][piece], state[f"{key}_scales"][held] = codes, scales
+
+
+def _adamw(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: int, group: dict[str, Any]) -> None:
+    """One update, all in place."""
+    (beta1, beta2), rate = group["betas"], group["lr"]
+    weight.mul_(1 - rate * group["weight_decay"])
+    mean.lerp_(grad, 1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    size = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    weight.addcdiv_(mean, size, value=-rate / (1 - beta1**step))
 
 
 def clip(parameters: Iterable[nn.Parameter], most: float) -> float:

@@ -28,12 +28,14 @@ from llama2.errors import InputError, MissingDependencyError
 from llama2.lora_config import LoraConfig
 from llama2.train import checkpoints
 from llama2.train.arguments import TrainingArguments
+from llama2.train.layer import fused
 from llama2.train.objectives import Objective
 from llama2.train.optim import AdamW, clip, learning_rate
 from llama2.train.rows import objective_for
 
 LOG = "log.jsonl"
 LOSS_SCALE = 2.0**6  # that fp16 begins with, of a sum over a step's targets; halved where gradients overflow
+PASS_TOKENS = 1024
 
 
 @dataclass
@@ -130,6 +132,7 @@ class Trainer:
             args.adam_epsilon,
             args.weight_decay,
             masters=args.bf16 or args.fp16,
+            kind=args.optim,
         )
         if args.bf16 or args.fp16:
             model.to(torch.float16 if args.fp16 else torch.bfloat16)
@@ -172,7 +175,7 @@ class Trainer:
         if self.args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)  # type: ignore[operator]
         self.model.train()
-        with self._signals():
+        with self._signals(), fused(self.model):
             if self.args.eval_on_start and self.eval_rows and self.state.step == 0:
                 self._evaluated()
             while self.state.step < self.steps and not self._stop:
@@ -190,10 +193,10 @@ class Trainer:
     def _step(self) -> None:
         args, step, begin = self.args, self.state.step, time.perf_counter()
         torch.manual_seed(random.Random(f"{args.seed}/step/{step}").getrandbits(63))
-        rows, size = self._rows_of(step), args.per_device_train_batch_size
-        batches = [self.objective.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        rows, size = self._rows_of(step), self._at_once
         total, units, logs = 0.0, 0, dict[str, float]()
-        for batch in batches:
+        for start in range(0, len(rows), size):
+            batch = self.objective.collate(rows[start : start + size])
             loss = self.objective.loss(self.model, _to(batch, self.model))
             (loss.total * self.scale).backward()
             total, units = total + loss.total.item(), units + loss.units
@@ -219,6 +222,20 @@ class Trainer:
         entry = {"loss": total / max(units, 1), "grad_norm": norm, "learning_rate": rate}
         entry |= {name: value / max(units, 1) for name, value in logs.items()}
         self._after(entry, tokens / (time.perf_counter() - begin))
+
+    @property
+    def _at_once(self) -> int:
+        """Rows of one pass: those of a device, but on a CPU no more than PASS_TOKENS where gradients add up in float32.
+
+        Losses are sums and are divided once, so that the gradient is that of the whole batch; more at once would be no
+        faster on a CPU and takes memory by the token.
+        """
+        size = self.args.per_device_train_batch_size
+        trained = self.optimizer.parameters.values()
+        if any(p.device.type != "cpu" or p.itemsize < 4 for p in trained):
+            return size
+        longest = max(map(self.objective.tokens, self.rows[:256]))
+        return min(size, max(1, PASS_TOKENS // longest))
 
     def _divide(self, units: int) -> None:
         """Gradients of the sum become those of the mean over all targets of the step."""

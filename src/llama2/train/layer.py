@@ -1,0 +1,343 @@
+"""A decoder layer of training on a CPU as one function, its backward pass written out.
+
+Torch's own graph of a layer keeps about twice as much for the backward pass, makes some forty passes over memory that
+are not products, and computes attention densely over packed rows. Here products are torch's, everything else is one
+kernel each (csrc/train.inl), and attention covers each document's own triangle. Norms, the gated product and the
+rotation are computed again in the backward pass; x, q, k, v, gate, up and the attention's output are kept.
+
+N tokens of all rows, D width, F ffn, R ranks of the adapters that share an input.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llama2.attention import Mask
+from llama2.compiled import kernels, pool
+from llama2.linear import Linear
+from llama2.lora import LoraLinear
+from llama2.model import LlamaDecoderLayer, LlamaModel
+from llama2.quant.linear import PackedLinear
+
+DTYPES = (torch.float32, torch.bfloat16)
+Grads = dict[Tensor, Tensor]  # by parameter
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """Within it the decoders of `model` run every layer that allows it as one function; others as always."""
+    decoders = [module for module in model.modules() if isinstance(module, LlamaModel)] if kernels() else []
+    for decoder in decoders:
+        decoder.run_layer = Layers()
+    try:
+        yield
+    finally:
+        for decoder in decoders:
+            decoder.run_layer = None
+
+
+class Layers:
+    """What LlamaModel.run_layer is during training."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[Mask, Tensor] | None = None
+        self._places: _Places | None = None
+
+    def __call__(
+        self,
+        layer: nn.Module,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Mask,
+        implementation: str,
+        cache: Any = None,
+        cache_position: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As LlamaDecoderLayer.forward."""
+        if implementation == "sdpa" and cache is None and (plan := plan_of(layer, x_BTD)) is not None:
+            plan.places = self._places_of(x_BTD, rotation, mask)
+            if plan.places is not None:
+                trained = [p for p in plan.parameters() if p.requires_grad]
+                out: Tensor = _Layer.apply(x_BTD, plan, *trained)
+                return out, None
+        found: tuple[Tensor, Tensor | None] = layer(x_BTD, rotation, mask, implementation, cache, cache_position)
+        return found
+
+    def _places_of(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask) -> "_Places | None":
+        if self._seen is None or self._seen[0] is not mask or self._seen[1] is not rotation[0]:
+            batch, tokens = x_BTD.shape[:2]
+            ends = ends_of(mask, batch, tokens)
+            self._seen, self._places = (mask, rotation[0]), None
+            if ends is not None:
+                tables = [t.expand(batch, 1, tokens, -1).reshape(batch * tokens, -1).contiguous() for t in rotation]
+                self._places = _Places(tables[0], tables[1], ends)
+        return self._places
+
+
+@dataclass
+class _Places:
+    """Rotations (N, E) float32, and where each text ends among the N tokens."""
+
+    cos: Tensor
+    sin: Tensor
+    ends: Tensor
+
+
+def ends_of(mask: Mask, batch: int, tokens: int) -> Tensor | None:
+    """The ends of texts among batch * tokens tokens, or None where tokens see anything but the text so far."""
+    if mask.allowed is None:
+        return torch.arange(1, batch + 1) * tokens if mask.causal or tokens == 1 else None
+    allowed = mask.allowed
+    if allowed.dtype != torch.bool or allowed.shape[1:] != (1, tokens, tokens) or allowed.is_cuda:
+        return None
+    seen = allowed[:, 0].to(torch.uint8)
+    place = torch.arange(tokens)
+    first, last = seen.argmax(-1), tokens - 1 - seen.flip(-1).argmax(-1)
+    whole = (last == place) & (seen.sum(-1) == place - first + 1) & allowed[:, 0].diagonal(dim1=1, dim2=2)
+    begins = first == place
+    joined = begins[:, 1:] | (first[:, 1:] == first[:, :-1])
+    if not bool(whole.all()) or not bool(joined.all()):
+        return None
+    begins = begins.expand(batch, tokens).reshape(-1)
+    return torch.cat((begins.nonzero().squeeze(1)[1:], torch.tensor([batch * tokens])))
+
+
+# -- what a layer consists of ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Product:
+    """One linear: its weight, plain or packed, and at most one adapter."""
+
+    base: Linear | PackedLinear
+    a: nn.Parameter | None = None
+    b: nn.Parameter | None = None
+    scale: float = 1.0
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(out, in)."""
+        return self.base.dequantize(dtype) if isinstance(self.base, PackedLinear) else self.base.weight.detach()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What may be trained."""
+        own = [self.base.weight] if isinstance(self.base, Linear) else []
+        return [*own, *(p for p in (self.a, self.b) if p is not None)]  # type: ignore[list-item]
+
+
+@dataclass
+class _Plan:
+    """A layer: products by the input they share, norms, shapes."""
+
+    qkv: list[_Product]
+    out: list[_Product]
+    wide: list[_Product]
+    down: list[_Product]
+    norms: tuple[Any, Any]
+    heads: int
+    kv_heads: int
+    scale: float
+    places: _Places | None = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What may be trained, in one order."""
+        products = (*self.qkv, *self.out, *self.wide, *self.down)
+        return [p for product in products for p in product.parameters()] + [norm.weight for norm in self.norms]
+
+
+def plan_of(layer: Any, x_BTD: Tensor) -> _Plan | None:
+    """The plan of a layer, or None where its parts are of another kind than the kernels know."""
+    if type(layer) is not LlamaDecoderLayer or x_BTD.device.type != "cpu" or x_BTD.dtype not in DTYPES:
+        return None
+    attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
+    config = attention.config
+    odd = config.hidden_size % 16 or config.intermediate_size % 16 or config.head_dim % 2
+    if odd or config.pretraining_tp > 1 or config.hidden_act not in ("silu", "swish"):
+        return None
+    if (layer.training and config.attention_dropout) or torch.is_autocast_enabled("cpu"):
+        return None
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    linears = [getattr(attention, name) for name in names] + [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    found = [_product_of(linear, x_BTD.dtype) for linear in linears]
+    parts = [product for product in found if product is not None]
+    if len(parts) < len(found) or any(norm.weight.dtype != x_BTD.dtype for norm in norms):
+        return None
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    return _Plan(parts[:3], parts[3:4], parts[4:6], parts[6:], norms, *heads, attention.scaling)
+
+
+def _product_of(linear: Any, dtype: torch.dtype) -> _Product | None:
+    base, adapter = (linear.base_layer, linear) if isinstance(linear, LoraLinear) else (linear, None)
+    if base.bias is not None or not (type(base) is Linear or isinstance(base, PackedLinear)):
+        return None
+    if type(base) is Linear and base.weight.dtype != dtype:
+        return None
+    if adapter is None or not adapter.active or not adapter.lora_A:
+        return _Product(base)
+    name = adapter.active[0]
+    drops = adapter.training and adapter.dropout[name]
+    if len(adapter.active) > 1 or name in adapter.lora_magnitude_vector or drops:
+        return None
+    return _Product(base, adapter.lora_A[name], adapter.lora_B[name], adapter.scaling[name])
+
+
+# -- products that share an input --------------------------------------------------------------------------------
+
+
+def _down(products: list[_Product], dtype: torch.dtype) -> Tensor | None:
+    """A of every adapter, one below the other (R, in)."""
+    found = [p.a.detach() for p in products if p.a is not None]
+    return torch.cat(found).to(dtype) if found else None
+
+
+def _up(product: _Product, dtype: torch.dtype) -> Tensor:
+    """scale * B (out, r)."""
+    assert product.b is not None
+    return (product.b.detach() * product.scale).to(dtype)
+
+
+def _ranks(products: list[_Product], low: Tensor | None) -> list[Tensor | None]:
+    """The columns of low (N, R) that belong to each product."""
+    if low is None:
+        return [None] * len(products)
+    parts = iter(low.split([len(p.a) for p in products if p.a is not None], dim=1))
+    return [None if p.a is None else next(parts) for p in products]
+
+
+def _forward(
+    products: list[_Product], x: Tensor, added: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """x W^T + scale x A^T B^T (+ added) of each, and x A^T (N, R)."""
+    a = _down(products, x.dtype)
+    low = None if a is None else x @ a.T
+    outs = []
+    for product, part in zip(products, _ranks(products, low), strict=True):
+        weight = product.weight(x.dtype)
+        out = x @ weight.T if added is None else torch.addmm(added, x, weight.T)
+        if part is not None:
+            out.addmm_(part, _up(product, x.dtype).T)
+        outs.append(out)
+    return tuple(outs), low
+
+
+def _backward(products: list[_Product], x: Tensor, low: Tensor | None, grads: list[Tensor], found: Grads) -> Tensor:
+    """The gradient of x; those of the trained weights go to `found`."""
+    to_low = _to_low(products, grads)
+    _weights(products, x, low, grads, to_low, found)
+    return _inputs(products, grads, to_low)
+
+
+def _to_low(products: list[_Product], grads: list[Tensor]) -> Tensor | None:
+    """The gradient of x A^T (N, R)."""
+    found = [grad @ _up(p, grad.dtype) for p, grad in zip(products, grads, strict=True) if p.b is not None]
+    return torch.cat(found, 1) if found else None
+
+
+def _inputs(products: list[_Product], grads: list[Tensor], to_low: Tensor | None) -> Tensor:
+    """The gradient of x (N, in)."""
+    to_x: Tensor | None = None
+    for product, grad in zip(products, grads, strict=True):
+        weight = product.weight(grad.dtype)
+        to_x = grad @ weight if to_x is None else to_x.addmm_(grad, weight)
+    assert to_x is not None
+    if to_low is not None:
+        to_x.addmm_(to_low, _down(products, to_low.dtype))  # type: ignore[arg-type]
+    return to_x
+
+
+def _weights(
+    products: list[_Product], x: Tensor, low: Tensor | None, grads: list[Tensor], to_low: Tensor | None, found: Grads
+) -> None:
+    """The gradients of what is trained, to `found`."""
+    for product, part, grad in zip(products, _ranks(products, low), grads, strict=True):
+        if isinstance(product.base, Linear) and product.base.weight.requires_grad:
+            found[product.base.weight] = grad.T @ x
+        if part is not None and product.b is not None:
+            found[product.b] = (grad.T @ part).to(product.b.dtype).mul_(product.scale)
+    if to_low is not None:
+        adapted = [p.a for p in products if p.a is not None]
+        parts = (to_low.T @ x).split([len(a) for a in adapted])
+        found |= {a: part.to(a.dtype) for a, part in zip(adapted, parts, strict=True)}
+
+
+# -- the layer ---------------------------------------------------------------------------------------------------
+
+
+def _norm(x: Tensor, norm: Any) -> Tensor:
+    out = torch.empty_like(x)
+    kernels().norm(pool(), x, norm.weight.detach(), norm.variance_epsilon, out)
+    return out
+
+
+def _norm_grad(x: Tensor, norm: Any, grad: Tensor, residual: Tensor, found: Grads) -> Tensor:
+    """The gradient of x, `residual` added."""
+    weight, to_x = norm.weight, torch.empty_like(x)
+    to_weight = torch.zeros(len(weight)) if weight.requires_grad else None
+    kernels().norm_grad(pool(), x, weight.detach(), norm.variance_epsilon, grad, residual, to_x, to_weight)
+    if to_weight is not None:
+        found[weight] = to_weight.to(weight.dtype)
+    return to_x
+
+
+class _Layer(torch.autograd.Function):
+    """x (B, T, D) -> (B, T, D); after the plan the trained parameters, for torch to know of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, plan: _Plan, *trained: Tensor) -> Tensor:
+        x = x_BTD.detach().reshape(-1, x_BTD.shape[-1]).contiguous()
+        places = plan.places
+        assert places is not None
+        (q, k, v), low = _forward(plan.qkv, _norm(x, plan.norms[0]))
+        o, lse = torch.empty_like(q), torch.empty((plan.heads, len(x)))
+        kernels().texts(
+            pool(), *_heads(plan, q, k, v), places.cos, places.sin, places.ends, plan.scale, *_heads(plan, o), lse
+        )
+        (middle,), out_low = _forward(plan.out, o, x)
+        (gate, up), wide_low = _forward(plan.wide, _norm(middle, plan.norms[1]))
+        both = torch.empty_like(gate)
+        kernels().swiglu(pool(), gate, up, both)
+        (y,), down_low = _forward(plan.down, both, middle)
+        ctx.plan, ctx.trained = plan, trained
+        ctx.save_for_backward(x, q, k, v, o, lse, middle, gate, up, low, out_low, wide_low, down_low)
+        return y.view(x_BTD.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan, found, places = ctx.plan, Grads(), ctx.plan.places
+        x, q, k, v, o, lse, middle, gate, up, low, out_low, wide_low, down_low = ctx.saved_tensors
+        grad = grads[0].reshape(x.shape).contiguous()
+        both = torch.empty_like(gate)
+        to_gate, to_up = torch.empty_like(gate), torch.empty_like(gate)
+        to_low = _to_low(plan.down, [grad])
+        to_both = _inputs(plan.down, [grad], to_low)
+        kernels().swiglu_grad(pool(), gate, up, to_both, to_gate, to_up, both)  # and silu(gate) * up once more
+        _weights(plan.down, both, down_low, [grad], to_low, found)
+        del both, to_both
+        to_norm = _backward(plan.wide, _norm(middle, plan.norms[1]), wide_low, [to_gate, to_up], found)
+        del to_gate, to_up
+        grad = _norm_grad(middle, plan.norms[1], to_norm, grad, found)
+        to_o = _backward(plan.out, o, out_low, [grad], found)
+        to_q, to_k, to_v = (torch.empty_like(t) for t in (q, k, v))
+        kernels().texts_grad(
+            pool(), *_heads(plan, q, k, v), places.cos, places.sin, places.ends, plan.scale, *_heads(plan, o), lse,
+            *_heads(plan, to_o, to_q, to_k, to_v),
+        )  # fmt: skip
+        to_qkv, normed = [to_q, to_k, to_v], _norm(x, plan.norms[0])
+        to_low = _to_low(plan.qkv, to_qkv)
+        _weights(plan.qkv, normed, low, to_qkv, to_low, found)
+        if not ctx.needs_input_grad[0] and not plan.norms[0].weight.requires_grad:  # the first layer over frozen tokens
+            return None, None, *(found.get(p) for p in ctx.trained)
+        to_norm = _inputs(plan.qkv, to_qkv, to_low)
+        to_x = _norm_grad(x, plan.norms[0], to_norm, grad, found)
+        return to_x.view(grads[0].shape), None, *(found.get(p) for p in ctx.trained)
+
+
+def _heads(plan: _Plan, *tensors: Tensor) -> list[Tensor]:
+    """(N, heads * E) as (N, heads, E)."""
+    width = plan.places.cos.shape[1]  # type: ignore[union-attr]
+    return [t.view(len(t), -1, width) for t in tensors]

@@ -1,0 +1,165 @@
+"""A layer as one function: values and gradients are those of torch's own graph in float64, packed rows included."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_ids, tiny_model
+
+from llama2 import lora
+from llama2.attention import Mask, make_mask
+from llama2.compiled import available, kernels, pool
+from llama2.lora_config import LoraConfig
+from llama2.train.data import Example
+from llama2.train.layer import ends_of, fused, plan_of
+from llama2.train.objectives import NextToken, packed_rows
+
+needs_kernels = pytest.mark.skipif(not available(), reason="the compiled module is not built")
+
+FLOAT32 = 3e-5  # of a gradient's norm: torch's own float32 graph of these models is up to 1.1e-5 away
+
+
+def examples(count: int = 7) -> list[Example]:
+    rows = [tiny_ids(1, 5 + 4 * i, seed=i)[0].tolist() for i in range(count)]
+    return [Example(ids, [-100, *ids[1:]]) for ids in rows]
+
+
+def adapted(model: Any, targets: Any = "all-linear") -> Any:
+    lora.add_adapter(model, LoraConfig(r=3, target_modules=targets))
+    with torch.no_grad():
+        for i, layer in enumerate(lora.layers(model).values()):
+            values = torch.randn(layer.lora_B["default"].shape, generator=torch.Generator().manual_seed(i))
+            layer.lora_B["default"].copy_(values * 0.1)
+    return model
+
+
+def partly(model: Any) -> Any:
+    """Adapters on some linears only, and a norm that is trained."""
+    adapted(model, ["q_proj", "up_proj", "down_proj"])
+    model.model.layers[0].input_layernorm.weight.requires_grad_(True)
+    return model
+
+
+def gradients(model: Any, rows: list[Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    objective = NextToken()
+    loss = objective.loss(model, objective.collate(rows))
+    loss.total.backward()
+    return loss.total.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@needs_kernels
+@pytest.mark.parametrize("sizes", [{}, {"num_key_value_heads": 1}, {"head_dim": 24}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("prepare", [lambda model: model, adapted, partly], ids=["full", "lora", "some"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_gradients_are_those_of_float64(sizes: dict[str, Any], prepare: Callable[[Any], Any], packing: bool) -> None:
+    model = prepare(tiny_model(torch.float32, **sizes)).train()
+    exact = copy.deepcopy(model).double()
+    rows = packed_rows(examples(), 60, packing)
+    value, wanted = gradients(exact, rows)
+    with fused(model):
+        assert plan_of(model.model.layers[0], torch.zeros(1, 1, 64)) is not None
+        loss, found = gradients(model, rows)
+    assert found.keys() == wanted.keys()
+    assert loss == pytest.approx(value, rel=1e-6)
+    for name, grad in found.items():
+        distance = (grad.double() - wanted[name]).norm() / wanted[name].norm()
+        assert distance < FLOAT32, f"{name}: {distance:.1e}"
+
+
+@needs_kernels
+def test_bfloat16_is_as_near_to_float64_as_torch_is() -> None:
+    model = adapted(tiny_model(torch.float32)).to(torch.bfloat16).train()
+    exact, rows = copy.deepcopy(model).double(), packed_rows(examples(), 60)
+    _, wanted = gradients(exact, rows)
+    _, plain = gradients(model, rows)
+    with fused(model):
+        _, found = gradients(model, rows)
+
+    def distance(grads: dict[str, torch.Tensor]) -> float:
+        return sum(float((g.double() - wanted[n]).norm() / wanted[n].norm()) for n, g in grads.items())
+
+    assert distance(found) < 1.1 * distance(plain)
+
+
+@needs_kernels
+def test_recomputing_gives_the_same_bits() -> None:
+    model, rows = adapted(tiny_model(torch.float32)).train(), packed_rows(examples(), 60)
+    with fused(model):
+        _, kept = gradients(model, rows)
+        model.gradient_checkpointing_enable()
+        _, again = gradients(model, rows)
+    assert all(torch.equal(again[name], grad) for name, grad in kept.items())
+
+
+@needs_kernels
+def test_a_text_sees_no_other() -> None:
+    model, (a, b, c) = tiny_model(torch.float32).train(), examples(3)
+    objective = NextToken()
+    batches = [objective.collate(packed_rows([first, b], 64)) for first in (a, c)]
+    with fused(model), torch.no_grad():
+        one, other = (
+            model.model(x["input_ids"], x["attention_mask"], x["position_ids"], use_cache=False).last_hidden_state
+            for x in batches
+        )
+    assert torch.equal(one[0, len(a.input_ids) :], other[0, len(c.input_ids) :])
+
+
+def test_what_the_kernels_do_not_know_runs_as_always() -> None:
+    x = torch.zeros(1, 1, 64)
+    model = tiny_model(torch.float32).train()
+    assert plan_of(model.model.layers[0], x.double()) is None
+    assert plan_of(tiny_model(torch.float32, attention_bias=True).model.layers[0], x) is None
+    assert plan_of(tiny_model(torch.float32, hidden_act="gelu").model.layers[0], x) is None
+    lora.add_adapter(model, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1))
+    assert plan_of(model.model.layers[0], x) is None
+    assert plan_of(model.eval().model.layers[0], x) is not None
+
+
+def test_ends_of_texts() -> None:
+    assert ends_of(Mask(None, causal=True), 2, 5).tolist() == [5, 10]  # type: ignore[union-attr]
+    batch = NextToken().collate(packed_rows(examples(4), 30))
+    mask = make_mask(batch["attention_mask"], 30, 0, 30, torch.device("cpu"))
+    rows = packed_rows(examples(4), 30)
+    tokens = batch["input_ids"].shape[1]
+    wanted = []
+    for i, row in enumerate(rows):
+        wanted += [i * tokens + at for at in (*row.starts[1:], len(row.input_ids), tokens)]
+    assert ends_of(mask, len(rows), tokens).tolist() == sorted(set(wanted))  # type: ignore[union-attr]
+    left = torch.tensor([[0, 1, 1], [1, 1, 1]])  # padding that sees nothing
+    assert ends_of(make_mask(left, 3, 0, 3, torch.device("cpu")), 2, 3) is None
+    window = torch.ones(4, 4, dtype=torch.bool).tril().triu(-1)
+    assert ends_of(Mask(window[None, None], causal=False), 1, 4) is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_of_logits(dtype: torch.dtype) -> None:
+    for vocabulary in (7, 97, 160):
+        logits = (torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
+        target, factors = torch.arange(5), torch.linspace(-2, 2, 5)
+        exact = logits.double().requires_grad_()
+        wanted = exact.log_softmax(-1)[torch.arange(5), target]
+        (wanted * factors).sum().backward()
+        found = torch.empty(5)
+        kernels().log_probs(pool(), logits, target, factors, found)
+        assert torch.allclose(found.double(), wanted, atol=1e-5)
+        assert torch.allclose(logits.double(), exact.grad, atol=1e-6 if dtype == torch.float32 else 8e-3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        kernels().log_probs(pool(), logits, target + 158, factors, found)
+
+
+@needs_kernels
+def test_kernels_refuse_sizes_that_do_not_fit() -> None:
+    x, weight = torch.zeros(3, 32), torch.zeros(32)
+    with pytest.raises(ValueError, match="one dtype and size"):
+        kernels().norm(pool(), x, weight, 1e-5, torch.zeros(2, 32))
+    with pytest.raises(ValueError, match="multiple of 16"):
+        kernels().norm(pool(), torch.zeros(3, 24), torch.zeros(24), 1e-5, torch.zeros(3, 24))
+    q, tables = torch.zeros(3, 2, 16), torch.zeros(3, 16)
+    for ends in ([2], [2, 2, 3], [4], []):
+        with pytest.raises(ValueError, match="text"):
+            given = (q, q, q, tables, tables, torch.tensor(ends, dtype=torch.int64), 1.0, torch.zeros_like(q))
+            kernels().texts(pool(), *given, torch.zeros(2, 3))
