@@ -85,7 +85,7 @@ class Options:
 
     @property
     def weighs_tokens(self) -> bool:
-        """Whether tokens count differently: not in an importance matrix, which is llama.cpp's and does worse with it."""
+        """Whether tokens count differently: not for an importance matrix, which is the worse for it."""
         return self.token_weights and (self.solve or self.kind != "gguf")
 
     def settings(self, config: LlamaConfig, dtype: str) -> QuantizationConfig | None:
