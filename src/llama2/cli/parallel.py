@@ -34,8 +34,9 @@ class Ranks:
 
 def ranks(wanted: int | None, environment: Mapping[str, str]) -> Ranks | None:
     """The processes there are, or are to be; None for a server of one. Raises InputError where both differ."""
-    if wanted is not None and wanted < 1:
-        raise InputError(f"--tensor-parallel is {wanted}; give the number of processes, at least 1")
+    if wanted is not None and wanted < 0:
+        raise InputError(f"--tensor-parallel is {wanted}; give the number of processes, 1 for one")
+    wanted = wanted or None  # SageMaker says SM_NUM_GPUS=0 where there is no GPU
     if "WORLD_SIZE" not in environment:
         return Ranks(0, wanted, 0, wanted) if wanted is not None and wanted > 1 else None
     size, rank = int(environment["WORLD_SIZE"]), int(environment.get("RANK", "0"))
@@ -52,6 +53,8 @@ def check(options: Any) -> None:
         "--adapter": options.adapter is not None,
         "--lora-adapters": bool(options.lora_adapters),
         "--draft": options.draft is not None,
+        "--kv-cache": options.cache_dtype is not None,
+        "--attn-implementation": options.attn_implementation is not None,
     }
     if given := [name for name, on in refused.items() if on]:
         raise InputError(f"{given[0]} and a model over several processes exclude each other; drop one of them")

@@ -25,7 +25,8 @@ class PlanRunner(Protocol):
     alone: AbstractContextManager[None]  # held by the thread that steps
 
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
-        """Keys and values of the chunks go into their pages; logits (wanted, V) of each chunk that wants any, in order.
+        """Keys and values of the chunks go into their pages; logits (wanted, V) of each chunk that wants any, in order,
+        on the CPU.
 
         adapters: for each chunk the adapter it runs with.
         """
@@ -117,7 +118,10 @@ class TorchPlanRunner:
         ).transpose(3, 4)  # layers, 2, B, T, K, E
         for row, chunk in enumerate(chunks):
             self._keep(chunk, fresh[:, :, row])
-        return [logits[keep - chunk.wanted :] for logits, chunk in zip(output.logits, chunks, strict=True)]
+        if not any(chunk.wanted for chunk in chunks):
+            return [output.logits[0, :0]] * len(chunks)
+        rows = output.logits.cpu()  # at once: tokens are picked from a few candidates of each row, on the CPU
+        return [logits[keep - chunk.wanted :] for logits, chunk in zip(rows, chunks, strict=True)]
 
     def _past(self, chunk: Chunk, length: int) -> Tensor:
         """Keys and values (layers, 2, length, K, E) before a chunk, zeros first."""
