@@ -28,7 +28,7 @@ from llama2.train.objectives import Objective
 from llama2.train.optim import OPTIMIZERS, SCHEDULES, AdamW, clip, learning_rate
 
 LOG = "log.jsonl"
-PASS_TOKENS = 1024
+PASS_TOKENS = 512
 
 
 @dataclass(kw_only=True)
