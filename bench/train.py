@@ -345,6 +345,8 @@ def compare(args: argparse.Namespace, rival: str | None, folder: Path) -> None:
             said = worker.round()
             if number:  # the first round warms up
                 found.append((tokens / said["seconds"], tokens / said["cpu"]))
+                print(f"  {worker.name} {worker.mode}: {found[-1][0]:.1f} tokens/s, {found[-1][1]:.1f} per processor "
+                      f"second, {said['bytes'] / 2**20:.0f} MiB", flush=True)  # fmt: skip
     peak = max(limits.values())
     print(f"{args.mode}, {args.shape}, {args.batch} x {args.length} tokens a step, {flop / 1e9:.3f} GFLOP a token")
     print(", ".join(f"{name} {value:.0f} GFLOP/s" for name, value in limits.items()))

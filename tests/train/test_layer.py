@@ -10,8 +10,10 @@ from tiny import tiny_ids, tiny_model
 
 from llama2 import lora
 from llama2.attention import Mask, make_mask
+from llama2.checkpoint.load import GivenWeights, pack
 from llama2.compiled import available, kernels, pool
 from llama2.lora_config import LoraConfig
+from llama2.quantization_config import BitsAndBytesConfig
 from llama2.train.data import Example
 from llama2.train.layer import ends_of, fused, plan_of
 from llama2.train.objectives import NextToken, packed_rows
@@ -42,6 +44,17 @@ def partly(model: Any) -> Any:
     return model
 
 
+def qlora(model: Any) -> Any:
+    """Adapters over NF4 weights."""
+    state = model.state_dict()
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    pack(model, GivenWeights(state), {name: name for name in state}, config, torch.float32)
+    return adapted(model)
+
+
+PREPARED: dict[str, Any] = {"full": lambda model: model, "lora": adapted, "some": partly, "qlora": qlora}
+
+
 def gradients(model: Any, rows: list[Any]) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     objective = NextToken()
@@ -52,7 +65,9 @@ def gradients(model: Any, rows: list[Any]) -> tuple[float, dict[str, torch.Tenso
 
 @needs_kernels
 @pytest.mark.parametrize("sizes", [{}, {"num_key_value_heads": 1}, {"head_dim": 24}, {"tie_word_embeddings": True}])
-@pytest.mark.parametrize("prepare", [lambda model: model, adapted, partly], ids=["full", "lora", "some"])
+@pytest.mark.parametrize(
+    "prepare", [lambda model: model, adapted, partly, qlora], ids=["full", "lora", "some", "qlora"]
+)
 @pytest.mark.parametrize("packing", [True, False])
 def test_gradients_are_those_of_float64(sizes: dict[str, Any], prepare: Callable[[Any], Any], packing: bool) -> None:
     model = prepare(tiny_model(torch.float32, **sizes)).train()

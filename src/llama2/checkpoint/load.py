@@ -18,6 +18,7 @@ import llama2.model
 from llama2.checkpoint import Checkpoint, Stored
 from llama2.checkpoint.hf import CODES, HfCheckpoint
 from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
+from llama2.checkpoint.pages import release
 from llama2.checkpoint.peft import adapted_base, load_adapter
 from llama2.checkpoint.source import open_source, override, split_hub_options
 from llama2.config import LlamaConfig
@@ -466,7 +467,10 @@ def pack(
     kind = layer_class(config)
 
     def packed(path: str) -> nn.Module:
-        return kind.quantize(weights.read(found[f"{path}.weight"], dtype), chosen[path].bias, config)
+        weight = weights.read(found[f"{path}.weight"], dtype)
+        layer = kind.quantize(weight, chosen[path].bias, config)
+        release(weight)  # of a mapped file: else all of it stays in memory beside what it became
+        return layer
 
     for path, layer in zip(chosen, in_single_threads(packed, chosen), strict=True):
         model.set_submodule(path, layer)

@@ -35,7 +35,7 @@ from llama2.train.rows import objective_for
 
 LOG = "log.jsonl"
 LOSS_SCALE = 2.0**6  # that fp16 begins with, of a sum over a step's targets; halved where gradients overflow
-PASS_TOKENS = 1024
+PASS_TOKENS = 512
 
 
 @dataclass
