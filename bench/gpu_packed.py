@@ -100,7 +100,7 @@ def compare(layer: PackedLinear, dtype: torch.dtype) -> tuple[bool, float]:
     """(whether the kernel unpacks what torch does, the largest relative error of a product; inf for NaN)."""
     exact, fused = layer.dequantize().double(), layer.fused()
     same, worst = torch.equal(fused.unpack(dtype), layer.dequantize(dtype)), 0.0
-    for rows in (1, 3, 16) if fused.multiplies else ():
+    for rows in (rows for rows in (1, 3, 16) if fused.multiplies(rows)):
         x = torch.randn(rows, layer.in_features, device="cuda").to(dtype)
         wanted = x.double() @ exact.T
         error = float((layer.multiply(x).double() - wanted).norm() / wanted.norm())
@@ -226,6 +226,6 @@ def pack_model(model: LlamaForCausalLM, weights: str) -> int:
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and ".layers." in path:
             shape = (module.out_features, module.in_features)
-            model.set_submodule(path, FORMATS[weights](shape))
+            model.set_submodule(path, FORMATS[weights](shape).eval())
     packed = sum(module.nbytes for module in model.modules() if isinstance(module, PackedLinear))
     return packed + model.lm_head.weight.nbytes

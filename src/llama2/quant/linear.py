@@ -17,9 +17,8 @@ _ROWS = 16  # of x, up to which a kernel multiplies with packed weights
 class Fused(Protocol):
     """The kernels of one packed weight (N, K); the classes of `fused`."""
 
-    @property
-    def multiplies(self) -> bool:
-        """Whether `product` is there for this shape and format."""
+    def multiplies(self, rows: int) -> bool:
+        """Whether `product` is there for this shape and format and so many rows of x."""
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """What the layer's `dequantize` gives."""
@@ -85,7 +84,7 @@ class PackedLinear(nn.Module, ABC):
         rows = x.numel() // self.in_features
         if 1 <= rows <= _ROWS and self._has_kernels(x):
             fused = self.fused()
-            if fused.multiplies:
+            if fused.multiplies(rows):
                 out = fused.product(x.reshape(rows, self.in_features).contiguous())
                 return out.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight_for(x))
