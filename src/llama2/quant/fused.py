@@ -321,7 +321,7 @@ def _as_float32() -> str:
 
 
 def _as_planes() -> str:
-    """PTX for four bytes $4: values of the high four bits, in the planes' type, in $0 and $1, of the low in $2 and $3."""
+    """PTX for four bytes $4: values, in the planes' type, of the high four bits in $0 and $1, of the low in $2, $3."""
     lines, half = [], 0
     for line in _lookup(5):
         if line != "half":

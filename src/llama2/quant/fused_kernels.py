@@ -1,8 +1,8 @@
 """The Triton kernels of `fused`: packed weights to floats, and products of one row of x with packed weights.
 
 W is (N, K), x (M, K), sums are float32. A program of a product takes rows n of W and a range of K, `share` tiles of it;
-where there are several ranges, each has its own plane of `out`. Codes are read 16 bytes a thread; the table of 16 values
-is one line of the first cache. Several rows of x: `fused_matrices`.
+where there are several ranges, each has its own plane of `out`. Codes are read 16 bytes a thread; the table of 16
+values is one line of the first cache. Several rows of x: `fused_matrices`.
 """
 
 import triton
@@ -24,9 +24,13 @@ def _halves(pairs: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _planes(table: tl.tensor) -> tl.tensor:
-    """The table as float16, its eight words of low bytes and of high bytes, which stand after its 16 float32."""
-    words = (table + 16).to(tl.pointer_type(tl.int32))
+def _planes(table: tl.tensor, n: tl.tensor) -> tl.tensor:
+    """The table's eight words of low bytes and of high bytes, which stand after its 16 float32; one a row n of W.
+
+    Loaded from an address that seems to depend on n: equal in all threads they would go to uniform registers, from
+    which prmt cannot read, and be copied before each.
+    """
+    words = (table + 16).to(tl.pointer_type(tl.int32)) + tl.minimum(n, 0)[:, None]
     low = (tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3))
     return low, (tl.load(words + 4), tl.load(words + 5), tl.load(words + 6), tl.load(words + 7))
 
@@ -220,7 +224,7 @@ def blocks_row(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * share * SPANS
     width: tl.constexpr = SPANS * SPAN // 2
-    planes = _planes(table)
+    planes = _planes(table, n)
     sums = tl.zeros((BLOCK_N, SPANS), tl.float32)
     for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
         byte = start * (SPAN // 2) + tl.arange(0, width)

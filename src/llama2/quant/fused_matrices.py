@@ -65,7 +65,7 @@ def blocks_rows(
     last = tl.minimum(first + share, spans)
     k = tl.arange(0, SPAN)
     here = n < rows
-    planes = _planes(table)
+    planes = _planes(table, n)
     at = n[:, None] * row_bytes + tl.arange(0, SPAN // 2)[None, :]
     block = n * spans
     scale = _absmax(absmax, values, nested, offset, (block + first) // PER_BLOCK, here, NESTED)
