@@ -156,6 +156,29 @@ def test_products_of_other_shapes(name: str, shape: tuple[int, int], rows: int) 
     assert relative(layer.multiply(x), wanted) < BOUNDS[torch.float32]
 
 
+@pytest.mark.parametrize("name", ["nf4 double", "gptq 4 bits gptq", "gptq 4 bits gptq act-order", "int8"])
+def test_one_row_as_a_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "MATRICES", dict.fromkeys(fused.MATRICES, 1))
+    layer = MAKERS[name]((96, 576)).to(DEVICE)
+    x = torch.randn(1, 576, device=DEVICE)
+    assert relative(layer.multiply(x), x.double() @ layer.dequantize().double().T) < BOUNDS[torch.float32]
+
+
+def test_sorted_codes_follow_the_file() -> None:
+    """The copy that act-order makes is made again where the layer's tensors changed."""
+    layer, other = (MAKERS["gptq 4 bits gptq act-order"]((96, 576)).to(DEVICE) for _ in range(2))
+    x = torch.randn(3, 576, device=DEVICE)
+    for _ in range(2):
+        assert relative(layer.multiply(x), x.double() @ layer.dequantize().double().T) < BOUNDS[torch.float32]
+        layer.load_state_dict(other.state_dict())
+    uneven = MAKERS["gptq 4 bits gptq act-order"]((96, 576)).to(DEVICE)
+    uneven.packed["g_idx"].copy_(torch.randint(0, 9, (576,)))
+    assert not uneven.fused().multiplies(3)
+    for rows in (1, 3):
+        wanted = x[:rows].double() @ uneven.dequantize().double().T
+        assert relative(uneven.multiply(x[:rows]), wanted) < BOUNDS[torch.float32]
+
+
 @pytest.mark.parametrize("block", [32, 128, 4096])
 def test_other_blocks(block: int) -> None:
     """Files of bitsandbytes have blocks of other sizes; a row may hold a part of one."""

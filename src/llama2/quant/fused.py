@@ -193,8 +193,8 @@ class Groups:
                 )
                 return
             asm, unit = _LESS[x.dtype] if x.is_cuda else ("", 0)
-            fixed |= {"ASM": asm, "UNIT": unit, "DTYPE": DTYPES[x.dtype]}
-            kernel[grid](x, *tensors[:3], out, rows, columns, self.group_size, share, **fixed, **more)
+            fixed |= {"ASM": asm, "UNIT": unit, "DTYPE": DTYPES[x.dtype], "PER_GROUP": self.group_size // self._width}
+            kernel[grid](x, *tensors[:3], out, rows, columns, share, **fixed, **more)
 
         return _split("groups", x, rows, triton.cdiv(columns, 8 * span), launch)
 

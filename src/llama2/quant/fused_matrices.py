@@ -134,12 +134,12 @@ def groups_rows(
     out: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
-    group_size: tl.tensor,
     share: tl.tensor,
     count: tl.tensor,
     ADD: tl.constexpr,
     V1: tl.constexpr,
     SPAN: tl.constexpr,
+    PER_GROUP: tl.constexpr,
     UNIT: tl.constexpr,
     ASM: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -158,7 +158,7 @@ def groups_rows(
     k = tl.arange(0, 8 * SPAN)
     here = n < rows
     sums = tl.zeros((16, BLOCK_N), tl.float32)
-    group = first * (8 * SPAN) // group_size
+    group = first // PER_GROUP
     zero = _zeros(qzeros, group, n, rows, here, 4, ADD, V1)
     scale = tl.load(scales + group * rows + n, mask=here, other=0.0).to(tl.float32)
     for span in range(first, last):
@@ -170,7 +170,7 @@ def groups_rows(
         there = (m < count)[:, None] & (column < columns)[None, :]
         value = tl.load(x + m[:, None] * columns + column[None, :], mask=there, other=0.0)
         # As in blocks_rows, for zeros as well.
-        group = (span + 1) * (8 * SPAN) // group_size
+        group = (span + 1) // PER_GROUP
         more = here & (span + 1 < last)
         next_zero = _zeros(qzeros, group, n, rows, more, 4, ADD, V1)
         next_scale = tl.load(scales + group * rows + n, mask=more, other=0.0).to(tl.float32)
