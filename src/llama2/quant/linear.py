@@ -77,20 +77,21 @@ class PackedLinear(nn.Module, ABC):
 
     def weight_for(self, x: Tensor) -> Tensor:
         """The weight (out, in) in the dtype of x, by a kernel where there is one."""
-        return self.fused().unpack(x.dtype) if self._has_kernels(x) else self.dequantize(x.dtype)
+        return self.fused().unpack(x.dtype) if self.has_kernels(x.dtype, x.device) else self.dequantize(x.dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
         """x W^T without gradients."""
         rows = x.numel() // self.in_features
-        if 1 <= rows <= _ROWS and self._has_kernels(x):
+        if 1 <= rows <= _ROWS and self.has_kernels(x.dtype, x.device):
             fused = self.fused()
             if fused.multiplies(rows):
                 out = fused.product(x.reshape(rows, self.in_features).contiguous())
                 return out.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight_for(x))
 
-    def _has_kernels(self, x: Tensor) -> bool:
-        return x.dtype in _FUSED and kernels_run(x.device)
+    def has_kernels(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether kernels, not torch, unpack and multiply for x of this dtype there."""
+        return dtype in _FUSED and kernels_run(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear."""
