@@ -241,9 +241,11 @@ class _Slot:
         shown = min(bucket(need), self.room)
         if shown not in self.graphs:
             keys, values = ([x[:, :, :shown] for x in parts] for parts in (self.keys, self.values))
-            cache, places = StaticCache.over(keys, values), torch.arange(shown, device=self.place.device)
+            cache = StaticCache.over(keys, values)
 
             def step() -> Tensor:
+                # What a recording reads must live as long as it does: made inside of it, or held by the slot.
+                places = torch.arange(shown, device=self.place.device)
                 seen_BS = (places <= self.place) & self.real[:, :shown]
                 logits: Tensor = model(
                     input_ids=self.tokens,
