@@ -100,7 +100,7 @@ def compare(layer: PackedLinear, dtype: torch.dtype) -> tuple[bool, float]:
     """(whether the kernel unpacks what torch does, the largest relative error of a product; inf for NaN)."""
     exact, fused = layer.dequantize().double(), layer.fused()
     same, worst = torch.equal(fused.unpack(dtype), layer.dequantize(dtype)), 0.0
-    for rows in (1, 3, 16) if fused.multiplies else ():
+    for rows in (rows for rows in (1, 3, 16) if fused.multiplies(rows)):
         x = torch.randn(rows, layer.in_features, device="cuda").to(dtype)
         wanted = x.double() @ exact.T
         error = float((layer.multiply(x).double() - wanted).norm() / wanted.norm())
@@ -182,39 +182,54 @@ def unpacking(limit: float) -> Rows:
 
 # -- tiles -------------------------------------------------------------------------------------------------------
 
-_TILES: dict[str, tuple[str, int, list[tuple[int, int, int]]]] = {
-    "blocks_row": ("nf4", 1, [(4, 16, 4), (8, 16, 4), (16, 16, 4), (4, 32, 4), (8, 32, 8), (16, 16, 8), (4, 64, 8)]),
-    "blocks_rows": ("nf4", 4, [(16, 4, 4), (16, 8, 4), (32, 4, 4), (32, 8, 8), (16, 16, 8), (64, 4, 8)]),
-    "groups_row": ("gptq 4 bits", 1, [(64, 1, 4), (64, 1, 2), (32, 1, 2), (128, 1, 4), (128, 1, 8), (256, 1, 8)]),
-    "groups_rows": ("gptq 4 bits", 4, [(64, 1, 4), (64, 2, 4), (32, 2, 4), (128, 1, 4), (64, 4, 8), (128, 2, 8)]),
-    "bytes_row": ("int8", 1, [(4, 512, 4), (8, 512, 4), (4, 1024, 4), (16, 512, 4), (8, 1024, 8)]),
-    "bytes_rows": ("int8", 4, [(16, 256, 4), (16, 512, 4), (32, 256, 4), (32, 256, 8), (16, 512, 8)]),
+# Rows of W, spans or bytes of K, warps, stages, programs.
+_TILES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
+    "blocks_row": ("nf4", [(8, 16, 4), (4, 32, 4), (8, 16, 4, 1, 264), (4, 16, 2, 3)]),
+    "groups_row": ("gptq 4 bits", [(128, 1, 4), (64, 1, 2, 3), (256, 1, 8), (128, 1, 4, 1, 264)]),
+    "bytes_row": ("int8", [(8, 512, 4), (4, 1024, 4), (8, 1024, 8), (4, 512, 4, 3)]),
+    "blocks_rows": ("nf4", [(64, 1, 4, 4), (64, 1, 4, 4, 264), (128, 1, 8, 4), (32, 1, 2, 4), (64, 1, 4, 2)]),
+    "groups_rows": ("gptq 4 bits", [(64, 1, 4, 4), (64, 1, 4, 4, 264), (128, 1, 8, 3), (32, 1, 2, 4), (64, 1, 4, 2)]),
+    "bytes_rows": ("int8", [(32, 128, 4, 4), (64, 128, 4, 4), (64, 128, 4, 4, 264), (32, 256, 4, 3)]),
 }
 
 
 def tiles(limit: float) -> Rows:
-    """GB/s of every kernel by its tile, at 4096 x 11008 and 4096 x 4096."""
-    from llama2.quant import fused
+    """Microseconds of every kernel by its tile, at 4096 x 11008 and 4096 x 4096; "rows" kernels for one row as well.
+
+    The last line of a kernel and a number of rows names its best tile over both. limit: GB/s of a copy.
+    """
+    from llama2.quant import fused  # imports triton, which a machine without a GPU need not have
 
     found = []
-    for kernel, (name, rows, tried) in _TILES.items():
+    for kernel, (name, tried) in _TILES.items():
+        family = kernel.split("_")[0]
         held = {
             shape: copies(layer, layer.nbytes) for shape in (SHAPES[2], SHAPES[0]) if (layer := FORMATS[name](shape))
         }
-        kept = fused.TILES[kernel]
-        for tile in tried:
-            row: dict[str, Any] = {"kernel": kernel, "rows": rows, "tile": "x".join(map(str, tile))}
-            for shape, layers in held.items():
+        kept, from_rows = fused.TILES[kernel], fused.MATRICES[family]
+        for rows in (1,) if kernel.endswith("row") else (1, 4, 16):
+            # For one row either kernel is tried, whatever is chosen at present.
+            fused.MATRICES[family] = 2 if kernel.endswith("row") else 1
+            times: dict[str, float] = {}
+            for tile in tried:
                 fused.TILES[kernel] = fused.Tile(*tile)
-                x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
-                try:
-                    took = seconds([lambda layer=layer, x=x: layer.multiply(x) for layer in layers], 7)
-                    row[f"of copy, {shape[0]} x {shape[1]}"] = layers[0].nbytes / took / 1e9 / limit
-                except Exception as error:  # too large a tile says so in one of several ways
-                    row[f"of copy, {shape[0]} x {shape[1]}"] = type(error).__name__
-                finally:
-                    fused.TILES[kernel] = kept
-            found.append(row)
+                row: dict[str, Any] = {"kernel": kernel, "rows": rows, "tile": str(tile)}
+                total = 0.0
+                for shape, layers in held.items():
+                    x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+                    at = f"us, {shape[0]} x {shape[1]}"
+                    try:
+                        took = seconds([lambda layer=layer, x=x: layer.fused().product(x) for layer in layers], 5)
+                        row[at], row[f"of copy, {shape[1]}"] = took * 1e6, layers[0].nbytes / took / 1e9 / limit
+                    except Exception as error:  # too large a tile says so in one of several ways
+                        took = math.inf
+                        row[at], row[f"of copy, {shape[1]}"] = type(error).__name__, ""
+                    total += took
+                times[row["tile"]] = total
+                found.append(row)
+            best = min(times, key=lambda tile: times[tile])
+            found.append({**dict.fromkeys(found[-1], ""), "kernel": kernel, "rows": rows, "tile": f"best: {best}"})
+        fused.TILES[kernel], fused.MATRICES[family] = kept, from_rows
     return found
 
 
@@ -226,6 +241,6 @@ def pack_model(model: LlamaForCausalLM, weights: str) -> int:
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and ".layers." in path:
             shape = (module.out_features, module.in_features)
-            model.set_submodule(path, FORMATS[weights](shape))
+            model.set_submodule(path, FORMATS[weights](shape).eval())
     packed = sum(module.nbytes for module in model.modules() if isinstance(module, PackedLinear))
     return packed + model.lm_head.weight.nbytes

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llama2.cache import DynamicCache, StaticCache
 from llama2.model import LlamaForCausalLM
+from llama2.quant.linear import PackedLinear
 
 PATIENCE = (
     4  # steps that run plainly first: recording takes the time of four, which an answer of a few words never saves
@@ -38,6 +39,10 @@ class Recorded(Protocol):
         """Runs the step."""
 
 
+# Recordings that failed on their way: torch's allocator goes on asking them whether a stream is theirs.
+_BROKEN: list[Any] = []
+
+
 class CudaGraph:
     """A step recorded by CUDA. Raises RuntimeError where it cannot be: it waits for the device, or memory is short."""
 
@@ -45,19 +50,20 @@ class CudaGraph:
         with torch.cuda.device(device):
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(current)
-            watched = torch.cuda.get_sync_debug_mode()
             with torch.cuda.stream(side):
-                step()  # compiles kernels, fills tables
-                # A recording that fails on its way would leave the random generator unusable.
-                torch.cuda.set_sync_debug_mode("error")
-                try:
+                for _ in range(2):  # compiles kernels, fills tables, makes workspaces
                     step()
-                finally:
-                    torch.cuda.set_sync_debug_mode(watched)
             current.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self.logits = step()
+            try:
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                    self.logits = step()
+            except RuntimeError:
+                _BROKEN.append(self._graph)
+                # The random generator would go on believing that it is recorded; one that succeeds tells it otherwise.
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+                    torch.zeros(1, device=device)
+                raise
 
     def replay(self) -> None:
         """As Recorded.replay."""
@@ -87,10 +93,11 @@ def _stream(device: torch.device) -> int:
 def signature(model: nn.Module) -> tuple[Any, ...] | None:
     """What a recorded step depends on beside its inputs; None where the step has to run in Python.
 
-    That is: another class of model, training mode, hooks, a replaced forward, several devices, tensors of other types,
-    RoPE whose base follows the length, flash_attention_2 (which reads no static cache), autocast.
+    That is: another class of model or of layer, training mode, hooks, a replaced forward, several devices, tensors of
+    other types, packed weights that torch unpacks (which waits for the device), RoPE whose base follows the length,
+    flash_attention_2 (which reads no static cache), autocast.
     """
-    if type(model) is not LlamaForCausalLM or not can_record(model.device):
+    if type(model) is not LlamaForCausalLM or model.training or not can_record(model.device):
         return None
     config = model.config
     dynamic = config.rope_parameters["rope_type"] == "dynamic"
@@ -106,7 +113,10 @@ def signature(model: nn.Module) -> tuple[Any, ...] | None:
     for module in model.modules():
         held = vars(module)
         hooked = module._forward_hooks or module._forward_pre_hooks
-        if module.training or hooked or "forward" in held or held.get("_compiled_call_impl") is not None:
+        foreign = type(module).__module__.split(".")[0] not in ("llama2", "torch")
+        if foreign or (isinstance(module, PackedLinear) and not module.has_kernels(model.dtype, model.device)):
+            return None
+        if hooked or "forward" in held or held.get("_compiled_call_impl") is not None:
             return None
         parts += (type(module), _settings(held))
         for tensor in (*held["_parameters"].values(), *held["_buffers"].values()):
@@ -231,9 +241,11 @@ class _Slot:
         shown = min(bucket(need), self.room)
         if shown not in self.graphs:
             keys, values = ([x[:, :, :shown] for x in parts] for parts in (self.keys, self.values))
-            cache, places = StaticCache.over(keys, values), torch.arange(shown, device=self.place.device)
+            cache = StaticCache.over(keys, values)
 
             def step() -> Tensor:
+                # What a recording reads must live as long as it does: made inside of it, or held by the slot.
+                places = torch.arange(shown, device=self.place.device)
                 seen_BS = (places <= self.place) & self.real[:, :shown]
                 logits: Tensor = model(
                     input_ids=self.tokens,

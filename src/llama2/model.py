@@ -46,6 +46,9 @@ class LlamaRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype != torch.float64 and not torch.is_grad_enabled():
+            # One kernel instead of seven, the same roundings in the same places; only its sum has another order.
+            return self.weight * F.rms_norm(x, x.shape[-1:], None, self.variance_epsilon)
         wide = x.to(promoted(x.dtype))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * normed.to(x.dtype)

@@ -79,10 +79,11 @@ class TorchRunner:
         return self._usable
 
     def _replayed(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: Any) -> Tensor | None:
-        if tokens.shape[1] > 1 or tokens.is_floating_point():
-            self._looked = False  # a runner may live for many prompts, between which its model may change
-            return None
         if self._graphs is None or type(cache) is not DynamicCache or torch.is_grad_enabled():
+            return None
+        if tokens.shape[1] > 1 or tokens.is_floating_point():
+            if cache.get_seq_length():
+                self._looked = False  # another prompt of a conversation: its model may have changed
             return None
         if not self._may_replay():
             return None

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.gguf_mixture import FILE_TYPES, fitting, tensor_type
-from llama2.checkpoint.load import in_single_threads
 from llama2.checkpoint.names import hf_to_gguf, rotated_heads, to_pairs
+from llama2.checkpoint.single_threads import in_single_threads
 from llama2.checkpoint.target import Appender, Target, row_blocks, row_ranges
 from llama2.config import LlamaConfig
 from llama2.errors import InputError

@@ -2,10 +2,8 @@
 
 import copy
 import functools
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,6 +18,7 @@ from llama2.checkpoint.hf import CODES, HfCheckpoint
 from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
 from llama2.checkpoint.pages import release
 from llama2.checkpoint.peft import adapted_base, load_adapter
+from llama2.checkpoint.single_threads import in_single_threads
 from llama2.checkpoint.source import open_source, override, split_hub_options
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
@@ -30,8 +29,6 @@ from llama2.quant.methods import layer_class
 from llama2.quantization_config import QuantizationConfig
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
@@ -476,26 +473,3 @@ def pack(
         model.set_submodule(path, layer)
         del found[f"{path}.weight"]
     model.config.quantization_config = config.to_dict()  # type: ignore[attr-defined]
-
-
-def in_single_threads(read: Callable[[Item], Result], names: Iterable[Item]) -> Iterator[Result]:
-    """read(name) for each name, in order, on as many Python threads as torch has, each computing on its own.
-
-    Dequantising a file is thousands of short operations. Spread over OpenMP threads each one waits for the slowest
-    core; on a busy machine that made a load of 0.4 s take 2 to 30 s (docs/LOG.md).
-    """
-    count = torch.get_num_threads()
-    if count == 1:
-        yield from map(read, names)
-        return
-    barrier = threading.Barrier(count)
-
-    def compute_alone(_: int) -> None:
-        torch.get_num_threads()  # a thread takes over the process's number at its first call, so let that pass
-        torch.set_num_threads(1)
-        barrier.wait()
-
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(compute_alone, range(count)))
-        torch.set_num_threads(count)  # for threads to come; the workers keep 1
-        yield from pool.map(read, names)

@@ -1,9 +1,8 @@
-"""The Triton kernels of `fused`: packed weights to floats, and products of a few rows of x with packed weights.
+"""The Triton kernels of `fused`: packed weights to floats, and products of one row of x with packed weights.
 
 W is (N, K), x (M, K), sums are float32. A program of a product takes rows n of W and a range of K, `share` tiles of it;
-where there are several ranges, each has its own plane of `out`. "row" kernels multiply on the vector units, "rows"
-kernels (up to 16 rows of x) as matrices of 16 rows. Codes are read 16 bytes a thread; the table of 16 values is one
-line of the first cache.
+where there are several ranges, each has its own plane of `out`. Codes are read 16 bytes a thread; the table of 16
+values is one line of the first cache. Several rows of x: `fused_matrices`.
 """
 
 import triton
@@ -25,9 +24,13 @@ def _halves(pairs: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _planes(table: tl.tensor) -> tl.tensor:
-    """The table as float16, its eight words of low bytes and of high bytes, which stand after its 16 float32."""
-    words = (table + 16).to(tl.pointer_type(tl.int32))
+def _planes(table: tl.tensor, n: tl.tensor) -> tl.tensor:
+    """The table's eight words of low bytes and of high bytes, which stand after its 16 float32; one a row n of W.
+
+    Loaded from an address that seems to depend on n: equal in all threads they would go to uniform registers, from
+    which prmt cannot read, and be copied before each.
+    """
+    words = (table + 16).to(tl.pointer_type(tl.int32)) + tl.minimum(n, 0)[:, None]
     low = (tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3))
     return low, (tl.load(words + 4), tl.load(words + 5), tl.load(words + 6), tl.load(words + 7))
 
@@ -221,7 +224,7 @@ def blocks_row(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * share * SPANS
     width: tl.constexpr = SPANS * SPAN // 2
-    planes = _planes(table)
+    planes = _planes(table, n)
     sums = tl.zeros((BLOCK_N, SPANS), tl.float32)
     for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
         byte = start * (SPAN // 2) + tl.arange(0, width)
@@ -238,57 +241,6 @@ def blocks_row(
         sums += tl.sum(tl.reshape(product, (BLOCK_N, SPANS, SPAN // 2)), 2) * scale
     total = tl.sum(sums, 1).to(out.dtype.element_ty)
     tl.store(out + tl.program_id(1) * rows + n, total, mask=n < rows)
-
-
-@triton.jit(do_not_specialize=["share", "count"])
-def blocks_rows(
-    x: tl.tensor,
-    codes: tl.tensor,
-    table: tl.tensor,
-    absmax: tl.tensor,
-    values: tl.tensor,
-    nested: tl.tensor,
-    offset: tl.tensor,
-    out: tl.tensor,
-    rows: tl.tensor,
-    row_bytes: tl.tensor,
-    spans: tl.tensor,
-    share: tl.tensor,
-    count: tl.tensor,
-    SPAN: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
-    ASM: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPANS: tl.constexpr,
-) -> None:
-    """`count` rows of x, up to 16: as blocks_row, W rounded to DTYPE. DOT: the type that matrices multiply in."""
-    m = tl.arange(0, 16)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * share * SPANS
-    width: tl.constexpr = SPANS * SPAN // 2
-    planes = _planes(table)
-    sums = tl.zeros((16, BLOCK_N), tl.float32)
-    for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
-        byte = start * (SPAN // 2) + tl.arange(0, width)
-        held = byte < row_bytes
-        at = n[:, None] * row_bytes + byte[None, :]
-        code = tl.load(codes + at, mask=(n[:, None] < rows) & held[None, :], other=0)
-        high, low = _looked_up(code, table, planes, ASM)
-        span = start + tl.arange(0, SPANS)
-        there = (n[:, None] < rows) & (span[None, :] < spans)
-        block = (n[:, None] * spans + span[None, :]) // PER_BLOCK
-        scale = _absmax(absmax, values, nested, offset, block, there, NESTED)[:, :, None]
-        scale = tl.reshape(tl.broadcast_to(scale, (BLOCK_N, SPANS, SPAN // 2)), (BLOCK_N, width))
-        high, low = (high * scale).to(DTYPE), (low * scale).to(DTYPE)
-        pairs = tl.load(x + m[:, None] * row_bytes + byte[None, :], mask=(m[:, None] < count) & held[None, :], other=0)
-        even, odd = _halves(pairs, DTYPE)
-        sums = tl.dot(even.to(DOT), tl.trans(high).to(DOT), sums, input_precision="ieee")
-        sums = tl.dot(odd.to(DOT), tl.trans(low).to(DOT), sums, input_precision="ieee")
-    at = (tl.program_id(1) * count + m[:, None]) * rows + n[None, :]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(m[:, None] < count) & (n[None, :] < rows))
 
 
 # -- GPTQ, four bits ---------------------------------------------------------------------------------------------
@@ -370,57 +322,6 @@ def groups_row(
     tl.store(out + tl.program_id(1) * rows + n, total, mask=n < rows)
 
 
-@triton.jit(do_not_specialize=["share", "count"])
-def groups_rows(
-    x: tl.tensor,
-    qweight: tl.tensor,
-    qzeros: tl.tensor,
-    scales: tl.tensor,
-    g_idx: tl.tensor,
-    out: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    group_size: tl.tensor,
-    unit: tl.tensor,
-    share: tl.tensor,
-    count: tl.tensor,
-    ADD: tl.constexpr,
-    V1: tl.constexpr,
-    ORDERED: tl.constexpr,
-    SPAN: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPANS: tl.constexpr,
-) -> None:
-    """`count` rows of x, up to 16: as groups_row, W rounded to DTYPE. DOT: the type that matrices multiply in."""
-    m = tl.arange(0, 16)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * share * SPANS
-    spans = (columns + 8 * SPAN - 1) // (8 * SPAN)
-    lines: tl.constexpr = SPANS * SPAN
-    sums = tl.zeros((16, BLOCK_N), tl.float32)
-    for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
-        line = start * SPAN + tl.arange(0, lines)
-        held = line < columns // 8
-        mask = held[:, None] & (n < rows)[None, :]
-        place = n[None, :] + tl.zeros((lines, 1), tl.int32)
-        word = tl.load(qweight + line[:, None] * rows + n[None, :], mask=mask, other=0)
-        group = (line * 8 // group_size)[:, None]
-        if ORDERED:
-            zero, scale = _steps(qzeros, scales, group, place, rows, mask, ADD, V1)
-        for j in tl.static_range(8):
-            if not ORDERED:
-                group = tl.load(g_idx + line * 8 + j, mask=held, other=0)[:, None]
-                zero, scale = _steps(qzeros, scales, group, place, rows, mask, ADD, V1)
-            w = (_less(word, j, zero, unit) * (1.0 / (1 << (4 * (j % 5)))) * scale).to(DTYPE)
-            there = (m[:, None] < count) & held[None, :]
-            value = tl.load(x + m[:, None] * columns + line[None, :] * 8 + j, mask=there, other=0.0)
-            sums = tl.dot(value.to(DOT), w.to(DOT), sums, input_precision="ieee")
-    at = (tl.program_id(1) * count + m[:, None]) * rows + n[None, :]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(m[:, None] < count) & (n[None, :] < rows))
-
-
 # -- int8 rows ---------------------------------------------------------------------------------------------------
 
 
@@ -448,35 +349,3 @@ def bytes_row(
     scale = tl.load(peaks + n, mask=n < rows, other=0.0) * 0.007874015748031496
     total = (tl.sum(sums, 1) * scale).to(out.dtype.element_ty)
     tl.store(out + tl.program_id(1) * rows + n, total, mask=n < rows)
-
-
-@triton.jit(do_not_specialize=["share", "count"])
-def bytes_rows(
-    x: tl.tensor,
-    weight: tl.tensor,
-    peaks: tl.tensor,
-    out: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    share: tl.tensor,
-    count: tl.tensor,
-    DTYPE: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
-    """`count` rows of x, up to 16; DTYPE holds a code exactly."""
-    m = tl.arange(0, 16)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * share * BLOCK_K
-    sums = tl.zeros((16, BLOCK_N), tl.float32)
-    for start in range(first, tl.minimum(first + share * BLOCK_K, columns), BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        mask = (n[:, None] < rows) & (k[None, :] < columns)
-        code = tl.load(weight + n[:, None] * columns + k[None, :], mask=mask, other=0).to(tl.float32).to(DTYPE)
-        there = (m[:, None] < count) & (k[None, :] < columns)
-        value = tl.load(x + m[:, None] * columns + k[None, :], mask=there, other=0.0)
-        sums = tl.dot(value.to(DOT), tl.trans(code).to(DOT), sums, input_precision="ieee")
-    sums *= (tl.load(peaks + n, mask=n < rows, other=0.0) * 0.007874015748031496)[None, :]
-    at = (tl.program_id(1) * count + m[:, None]) * rows + n[None, :]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(m[:, None] < count) & (n[None, :] < rows))

@@ -105,6 +105,7 @@ class GptqLinear(PackedLinear):
         self.group_size = config.group_size if config.group_size != -1 else self.in_features
         self.v2 = config.format == "gptq_v2"
         self._seen: tuple[Tensor, int, bool] | None = None
+        self._moved: tuple[tuple[Tensor, int], tuple[Tensor, int], Tensor | None, Tensor | None] | None = None
 
     @classmethod
     def from_file(
@@ -157,11 +158,32 @@ class GptqLinear(PackedLinear):
         Looked up once for a g_idx: a GPU would have to be waited for at each product, and not while it records a graph.
         """
         g_idx = self.packed["g_idx"]
-        version = 0 if g_idx.is_inference() else g_idx._version
+        version = _version(g_idx)
         if self._seen is None or self._seen[0] is not g_idx or self._seen[1] != version:
             places = torch.arange(len(g_idx), dtype=torch.int32, device=g_idx.device) // self.group_size
             self._seen = (g_idx, version, bool(torch.equal(g_idx, places)))
         return self._seen[2]
+
+    def _by_group(self) -> tuple[Tensor | None, Tensor | None]:
+        """(the columns by group, qweight in that order) of four bits in another order (act-order), made once.
+
+        None where columns are in order already or groups differ in size. The copy takes the codes' memory again: with
+        it a product is as fast as one in order, without it four times as slow.
+        """
+        if self.in_order or self.bits != 4:
+            return None, None
+        qweight, g_idx = self.packed["qweight"], self.packed["g_idx"]
+        held = ((qweight, _version(qweight)), (g_idx, _version(g_idx)))
+        kept = self._moved
+        if kept is None or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(kept[:2], held, strict=True)):
+            order = torch.argsort(g_idx, stable=True)
+            places = torch.arange(len(g_idx), dtype=torch.int32, device=g_idx.device) // self.group_size
+            if bool(torch.equal(g_idx[order], places)):
+                kept = (*held, order, pack(unpack(qweight, self.bits)[order], self.bits))
+            else:
+                kept = (*held, None, None)
+            self._moved = kept
+        return kept[2], kept[3]
 
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes (K, N) and zeros (G, N), int32."""
@@ -189,12 +211,18 @@ class GptqLinear(PackedLinear):
         """As PackedLinear.fused."""
         shape = (self.out_features, self.in_features)
         tensors = [self.packed[name] for name in _PARTS]
-        made: Fused = _groups(shape, self.bits, self.group_size, not self.v2, self.in_order, *tensors)
+        made: Fused = _groups(
+            shape, self.bits, self.group_size, not self.v2, self.in_order, *tensors, *self._by_group()
+        )
         return made
 
     def extra_repr(self) -> str:
         """As PackedLinear.extra_repr."""
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def grid_of(config: Any, columns: int, search: bool = False, dtype: torch.dtype = torch.float16) -> IntegerGrid:

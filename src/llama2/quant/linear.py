@@ -17,9 +17,8 @@ _ROWS = 16  # of x, up to which a kernel multiplies with packed weights
 class Fused(Protocol):
     """The kernels of one packed weight (N, K); the classes of `fused`."""
 
-    @property
-    def multiplies(self) -> bool:
-        """Whether `product` is there for this shape and format."""
+    def multiplies(self, rows: int) -> bool:
+        """Whether `product` is there for this shape and format and so many rows of x."""
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """What the layer's `dequantize` gives."""
@@ -78,20 +77,21 @@ class PackedLinear(nn.Module, ABC):
 
     def weight_for(self, x: Tensor) -> Tensor:
         """The weight (out, in) in the dtype of x, by a kernel where there is one."""
-        return self.fused().unpack(x.dtype) if self._has_kernels(x) else self.dequantize(x.dtype)
+        return self.fused().unpack(x.dtype) if self.has_kernels(x.dtype, x.device) else self.dequantize(x.dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
         """x W^T without gradients."""
         rows = x.numel() // self.in_features
-        if 1 <= rows <= _ROWS and self._has_kernels(x):
+        if 1 <= rows <= _ROWS and self.has_kernels(x.dtype, x.device):
             fused = self.fused()
-            if fused.multiplies:
+            if fused.multiplies(rows):
                 out = fused.product(x.reshape(rows, self.in_features).contiguous())
                 return out.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight_for(x))
 
-    def _has_kernels(self, x: Tensor) -> bool:
-        return x.dtype in _FUSED and kernels_run(x.device)
+    def has_kernels(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether kernels, not torch, unpack and multiply for x of this dtype there."""
+        return dtype in _FUSED and kernels_run(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear."""
