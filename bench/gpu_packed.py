@@ -100,7 +100,7 @@ def compare(layer: PackedLinear, dtype: torch.dtype) -> tuple[bool, float]:
     """(whether the kernel unpacks what torch does, the largest relative error of a product; inf for NaN)."""
     exact, fused = layer.dequantize().double(), layer.fused()
     same, worst = torch.equal(fused.unpack(dtype), layer.dequantize(dtype)), 0.0
-    for rows in (rows for rows in (1, 3, 16) if fused.multiplies(rows)):
+    for rows in (rows for rows in (1, 3, 16) if fused.multiplies(rows, dtype)):
         x = torch.randn(rows, layer.in_features, device="cuda").to(dtype)
         wanted = x.double() @ exact.T
         error = float((layer.multiply(x).double() - wanted).norm() / wanted.norm())

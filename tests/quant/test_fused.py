@@ -138,7 +138,7 @@ def test_unpacks_zeros_that_borrow() -> None:
 def test_products(name: str, dtype: torch.dtype, rows: int) -> None:
     shape = (96, 576)
     layer = MAKERS[name](shape).to(DEVICE)
-    if not layer.fused().multiplies(rows):
+    if not layer.fused().multiplies(rows, torch.bfloat16):
         pytest.skip("unpacked for several rows")
     x = torch.randn(rows, shape[1], device=DEVICE).to(dtype)
     found = layer.fused().product(x)
@@ -153,7 +153,9 @@ def test_products_of_other_shapes(name: str, shape: tuple[int, int], rows: int) 
     layer = MAKERS[name](shape).to(DEVICE)
     x = torch.randn(rows, shape[1], device=DEVICE)
     wanted = x.double() @ layer.dequantize().double().T
-    assert relative(layer.multiply(x), wanted) < BOUNDS[torch.float32]
+    packed = layer.fused()
+    found = packed.product(x) if packed.multiplies(rows, torch.bfloat16) else layer.multiply(x)
+    assert relative(found, wanted) < BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("name", ["nf4 double", "gptq 4 bits gptq", "gptq 4 bits gptq act-order", "int8"])
@@ -161,7 +163,7 @@ def test_one_row_as_a_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(fused, "MATRICES", dict.fromkeys(fused.MATRICES, 1))
     layer = MAKERS[name]((96, 576)).to(DEVICE)
     x = torch.randn(1, 576, device=DEVICE)
-    assert relative(layer.multiply(x), x.double() @ layer.dequantize().double().T) < BOUNDS[torch.float32]
+    assert relative(layer.fused().product(x), x.double() @ layer.dequantize().double().T) < BOUNDS[torch.float32]
 
 
 def test_sorted_codes_follow_the_file() -> None:
@@ -169,11 +171,11 @@ def test_sorted_codes_follow_the_file() -> None:
     layer, other = (MAKERS["gptq 4 bits gptq act-order"]((96, 576)).to(DEVICE) for _ in range(2))
     x = torch.randn(3, 576, device=DEVICE)
     for _ in range(2):
-        assert relative(layer.multiply(x), x.double() @ layer.dequantize().double().T) < BOUNDS[torch.float32]
+        assert relative(layer.fused().product(x), x.double() @ layer.dequantize().double().T) < BOUNDS[torch.float32]
         layer.load_state_dict(other.state_dict())
     uneven = MAKERS["gptq 4 bits gptq act-order"]((96, 576)).to(DEVICE)
     uneven.packed["g_idx"].copy_(torch.randint(0, 9, (576,)))
-    assert not uneven.fused().multiplies(3)
+    assert not uneven.fused().multiplies(3, torch.bfloat16)
     for rows in (1, 3):
         wanted = x[:rows].double() @ uneven.dequantize().double().T
         assert relative(uneven.multiply(x[:rows]), wanted) < BOUNDS[torch.float32]
@@ -213,16 +215,17 @@ def test_layers(name: str, rows: int) -> None:
 def test_which_products_take_a_kernel() -> None:
     layer = MAKERS["int8"]((32, 64)).to(DEVICE)
     with patch.object(fused.Bytes, "product", side_effect=AssertionError("taken")):
-        for rows in (1, 16):
+        for rows, dtype in ((1, torch.float32), (1, torch.bfloat16), (16, torch.bfloat16), (2, torch.float16)):
             with pytest.raises(AssertionError, match="taken"):
-                layer(torch.randn(rows, 64, device=DEVICE))
+                layer(torch.randn(rows, 64, device=DEVICE, dtype=dtype))
+        assert layer(torch.randn(2, 64, device=DEVICE)).shape == (2, 32)
         assert layer(torch.randn(17, 64, device=DEVICE)).shape == (17, 32)
         assert layer(torch.randn(0, 64, device=DEVICE)).shape == (0, 32)
         assert layer(torch.randn(2, 64, device=DEVICE, dtype=torch.float64)).dtype == torch.float64
         with patch("llama2.quant.linear.kernels_run", lambda device: False):
             assert layer(torch.randn(2, 64, device=DEVICE)).shape == (2, 32)
-    assert not MAKERS["nf4"]((6, 33)).fused().multiplies(1)  # rows begin inside a byte
-    assert not MAKERS["gptq 8 bits gptq"]((32, 64)).fused().multiplies(1)
+    assert not MAKERS["nf4"]((6, 33)).fused().multiplies(1, torch.float32)  # rows begin inside a byte
+    assert not MAKERS["gptq 8 bits gptq"]((32, 64)).fused().multiplies(1, torch.float32)
 
 
 def test_x_that_begins_at_an_odd_place() -> None:

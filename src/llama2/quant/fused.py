@@ -1,7 +1,7 @@
 """Packed weights on a GPU: what `fused_kernels` does for the tensors of one layer, in Triton.
 
 Each class is one format. `unpack` gives W (N, K) with the values of the layer's `dequantize`; `product` gives x W^T of
-up to 16 rows of x without writing W, and is there where `multiplies(rows)` says so. float32, float16 and bfloat16.
+up to 16 rows of x without writing W, and is there where `multiplies` says so. float32, float16 and bfloat16.
 """
 
 from dataclasses import dataclass
@@ -65,9 +65,9 @@ class Blocks:
     nested: int = 0
     offset: float = 0.0
 
-    def multiplies(self, rows: int) -> bool:
+    def multiplies(self, rows: int, dtype: torch.dtype) -> bool:
         """Whether rows of W are whole spans of whole bytes."""
-        return self.shape[1] % self._span == 0
+        return self.shape[1] % self._span == 0 and _worth("blocks", rows, dtype)
 
     @property
     def _span(self) -> int:
@@ -144,9 +144,9 @@ class Groups:
     order: Tensor | None = None
     sorted: Tensor | None = None
 
-    def multiplies(self, rows: int) -> bool:
+    def multiplies(self, rows: int, dtype: torch.dtype) -> bool:
         """Whether the codes have four bits; for several rows, in spans of one group."""
-        return self.bits == 4 and (rows < MATRICES["groups"] or self._runs)
+        return self.bits == 4 and (rows < MATRICES["groups"] or self._runs) and _worth("groups", rows, dtype)
 
     @property
     def _runs(self) -> bool:
@@ -207,9 +207,9 @@ class Bytes:
     weight: Tensor
     peaks: Tensor
 
-    def multiplies(self, rows: int) -> bool:
-        """Always."""
-        return True
+    def multiplies(self, rows: int, dtype: torch.dtype) -> bool:
+        """Whether it is faster."""
+        return _worth("bytes", rows, dtype)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """W (N, K)."""
@@ -230,6 +230,11 @@ class Bytes:
             kernel[grid](x, self.weight, self.peaks, out, rows, columns, share, **fixed, **more)
 
         return _split("bytes", x, rows, columns, launch)
+
+
+def _worth(name: str, rows: int, dtype: torch.dtype) -> bool:
+    """Whether a product is one of vectors, or of matrices in 16 bits: those of float32 have no tensor cores."""
+    return rows < MATRICES[name] or dtype != torch.float32
 
 
 def _split(name: str, x: Tensor, rows: int, spans: int, launch: Any) -> Tensor:

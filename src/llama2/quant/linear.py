@@ -17,8 +17,8 @@ _ROWS = 16  # of x, up to which a kernel multiplies with packed weights
 class Fused(Protocol):
     """The kernels of one packed weight (N, K); the classes of `fused`."""
 
-    def multiplies(self, rows: int) -> bool:
-        """Whether `product` is there for this shape and format and so many rows of x."""
+    def multiplies(self, rows: int, dtype: torch.dtype) -> bool:
+        """Whether `product` is worth taking for this shape and format and so many rows of x."""
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """What the layer's `dequantize` gives."""
@@ -84,7 +84,7 @@ class PackedLinear(nn.Module, ABC):
         rows = x.numel() // self.in_features
         if 1 <= rows <= _ROWS and self.has_kernels(x.dtype, x.device):
             fused = self.fused()
-            if fused.multiplies(rows):
+            if fused.multiplies(rows, x.dtype):
                 out = fused.product(x.reshape(rows, self.in_features).contiguous())
                 return out.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight_for(x))
