@@ -44,7 +44,7 @@ TILES = {
     "blocks_rows": Tile(64, 1, 4, 4),
     "groups_row": Tile(128, 1),
     "groups_rows": Tile(64, 1, 4, 4),
-    "bytes_row": Tile(8, 512),
+    "bytes_row": Tile(4, 512, 4, 3),
     "bytes_rows": Tile(32, 128, 4, 4),
 }
 MATRICES = {"blocks": 2, "groups": 2, "bytes": 2}  # rows of x from which a product is one of matrices
