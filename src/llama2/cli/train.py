@@ -57,6 +57,7 @@ def _fail(root: Path, said: str) -> None:
 
 
 def _train(root: Path) -> int:
+    from llama2.train.distributed import leave
     from llama2.train.finetune import Finetune
 
     options = _options(root)
@@ -64,15 +65,18 @@ def _train(root: Path) -> int:
     args = finetune.arguments(options, str(root / "checkpoints"))
     args.resume_from_checkpoint = True
     job = Finetune(recipe, args)
-    print(job.data.text(), file=sys.stderr)
-    with finetune.progress(options) as report:
+    first = job.ranks.first
+    if first:
+        print(job.data.text(), file=sys.stderr)
+    with finetune.progress(options, first) as report:
         result = job.run(report)
-    if not result.finished:
+    if first and not result.finished:
         print(f"llama2: stopped at step {result.step} of {result.steps}; the next job goes on from it", file=sys.stderr)
-        return 130
-    _check(result.folder)
-    finetune.show(job, result, options)
-    return 0
+    elif first:
+        _check(result.folder)
+        finetune.show(job, result, options)
+    leave()
+    return 0 if result.finished else 130
 
 
 def _check(folder: Path) -> None:
