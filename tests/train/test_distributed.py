@@ -1,4 +1,4 @@
-"""Several ranks: what one does, they do; their checkpoints are anyone's; killed runs end with the bits of straight ones."""
+"""Several ranks do what one does, read each other's checkpoints, and end with the bits of a straight run."""
 
 import json
 import os
@@ -62,30 +62,28 @@ def alone(folder: Path, kind: str = "plain", **changes: Any) -> tuple[dict[str, 
 
 
 SHARD = {"fsdp": "full_shard"}
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # of one rank, and of two
-    "whole": ("plain", {"per_device_train_batch_size": 4}, {}),
-    "accumulated": ("plain", {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
-    "sharded": ("plain", {"per_device_train_batch_size": 4}, SHARD),
-    "sharded, accumulated": ("plain", {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, **SHARD}),
-    "tied": ("tied", {"per_device_train_batch_size": 4}, SHARD),
-    "checkpointing": ("plain", {"per_device_train_batch_size": 4}, {"gradient_checkpointing": True, **SHARD}),
-    "adapter": ("lora", {"per_device_train_batch_size": 4}, {}),
-    "adapter, sharded": ("lora", {"per_device_train_batch_size": 4}, SHARD),
-    "preferences": ("dpo", {"per_device_train_batch_size": 4}, SHARD),
-    "classifier": ("classifier", {"per_device_train_batch_size": 4}, SHARD),
-    "bytes": ("plain", {"per_device_train_batch_size": 4, "optim": "adamw_8bit"}, {"optim": "adamw_8bit"}),
-    "seeds": ("lora", {"per_device_train_batch_size": 4}, {"kind": "seeds"}),
-}  # fmt: skip
+HALVES = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # kind, and arguments of two ranks
+    "whole": ("plain", {}),
+    "accumulated": ("plain", HALVES),
+    "sharded": ("plain", SHARD),
+    "sharded, accumulated": ("plain", {**HALVES, **SHARD}),
+    "tied": ("tied", SHARD),
+    "checkpointing": ("plain", {"gradient_checkpointing": True, **SHARD}),
+    "adapter": ("lora", {}),
+    "adapter, sharded": ("lora", SHARD),
+    "preferences": ("dpo", SHARD),
+    "classifier": ("classifier", SHARD),
+    "bytes": ("plain", {"optim": "adamw_8bit"}),
+    "seeds": ("seeds", {}),  # an adapter that each rank makes otherwise
+}
 
 
 def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
-    jobs = []
-    for name, (kind, _, two) in CASES.items():
-        changes = {"save_strategy": "no", **two}
-        jobs.append(job(tmp_path / name, changes.pop("kind", kind), **changes))
-    start(2, *jobs)
-    for name, (kind, one, _) in CASES.items():
-        weights, history = alone(tmp_path / f"{name} alone", kind, save_strategy="no", **one)
+    start(2, *(job(tmp_path / name, kind, save_strategy="no", **two) for name, (kind, two) in CASES.items()))
+    for name, (kind, two) in CASES.items():
+        one = {"per_device_train_batch_size": 4, "optim": two.get("optim", "adamw_torch"), "save_strategy": "no"}
+        weights, history = alone(tmp_path / f"{name} alone", kind, **one)
         found, content = result(tmp_path / name)
         assert content["world"] == 2
         for key in ("loss", "grad_norm", "eval_loss"):
@@ -104,11 +102,21 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], near: 
     )
 
 
+def losses(history: list[dict[str, Any]]) -> list[float]:
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def later(folder: Path) -> None:
+    """Hides the last checkpoints, so that the one of step 4 is the newest."""
+    for step in (6, 7):
+        (folder / f"checkpoint-{step}").rename(folder / f"later-{step}")
+
+
 @pytest.mark.parametrize("changes", [{}, SHARD], ids=["whole", "sharded"])
 def test_a_killed_run_of_two_ranks_ends_with_the_same_bits(tmp_path: Path, changes: dict[str, Any]) -> None:
     start(2, job(tmp_path / "straight", **changes), job(tmp_path / "tied", "tied", **changes))
-    said = start(2, {**job(tmp_path / "cut", **changes), "dies": [1, 5]}, fails=True)
-    assert "step" not in said and not (tmp_path / "cut" / "result.json").exists()
+    start(2, {**job(tmp_path / "cut", **changes), "dies": [1, 5]}, fails=True)
+    assert not (tmp_path / "cut" / "result.json").exists()
     assert [checkpoints.step_of(p) for p in checkpoints.found(tmp_path / "cut")][:2] == [2, 4]
     (tmp_path / "cut" / ".checkpoint-begun").mkdir()
     start(2, job(tmp_path / "cut", resume_from_checkpoint=True, **changes))
@@ -118,49 +126,36 @@ def test_a_killed_run_of_two_ranks_ends_with_the_same_bits(tmp_path: Path, chang
         assert [e.get(key) for e in content["history"]] == [e.get(key) for e in straight["history"]]
     # The same on one rank, from the checkpoint of two in the middle of the run; two batches a step make the same rows.
     for name, kind in (("straight", "plain"), ("tied", "tied")):
-        for step in (6, 7):
-            (tmp_path / name / f"checkpoint-{step}").rename(tmp_path / name / f"later-{step}")
+        later(tmp_path / name)
         found, history = alone(tmp_path / name, kind, resume_from_checkpoint=True)
-        assert [e["loss"] for e in history if "loss" in e] == pytest.approx(
-            [e["loss"] for e in result(tmp_path / name)[1]["history"] if "loss" in e], rel=1e-5
-        )
-        assert same(found, result(tmp_path / name)[0], near=2e-4)
+        weights, content = result(tmp_path / name)
+        assert losses(history) == pytest.approx(losses(content["history"]), rel=1e-5)
+        assert same(found, weights, near=2e-4)
 
 
 def test_a_run_of_one_rank_goes_on_with_two(tmp_path: Path) -> None:
-    cases = {
+    sizes, wanted = {"per_device_train_batch_size": 4}, {}
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
         "plain": ("plain", {}),
         "sharded": ("plain", SHARD),
         "adapter": ("lora", SHARD),
         "bf16": ("plain", {"bf16": True, **SHARD}),
     }
-    wanted = {}
     for name, (kind, changes) in cases.items():
-        given = {"per_device_train_batch_size": 4, "bf16": "bf16" in changes}
-        wanted[name] = alone(tmp_path / name, kind, **given)
-        for step in (6, 7):
-            (tmp_path / name / f"checkpoint-{step}").rename(tmp_path / name / f"later-{step}")
-    start(
-        2,
-        *(
-            job(tmp_path / name, kind, resume_from_checkpoint=True, **changes)
-            for name, (kind, changes) in cases.items()
-        ),
-    )
+        wanted[name] = alone(tmp_path / name, kind, bf16="bf16" in changes, **sizes)
+        later(tmp_path / name)
+    again = [job(tmp_path / n, kind, resume_from_checkpoint=True, **changes) for n, (kind, changes) in cases.items()]
+    start(2, *again)
     for name in cases:
-        weights, content = result(tmp_path / name)
-        loose = 1e-2 if name == "bf16" else 1e-5
-        losses = [[e["loss"] for e in h if "loss" in e] for h in (content["history"], wanted[name][1])]
-        assert losses[0] == pytest.approx(losses[1], rel=loose) and losses[0][:4] == losses[1][:4], name
-        assert same(
-            {n: t.float() for n, t in weights.items()},
-            {n: t.float() for n, t in wanted[name][0].items()},
-            near=2e-2 if name == "bf16" else 2e-4,
-        ), name
+        (weights, content), (before, history) = result(tmp_path / name), wanted[name]
+        loose, near = (1e-2, 2e-2) if name == "bf16" else (1e-5, 2e-4)
+        ours, theirs = losses(content["history"]), losses(history)
+        assert ours == pytest.approx(theirs, rel=loose) and ours[:4] == theirs[:4], name
+        assert same({n: t.float() for n, t in weights.items()}, {n: t.float() for n, t in before.items()}, near), name
     # And back, from what two sharded ranks in bfloat16 have written.
-    (tmp_path / "bf16" / "checkpoint-7").rename(tmp_path / "bf16" / "again-7")
-    found, history = alone(tmp_path / "bf16", per_device_train_batch_size=4, bf16=True, resume_from_checkpoint=True)
-    assert history[-2]["loss"] == pytest.approx(result(tmp_path / "bf16")[1]["history"][-2]["loss"], rel=1e-2)
+    (tmp_path / "bf16" / "checkpoint-7").rename(tmp_path / "bf16" / "later-sharded")
+    found, history = alone(tmp_path / "bf16", bf16=True, resume_from_checkpoint=True, **sizes)
+    assert losses(history)[-1] == pytest.approx(losses(result(tmp_path / "bf16")[1]["history"])[-1], rel=1e-2)
     assert found["lm_head.weight"].dtype == torch.bfloat16
 
 

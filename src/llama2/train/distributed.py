@@ -156,6 +156,7 @@ def _local() -> int:
 def leave() -> None:
     """Parts from the others, at the end of a run that went well."""
     if dist.is_initialized():
+        dist.barrier()  # none closes connections that another still reads
         dist.destroy_process_group()
 
 
@@ -230,13 +231,13 @@ def gathered(root: Root | None, ranks: Ranks, every: bool, dtype: torch.dtype | 
     """
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
     found: dict[int, nn.Parameter] = {}  # a tied weight is one parameter in two modules
-    for module in [] if root is None else _sharded(root):
-        module.reshard()
+    for part in [] if root is None else _sharded(root):
+        part.reshard()
     for module in [] if root is None else root.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor) and (every or parameter.requires_grad):
                 if id(parameter) not in found:
-                    whole = parameter.detach().full_tensor()
+                    whole: Tensor = parameter.detach().full_tensor()
                     copy = whole.to("cpu", dtype) if ranks.first else torch.empty(0)
                     found[id(parameter)] = nn.Parameter(copy, requires_grad=parameter.requires_grad)
                 held.append((module, name, parameter))

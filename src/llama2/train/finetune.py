@@ -378,4 +378,3 @@ class Finetune:
 
 def _measured(entry: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in entry.items() if name.startswith("eval_")}
-

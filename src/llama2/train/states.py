@@ -4,6 +4,7 @@ Either is read by any number of ranks, sharded or not. Names are those of the pa
 moment before them: exp_avg.model.norm.weight.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -103,7 +104,9 @@ def _from_shards(place: Path, names: list[str], optimizer: AdamW) -> States:
         like = _like(full, optimizer, torch.empty(0))
         size = local(like).shape if isinstance(like, DTensor) else entry.size
         into[full] = as_sharded(torch.empty(size, dtype=entry.properties.dtype, device=like.device), like)
-    dcp.load(into, storage_reader=reader, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
+        dcp.load(into, storage_reader=reader, no_dist=not dist.is_initialized())
     return {name: local(value) for name, value in into.items()}
 
 
