@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from bytewise import write_tokenizer
 from safetensors.torch import load_file
+from tiny import tiny_model
 
+from llama2 import AutoModelForCausalLM, InputError
 from llama2.train import checkpoints
+from llama2.train.distributed import Ranks, join
+from llama2.train.trainer import TrainingArguments
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {
@@ -30,17 +35,21 @@ def free_port() -> int:
         return port
 
 
-def start(world: int, *jobs: dict[str, Any], fails: bool = False) -> str:
-    """Runs jobs on this many ranks, without torchrun's own process; returns what they said."""
+def launch(world: int, command: list[str], fails: bool = False) -> str:
+    """A command on this many ranks, without torchrun's own process; returns what they said."""
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(HERE.parent / "ranks.py"), json.dumps(jobs)]
     processes = [
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, **common, "RANK": str(rank)})
         for rank in range(world)
     ]
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    said = [process.communicate(timeout=150)[1] for process in processes]
     assert any(process.returncode for process in processes) == fails, "\n".join(said)
     return "\n".join(said)
+
+
+def start(world: int, *jobs: dict[str, Any], fails: bool = False) -> str:
+    """Jobs of ranks.py on this many ranks."""
+    return launch(world, [sys.executable, str(HERE.parent / "ranks.py"), json.dumps(jobs)], fails)
 
 
 def job(folder: Path, kind: str = "plain", **arguments: Any) -> dict[str, Any]:
@@ -163,3 +172,83 @@ def test_all_ranks_stop_where_one_is_asked_to(tmp_path: Path) -> None:
     start(2, {**job(tmp_path / "cut"), "stops": [1, 3]})
     assert result(tmp_path / "cut")[1]["step"] == 4  # the step in which the others hear of it
     assert [checkpoints.step_of(p) for p in checkpoints.found(tmp_path / "cut")] == [2, 4]
+
+
+def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
+    """Unasked the run goes on from its newest checkpoint, and ends with the bits of one that was not killed."""
+    start(2, job(tmp_path / "straight", **SHARD))
+    jobs = json.dumps([{**job(tmp_path / "cut", **SHARD), "dies": [1, 5]}])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
+               f"--master-port={free_port()}", str(HERE.parent / "ranks.py"), jobs]  # fmt: skip
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0 and "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-3000:]
+    (weights, content), (wanted, straight) = result(tmp_path / "cut"), result(tmp_path / "straight")
+    assert same(weights, wanted) and losses(content["history"]) == losses(straight["history"])
+
+
+# -- the command -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_on_two_ranks(tmp_path: Path) -> None:
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    tiny_model(torch.float32, vocab_size=300).save_pretrained(model)
+    write_tokenizer(model)
+    rows.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": "yes"}) + "\n" for i in range(7)))
+    flags = ["finetune", "sft", str(model), str(rows)]
+    flags = [*flags, "--max-steps=3", "--batch-size=1", "--device=cpu", "--eval-split=0.3", "--fsdp=full_shard"]
+    said = launch(2, [sys.executable, "-m", "llama2", *flags, "--output-dir", str(tmp_path / "whole")])
+    assert said.count("training: ") == 1 and said.count("step 3 of 3") == 1  # rank 0 alone speaks
+    launch(2, [sys.executable, "-m", "llama2", *flags, "--output-dir", str(tmp_path / "out"), "--lora-r=2"])
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert all(found[n].shape == before[n].shape for n in before) and not same(found, before)
+    assert json.loads((tmp_path / "whole" / "finetune.json").read_text())["result"]["finished"]
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(adapter) == 28 and all(t.numel() and t.isfinite().all() for t in adapter.values())
+    assert (tmp_path / "out" / "checkpoint-3" / "adapter_model.safetensors").exists()
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_half_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert join().world == 1 and not join().launched
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(InputError, match="WORLD_SIZE=2, MASTER_ADDR=.* but RANK, MASTER_PORT is not set; start them"):
+        join()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # some clusters set it for everything
+    assert not join().launched
+
+
+def test_what_cannot_be_sharded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fsdp is 'full_shard', and this is one process; start several with `torchrun"):
+        ranks.made(tmp_path, **SHARD)
+    with pytest.raises(InputError, match="fsdp is 'half'; it must be 'full_shard'"):
+        ranks.made(tmp_path, fsdp="half")
+    with pytest.raises(InputError, match="adamw_8bit has moments in blocks"):
+        ranks.made(tmp_path, optim="adamw_8bit", **SHARD)
+    assert TrainingArguments(output_dir="x", fsdp=["full_shard", "auto_wrap"]).fsdp == "full_shard"
+    assert TrainingArguments(output_dir="x", fsdp=True).fsdp == "full_shard"
+
+
+def test_devices_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [Ranks(rank, 4, rank).device("auto") for rank in range(2)] == ["cuda:0", "cuda:1"]
+    assert Ranks(2, 4, 2).device("cpu") == "cpu" and Ranks().device("auto") == "auto"
+    with pytest.raises(InputError, match="process 2 of this machine has no GPU, there are 2; start 2"):
+        Ranks(2, 4, 2).device("cuda")
+    with pytest.raises(InputError, match="the device is 'cuda:1', and 4 processes would share it"):
+        Ranks(0, 4, 0).device("cuda:1")
+
+
+def test_rows_of_a_step_that_ranks_do_not_divide(tmp_path: Path) -> None:
+    run = ranks.made(tmp_path, per_device_train_batch_size=3)
+    run.train()
+    again = ranks.made(tmp_path, per_device_train_batch_size=2, resume_from_checkpoint=True)
+    with pytest.raises(InputError, match=r"another run .*'batch': 3.* than this .*'batch': 2"):
+        again.train()
+    state = tmp_path / "checkpoint-7" / "trainer_state.json"
+    content = {**json.loads(state.read_text()), "ranks": 3}
+    with pytest.raises(InputError, match="the run took 3 rows a step on 3 ranks, which 1 ranks of 2 rows do not"):
+        again._keep_batch(content)
