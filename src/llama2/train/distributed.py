@@ -144,9 +144,17 @@ def join() -> Ranks:
         cuda = torch.cuda.is_available()
         if cuda and _local() < torch.cuda.device_count():
             torch.cuda.set_device(_local())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Ranks(dist.get_rank(), dist.get_world_size(), _local(), int(restarts), True)
+        store, rank, world = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun with a fixed port keeps the addresses of ranks that have died; machines count restarts otherwise
+            store = dist.PrefixStore(f"attempt-{_restarts()}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
+    return Ranks(dist.get_rank(), dist.get_world_size(), _local(), _restarts(), True)
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _local() -> int:
