@@ -4,6 +4,7 @@ With weights whole on every rank a step ends with one sum of gradients. Sharded 
 weight; a layer is whole only while it runs.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +23,7 @@ from llama2.errors import InputError
 from llama2.quant.linear import PackedLinear
 
 T = TypeVar("T")
+_MESHES: list[DeviceMesh] = []  # of sharded models, for `leave`; equal ones are not the same
 COMMAND = "torchrun --nproc-per-node N -m llama2 finetune ..."
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(hours=1)  # others wait while rank 0 hashes and syncs a checkpoint
@@ -163,9 +165,16 @@ def _local() -> int:
 
 def leave() -> None:
     """Parts from the others, at the end of a run that went well."""
-    if dist.is_initialized():
-        dist.barrier()  # none closes connections that another still reads
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    dist.barrier()  # none closes connections that another still reads
+    dist.destroy_process_group()
+    for mesh in _MESHES:
+        # torch's caches keep the mesh, it keeps the group, and that its threads: one which frees a tensor while Python
+        # ends is killed, and ends the process with "terminate called without an active exception".
+        getattr(mesh, "_pg_registry", {}).clear()
+    _MESHES.clear()
+    gc.collect()
 
 
 # -- sharded weights ---------------------------------------------------------------------------------------------
@@ -193,6 +202,7 @@ def shard(model: Any, device: str, dtype: torch.dtype | None = None) -> Root:
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise InputError("packed weights cannot be sharded, each rank holds them whole; leave fsdp out")
     mesh = init_device_mesh(device, (dist.get_world_size(),))
+    _MESHES.append(mesh)
     policy = MixedPrecisionPolicy(dtype, None if dtype is None else torch.float32, cast_forward_inputs=False)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
