@@ -123,16 +123,16 @@ def later(folder: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{}, SHARD], ids=["whole", "sharded"])
 def test_a_killed_run_of_two_ranks_ends_with_the_same_bits(tmp_path: Path, changes: dict[str, Any]) -> None:
-    start(2, job(tmp_path / "straight", **changes), job(tmp_path / "tied", "tied", **changes))
-    start(2, {**job(tmp_path / "cut", **changes), "dies": [1, 5]}, fails=True)
+    straight, tied = job(tmp_path / "straight", **changes), job(tmp_path / "tied", "tied", **changes)
+    start(2, straight, tied, {**job(tmp_path / "cut", **changes), "dies": [1, 5]}, fails=True)
     assert not (tmp_path / "cut" / "result.json").exists()
     assert [checkpoints.step_of(p) for p in checkpoints.found(tmp_path / "cut")][:2] == [2, 4]
     (tmp_path / "cut" / ".checkpoint-begun").mkdir()
     start(2, job(tmp_path / "cut", resume_from_checkpoint=True, **changes))
-    (weights, content), (wanted, straight) = result(tmp_path / "cut"), result(tmp_path / "straight")
+    (weights, content), (wanted, whole) = result(tmp_path / "cut"), result(tmp_path / "straight")
     assert same(weights, wanted) and not (tmp_path / "cut" / ".checkpoint-begun").exists()
     for key in ("loss", "grad_norm", "eval_loss"):
-        assert [e.get(key) for e in content["history"]] == [e.get(key) for e in straight["history"]]
+        assert [e.get(key) for e in content["history"]] == [e.get(key) for e in whole["history"]]
     # The same on one rank, from the checkpoint of two in the middle of the run; two batches a step make the same rows.
     for name, kind in (("straight", "plain"), ("tied", "tied")):
         later(tmp_path / name)
@@ -176,8 +176,7 @@ def test_all_ranks_stop_where_one_is_asked_to(tmp_path: Path) -> None:
 
 def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
     """Unasked the run goes on from its newest checkpoint, and ends with the bits of one that was not killed."""
-    start(2, job(tmp_path / "straight", **SHARD))
-    jobs = json.dumps([{**job(tmp_path / "cut", **SHARD), "dies": [1, 5]}])
+    jobs = json.dumps([job(tmp_path / "straight", **SHARD), {**job(tmp_path / "cut", **SHARD), "dies": [1, 5]}])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
                f"--master-port={free_port()}", str(HERE.parent / "ranks.py"), jobs]  # fmt: skip
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=150)
