@@ -14,8 +14,7 @@ import torch
 from cli.conftest import Run
 
 from llama2 import AutoModelForCausalLM, AutoTokenizer, InputError, LoraConfig, TrainingArguments
-from llama2.train import checkpoints
-from llama2.train import trainer as loop
+from llama2.train import checkpoints, states
 from llama2.train.finetune import Finetune, Recipe
 
 QUICK = ("--max-length", "64", "--max-steps", "12", "--batch-size", "4", "--learning-rate", "0.02", "--seed", "1")
@@ -164,14 +163,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(checkpoint: Path, chats: Path
 
 
 def test_a_full_disk_keeps_what_was_saved(checkpoint: Path, chats: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    out, written = tmp_path / "out", loop.write_safetensors
+    out, written = tmp_path / "out", states.write_safetensors
 
     def fails(file: Any, tensors: Any) -> None:
         if len(checkpoints.found(out)) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         written(file, tensors)
 
-    monkeypatch.setattr(loop, "write_safetensors", fails)
+    monkeypatch.setattr(states, "write_safetensors", fails)
     recipe = Recipe(
         task="sft", model=str(checkpoint), data=str(chats), output_dir=str(out), max_length=64, lora=LoraConfig()
     )

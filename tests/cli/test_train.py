@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.conftest import Run
 
 from llama2 import AutoModelForCausalLM
@@ -16,6 +17,12 @@ GIVEN: dict[str, Any] = {
     "task": "sft", "lora-r": "4", "max_steps": '"6"', "batch_size": "4", "max_length": "32", "learning_rate": "0.01",
     "quiet": "True", "packing": "false", "use_rslora": "False", "sagemaker_program": "train.py", "logging_steps": 1,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with GPUs the command would become torchrun, in the place of the tests."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
 def fill(root: Path, checkpoint: Path, given: dict[str, Any], files: tuple[str, ...] = ("train/rows.jsonl",)) -> Path:
@@ -81,8 +88,6 @@ def test_other_failures(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch:
     code, _, err = run("train", "--root", tmp_path / "none")
     assert code == 2 and "is this a SageMaker container (--root)?" in err
     root = fill(tmp_path / "ml", checkpoint, GIVEN)
-    (root / "input" / "config" / "resourceconfig.json").write_text(json.dumps({"hosts": ["algo-1", "algo-2"]}))
-    assert "the job has 2 machines" in run("train", "--root", root)[2]
     (root / "input" / "config" / "resourceconfig.json").unlink()
     # A model that is lost after the training is a failure, not a success.
     monkeypatch.setattr(finetune.Finetune, "_write", lambda self, model: None)
@@ -92,3 +97,29 @@ def test_other_failures(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ZeroDivisionError):
         run("train", "--root", root)
     assert (root / "output" / "failure").read_text() == "ZeroDivisionError: division by zero"
+
+
+def test_several_machines_and_gpus(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda program, words: started.append(words) or 1 / 0)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")
+    root = fill(tmp_path / "ml", checkpoint, {**GIVEN, "fsdp": "full_shard"})
+    resources = root / "input" / "config" / "resourceconfig.json"
+    resources.write_text(json.dumps({"hosts": ["algo-1", "algo-2"], "current_host": "algo-2"}))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ZeroDivisionError):
+        run("train", "--root", root)
+    assert started[0][1:] == [
+        "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=4", "--node-rank=1", "--master-addr=algo-1",
+        "--master-port=7777", "-m", "llama2", "train", "--root", str(root),
+    ]  # fmt: skip
+    monkeypatch.setenv("RANK", "5")  # a process that torchrun has started does not start it again
+    assert "fsdp is 'full_shard' on 2 machines, whose checkpoints need a folder" in run("train", "--root", root)[2]
+    monkeypatch.delenv("RANK")
+    resources.write_text(json.dumps({"hosts": ["algo-1", "algo-2"], "current_host": "algo-3"}))
+    assert "'algo-3' is not among the job's hosts algo-1, algo-2" in run("train", "--root", root)[2]
+    resources.write_text(json.dumps({"hosts": ["algo-1"], "current_host": "algo-1"}))
+    with pytest.raises(ZeroDivisionError):
+        run("train", "--root", root)
+    assert {"--nnodes=1", "--nproc-per-node=4", "--standalone", "--max-restarts=3"} < {*started[1]}

@@ -81,6 +81,8 @@ class Training:
     fp16: bool = option(False, "compute in float16 with scaled losses, on CUDA alone")
     optim: Literal["adamw_torch", "adamw_8bit"] = option("adamw_torch", "adamw_8bit keeps its moments in bytes")
     gradient_checkpointing: bool = option(False, "less memory for a third more work: each layer is run twice")
+    fsdp: Literal["full_shard"] | None = option(None, "under torchrun: each process holds a part of each weight "
+                                                "(default: all hold them whole)", metavar="full_shard")  # fmt: skip
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one", metavar="DEVICE")
 
 
@@ -179,23 +181,25 @@ SUMMARY = {
 
 def run(options: Common) -> int:
     """Runs the command."""
+    from llama2.train.distributed import leave
     from llama2.train.finetune import Finetune
 
     recipe, args = recipe_of(options), arguments(options)
     job = Finetune(recipe, args)
-    if not options.quiet:
+    if job.ranks.first and not options.quiet:
         terminal.notice(job.data.text())
-    with progress(options) as report:
+    with progress(options, job.ranks.first) as report:
         result = job.run(report)
-    if not result.finished:
+    if job.ranks.first and not result.finished:
         print(
             f"llama2: stopped at step {result.step} of {result.steps}, which is saved; go on with\n  "
-            f"{_again(sys.argv)}",
+            f"{_again(sys.argv, job.ranks.world)}",
             file=sys.stderr,
         )
-        return 130
-    show(job, result, options)
-    return 0
+    elif job.ranks.first:
+        show(job, result, options)
+    leave()
+    return 0 if result.finished else 130
 
 
 def recipe_of(options: Common) -> "Recipe":
@@ -231,6 +235,7 @@ def arguments(options: Common, checkpoint_dir: str | None = None) -> "TrainingAr
     settings["output_dir"] = checkpoint_dir or options.output_dir or (options.paths or ("",))[-1]
     settings["per_device_eval_batch_size"] = options.batch_size
     settings["bf16"] = options.bf16 and options.lora is None  # an adapter is float32 on weights loaded as bfloat16
+    settings["fsdp"] = options.fsdp or ""
     settings["eval_on_start"] = options.eval_data is not None or options.eval_split is not None
     return TrainingArguments(**settings)
 
@@ -249,14 +254,15 @@ def _template(name: str) -> str:
     return Path(name).read_text(encoding="utf-8")
 
 
-def _again(argv: Sequence[str]) -> str:
-    words = ["llama2", *argv[1:]]
+def _again(argv: Sequence[str], ranks: int) -> str:
+    launcher = ["torchrun", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+    words = [*launcher, "llama2", *argv[1:]]
     return shlex.join(words if "--resume" in words else [*words, "--resume"])
 
 
-def progress(options: Common) -> AbstractContextManager[Callable[[dict[str, Any]], None] | None]:
-    """What hears of the steps."""
-    return nullcontext() if options.quiet else Steps(options.task, options.logging_steps)
+def progress(options: Common, first: bool) -> AbstractContextManager[Callable[[dict[str, Any]], None] | None]:
+    """What hears of the steps, on the first of several processes."""
+    return nullcontext() if options.quiet or not first else Steps(options.task, options.logging_steps)
 
 
 def show(job: "Finetune", result: "Result", options: Common) -> None:

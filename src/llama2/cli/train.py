@@ -5,9 +5,12 @@ input/data/CHANNEL/                 rows in train (or training) and validation (
 checkpoints/                        mirrored by SageMaker; a job that finds one here goes on from it
 model/                              the result
 output/failure                      why the job failed
+
+With several GPUs or machines the command becomes torchrun, which starts itself once for each GPU.
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,6 +24,7 @@ from llama2.errors import InputError, Llama2Error
 _TRAIN, _EVAL = ("train", "training"), ("validation", "eval", "test")
 _MODEL = ("model", "model_id", "model_name_or_path")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_PORT = 7777  # on the first machine, where the others meet it
 _LONGEST = 1024  # characters of a failure that SageMaker shows
 
 
@@ -37,6 +41,8 @@ def run(options: Options) -> int:
     """Runs the command."""
     root = Path(options.root)
     try:
+        if "RANK" not in os.environ and (command := _launcher(root)):
+            os.execv(command[0], command)  # in this process's place, so that it hears SageMaker's SIGTERM
         code = _train(root)
     except KeyboardInterrupt:
         raise
@@ -48,6 +54,29 @@ def run(options: Options) -> int:
     return code
 
 
+def _launcher(root: Path) -> list[str]:
+    """The command that starts a process for every GPU of this machine, as one of the job's; [] where one is enough."""
+    import torch
+
+    resources = _json(root / "input" / "config" / "resourceconfig.json")
+    hosts = resources.get("hosts") or ["localhost"]
+    processes = max(1, torch.cuda.device_count())
+    if len(hosts) * processes == 1:
+        return []
+    if resources.get("current_host", hosts[0]) not in hosts:
+        raise InputError(f"the machine {resources['current_host']!r} is not among the job's hosts {', '.join(hosts)}")
+    if network := resources.get("network_interface_name"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", network)
+    words = [f"--nnodes={len(hosts)}", f"--nproc-per-node={processes}"]
+    if len(hosts) > 1:
+        place = hosts.index(resources.get("current_host", hosts[0]))
+        words += [f"--node-rank={place}", f"--master-addr={hosts[0]}", f"--master-port={_PORT}"]
+    else:
+        words += ["--standalone", "--max-restarts=3"]
+    return [sys.executable, "-m", "torch.distributed.run", *words, "-m", "llama2", "train", "--root", str(root)]
+
+
 def _fail(root: Path, said: str) -> None:
     try:
         (root / "output").mkdir(parents=True, exist_ok=True)
@@ -57,6 +86,7 @@ def _fail(root: Path, said: str) -> None:
 
 
 def _train(root: Path) -> int:
+    from llama2.train.distributed import leave
     from llama2.train.finetune import Finetune
 
     options = _options(root)
@@ -64,15 +94,18 @@ def _train(root: Path) -> int:
     args = finetune.arguments(options, str(root / "checkpoints"))
     args.resume_from_checkpoint = True
     job = Finetune(recipe, args)
-    print(job.data.text(), file=sys.stderr)
-    with finetune.progress(options) as report:
+    first = job.ranks.first
+    if first:
+        print(job.data.text(), file=sys.stderr)
+    with finetune.progress(options, first) as report:
         result = job.run(report)
-    if not result.finished:
+    if first and not result.finished:
         print(f"llama2: stopped at step {result.step} of {result.steps}; the next job goes on from it", file=sys.stderr)
-        return 130
-    _check(result.folder)
-    finetune.show(job, result, options)
-    return 0
+    elif first:
+        _check(result.folder)
+        finetune.show(job, result, options)
+    leave()
+    return 0 if result.finished else 130
 
 
 def _check(folder: Path) -> None:
@@ -110,15 +143,18 @@ def _options(root: Path) -> finetune.Common:
 
 def _hyperparameters(folder: Path) -> dict[str, str]:
     """Values by name with underscores. SageMaker's are texts, its Python package quotes them as JSON once more."""
-    hosts = _json(folder / "resourceconfig.json").get("hosts", [])
-    if len(hosts) > 1:
-        raise InputError(f"the job has {len(hosts)} machines; one is supported: set instance_count=1")
     if not (folder / "hyperparameters.json").exists():
         raise InputError(f"{folder / 'hyperparameters.json'} does not exist; is this a SageMaker container (--root)?")
     found = {}
     for name, value in _json(folder / "hyperparameters.json").items():
         if not name.startswith("sagemaker_"):
             found[name.lstrip("-").replace("-", "_")] = _plain(value)
+    hosts = _json(folder / "resourceconfig.json").get("hosts", [])
+    if len(hosts) > 1 and found.get("fsdp"):
+        raise InputError(
+            f"fsdp is {found['fsdp']!r} on {len(hosts)} machines, whose checkpoints need a folder that all share, and "
+            "SageMaker's is one on each; set instance_count=1, or leave fsdp out"
+        )
     return found
 
 

@@ -9,6 +9,7 @@ from llama2.errors import InputError
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
+FSDP = ("", "full_shard")
 SINKS = ("none", "tensorboard")
 Strategy = Literal["no", "steps", "epoch"]
 
@@ -21,6 +22,8 @@ class TrainingArguments:
     eval_strategy, save_strategy and logging_strategy are "no", "steps" (every eval_steps, ...) or "epoch"; without an
     eval_strategy rows are measured where eval_steps is given. A run always saves when it is stopped, and at its end
     unless save_strategy is "no". report_to: "none", "tensorboard" or a list of them; log.jsonl is always written.
+    fsdp, of several processes: "" keeps the weights whole on each, "full_shard" a part of each weight on each, which
+    moves to the GPU unless use_cpu is set.
     """
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
@@ -67,6 +70,8 @@ class TrainingArguments:
     report_to: str | list[str] = "none"
     logging_dir: str | None = None
     resume_from_checkpoint: bool | str | None = None
+    fsdp: str | bool | list[str] = ""
+    use_cpu: bool = False
 
     def __post_init__(self) -> None:
         positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -85,8 +90,18 @@ class TrainingArguments:
             raise InputError("bf16 and fp16 are both set; set one of them")
         if self.optim not in OPTIMIZERS:
             raise InputError(f"optim is {self.optim!r}; it must be one of {', '.join(OPTIMIZERS)}")
+        self._check_fsdp()
         self._check_strategies()
         self.sinks()
+
+    def _check_fsdp(self) -> None:
+        words = {True: "full_shard", False: ""}[self.fsdp] if isinstance(self.fsdp, bool) else self.fsdp
+        words = words if isinstance(words, str) else " ".join(words)
+        if words.replace("auto_wrap", "").strip() not in FSDP:
+            raise InputError(f"fsdp is {self.fsdp!r}; it must be 'full_shard', or '' for weights that are whole")
+        self.fsdp = words.replace("auto_wrap", "").strip()  # decoder layers are what is wrapped in any case
+        if self.fsdp and self.optim == "adamw_8bit":
+            raise InputError("adamw_8bit has moments in blocks that cannot be sharded; use optim='adamw_torch'")
 
     def _check_strategies(self) -> None:
         if self.eval_strategy is None:

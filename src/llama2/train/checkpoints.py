@@ -29,7 +29,8 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
         files = sorted(path for path in made.rglob("*") if path.is_file())
         content = {str(p.relative_to(made)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
         (made / MANIFEST).write_text(json.dumps({"step": step, "files": content}, indent=2) + "\n")
-        for path in (*files, made / MANIFEST, made):
+        folders = [path for path in made.rglob("*") if path.is_dir()]
+        for path in (*files, made / MANIFEST, *folders, made):
             _sync(path)
         made.chmod(0o755)
         if target.exists():
@@ -84,6 +85,12 @@ def prune(folder: Path, keep: int, spare: Path | None = None) -> None:
     for checkpoint in found(folder)[: -keep or None] if keep else []:
         if checkpoint != spare:
             shutil.rmtree(checkpoint)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a run that was killed had begun to write."""
+    for begun in folder.glob(".checkpoint-*"):
+        shutil.rmtree(begun, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -32,6 +32,7 @@ from llama2.quantization_config import BitsAndBytesConfig
 from llama2.train import checkpoints
 from llama2.train.chart import loss_chart
 from llama2.train.data import Report, held_out, kind_of, pieces, prepare, prepare_pairs, read, renamed
+from llama2.train.distributed import join
 from llama2.train.labels import Labels, prepare_labelled
 from llama2.train.losses import Preference
 from llama2.train.objectives import Classification, NextToken, Objective, Preferences, packed_rows
@@ -158,6 +159,11 @@ class Finetune:
     def __init__(self, recipe: Recipe, args: TrainingArguments) -> None:
         self.recipe, self.args = recipe, args
         self.folder = Path(recipe.output_dir)
+        self.ranks = join()
+        self.device = self.ranks.device(recipe.device)
+        args.use_cpu = args.use_cpu or recipe.device == "cpu"
+        if self.ranks.restarts and not args.resume_from_checkpoint:
+            args.resume_from_checkpoint = True
         self._check_folder()
         self.tokenizer = self._tokenizer()
         self.data = self._data()
@@ -236,8 +242,8 @@ class Finetune:
         recipe, labels = self.recipe, self.data.labels
         torch.manual_seed(self.args.seed)  # for the fresh weights of a head, an adapter or a model
         if recipe.fresh:
-            return AutoModelForCausalLM.from_config(load_config(recipe.model), dtype="float32").to(_device(recipe))
-        settings: dict[str, Any] = {"dtype": self._dtype(), "device_map": recipe.device}
+            return AutoModelForCausalLM.from_config(load_config(recipe.model), dtype="float32").to(self._place())
+        settings: dict[str, Any] = {"dtype": self._dtype(), "device_map": str(self._place())}
         if recipe.load_in_4bit:
             settings["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -258,6 +264,13 @@ class Finetune:
             )
         self._set_pad(model)
         return model
+
+    def _place(self) -> torch.device:
+        if self.args.fsdp:  # the GPU has room for a part alone
+            return torch.device("cpu")
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
 
     def _dtype(self) -> str:
         if self.recipe.dtype != "auto":
@@ -305,12 +318,16 @@ class Finetune:
             state = trainer.train()
             finished = state.step >= trainer.steps
             if finished:
-                self._write(model)
+                with trainer.gathered(every=recipe.lora is None or recipe.merge):
+                    if self.ranks.first:
+                        self._write(model)
             result = Result(self.folder, finished, state.step, trainer.steps, time.perf_counter() - begin, state.tokens)
             measured = [_measured(entry) for entry in state.history if "eval_loss" in entry]
             if measured:
                 result.before, result.after = measured[0], measured[-1]
-            self._summarise(result, state.history)
+            if self.ranks.first:
+                self._summarise(result, state.history)
+            self.ranks.wait()
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -361,9 +378,3 @@ class Finetune:
 
 def _measured(entry: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in entry.items() if name.startswith("eval_")}
-
-
-def _device(recipe: Recipe) -> torch.device:
-    if recipe.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(recipe.device)

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llama2.errors import InputError
 from llama2.quant.nf4 import dynamic_map
+from llama2.train.distributed import local
 
 _WIDE_BYTES = 64 << 20  # of 16-bit gradients made float32 at once
 
@@ -50,10 +52,8 @@ class AdamW:
         self.parameters = dict(named)
         if not self.parameters:
             raise InputError("no parameter of the model is trainable; add an adapter or set requires_grad")
-        self._masters = {
-            name: nn.Parameter(p.detach().float().clone()) if masters or p.itemsize < 4 else p
-            for name, p in self.parameters.items()
-        }
+        self.copied = {name for name, p in self.parameters.items() if masters or p.itemsize < 4}
+        self._masters = {name: self._master(name, p) for name, p in self.parameters.items()}
         decay = [m for m in self._masters.values() if m.dim() > 1]
         rest = [m for m in self._masters.values() if m.dim() < 2]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -63,6 +63,13 @@ class AdamW:
         self._inner: torch.optim.Optimizer = (
             AdamW8(groups, **given) if kind == "adamw_8bit" else torch.optim.AdamW(groups, **given, fused=fused)
         )
+
+    def _master(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        """What is updated: a float32 copy, the parameter, or of a sharded one this rank's part."""
+        part = local(parameter.detach())
+        if name in self.copied:
+            return nn.Parameter(part.float().clone())
+        return nn.Parameter(part) if isinstance(parameter, DTensor) else parameter
 
     @torch.no_grad()
     def step(self, rate: float, factor: float = 1.0) -> None:
@@ -76,18 +83,17 @@ class AdamW:
         for name, parameter in self.parameters.items():
             master = self._masters[name]
             if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.to(master.dtype)
+                master.grad = local(parameter.grad).to(master.dtype)
                 parameter.grad = None
                 if factor != 1:
                     master.grad.mul_(factor)
-                widened += master.nbytes
+                widened += master.nbytes if name in self.copied else 0
                 if widened > _WIDE_BYTES:
                     self._update()
                     widened = 0
         self._update()
-        for name, parameter in self.parameters.items():
-            if self._masters[name] is not parameter:
-                parameter.copy_(self._masters[name])
+        for name in self.copied:
+            local(self.parameters[name]).copy_(self._masters[name])
 
     def _update(self) -> None:
         """Updates what has a gradient, and drops that."""
@@ -98,7 +104,7 @@ class AdamW:
         """Everything that the next step depends on, by name."""
         found: dict[str, Tensor] = {}
         for name, master in self._masters.items():
-            if master is not self.parameters[name]:
+            if name in self.copied:
                 found[f"master.{name}"] = master.detach()
             for key, value in self._inner.state.get(master, {}).items():
                 found[f"{key}.{name}"] = value
@@ -248,10 +254,17 @@ def _adamw(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: int
     weight.addcdiv_(mean, size, value=-rate / (1 - beta1**step))
 
 
-def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
-    """The norm of all gradients together, which are scaled down to `most` where it is larger (0: never)."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+def clip(
+    parameters: Iterable[nn.Parameter], most: float, sums: Callable[[list[float]], list[float]] | None = None
+) -> float:
+    """The norm of all gradients together, which are scaled down to `most` where it is larger (0: never).
+
+    sums: adds up over ranks where each has a part of every gradient.
+    """
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
+    if sums is not None:
+        norm = torch.tensor(math.sqrt(sums([float(norm) ** 2])[0]))
     if most and float(norm) > most:
         for grad in grads:
             grad.mul_(most / (norm + 1e-6))

@@ -1,7 +1,8 @@
 """The one training loop. Objectives differ in how they make a batch and a loss of it, and in nothing else.
 
 The order of rows is a function of seed, epoch and index, and the random numbers of a step are one of seed and step.
-So a run that was killed and resumed ends with the same bits as one that was not.
+So a run that was killed and resumed ends with the same bits as one that was not, and several ranks, which share the
+rows of each step, do what one does. All ranks go through the same calls; rank 0 alone writes and reports.
 """
 
 import json
@@ -12,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,15 @@ import torch
 from torch import nn
 
 from llama2 import lora
-from llama2.checkpoint.hf import map_safetensors
 from llama2.checkpoint.peft import save_adapter
-from llama2.checkpoint.save import replacing, write_safetensors
+from llama2.checkpoint.save import replacing
 from llama2.errors import InputError, MissingDependencyError
 from llama2.lora_config import LoraConfig
-from llama2.train import checkpoints
+from llama2.train import checkpoints, states
 from llama2.train.arguments import TrainingArguments
+from llama2.train.distributed import COMMAND, Root, gathered, join, local, shard
 from llama2.train.layer import fused
-from llama2.train.objectives import Objective
+from llama2.train.objectives import Loss, Objective
 from llama2.train.optim import AdamW, clip, learning_rate
 from llama2.train.rows import objective_for
 
@@ -126,26 +127,46 @@ class Trainer:
         self.rows, self.eval_rows, self._save_model, self._report = rows, eval_rows, save, report
         self.folder = Path(args.output_dir)
         self.state = TrainerState()
+        self.ranks = join()
+        self._narrow = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
+        self._root = self._shard()
         self.optimizer = AdamW(
             ((name, p) for name, p in model.named_parameters() if p.requires_grad),
             (args.adam_beta1, args.adam_beta2),
             args.adam_epsilon,
             args.weight_decay,
-            masters=args.bf16 or args.fp16,
+            masters=self._narrow is not None and self._root is None,
             kind=args.optim,
         )
-        if args.bf16 or args.fp16:
-            model.to(torch.float16 if args.fp16 else torch.bfloat16)
+        if self._narrow is not None and self._root is None:
+            model.to(self._narrow)
         self.scale = LOSS_SCALE if args.fp16 else 1.0
-        self._sinks = [Tensorboard(self.folder, args.logging_dir) for _ in args.sinks()]
-        self._stop = False
+        self._sinks = [Tensorboard(self.folder, args.logging_dir) for _ in args.sinks() if self.ranks.first]
+        self._stop = self._agreed = False
+
+    def _shard(self) -> Root | None:
+        """Weights that are the same on all ranks, and sharded where that is asked for."""
+        self.ranks.match(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        if not self.args.fsdp:
+            return None
+        if not self.ranks.launched:
+            raise InputError(f"fsdp is {self.args.fsdp!r}, and this is one process; start several with `{COMMAND}`")
+        device = "cuda" if torch.cuda.is_available() and not self.args.use_cpu else "cpu"
+        return shard(self.model, device, self._narrow)
+
+    def gathered(self, every: bool = True) -> AbstractContextManager[None]:
+        """Within it rank 0's model is whole, to be written: with all its weights, or with those that are trained.
+
+        All ranks enter, where weights are sharded."""
+        return gathered(self._root, self.ranks, every, self._narrow)
 
     # -- how long and in which order -----------------------------------------------------------------------------
 
     @property
     def batch(self) -> int:
-        """Rows of one step."""
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        """Rows of one step, of all ranks together."""
+        args = self.args
+        return args.per_device_train_batch_size * self.ranks.world * args.gradient_accumulation_steps
 
     @property
     def steps(self) -> int:
@@ -169,7 +190,8 @@ class Trainer:
         """Trains to the end, or to a signal (SIGTERM, Ctrl-C), which saves first. Returns the state.
 
         With resume_from_checkpoint=True, here or in the arguments, the newest whole checkpoint of output_dir is taken
-        up, if there is one; a path names one. Raises InputError where the loss is NaN or inf.
+        up, if there is one; a path names one. A run that torchrun has started again does so unasked. Raises InputError
+        where the loss is NaN or inf.
         """
         self._resume(self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint)
         if self.args.gradient_checkpointing:
@@ -178,37 +200,35 @@ class Trainer:
         with self._signals(), fused(self.model):
             if self.args.eval_on_start and self.eval_rows and self.state.step == 0:
                 self._evaluated()
-            while self.state.step < self.steps and not self._stop:
+            while self.state.step < self.steps and not self._ends:
                 self._step()
         self.model.eval()
-        there = checkpoints.found(self.folder)
-        if (self.args.save_strategy != "no" or self._stop) and not (
+        there = self.ranks.told(lambda: checkpoints.found(self.folder))
+        if (self.args.save_strategy != "no" or self._ends) and not (
             there and checkpoints.step_of(there[-1]) == self.state.step
         ):
             self.save()
-        if self.args.load_best_model_at_end and self.state.best_step is not None and not self._stop:
+        if self.args.load_best_model_at_end and self.state.best_step is not None and not self._ends:
             self._load_weights(self.folder / f"checkpoint-{self.state.best_step}")
         return self.state
 
     def _step(self) -> None:
         args, step, begin = self.args, self.state.step, time.perf_counter()
-        torch.manual_seed(random.Random(f"{args.seed}/step/{step}").getrandbits(63))
-        rows, size = self._rows_of(step), self._at_once
-        total, units, logs = 0.0, 0, dict[str, float]()
-        for start in range(0, len(rows), size):
-            batch = self.objective.collate(rows[start : start + size])
-            loss = self.objective.loss(self.model, _to(batch, self.model))
-            (loss.total * self.scale).backward()
-            total, units = total + loss.total.item(), units + loss.units
-            for name, value in loss.logs.items():
-                logs[name] = logs.get(name, 0.0) + value
+        own = f"/{self.ranks.rank}" if self.ranks.rank else ""  # what one rank drops another need not
+        torch.manual_seed(random.Random(f"{args.seed}/step/{step}{own}").getrandbits(63))
+        rows = self._rows_of(step)
+        total, units, logs = self._losses(rows, self._at_once, learn=True)
         if not math.isfinite(total):
             raise InputError(
                 f"the loss is {total} at step {step + 1}; float16 overflows where bfloat16 does not, a lower learning "
                 "rate or max_grad_norm helps where it grew; the last checkpoint is kept"
             )
+        trained = self.optimizer.parameters.values()
+        if self._root is None:
+            self.ranks.add_gradients(trained)
         self._divide(max(units, 1))
-        norm = clip(self.optimizer.parameters.values(), args.max_grad_norm * self.scale) / self.scale
+        sums = None if self._root is None else self.ranks.sums
+        norm = clip(trained, args.max_grad_norm * self.scale, sums) / self.scale
         rate = learning_rate(step, self.steps, args.learning_rate, args.lr_scheduler_type, self._warmup())
         if args.fp16 and not math.isfinite(norm):  # the scaled gradients overflowed: leave the step out
             self.scale /= 2
@@ -222,6 +242,32 @@ class Trainer:
         entry = {"loss": total / max(units, 1), "grad_norm": norm, "learning_rate": rate}
         entry |= {name: value / max(units, 1) for name, value in logs.items()}
         self._after(entry, tokens / (time.perf_counter() - begin))
+
+    def _losses(self, rows: Sequence[Any], size: int, learn: bool) -> tuple[float, int, dict[str, float]]:
+        """Sums over rows, of which each rank takes its share, `size` at once: losses, units, what is logged."""
+        mine, total, units, logs = self.ranks.share(rows), 0.0, 0, dict[str, float]()
+        for start in range(0, math.ceil(len(rows) / self.ranks.world), size):
+            loss = self._loss(mine[start : start + size], rows)
+            if learn:
+                (loss.total * self.scale).backward()
+            total, units = total + loss.total.item(), units + loss.units
+            for name, value in loss.logs.items():
+                logs[name] = logs.get(name, 0.0) + value
+        total, count, stop, *values = self.ranks.sums([total, units, self._stop, *logs.values()])
+        self._agreed = self._agreed or stop > 0
+        return total, int(count), dict(zip(logs, values, strict=True))
+
+    def _loss(self, rows: Sequence[Any], others: Sequence[Any]) -> Loss:
+        """The loss of some rows. A rank that has none left runs another's for nothing, since ranks run in step."""
+        batch = _to(self.objective.collate(rows or others[:1]), self.model)
+        root = self._root
+        loss = self.objective.loss(self.model, batch) if root is None else Loss(*root(self.objective, batch))
+        return loss if rows else Loss(loss.total * 0.0, 0, dict.fromkeys(loss.logs, 0.0))
+
+    @property
+    def _ends(self) -> bool:
+        """Whether the run was asked to stop, which ranks hear at different moments: they agree once a step."""
+        return self._agreed if self.ranks.world > 1 else self._stop
 
     @property
     def _at_once(self) -> int:
@@ -248,15 +294,15 @@ class Trainer:
 
     def _after(self, entry: dict[str, Any], speed: float) -> None:
         args, step = self.args, self.state.step
-        last = step == self.steps or self._stop
-        if self._report is not None:
+        last = step == self.steps or self._ends
+        if self._report is not None and self.ranks.first:
             self._report({"step": step, "steps": self.steps, "tokens_per_second": speed, **entry})
         if self._due(args.logging_strategy, args.logging_steps) or last:
             self._log({"step": step, "epoch": step * self.batch / len(self.rows), **entry, "tokens_per_second": speed})
         measures = self.eval_rows and args.eval_strategy != "no"
         if measures and (self._due(args.eval_strategy, args.eval_steps) or last):
             self._evaluated()
-        if self._due(args.save_strategy, args.save_steps) or (last and (args.save_strategy != "no" or self._stop)):
+        if self._due(args.save_strategy, args.save_steps) or (last and (args.save_strategy != "no" or self._ends)):
             self.save()
 
     def _due(self, strategy: str | None, every: int | None) -> bool:
@@ -275,11 +321,13 @@ class Trainer:
             value = found[args.better]
             if state.step and (state.best_metric is None or (value > state.best_metric) == args.rising):
                 state.best_step, state.best_metric = state.step, value
-        if self._report is not None:
+        if self._report is not None and self.ranks.first:
             self._report({"step": self.state.step, "steps": self.steps, **found})
 
     def _log(self, entry: dict[str, Any]) -> None:
         self.state.history.append(entry)
+        if not self.ranks.first:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOG).open("a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -289,28 +337,24 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The mean loss of the evaluation rows, and the means of what the objective logs."""
-        training, size = self.model.training, self.args.per_device_eval_batch_size
+        training = self.model.training
         self.model.eval()
-        total, units, logs = 0.0, 0, dict[str, float]()
-        for start in range(0, len(self.eval_rows), size):
-            batch = self.objective.collate(self.eval_rows[start : start + size])
-            loss = self.objective.loss(self.model, _to(batch, self.model))
-            total, units = total + loss.total.item(), units + loss.units
-            for name, value in loss.logs.items():
-                logs[name] = logs.get(name, 0.0) + value
+        total, units, logs = self._losses(self.eval_rows, self.args.per_device_eval_batch_size, learn=False)
         self.model.train(training)
         found = {f"eval_{name}": value / max(units, 1) for name, value in logs.items()}
         return {"eval_loss": total / max(units, 1), **found}
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Writes the model, or its adapter, and the tokenizer to output_dir, or to that of the arguments."""
-        folder = Path(output_dir or self.args.output_dir)
-        if lora.names(self.model):
-            save_adapter(self.model, folder)
-        else:
-            self.model.save_pretrained(folder)  # type: ignore[operator]
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+        folder, adapted = Path(output_dir or self.args.output_dir), bool(lora.names(self.model))
+        with self.gathered(every=not adapted):
+            if self.ranks.first and adapted:
+                save_adapter(self.model, folder)
+            elif self.ranks.first:
+                self.model.save_pretrained(folder)  # type: ignore[operator]
+            if self.ranks.first and self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+        self.ranks.wait()
 
     # -- interruption --------------------------------------------------------------------------------------------
 
@@ -336,57 +380,84 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of this step and removes the oldest beyond save_total_limit."""
-        with checkpoints.writing(self.folder, self.state.step) as made:
-            with (made / "trainable.safetensors").open("wb") as file:
-                write_safetensors(file, dict(self.optimizer.parameters))
-            with (made / "optimizer.safetensors").open("wb") as file:
-                write_safetensors(file, self.optimizer.state())
-            state = {**asdict(self.state), "run": self._identity(), "scale": self.scale}
-            (made / "trainer_state.json").write_text(json.dumps(state) + "\n")
+        step, ranks = self.state.step, self.ranks
+        with ExitStack() as stack:
+            made = ranks.told(lambda: stack.enter_context(checkpoints.writing(self.folder, step)))
+            states.write(made, self.optimizer, ranks)
+            if ranks.first:
+                state = {**asdict(self.state), "run": self._identity(), "ranks": ranks.world, "scale": self.scale}
+                (made / "trainer_state.json").write_text(json.dumps(state) + "\n")
             if self._save_model is not None:
-                self._save_model(made)
-        if self.args.save_total_limit:
+                with self.gathered(every=not lora.names(self.model)):
+                    if ranks.first:
+                        self._save_model(made)
+            ranks.wait()
+        if self.args.save_total_limit and ranks.first:
             best = None if self.state.best_step is None else self.folder / f"checkpoint-{self.state.best_step}"
             checkpoints.prune(self.folder, self.args.save_total_limit, best)
-        return self.folder / f"checkpoint-{self.state.step}"
+        ranks.wait()
+        return self.folder / f"checkpoint-{step}"
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same for a run to be the same."""
         return {"rows": len(self.rows), "batch": self.batch, "seed": self.args.seed, "steps": self.steps}
 
     def _resume(self, wanted: bool | str | None) -> None:
-        if not wanted:
-            return
-        place = checkpoints.newest(self.folder) if wanted is True else Path(wanted)
+        wanted = wanted or self.ranks.restarts > 0
+        place = self.ranks.told(lambda: self._chosen(wanted))
         if place is None:
             return
-        if wrong := checkpoints.problem(place):
-            raise InputError(f"{place} cannot be resumed from: {wrong}")
+        if not place.is_dir():
+            raise InputError(
+                f"rank {self.ranks.rank} does not see {place}; output_dir must be a folder of all machines"
+            )
         content = json.loads((place / "trainer_state.json").read_text())
+        self._keep_batch(content)
         if content["run"] != self._identity():
             raise InputError(
                 f"{place} is of another run ({content['run']}) than this ({self._identity()}); give the same data, "
                 "batch size, seed and length, or another output_dir"
             )
-        self._load_weights(place)
+        weights, moments = states.read(place, self.optimizer)
+        self._set(weights)
         self.scale = content.get("scale", 1.0)
-        self.optimizer.load(map_safetensors(place / "optimizer.safetensors"))
+        self.optimizer.load(moments)
         self.state = TrainerState(**{f.name: content[f.name] for f in fields(TrainerState) if f.name in content})
-        with replacing(self.folder / LOG) as file:  # without the steps that are taken again
-            file.write("".join(json.dumps(entry) + "\n" for entry in self.state.history).encode())
+        if self.ranks.first:
+            with replacing(self.folder / LOG) as file:  # without the steps that are taken again
+                file.write("".join(json.dumps(entry) + "\n" for entry in self.state.history).encode())
+
+    def _chosen(self, wanted: bool | str) -> Path | None:
+        """The checkpoint to go on from."""
+        checkpoints.sweep(self.folder)
+        if not wanted:
+            return None
+        place = checkpoints.newest(self.folder) if wanted is True else Path(wanted)
+        if place is not None and wanted is not True and (wrong := checkpoints.problem(place)):
+            raise InputError(f"{place} cannot be resumed from: {wrong}")
+        return place
+
+    def _keep_batch(self, content: dict[str, Any]) -> None:
+        """On another number of ranks than before, as many batches a step as make the same rows a step."""
+        before, wanted, args = content.get("ranks", 1), content["run"]["batch"], self.args
+        if before == self.ranks.world or wanted == self.batch:
+            return
+        times, rest = divmod(wanted, args.per_device_train_batch_size * self.ranks.world)
+        if rest:
+            raise InputError(
+                f"the run took {wanted} rows a step on {before} ranks, which {self.ranks.world} ranks of "
+                f"{args.per_device_train_batch_size} rows do not divide; start another number of ranks, or set "
+                f"per_device_train_batch_size so that it times {self.ranks.world} divides {wanted}"
+            )
+        args.gradient_accumulation_steps = times
 
     def _load_weights(self, place: Path) -> None:
-        weights = map_safetensors(place / "trainable.safetensors")
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        wanted = {name: tuple(parameter.shape) for name, parameter in self.optimizer.parameters.items()}
-        if differ := sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name)):
-            raise InputError(
-                f"{place} is of another run: {differ[0]} is {shapes.get(differ[0], 'not trained')} there and "
-                f"{wanted.get(differ[0], 'not trained')} here; give the same model and adapter, or another output_dir"
-            )
-        with torch.no_grad():
-            for name, parameter in self.optimizer.parameters.items():
-                parameter.copy_(weights[name])
+        self._set(states.read(place, self.optimizer, state=False)[0])
+
+    @torch.no_grad()
+    def _set(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.optimizer.parameters.items():
+            local(parameter).copy_(weights[name])
 
 
 class Tensorboard:

@@ -1,0 +1,117 @@
+"""What a checkpoint holds of weights and optimiser: safetensors files, or parts written by every rank (torch's DCP).
+
+Either is read by any number of ranks, sharded or not. Names are those of the parameters; the optimiser's have the
+moment before them: exp_avg.model.norm.weight.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from llama2.checkpoint.hf import map_safetensors
+from llama2.checkpoint.save import write_safetensors
+from llama2.errors import InputError
+from llama2.train.distributed import Ranks, as_sharded, local, part_of
+from llama2.train.optim import AdamW
+
+WEIGHTS, OPTIMIZER, SHARDS = "trainable.safetensors", "optimizer.safetensors", "shards"
+_WEIGHT, _STATE = "weights.", "optimizer."
+States = dict[str, Tensor]
+
+
+def write(folder: Path, optimizer: AdamW, ranks: Ranks) -> None:
+    """Writes the trained weights and the optimiser's state. All ranks call it; whole weights are written by rank 0."""
+    parameters = optimizer.parameters
+    if any(isinstance(p, DTensor) for p in parameters.values()):
+        content = {_WEIGHT + name: p.detach() for name, p in parameters.items()}
+        for key, value in optimizer.state().items():
+            content[_STATE + key] = as_sharded(value, _like(_STATE + key, optimizer, value))
+        dcp.save(content, storage_writer=dcp.FileSystemWriter(folder / SHARDS))
+    elif ranks.first:
+        with (folder / WEIGHTS).open("wb") as file:
+            write_safetensors(file, dict(parameters))
+        with (folder / OPTIMIZER).open("wb") as file:
+            write_safetensors(file, optimizer.state())
+
+
+def read(place: Path, optimizer: AdamW, state: bool = True) -> tuple[States, States]:
+    """This rank's parts of the weights and, unless `state` is False, of the optimiser's state.
+
+    Raises InputError where they are of another model or adapter.
+    """
+    shapes = _shapes(place)
+    there = {name.removeprefix(_WEIGHT): shape for name, shape in shapes.items() if name.startswith(_WEIGHT)}
+    wanted = {name: tuple(parameter.shape) for name, parameter in optimizer.parameters.items()}
+    if differ := sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name)):
+        raise InputError(
+            f"{place} is of another run: {differ[0]} is {there.get(differ[0], 'not trained')} there and "
+            f"{wanted.get(differ[0], 'not trained')} here; give the same model and adapter, or another output_dir"
+        )
+    names = [name for name in shapes if state or name.startswith(_WEIGHT)]
+    found = _from_shards(place, names, optimizer) if (place / SHARDS).is_dir() else _whole(place, names, optimizer)
+    weights = {name.removeprefix(_WEIGHT): t for name, t in found.items() if name.startswith(_WEIGHT)}
+    states = {name.removeprefix(_STATE): t for name, t in found.items() if name.startswith(_STATE)}
+    if state:
+        _match_copies(weights, states, optimizer)
+    return weights, states
+
+
+def _match_copies(weights: States, states: States, optimizer: AdamW) -> None:
+    """A run has float32 copies of 16-bit weights, a sharded one in bfloat16 float32 weights: each reads the other's."""
+    for name in weights:
+        if name in optimizer.copied:
+            states.setdefault(f"master.{name}", weights[name])
+        elif (master := states.pop(f"master.{name}", None)) is not None:
+            weights[name] = master
+
+
+# -- the two formats ---------------------------------------------------------------------------------------------
+
+
+def _shapes(place: Path) -> dict[str, tuple[int, ...]]:
+    """Of everything that a checkpoint holds, by its name with the prefix."""
+    if (place / SHARDS).is_dir():
+        metadata = dcp.FileSystemReader(place / SHARDS).read_metadata().state_dict_metadata
+        return {name: tuple(m.size) for name, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
+    parts = {_WEIGHT: map_safetensors(place / WEIGHTS), _STATE: map_safetensors(place / OPTIMIZER)}
+    return {prefix + name: tuple(t.shape) for prefix, part in parts.items() for name, t in part.items()}
+
+
+def _whole(place: Path, names: list[str], optimizer: AdamW) -> States:
+    """From safetensors files."""
+    files = {_WEIGHT: map_safetensors(place / WEIGHTS), _STATE: map_safetensors(place / OPTIMIZER)}
+    found = {}
+    for full in names:
+        prefix = _WEIGHT if full.startswith(_WEIGHT) else _STATE
+        value = files[prefix][full.removeprefix(prefix)]
+        found[full] = part_of(value, _like(full, optimizer, value))
+    return found
+
+
+def _from_shards(place: Path, names: list[str], optimizer: AdamW) -> States:
+    """From the parts of any number of ranks."""
+    reader = dcp.FileSystemReader(place / SHARDS)
+    metadata, into = reader.read_metadata().state_dict_metadata, States()
+    for full in names:
+        entry = metadata[full]
+        assert isinstance(entry, TensorStorageMetadata)
+        like = _like(full, optimizer, torch.empty(0))
+        size = local(like).shape if isinstance(like, DTensor) else entry.size
+        into[full] = as_sharded(torch.empty(size, dtype=entry.properties.dtype, device=like.device), like)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
+        dcp.load(into, storage_reader=reader, no_dist=not dist.is_initialized())
+    return {name: local(value) for name, value in into.items()}
+
+
+def _like(full: str, optimizer: AdamW, otherwise: Tensor) -> Tensor:
+    """What a value is sharded like: the parameter that it belongs to. A step count is not."""
+    name = full.removeprefix(_WEIGHT) if full.startswith(_WEIGHT) else full.removeprefix(_STATE).split(".", 1)[1]
+    step = full.startswith(f"{_STATE}step.")
+    return otherwise if step else optimizer.parameters.get(name, otherwise)
