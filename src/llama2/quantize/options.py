@@ -21,8 +21,8 @@ class Options:
     method: "gptq", "nf4", "fp4", "int8", or "gguf:" and a block type. bits, group_size, act_order, static_groups, sym,
     mse, passes, damp, format: of gptq; group_size -1 for whole rows, None for the largest of 128, 64, 32 that divides
     every width; mse: search each group's scale; passes: see quant.solve. double_quant: of nf4 and fp4.
-    calibrate: round with the inputs in mind, None: gptq and gguf do. solve: compensate errors with the Hessian; else,
-    of gguf, weigh them by an importance matrix only. samples windows of `length` tokens, drawn by `seed`.
+    calibrate: round with the inputs in mind, None: gptq and gguf do. solve: of gguf, compensate errors with the
+    Hessian; else they are weighed by an importance matrix. samples windows of `length` tokens, drawn by `seed`.
     true_sequential: each group of linears sees inputs that those before it in the layer, already quantised, give it.
     token_weights: tokens count by the attention that they receive, and none by its size (see layer.py); else all alike,
     as in the paper. precision: of the products that run the layers. shard_size: of the result. eval_tokens: how many
@@ -41,7 +41,7 @@ class Options:
     format: str = "gptq"
     double_quant: bool = False
     calibrate: bool | None = None
-    solve: bool = True
+    solve: bool = False
     samples: int = 128
     length: int = 512
     seed: int = 0
