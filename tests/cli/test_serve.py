@@ -83,6 +83,7 @@ def test_two_processes_serve_one_model(checkpoint: Path, tmp_path: Path) -> None
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_the_end_of_one_process_is_that_of_all(checkpoint: Path) -> None:
     pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
     if not Path("/proc/self/stat").exists():

@@ -43,7 +43,7 @@ def test_what_it_copies_exists_and_the_user_is_not_root() -> None:
             assert (FILE.parents[1] / name).exists(), name
 
 
-@pytest.mark.parametrize("words", [None, ["serve"]], ids=["default", "sagemaker"])
+@pytest.mark.parametrize("words", [None, pytest.param(["serve"], marks=pytest.mark.slow)], ids=["default", "sagemaker"])
 def test_its_command_serves(tmp_path: Path, words: list[str] | None) -> None:
     pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
     pytest.importorskip("llguidance", reason="serving needs the extra `serve`")

@@ -28,7 +28,10 @@ def torchrun(size: int, *words: Any) -> "subprocess.CompletedProcess[str]":
 
 
 @needs_gloo
-@pytest.mark.parametrize(("variant", "size"), [("gqa", 2), ("biases", 4), ("tied", 2)])
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [("gqa", 2), pytest.param("biases", 4, marks=pytest.mark.slow), pytest.param("tied", 2, marks=pytest.mark.slow)],
+)
 def test_equals_one_process(tmp_path: Path, variant: str, size: int) -> None:
     """gqa: two key-value heads shared out; biases with four processes: each of the two heads is held twice."""
     tiny_model(torch.float32, **{"max_position_embeddings": 128, **VARIANTS[variant]}).save_pretrained(tmp_path)
