@@ -51,9 +51,7 @@ class Calibration:
     length: int = option(512, "tokens of a window")
     seed: int = option(0, "which windows")
     calibrate: bool | None = option(None, "round with the inputs of each layer in mind (default: gptq and gguf)")
-    solve: bool = option(
-        False, "of gguf: compensate the errors of rounded columns, which else are only weighed"
-    )
+    solve: bool = option(False, "of gguf: compensate the errors of rounded columns, which else are only weighed")
     true_sequential: bool = option(True, "linears see the inputs that those before them in the layer, quantised, give")
     token_weights: bool = option(True, "tokens count by the attention that they receive; --no-token-weights: all alike")
     precision: Literal["auto", "float32", "bfloat16"] = option("auto", "of the products that run the layers; auto is "
