@@ -281,6 +281,7 @@ def test_another_command_is_refused(source: Path, tmp_path: Path, text: str, let
         ({"group_size": 48}, "does not divide hidden_size, 64; of the usual sizes 64, 32"),
         ({"group_size": 0}, "give 128, 64 or 32"),
         ({"precision": "int8"}, "float32 or bfloat16"),
+        ({"passes": -1}, "at least 0"),
         ({"calibrate": False}, "made from calibration data"),
         ({"length": 2000}, None),
         ({"samples": 0}, "at least 1"),

@@ -61,6 +61,8 @@ class Options:
                 f"method is {self.method!r}; it must be one of {', '.join(METHODS)}, or gguf: and a block type such as "
                 "gguf:q4_k"
             )
+        if self.passes < 0:
+            raise InputError(f"passes is {self.passes}; it must be at least 0")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise InputError(f"precision is {self.precision!r}; it must be auto, float32 or bfloat16")
         if kind == "gptq" and self.calibrate is False:
