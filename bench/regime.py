@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llama2.cpu.threads import native
+from llama2.compiled import native
 
 BUFFER_BYTES = 512 << 20
 

@@ -251,7 +251,7 @@ def peaks() -> dict[str, float]:
     """GFLOP/s of bfloat16 products here: register loop, torch's product, both on all cores, the best of some."""
     import torch
 
-    from llama2.cpu.threads import make_pool, native
+    from llama2.compiled import make_pool, native
 
     found = {}
     if "avx512" in native().available_isas():

@@ -19,8 +19,8 @@ from tiny import tiny_model
 from llama2 import cpu
 from llama2.checkpoint.gguf import GgufFile
 from llama2.cli import main
+from llama2.compiled import native as engine
 from llama2.cpu import packed
-from llama2.cpu.threads import native as engine
 from llama2.errors import CheckpointError, InputError
 from llama2.native import NativeModel
 

@@ -63,7 +63,7 @@ def layers(kind: str, rng: np.random.Generator) -> list[dict[str, PackableWeight
 
 def weights(parts: list[dict[str, PackableWeight]], embed: np.ndarray, threads: int, dense: bool) -> cpu.CpuWeights:
     """CpuWeights of `parts` as they are, or of their dequantised values in float32."""
-    from llama2.cpu.threads import native
+    from llama2.compiled import native
 
     made = cpu.CpuWeights(CONFIG, threads)
     table, norm = made.view(embed), np.full(128, 0.7, np.float32)

@@ -3,7 +3,8 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -40,6 +41,14 @@ _ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
 _WEIGHT_TYPES = {"F64", *ggml.TYPES}
 
 
+@contextmanager
+def head_follows() -> Iterator[None]:
+    """A scope without the warning that a classifier's head is new: it is trained, or an adapter brings it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="score.weight .* newly initialised")
+        yield
+
+
 def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
     """`load` that takes the folder of an adapter too: the model that it is for, with the adapter attached."""
 
@@ -49,8 +58,7 @@ def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
         if found is None:
             return load(cls, pretrained_model_name_or_path, *args, **kwargs)
         base, labels = found
-        with warnings.catch_warnings():  # the adapter brings the head
-            warnings.filterwarnings("ignore", message="score.weight .* newly initialised")
+        with head_follows():
             made = load(cls, base, *args, **{**labels, **kwargs})
         load_adapter(made[0] if isinstance(made, tuple) else made, Path(str(pretrained_model_name_or_path)))
         return made

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -100,6 +99,7 @@ def _kind(config: Any) -> str:
 
 def _load(options: Options) -> tuple[Any, Any]:
     from llama2.auto import AutoModelForSequenceClassification
+    from llama2.checkpoint.load import head_follows
     from llama2.checkpoint.peft import classifier_labels, load_adapter, read_config
 
     path, labels = options.paths[0], dict[str, Any]()
@@ -112,8 +112,7 @@ def _load(options: Options) -> tuple[Any, Any]:
             )
     own = options.adapter is not None and any(Path(options.adapter).glob("tokenizer*"))
     tokenizer = load_tokenizer(str(options.adapter) if own else path)
-    with warnings.catch_warnings():  # a fresh head is an error below, or the adapter's
-        warnings.filterwarnings("ignore", message="score.weight .* newly initialised")
+    with head_follows():  # or there is none, which is an error below
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=options.dtype, device_map=options.device, output_loading_info=True, **labels
         )

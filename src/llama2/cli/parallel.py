@@ -98,14 +98,14 @@ def load_part(options: RunOptions, ranks: Ranks) -> tuple[Any, Any]:
     import torch
 
     from llama2 import cpu
+    from llama2.checkpoint.load import resolve_device
     from llama2.engine import parallel
 
     path = model_path(options.model)
     tokenizer = load_tokenizer(path)
-    where = options.device
-    if where == "auto":
-        where = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(where, ranks.local_rank) if where == "cuda" else torch.device(where)
+    device = resolve_device(options.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llama2.cpu.threads import native
+from llama2.compiled import native
 from llama2.errors import InputError, MismatchError
 
 Tensors = Mapping[str, tuple[Any, Any, float]]

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.cpu.threads import native
+from llama2.compiled import native
 from llama2.cpu.weights import CpuWeights
 from llama2.errors import InputError
 

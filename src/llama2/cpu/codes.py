@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.cpu.threads import native
+from llama2.compiled import native
 from llama2.errors import InputError, MismatchError
 from llama2.quant.codebooks import NF4
 

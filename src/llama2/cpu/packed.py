@@ -30,8 +30,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llama2.compiled import make_pool, native
 from llama2.cpu.reader import BlockMatrix, GgufSource, block_matrices
-from llama2.cpu.threads import make_pool, native
 from llama2.errors import CheckpointError, InputError
 from llama2.quant.blocks import SIZES
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llama2.compiled import instruction_sets, native
 from llama2.cpu.cache import CacheView, Sequence
-from llama2.cpu.threads import instruction_sets, native
 from llama2.cpu.weights import CpuWeights
 from llama2.errors import InputError
 

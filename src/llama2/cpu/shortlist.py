@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llama2.cpu.threads import native
+from llama2.compiled import native
 
 
 def shortlists(

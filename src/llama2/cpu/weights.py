@@ -9,12 +9,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llama2.compiled import make_pool, native
 from llama2.config import LlamaConfig
 from llama2.cpu.adapters import Tensors, make_adapter
 from llama2.cpu.codes import CodebookWeight, GroupWeight, Int8Weight, PackableWeight
 from llama2.cpu.frequencies import attention_scaling, inverse_frequencies
 from llama2.cpu.reader import PARTS, BlockMatrix, GgufSource, Reader
-from llama2.cpu.threads import make_pool, native
 from llama2.doors import door
 from llama2.errors import InputError, MismatchError
 from llama2.quant.blocks import SIZES

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llama2.cpu.threads import available, instruction_sets, make_pool, native
+from llama2.compiled import available, instruction_sets, make_pool, native
 from llama2.quant.solve import Hessian
 
 _TILE = 512  # rows of H that one product adds to

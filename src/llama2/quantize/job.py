@@ -261,8 +261,10 @@ class Job:
         def run(stage: int, hessian: Hessian | None) -> None:
             stages.run(stage, x, y, self.journal.folder, hessian, tick)
 
-        def replace(group: int, hessian: Hessian) -> None:
-            weights = [stages.load(name) for name in GROUPS[group]]
+        def load(group: int) -> list[Tensor]:
+            return [stages.load(name) for name in GROUPS[group]]
+
+        def replace(group: int, weights: list[Tensor], hessian: Hessian) -> None:
             paths = [stages.path(name) for name in GROUPS[group]]
             found = self._make(paths, weights, hessian.matrix(), rows, tensors)
             for name, made in zip(GROUPS[group], found, strict=True):
@@ -270,15 +272,12 @@ class Job:
 
         if self.options.true_sequential:
             for stage in range(4):
-                hessian = make_hessian(stages.width(stage), self.bfloat16)
-                if stage == 0 and stages.weighted:
-                    for name in GROUPS[0][:2]:
-                        stages.load(name)
+                weights, hessian = load(stage), make_hessian(stages.width(stage), self.bfloat16)
                 run(stage, hessian)
                 if stage:
                     stages.drop(stage - 1)
-                replace(stage, hessian)
-                del hessian
+                replace(stage, weights, hessian)
+                del weights, hessian
             run(4, None)
         else:
             for name in (name for group in GROUPS for name in group):
@@ -287,7 +286,7 @@ class Job:
             for stage in range(4):
                 run(stage, found[stage])
             for group in range(4):
-                replace(group, found[group])
+                replace(group, load(group), found[group])
             for stage in range(1, 5):
                 run(stage, None)
 

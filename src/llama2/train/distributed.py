@@ -247,11 +247,14 @@ def gathered(root: Root | None, ranks: Ranks, every: bool, dtype: torch.dtype | 
 
     All ranks enter. Nothing happens to a model that is not sharded (root None). dtype: of the copies.
     """
+    if root is None:
+        yield
+        return
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
     found: dict[int, nn.Parameter] = {}  # a tied weight is one parameter in two modules
-    for part in [] if root is None else _sharded(root):
+    for part in _sharded(root):
         part.reshard()
-    for module in [] if root is None else root.modules():
+    for module in root.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor) and (every or parameter.requires_grad):
                 if id(parameter) not in found:

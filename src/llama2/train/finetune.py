@@ -12,7 +12,6 @@ that --resume goes on from.
 import errno
 import json
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 
 from llama2 import lora
 from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, load_config
+from llama2.checkpoint.load import head_follows, resolve_device
 from llama2.checkpoint.packed import packed_layers
 from llama2.checkpoint.peft import CONFIG as ADAPTER_CONFIG
 from llama2.checkpoint.peft import save_adapter
@@ -175,7 +175,6 @@ class Finetune:
                 f"{self.args.output_dir} holds {there[-1].name} of an earlier run; go on from it (--resume, "
                 "resume_from_checkpoint=True) or give another folder"
             )
-
         if Path(self.recipe.model).exists() and Path(self.recipe.model).resolve() == self.folder.resolve():
             raise InputError(f"{self.folder} is the model itself, which would be overwritten; give a new folder")
         held = [path.name for pattern in _WEIGHTS for path in sorted(self.folder.glob(pattern))]
@@ -257,8 +256,7 @@ class Finetune:
             return AutoModelForCausalLM.from_pretrained(recipe.model, **settings)
         names = dict(enumerate(labels.names)) or {0: "LABEL_0"}
         settings |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="score.weight .* newly initialised")  # it is trained now
+        with head_follows():
             model = AutoModelForSequenceClassification.from_pretrained(
                 recipe.model, problem_type=labels.kind, **settings
             )
@@ -268,9 +266,7 @@ class Finetune:
     def _place(self) -> torch.device:
         if self.args.fsdp:  # the GPU has room for a part alone
             return torch.device("cpu")
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        return resolve_device(self.device)
 
     def _dtype(self) -> str:
         if self.recipe.dtype != "auto":

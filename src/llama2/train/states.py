@@ -79,19 +79,19 @@ def _shapes(place: Path) -> dict[str, tuple[int, ...]]:
     if (place / SHARDS).is_dir():
         metadata = dcp.FileSystemReader(place / SHARDS).read_metadata().state_dict_metadata
         return {name: tuple(m.size) for name, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
+    return {name: tuple(tensor.shape) for name, tensor in _files(place).items()}
+
+
+def _files(place: Path) -> States:
+    """What the safetensors files hold, views of the mapped files."""
     parts = {_WEIGHT: map_safetensors(place / WEIGHTS), _STATE: map_safetensors(place / OPTIMIZER)}
-    return {prefix + name: tuple(t.shape) for prefix, part in parts.items() for name, t in part.items()}
+    return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
 
 
 def _whole(place: Path, names: list[str], optimizer: AdamW) -> States:
     """From safetensors files."""
-    files = {_WEIGHT: map_safetensors(place / WEIGHTS), _STATE: map_safetensors(place / OPTIMIZER)}
-    found = {}
-    for full in names:
-        prefix = _WEIGHT if full.startswith(_WEIGHT) else _STATE
-        value = files[prefix][full.removeprefix(prefix)]
-        found[full] = part_of(value, _like(full, optimizer, value))
-    return found
+    files = _files(place)
+    return {full: part_of(files[full], _like(full, optimizer, files[full])) for full in names}
 
 
 def _from_shards(place: Path, names: list[str], optimizer: AdamW) -> States:
