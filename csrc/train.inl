@@ -301,8 +301,7 @@ float log_prob_row(void* logits, int64_t vocabulary, int64_t target, const float
   using V = typename T::V;
   V* x = (V*)logits;
   int64_t i = 0, whole = vocabulary / 16 * 16;
-  F most = T::load(x);  // the scratch row is at least 16 wide; fewer logits go the slow way
-  if (whole == 0) most = fset(T::one(x[0]));
+  F most = whole ? T::load(x) : fset(T::one(x[0]));
   for (i = 0; i < whole; i += 16) most = fmax_(most, T::load(x + i));
   float top = hmax(most);
   for (; i < vocabulary; ++i) top = T::one(x[i]) > top ? T::one(x[i]) : top;
