@@ -13,6 +13,8 @@ from llama2 import InputError, lora
 from llama2.checkpoint.load import pack
 from llama2.checkpoint.peft import load_adapter, save_adapter
 from llama2.lora_config import LINEARS, LoraConfig
+from llama2.quant.int8 import Linear8bit
+from llama2.quantization_config import BitsAndBytesConfig
 
 ALL = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear")
 
@@ -175,6 +177,32 @@ def test_over_packed_weights(method: str) -> None:
     assert all(torch.allclose(grad, theirs[name], atol=1e-6, rtol=1e-4) for name, grad in ours.items())
     with pytest.raises(InputError, match="dequantize"):
         lora.merge(model)
+
+
+def test_kernels_unpack_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter takes the packed weight as the layer's own product does, forward and backward."""
+    layer = Linear8bit.quantize(torch.randn(48, 32), None, BitsAndBytesConfig(load_in_8bit=True))
+    adapter = lora.LoraLinear(layer)
+    adapter.add("default", ALL, "q_proj")
+    x = torch.randn(20, 32, requires_grad=True)
+    adapter(x).sum().backward()
+    wanted, asked = (adapter(x).detach(), x.grad.clone()), []
+
+    class Kernels:
+        def multiplies(self, rows: int, dtype: torch.dtype) -> bool:
+            return False
+
+        def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+            asked.append(dtype)
+            return layer.dequantize(dtype)
+
+    monkeypatch.setattr("llama2.quant.linear.kernels_run", lambda device: True)
+    monkeypatch.setattr(Linear8bit, "fused", lambda self: Kernels())
+    x.grad = None
+    out = adapter(x)
+    out.sum().backward()
+    assert asked == [torch.float32, torch.float32]
+    assert torch.equal(out, wanted[0]) and torch.equal(x.grad, wanted[1])
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

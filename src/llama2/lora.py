@@ -48,7 +48,7 @@ class LoraLinear(nn.Module):
     def weight_of_base(self, dtype: torch.dtype) -> Tensor:
         """The base layer's weight (out, in), unpacked where it is packed."""
         base = self.base_layer
-        return base.dequantize(dtype) if isinstance(base, PackedLinear) else base.weight.detach().to(dtype)
+        return base.weight_in(dtype) if isinstance(base, PackedLinear) else base.weight.detach().to(dtype)
 
     def add(self, name: str, config: LoraConfig, path: str) -> None:
         """Makes an adapter of this layer, which lies at `path`, and activates it alone."""
@@ -137,7 +137,8 @@ class _Adapted(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: LoraLinear, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         low = flat @ a.to(x.dtype).T
-        out = flat @ layer.weight_of_base(x.dtype).T
+        base = layer.base_layer
+        out = base.multiply(flat) if isinstance(base, PackedLinear) else flat @ layer.weight_of_base(x.dtype).T
         out.addmm_(low, b.to(x.dtype).T, alpha=scale)
         ctx.save_for_backward(x, a, b, low)
         ctx.layer, ctx.scale = layer, scale

@@ -75,9 +75,10 @@ class PackedLinear(nn.Module, ABC):
     def fused(self) -> Fused:
         """The kernels over this layer's tensors. Asked for where `kernels_run`; imports triton."""
 
-    def weight_for(self, x: Tensor) -> Tensor:
-        """The weight (out, in) in the dtype of x, by a kernel where there is one."""
-        return self.fused().unpack(x.dtype) if self.has_kernels(x.dtype, x.device) else self.dequantize(x.dtype)
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """As `dequantize`, by a kernel where there is one."""
+        device = next(iter(self.packed.values())).device
+        return self.fused().unpack(dtype) if self.has_kernels(dtype, device) else self.dequantize(dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
         """x W^T without gradients."""
@@ -87,7 +88,7 @@ class PackedLinear(nn.Module, ABC):
             if fused.multiplies(rows, x.dtype):
                 out = fused.product(x.reshape(rows, self.in_features).contiguous())
                 return out.view(*x.shape[:-1], self.out_features)
-        return F.linear(x, self.weight_for(x))
+        return F.linear(x, self.weight_in(x.dtype))
 
     def has_kernels(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether kernels, not torch, unpack and multiply for x of this dtype there."""
@@ -152,4 +153,4 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        return grad @ ctx.layer.weight_for(grad), None
+        return grad @ ctx.layer.weight_in(grad.dtype), None
