@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from llama2 import LlamaConfig, LlamaForCausalLM
+from llama2 import LlamaConfig, LlamaForCausalLM, LoraConfig, lora
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -57,3 +57,14 @@ def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
 def tiny_ids(rows: int = 1, tokens: int = 12, seed: int = 1) -> torch.Tensor:
     """Token ids (rows, tokens) that avoid 0, the usual pad id."""
     return torch.randint(1, SIZES["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def random_adapter(model: Any, config: LoraConfig, seed: int) -> None:
+    """Gives a model an adapter that changes its answers, as training would have left it."""
+    lora.add_adapter(model, config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora.layers(model).values():
+            layer.lora_B["default"].normal_(0, 0.3)
+            for magnitude in layer.lora_magnitude_vector.values():
+                magnitude.mul_(1 + 0.2 * torch.rand_like(magnitude))

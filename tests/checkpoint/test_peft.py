@@ -9,10 +9,10 @@ import pytest
 import torch
 from checkpoint.adapter_files import tensors_for, write_adapter
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config, tiny_ids, tiny_model
+from tiny import random_adapter, tiny_config, tiny_ids, tiny_model
 from tolerance import FLOAT32
 
-from llama2 import CheckpointError, LlamaForSequenceClassification, LoraConfig, lora
+from llama2 import CheckpointError, LlamaForSequenceClassification, LoraConfig
 from llama2.checkpoint.merge import merge_into
 from llama2.checkpoint.peft import linear_shapes, load_adapter, read_adapter, read_config, save_adapter
 from llama2.errors import MismatchError
@@ -200,13 +200,7 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
 
 def _trained(model: Any, **settings: Any) -> LoraConfig:
     config = LoraConfig(r=4, lora_alpha=8, **settings)
-    lora.add_adapter(model, config)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for layer in lora.layers(model).values():
-            layer.lora_B["default"].normal_(0, 0.3)
-            for magnitude in layer.lora_magnitude_vector.values():
-                magnitude.mul_(1 + 0.2 * torch.rand_like(magnitude))
+    random_adapter(model, config, seed=3)
     return config
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from bytewise import write_tokenizer
 from safetensors.torch import load_file
-from tiny import tiny_config, tiny_model
+from tiny import random_adapter, tiny_config, tiny_model
 from tolerance import FLOAT32
 
 from llama2 import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, LoraConfig, lora
@@ -77,15 +77,9 @@ def classifier() -> LlamaForSequenceClassification:
 
 
 def randomised(model: Any, config: LoraConfig) -> Any:
-    lora.add_adapter(model, config)
-    torch.manual_seed(6)
-    with torch.no_grad():
-        for layer in lora.layers(model).values():
-            layer.lora_B["default"].normal_(0, 0.3)
-            for magnitude in layer.lora_magnitude_vector.values():
-                magnitude.mul_(1 + 0.2 * torch.rand_like(magnitude))
-        if hasattr(model, "score"):
-            model.score.weight.normal_()
+    random_adapter(model, config, seed=6)
+    if hasattr(model, "score"):
+        torch.nn.init.normal_(model.score.weight)
     return model
 
 

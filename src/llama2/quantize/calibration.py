@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import InputError
+from llama2.text_file import read_utf8
 
 BUNDLED = "calibration.txt"
 _HELD_OUT = 0.1  # of the stream, where no other text is given to measure on
@@ -74,10 +75,7 @@ def encode(document: Any, tokenizer: Any) -> list[int]:
 
 def read_text(path: str | Path) -> str:
     """A UTF-8 file. Raises InputError where it is none, or empty."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+    text = read_utf8(path)
     if not text.strip():
         raise InputError(f"{path} holds no text")
     return text

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama2.errors import InputError, Llama2Error, MissingDependencyError
+from llama2.text_file import read_utf8
 
 IGNORED = -100
 _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
@@ -103,17 +104,12 @@ def read(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(_content(path).split("\n"), 1):  # a text may hold other line ends, such as U+2028
+    for number, line in enumerate(
+        read_utf8(path, "utf-8-sig").split("\n"), 1
+    ):  # a text may hold other line ends, such as U+2028
         if line.strip():
             rows.append(_object(line, f"{path}, line {number}"))
     return rows
-
-
-def _content(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
@@ -128,7 +124,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 def _json(path: Path) -> list[dict[str, Any]]:
     try:
-        content = json.loads(_content(path))
+        content = json.loads(read_utf8(path, "utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); is it JSON lines? Then call it .jsonl") from error
     if isinstance(content, dict):  # {"data": [...]} and the like
@@ -139,7 +135,7 @@ def _json(path: Path) -> list[dict[str, Any]]:
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(_content(path), newline=""))
+    reader = csv.DictReader(io.StringIO(read_utf8(path, "utf-8-sig"), newline=""))
     rows = []
     for row in reader:
         if None in row or None in row.values():
@@ -153,7 +149,7 @@ def _csv(path: Path) -> list[dict[str, Any]]:
 
 
 def _text(path: Path) -> list[dict[str, Any]]:
-    return [{"text": part.strip()} for part in _content(path).split("\n\n") if part.strip()]
+    return [{"text": part.strip()} for part in read_utf8(path, "utf-8-sig").split("\n\n") if part.strip()]
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import nn
 from llama2 import lora
 from llama2.checkpoint.peft import save_adapter
 from llama2.checkpoint.save import replacing
-from llama2.errors import InputError, MissingDependencyError
+from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
 from llama2.train import checkpoints, states
 from llama2.train.arguments import TrainingArguments
@@ -33,6 +34,7 @@ from llama2.train.layer import fused
 from llama2.train.objectives import Loss, Objective
 from llama2.train.optim import AdamW, clip, learning_rate
 from llama2.train.rows import objective_for
+from llama2.train.tensorboard import Tensorboard
 
 LOG = "log.jsonl"
 LOSS_SCALE = 2.0**6  # that fp16 begins with, of a sum over a step's targets; halved where gradients overflow
@@ -177,11 +179,11 @@ class Trainer:
 
     def order(self, epoch: int) -> list[int]:
         """The rows of an epoch."""
-        return random.Random(f"{self.args.seed}/{epoch}").sample(range(len(self.rows)), len(self.rows))
+        return list(_order(self.args.seed, epoch, len(self.rows)))
 
     def _rows_of(self, step: int) -> list[Any]:
         epoch, place = divmod(step, math.ceil(len(self.rows) / self.batch))
-        chosen = self.order(epoch)[place * self.batch : (place + 1) * self.batch]
+        chosen = _order(self.args.seed, epoch, len(self.rows))[place * self.batch : (place + 1) * self.batch]
         return [self.rows[i] for i in chosen]
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -460,24 +462,10 @@ class Trainer:
             local(parameter).copy_(weights[name])
 
 
-class Tensorboard:
-    """What is logged as TensorBoard's event files, in `folder`/runs or where `place` says."""
-
-    def __init__(self, folder: Path, place: str | None) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingDependencyError(
-                "report_to='tensorboard' needs the package tensorboard: pip install 'llama2[train]'"
-            ) from error
-        self._writer: Any = SummaryWriter(place or str(folder / "runs"))
-
-    def write(self, entry: dict[str, Any]) -> None:
-        """One logged entry."""
-        for name, value in entry.items():
-            if name != "step":
-                self._writer.add_scalar(name.replace("eval_", "eval/"), value, entry["step"])
-        self._writer.flush()
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    """The order of an epoch, which every step of it asks for."""
+    return tuple(random.Random(f"{seed}/{epoch}").sample(range(count), count))
 
 
 def _check_float16(model: nn.Module) -> None:
