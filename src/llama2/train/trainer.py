@@ -30,6 +30,7 @@ from llama2.lora_config import LoraConfig
 from llama2.train import checkpoints, states
 from llama2.train.arguments import TrainingArguments
 from llama2.train.distributed import COMMAND, Root, gathered, join, local, shard
+from llama2.train.heap import kept
 from llama2.train.layer import fused
 from llama2.train.objectives import Loss, Objective
 from llama2.train.optim import AdamW, clip, learning_rate
@@ -38,7 +39,7 @@ from llama2.train.tensorboard import Tensorboard
 
 LOG = "log.jsonl"
 LOSS_SCALE = 2.0**6  # that fp16 begins with, of a sum over a step's targets; halved where gradients overflow
-PASS_TOKENS = 512
+PASS_TOKENS = 1024
 
 
 @dataclass
@@ -199,11 +200,14 @@ class Trainer:
         if self.args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)  # type: ignore[operator]
         self.model.train()
-        with self._signals(), fused(self.model):
+        with self._signals(), fused(self.model), kept() as returned:
             if self.args.eval_on_start and self.eval_rows and self.state.step == 0:
                 self._evaluated()
+            first = self.state.step
             while self.state.step < self.steps and not self._ends:
                 self._step()
+                if self.state.step == first + 1:
+                    returned()
         self.model.eval()
         there = self.ranks.told(lambda: checkpoints.found(self.folder))
         if (self.args.save_strategy != "no" or self._ends) and not (
