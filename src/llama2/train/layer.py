@@ -41,6 +41,12 @@ def fused(model: nn.Module) -> Iterator[None]:
             decoder.run_layer = None
 
 
+def fuses(model: Any) -> bool:
+    """Whether the first layer of a model with a decoder would run as one function now."""
+    decoder = model.model
+    return decoder.run_layer is not None and plan_of(decoder.layers[0], decoder.embed_tokens.weight) is not None
+
+
 class Layers:
     """What LlamaModel.run_layer is during training."""
 

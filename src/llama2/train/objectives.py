@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama2 import lora
 from llama2.errors import InputError
 from llama2.train.data import IGNORED, Example, Pair
+from llama2.train.layer import fuses
 from llama2.train.losses import Preference, dpo_loss, head_loss, targets, token_log_probs
 from llama2.train.packing import Packed, bins, pack
 
 Batch = dict[str, Any]
+ONE_ROW = 2048  # tokens, above which a mask of their square would cost more than padding
 
 
 @dataclass
@@ -68,6 +71,34 @@ def isolated(starts: Sequence[Sequence[int]], lengths: Sequence[int], longest: i
     return (same & torch.ones((longest, longest), dtype=torch.bool).tril())[:, None]
 
 
+def hidden_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The decoder's hidden states (B, T, D) of a batch and the labels that belong to them.
+
+    On a CPU whose kernels run the layers the rows become one, which has no padding to compute.
+    """
+    ids, labels, positions, mask = (batch[name] for name in ("input_ids", "labels", "position_ids", "attention_mask"))
+    if int(batch["lengths"].sum()) <= ONE_ROW and ids.device.type == "cpu" and fuses(model):
+        ids, labels, positions, mask = one_row(ids, labels, positions, batch["lengths"])
+    return model.model(ids, mask, positions, use_cache=False, return_dict=True).last_hidden_state, labels
+
+
+def one_row(
+    ids_BT: Tensor, labels_BT: Tensor, positions_BT: Tensor, lengths_B: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The documents of all rows one behind the other: ids, labels, positions (1, N) and their mask (1, 1, N, N).
+
+    A document begins where a position is 0, and its first token is no target. N is made a multiple of 64 by one more
+    document without targets: torch keeps about half a megabyte for every shape of a product that it has seen.
+    """
+    real = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
+    fill = -int(lengths_B.sum()) % 64
+    positions = torch.cat((positions_BT[real], torch.arange(fill)))
+    labels = F.pad(labels_BT[real], (0, fill), value=IGNORED).masked_fill(positions == 0, IGNORED)
+    document = (positions == 0).cumsum(0)
+    mask = (document[:, None] == document).tril()
+    return F.pad(ids_BT[real], (0, fill))[None], labels[None], positions[None], mask[None, None]
+
+
 class NextToken:
     """Continuing text: pretraining and instruction tuning (the labels say which tokens are targets)."""
 
@@ -76,21 +107,19 @@ class NextToken:
         return len(item.input_ids)
 
     def collate(self, items: Sequence[Packed]) -> Batch:
-        """As Objective.collate: input_ids, labels, position_ids (B, T), and the mask of `isolated`."""
+        """As Objective.collate: input_ids, labels, position_ids (B, T), lengths (B,), and the mask of `isolated`."""
         lengths = [len(item.input_ids) for item in items]
         return {
             "input_ids": padded([item.input_ids for item in items], 0),
             "labels": padded([item.labels for item in items], IGNORED),
             "position_ids": padded([item.position_ids for item in items], 0),
+            "lengths": torch.tensor(lengths),
             "attention_mask": isolated([item.starts for item in items], lengths, max(lengths)),
         }
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         """As Objective.loss; units are targets."""
-        hidden = model.model(
-            batch["input_ids"], batch["attention_mask"], batch["position_ids"], use_cache=False, return_dict=True
-        )
-        rows, wanted = targets(hidden.last_hidden_state, batch["labels"])
+        rows, wanted = targets(*hidden_of(model, batch))
         return Loss(head_loss(rows, head_of(model), wanted), len(wanted))
 
 
@@ -119,11 +148,14 @@ class Preferences:
         return len(item.chosen.input_ids) + len(item.rejected.input_ids)
 
     def collate(self, items: Sequence[Pair]) -> Batch:
-        """As Objective.collate: input_ids and labels (2 B, T), the chosen answers first."""
+        """As Objective.collate: input_ids, labels, position_ids (2 B, T), lengths (2 B,), the chosen answers first."""
         examples = [item.chosen for item in items] + [item.rejected for item in items]
         return {
             "input_ids": padded([e.input_ids for e in examples], 0),
             "labels": padded([e.labels for e in examples], IGNORED),
+            "position_ids": padded([range(len(e.input_ids)) for e in examples], 0),
+            "lengths": torch.tensor([len(e.input_ids) for e in examples]),
+            "attention_mask": None,
         }
 
     def loss(self, model: Any, batch: Batch) -> Loss:
@@ -154,8 +186,7 @@ class Preferences:
     def _answers(self, model: Any, batch: Batch) -> Tensor:
         """log p of each answer (2 B,): the sum over its targets, for ipo their mean."""
         labels = batch["labels"]
-        hidden = model.model(batch["input_ids"], use_cache=False, return_dict=True).last_hidden_state
-        rows, wanted = targets(hidden, labels)
+        rows, wanted = targets(*hidden_of(model, batch))
         counts = (labels[:, 1:] != IGNORED).sum(1)
         found = token_log_probs(rows, head_of(model), wanted)
         owner = torch.repeat_interleave(torch.arange(len(labels), device=found.device), counts)
