@@ -1,5 +1,6 @@
 """`llama2 finetune TASK`: a model trained on rows of text, answers, preferences or labels."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -179,8 +180,17 @@ SUMMARY = {
 }
 
 
+def bound_caches() -> None:
+    """Torch and oneDNN each keep what they made for 1,024 shapes of products, half a megabyte a shape and more for wide
+    ones: rows of many lengths fill gigabytes. Both read their bound at the first product of the process.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
+
+
 def run(options: Common) -> int:
     """Runs the command."""
+    bound_caches()
     from llama2.train.distributed import leave
     from llama2.train.finetune import Finetune
 

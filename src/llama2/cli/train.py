@@ -86,6 +86,7 @@ def _fail(root: Path, said: str) -> None:
 
 
 def _train(root: Path) -> int:
+    finetune.bound_caches()
     from llama2.train.distributed import leave
     from llama2.train.finetune import Finetune
 
