@@ -1,11 +1,19 @@
 // The kernel tests without Python, for sanitizers and emulators: every instruction set against the scalar one,
 // odd shapes in buffers of exactly the right size, and a whole model stepped by several threads.
+#include <dlfcn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -21,10 +29,12 @@ namespace {
 
 std::mt19937 rng(11);
 int failures = 0;
+long long checked = 0;
 
 float normal() { return std::normal_distribution<float>(0, 1)(rng); }
 
 void expect(bool ok, const char* what, const char* isa, int64_t a, int64_t b, double error) {
+  ++checked;
   if (ok) return;
   ++failures;
   std::printf("FAILED %s %s %lld %lld: %g\n", what, isa, (long long)a, (long long)b, error);
@@ -256,6 +266,34 @@ struct Low {  // a random A or B in a buffer of exactly its size
   }
 };
 
+struct Coded {  // a model of codes or of rows, with biases, and with orders of columns where groups allow them
+  Tiny tiny{2};
+  std::deque<Given> given;
+  std::deque<Low> rows;
+  std::vector<float> biases = std::vector<float>(128, 0.1f);
+
+  explicit Coded(Format f) {
+    auto make = [&](int64_t r, int64_t cols, bool shuffled) {
+      if (row_major(f)) return rows.emplace_back(r, cols, f).m;
+      Given& g = given.emplace_back(f, r, cols, f == Format::G4 ? 32 : 64, shuffled && f == Format::G4);
+      for (float& scale : g.floats) scale = f == Format::R8 ? 0.001f : 0.05f;
+      tiny.packed.push_back(g.pack());
+      return tiny.packed.back().m;
+    };
+    Model& m = tiny.m;
+    tiny.packed.reserve(64);
+    m.width = 32;
+    m.ffn = 128;
+    m.orders = 3;
+    m.embed = m.head = make(131, 64, false);
+    for (Layer& l : m.layers) {
+      l.q = make(128, 64, true); l.k = make(64, 64, true); l.v = make(64, 64, false); l.o = make(64, 128, true);
+      l.gate = make(128, 64, true); l.up = make(128, 64, true); l.down = make(64, 128, true);
+      l.q.bias = l.k.bias = l.v.bias = l.o.bias = biases.data();
+    }
+  }
+};
+
 Adapter random_adapter(const Model& m, int64_t rank, Format f) {
   Adapter made(m);
   for (int64_t layer = 0; layer < made.layers(); ++layer)
@@ -271,10 +309,11 @@ std::vector<float> run_model(const Kernels* k, const Tiny& tiny, int threads, Kv
                              std::vector<const Adapter*> adapters = {}) {
   Pool pool(threads, {});
   Runner runner(k, &pool, exact);
-  KvCache cache(type, 2, 2, 24, 12);
+  int64_t width = tiny.m.width;
+  KvCache cache(type, 2, 2, width, 12);
   std::vector<int32_t> tables = {0, 1, 2, 3, 9, 8, 7, 6};
-  std::vector<float> inv(12), out;
-  for (int i = 0; i < 12; ++i) inv[i] = std::pow(10000.0f, -i / 12.0f);
+  std::vector<float> inv(width / 2), out;
+  for (int i = 0; i < width / 2; ++i) inv[i] = std::pow(10000.0f, -i * 2.0f / width);
   std::vector<int32_t> past = {0, 0};
   for (auto [n0, n1] : {std::pair<int, int>{33, 5}, {1, 1}, {3, 1}, {1, 20}}) {
     std::vector<int32_t> ids(n0 + n1), positions(n0 + n1), starts = {0, n0, n0 + n1}, rows = {n0 - 1, n0 + n1 - 1};
@@ -329,6 +368,18 @@ void check_adapters(const Kernels* k) {
   }
 }
 
+void check_models_of_codes(const Kernels* k) {
+  for (Format f : {Format::C4, Format::C4B, Format::G4, Format::R8, Format::F16, Format::BF16}) {
+    Coded model(f);
+    std::vector<float> want = run_model(kernels_scalar(), model.tiny, 1, KvType::F32, true);
+    std::vector<float> one = run_model(k, model.tiny, 1, KvType::F32, true);
+    double d = distance(one, want);
+    expect(d < 1e-5, "model of codes", k->name, static_cast<int>(f), 0, d);
+    expect(run_model(k, model.tiny, 3, KvType::F32, true) == one, "threads", k->name, static_cast<int>(f), 3, 0);
+    expect(run_model(k, model.tiny, 2, KvType::F32, false) == run_model(k, model.tiny, 1, KvType::F32, false), "fast threads", k->name, static_cast<int>(f), 2, 0);
+  }
+}
+
 void check_stop() {
   Tiny tiny(2);
   Pool pool(2, {});
@@ -343,91 +394,351 @@ void check_stop() {
   expect(!runner.step(tiny.m, cache, b, [] { return true; }), "stop", "", 0, 0, 0);
 }
 
-}  // namespace
-
-void check_shortlist() {  // the 12 best, whatever the size of the last block
-  std::vector<float> scores(1000);
-  for (float& x : scores) x = std::normal_distribution<float>(0, 3)(rng);
-  std::vector<int32_t> ids;
-  std::vector<double> p;
-  for (int64_t size : {int64_t{1000}, int64_t{999}, int64_t{961}}) {
-    bool sure = shortlist(scores.data(), size, {0.7f, 12, 1.0, 1}, ids, p);
-    std::vector<float> order(scores.begin(), scores.begin() + size);
-    std::sort(order.begin(), order.end(), std::greater<float>());
-    double wrong = !sure || ids.size() != 12, sum = 0;
-    for (size_t i = 0; i < ids.size(); ++i) {
-      wrong += !(scores[ids[i]] >= order[11]) || (i && ids[i] <= ids[i - 1]);
-      sum += p[i];
-    }
-    expect(wrong == 0 && std::fabs(sum - 1) < 1e-12, "shortlist", "", size, wrong, sum);
-  }
-  scores[500] = NAN;
-  expect(!shortlist(scores.data(), 1000, {0.7f, 12, 0.9, 1}, ids, p) && ids.empty(), "shortlist of NaN", "", 0, 0, 0);
-}
-
 std::vector<float> values(int64_t n) {
   std::vector<float> v(n);
   for (float& x : v) x = normal();
   return v;
 }
 
-// Forward and backward of training against the scalar build, float32 in buffers of exactly the right size.
-void check_training(const Kernels* k) {
-  const TrainKernels &ours = *k->train, &exact = *find_kernels("scalar")->train;
-  for (int64_t width : {24, 32, 64})  // heads that end inside a register, and whole ones
-    for (int64_t length : {1, 17, 70}) {
-      int64_t heads = 4, kv = 2, n = length + 3;
-      auto q = values(n * heads * width), key = values(n * kv * width), v = values(n * kv * width), grad = values(n * heads * width);
-      auto cos = values(n * width), sin = values(n * width);
-      Texts texts{q.data(), key.data(), v.data(), cos.data(), sin.data(), heads, kv, width, 0.2f};
-      std::vector<float> found[2][5];
-      for (int i = 0; i < 2; ++i) {
-        const TrainKernels& t = i ? exact : ours;
-        std::vector<float> scratch(texts_scratch(length, width)), lse(heads * n);
-        auto& f = found[i];
-        for (int j = 0; j < 4; ++j) f[j].resize(j < 2 ? q.size() : key.size());
-        for (int64_t h = 0; h < kv; ++h) t.texts(Real::F32, texts, {f[0].data(), lse.data(), n}, 2, 2 + length, h, scratch.data());
-        TextsGrad g{f[0].data(), grad.data(), lse.data(), n, f[1].data(), f[2].data(), f[3].data()};
-        for (int64_t h = 0; h < kv; ++h) t.texts_grad(Real::F32, texts, g, 2, 2 + length, h, scratch.data());
-        f[4] = lse;
-      }
-      for (int j = 0; j < 5; ++j) {
-        if (length == 1 && (j == 1 || j == 2)) continue;  // of one token: 0 but for rounding
-        double d = distance(found[0][j], found[1][j]);
-        expect(d < 1e-5, "texts", k->name, width, 10 * length + j, d);
-      }
+// -- the short list --------------------------------------------------------------------------------------------
+
+// What the definition leaves: temperature, the top_k best, then the least likely go while their sum is at most 1 - top_p.
+std::vector<int32_t> wanted_list(const std::vector<float>& scores, const Shortlist& how, std::vector<double>& p) {
+  std::vector<int32_t> ids(scores.size());
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i);
+  std::sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) { return scores[a] > scores[b]; });
+  ids.resize(how.top_k);
+  double top = scores[ids[0]];
+  auto weight = [&](int32_t id) { return std::exp((scores[id] - top) / how.temperature); };
+  auto sum = [&] { double all = 0; for (int32_t id : ids) all += weight(id); return all; };
+  double all = sum(), gone = 0;
+  while (static_cast<int64_t>(ids.size()) > how.keep && (gone += weight(ids.back()) / all) <= 1 - how.top_p) ids.pop_back();
+  all = sum();
+  std::sort(ids.begin(), ids.end());
+  p.clear();
+  for (int32_t id : ids) p.push_back(weight(id) / all);
+  return ids;
+}
+
+void check_shortlist() {
+  std::vector<int32_t> ids;
+  std::vector<double> p, want_p;
+  int answered = 0, asked = 0;
+  for (int64_t size : {1, 7, 63, 64, 65, 961, 999, 1000, 4096})
+    for (int64_t top_k : {1, 2, 12, 50})
+      for (double top_p : {1.0, 0.9, 0.3})
+        for (int64_t keep : {1, 3}) {
+          Shortlist how{0.7f, top_k, top_p, keep};
+          auto scores = values(size);
+          bool sure = shortlist(scores.data(), size, how, ids, p);
+          if (top_k > up(size, 64)) {  // fewer blocks than tokens
+            expect(!sure && ids.empty() && p.empty(), "shortlist of few blocks", "", size, top_k, 0);
+            continue;
+          }
+          ++asked;
+          if (!sure) continue;
+          ++answered;
+          expect(ids == wanted_list(scores, how, want_p), "shortlist", "", size, top_k, top_p);
+          double worst = 1e-6 * (p.size() != want_p.size());
+          for (size_t i = 0; i < p.size() && i < want_p.size(); ++i) worst = std::fmax(worst, std::fabs(p[i] - want_p[i]));
+          expect(worst < 1e-6, "shortlist's probabilities", "", size, top_k, worst);
+        }
+  expect(answered * 10 >= asked * 9, "shortlist answers", "", asked, answered, 0);
+  auto refused = [&](std::vector<float> scores, Shortlist how, const char* what) {
+    expect(!shortlist(scores.data(), static_cast<int64_t>(scores.size()), how, ids, p) && ids.empty() && p.empty(), what, "", 0, 0, 0);
+  };
+  auto scores = values(1000), other = scores;
+  other[500] = NAN;
+  refused(other, {0.7f, 12, 0.9, 1}, "shortlist of NaN");
+  other[500] = INFINITY;
+  refused(other, {0.7f, 12, 0.9, 1}, "shortlist of infinity");
+  refused(scores, {2e6f, 12, 1, 1}, "shortlist too hot");
+  other.assign(1000, -INFINITY);
+  other[3] = 1;
+  refused(other, {0.7f, 2, 1, 1}, "shortlist of too little");
+  refused(std::vector<float>(1000, 1.0f), {0.7f, 12, 1, 1}, "shortlist of ties");
+  refused(std::vector<float>(20 * 64, 1.0f), {0.7f, 12, 1, 1}, "shortlist of more ties");
+  std::vector<float> equal(192, 1.0f);
+  expect(shortlist(equal.data(), 192, {0.7f, 2, 1, 1}, ids, p) && ids.size() == 192 && std::fabs(p[191] * 192 - 1) < 1e-12, "shortlist of few ties", "", 0, 0, 0);
+}
+
+// -- training --------------------------------------------------------------------------------------------------
+
+struct Reals {  // float32 or bfloat16 values in a buffer of exactly their size
+  Real type;
+  std::vector<float> wide;
+  std::vector<uint16_t> half;
+
+  Reals(Real t, int64_t n, bool zeros = false) : type(t), wide(t == Real::F32 ? n : 0), half(t == Real::F32 ? 0 : n) {
+    if (zeros) return;
+    for (float& v : wide) v = normal();
+    for (uint16_t& v : half) {
+      float x = normal();
+      uint32_t bits;
+      std::memcpy(&bits, &x, 4);
+      v = static_cast<uint16_t>(bits >> 16);
     }
-  int64_t width = 48, rows = 5, n = rows * width;
-  auto x = values(n), w = values(width), g = values(n), r = values(n), up = values(n);
-  std::vector<float> found[2][7];
-  for (int i = 0; i < 2; ++i) {
-    const TrainKernels& t = i ? exact : ours;
-    for (auto& f : found[i]) f.resize(n);
-    Norm norm{x.data(), w.data(), width, 1e-5f};
-    t.norm(Real::F32, norm, 0, rows, found[i][0].data());
-    t.norm_grad(Real::F32, norm, {g.data(), r.data(), found[i][1].data(), found[i][2].data()}, 0, rows);
-    t.swiglu(Real::F32, x.data(), up.data(), 0, n, found[i][3].data());
-    t.swiglu_grad(Real::F32, x.data(), up.data(), g.data(), 0, n, found[i][4].data(), found[i][5].data(), found[i][6].data());
   }
-  for (int j = 0; j < 7; ++j) expect(distance(found[0][j], found[1][j]) < 1e-5, "norm, gated product", k->name, j, 0, distance(found[0][j], found[1][j]));
-  for (int64_t vocabulary : {5, 16, 101}) {
-    std::vector<float> a = values(vocabulary), b = a, scratch(vocabulary + 16);
-    float factor = -1.5f, p = ours.log_prob(Real::F32, a.data(), vocabulary, 3, &factor, scratch.data());
-    double d = std::fabs(p - exact.log_prob(Real::F32, b.data(), vocabulary, 3, &factor, scratch.data())) + distance(a, b);
-    expect(d < 1e-5, "log_prob", k->name, vocabulary, 0, d);
+  void* data() { return type == Real::F32 ? static_cast<void*>(wide.data()) : half.data(); }
+  std::vector<float> floats() const {
+    std::vector<float> v(wide);
+    for (uint16_t h : half) {
+      uint32_t bits = uint32_t{h} << 16;
+      float x;
+      std::memcpy(&x, &bits, 4);
+      v.push_back(x);
+    }
+    return v;
   }
-  for (int64_t size : {1, 63, 64, 200}) {
-    std::vector<uint8_t> codes((size + 1) / 2);
-    for (auto& c : codes) c = static_cast<uint8_t>(rng());
-    auto scales = values((size + 63) / 64), table = values(16);
-    std::vector<float> a(size), b(size);
-    ours.unpack4(Real::F32, codes.data(), scales.data(), table.data(), 64, 0, size, a.data());
-    exact.unpack4(Real::F32, codes.data(), scales.data(), table.data(), 64, 0, size, b.data());
-    expect(a == b, "unpack4", k->name, size, 0, distance(a, b));
+};
+
+double bound(Real t) { return t == Real::F32 ? 1e-5 : 4e-3; }  // bfloat16: two roundings that fall apart
+
+void alike(const Reals& a, const Reals& b, const char* what, const char* isa, int64_t i, int64_t j) {
+  double d = distance(a.floats(), b.floats());
+  expect(d < bound(a.type), what, isa, i, j, d);
+}
+
+// work(begin, end, thread) for pieces of [0, n), by each thread of a team one
+void shared(Pool& pool, int64_t n, int64_t step, const std::function<void(int64_t, int64_t, int)>& work) {
+  run_team(pool, [&](int thread, int threads) {
+    int64_t blocks = (n + step - 1) / step, a = blocks * thread / threads * step, b = std::min(n, blocks * (thread + 1) / threads * step);
+    if (a < b) work(a, b, thread);
+  });
+}
+
+void check_texts(const Kernels* k, Real t, Pool& pool) {
+  const TrainKernels* both[] = {k->train, find_kernels("scalar")->train};
+  for (int64_t width : {6, 24, 32, 64})  // heads that end inside a register, and whole ones
+    for (int64_t length : {1, 17, 48, 49, 70})
+      for (int64_t kv : {1, 4}) {
+        int64_t heads = 4, n = length + 3;
+        Reals q(t, n * heads * width), key(t, n * kv * width), v(t, n * kv * width), grad(t, n * heads * width);
+        auto cos = values(n * width), sin = values(n * width);
+        Texts texts{q.data(), key.data(), v.data(), cos.data(), sin.data(), heads, kv, width, 0.2f};
+        std::vector<Reals> found[2];
+        std::vector<float> lse[2];
+        for (int i = 0; i < 2; ++i) {
+          auto& f = found[i];
+          for (int j = 0; j < 4; ++j) f.emplace_back(t, n * (j < 2 ? heads : kv) * width, true);
+          lse[i].resize(heads * n);
+          TextsGrad g{f[0].data(), grad.data(), lse[i].data(), n, f[1].data(), f[2].data(), f[3].data()};
+          for (bool back : {false, true})
+            shared(pool, kv, 1, [&](int64_t a, int64_t b, int) {
+              std::vector<float> scratch(texts_scratch(length, width));
+              for (int64_t h = a; h < b; ++h)
+                if (back) both[i]->texts_grad(t, texts, g, 2, 2 + length, h, scratch.data());
+                else both[i]->texts(t, texts, {f[0].data(), lse[i].data(), n}, 2, 2 + length, h, scratch.data());
+            });
+        }
+        double d = distance(lse[0], lse[1]);
+        expect(d < bound(t), "texts lse", k->name, width, length, d);
+        for (int j = 0; j < 4; ++j)  // of one token the gradients of q and k are 0 but for rounding
+          if (length > 1 || j == 0 || j == 3) alike(found[0][j], found[1][j], "texts", k->name, width, 10 * length + j);
+      }
+}
+
+void check_rows_of_training(const Kernels* k, Real t, Pool& pool) {
+  const TrainKernels* both[] = {k->train, find_kernels("scalar")->train};
+  for (int64_t width : {16, 48}) {
+    int64_t rows = 5, n = rows * width;
+    Reals x(t, n), w(t, width), g(t, n), r(t, n), up(t, n);
+    std::vector<Reals> found[2];
+    std::vector<float> sums[2];
+    for (int i = 0; i < 2; ++i) {
+      const TrainKernels& o = *both[i];
+      auto& f = found[i];
+      for (int j = 0; j < 8; ++j) f.emplace_back(t, n, true);
+      f.push_back(g);  // the gradient itself, overwritten
+      Norm norm{x.data(), w.data(), width, 1e-5f};
+      std::vector<std::vector<float>> each(64, std::vector<float>(width));
+      shared(pool, rows, 1, [&](int64_t a, int64_t b, int thread) {
+        o.norm(t, norm, a, b, f[0].data());
+        o.norm_grad(t, norm, {g.data(), r.data(), f[1].data(), each[thread].data()}, a, b);
+        o.norm_grad(t, norm, {g.data(), nullptr, f[2].data(), nullptr}, a, b);
+      });
+      sums[i].resize(width);
+      for (auto& one : each)
+        for (int64_t c = 0; c < width; ++c) sums[i][c] += one[c];
+      shared(pool, n, 16, [&](int64_t a, int64_t b, int) {
+        o.swiglu(t, x.data(), up.data(), a, b, f[3].data());
+        o.swiglu_grad(t, x.data(), up.data(), g.data(), a, b, f[4].data(), f[5].data(), f[6].data());
+        o.swiglu_grad(t, x.data(), up.data(), f[8].data(), a, b, f[8].data(), f[7].data(), f[6].data());
+      });
+      expect(f[8].floats() == f[4].floats() && f[7].floats() == f[5].floats(), "gradients in one buffer", k->name, width, i, 0);
+    }
+    for (int j = 0; j < 9; ++j) alike(found[0][j], found[1][j], "norm, gated product", k->name, width, j);
+    double d = distance(sums[0], sums[1]);
+    expect(d < 1e-5, "norm's weight", k->name, width, 0, d);
+    std::vector<float> a = x.floats(), u = up.floats(), y(n), scaled(n), weight = w.floats();
+    for (int64_t i = 0; i < n; ++i) {
+      y[i] = a[i] / (1 + std::exp(-double{a[i]})) * u[i];
+      double square = 0;
+      for (int64_t c = 0; c < width; ++c) square += double{a[i / width * width + c]} * a[i / width * width + c];
+      scaled[i] = static_cast<float>(a[i] / std::sqrt(square / width + 1e-5) * weight[i % width]);
+    }
+    expect(distance(found[0][3].floats(), y) < bound(t), "gated product in float64", k->name, width, 0, distance(found[0][3].floats(), y));
+    expect(distance(found[0][0].floats(), scaled) < bound(t), "norm in float64", k->name, width, 0, distance(found[0][0].floats(), scaled));
   }
 }
 
+void check_log_prob(const Kernels* k, Real t) {
+  for (int64_t vocabulary : {1, 5, 15, 16, 17, 31, 32, 101})
+    for (int64_t target : {int64_t{0}, vocabulary / 2, vocabulary - 1}) {
+      Reals logits(t, vocabulary), kept = logits;
+      std::vector<float> x = logits.floats(), want(vocabulary), scratch(vocabulary / 16 * 16);
+      double sum = 0;
+      float factor = -1.5f;
+      for (float v : x) sum += std::exp(double{v});
+      for (int64_t i = 0; i < vocabulary; ++i) want[i] = static_cast<float>(factor * ((i == target) - std::exp(double{x[i]}) / sum));
+      double right = x[target] - std::log(sum);
+      double d = std::fabs(right - k->train->log_prob(t, logits.data(), vocabulary, target, nullptr, nullptr));
+      expect(d < 1e-5 && logits.floats() == kept.floats(), "log_prob", k->name, vocabulary, target, d);
+      d = std::fabs(right - k->train->log_prob(t, logits.data(), vocabulary, target, &factor, scratch.data()));
+      expect(d < 1e-5, "log_prob with a gradient", k->name, vocabulary, target, d);
+      d = vocabulary > 1 ? distance(logits.floats(), want) : std::fabs(logits.floats()[0]);
+      expect(d < bound(t), "log_prob's gradient", k->name, vocabulary, target, d);
+    }
+}
+
+void check_unpack4(const Kernels* k, Real t, Pool& pool) {
+  for (int64_t block : {32, 64, 4096})
+    for (int64_t size : {1, 2, 31, 32, 33, 63, 64, 65, 200, 1000}) {
+      std::vector<uint8_t> codes((size + 1) / 2);
+      for (auto& c : codes) c = static_cast<uint8_t>(rng());
+      auto scales = values(up(size, block)), table = values(16);
+      if (scales.size() > 2) scales[0] = 0, scales[1] = 1e-38f, scales[2] = -scales[2];
+      Reals a(t, size, true), b(t, size, true);
+      shared(pool, size, block, [&](int64_t begin, int64_t end, int) { k->train->unpack4(t, codes.data(), scales.data(), table.data(), block, begin, end, a.data()); });
+      find_kernels("scalar")->train->unpack4(t, codes.data(), scales.data(), table.data(), block, 0, size, b.data());
+      expect(a.floats() == b.floats(), "unpack4", k->name, size, block, distance(a.floats(), b.floats()));
+      std::vector<float> want(size);
+      for (int64_t i = 0; i < size; ++i) want[i] = table[i & 1 ? codes[i / 2] & 15 : codes[i / 2] >> 4] * scales[i / block];
+      double d = distance(a.floats(), want);
+      expect(t == Real::F32 ? a.floats() == want : d < bound(t), "unpack4 by its definition", k->name, size, block, d);
+    }
+}
+
+// Forward and backward of training, in buffers of exactly the right size, by a team.
+void check_training(const Kernels* k) {
+  Pool pool(3, {});
+  for (Real t : {Real::F32, Real::BF16}) {
+    check_texts(k, t, pool);
+    check_rows_of_training(k, t, pool);
+    check_log_prob(k, t);
+    check_unpack4(k, t, pool);
+  }
+}
+
+void check_team(bool open_mp) {  // every thread of the team once, as often as it is asked
+  Pool pool(3, {});
+  for (int round = 0; round < 50; ++round) {
+    std::vector<int> seen(64);
+    int count = 0;
+    run_team(pool, [&](int thread, int threads) {
+      ++seen[thread];
+      if (thread == 0) count = threads;
+    });
+    for (int i = 0; i < 64; ++i)
+      if (seen[i] != (i < count)) return expect(false, "team", open_mp ? "OpenMP" : "pool", i, seen[i], count);
+    expect(count == (open_mp ? 2 : 3), "size of the team", open_mp ? "OpenMP" : "pool", count, 0, 0);
+  }
+}
+
+// -- the pool --------------------------------------------------------------------------------------------------
+
+#ifdef __SANITIZE_THREAD__
+constexpr bool FORKS = false;  // ThreadSanitizer allows no threads in a child, and sees no synchronisation inside libgomp
+#else
+constexpr bool FORKS = true;
+#endif
+
+int in_child(const std::function<bool()>& work) {  // 0: it came back true
+  std::fflush(stdout);
+  pid_t child = fork();
+  if (child == 0) {
+    bool fine = work();
+    std::fflush(stdout);
+    _exit(fine ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return status;
+}
+
+bool turns(Pool& pool, int rounds) {  // threads write to one plain variable in turns; barriers alone keep them apart
+  int64_t written = 0, idle = 0, want = 0;
+  std::vector<int64_t> each(pool.size() * 16);
+  for (int round = 0; round < rounds; ++round) {
+    pool.run([&](int id) {
+      for (int i = 0; i < pool.size(); ++i) {
+        if (i == id) ++written;
+        pool.barrier([&] { each[id * 16] |= 1; });
+      }
+    });
+    want += pool.size();
+    if (written != want) return false;
+    if (round % 16 == 5) std::this_thread::sleep_for(std::chrono::microseconds(300));  // they spin still, or yield
+    if (round % 16 == 15) std::this_thread::sleep_for(std::chrono::milliseconds(4));   // they sleep
+  }
+  for (int64_t i : each) idle += i;
+  return idle <= pool.size();
+}
+
+void check_pool() {
+  for (int threads : {1, 2, 3, 5}) {
+    Pool pool(threads, {});
+    expect(turns(pool, 64), "turns", "", threads, 0, 0);
+    for (int i = 0; i < 5; ++i) Pool(threads, {});  // ends while its threads begin
+  }
+  cpu_set_t allowed;
+  sched_getaffinity(0, sizeof allowed, &allowed);
+  int cpu = 0;
+  while (!CPU_ISSET(cpu, &allowed)) ++cpu;
+  Pool pinned(2, {cpu, cpu});
+  expect(turns(pinned, 16), "turns on one processor", "", 0, 0, 0);
+  cpu_set_t after;
+  sched_getaffinity(0, sizeof after, &after);
+  expect(CPU_EQUAL(&allowed, &after), "the caller is left pinned", "", 0, 0, 0);
+  Pool pool(2, {});
+  int64_t calls = 0;  // by several callers, one after the other
+  auto call = [&] {
+    for (int i = 0; i < 50; ++i) pool.run([&](int id) { if (id == 0) ++calls; });
+  };
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 3; ++i) callers.emplace_back(call);
+  for (auto& c : callers) c.join();
+  expect(calls == 150, "calls of several threads", "", calls, 0, 0);
+  expect(ping_pong(pool, 100) > 0, "ping-pong", "", 0, 0, 0);
+  if (FORKS) expect(in_child([&] { return turns(pool, 20); }) == 0, "a forked child", "", 0, 0, 0);
+}
+
+void check_probes(const Kernels* k) {
+  for (int kind : {0, 1, 2}) expect(k->peak(kind, 10) > 0, "peak", k->name, kind, 0, 0);
+  for (int64_t bytes : {0, 256, 1000}) {
+    std::vector<uint8_t> memory(bytes);
+    expect(k->read(memory.data(), bytes) == bytes, "read", k->name, bytes, 0, 0);
+  }
+}
+
+// torch's team, in a child, because this process must have none to try the pool.
+void check_open_mp() {
+  if (!FORKS) return;
+  int status = in_child([] {
+    setenv("OMP_NUM_THREADS", "2", 1);
+    if (!dlopen("libgomp.so.1", RTLD_NOW | RTLD_GLOBAL)) return std::printf("no libgomp: its team was not checked\n") > 0;
+    check_team(true);
+    check_training(best_kernels());
+    std::printf("OpenMP's team checked\n");
+    return failures == 0;
+  });
+  expect(status == 0, "OpenMP's team", "", status, 0, 0);
+}
+
+}  // namespace
+
 int main() {
+  check_open_mp();
   const char* names[8];
   int n = list_kernels(names, 8);
   for (int i = 0; i < n; ++i) {
@@ -441,11 +752,16 @@ int main() {
     std::printf("%s checked\n", k->name);
   }
   for (int i = 0; i < n; ++i) check_adapters(find_kernels(names[i]));
-  for (int i = 0; i < n; ++i) check_training(find_kernels(names[i]));
+  for (int i = 0; i < n; ++i) {
+    const Kernels* k = find_kernels(names[i]);
+    check_models_of_codes(k);
+    check_training(k);
+    check_probes(k);
+  }
   check_stop();
   check_shortlist();
-  Pool pool(2, {});
-  expect(ping_pong(pool, 100) > 0, "ping-pong", "", 0, 0, 0);
-  std::printf("%d failures\n", failures);
+  check_team(false);
+  check_pool();
+  std::printf("%lld expectations, %d failures\n", checked, failures);
   return failures != 0;
 }

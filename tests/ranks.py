@@ -1,6 +1,8 @@
 """One of several processes of tests/train/test_distributed.py: runs jobs one after another, and rank 0 keeps what came.
 
 python ranks.py '[{"folder": ..., "kind": "plain", "dies": [rank, step], "arguments": {...}}, ...]'
+
+The rank named by "tells" prints the number of each step before it logs, measures and saves.
 """
 
 import json
@@ -54,6 +56,8 @@ def run(job: dict[str, Any]) -> None:
     first, after = trainer.ranks.restarts == 0, trainer._after
 
     def dying(entry: dict[str, Any], speed: float) -> None:
+        if trainer.ranks.rank == job.get("tells"):
+            print(trainer.state.step, flush=True)
         after(entry, speed)
         if dies and first and [trainer.ranks.rank, trainer.state.step] == dies:
             os.kill(os.getpid(), signal.SIGKILL)

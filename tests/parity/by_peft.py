@@ -62,12 +62,17 @@ def trained(
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     out, ids, logits = Path(job["out"]), torch.tensor(job["ids"]), {}
-    with torch.no_grad():
-        for name, folder, settings in job["make"]:
-            logits[name] = made(folder, settings, out / name)(ids).logits
-        for name, folder, adapter, kind in job["read"]:
-            base = CLASSES[kind].from_pretrained(folder, dtype=torch.float32)
-            logits[name] = PeftModel.from_pretrained(base, adapter).eval()(ids).logits
+
+    @torch.no_grad()
+    def run(name: str, model: Any) -> None:
+        logits[name] = model(ids).logits
+        logits[f"{name}-float64"] = model.double()(ids).logits
+
+    for name, folder, settings in job["make"]:
+        run(name, made(folder, settings, out / name))
+    for name, folder, adapter, kind in job["read"]:
+        base = CLASSES[kind].from_pretrained(folder, dtype=torch.float32)
+        run(name, PeftModel.from_pretrained(base, adapter).eval())
     save_file({name: value.contiguous() for name, value in logits.items()}, out / "logits.safetensors")
     for name, task, folder, lora, settings, rows in job["train"]:
         losses = trained(task, folder, lora, settings, rows, out / name)

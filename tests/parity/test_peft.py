@@ -14,7 +14,7 @@ import torch
 from bytewise import write_tokenizer
 from safetensors.torch import load_file
 from tiny import random_adapter, tiny_config, tiny_model
-from tolerance import FLOAT32
+from tolerance import ADAPTERS
 
 from llama2 import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, LoraConfig, lora
 from llama2.checkpoint.peft import load_adapter, save_adapter
@@ -121,22 +121,27 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def assert_same_logits(model: Any, want: torch.Tensor) -> None:
-    with torch.no_grad():
-        got = model.eval()(IDS).logits
-    torch.testing.assert_close(got, want, rtol=0, atol=FLOAT32 * float(want.abs().max()))
+@torch.no_grad()
+def assert_same_logits(model: Any, found: Path, name: str) -> None:
+    """In float32 and in float64."""
+    theirs = load_file(found / "logits.safetensors")
+    want, exact = theirs[name], theirs[f"{name}-float64"]
+    assert (want.dtype, exact.dtype) == (torch.float32, torch.float64)
+    largest = float(exact.abs().max())
+    torch.testing.assert_close(model.eval()(IDS).logits, want, rtol=0, atol=ADAPTERS * largest)
+    torch.testing.assert_close(model.double()(IDS).logits, exact, rtol=0, atol=ADAPTERS * largest)
 
 
 @pytest.mark.parametrize("kind", [*SETTINGS, "labels"])
 def test_peft_reads_ours(found: Path, kind: str) -> None:
-    assert_same_logits(ours(kind)[0], load_file(found / "logits.safetensors")[f"ours-{kind}"])
+    assert_same_logits(ours(kind)[0], found, f"ours-{kind}")
 
 
 @pytest.mark.parametrize("kind", [*SETTINGS, "labels"])
 def test_we_read_pefts(found: Path, kind: str) -> None:
     model = classifier() if kind == "labels" else base_model()
     load_adapter(model, found / f"theirs-{kind}")
-    assert_same_logits(model, load_file(found / "logits.safetensors")[f"theirs-{kind}"])
+    assert_same_logits(model, found, f"theirs-{kind}")
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
@@ -39,6 +39,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(JSON, st.integers(0, 80))
 def test_the_depth_of_json_counts_brackets_outside_strings(value: Any, more: int) -> None:
     for _ in range(more):

@@ -424,6 +424,23 @@ def test_regex_bombs_are_bounded(served: Served) -> None:
     ):
         given = {"max_new_tokens": 3, "grammar": {"type": "regex", "value": value}}
         assert post(served.port, "/generate", {"inputs": "x", "parameters": given}).status in (200, 422, 424)
+        form = {"prompt": "x", "max_tokens": 3, "response_format": given["grammar"]}
+        assert post(served.port, "/v1/completions", form).status in (200, 400)
+
+
+def test_a_form_that_is_too_much_on_the_way_is_the_requests_own_fault(served: Served) -> None:
+    grammar = {"type": "regex", "value": "(a?){5000}a{5000}"}  # compiles, and exceeds the bound on a step's work
+    metrics = served.service.metrics
+    before = dict(metrics.failure.values), sum(metrics.success.values.values())
+    reply = post(served.port, "/v1/completions", {"prompt": "x", "max_tokens": 3, "response_format": grammar})
+    assert reply.status == 400 and reply.json["error"]["code"] == "constraint_failed"
+    reply = post(served.port, "/generate", {"inputs": "x", "parameters": {"max_new_tokens": 3, "grammar": grammar}})
+    assert (reply.status, reply.json["error_type"]) == (424, "generation")
+    after = dict(metrics.failure.values), sum(metrics.success.values.values())
+    assert after == (
+        {**before[0], "generation": before[0]["generation"] + 2},
+        before[1],
+    )  # failed, not answered as well
 
 
 # -- around ------------------------------------------------------------------------------------------------------

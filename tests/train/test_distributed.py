@@ -2,9 +2,16 @@
 
 import json
 import os
+import random
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +42,31 @@ def free_port() -> int:
         return port
 
 
-def launch(world: int, command: list[str], fails: bool = False) -> str:
-    """A command on this many ranks, without torchrun's own process; returns what they said."""
+Watch = Callable[[list["subprocess.Popen[str]"]], None]
+
+
+def launch(world: int, command: list[str], fails: bool = False, watch: Watch | None = None) -> str:
+    """A command on this many ranks, without torchrun's own process; returns what they said.
+
+    `watch` is called with the processes, whose standard output it may read.
+    """
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    own = [{**common, "RANK": str(rank)} if world > 1 else {} for rank in range(world)]
+    output = subprocess.PIPE if watch else None
     processes = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, **common, "RANK": str(rank)})
-        for rank in range(world)
+        subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, **more})
+        for more in own
     ]
-    said = [process.communicate(timeout=150)[1] for process in processes]
+    if watch:
+        watch(processes)
+    said = [process.communicate(timeout=280)[1] for process in processes]
     assert any(process.returncode for process in processes) == fails, "\n".join(said)
     return "\n".join(said)
 
 
-def start(world: int, *jobs: dict[str, Any], fails: bool = False) -> str:
+def start(world: int, *jobs: dict[str, Any], fails: bool = False, watch: Watch | None = None) -> str:
     """Jobs of ranks.py on this many ranks."""
-    return launch(world, [sys.executable, str(HERE.parent / "ranks.py"), json.dumps(jobs)], fails)
+    return launch(world, [sys.executable, str(HERE.parent / "ranks.py"), json.dumps(jobs)], fails, watch)
 
 
 def job(folder: Path, kind: str = "plain", **arguments: Any) -> dict[str, Any]:
@@ -142,6 +159,73 @@ def test_a_killed_run_of_two_ranks_ends_with_the_same_bits(tmp_path: Path, chang
         weights, content = result(tmp_path / name)
         assert losses(history) == pytest.approx(losses(content["history"]), rel=1e-5)
         assert same(found, weights, near=2e-4)
+
+
+# A failure repeats, as far as time can, with the seed of its name: LLAMA2_KILL_SEED=..., LLAMA2_KILL_RUNS=1.
+SEED = int(os.environ.get("LLAMA2_KILL_SEED") or random.SystemRandom().randrange(1_000_000))
+RUNS = range(SEED, SEED + int(os.environ.get("LLAMA2_KILL_RUNS") or 1))
+STEPS = 24
+
+
+def killing(rank: int, step: int, share: float) -> Watch:
+    """SIGKILL to a rank from outside, this share of two steps' time after it told that it has done `step`.
+
+    In these the step is logged and perhaps saved, and the next one or two begin.
+    """
+
+    def watch(processes: list["subprocess.Popen[str]"]) -> None:
+        told: list[float] = []
+        for line in processes[rank].stdout or ():
+            told.append(time.monotonic())
+            if int(line) >= step:
+                break
+        gaps = sorted(b - a for a, b in pairwise(told)) or [0.02]
+        time.sleep(2 * share * gaps[len(gaps) // 2])
+        processes[rank].kill()
+        assert processes[rank].wait(60) == -signal.SIGKILL, "it had ended before"
+
+    return watch
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """What a run that nobody kills ends with."""
+
+    @cache
+    def made(world: int, *sharded: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("straight")
+        start(world, job(folder, max_steps=STEPS, **({"fsdp": "full_shard"} if sharded else {})))
+        return result(folder)
+
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", RUNS)
+@pytest.mark.parametrize(("world", "sharded"), [(1, ()), (2, ()), (2, ("sharded",))], ids=["one", "whole", "sharded"])
+def test_kills_at_random_moments_leave_the_bits_as_they_are(
+    tmp_path: Path, straight: Callable[..., Any], seed: int, world: int, sharded: tuple[str, ...]
+) -> None:
+    rng, cut, saved = random.Random(f"{seed}/{world}/{sharded}"), tmp_path / "cut", tmp_path / "saved"
+    changes = {"max_steps": STEPS, "resume_from_checkpoint": True, **(SHARD if sharded else {})}
+    plan = [(rng.randrange(world), step, rng.random()) for step in sorted(rng.sample(range(1, 21), rng.randint(1, 3)))]
+    print(f"LLAMA2_KILL_SEED={seed}: (rank, step, share of two steps) {plan}")
+    for rank, step, share in plan:
+        start(world, {**job(cut, **changes), "tells": rank}, fails=True, watch=killing(rank, step, share))
+        print(sorted(path.name for path in cut.iterdir()) if cut.exists() else "killed before anything was saved")
+    assert not (cut / "result.json").exists()
+    if world > 1 and cut.exists():
+        shutil.copytree(cut, saved)
+    start(world, job(cut, **changes))
+    (weights, content), (wanted, whole) = result(cut), straight(world, *sharded)
+    assert same(weights, wanted) and not list(cut.glob(".checkpoint-*"))
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert [e.get(key) for e in content["history"]] == [e.get(key) for e in whole["history"]]
+    if saved.exists() and checkpoints.found(saved):  # what two ranks left, on one
+        found, history = alone(saved, max_steps=STEPS, resume_from_checkpoint=True)
+        assert losses(history) == pytest.approx(losses(whole["history"]), rel=1e-5)
+        assert same(found, wanted, near=2e-4)
 
 
 @pytest.mark.slow

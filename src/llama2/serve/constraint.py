@@ -21,6 +21,10 @@ JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_se
 _KEPT = 64  # compiled grammars
 
 
+class ConstraintError(InputError):
+    """A constraint that was compiled turned out to be too much while an answer was held to it."""
+
+
 @dataclass(frozen=True)
 class Constraint:
     """What an answer must look like: JSON text of a schema, a regular expression, or a grammar in llguidance's Lark."""
@@ -87,7 +91,10 @@ class Compiler:
 
 
 class Constrained:
-    """Lets through only the ids that the constraint allows next; ids so far (1, S) and scores (1, V)."""
+    """Lets through only the ids that the constraint allows next; ids so far (1, S) and scores (1, V).
+
+    Raises ConstraintError at the bound on the work of a step.
+    """
 
     def __init__(self, matcher: Any, prompt: int, vocabulary: int) -> None:
         self._matcher, self._seen = matcher, prompt
@@ -98,11 +105,11 @@ class Constrained:
         new = ids[0, self._seen :].tolist()
         self._seen = ids.shape[1]
         if (new and not self._matcher.consume_tokens(new)) or self._matcher.is_error():
-            raise InputError(f"the constraint could not be followed: {self._matcher.get_error()[:200]}")
+            raise ConstraintError(f"the constraint could not be followed: {self._matcher.get_error()[:200]}")
         address = self._bits.ctypes.data_as(ctypes.c_void_p).value
         self._matcher.unsafe_compute_mask_ptr(address, self._bits.nbytes)
         if self._matcher.is_error():
-            raise InputError(f"the constraint could not be followed: {self._matcher.get_error()[:200]}")
+            raise ConstraintError(f"the constraint could not be followed: {self._matcher.get_error()[:200]}")
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocabulary]
         mask = torch.from_numpy(allowed.view(np.bool_)).to(scores.device)
         return scores.masked_fill(~mask, -torch.inf)

@@ -71,6 +71,7 @@ FAILURES = (
 )  # fmt: skip
 _FAILURE_OF = {
     "busy": "overloaded", "closing": "overloaded", "starting": "overloaded", "generation": "generation",
+    "constraint": "generation",
     "internal": "incomplete", "deadline": "incomplete", "template": "template", "key": "authentication",
     "gone": "dropped", "route": "other", "method": "other", "unable": "other",
 }  # fmt: skip

@@ -36,6 +36,7 @@ KINDS: Mapping[str, Kind] = {
     "starting": Kind(503, "server_error", "model_loading", 503, "healthcheck"),
     "closing": Kind(503, "server_error", "shutting_down", 503, "overloaded"),
     "unable": Kind(501, "server_error", "not_implemented", 501, "validation"),
+    "constraint": Kind(400, _INVALID, "constraint_failed", 424, "generation"),
     "generation": Kind(500, "server_error", "generation_failed", 424, "generation"),
     "deadline": Kind(504, "server_error", "deadline_exceeded", 504, "incomplete_generation"),
     "internal": Kind(500, "server_error", "internal_error", 500, "incomplete_generation"),

@@ -243,7 +243,7 @@ class Call:
         if session in self.service.sessions:
             self.service.sessions.remove(session)
             session.close()
-            self.service.metrics.done(session, ended=not session.open)
+            self.service.metrics.done(session, ended=not (session.open or session.failed))
             self.notes |= {"tokens": session.tokens, "cached_tokens": session.reused}
             if session.times.first:
                 self.notes["first_token_s"] = round(session.times.first - self.times.came, 4)

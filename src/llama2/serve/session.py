@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from llama2.engine.choice import Picked
 from llama2.engine.engine import Ask, Engine, EngineBusyError, Event, Finish
 from llama2.errors import InputError, Llama2Error
+from llama2.serve.constraint import ConstraintError
 from llama2.serve.refusal import Refusal
 
 Told = tuple[int, Event]
@@ -59,7 +60,7 @@ class Session:
         """Raises Refusal where the engine takes them not all; then it has none of them."""
         self.times = times or Times()
         self.times.checked = time.monotonic()
-        self.open = len(asks)
+        self.open, self.failed = len(asks), False
         self.reused, self.tokens, self.gaps = 0, 0, list[float]()
         self._engine, self._arrived, self._news = engine, list[Told](), asyncio.Event()
         self._last = [0.0] * len(asks)
@@ -87,6 +88,7 @@ class Session:
             self._last[index] = now
         if event.finish is not None:
             self.open -= 1
+            self.failed = self.failed or event.finish in ("error", "cancelled")
             self.times.ended = now
             self.reused += self._lives[index].sequence.reused
         self._arrived.append((index, event))
@@ -125,6 +127,8 @@ class Session:
 
 
 def _failed(error: Exception) -> Refusal:
+    if isinstance(error, ConstraintError):
+        return Refusal("constraint", str(error))
     if isinstance(error, Llama2Error):
         return Refusal("generation", str(error))
     return Refusal("internal", f"the answer failed with {type(error).__name__}; the server's log tells more")
