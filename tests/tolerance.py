@@ -4,7 +4,7 @@
 FLOAT64 = 1e-12
 # Two float32 evaluations of a two-layer model in different order; measured 2e-6.
 FLOAT32 = 2e-5
-# Logits with an adapter beside peft's, of the largest. In float32 most have the same bits and the worst differs by 6e-7;
+# Logits with an adapter beside peft's, of the largest. In float32 most have the same bits, the worst differs by 6e-7;
 # in float64 2.4e-6, because transformers' norms and rotations stay in float32. Either float32 is 7e-6 from float64.
 ADAPTERS = 1e-5
 # One bfloat16 rounding has relative error 2**-9; a tiny model stacks a dozen of them.
