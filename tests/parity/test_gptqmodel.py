@@ -112,7 +112,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (root / "job.json").write_text(json.dumps(job))
     script = Path(__file__).with_name("by_gptqmodel.py")
-    ran = subprocess.run([INTERPRETER, str(script), str(root / "job.json")], capture_output=True, text=True)
+    command = [str(Path(INTERPRETER).absolute()), str(script), str(root / "job.json")]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=root)  # it writes a folder of logs where it is
     assert ran.returncode == 0, ran.stderr[-3000:]
     return root
 
