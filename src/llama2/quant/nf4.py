@@ -120,11 +120,11 @@ class Linear4bit(PackedLinear):
         """Two codes a byte, uint8 (values / 2,), a view."""
         return self.packed["weight"].view(torch.uint8).reshape(-1)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32, into: Tensor | None = None) -> Tensor:
         """As PackedLinear.dequantize; what bitsandbytes makes of it, but that numbers below bfloat16's smallest normal
-        one (1e-38) are kept, which its AVX-512 build makes 0."""
+        one (1e-38) are kept, which its AVX-512 build makes 0. into: see `from_codes`."""
         shape = (self.out_features, self.in_features)
-        return from_codes(self.codes, self.absmax, self.state.kind, self.state.block, shape, dtype)
+        return from_codes(self.codes, self.absmax, self.state.kind, self.state.block, shape, dtype, into)
 
     def fused(self) -> Fused:
         """As PackedLinear.fused."""
@@ -251,12 +251,21 @@ def scaled(values: Tensor, scales: Tensor, block: int) -> Tensor:
 
 
 def from_codes(
-    codes: Tensor, absmax: Tensor, kind: str, block: int, shape: tuple[int, int], dtype: torch.dtype
+    codes: Tensor,
+    absmax: Tensor,
+    kind: str,
+    block: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """The values (shape) of two codes a byte (n / 2,), products in float32, then rounded to `dtype`."""
+    """The values (shape) of two codes a byte (n / 2,), products in float32, then rounded to `dtype`.
+
+    into: memory of that shape and dtype, which the compiled module fills; without it there, it is not used.
+    """
     table = torch.tensor(TABLES[kind], device=codes.device)
     if codes.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and block % 32 == 0 and kernels():
-        filled = torch.empty(shape, dtype=dtype)
+        filled = torch.empty(shape, dtype=dtype) if into is None else into
         kernels().unpack4(pool(), codes.contiguous(), absmax.contiguous(), table, block, filled)
         return filled
     # Two values as one element of 8 bytes: looking those up is twice as fast as looking up rows of two.

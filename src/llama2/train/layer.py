@@ -23,6 +23,7 @@ from llama2.linear import Linear
 from llama2.lora import LoraLinear
 from llama2.model import LlamaDecoderLayer, LlamaModel
 from llama2.quant.linear import PackedLinear
+from llama2.quant.nf4 import Linear4bit
 
 DTYPES = (torch.float32, torch.bfloat16)
 Grads = dict[Tensor, Tensor]  # by parameter
@@ -53,6 +54,7 @@ class Layers:
     def __init__(self) -> None:
         self._seen: tuple[Mask, Tensor] | None = None
         self._places: _Places | None = None
+        self._scratch = _Scratch()
 
     def __call__(
         self,
@@ -67,6 +69,8 @@ class Layers:
         """As LlamaDecoderLayer.forward."""
         if implementation == "sdpa" and cache is None and (plan := plan_of(layer, x_BTD)) is not None:
             plan.places = self._places_of(x_BTD, rotation, mask)
+            for product in plan.products():
+                product.scratch = self._scratch
             if plan.places is not None:
                 trained = [p for p in plan.parameters() if p.requires_grad]
                 out: Tensor = _Layer.apply(x_BTD, plan, *trained)
@@ -116,6 +120,22 @@ def ends_of(mask: Mask, batch: int, tokens: int) -> Tensor | None:
 # -- what a layer consists of ------------------------------------------------------------------------------------
 
 
+class _Scratch:
+    """One piece of memory for whichever weight is unpacked: taken and given back between tensors that stay, pieces of
+    its size would leave holes among them, half as much memory again.
+    """
+
+    def __init__(self) -> None:
+        self._values: Tensor | None = None
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """(rows, columns), until the next call."""
+        held, count = self._values, rows * columns
+        if held is None or held.dtype != dtype or len(held) < count:
+            held = self._values = torch.empty(count, dtype=dtype)
+        return held[:count].view(rows, columns)
+
+
 @dataclass
 class _Product:
     """One linear: its weight, plain or packed, and at most one adapter."""
@@ -124,10 +144,14 @@ class _Product:
     a: nn.Parameter | None = None
     b: nn.Parameter | None = None
     scale: float = 1.0
+    scratch: _Scratch | None = None
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """(out, in)."""
-        return self.base.dequantize(dtype) if isinstance(self.base, PackedLinear) else self.base.weight.detach()
+        """(out, in), until the next product's."""
+        base = self.base
+        if isinstance(base, Linear4bit) and self.scratch is not None:
+            return base.dequantize(dtype, self.scratch.take(base.out_features, base.in_features, dtype))
+        return base.dequantize(dtype) if isinstance(base, PackedLinear) else base.weight.detach()
 
     def parameters(self) -> list[nn.Parameter]:
         """What may be trained."""
@@ -151,8 +175,12 @@ class _Plan:
 
     def parameters(self) -> list[nn.Parameter]:
         """What may be trained, in one order."""
-        products = (*self.qkv, *self.out, *self.wide, *self.down)
-        return [p for product in products for p in product.parameters()] + [norm.weight for norm in self.norms]
+        own = [parameter for product in self.products() for parameter in product.parameters()]
+        return own + [norm.weight for norm in self.norms]
+
+    def products(self) -> list[_Product]:
+        """All linears, in one order."""
+        return [*self.qkv, *self.out, *self.wide, *self.down]
 
 
 def plan_of(layer: Any, x_BTD: Tensor) -> _Plan | None:
