@@ -158,7 +158,7 @@ check-native:
 	if command -v qemu-aarch64 aarch64-linux-gnu-g++; then \
 	  cmake -S . -B build/neon -DLLAMA2_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ && cmake --build build/neon && \
-	  qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu max build/neon/check_native; \
+	  qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu max build/neon/check_native --no-forks; \
 	else echo "qemu-aarch64 or the aarch64 compiler is not installed: NEON was not checked"; fi
 
 gpu-check: .make/demo
