@@ -320,12 +320,13 @@ def test_requests_that_ask_too_much(siege: Siege) -> None:
 
 
 @pytest.mark.skipif(not SCHEMATHESIS, reason="needs LLAMA2_SCHEMATHESIS, the executable of schemathesis")
-def test_schemathesis(siege: Siege) -> None:
+def test_schemathesis(siege: Siege, tmp_path: Path) -> None:
     """Requests made from /openapi.json, good and bad: no answer is 5xx but the one that packed weights give."""
-    command = [SCHEMATHESIS, "run", f"http://127.0.0.1:{siege.port}/openapi.json", "--checks", "not_a_server_error",
+    command = [str(Path(SCHEMATHESIS).resolve()), "run",
+               f"http://127.0.0.1:{siege.port}/openapi.json", "--checks", "not_a_server_error",
                "--max-examples", str(sized(100)), "--seed", str(SEED), "--no-color", "--exclude-path", "/v1/embeddings",
                "--request-timeout", "120", "--continue-on-failure"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False, cwd=tmp_path)
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     siege.alive()
