@@ -14,9 +14,9 @@ from llama2.checkpoint.load import GivenWeights, pack
 from llama2.compiled import available, kernels, pool
 from llama2.lora_config import LoraConfig
 from llama2.quantization_config import BitsAndBytesConfig
-from llama2.train.data import Example
+from llama2.train.data import Example, Pair
 from llama2.train.layer import ends_of, fused, plan_of
-from llama2.train.objectives import NextToken, packed_rows
+from llama2.train.objectives import NextToken, Preferences, hidden_of, packed_rows
 
 needs_kernels = pytest.mark.skipif(not available(), reason="the compiled module is not built")
 
@@ -82,6 +82,21 @@ def test_gradients_are_those_of_float64(sizes: dict[str, Any], prepare: Callable
     for name, grad in found.items():
         distance = (grad.double() - wanted[name]).norm() / wanted[name].norm()
         assert distance < FLOAT32, f"{name}: {distance:.1e}"
+
+
+@needs_kernels
+def test_pairs_of_many_lengths_in_one_row() -> None:
+    model, rows = adapted(tiny_model(torch.float32)).train(), examples(6)
+    pairs, objective = [Pair(*rows[i : i + 2]) for i in (0, 2, 4)], Preferences()
+    batch = objective.collate(pairs)
+    wanted = objective.loss(model, batch)
+    with fused(model):
+        hidden, labels = hidden_of(model, batch)
+        found = objective.loss(model, batch)
+    tokens = sum(len(row.input_ids) for row in rows)
+    assert hidden.shape[:2] == labels.shape == (1, -(-tokens // 64) * 64) and batch["input_ids"].shape[0] == 6
+    assert found.total.item() == pytest.approx(wanted.total.item(), rel=1e-6)
+    assert found.logs == pytest.approx(wanted.logs, rel=1e-4, abs=1e-6)
 
 
 @needs_kernels

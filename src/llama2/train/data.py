@@ -104,9 +104,8 @@ def read(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(
-        read_utf8(path, "utf-8-sig").split("\n"), 1
-    ):  # a text may hold other line ends, such as U+2028
+    lines = read_utf8(path, "utf-8-sig").split("\n")  # a text may hold other line ends, such as U+2028
+    for number, line in enumerate(lines, 1):
         if line.strip():
             rows.append(_object(line, f"{path}, line {number}"))
     return rows

@@ -43,9 +43,11 @@ def fused(model: nn.Module) -> Iterator[None]:
 
 
 def fuses(model: Any) -> bool:
-    """Whether the first layer of a model with a decoder would run as one function now."""
+    """Whether the first layer of a model's decoder would run as one function now."""
     decoder = model.model
-    return decoder.run_layer is not None and plan_of(decoder.layers[0], decoder.embed_tokens.weight) is not None
+    if not isinstance(decoder, LlamaModel) or decoder.run_layer is None:
+        return False
+    return plan_of(decoder.layers[0], decoder.embed_tokens.weight) is not None
 
 
 class Layers:

@@ -19,7 +19,7 @@ from llama2.train.losses import Preference, dpo_loss, head_loss, targets, token_
 from llama2.train.packing import Packed, bins, pack
 
 Batch = dict[str, Any]
-ONE_ROW = 2048  # tokens, above which a mask of their square would cost more than padding
+ONE_ROW = 2048  # tokens at most: the mask of a row is their square
 
 
 @dataclass
@@ -67,8 +67,12 @@ def isolated(starts: Sequence[Sequence[int]], lengths: Sequence[int], longest: i
         document[row, list(begins[1:])] = 1
         document[row] = document[row].cumsum(0)
         document[row, length:] = -1  # padding sees itself, so that no row of the softmax is empty
-    same = document[:, :, None] == document[:, None, :]
-    return (same & torch.ones((longest, longest), dtype=torch.bool).tril())[:, None]
+    return _within(document)
+
+
+def _within(document_BT: Tensor) -> Tensor:
+    """The mask (B, 1, T, T) of tokens that see what is before them in their own document, given its number."""
+    return (document_BT[:, :, None] == document_BT[:, None, :]).tril()[:, None]
 
 
 def hidden_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -94,9 +98,8 @@ def one_row(
     fill = -int(lengths_B.sum()) % 64
     positions = torch.cat((positions_BT[real], torch.arange(fill)))
     labels = F.pad(labels_BT[real], (0, fill), value=IGNORED).masked_fill(positions == 0, IGNORED)
-    document = (positions == 0).cumsum(0)
-    mask = (document[:, None] == document).tril()
-    return F.pad(ids_BT[real], (0, fill))[None], labels[None], positions[None], mask[None, None]
+    ids, mask = F.pad(ids_BT[real], (0, fill)), _within((positions == 0).cumsum(0)[None])
+    return ids[None], labels[None], positions[None], mask
 
 
 class NextToken:
