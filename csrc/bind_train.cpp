@@ -2,12 +2,17 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <atomic>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -192,6 +197,123 @@ void unpack4(Pool& pool, Bytes codes, Floats scales, Floats table, int64_t block
   pieces(pool, n, block, [&](int64_t a, int64_t b, int) { kernels().unpack4(t, codes.data(), scales.data(), table.data(), block, a, b, out.data()); });
 }
 
+// -- products ----------------------------------------------------------------------------------------------------
+
+using Matrix2 = nb::ndarray<nb::ndim<2>, nb::device::cpu>;  // rows or columns along memory
+
+Real along_memory(const Matrix2& x) {
+  require(x.stride(0) == 1 || x.stride(1) == 1, "rows or columns of a matrix must lie along memory");
+  if (x.dtype() == nb::dtype<float>()) return Real::F32;
+  nb::dlpack::dtype d = x.dtype();
+  require(d.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && d.bits == 16, "matrices must be bfloat16 or float32");
+  return Real::BF16;
+}
+
+struct Job {  // rows and columns that one thread does at once
+  int64_t rows, columns;
+};
+
+// Jobs small enough that the last ones end together, and large enough that packing B is little beside them. Sums over a
+// depth of several blocks take their columns together, so that a block of B is read from memory once a job.
+Job job_of(const Products& p, int threads) {
+  int64_t depth = 0, panels = (p.columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS, group = 1, rows;
+  for (int i = 0; i < p.count; ++i) depth += (p.terms[i].depth + 1) / 2 * 2;
+  if (depth <= PRODUCT_DEPTH) {
+    int64_t blocks = (8 * threads + panels - 1) / panels;
+    rows = std::max<int64_t>(96, (p.rows + blocks - 1) / blocks);
+  } else {
+    group = std::min<int64_t>(panels, 12);
+    rows = std::min<int64_t>(512, std::max<int64_t>(96, (p.rows + threads - 1) / threads));
+  }
+  return {(std::min(rows, p.rows) + 11) / 12 * 12, group * PRODUCT_COLUMNS};
+}
+
+struct Aligned {  // memory of a thread that stays
+  std::vector<uint8_t> bytes;
+  void* take(int64_t n) {
+    if (static_cast<int64_t>(bytes.size()) < n + 64) bytes.resize(n + 64);
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64);
+  }
+};
+
+// out, terms, what is added to them or None, scale, whether to add to out
+using Sum = std::tuple<Matrix2, std::vector<std::pair<Matrix2, Matrix2>>, std::optional<Matrix2>, float, bool>;
+
+struct Checked {
+  Products sum;
+  Term terms[MAX_TERMS];
+  std::vector<uint16_t> packed[MAX_TERMS];
+};
+
+void check(const Sum& from, Checked& to) {
+  const auto& [out, terms, added, scale, grows] = from;
+  Products& p = to.sum;
+  require(!terms.empty() && terms.size() <= MAX_TERMS, "between 1 and 8 terms");
+  p.rows = static_cast<int64_t>(out.shape(0));
+  p.columns = static_cast<int64_t>(out.shape(1));
+  require(p.rows > 0 && p.columns > 0 && out.stride(1) == 1, "the result's rows lie along memory");
+  p.count = static_cast<int>(terms.size());
+  p.terms = to.terms;
+  p.out = out.data();
+  p.out_ld = out.stride(0);
+  p.type = along_memory(out);
+  p.scale = scale;
+  p.grows = grows;
+  require(!grows || (p.type == Real::F32 && scale == 1 && !added), "what is added to is float32, unscaled");
+  if (added) {
+    require(along_memory(*added) == Real::BF16 && added->shape(0) == out.shape(0) && added->shape(1) == out.shape(1) && added->stride(1) == 1,
+            "what is added is bfloat16 of the result's shape, its rows along memory");
+    p.added = static_cast<const uint16_t*>(added->data());
+    p.added_ld = added->stride(0);
+  }
+  for (int i = 0; i < p.count; ++i) {
+    const auto& [a, b] = terms[i];
+    Real type = along_memory(b);
+    require(along_memory(a) == Real::BF16, "left factors must be bfloat16");
+    require(a.shape(0) == out.shape(0) && b.shape(1) == out.shape(1) && a.shape(1) == b.shape(0) && a.shape(1) > 0, "a term is (rows, depth) times (depth, columns)");
+    to.terms[i] = {static_cast<const uint16_t*>(a.data()), b.data(), a.stride(0), a.stride(1), b.stride(0), b.stride(1), static_cast<int64_t>(a.shape(1)), type};
+  }
+}
+
+// All sums at once: their jobs are one queue.
+void products(Pool& pool, const std::vector<Sum>& sums) {
+  const ProductKernels& kernel = kernels().product;
+  require(kernel.products, "this processor has no bfloat16 products");
+  std::vector<Checked> all(sums.size());
+  for (size_t i = 0; i < sums.size(); ++i) check(sums[i], all[i]);
+  nb::gil_scoped_release free;
+  for (Checked& one : all)
+    for (int i = 0; i < one.sum.count; ++i) {
+      Term& term = one.terms[i];
+      if (term.a_columns == 1 && term.depth % 2 == 0) continue;
+      int64_t ld = (term.depth + 31) / 32 * 32, blocks = (one.sum.rows + 15) / 16;
+      one.packed[i].resize(one.sum.rows * ld);
+      run_team(pool, [&](int thread, int threads) {
+        int64_t a = blocks * thread / threads * 16, b = std::min(one.sum.rows, blocks * (thread + 1) / threads * 16);
+        if (a < b) kernel.pack_rows(term, a, b, one.packed[i].data(), ld);
+      });
+      term.a = one.packed[i].data();
+      term.a_rows = ld;
+      term.a_columns = 1;
+    }
+  std::atomic<int64_t> next{0};
+  run_team(pool, [&](int, int threads) {
+    static thread_local Aligned scratch;
+    int64_t i = next.fetch_add(1), before = 0;
+    for (const Checked& one : all) {
+      const Products& p = one.sum;
+      Job job = job_of(p, threads);
+      int64_t across = (p.columns + job.columns - 1) / job.columns, down = (p.rows + job.rows - 1) / job.rows;
+      for (; i - before < across * down; i = next.fetch_add(1)) {
+        int64_t row = (i - before) % down * job.rows, column = (i - before) / down * job.columns;
+        void* memory = scratch.take(products_scratch(job.rows, job.columns));
+        kernel.products(p, row, std::min(p.rows, row + job.rows), column, std::min(p.columns, column + job.columns), memory);
+      }
+      before += across * down;
+    }
+  });
+}
+
 }  // namespace
 
 void bind_train(nb::module_& m) {
@@ -203,4 +325,6 @@ void bind_train(nb::module_& m) {
   m.def("texts_grad", &texts_grad);
   m.def("log_probs", &log_probs, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("unpack4", &unpack4);
+  m.def("has_products", [] { return kernels().product.products != nullptr; });
+  m.def("products", &products);
 }

@@ -46,11 +46,44 @@ struct TextsGrad {
   void *to_q = nullptr, *to_k = nullptr, *to_v = nullptr;
 };
 
-constexpr int TEXT_ROWS = 48;  // queries of one pass
+constexpr int TEXT_ROWS = 48, TEXT_ASKED = 64;  // queries of one pass, in float32 and in bfloat16
 inline int64_t texts_scratch(int64_t length, int64_t width) {  // floats that either direction needs for one text
-  int64_t n = (length + 15) / 16 * 16, e = (width + 15) / 16 * 16;
-  return 5 * n * e + TEXT_ROWS * (3 * e + 2 * n) + 64;
+  int64_t n = (length + 63) / 64 * 64, e = (width + 63) / 64 * 64;
+  return 5 * n * e + TEXT_ASKED * (4 * e + 4 * n) + 1024;
 }
+
+// Sums of products of bfloat16 matrices: out = scale * (A1 B1 + A2 B2 + ... + added), rounded once.
+struct Term {  // (rows, depth) x (depth, columns); element (i, j) of a is a[i * a_rows + j * a_columns], one of them 1
+  const uint16_t* a = nullptr;
+  const void* b = nullptr;  // bfloat16, or float32 that is rounded to it
+  int64_t a_rows = 0, a_columns = 0, b_rows = 0, b_columns = 0, depth = 0;
+  Real b_type = Real::BF16;
+};
+
+constexpr int MAX_TERMS = 8, PRODUCT_COLUMNS = 64;
+constexpr int64_t PRODUCT_DEPTH = 4224;  // of a packed panel of 64 columns: 540 kB
+
+struct Products {
+  const Term* terms = nullptr;
+  int count = 0;
+  int64_t rows = 0, columns = 0;
+  const uint16_t* added = nullptr;  // or null
+  int64_t added_ld = 0;
+  void* out = nullptr;
+  int64_t out_ld = 0;
+  Real type = Real::BF16;
+  float scale = 1;
+  bool grows = false;  // out, which is float32, is added to
+};
+
+inline int64_t products_scratch(int64_t rows, int64_t columns) {  // bytes for so many rows and columns at once, aligned to 64
+  return PRODUCT_DEPTH / 2 * PRODUCT_COLUMNS * 4 + rows * ((columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS * PRODUCT_COLUMNS) * 4;
+}
+
+struct ProductKernels {  // null where the processor has no bfloat16
+  void (*pack_rows)(const Term& t, int64_t row0, int64_t row1, uint16_t* to, int64_t ld);
+  void (*products)(const Products& p, int64_t row0, int64_t row1, int64_t column0, int64_t column1, void* scratch);
+};
 
 struct TrainKernels {
   void (*norm)(Real t, const Norm& n, int64_t row0, int64_t row1, void* out);
@@ -64,6 +97,7 @@ struct TrainKernels {
   float (*log_prob)(Real t, void* logits, int64_t vocabulary, int64_t target, const float* factor, float* scratch);
   // values [begin, end), multiples of the block, of two codes a byte, the first in the high nibble
   void (*unpack4)(Real t, const uint8_t* codes, const float* scales, const float* table, int64_t block, int64_t begin, int64_t end, void* out);
+  ProductKernels product;
 };
 
 // work(thread, threads) on torch's own OpenMP team where the process has one, for two teams would take the processors

@@ -352,6 +352,15 @@ void unpack4_values(const uint8_t* codes, const float* scales, const float* tabl
   }
 }
 
+#ifdef __AVX512BF16__
+#include "product.inl"
+#include "texts.inl"
+#else
+constexpr ProductKernels PRODUCTS = {nullptr, nullptr};
+constexpr auto texts_forward_bf16 = texts_forward<Half>;
+constexpr auto texts_backward_bf16 = texts_backward<Half>;
+#endif
+
 #define EITHER(function, ...) (t == Real::F32 ? function<Wide>(__VA_ARGS__) : function<Half>(__VA_ARGS__))
 
 void train_norm(Real t, const Norm& n, int64_t a, int64_t b, void* out) { EITHER(norm_rows, n, a, b, out); }
@@ -360,11 +369,11 @@ void train_swiglu(Real t, const void* gate, const void* up, int64_t a, int64_t b
 void train_swiglu_grad(Real t, const void* gate, const void* up, const void* grad, int64_t a, int64_t b, void* to_gate, void* to_up, void* product) {
   EITHER(swiglu_grad_values, gate, up, grad, a, b, to_gate, to_up, product);
 }
-void train_texts(Real t, const Texts& x, const TextsOut& to, int64_t a, int64_t b, int64_t head, float* s) { EITHER(texts_forward, x, to, a, b, head, s); }
-void train_texts_grad(Real t, const Texts& x, const TextsGrad& g, int64_t a, int64_t b, int64_t head, float* s) { EITHER(texts_backward, x, g, a, b, head, s); }
+void train_texts(Real t, const Texts& x, const TextsOut& to, int64_t a, int64_t b, int64_t head, float* s) { t == Real::F32 ? texts_forward<Wide>(x, to, a, b, head, s) : texts_forward_bf16(x, to, a, b, head, s); }
+void train_texts_grad(Real t, const Texts& x, const TextsGrad& g, int64_t a, int64_t b, int64_t head, float* s) { t == Real::F32 ? texts_backward<Wide>(x, g, a, b, head, s) : texts_backward_bf16(x, g, a, b, head, s); }
 float train_log_prob(Real t, void* logits, int64_t v, int64_t target, const float* factor, float* s) { return EITHER(log_prob_row, logits, v, target, factor, s); }
 void train_unpack4(Real t, const uint8_t* codes, const float* scales, const float* table, int64_t block, int64_t a, int64_t b, void* out) {
   EITHER(unpack4_values, codes, scales, table, block, a, b, out);
 }
 
-constexpr TrainKernels TRAIN = {train_norm, train_norm_grad, train_swiglu, train_swiglu_grad, train_texts, train_texts_grad, train_log_prob, train_unpack4};
+constexpr TrainKernels TRAIN = {train_norm, train_norm_grad, train_swiglu, train_swiglu_grad, train_texts, train_texts_grad, train_log_prob, train_unpack4, PRODUCTS};

@@ -24,6 +24,7 @@ from llama2.lora import LoraLinear
 from llama2.model import LlamaDecoderLayer, LlamaModel
 from llama2.quant.linear import PackedLinear
 from llama2.quant.nf4 import Linear4bit
+from llama2.train.products import Sum, sum_of_products, sums_of_products
 
 DTYPES = (torch.float32, torch.bfloat16)
 Grads = dict[Tensor, Tensor]  # by parameter
@@ -151,9 +152,14 @@ class _Product:
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(out, in), until the next product's."""
         base = self.base
-        if isinstance(base, Linear4bit) and self.scratch is not None:
+        if self.shares and self.scratch is not None:
             return base.dequantize(dtype, self.scratch.take(base.out_features, base.in_features, dtype))
         return base.dequantize(dtype) if isinstance(base, PackedLinear) else base.weight.detach()
+
+    @property
+    def shares(self) -> bool:
+        """Whether its weight lies where the next product's comes to lie."""
+        return isinstance(self.base, Linear4bit)
 
     def parameters(self) -> list[nn.Parameter]:
         """What may be trained."""
@@ -224,80 +230,84 @@ def _product_of(linear: Any, dtype: torch.dtype) -> _Product | None:
 # -- products that share an input --------------------------------------------------------------------------------
 
 
-def _down(products: list[_Product], dtype: torch.dtype) -> Tensor | None:
-    """A of every adapter, one below the other (R, in)."""
-    found = [p.a.detach() for p in products if p.a is not None]
-    return torch.cat(found).to(dtype) if found else None
+def _low(products: list[_Product], x: Tensor) -> list[Tensor | None]:
+    """scale x A^T (N, r) of each."""
+    return _each(products, [None if p.a is None else Sum([(x, p.a.detach().T)], scale=p.scale) for p in products])
 
 
-def _up(product: _Product, dtype: torch.dtype) -> Tensor:
-    """scale * B (out, r)."""
-    assert product.b is not None
-    return (product.b.detach() * product.scale).to(dtype)
-
-
-def _ranks(products: list[_Product], low: Tensor | None) -> list[Tensor | None]:
-    """The columns of low (N, R) that belong to each product."""
-    if low is None:
-        return [None] * len(products)
-    parts = iter(low.split([len(p.a) for p in products if p.a is not None], dim=1))
-    return [None if p.a is None else next(parts) for p in products]
+def _each(products: list[_Product], sums: list[Sum | None]) -> list[Tensor | None]:
+    """The results of the sums that are there, all computed at once."""
+    asked = [one for one in sums if one is not None]
+    found = iter(sums_of_products(*asked) if asked else ())
+    return [None if one is None else next(found) for one in sums]
 
 
 def _forward(
     products: list[_Product], x: Tensor, added: Tensor | None = None
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """x W^T + scale x A^T B^T (+ added) of each, and x A^T (N, R)."""
-    a = _down(products, x.dtype)
-    low = None if a is None else x @ a.T
-    outs = []
-    for product, part in zip(products, _ranks(products, low), strict=True):
-        weight = product.weight(x.dtype)
-        out = x @ weight.T if added is None else torch.addmm(added, x, weight.T)
-        if part is not None:
-            out.addmm_(part, _up(product, x.dtype).T)
-        outs.append(out)
-    return tuple(outs), low
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """x W^T + scale x A^T B^T (+ added) of each, and what _low gives."""
+    low, sums, outs = _low(products, x), list[Sum](), list[Tensor]()
+    for product, part in zip(products, low, strict=True):
+        terms = [(x, product.weight(x.dtype).T)]
+        if part is not None and product.b is not None:
+            terms.append((part, product.b.detach().T))
+        sums.append(Sum(terms, added))
+        if product.shares:
+            outs += sums_of_products(*sums)
+            sums = []
+    return outs + (sums_of_products(*sums) if sums else []), low
 
 
-def _backward(products: list[_Product], x: Tensor, low: Tensor | None, grads: list[Tensor], found: Grads) -> Tensor:
+def _backward(
+    products: list[_Product], x: Tensor, low: list[Tensor | None], grads: list[Tensor], found: Grads
+) -> Tensor:
     """The gradient of x; those of the trained weights go to `found`."""
     to_low = _to_low(products, grads)
     _weights(products, x, low, grads, to_low, found)
     return _inputs(products, grads, to_low)
 
 
-def _to_low(products: list[_Product], grads: list[Tensor]) -> Tensor | None:
-    """The gradient of x A^T (N, R)."""
-    found = [grad @ _up(p, grad.dtype) for p, grad in zip(products, grads, strict=True) if p.b is not None]
-    return torch.cat(found, 1) if found else None
+def _to_low(products: list[_Product], grads: list[Tensor]) -> list[Tensor | None]:
+    """scale grad B (N, r) of each: the gradient of x A^T."""
+    pairs = zip(products, grads, strict=True)
+    return _each(products, [None if p.b is None else Sum([(g, p.b.detach())], scale=p.scale) for p, g in pairs])
 
 
-def _inputs(products: list[_Product], grads: list[Tensor], to_low: Tensor | None) -> Tensor:
+def _inputs(products: list[_Product], grads: list[Tensor], to_low: list[Tensor | None]) -> Tensor:
     """The gradient of x (N, in)."""
+    terms = [(low, p.a.detach()) for p, low in zip(products, to_low, strict=True) if low is not None and p.a is not None]
     to_x: Tensor | None = None
     for product, grad in zip(products, grads, strict=True):
-        weight = product.weight(grad.dtype)
-        to_x = grad @ weight if to_x is None else to_x.addmm_(grad, weight)
-    assert to_x is not None
-    if to_low is not None:
-        to_x.addmm_(to_low, _down(products, to_low.dtype))  # type: ignore[arg-type]
-    return to_x
+        terms.append((grad, product.weight(grad.dtype)))
+        if product.shares:
+            to_x, terms = sum_of_products(*terms, added=to_x), []
+    return sum_of_products(*terms, added=to_x) if terms or to_x is None else to_x
 
 
 def _weights(
-    products: list[_Product], x: Tensor, low: Tensor | None, grads: list[Tensor], to_low: Tensor | None, found: Grads
+    products: list[_Product],
+    x: Tensor,
+    low: list[Tensor | None],
+    grads: list[Tensor],
+    to_low: list[Tensor | None],
+    found: Grads,
 ) -> None:
     """The gradients of what is trained, to `found`."""
-    for product, part, grad in zip(products, _ranks(products, low), grads, strict=True):
+    weights, sums = list[Tensor](), list[Sum]()
+    for product, part, to_part, grad in zip(products, low, to_low, grads, strict=True):
         if isinstance(product.base, Linear) and product.base.weight.requires_grad:
-            found[product.base.weight] = grad.T @ x
-        if part is not None and product.b is not None:
-            found[product.b] = (grad.T @ part).to(product.b.dtype).mul_(product.scale)
-    if to_low is not None:
-        adapted = [p.a for p in products if p.a is not None]
-        parts = (to_low.T @ x).split([len(a) for a in adapted])
-        found |= {a: part.to(a.dtype) for a, part in zip(adapted, parts, strict=True)}
+            weights.append(product.base.weight)
+            sums.append(Sum([(grad.T, x)]))
+        if product.a is not None and product.b is not None and part is not None and to_part is not None:
+            weights += [product.a, product.b]
+            sums.append(Sum([(to_part.T, x)], dtype=product.a.dtype))
+            sums.append(Sum([(part.T, grad)], dtype=product.b.dtype))  # B^T: few rows and many columns are faster
+    if sums:
+        for weight, to_weight in zip(weights, sums_of_products(*sums), strict=True):
+            found[weight] = to_weight
+    for product in products:
+        if product.b is not None:
+            found[product.b] = found[product.b].T.contiguous()
 
 
 # -- the layer ---------------------------------------------------------------------------------------------------
@@ -338,14 +348,15 @@ class _Layer(torch.autograd.Function):
         kernels().swiglu(pool(), gate, up, both)
         (y,), down_low = _forward(plan.down, both, middle)
         ctx.plan, ctx.trained = plan, trained
-        ctx.save_for_backward(x, q, k, v, o, lse, middle, gate, up, low, out_low, wide_low, down_low)
+        ctx.save_for_backward(x, q, k, v, o, lse, middle, gate, up, *low, *out_low, *wide_low, *down_low)
         return y.view(x_BTD.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan, found, places = ctx.plan, Grads(), ctx.plan.places
-        x, q, k, v, o, lse, middle, gate, up, low, out_low, wide_low, down_low = ctx.saved_tensors
+        x, q, k, v, o, lse, middle, gate, up, *lows = ctx.saved_tensors
+        low, out_low, wide_low, down_low = lows[:3], lows[3:4], lows[4:6], lows[6:]
         grad = grads[0].reshape(x.shape).contiguous()
         both = torch.empty_like(gate)
         to_gate, to_up = torch.empty_like(gate), torch.empty_like(gate)

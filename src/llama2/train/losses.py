@@ -13,8 +13,9 @@ from llama2.compiled import kernels, pool
 from llama2.errors import InputError
 from llama2.rope import promoted
 from llama2.train.data import IGNORED
+from llama2.train.products import add_product, sum_of_products
 
-CHUNK_BYTES = 24 << 20  # of logits: beyond 32 MB malloc gives memory back each time, and its pages come anew
+CHUNK_BYTES = 48 << 20  # of logits
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -70,12 +71,14 @@ class _HeadLoss(torch.autograd.Function):
         to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), step):
             rows, wanted = hidden[start : start + step], target[start : start + step]
-            found, grad = _log_probs(rows @ weight.T, wanted, torch.full((len(rows),), -1.0, device=hidden.device))
+            found, grad = _log_probs(
+                sum_of_products((rows, weight.T)), wanted, torch.full((len(rows),), -1.0, device=hidden.device)
+            )
             total -= found.sum()
             if to_hidden is not None:
-                torch.mm(grad, weight, out=to_hidden[start : start + step])
+                sum_of_products((grad, weight), out=to_hidden[start : start + step])
             if to_weight is not None:
-                to_weight += grad.T @ rows
+                add_product(to_weight, grad.T, rows)
         ctx.save_for_backward(to_hidden, None if to_weight is None else to_weight.to(weight.dtype))
         return total
 
@@ -92,7 +95,7 @@ class _LogProbs(torch.autograd.Function):
         step = _rows(hidden, weight)
         ctx.save_for_backward(hidden, weight, target)
         found = [
-            _log_probs(hidden[i : i + step] @ weight.T, target[i : i + step], None)[0]
+            _log_probs(sum_of_products((hidden[i : i + step], weight.T)), target[i : i + step], None)[0]
             for i in range(0, len(hidden), step)
         ]
         return torch.cat(found) if found else hidden.new_zeros(0, dtype=promoted(hidden.dtype))
@@ -105,11 +108,13 @@ class _LogProbs(torch.autograd.Function):
         to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), step):
             rows, wanted = hidden[start : start + step], target[start : start + step]
-            _, grad = _log_probs(rows @ weight.T, wanted, grads[0][start : start + step].contiguous())
+            _, grad = _log_probs(
+                sum_of_products((rows, weight.T)), wanted, grads[0][start : start + step].contiguous()
+            )
             if to_hidden is not None:
-                torch.mm(grad, weight, out=to_hidden[start : start + step])
+                sum_of_products((grad, weight), out=to_hidden[start : start + step])
             if to_weight is not None:
-                to_weight += grad.T @ rows
+                add_product(to_weight, grad.T, rows)
         return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None
 
 

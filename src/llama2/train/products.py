@@ -1,0 +1,76 @@
+"""Sums of matrix products, which training on a CPU consists of."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama2.compiled import kernels, pool
+
+
+class Sum(NamedTuple):
+    """scale * (A1 B1 + A2 B2 + ... + added) (rows, columns), in `dtype`, that of A1 or float32; into `out` if given.
+
+    terms: up to 8 pairs A (rows, depth), B (depth, columns). Where A is bfloat16 B may be float32, and counts as rounded.
+    """
+
+    terms: Sequence[tuple[Tensor, Tensor]]
+    added: Tensor | None = None
+    scale: float = 1.0
+    dtype: torch.dtype | None = None
+    out: Tensor | None = None
+
+
+def sums_of_products(*sums: Sum) -> list[Tensor]:
+    """The results of several sums.
+
+    In bfloat16 on a processor that multiplies it each is formed in float32 and rounded once, and all are computed
+    together (csrc/product.inl); else torch adds one product to the other.
+    """
+    if not _has_kernel(sums[0].terms[0][0]):
+        return [_by_torch(one) for one in sums]
+    outs = [one.out if one.out is not None else _empty(one) for one in sums]
+    given = [(out, one.terms, one.added, one.scale, False) for out, one in zip(outs, sums, strict=True)]
+    kernels().products(pool(), given)
+    return outs
+
+
+def sum_of_products(*terms: tuple[Tensor, Tensor], added: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """One sum."""
+    return sums_of_products(Sum(terms, added, out=out))[0]
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += A B, total in promote(dtype, float32)."""
+    if _has_kernel(a):
+        kernels().products(pool(), [(total, [(a, b)], None, 1.0, True)])
+    else:
+        total += a @ b
+
+
+def _empty(one: Sum) -> Tensor:
+    a, b = one.terms[0]
+    return torch.empty((a.shape[0], b.shape[1]), dtype=one.dtype or a.dtype)
+
+
+def _by_torch(one: Sum) -> Tensor:
+    (a, b), *rest = one.terms
+    b = b.to(a.dtype)
+    total = a @ b if one.added is None else torch.addmm(one.added, a, b)
+    for a, b in rest:
+        total.addmm_(a, b.to(a.dtype))
+    total = total if one.scale == 1 else total.mul_(one.scale)
+    return total.to(one.dtype or total.dtype) if one.out is None else one.out.copy_(total)
+
+
+def _has_kernel(a: Tensor) -> bool:
+    return a.dtype == torch.bfloat16 and a.device.type == "cpu" and has_kernel()
+
+
+@cache
+def has_kernel() -> bool:
+    """Whether this processor multiplies bfloat16, and the compiled module is there."""
+    found = kernels()
+    return bool(found) and bool(found.has_products())
