@@ -100,15 +100,16 @@ INLINE void tile(const Piece* pieces, int count, int64_t row, const Tile& t) {
   __m512 acc[M][N];
   __mmask16 mask[N];
   UNROLL(4) for (int n = 0; n < N; ++n) mask[n] = t.columns - 16 * n >= 16 ? 0xffff : (1u << (t.columns - 16 * n)) - 1;
-  UNROLL(12) for (int m = 0; m < M; ++m)
-    UNROLL(4) for (int n = 0; n < N; ++n) {
-      if (t.resume) acc[m][n] = _mm512_loadu_ps(t.kept + (row + m) * PRODUCT_COLUMNS + 16 * n);
-      else if (t.grows) acc[m][n] = _mm512_maskz_loadu_ps(mask[n], (float*)t.out + (row + m) * t.out_ld + 16 * n);
-      else if (t.added) {
-        __m256i v = _mm256_maskz_loadu_epi16(mask[n], t.added + (row + m) * t.added_ld + 16 * n);
-        acc[m][n] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-      } else acc[m][n] = _mm512_setzero_ps();
-    }
+#define EACH UNROLL(12) for (int m = 0; m < M; ++m) UNROLL(4) for (int n = 0; n < N; ++n)
+  if (t.resume) {
+    EACH acc[m][n] = _mm512_loadu_ps(t.kept + (row + m) * PRODUCT_COLUMNS + 16 * n);
+  } else if (t.grows) {
+    EACH acc[m][n] = _mm512_maskz_loadu_ps(mask[n], (float*)t.out + (row + m) * t.out_ld + 16 * n);
+  } else if (t.added) {
+    EACH acc[m][n] = _mm512_castsi512_ps(_mm512_slli_epi32(widened(mask[n], t.added + (row + m) * t.added_ld + 16 * n), 16));
+  } else {
+    EACH acc[m][n] = _mm512_setzero_ps();
+  }
   for (int i = 0; i < count; ++i) {
     const Piece& p = pieces[i];
     const uint16_t* a = p.a + row * p.stride;
@@ -125,17 +126,18 @@ INLINE void tile(const Piece* pieces, int count, int64_t row, const Tile& t) {
       }
     }
   }
-  UNROLL(12) for (int m = 0; m < M; ++m)
-    UNROLL(4) for (int n = 0; n < N; ++n) {
-      if (t.keep) {
-        _mm512_storeu_ps(t.kept + (row + m) * PRODUCT_COLUMNS + 16 * n, acc[m][n]);
-        continue;
-      }
-      __m512 v = t.scale == 1 ? acc[m][n] : _mm512_mul_ps(acc[m][n], _mm512_set1_ps(t.scale));
-      int64_t at = (row + m) * t.out_ld + 16 * n;
-      if (t.type == Real::F32) _mm512_mask_storeu_ps((float*)t.out + at, mask[n], v);
-      else _mm256_mask_storeu_epi16((uint16_t*)t.out + at, mask[n], (__m256i)_mm512_cvtneps_pbh(v));
-    }
+  if (t.keep) {
+    EACH _mm512_storeu_ps(t.kept + (row + m) * PRODUCT_COLUMNS + 16 * n, acc[m][n]);
+    return;
+  }
+  __m512 scale = _mm512_set1_ps(t.scale);
+  if (t.scale != 1) EACH acc[m][n] = _mm512_mul_ps(acc[m][n], scale);
+  if (t.type == Real::F32) {
+    EACH _mm512_mask_storeu_ps((float*)t.out + (row + m) * t.out_ld + 16 * n, mask[n], acc[m][n]);
+  } else {
+    EACH _mm256_mask_storeu_epi16((uint16_t*)t.out + (row + m) * t.out_ld + 16 * n, mask[n], (__m256i)_mm512_cvtneps_pbh(acc[m][n]));
+  }
+#undef EACH
 }
 
 template <int N>
