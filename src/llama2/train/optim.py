@@ -265,7 +265,8 @@ def clip(
     norm = torch.nn.utils.get_total_norm(grads)
     if sums is not None:
         norm = torch.tensor(math.sqrt(sums([float(norm) ** 2])[0]))
-    if most and float(norm) > most:
+    total = float(norm)
+    if most and total > most:
         for grad in grads:
-            grad.mul_(most / (norm + 1e-6))
-    return float(norm)
+            grad.mul_(most / (total + 1e-6))
+    return total
