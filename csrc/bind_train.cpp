@@ -236,8 +236,8 @@ struct Aligned {  // memory of a thread that stays
   }
 };
 
-// out, terms, what is added to them or None, scale, whether to add to out
-using Sum = std::tuple<Matrix2, std::vector<std::pair<Matrix2, Matrix2>>, std::optional<Matrix2>, float, bool>;
+// out, terms, what is added to them or None, scale, whether out is transposed, whether to add to out
+using Sum = std::tuple<Matrix2, std::vector<std::pair<Matrix2, Matrix2>>, std::optional<Matrix2>, float, bool, bool>;
 
 struct Checked {
   Products sum;
@@ -246,11 +246,12 @@ struct Checked {
 };
 
 void check(const Sum& from, Checked& to) {
-  const auto& [out, terms, added, scale, grows] = from;
+  const auto& [out, terms, added, scale, turned, grows] = from;
   Products& p = to.sum;
   require(!terms.empty() && terms.size() <= MAX_TERMS, "between 1 and 8 terms");
-  p.rows = static_cast<int64_t>(out.shape(0));
-  p.columns = static_cast<int64_t>(out.shape(1));
+  p.turned = turned;
+  p.rows = static_cast<int64_t>(out.shape(turned));
+  p.columns = static_cast<int64_t>(out.shape(!turned));
   require(p.rows > 0 && p.columns > 0 && out.stride(1) == 1, "the result's rows lie along memory");
   p.count = static_cast<int>(terms.size());
   p.terms = to.terms;
@@ -260,6 +261,7 @@ void check(const Sum& from, Checked& to) {
   p.scale = scale;
   p.grows = grows;
   require(!grows || (p.type == Real::F32 && scale == 1 && !added), "what is added to is float32, unscaled");
+  require(!turned || !added, "nothing is added to a transposed sum");
   if (added) {
     require(along_memory(*added) == Real::BF16 && added->shape(0) == out.shape(0) && added->shape(1) == out.shape(1) && added->stride(1) == 1,
             "what is added is bfloat16 of the result's shape, its rows along memory");
@@ -270,7 +272,7 @@ void check(const Sum& from, Checked& to) {
     const auto& [a, b] = terms[i];
     Real type = along_memory(b);
     require(along_memory(a) == Real::BF16, "left factors must be bfloat16");
-    require(a.shape(0) == out.shape(0) && b.shape(1) == out.shape(1) && a.shape(1) == b.shape(0) && a.shape(1) > 0, "a term is (rows, depth) times (depth, columns)");
+    require(a.shape(0) == out.shape(turned) && b.shape(1) == out.shape(!turned) && a.shape(1) == b.shape(0) && a.shape(1) > 0, "a term is (rows, depth) times (depth, columns)");
     to.terms[i] = {static_cast<const uint16_t*>(a.data()), b.data(), a.stride(0), a.stride(1), b.stride(0), b.stride(1), static_cast<int64_t>(a.shape(1)), type};
   }
 }

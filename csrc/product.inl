@@ -181,6 +181,27 @@ void pack_columns(const V* b, const Term& x, int64_t k, int64_t depth, int64_t c
   else pairs_across(b + k * x.b_rows + column, x.b_rows, columns, depth, wide, to, wide);
 }
 
+// Sums [row][64] of a panel to out^T, where they may be added.
+void turn(const float* sums, const Products& p, int64_t row0, int64_t rows, int64_t column, int64_t columns) {
+  alignas(64) float square[16 * 16];
+  __m512 scale = _mm512_set1_ps(p.scale);
+  for (int64_t c = 0; c < columns; c += 16)
+    for (int64_t r = 0; r < rows; r += 16) {
+      transpose16((const uint16_t*)(sums + r * PRODUCT_COLUMNS + c), 2 * PRODUCT_COLUMNS, (uint32_t*)square, 16);
+      __mmask16 mask = rows - r >= 16 ? 0xffff : (1u << (rows - r)) - 1;
+      for (int64_t i = 0; i < 16 && c + i < columns; ++i) {
+        __m512 v = _mm512_mul_ps(_mm512_load_ps(square + 16 * i), scale);
+        int64_t at = (column + c + i) * p.out_ld + row0 + r;
+        if (p.type == Real::F32) {
+          float* to = (float*)p.out + at;
+          _mm512_mask_storeu_ps(to, mask, p.grows ? _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, to)) : v);
+        } else {
+          _mm256_mask_storeu_epi16((uint16_t*)p.out + at, mask, (__m256i)_mm512_cvtneps_pbh(v));
+        }
+      }
+    }
+}
+
 // Rows [row0, row1) of columns [column0, column1), of which the first begins a panel.
 void products(const Products& p, int64_t row0, int64_t row1, int64_t column0, int64_t column1, void* scratch) {
   uint32_t* panel = (uint32_t*)scratch;
@@ -212,11 +233,12 @@ void products(const Products& p, int64_t row0, int64_t row1, int64_t column0, in
         pieces[i] = {x.a + row0 * x.a_rows + k, x.a_rows, b, (depth + 1) / 2};
         b += (depth + 1) / 2 * 16 * n;
       }
-      Tile t{p.added ? p.added + row0 * p.added_ld + column : nullptr, p.added_ld, sums, resume, p.grows, term < p.count, (uint8_t*)p.out + (row0 * p.out_ld + column) * bytes, p.out_ld, p.type, p.scale, columns};
+      Tile t{p.added ? p.added + row0 * p.added_ld + column : nullptr, p.added_ld, sums, resume, p.grows && !p.turned, term < p.count || p.turned, (uint8_t*)p.out + (row0 * p.out_ld + column) * bytes, p.out_ld, p.type, p.scale, columns};
       if (n == 4) tiles<4>(pieces, count, rows, t);
       else if (n == 3) tiles<3>(pieces, count, rows, t);
       else if (n == 2) tiles<2>(pieces, count, rows, t);
       else tiles<1>(pieces, count, rows, t);
+      if (p.turned && term == p.count) turn(sums, p, row0, rows, column, columns);
     }
   }
 }

@@ -73,11 +73,12 @@ struct Products {
   int64_t out_ld = 0;
   Real type = Real::BF16;
   float scale = 1;
-  bool grows = false;  // out, which is float32, is added to
+  bool grows = false;   // out, which is float32, is added to
+  bool turned = false;  // out is (columns, rows); nothing is added before
 };
 
 inline int64_t products_scratch(int64_t rows, int64_t columns) {  // bytes for so many rows and columns at once, aligned to 64
-  return PRODUCT_DEPTH / 2 * PRODUCT_COLUMNS * 4 + rows * ((columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS * PRODUCT_COLUMNS) * 4;
+  return PRODUCT_DEPTH / 2 * PRODUCT_COLUMNS * 4 + (rows + 15) / 16 * 16 * ((columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS * PRODUCT_COLUMNS) * 4;
 }
 
 struct ProductKernels {  // null where the processor has no bfloat16

@@ -297,17 +297,14 @@ def _weights(
     for product, part, to_part, grad in zip(products, low, to_low, grads, strict=True):
         if isinstance(product.base, Linear) and product.base.weight.requires_grad:
             weights.append(product.base.weight)
-            sums.append(Sum([(grad.T, x)]))
+            fewer = grad.shape[1] <= x.shape[1]
+            sums.append(Sum([(grad.T, x)]) if fewer else Sum([(x.T, grad)], transposed=True))
         if product.a is not None and product.b is not None and part is not None and to_part is not None:
             weights += [product.a, product.b]
             sums.append(Sum([(to_part.T, x)], dtype=product.a.dtype))
-            sums.append(Sum([(part.T, grad)], dtype=product.b.dtype))  # B^T: few rows and many columns are faster
+            sums.append(Sum([(part.T, grad)], dtype=product.b.dtype, transposed=True))
     if sums:
-        for weight, to_weight in zip(weights, sums_of_products(*sums), strict=True):
-            found[weight] = to_weight
-    for product in products:
-        if product.b is not None:
-            found[product.b] = found[product.b].T.contiguous()
+        found |= dict(zip(weights, sums_of_products(*sums), strict=True))
 
 
 # -- the layer ---------------------------------------------------------------------------------------------------

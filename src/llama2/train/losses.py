@@ -13,7 +13,7 @@ from llama2.compiled import kernels, pool
 from llama2.errors import InputError
 from llama2.rope import promoted
 from llama2.train.data import IGNORED
-from llama2.train.products import add_product, sum_of_products
+from llama2.train.products import add_transposed, sum_of_products
 
 CHUNK_BYTES = 48 << 20  # of logits
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -78,7 +78,7 @@ class _HeadLoss(torch.autograd.Function):
             if to_hidden is not None:
                 sum_of_products((grad, weight), out=to_hidden[start : start + step])
             if to_weight is not None:
-                add_product(to_weight, grad.T, rows)
+                add_transposed(to_weight, rows.T, grad)
         ctx.save_for_backward(to_hidden, None if to_weight is None else to_weight.to(weight.dtype))
         return total
 
@@ -114,7 +114,7 @@ class _LogProbs(torch.autograd.Function):
             if to_hidden is not None:
                 sum_of_products((grad, weight), out=to_hidden[start : start + step])
             if to_weight is not None:
-                add_product(to_weight, grad.T, rows)
+                add_transposed(to_weight, rows.T, grad)
         return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None
 
 
