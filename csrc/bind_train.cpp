@@ -107,6 +107,16 @@ void swiglu_grad(Pool& pool, Tensor gate, Tensor up, Tensor grad, Tensor to_gate
   });
 }
 
+// out = x, of which the share is dropped and the rest scaled, + added; both may be out
+void drop(Pool& pool, Tensor x, uint64_t seed, double share, std::optional<Tensor> added, Tensor out) {
+  same(x, out);
+  if (added) same(x, *added);
+  require(share >= 0 && share < 1, "the share that is dropped lies in [0, 1)");
+  Dropout d{seed, std::min<uint32_t>(65535, static_cast<uint32_t>(share * 65536 + 0.5))};
+  Real t = real_of(x);
+  pieces(pool, size_of(x), 32, [&](int64_t a, int64_t b, int) { kernels().drop(t, x.data(), d, added ? added->data() : nullptr, a, b, out.data()); });
+}
+
 struct Shapes {  // of attention: [tokens][heads][width]
   Texts texts;
   int64_t tokens = 0;
@@ -323,6 +333,7 @@ void bind_train(nb::module_& m) {
   m.def("norm_grad", &norm_grad, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
   m.def("swiglu", &swiglu);
   m.def("swiglu_grad", &swiglu_grad);
+  m.def("drop", &drop, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("texts", &texts);
   m.def("texts_grad", &texts_grad);
   m.def("log_probs", &log_probs, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());

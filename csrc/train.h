@@ -24,6 +24,13 @@ struct NormGrad {
   float* to_weight = nullptr;      // [width], added to; null: not wanted
 };
 
+// Which values a step leaves out: a function of seed and place alone, so that the backward pass finds them again.
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t share = 0;  // of 65536
+  float scale() const { return 65536.0f / static_cast<float>(65536 - share); }
+};
+
 // Queries, keys and values as the projections leave them, [token][head][width]; rotated while they are read. A text is
 // a run of tokens that see each other causally and nothing else.
 struct Texts {
@@ -94,6 +101,8 @@ struct TrainKernels {
   void (*swiglu_grad)(Real t, const void* gate, const void* up, const void* grad, int64_t begin, int64_t end, void* to_gate, void* to_up, void* product);
   void (*texts)(Real t, const Texts& x, const TextsOut& to, int64_t first, int64_t last, int64_t kv_head, float* scratch);
   void (*texts_grad)(Real t, const Texts& x, const TextsGrad& g, int64_t first, int64_t last, int64_t kv_head, float* scratch);
+  // x without what is dropped, the rest scaled, + added (or null); values [begin, end), begin a multiple of 32
+  void (*drop)(Real t, const void* x, const Dropout& d, const void* added, int64_t begin, int64_t end, void* out);
   // log p(target) of one row of logits; with `factor`, the logits become factor * (1 at the target - p)
   float (*log_prob)(Real t, void* logits, int64_t vocabulary, int64_t target, const float* factor, float* scratch);
   // values [begin, end), multiples of the block, of two codes a byte, the first in the high nibble

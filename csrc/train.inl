@@ -95,6 +95,49 @@ void swiglu_grad_values(const void* gate, const void* up, const void* grad, int6
   }
 }
 
+// 16 numbers of 32 random bits for place `at` of a stream: two rounds of a mixer whose every bit depends on every bit
+// (C. Wellons, "Prospecting for Hash Functions", lowbias32).
+INLINE void random_bits(uint64_t seed, uint64_t at, uint32_t* to) {
+  for (uint32_t j = 0; j < 16; ++j) {
+    uint32_t h = (uint32_t)at + j + (uint32_t)seed;
+    uint32_t more[2] = {(uint32_t)(seed >> 32) ^ (uint32_t)(at >> 32), 0};
+    for (int round = 0; round < 2; ++round) {
+      h ^= h >> 16;
+      h *= 0x7feb352dU;
+      h ^= h >> 15;
+      h *= 0x846ca68bU;
+      h ^= h >> 16;
+      h += more[round];
+    }
+    to[j] = h;
+  }
+}
+
+template <class T>
+void drop_values(const void* x, const Dropout& d, const void* added, int64_t begin, int64_t end, void* out) {
+  using V = typename T::V;
+  const V *from = (const V*)x, *more = (const V*)added;
+  V* to = (V*)out;
+  float scale = d.scale();
+  for (int64_t i = begin; i < end; i += 32) {
+    uint32_t bits[16];
+    float keep[32];
+    random_bits(d.seed, (uint64_t)i / 2, bits);
+    for (int j = 0; j < 16; ++j) {
+      keep[j] = (bits[j] & 0xffff) < d.share ? 0.0f : scale;
+      keep[16 + j] = (bits[j] >> 16) < d.share ? 0.0f : scale;
+    }
+    if (i + 32 <= end) {
+      for (int j = 0; j < 32; j += 16) {
+        F v = mul(T::load(from + i + j), fload(keep + j));
+        T::store(to + i + j, more ? add(v, T::load(more + i + j)) : v);
+      }
+    } else {
+      for (int64_t j = 0; i + j < end; ++j) to[i + j] = T::put(T::one(from[i + j]) * keep[j] + (more ? T::one(more[i + j]) : 0.0f));
+    }
+  }
+}
+
 // -- attention ---------------------------------------------------------------------------------------------------
 
 constexpr int ROWS = TEXT_ROWS;
@@ -371,9 +414,10 @@ void train_swiglu_grad(Real t, const void* gate, const void* up, const void* gra
 }
 void train_texts(Real t, const Texts& x, const TextsOut& to, int64_t a, int64_t b, int64_t head, float* s) { t == Real::F32 ? texts_forward<Wide>(x, to, a, b, head, s) : texts_forward_bf16(x, to, a, b, head, s); }
 void train_texts_grad(Real t, const Texts& x, const TextsGrad& g, int64_t a, int64_t b, int64_t head, float* s) { t == Real::F32 ? texts_backward<Wide>(x, g, a, b, head, s) : texts_backward_bf16(x, g, a, b, head, s); }
+void train_drop(Real t, const void* x, const Dropout& d, const void* added, int64_t a, int64_t b, void* out) { EITHER(drop_values, x, d, added, a, b, out); }
 float train_log_prob(Real t, void* logits, int64_t v, int64_t target, const float* factor, float* s) { return EITHER(log_prob_row, logits, v, target, factor, s); }
 void train_unpack4(Real t, const uint8_t* codes, const float* scales, const float* table, int64_t block, int64_t a, int64_t b, void* out) {
   EITHER(unpack4_values, codes, scales, table, block, a, b, out);
 }
 
-constexpr TrainKernels TRAIN = {train_norm, train_norm_grad, train_swiglu, train_swiglu_grad, train_texts, train_texts_grad, train_log_prob, train_unpack4, PRODUCTS};
+constexpr TrainKernels TRAIN = {train_norm, train_norm_grad, train_swiglu, train_swiglu_grad, train_texts, train_texts_grad, train_drop, train_log_prob, train_unpack4, PRODUCTS};

@@ -93,10 +93,10 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         names = self.active
-        plain = len(names) == 1 and names[0] not in self.lora_magnitude_vector
-        if plain and not (self.training and self.dropout[names[0]]):
+        if len(names) == 1 and names[0] not in self.lora_magnitude_vector:
             (name,) = names
-            out: Tensor = _Adapted.apply(x, self, self.lora_A[name], self.lora_B[name], self.scaling[name])
+            dropout = self.dropout[name] if self.training else 0.0
+            out: Tensor = _Adapted.apply(x, self, self.lora_A[name], self.lora_B[name], self.scaling[name], dropout)
             return out if self.bias is None else out + self.bias.to(out.dtype)
         if not names or not self.lora_A:
             base: Tensor = self.base_layer(x)
@@ -104,7 +104,7 @@ class LoraLinear(nn.Module):
         return self._composed(x)
 
     def _composed(self, x: Tensor) -> Tensor:
-        """Several adapters, dropout or DoRA: the sum step by step, differentiated by torch."""
+        """Several adapters or DoRA: the sum step by step, differentiated by torch."""
         base = self.base_layer
         out = base.product(x) if isinstance(base, PackedLinear) else F.linear(x, base.weight)
         total = out
@@ -131,31 +131,39 @@ class LoraLinear(nn.Module):
 
 
 class _Adapted(torch.autograd.Function):
-    """x W^T + scale (x A^T) B^T. Keeps x and x A^T; W is read, or unpacked, again for the gradient of x."""
+    """x W^T + scale (dropout(x) A^T) B^T. Keeps x, what was dropped, and the product with A^T; W is read, or unpacked,
+    again for the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: LoraLinear, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, layer: LoraLinear, a: Tensor, b: Tensor, scale: float, dropout: float
+    ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        low = flat @ a.to(x.dtype).T
+        seen, kept = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
+        low = seen @ a.to(x.dtype).T
         base = layer.base_layer
         out = base.multiply(flat) if isinstance(base, PackedLinear) else flat @ layer.weight_of_base(x.dtype).T
         out.addmm_(low, b.to(x.dtype).T, alpha=scale)
-        ctx.save_for_backward(x, a, b, low)
-        ctx.layer, ctx.scale = layer, scale
+        ctx.save_for_backward(x, a, b, low, kept)
+        ctx.layer, ctx.scale, ctx.grown = layer, scale, 1 / (1 - dropout)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
-        x, a, b, low = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None, None]:
+        x, a, b, low, kept = ctx.saved_tensors
+        grad, flat = grads[0].reshape(-1, grads[0].shape[-1]), x.reshape(-1, x.shape[-1])
         to_low = (grad @ b.to(grad.dtype)) * ctx.scale
         to_b = (grad.T @ low).to(b.dtype) * ctx.scale
-        to_a = (to_low.T @ x.reshape(-1, x.shape[-1])).to(a.dtype)
+        to_a = (to_low.T @ (flat if kept is None else (flat * kept).mul_(ctx.grown))).to(a.dtype)
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = grad @ ctx.layer.weight_of_base(grad.dtype)
-            to_x = to_x.addmm_(to_low, a.to(grad.dtype)).view(x.shape)
-        return to_x, None, to_a, to_b, None
+            if kept is None:
+                to_x.addmm_(to_low, a.to(grad.dtype))
+            else:
+                to_x += (to_low @ a.to(grad.dtype)).mul_(kept).mul_(ctx.grown)
+            to_x = to_x.view(x.shape)
+        return to_x, None, to_a, to_b, None, None
 
 
 # -- models ------------------------------------------------------------------------------------------------------

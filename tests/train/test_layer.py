@@ -15,7 +15,7 @@ from llama2.compiled import available, kernels, pool
 from llama2.lora_config import LoraConfig
 from llama2.quantization_config import BitsAndBytesConfig
 from llama2.train.data import Example, Pair
-from llama2.train.layer import ends_of, fused, plan_of
+from llama2.train.layer import _Plan, ends_of, fused, plan_of
 from llama2.train.objectives import NextToken, Preferences, hidden_of, packed_rows
 
 needs_kernels = pytest.mark.skipif(not available(), reason="the compiled module is not built")
@@ -125,6 +125,88 @@ def test_recomputing_gives_the_same_bits() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_is_that_of_float64_with_the_same_values_left_out(monkeypatch: Any, packed: bool) -> None:
+    model, share = tiny_model(torch.float32), 0.3
+    if packed:
+        qlora(model)
+    else:
+        adapted(model)
+    for layer in lora.layers(model).values():
+        layer.dropout["default"] = share
+    model.train()
+    exact, ids = copy.deepcopy(model).double(), tiny_ids(2, 24)
+    towards = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradients_of(m: Any) -> tuple[float, dict[str, torch.Tensor]]:
+        m.zero_grad()
+        loss = (m.model(ids, use_cache=False).last_hidden_state * towards).sum()
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None}
+
+    seeds: list[int] = []
+
+    def left_out(x: torch.Tensor, p: float, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = torch.empty(x.shape)
+        kernels().drop(pool(), torch.ones(x.shape), seeds.pop(0), p, None, kept)
+        return x * (kept > 0) / (1 - p), kept > 0
+
+    draw = _Plan.draw
+
+    def remembered(plan: Any) -> None:
+        draw(plan)
+        seeds.extend(product.seed for product in plan.products())
+
+    with fused(model):
+        monkeypatch.setattr(_Plan, "draw", remembered)
+        value, found = gradients_of(model)
+        monkeypatch.undo()
+        assert len(set(seeds)) == len(seeds) == 7 * len(model.model.layers)
+    monkeypatch.setattr(torch, "native_dropout", left_out)
+    right, wanted = gradients_of(exact)
+    assert value == pytest.approx(right, rel=1e-4) and not seeds
+    for name, grad in found.items():
+        distance = (grad.double() - wanted[name]).norm() / wanted[name].norm()
+        assert distance < 1e-4, f"{name}: {distance:.1e}"
+
+
+@needs_kernels
+def test_recomputing_draws_what_was_left_out_again() -> None:
+    model, rows = adapted(tiny_model(torch.float32)).train(), packed_rows(examples(), 60)
+    for layer in lora.layers(model).values():
+        layer.dropout["default"] = 0.3
+    with fused(model):
+        torch.manual_seed(5)
+        _, kept = gradients(model, rows)
+        model.gradient_checkpointing_enable()
+        torch.manual_seed(5)
+        _, again = gradients(model, rows)
+    assert all(torch.equal(again[name], grad) for name, grad in kept.items())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_leaves_out_its_share(dtype: torch.dtype) -> None:
+    ones, found = torch.ones(1000, 333, dtype=dtype), []
+    for seed in (1, 1, 2, 1 << 40):
+        out = torch.empty_like(ones)
+        kernels().drop(pool(), ones, seed, 0.1, None, out)
+        found.append(out)
+        assert (out == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)
+        assert set(out.unique().tolist()) == {0, torch.tensor(65536 / (65536 - 6554)).to(dtype).item()}
+    assert torch.equal(found[0], found[1])
+    for other in found[2:]:  # independent: both are 0 at a hundredth of the places
+        assert ((found[0] == 0) & (other == 0)).float().mean().item() == pytest.approx(0.01, abs=0.001)
+    by_row, by_column = (found[0] == 0).float().mean(1), (found[0] == 0).float().mean(0)
+    assert by_row.std() < 0.02 and by_column.std() < 0.012  # what independent draws have: 0.0164 and 0.0095
+    added = torch.full_like(ones, 2)
+    kernels().drop(pool(), ones, 1, 0.1, added, added)
+    assert torch.equal(added, found[0] + 2)
+    with pytest.raises(ValueError, match="share"):
+        kernels().drop(pool(), ones, 1, 1.0, None, added)
+
+
+@needs_kernels
 def test_a_text_sees_no_other() -> None:
     model, (a, b, c) = tiny_model(torch.float32).train(), examples(3)
     objective = NextToken()
@@ -143,9 +225,10 @@ def test_what_the_kernels_do_not_know_runs_as_always() -> None:
     assert plan_of(model.model.layers[0], x.double()) is None
     assert plan_of(tiny_model(torch.float32, attention_bias=True).model.layers[0], x) is None
     assert plan_of(tiny_model(torch.float32, hidden_act="gelu").model.layers[0], x) is None
-    lora.add_adapter(model, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1))
+    lora.add_adapter(model, LoraConfig(r=2, target_modules="all-linear", use_dora=True))
     assert plan_of(model.model.layers[0], x) is None
-    assert plan_of(model.eval().model.layers[0], x) is not None
+    with lora.disabled(model):
+        assert plan_of(model.model.layers[0], x) is not None
 
 
 def test_ends_of_texts() -> None:

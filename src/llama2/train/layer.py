@@ -141,12 +141,14 @@ class _Scratch:
 
 @dataclass
 class _Product:
-    """One linear: its weight, plain or packed, and at most one adapter."""
+    """One linear: its weight, plain or packed, and at most one adapter, which does not see `dropout` of its input."""
 
     base: Linear | PackedLinear
     a: nn.Parameter | None = None
     b: nn.Parameter | None = None
     scale: float = 1.0
+    dropout: float = 0.0
+    seed: int = 0  # of what is dropped
     scratch: _Scratch | None = None
 
     def weight(self, dtype: torch.dtype) -> Tensor:
@@ -160,6 +162,14 @@ class _Product:
     def shares(self) -> bool:
         """Whether its weight lies where the next product's comes to lie."""
         return isinstance(self.base, Linear4bit)
+
+    def dropped(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """What the adapter sees of x, or into `added` the gradient of x from that of what it sees."""
+        if not self.dropout:
+            return x
+        out = torch.empty_like(x) if added is None else added
+        kernels().drop(pool(), x, self.seed, self.dropout, added, out)
+        return out
 
     def parameters(self) -> list[nn.Parameter]:
         """What may be trained."""
@@ -189,6 +199,12 @@ class _Plan:
     def products(self) -> list[_Product]:
         """All linears, in one order."""
         return [*self.qkv, *self.out, *self.wide, *self.down]
+
+    def draw(self) -> None:
+        """Chooses what adapters do not see, with torch's random numbers, which recomputing sets back."""
+        if drops := [product for product in self.products() if product.dropout]:
+            for product, seed in zip(drops, torch.randint(1 << 62, (len(drops),)).tolist(), strict=True):
+                product.seed = seed
 
 
 def plan_of(layer: Any, x_BTD: Tensor) -> _Plan | None:
@@ -221,18 +237,20 @@ def _product_of(linear: Any, dtype: torch.dtype) -> _Product | None:
     if adapter is None or not adapter.active or not adapter.lora_A:
         return _Product(base)
     name = adapter.active[0]
-    drops = adapter.training and adapter.dropout[name]
-    if len(adapter.active) > 1 or name in adapter.lora_magnitude_vector or drops:
+    if len(adapter.active) > 1 or name in adapter.lora_magnitude_vector:
         return None
-    return _Product(base, adapter.lora_A[name], adapter.lora_B[name], adapter.scaling[name])
+    dropout = adapter.dropout[name] if adapter.training else 0.0
+    return _Product(base, adapter.lora_A[name], adapter.lora_B[name], adapter.scaling[name], dropout)
 
 
 # -- products that share an input --------------------------------------------------------------------------------
 
 
 def _low(products: list[_Product], x: Tensor) -> list[Tensor | None]:
-    """scale x A^T (N, r) of each."""
-    return _each(products, [None if p.a is None else Sum([(x, p.a.detach().T)], scale=p.scale) for p in products])
+    """scale x A^T (N, r) of each, of what it sees of x."""
+    return _each(
+        products, [None if p.a is None else Sum([(p.dropped(x), p.a.detach().T)], scale=p.scale) for p in products]
+    )
 
 
 def _each(products: list[_Product], sums: list[Sum | None]) -> list[Tensor | None]:
@@ -275,13 +293,19 @@ def _to_low(products: list[_Product], grads: list[Tensor]) -> list[Tensor | None
 
 def _inputs(products: list[_Product], grads: list[Tensor], to_low: list[Tensor | None]) -> Tensor:
     """The gradient of x (N, in)."""
-    terms = [(low, p.a.detach()) for p, low in zip(products, to_low, strict=True) if low is not None and p.a is not None]
+    adapted = [(p, low, p.a.detach()) for p, low in zip(products, to_low, strict=True) if low is not None and p.a is not None]
+    terms = [(low, a) for p, low, a in adapted if not p.dropout]
     to_x: Tensor | None = None
     for product, grad in zip(products, grads, strict=True):
         terms.append((grad, product.weight(grad.dtype)))
         if product.shares:
             to_x, terms = sum_of_products(*terms, added=to_x), []
-    return sum_of_products(*terms, added=to_x) if terms or to_x is None else to_x
+    if terms or to_x is None:
+        to_x = sum_of_products(*terms, added=to_x)
+    for product, low, a in adapted:
+        if product.dropout:
+            product.dropped(sum_of_products((low, a)), to_x)
+    return to_x
 
 
 def _weights(
@@ -301,7 +325,7 @@ def _weights(
             sums.append(Sum([(grad.T, x)]) if fewer else Sum([(x.T, grad)], transposed=True))
         if product.a is not None and product.b is not None and part is not None and to_part is not None:
             weights += [product.a, product.b]
-            sums.append(Sum([(to_part.T, x)], dtype=product.a.dtype))
+            sums.append(Sum([(to_part.T, product.dropped(x))], dtype=product.a.dtype))
             sums.append(Sum([(part.T, grad)], dtype=product.b.dtype, transposed=True))
     if sums:
         found |= dict(zip(weights, sums_of_products(*sums), strict=True))
@@ -334,6 +358,7 @@ class _Layer(torch.autograd.Function):
         x = x_BTD.detach().reshape(-1, x_BTD.shape[-1]).contiguous()
         places = plan.places
         assert places is not None
+        plan.draw()
         (q, k, v), low = _forward(plan.qkv, _norm(x, plan.norms[0]))
         o, lse = torch.empty_like(q), torch.empty((plan.heads, len(x)))
         kernels().texts(

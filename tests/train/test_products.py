@@ -1,0 +1,92 @@
+"""Sums of products against float64, in every layout, with and without the kernel."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from llama2.compiled import kernels, pool
+from llama2.train import products
+from llama2.train.products import Sum, add_transposed, has_kernel, sum_of_products, sums_of_products
+
+needs_kernel = pytest.mark.skipif(not has_kernel(), reason="this processor has no bfloat16 products")
+SHAPES = [(1, 1, (1,)), (7, 5, (3,)), (64, 64, (64, 32)), (37, 33, (101, 6)), (100, 200, (4300,)), (600, 130, (48, 16, 7))]
+
+
+def matrix(rows: int, columns: int, across: bool, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(columns, rows).to(dtype).T if across else torch.randn(rows, columns).to(dtype)
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernel), False])
+@pytest.mark.parametrize("across", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_are_those_of_float64(
+    shape: tuple[int, int, tuple[int, ...]], across: tuple[bool, bool], kernel: bool, monkeypatch: Any
+) -> None:
+    if not kernel:
+        monkeypatch.setattr(products, "has_kernel", lambda: False)
+    torch.manual_seed(0)
+    rows, columns, depths = shape
+    terms = [(matrix(rows, d, across[0]), matrix(d, columns, across[1])) for d in depths]
+    added = matrix(rows, columns, False)
+    exact = sum((a.double() @ b.double() for a, b in terms), torch.zeros(rows, columns).double())
+    size = exact.norm() + 1e-9
+    plain, scaled, turned = sums_of_products(
+        Sum(terms, added), Sum(terms, scale=-0.5, dtype=torch.float32), Sum(terms, dtype=torch.float32, transposed=True)
+    )
+    tight = 1e-6 if kernel else 5e-3  # torch rounds each product to bfloat16
+    assert plain.dtype == torch.bfloat16 and (plain - (exact + added)).norm() < 5e-3 * (size + added.norm())
+    assert scaled.dtype == torch.float32 and (scaled + 0.5 * exact).norm() < tight * size
+    assert turned.shape == (columns, rows) and (turned - exact.T).norm() < tight * size
+    total = torch.randn(columns, rows)
+    wanted = total + (terms[0][0].double() @ terms[0][1].double()).T
+    add_transposed(total, *terms[0])
+    assert (total - wanted).norm() < tight * wanted.norm()
+
+
+@needs_kernel
+def test_a_float32_right_factor_counts_as_rounded() -> None:
+    torch.manual_seed(0)
+    for across in (False, True):
+        a, b = matrix(40, 70, False), matrix(70, 90, across, torch.float32)
+        found = sums_of_products(Sum([(a, b)], dtype=torch.float32))[0]
+        assert torch.allclose(found.double(), a.double() @ b.bfloat16().double(), rtol=1e-5, atol=1e-4)
+
+
+@needs_kernel
+def test_a_slice_of_rows_is_written_in_place_and_nothing_beside_it() -> None:
+    torch.manual_seed(0)
+    a, b, out = matrix(10, 33, False), matrix(33, 20, False), torch.full((12, 64), 7.0).bfloat16()
+    sum_of_products((a, b), out=out[1:11, 5:25])
+    assert torch.equal(out[1:11, 5:25], sum_of_products((a, b)))
+    out[1:11, 5:25] = 7
+    assert bool((out == 7).all())
+
+
+@needs_kernel
+def test_not_a_number_stays_in_its_row() -> None:
+    a, b = torch.ones(13, 31).bfloat16(), torch.ones(31, 20).bfloat16()
+    a[4, 30] = float("nan")
+    found = sum_of_products((a, b))
+    assert bool(found[4].isnan().all()) and not bool(found[:4].isnan().any()) and not bool(found[5:].isnan().any())
+
+
+@needs_kernel
+def test_what_does_not_fit_is_refused() -> None:
+    a, b, out = torch.zeros(3, 4).bfloat16(), torch.zeros(4, 5).bfloat16(), torch.zeros(3, 5).bfloat16()
+    run = kernels().products
+    for terms, added, scale, turned, grows, word in (
+        ([], None, 1.0, False, False, "between 1 and 8"),
+        ([(a, b)] * 9, None, 1.0, False, False, "between 1 and 8"),
+        ([(a, a)], None, 1.0, False, False, "depth"),
+        ([(a.float(), b)], None, 1.0, False, False, "bfloat16"),
+        ([(a, b.half())], None, 1.0, False, False, "bfloat16 or float32"),
+        ([(a, torch.zeros(8, 10).bfloat16()[::2, ::2])], None, 1.0, False, False, "along memory"),
+        ([(a, b)], b, 1.0, False, False, "shape"),
+        ([(a, b)], None, 1.0, False, True, "float32"),
+        ([(a, b)], None, 1.0, True, False, "depth"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            run(pool(), [(out, terms, added, scale, turned, grows)])
+    with pytest.raises(ValueError, match="transposed"):
+        run(pool(), [(out.T.contiguous(), [(a, b)], out, 1.0, True, False)])
