@@ -135,9 +135,7 @@ class _Adapted(torch.autograd.Function):
     again for the gradient of x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layer: LoraLinear, a: Tensor, b: Tensor, scale: float, dropout: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: LoraLinear, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         seen, kept = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
         low = seen @ a.to(x.dtype).T

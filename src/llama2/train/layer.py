@@ -154,7 +154,7 @@ class _Product:
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(out, in), until the next product's."""
         base = self.base
-        if self.shares and self.scratch is not None:
+        if isinstance(base, Linear4bit) and self.scratch is not None:
             return base.dequantize(dtype, self.scratch.take(base.out_features, base.in_features, dtype))
         return base.dequantize(dtype) if isinstance(base, PackedLinear) else base.weight.detach()
 
@@ -293,7 +293,8 @@ def _to_low(products: list[_Product], grads: list[Tensor]) -> list[Tensor | None
 
 def _inputs(products: list[_Product], grads: list[Tensor], to_low: list[Tensor | None]) -> Tensor:
     """The gradient of x (N, in)."""
-    adapted = [(p, low, p.a.detach()) for p, low in zip(products, to_low, strict=True) if low is not None and p.a is not None]
+    pairs = zip(products, to_low, strict=True)
+    adapted = [(p, low, p.a.detach()) for p, low in pairs if low is not None and p.a is not None]
     terms = [(low, a) for p, low, a in adapted if not p.dropout]
     to_x: Tensor | None = None
     for product, grad in zip(products, grads, strict=True):

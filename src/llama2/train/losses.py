@@ -37,7 +37,7 @@ def head_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor
 
 
 def token_log_probs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """log p(target) of each row (N,), in promote(dtype, float32). The logits are computed again for the gradient."""
+    """log p(target) of each row (N,), in promote(dtype, float32). For the weight's gradient logits are made again."""
     found: Tensor = _LogProbs.apply(hidden_ND, weight_VD, targets_N)
     return found
 
@@ -62,25 +62,33 @@ def _log_probs(logits_NV: Tensor, targets_N: Tensor, factors_N: Tensor | None) -
     return found, p.exp_().mul_(-factors).scatter_add_(1, at, factors).to(logits_NV.dtype)
 
 
+def _gradients(
+    hidden: Tensor, weight: Tensor, target: Tensor, factors: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """log p(target) (N,), and of factor * log p(target) the gradients in hidden and weight, as far as wanted."""
+    step = _rows(hidden, weight)
+    to_hidden = torch.empty_like(hidden) if wanted[0] else None
+    to_weight = torch.zeros_like(weight, dtype=promoted(hidden.dtype)) if wanted[1] else None
+    found = [hidden.new_zeros(0, dtype=promoted(hidden.dtype))]
+    for start in range(0, len(hidden), step):
+        part = slice(start, start + step)
+        logits = sum_of_products((hidden[part], weight.T))
+        values, grad = _log_probs(logits, target[part], factors[part] if any(wanted) else None)
+        found.append(values)
+        if to_hidden is not None:
+            sum_of_products((grad, weight), out=to_hidden[part])
+        if to_weight is not None:
+            add_transposed(to_weight, hidden[part].T, grad)
+    return torch.cat(found), to_hidden, None if to_weight is None else to_weight.to(weight.dtype)
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        wide, step = promoted(hidden.dtype), _rows(hidden, weight)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), step):
-            rows, wanted = hidden[start : start + step], target[start : start + step]
-            found, grad = _log_probs(
-                sum_of_products((rows, weight.T)), wanted, torch.full((len(rows),), -1.0, device=hidden.device)
-            )
-            total -= found.sum()
-            if to_hidden is not None:
-                sum_of_products((grad, weight), out=to_hidden[start : start + step])
-            if to_weight is not None:
-                add_transposed(to_weight, rows.T, grad)
-        ctx.save_for_backward(to_hidden, None if to_weight is None else to_weight.to(weight.dtype))
-        return total
+        factors = torch.full((len(hidden),), -1.0, device=hidden.device)
+        found, to_hidden, to_weight = _gradients(hidden, weight, target, factors, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(to_hidden, to_weight)
+        return -found.sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -90,32 +98,26 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _LogProbs(torch.autograd.Function):
+    """The gradient in hidden is a row's own times what comes back for it, so it is made in the forward pass. That in
+    the weight is a sum over rows, for which the logits are computed again."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        step = _rows(hidden, weight)
-        ctx.save_for_backward(hidden, weight, target)
-        found = [
-            _log_probs(sum_of_products((hidden[i : i + step], weight.T)), target[i : i + step], None)[0]
-            for i in range(0, len(hidden), step)
-        ]
-        return torch.cat(found) if found else hidden.new_zeros(0, dtype=promoted(hidden.dtype))
+        ones = torch.ones(len(hidden), device=hidden.device)
+        found, to_hidden, _ = _gradients(hidden, weight, target, ones, (ctx.needs_input_grad[0], False))
+        ctx.save_for_backward(to_hidden, *((hidden, weight, target) if ctx.needs_input_grad[1] else ()))
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, weight, target = ctx.saved_tensors
-        wide, step = promoted(hidden.dtype), _rows(hidden, weight)
-        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), step):
-            rows, wanted = hidden[start : start + step], target[start : start + step]
-            _, grad = _log_probs(
-                sum_of_products((rows, weight.T)), wanted, grads[0][start : start + step].contiguous()
-            )
-            if to_hidden is not None:
-                sum_of_products((grad, weight), out=to_hidden[start : start + step])
-            if to_weight is not None:
-                add_transposed(to_weight, rows.T, grad)
-        return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None
+        to_hidden, *again = ctx.saved_tensors
+        to_weight = None
+        if again:
+            hidden, weight, target = again
+            to_weight = _gradients(hidden, weight, target, grads[0].contiguous(), (False, True))[2]
+        if to_hidden is not None:
+            to_hidden = (to_hidden * grads[0][:, None]).to(to_hidden.dtype)
+        return to_hidden, to_weight, None
 
 
 # -- preferences -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from llama2.compiled import kernels, pool
 class Sum(NamedTuple):
     """scale * (A1 B1 + A2 B2 + ... + added) (rows, columns), in `dtype`, that of A1 or float32; into `out` if given.
 
-    terms: up to 8 pairs A (rows, depth), B (depth, columns). Where A is bfloat16 B may be float32, and counts as rounded.
+    terms: up to 8 pairs A (rows, depth), B (depth, columns). Beside a bfloat16 A, B may be float32: it counts as rounded.
     transposed: the result is (columns, rows), and nothing is added. Of X^T Y and (Y^T X)^T that is faster whose A is
     the smaller one, since an A that is a transposed view is copied.
     """
