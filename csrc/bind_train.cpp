@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "kernels.h"
@@ -247,13 +249,38 @@ struct Aligned {  // memory of a thread that stays
 };
 
 // out, terms, what is added to them or None, scale, whether out is transposed, whether to add to out
-using Sum = std::tuple<Matrix2, std::vector<std::pair<Matrix2, Matrix2>>, std::optional<Matrix2>, float, bool, bool>;
+// A right factor may be a matrix (rows, columns) in codes, or its transpose: codes, scales, table, block, shape, transposed.
+using Packed = std::tuple<Bytes, Floats, Floats, int64_t, std::pair<int64_t, int64_t>, bool>;
+using Factor = std::variant<Matrix2, Packed>;
+using Sum = std::tuple<Matrix2, std::vector<std::pair<Matrix2, Factor>>, std::optional<Matrix2>, float, bool, bool>;
 
 struct Checked {
   Products sum;
   Term terms[MAX_TERMS];
+  CodedMatrix codes[MAX_TERMS];
   std::vector<uint16_t> packed[MAX_TERMS];
 };
+
+// The right factor of a term, and its shape.
+std::pair<int64_t, int64_t> right_factor(const Factor& from, Term& to, CodedMatrix& held) {
+  if (const Matrix2* b = std::get_if<Matrix2>(&from)) {
+    to.b_type = along_memory(*b);
+    to.b = b->data();
+    to.b_rows = b->stride(0);
+    to.b_columns = b->stride(1);
+    return {static_cast<int64_t>(b->shape(0)), static_cast<int64_t>(b->shape(1))};
+  }
+  const auto& [codes, scales, table, block, shape, turned] = std::get<Packed>(from);
+  auto [rows, columns] = shape;
+  int64_t n = rows * columns;
+  require(rows > 0 && columns > 0 && columns % 32 == 0 && block > 0 && block % 32 == 0 && table.size() == 16, "rows and blocks of a multiple of 32 codes, a table of 16");
+  require(static_cast<int64_t>(codes.size()) == n / 2 && static_cast<int64_t>(scales.size()) == (n + block - 1) / block, "two codes a byte and a scale a block");
+  held = {codes.data(), scales.data(), table.data(), block};
+  to.codes = &held;
+  to.b_rows = turned ? 1 : columns;
+  to.b_columns = turned ? columns : 1;
+  return turned ? std::pair{columns, rows} : std::pair{rows, columns};
+}
 
 void check(const Sum& from, Checked& to) {
   const auto& [out, terms, added, scale, turned, grows] = from;
@@ -280,10 +307,14 @@ void check(const Sum& from, Checked& to) {
   }
   for (int i = 0; i < p.count; ++i) {
     const auto& [a, b] = terms[i];
-    Real type = along_memory(b);
+    Term& term = to.terms[i];
+    auto [depth, columns] = right_factor(b, term, to.codes[i]);
     require(along_memory(a) == Real::BF16, "left factors must be bfloat16");
-    require(a.shape(0) == out.shape(turned) && b.shape(1) == out.shape(!turned) && a.shape(1) == b.shape(0) && a.shape(1) > 0, "a term is (rows, depth) times (depth, columns)");
-    to.terms[i] = {static_cast<const uint16_t*>(a.data()), b.data(), a.stride(0), a.stride(1), b.stride(0), b.stride(1), static_cast<int64_t>(a.shape(1)), type};
+    require(a.shape(0) == out.shape(turned) && columns == p.columns && static_cast<int64_t>(a.shape(1)) == depth && depth > 0, "a term is (rows, depth) times (depth, columns)");
+    term.a = static_cast<const uint16_t*>(a.data());
+    term.a_rows = a.stride(0);
+    term.a_columns = a.stride(1);
+    term.depth = depth;
   }
 }
 

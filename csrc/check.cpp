@@ -666,7 +666,7 @@ void check_products(const Kernels* k, Pool& pool) {
         memory.emplace_back(Real::BF16, M * depth);
         memory.emplace_back(type, depth * N);
         Reals &a = memory[memory.size() - 2], &b = memory.back();
-        Term t{a.half.data(), b.data(), a_across ? 1 : depth, a_across ? M : 1, b_across ? N : 1, b_across ? 1 : depth, depth, type};
+        Term t{a.half.data(), b.data(), nullptr, a_across ? 1 : depth, a_across ? M : 1, b_across ? N : 1, b_across ? 1 : depth, depth, type};
         auto av = a.floats(), bv = b.floats();
         for (int64_t m = 0; m < M; ++m)
           for (int64_t n = 0; n < N; ++n)

@@ -12,9 +12,32 @@ INLINE __m512i widened(__mmask16 have, const float* p) { return _mm512_cvtepu16_
 INLINE uint32_t narrow(uint16_t v) { return v; }
 INLINE uint32_t narrow(float v) { return Half::put(v); }
 
+struct Unpacked {  // 32 values behind each other: those at even places, and those at odd ones
+  __m512 even, odd;
+};
+INLINE Unpacked unpacked(const CodedMatrix& c, int64_t at, __m512 table) {
+  __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(c.codes + at / 2)));
+  __m512 scale = _mm512_set1_ps(c.scales[at / c.block]);
+  return {_mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table), scale), _mm512_mul_ps(_mm512_permutexvar_ps(bytes, table), scale)};
+}
+INLINE __m512i paired(__m512 low, __m512 high) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low)), _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high)), 16));
+}
+
+struct FourBits {  // places in a matrix of codes, for what takes a pointer to values
+  const CodedMatrix* codes;
+  __m512 table;
+  int64_t at;
+  FourBits operator+(int64_t n) const { return {codes, table, at + n}; }
+};
+INLINE __m512i pairs32(const FourBits& p) {
+  Unpacked u = unpacked(*p.codes, p.at, p.table);
+  return paired(u.even, u.odd);
+}
+
 // 16 rows of 16 pairs, `stride` values apart, to columns: to[pair * ld + row]
-template <class V>
-INLINE void transpose16(const V* from, int64_t stride, uint32_t* to, int64_t ld) {
+template <class P>
+INLINE void transpose16(P from, int64_t stride, uint32_t* to, int64_t ld) {
   __m512i a[16], b[16];
   UNROLL(16) for (int i = 0; i < 16; ++i) a[i] = pairs32(from + i * stride);
   UNROLL(8) for (int i = 0; i < 16; i += 2) {
@@ -74,6 +97,35 @@ void pairs_across(const V* from, int64_t stride, int64_t count, int64_t depth, i
       _mm512_storeu_si512(to + k / 2 * ld + n, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
+}
+
+// The same of codes: depth, stride and what lies side by side are multiples of 32.
+void pairs_along(FourBits from, int64_t stride, int64_t count, int64_t depth, int64_t wide, uint32_t* to, int64_t ld) {
+  for (int64_t n = 0; n < wide; n += 16) {
+    int64_t have = count - n < 16 ? count - n : 16;
+    for (int64_t k = 0; k < depth; k += 32) {
+      if (have == 16) {
+        transpose16(from + n * stride + k, stride, to + k / 2 * ld + n, ld);
+        continue;
+      }
+      alignas(64) uint32_t rows[16][16] = {};
+      for (int64_t i = 0; i < have; ++i) _mm512_store_si512(rows[i], pairs32(from + (n + i) * stride + k));
+      transpose16((const uint16_t*)rows, 32, to + k / 2 * ld + n, ld);
+    }
+  }
+}
+
+void pairs_across(FourBits from, int64_t stride, int64_t count, int64_t depth, int64_t wide, uint32_t* to, int64_t ld) {
+  __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int64_t k = 0; k < depth; k += 2)
+    for (int64_t n = 0; n < count; n += 32) {
+      Unpacked p = unpacked(*from.codes, from.at + k * stride + n, from.table), q = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      if (k + 1 < depth) q = unpacked(*from.codes, from.at + (k + 1) * stride + n, from.table);
+      __m512i even = paired(p.even, q.even), odd = paired(p.odd, q.odd);
+      _mm512_storeu_si512(to + k / 2 * ld + n, _mm512_permutex2var_epi32(even, first, odd));
+      _mm512_storeu_si512(to + k / 2 * ld + n + 16, _mm512_permutex2var_epi32(even, second, odd));
+    }
+  (void)wide;
 }
 
 struct Piece {  // of one term's depth
@@ -174,8 +226,8 @@ void pack_rows(const Term& t, int64_t row0, int64_t row1, uint16_t* to, int64_t 
   }
 }
 
-template <class V>
-void pack_columns(const V* b, const Term& x, int64_t k, int64_t depth, int64_t column, int64_t columns, uint32_t* to) {
+template <class P>
+void pack_columns(P b, const Term& x, int64_t k, int64_t depth, int64_t column, int64_t columns, uint32_t* to) {
   int64_t wide = (columns + 15) / 16 * 16;
   if (x.b_rows == 1) pairs_along(b + column * x.b_columns + k, x.b_columns, columns, depth, wide, to, wide);
   else pairs_across(b + k * x.b_rows + column, x.b_rows, columns, depth, wide, to, wide);
@@ -213,7 +265,8 @@ void products(const Products& p, int64_t row0, int64_t row1, int64_t column0, in
     struct { int term; int64_t at, depth; } parts[MAX_TERMS];
     int count = 0;
     for (int64_t used = 0; term < p.count && used < DEPTH;) {
-      int64_t left = p.terms[term].depth - at, depth = left < DEPTH - used ? left : DEPTH - used;
+      int64_t left = p.terms[term].depth - at, room = (DEPTH - used) / 32 * 32, depth = left < room ? left : room;
+      if (depth == 0) break;
       parts[count++] = {term, at, depth};
       used += (depth + 1) / 2 * 2;
       at += depth;
@@ -228,7 +281,8 @@ void products(const Products& p, int64_t row0, int64_t row1, int64_t column0, in
       for (int i = 0; i < count; ++i) {
         const Term& x = p.terms[parts[i].term];
         int64_t k = parts[i].at, depth = parts[i].depth;
-        if (x.b_type == Real::F32) pack_columns((const float*)x.b, x, k, depth, column, columns, b);
+        if (x.codes) pack_columns(FourBits{x.codes, _mm512_loadu_ps(x.codes->table), 0}, x, k, depth, column, columns, b);
+        else if (x.b_type == Real::F32) pack_columns((const float*)x.b, x, k, depth, column, columns, b);
         else pack_columns((const uint16_t*)x.b, x, k, depth, column, columns, b);
         pieces[i] = {x.a + row0 * x.a_rows + k, x.a_rows, b, (depth + 1) / 2};
         b += (depth + 1) / 2 * 16 * n;

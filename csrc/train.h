@@ -59,10 +59,18 @@ inline int64_t texts_scratch(int64_t length, int64_t width) {  // floats that ei
   return 5 * n * e + TEXT_ASKED * (4 * e + 4 * n) + 1024;
 }
 
+// A matrix of two codes a byte, the first in the high nibble: value i is table[code] * scales[i / block].
+struct CodedMatrix {
+  const uint8_t* codes = nullptr;
+  const float *scales = nullptr, *table = nullptr;
+  int64_t block = 0;  // a multiple of 32, as is a row
+};
+
 // Sums of products of bfloat16 matrices: out = scale * (A1 B1 + A2 B2 + ... + added), rounded once.
 struct Term {  // (rows, depth) x (depth, columns); element (i, j) of a is a[i * a_rows + j * a_columns], one of them 1
   const uint16_t* a = nullptr;
-  const void* b = nullptr;  // bfloat16, or float32 that is rounded to it
+  const void* b = nullptr;      // bfloat16, or float32 that is rounded to it
+  const CodedMatrix* codes = nullptr;  // or these, rounded
   int64_t a_rows = 0, a_columns = 0, b_rows = 0, b_columns = 0, depth = 0;
   Real b_type = Real::BF16;
 };

@@ -6,8 +6,18 @@ import pytest
 import torch
 
 from llama2.compiled import kernels, pool
+from llama2.quant.nf4 import Linear4bit
+from llama2.quantization_config import BitsAndBytesConfig
 from llama2.train import products
-from llama2.train.products import Sum, add_transposed, has_kernel, sum_of_products, sums_of_products
+from llama2.train.products import (
+    PackedFactor,
+    Scratch,
+    Sum,
+    add_transposed,
+    has_kernel,
+    sum_of_products,
+    sums_of_products,
+)  # fmt: skip
 
 needs_kernel = pytest.mark.skipif(not has_kernel(), reason="this processor has no bfloat16 products")
 SHAPES = [
@@ -58,6 +68,24 @@ def test_a_float32_right_factor_counts_as_rounded() -> None:
         a, b = matrix(40, 70, False), matrix(70, 90, across, torch.float32)
         found = sums_of_products(Sum([(a, b)], dtype=torch.float32))[0]
         assert torch.allclose(found.double(), a.double() @ b.bfloat16().double(), rtol=1e-5, atol=1e-4)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(64, 32), (50, 96), (200, 4416), (4301, 64)])
+def test_codes_are_unpacked_where_they_are_needed(kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True)
+    layer = Linear4bit.quantize(torch.randn(shape) * 0.1, None, config)
+    factor, weight = PackedFactor(layer, Scratch()), layer.dequantize(torch.bfloat16)
+    x, grad, low = matrix(70, shape[1], False), matrix(70, shape[0], False), matrix(70, 16, False)
+    a = torch.randn(16, shape[1])
+    for packed, dense, left in ((factor.T, weight.T, x), (factor, weight, grad)):
+        assert packed.shape == dense.shape
+        assert torch.equal(sum_of_products((left, packed)), sum_of_products((left, dense)))
+    terms = [(grad, factor), (low, a), (grad, factor)]
+    found, wanted = sums_of_products(Sum(terms), Sum([(left, weight if b is factor else b) for left, b in terms]))
+    assert torch.equal(found, wanted)
 
 
 @needs_kernel

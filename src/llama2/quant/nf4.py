@@ -120,6 +120,11 @@ class Linear4bit(PackedLinear):
         """Two codes a byte, uint8 (values / 2,), a view."""
         return self.packed["weight"].view(torch.uint8).reshape(-1)
 
+    @property
+    def table(self) -> Tensor:
+        """The 16 values of the codes, float32."""
+        return torch.tensor(TABLES[self.state.kind], device=self.codes.device)
+
     def dequantize(self, dtype: torch.dtype = torch.float32, into: Tensor | None = None) -> Tensor:
         """As PackedLinear.dequantize; what bitsandbytes makes of it, but that numbers below bfloat16's smallest normal
         one (1e-38) are kept, which its AVX-512 build makes 0. into: see `from_codes`."""

@@ -10,7 +10,7 @@ N tokens of all rows, D width, F ffn, R ranks of the adapters that share an inpu
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ from llama2.linear import Linear
 from llama2.lora import LoraLinear
 from llama2.model import LlamaDecoderLayer, LlamaModel
 from llama2.quant.linear import PackedLinear
-from llama2.quant.nf4 import Linear4bit
-from llama2.train.products import Sum, sum_of_products, sums_of_products
+from llama2.train.products import Factor, PackedFactor, Scratch, Sum, sum_of_products, sums_of_products
 
 DTYPES = (torch.float32, torch.bfloat16)
 Grads = dict[Tensor, Tensor]  # by parameter
@@ -57,7 +56,7 @@ class Layers:
     def __init__(self) -> None:
         self._seen: tuple[Mask, Tensor] | None = None
         self._places: _Places | None = None
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
 
     def __call__(
         self,
@@ -123,22 +122,6 @@ def ends_of(mask: Mask, batch: int, tokens: int) -> Tensor | None:
 # -- what a layer consists of ------------------------------------------------------------------------------------
 
 
-class _Scratch:
-    """One piece of memory for whichever weight is unpacked: taken and given back between tensors that stay, pieces of
-    its size would leave holes among them, half as much memory again.
-    """
-
-    def __init__(self) -> None:
-        self._values: Tensor | None = None
-
-    def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """(rows, columns), until the next call."""
-        held, count = self._values, rows * columns
-        if held is None or held.dtype != dtype or len(held) < count:
-            held = self._values = torch.empty(count, dtype=dtype)
-        return held[:count].view(rows, columns)
-
-
 @dataclass
 class _Product:
     """One linear: its weight, plain or packed, and at most one adapter, which does not see `dropout` of its input."""
@@ -149,19 +132,13 @@ class _Product:
     scale: float = 1.0
     dropout: float = 0.0
     seed: int = 0  # of what is dropped
-    scratch: _Scratch | None = None
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """(out, in), until the next product's."""
-        base = self.base
-        if isinstance(base, Linear4bit) and self.scratch is not None:
-            return base.dequantize(dtype, self.scratch.take(base.out_features, base.in_features, dtype))
-        return base.dequantize(dtype) if isinstance(base, PackedLinear) else base.weight.detach()
+    scratch: Scratch = field(default_factory=Scratch)
 
     @property
-    def shares(self) -> bool:
-        """Whether its weight lies where the next product's comes to lie."""
-        return isinstance(self.base, Linear4bit)
+    def weight(self) -> Factor:
+        """(out, in)."""
+        base = self.base
+        return PackedFactor(base, self.scratch) if isinstance(base, PackedLinear) else base.weight.detach()
 
     def dropped(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """What the adapter sees of x, or into `added` the gradient of x from that of what it sees."""
@@ -264,16 +241,13 @@ def _forward(
     products: list[_Product], x: Tensor, added: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """x W^T + scale x A^T B^T (+ added) of each, and what _low gives."""
-    low, sums, outs = _low(products, x), list[Sum](), list[Tensor]()
+    low, sums = _low(products, x), list[Sum]()
     for product, part in zip(products, low, strict=True):
-        terms = [(x, product.weight(x.dtype).T)]
+        terms = [(x, product.weight.T)]
         if part is not None and product.b is not None:
             terms.append((part, product.b.detach().T))
         sums.append(Sum(terms, added))
-        if product.shares:
-            outs += sums_of_products(*sums)
-            sums = []
-    return outs + (sums_of_products(*sums) if sums else []), low
+    return sums_of_products(*sums), low
 
 
 def _backward(
@@ -293,19 +267,18 @@ def _to_low(products: list[_Product], grads: list[Tensor]) -> list[Tensor | None
 
 def _inputs(products: list[_Product], grads: list[Tensor], to_low: list[Tensor | None]) -> Tensor:
     """The gradient of x (N, in)."""
-    pairs = zip(products, to_low, strict=True)
-    adapted = [(p, low, p.a.detach()) for p, low in pairs if low is not None and p.a is not None]
-    terms = [(low, a) for p, low, a in adapted if not p.dropout]
-    to_x: Tensor | None = None
-    for product, grad in zip(products, grads, strict=True):
-        terms.append((grad, product.weight(grad.dtype)))
-        if product.shares:
-            to_x, terms = sum_of_products(*terms, added=to_x), []
-    if terms or to_x is None:
-        to_x = sum_of_products(*terms, added=to_x)
-    for product, low, a in adapted:
+    terms = [(grad, product.weight) for product, grad in zip(products, grads, strict=True)]
+    late = list[tuple[_Product, Sum]]()
+    for product, low in zip(products, to_low, strict=True):
+        if product.a is None or low is None:
+            continue
         if product.dropout:
-            product.dropped(sum_of_products((low, a)), to_x)
+            late.append((product, Sum([(low, product.a.detach())])))
+        else:
+            terms.append((low, product.a.detach()))
+    to_x = sum_of_products(*terms)
+    for product, one in late:
+        product.dropped(sums_of_products(one)[0], to_x)
     return to_x
 
 
