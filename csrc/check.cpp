@@ -718,6 +718,36 @@ void check_products(const Kernels* k, Pool& pool) {
     }
 }
 
+// A right factor in codes gives what its values give.
+void check_coded_products(const Kernels* k) {
+  if (!k->train->product.products) return;
+  for (auto [out, in] : {std::pair<int64_t, int64_t>{50, 96}, {33, PRODUCT_DEPTH + 32}, {PRODUCT_DEPTH + 5, 32}})
+    for (bool turned : {false, true}) {
+      int64_t M = 7, n = out * in, depth = turned ? in : out, N = turned ? out : in;
+      std::vector<uint8_t> codes(n / 2);
+      for (auto& c : codes) c = static_cast<uint8_t>(rng());
+      auto scales = values(up(n, 64)), table = values(16);
+      Reals weight(Real::BF16, n, true), a(Real::BF16, M * (depth + depth % 2)), found(Real::BF16, M * N, true), want(Real::BF16, M * N, true);
+      k->train->unpack4(Real::BF16, codes.data(), scales.data(), table.data(), 64, 0, n, weight.data());
+      CodedMatrix coded{codes.data(), scales.data(), table.data(), 64};
+      for (bool packed : {false, true}) {
+        Term t{a.half.data(), weight.data(), packed ? &coded : nullptr, depth + depth % 2, 1, turned ? 1 : in, turned ? in : 1, depth, Real::BF16};
+        if (depth % 2)
+          for (int64_t m = 0; m < M; ++m) a.half[m * (depth + 1) + depth] = 0;
+        Products p;
+        p.terms = &t;
+        p.count = 1;
+        p.rows = M;
+        p.columns = N;
+        p.out = packed ? found.data() : want.data();
+        p.out_ld = N;
+        std::vector<uint8_t> scratch(products_scratch(M, N));
+        k->train->product.products(p, 0, M, 0, N, scratch.data());
+      }
+      expect(found.half == want.half, "products of codes", k->name, out, in, distance(found.floats(), want.floats()));
+    }
+}
+
 // Forward and backward of training, in buffers of exactly the right size, by a team.
 void check_training(const Kernels* k) {
   Pool pool(3, {});
@@ -729,6 +759,7 @@ void check_training(const Kernels* k) {
     check_drop(k, t, pool);
   }
   check_products(k, pool);
+  check_coded_products(k);
 }
 
 void check_team(bool open_mp) {  // every thread of the team once, as often as it is asked
