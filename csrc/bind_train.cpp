@@ -233,6 +233,9 @@ Job job_of(const Products& p, int threads) {
   if (depth <= PRODUCT_DEPTH) {
     int64_t blocks = (8 * threads + panels - 1) / panels;
     rows = std::max<int64_t>(96, (p.rows + blocks - 1) / blocks);
+  } else if (panels >= 8 * threads) {
+    group = std::min<int64_t>(panels / (4 * threads), 12);
+    rows = std::min<int64_t>(p.rows, 1024);
   } else {
     group = std::min<int64_t>(panels, 12);
     rows = std::min<int64_t>(512, std::max<int64_t>(96, (p.rows + threads - 1) / threads));
