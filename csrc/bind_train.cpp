@@ -221,36 +221,6 @@ Real along_memory(const Matrix2& x) {
   return Real::BF16;
 }
 
-struct Job {  // rows and columns that one thread does at once
-  int64_t rows, columns;
-};
-
-// Jobs small enough that the last ones end together, and large enough that packing B is little beside them. Sums over a
-// depth of several blocks take their columns together, so that a block of B is read from memory once a job.
-Job job_of(const Products& p, int threads) {
-  int64_t depth = 0, panels = (p.columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS, group = 1, rows;
-  for (int i = 0; i < p.count; ++i) depth += (p.terms[i].depth + 1) / 2 * 2;
-  if (depth <= PRODUCT_DEPTH) {
-    int64_t blocks = (8 * threads + panels - 1) / panels;
-    rows = std::max<int64_t>(96, (p.rows + blocks - 1) / blocks);
-  } else if (panels >= 8 * threads) {
-    group = std::min<int64_t>(panels / (4 * threads), 12);
-    rows = std::min<int64_t>(p.rows, 1024);
-  } else {
-    group = std::min<int64_t>(panels, 12);
-    rows = std::min<int64_t>(512, std::max<int64_t>(96, (p.rows + threads - 1) / threads));
-  }
-  return {(std::min(rows, p.rows) + 11) / 12 * 12, group * PRODUCT_COLUMNS};
-}
-
-struct Aligned {  // memory of a thread that stays
-  std::vector<uint8_t> bytes;
-  void* take(int64_t n) {
-    if (static_cast<int64_t>(bytes.size()) < n + 64) bytes.resize(n + 64);
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64);
-  }
-};
-
 // out, terms, what is added to them or None, scale, whether out is transposed, whether to add to out
 // A right factor may be a matrix (rows, columns) in codes, or its transpose: codes, scales, table, block, shape, transposed.
 using Packed = std::tuple<Bytes, Floats, Floats, int64_t, std::pair<int64_t, int64_t>, bool>;
@@ -261,7 +231,6 @@ struct Checked {
   Products sum;
   Term terms[MAX_TERMS];
   CodedMatrix codes[MAX_TERMS];
-  std::vector<uint16_t> packed[MAX_TERMS];
 };
 
 // The right factor of a term, and its shape.
@@ -321,43 +290,17 @@ void check(const Sum& from, Checked& to) {
   }
 }
 
-// All sums at once: their jobs are one queue.
 void products(Pool& pool, const std::vector<Sum>& sums) {
   const ProductKernels& kernel = kernels().product;
   require(kernel.products, "this processor has no bfloat16 products");
   std::vector<Checked> all(sums.size());
-  for (size_t i = 0; i < sums.size(); ++i) check(sums[i], all[i]);
+  std::vector<Products> given;
+  for (size_t i = 0; i < sums.size(); ++i) {
+    check(sums[i], all[i]);
+    given.push_back(all[i].sum);
+  }
   nb::gil_scoped_release free;
-  for (Checked& one : all)
-    for (int i = 0; i < one.sum.count; ++i) {
-      Term& term = one.terms[i];
-      if (term.a_columns == 1 && term.depth % 2 == 0) continue;
-      int64_t ld = (term.depth + 31) / 32 * 32, blocks = (one.sum.rows + 15) / 16;
-      one.packed[i].resize(one.sum.rows * ld);
-      run_team(pool, [&](int thread, int threads) {
-        int64_t a = blocks * thread / threads * 16, b = std::min(one.sum.rows, blocks * (thread + 1) / threads * 16);
-        if (a < b) kernel.pack_rows(term, a, b, one.packed[i].data(), ld);
-      });
-      term.a = one.packed[i].data();
-      term.a_rows = ld;
-      term.a_columns = 1;
-    }
-  std::atomic<int64_t> next{0};
-  run_team(pool, [&](int, int threads) {
-    static thread_local Aligned scratch;
-    int64_t i = next.fetch_add(1), before = 0;
-    for (const Checked& one : all) {
-      const Products& p = one.sum;
-      Job job = job_of(p, threads);
-      int64_t across = (p.columns + job.columns - 1) / job.columns, down = (p.rows + job.rows - 1) / job.rows;
-      for (; i - before < across * down; i = next.fetch_add(1)) {
-        int64_t row = (i - before) % down * job.rows, column = (i - before) / down * job.columns;
-        void* memory = scratch.take(products_scratch(job.rows, job.columns));
-        kernel.products(p, row, std::min(p.rows, row + job.rows), column, std::min(p.columns, column + job.columns), memory);
-      }
-      before += across * down;
-    }
-  });
+  run_products(pool, kernel, given.data(), static_cast<int>(given.size()));
 }
 
 }  // namespace

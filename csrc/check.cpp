@@ -653,14 +653,13 @@ float to_bf16_and_back(float x) {
 void check_products(const Kernels* k, Pool& pool) {
   if (!k->train->product.products) return;
   struct Shape { int64_t rows, columns; std::vector<int64_t> depths; };
-  for (const Shape& shape : {Shape{1, 1, {1}}, Shape{7, 5, {3}}, Shape{13, 33, {34}}, Shape{19, 100, {65, 6}}, Shape{31, 64, {16, 32, 1}}, Shape{5, 70, {PRODUCT_DEPTH + 7, 9}}})
+  for (const Shape& shape : {Shape{1, 1, {1}}, Shape{7, 5, {3}}, Shape{13, 33, {34}}, Shape{19, 100, {65, 6}}, Shape{31, 64, {16, 32, 1}}, Shape{210, 1100, {34}}, Shape{5, 70, {PRODUCT_DEPTH + 7, 9}}, Shape{2, 1600, {PRODUCT_DEPTH + 6}}})
     for (int layout = 0; layout < 16; ++layout) {
       bool a_across = layout & 1, b_across = layout & 2, wide = layout & 4, turned = layout & 8, grows = wide && turned, half = !wide && !turned;
       int64_t M = shape.rows, N = shape.columns;
       std::vector<double> want(M * N);
       std::vector<Reals> memory;
       std::vector<Term> terms;
-      std::vector<std::vector<uint16_t>> packed;
       for (int64_t depth : shape.depths) {
         Real type = terms.size() == 1 ? Real::F32 : Real::BF16;
         memory.emplace_back(Real::BF16, M * depth);
@@ -674,14 +673,6 @@ void check_products(const Kernels* k, Pool& pool) {
               float y = bv[i * t.b_rows + n * t.b_columns];
               want[m * N + n] += double{av[m * t.a_rows + i * t.a_columns]} * (type == Real::F32 ? to_bf16_and_back(y) : y);
             }
-        if (a_across || depth % 2) {
-          int64_t ld = up(depth, 32) * 32;
-          packed.emplace_back(M * ld);
-          shared(pool, M, 16, [&](int64_t x, int64_t y, int) { k->train->product.pack_rows(t, x, y, packed.back().data(), ld); });
-          t.a = packed.back().data();
-          t.a_rows = ld;
-          t.a_columns = 1;
-        }
         terms.push_back(t);
       }
       Reals added(Real::BF16, M * N), out(wide ? Real::F32 : Real::BF16, M * N);
@@ -698,15 +689,11 @@ void check_products(const Kernels* k, Pool& pool) {
       p.scale = grows ? 1 : 0.5f;
       p.grows = grows;
       p.turned = turned;
-      int64_t rows = up(M, 3), across = up(N, 64);
-      std::atomic<int64_t> next{0};
-      run_team(pool, [&](int, int) {
-        std::vector<uint8_t> scratch(products_scratch(rows, 64));
-        for (int64_t i; (i = next.fetch_add(1)) < 3 * across;) {
-          int64_t row = i % 3 * rows, column = i / 3 * 64;
-          if (row < M) k->train->product.products(p, row, std::min(M, row + rows), column, std::min(N, column + 64), scratch.data());
-        }
-      });
+      Reals again = out;
+      Products both[2] = {p, p};
+      both[1].out = again.data();
+      run_products(pool, k->train->product, both, 2);
+      expect(again.wide == out.wide && again.half == out.half, "the second of two sums", k->name, M, layout, 0);
       std::vector<float> right(M * N);
       for (int64_t m = 0; m < M; ++m)
         for (int64_t n = 0; n < N; ++n) {

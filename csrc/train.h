@@ -122,4 +122,7 @@ struct TrainKernels {
 // from each other by spinning; else on `pool`.
 void run_team(Pool& pool, const std::function<void(int, int)>& work);
 
+// All sums at once, by a team.
+void run_products(Pool& pool, const ProductKernels& kernel, Products* sums, int count);
+
 }  // namespace llama2
