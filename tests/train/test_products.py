@@ -89,6 +89,16 @@ def test_codes_are_unpacked_where_they_are_needed(kind: str, shape: tuple[int, i
 
 
 @needs_kernel
+def test_packed_weights_beside_each_other_do_not_share_memory() -> None:
+    torch.manual_seed(0)
+    scratch, grads = Scratch(), [matrix(20, 40, False), matrix(20, 40, False)]
+    layers = [Linear4bit.quantize(torch.randn(40, 48), None, None) for _ in grads]  # 48 codes are no multiple of 32
+    found = sum_of_products(*((g, PackedFactor(layer, scratch)) for g, layer in zip(grads, layers, strict=True)))
+    dense = [layer.dequantize(torch.bfloat16) for layer in layers]
+    assert torch.equal(found, sum_of_products(*zip(grads, dense, strict=True)))
+
+
+@needs_kernel
 def test_a_slice_of_rows_is_written_in_place_and_nothing_beside_it() -> None:
     torch.manual_seed(0)
     a, b, out = matrix(10, 33, False), matrix(33, 20, False), torch.full((12, 64), 7.0).bfloat16()

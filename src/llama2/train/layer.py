@@ -214,7 +214,8 @@ def _product_of(linear: Any, dtype: torch.dtype) -> _Product | None:
     if adapter is None or not adapter.active or not adapter.lora_A:
         return _Product(base)
     name = adapter.active[0]
-    if len(adapter.active) > 1 or name in adapter.lora_magnitude_vector:
+    odd = len(adapter.active) > 1 or name in adapter.lora_magnitude_vector
+    if odd or adapter.lora_A[name].dtype not in DTYPES:
         return None
     dropout = adapter.dropout[name] if adapter.training else 0.0
     return _Product(base, adapter.lora_A[name], adapter.lora_B[name], adapter.scaling[name], dropout)

@@ -62,7 +62,8 @@ class PackedFactor:
         """As the kernel takes it, which unpacks two codes a byte where it needs them."""
         layer = self.layer
         if not isinstance(layer, Linear4bit) or layer.in_features % 32:
-            return to_dlpack(self.dense(torch.bfloat16))
+            weight = layer.dequantize(torch.bfloat16)  # not the scratch memory: other terms' weights live beside it
+            return to_dlpack(weight.T if self.transposed else weight)
         parts = (to_dlpack(part) for part in (layer.codes, layer.absmax, layer.table))
         return *parts, layer.state.block, (layer.out_features, layer.in_features), self.transposed
 
