@@ -115,7 +115,7 @@ void pairs_along(FourBits from, int64_t stride, int64_t count, int64_t depth, in
   }
 }
 
-void pairs_across(FourBits from, int64_t stride, int64_t count, int64_t depth, int64_t wide, uint32_t* to, int64_t ld) {
+void pairs_across(FourBits from, int64_t stride, int64_t count, int64_t depth, int64_t, uint32_t* to, int64_t ld) {
   __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   for (int64_t k = 0; k < depth; k += 2)
     for (int64_t n = 0; n < count; n += 32) {
@@ -125,7 +125,6 @@ void pairs_across(FourBits from, int64_t stride, int64_t count, int64_t depth, i
       _mm512_storeu_si512(to + k / 2 * ld + n, _mm512_permutex2var_epi32(even, first, odd));
       _mm512_storeu_si512(to + k / 2 * ld + n + 16, _mm512_permutex2var_epi32(even, second, odd));
     }
-  (void)wide;
 }
 
 struct Piece {  // of one term's depth

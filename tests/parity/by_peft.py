@@ -3,8 +3,8 @@
     python by_peft.py JOB.json
 
 JOB: {"ids": token ids (rows, tokens), "make": [[name, base folder, arguments of LoraConfig]], "read": [[name, base
-folder, adapter folder, "causal" or "labels"]], "train": [[name, "sft" or "dpo", base folder, arguments of LoraConfig,
-arguments of the trainer's configuration, rows]], "out": a folder}.
+folder, adapter folder, "causal" or "labels"]], "train": [[name, "sft" or "dpo", base folder, dtype of the weights,
+arguments of LoraConfig, arguments of the trainer's configuration, rows]], "out": a folder}.
 OUT/NAME is the adapter that was made (random), for `train` the fresh one that it began with, OUT/NAME-after the one
 that it ended with; OUT/NAME.json the losses of the steps; OUT/logits.safetensors the logits by NAME. Knows nothing of
 this library.
@@ -42,12 +42,12 @@ def made(folder: str, settings: dict[str, Any], target: Path) -> Any:
 
 
 def trained(
-    task: str, folder: str, lora: dict[str, Any], settings: dict[str, Any], rows: Any, out: Path
+    task: str, folder: str, dtype: str, lora: dict[str, Any], settings: dict[str, Any], rows: Any, out: Path
 ) -> list[float]:
     """The losses of the steps; the adapter before and after is saved."""
     trainer_class, config = TRAINERS[task]
     trainer = trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)),
         args=config(output_dir=str(out) + "-run", **settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder),
@@ -74,8 +74,8 @@ def main() -> None:
         base = CLASSES[kind].from_pretrained(folder, dtype=torch.float32)
         run(name, PeftModel.from_pretrained(base, adapter).eval())
     save_file({name: value.contiguous() for name, value in logits.items()}, out / "logits.safetensors")
-    for name, task, folder, lora, settings, rows in job["train"]:
-        losses = trained(task, folder, lora, settings, rows, out / name)
+    for name, *how in job["train"]:
+        losses = trained(*how, out / name)
         (out / f"{name}.json").write_text(json.dumps(losses))
 
 
