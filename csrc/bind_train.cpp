@@ -158,11 +158,9 @@ void each_text(Pool& pool, const Shapes& s, const Work& work) {
   std::atomic<size_t> next{0};
   nb::gil_scoped_release free;
   run_team(pool, [&](int, int) {
-    std::vector<float> scratch;
-    for (size_t i; (i = next.fetch_add(1)) < jobs.size();) {
-      scratch.resize(std::max<size_t>(scratch.size(), texts_scratch(longest, s.texts.width)));
-      work(jobs[i].first, jobs[i].last, jobs[i].head, scratch.data());
-    }
+    static thread_local Scratch scratch;
+    float* memory = static_cast<float*>(scratch.take(4 * texts_scratch(longest, s.texts.width)));
+    for (size_t i; (i = next.fetch_add(1)) < jobs.size();) work(jobs[i].first, jobs[i].last, jobs[i].head, memory);
   });
 }
 

@@ -526,7 +526,7 @@ void check_texts(const Kernels* k, Real t, Pool& pool) {
           TextsGrad g{f[0].data(), grad.data(), lse[i].data(), n, f[1].data(), f[2].data(), f[3].data()};
           for (bool back : {false, true})
             shared(pool, kv, 1, [&](int64_t a, int64_t b, int) {
-              std::vector<float> scratch(texts_scratch(length, width));
+              std::vector<float> scratch(texts_scratch(length, width), NAN);  // what is not cleared shows
               for (int64_t h = a; h < b; ++h)
                 if (back) both[i]->texts_grad(t, texts, g, 2, 2 + length, h, scratch.data());
                 else both[i]->texts(t, texts, {f[0].data(), lse[i].data(), n}, 2, 2 + length, h, scratch.data());
@@ -728,7 +728,7 @@ void check_coded_products(const Kernels* k) {
         p.columns = N;
         p.out = packed ? found.data() : want.data();
         p.out_ld = N;
-        std::vector<uint8_t> scratch(products_scratch(M, N));
+        std::vector<uint8_t> scratch(products_scratch(M, N), 0xff);
         k->train->product.products(p, 0, M, 0, N, scratch.data());
       }
       expect(found.half == want.half, "products of codes", k->name, out, in, distance(found.floats(), want.floats()));

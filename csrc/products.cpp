@@ -1,6 +1,7 @@
 // Who computes which part of several sums of products.
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <vector>
 
 #include "train.h"
@@ -32,19 +33,11 @@ Plan plan_of(const Products& p, int threads) {
   return {twelve(rows), twelve(few), group * PRODUCT_COLUMNS, whole * group * PRODUCT_COLUMNS};
 }
 
-struct Aligned {  // memory of a thread that stays
-  std::vector<uint8_t> bytes;
-  void* take(int64_t n) {
-    if (static_cast<int64_t>(bytes.size()) < n + 64) bytes.resize(n + 64);
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64);
-  }
-};
-
 }  // namespace
 
 void run_products(Pool& pool, const ProductKernels& kernel, Products* sums, int count) {
   std::vector<std::vector<Term>> terms(count);
-  std::vector<std::vector<uint16_t>> packed;
+  std::vector<std::unique_ptr<uint16_t[]>> packed;
   for (int s = 0; s < count; ++s) {
     Products& p = sums[s];
     terms[s].assign(p.terms, p.terms + p.count);
@@ -52,8 +45,8 @@ void run_products(Pool& pool, const ProductKernels& kernel, Products* sums, int 
     for (Term& term : terms[s]) {
       if (term.a_columns == 1 && term.depth % 2 == 0) continue;
       int64_t ld = (term.depth + 31) / 32 * 32, blocks = (p.rows + 15) / 16;
-      packed.emplace_back(p.rows * ld);
-      uint16_t* to = packed.back().data();
+      packed.emplace_back(new uint16_t[p.rows * ld]);  // not cleared
+      uint16_t* to = packed.back().get();
       run_team(pool, [&](int thread, int threads) {
         int64_t a = blocks * thread / threads * 16, b = std::min(p.rows, blocks * (thread + 1) / threads * 16);
         if (a < b) kernel.pack_rows(term, a, b, to, ld);
@@ -65,7 +58,7 @@ void run_products(Pool& pool, const ProductKernels& kernel, Products* sums, int 
   }
   std::atomic<int64_t> next{0};
   run_team(pool, [&](int, int threads) {
-    static thread_local Aligned scratch;
+    static thread_local Scratch scratch;
     int64_t i = next.fetch_add(1), before = 0;
     for (bool last : {false, true})  // the large jobs of all sums, then the small ones
       for (int s = 0; s < count; ++s) {

@@ -268,5 +268,5 @@ def clip(
     total = float(norm)
     if most and total > most:
         for grad in grads:
-            grad.mul_(most / (total + 1e-6))
+            grad.mul_(most / (total + 1e-6))  # a number: times a tensor of one each product is four operations
     return total
