@@ -117,6 +117,21 @@ def test_not_a_number_stays_in_its_row() -> None:
 
 
 @needs_kernel
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    given = [
+        Sum([(matrix(700, 4300, False), matrix(4300, 90, True))], matrix(700, 90, False)),
+        Sum([(matrix(500, 40, True), matrix(40, 1100, False))], dtype=torch.float32, transposed=True),
+    ]
+    try:
+        found = [torch.set_num_threads(n) or sums_of_products(*given) for n in (1, 2, 3)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
+@needs_kernel
 def test_what_does_not_fit_is_refused() -> None:
     a, b, out = torch.zeros(3, 4).bfloat16(), torch.zeros(4, 5).bfloat16(), torch.zeros(3, 5).bfloat16()
     run = kernels().products
