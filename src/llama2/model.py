@@ -450,12 +450,16 @@ class LlamaForSequenceClassification(PreTrainedModel):
         x_BTD = hidden.last_hidden_state
         last_B = self._last_token(input_ids, attention_mask, x_BTD)
         # Only the pooled rows go through the classifier: the other T - 1 results would be thrown away.
-        logits = self.score(x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B])
-        loss = None if labels is None else self._loss(logits, labels.to(logits.device))
+        logits, loss = self.classify(x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B], labels)
         output = SequenceClassifierOutputWithPast(
             loss, logits, hidden.past_key_values, hidden.hidden_states, hidden.attentions
         )
         return output if _as_dict(self.config, return_dict) else output.to_tuple()
+
+    def classify(self, last_BD: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, num_labels) of the hidden states at the last tokens, and with labels the loss."""
+        logits: Tensor = self.score(last_BD)
+        return logits, None if labels is None else self._loss(logits, labels.to(logits.device))
 
     def _last_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, x_BTD: Tensor) -> Tensor:
         batch, new_tokens = x_BTD.shape[:2]

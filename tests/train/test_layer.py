@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_ids, tiny_model
+from tiny import tiny_config, tiny_ids, tiny_model
 
-from llama2 import lora
+from llama2 import LlamaForSequenceClassification, lora
 from llama2.attention import Mask, make_mask
 from llama2.checkpoint.load import GivenWeights, pack
 from llama2.compiled import available, kernels, pool
@@ -16,7 +17,7 @@ from llama2.lora_config import LoraConfig
 from llama2.quantization_config import BitsAndBytesConfig
 from llama2.train.data import Example, Pair
 from llama2.train.layer import _Plan, ends_of, fused, plan_of
-from llama2.train.objectives import NextToken, Preferences, hidden_of, packed_rows
+from llama2.train.objectives import Classification, NextToken, Preferences, hidden_of, packed_rows
 
 needs_kernels = pytest.mark.skipif(not available(), reason="the compiled module is not built")
 
@@ -97,6 +98,31 @@ def test_pairs_of_many_lengths_in_one_row() -> None:
     assert hidden.shape[:2] == labels.shape == (1, -(-tokens // 64) * 64) and batch["input_ids"].shape[0] == 6
     assert found.total.item() == pytest.approx(wanted.total.item(), rel=1e-6)
     assert found.logs == pytest.approx(wanted.logs, rel=1e-4, abs=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])
+def test_texts_of_many_lengths_are_classified_in_one_row(problem: str) -> None:
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(tiny_config(num_labels=3, problem_type=problem, pad_token_id=0)).train()
+    several = problem.startswith("multi")
+    rows = [(tiny_ids(1, n, seed=n)[0].tolist(), [1.0, 0.0, 1.0] if several else n % 3) for n in (9, 1, 30, 17)]
+    objective = Classification()
+    batch = objective.collate(rows)
+    ids = batch["input_ids"]
+    given = torch.arange(ids.shape[1]) < batch["lengths"][:, None]
+    wanted = model(ids, given.long(), labels=batch["wanted"], use_cache=False)
+    wanted.loss.backward()
+    right = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+    for run in (fused, lambda _: nullcontext()):
+        model.zero_grad()
+        with run(model):
+            assert hidden_of(model, batch)[0].shape[:2] == ((1, 64) if run is fused else ids.shape)
+            found = objective.loss(model, batch)
+            (found.total / 4).backward()
+        assert found.units == 4 and found.total.item() / 4 == pytest.approx(wanted.loss.item(), rel=1e-6)
+        for name, p in model.named_parameters():
+            assert p.grad is not None and (p.grad - right[name]).norm() < FLOAT32 * right[name].norm(), name
 
 
 @needs_kernels

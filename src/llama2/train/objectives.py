@@ -212,22 +212,31 @@ class Classification:
         return len(item[0])
 
     def collate(self, items: Sequence[tuple[list[int], Any]]) -> Batch:
-        """As Objective.collate: input_ids, attention_mask (B, T), labels (B,) or (B, labels)."""
+        """As Objective.collate: input_ids, position_ids, labels (B, T), lengths (B,), wanted (B,) or (B, labels).
+
+        Padding stands on the right, where no token sees it."""
         ids = [item[0] for item in items]
         return {
             "input_ids": padded(ids, 0),
-            "attention_mask": padded([[1] * len(row) for row in ids], 0),
-            "labels": torch.tensor([item[1] for item in items]),
+            "labels": padded([[IGNORED] * len(row) for row in ids], IGNORED),
+            "position_ids": padded([range(len(row)) for row in ids], 0),
+            "lengths": torch.tensor([len(row) for row in ids]),
+            "attention_mask": None,
+            "wanted": torch.tensor([item[1] for item in items]),
         }
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         """As Objective.loss; units are rows."""
-        output, rows = model(**batch, use_cache=False, return_dict=True), len(batch["labels"])
-        kind, logits, labels = model.config.problem_type, output.logits.detach().float(), batch["labels"]
+        hidden, lengths, labels = hidden_of(model, batch)[0], batch["lengths"], batch["wanted"]
+        rows, padded_to = len(lengths), batch["input_ids"].shape[1]
+        padded_rows = hidden.shape[:2] == (rows, padded_to)
+        begins = torch.arange(rows, device=hidden.device) * padded_to if padded_rows else lengths.cumsum(0) - lengths
+        output, loss = model.classify(hidden.reshape(-1, hidden.shape[-1])[begins + lengths - 1], labels)
+        kind, logits = model.config.problem_type, output.detach().float()
         if kind == "single_label_classification":
             logs = {"accuracy": float((logits.argmax(-1) == labels).sum())}
         elif kind == "multi_label_classification":
             logs = {"accuracy": float(((logits.sigmoid() >= self.threshold) == labels.bool()).all(-1).sum())}
         else:
             logs = {"absolute_error": float((logits.reshape(-1) - labels.reshape(-1)).abs().sum())}
-        return Loss(output.loss * rows, rows, logs)
+        return Loss(loss * rows, rows, logs)
