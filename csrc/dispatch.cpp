@@ -5,6 +5,8 @@
 
 #if defined(__aarch64__)
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 namespace llama2 {
@@ -31,6 +33,15 @@ int usable(const Kernels** to) {
 }
 
 }  // namespace
+
+bool has_amx() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);  // AMX-BF16
+#else
+  return false;
+#endif
+}
 
 const Kernels* best_kernels() {
   const Kernels* all[8];

@@ -261,6 +261,7 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_neon();
 
 const Kernels* best_kernels();
+bool has_amx();  // whether the processor multiplies tiles of bfloat16 (Sapphire Rapids and later)
 const Kernels* find_kernels(const char* name);  // null when the build or the machine lacks it
 int list_kernels(const char** names, int capacity);
 

@@ -149,6 +149,6 @@ def _has_kernel(a: Tensor) -> bool:
 
 @cache
 def has_kernel() -> bool:
-    """Whether this processor multiplies bfloat16, and the compiled module is there."""
+    """Whether this processor multiplies bfloat16 by AVX-512 and no faster, and the compiled module is there."""
     found = kernels()
     return bool(found) and bool(found.has_products())
