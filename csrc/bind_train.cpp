@@ -35,10 +35,11 @@ void require(bool ok, const char* message) {
   if (!ok) throw nb::value_error(message);
 }
 
-Real real_of(const Tensor& x) {
+template <class Array>
+Real real_of(const Array& x) {
   if (x.dtype() == nb::dtype<float>()) return Real::F32;
   nb::dlpack::dtype d = x.dtype();
-  require(d.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && d.bits == 16 && d.lanes == 1, "tensors must be float32 or bfloat16");
+  require(d.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && d.bits == 16 && d.lanes == 1, "tensors must be bfloat16 or float32");
   return Real::BF16;
 }
 
@@ -213,10 +214,7 @@ using Matrix2 = nb::ndarray<nb::ndim<2>, nb::device::cpu>;  // rows or columns a
 
 Real along_memory(const Matrix2& x) {
   require(x.stride(0) == 1 || x.stride(1) == 1, "rows or columns of a matrix must lie along memory");
-  if (x.dtype() == nb::dtype<float>()) return Real::F32;
-  nb::dlpack::dtype d = x.dtype();
-  require(d.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && d.bits == 16, "matrices must be bfloat16 or float32");
-  return Real::BF16;
+  return real_of(x);
 }
 
 // out, terms, what is added to them or None, scale, whether out is transposed, whether to add to out

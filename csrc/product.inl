@@ -201,6 +201,15 @@ void tiles(const Piece* pieces, int count, int64_t rows, const Tile& t) {
   if (row < rows) tile<1, N>(pieces, count, row, t);
 }
 
+void panel_tiles(int64_t registers, const Piece* pieces, int count, int64_t rows, const Tile& t) {
+  switch (registers) {
+    case 4: return tiles<4>(pieces, count, rows, t);
+    case 3: return tiles<3>(pieces, count, rows, t);
+    case 2: return tiles<2>(pieces, count, rows, t);
+    default: return tiles<1>(pieces, count, rows, t);
+  }
+}
+
 // Rows [row0, row1) of a term's A to rows of `ld` values, a multiple of 32, behind their depth zeros.
 void pack_rows(const Term& t, int64_t row0, int64_t row1, uint16_t* to, int64_t ld) {
   alignas(64) uint32_t pairs[16 * 16];
@@ -287,10 +296,7 @@ void products(const Products& p, int64_t row0, int64_t row1, int64_t column0, in
         b += (depth + 1) / 2 * 16 * n;
       }
       Tile t{p.added ? p.added + row0 * p.added_ld + column : nullptr, p.added_ld, sums, resume, p.grows && !p.turned, term < p.count || p.turned, (uint8_t*)p.out + (row0 * p.out_ld + column) * bytes, p.out_ld, p.type, p.scale, columns};
-      if (n == 4) tiles<4>(pieces, count, rows, t);
-      else if (n == 3) tiles<3>(pieces, count, rows, t);
-      else if (n == 2) tiles<2>(pieces, count, rows, t);
-      else tiles<1>(pieces, count, rows, t);
+      panel_tiles(n, pieces, count, rows, t);
       if (p.turned && term == p.count) turn(sums, p, row0, rows, column, columns);
     }
   }

@@ -33,26 +33,13 @@ INLINE void times(const uint16_t* a, int64_t stride, int64_t rows, int64_t pairs
   for (int64_t c = 0; c < columns; c += 64) {
     int64_t here = b.columns - c < 64 ? b.columns - c : 64;
     Piece piece{a, stride, b.panel(c), pairs};
-    Tile t = to(c, here);
-    switch ((here + 15) / 16) {
-      case 4: tiles<4>(&piece, 1, rows, t); break;
-      case 3: tiles<3>(&piece, 1, rows, t); break;
-      case 2: tiles<2>(&piece, 1, rows, t); break;
-      default: tiles<1>(&piece, 1, rows, t);
-    }
+    panel_tiles((here + 15) / 16, &piece, 1, rows, to(c, here));
   }
 }
 
 INLINE Tile to_floats(float* out, int64_t ld, int64_t columns, float scale) {
   return {nullptr, 0, nullptr, false, false, false, out, ld, Real::F32, scale, sixteens(columns)};
 }
-
-struct Shorts {
-  float* at;
-  uint16_t* take(int64_t n) { uint16_t* p = (uint16_t*)at; at += sixteens((n + 1) / 2); return p; }
-  uint32_t* pairs(int64_t n) { uint32_t* p = (uint32_t*)at; at += sixteens(n); return p; }
-  float* floats(int64_t n) { float* p = at; at += sixteens(n); return p; }
-};
 
 // Rows of one head, rotated, in bfloat16; `wide` floats of `row` for the purpose.
 INLINE void rotate(const Heads<Half>& from, int64_t begin, int64_t end, const float* cos, const float* sin, float* row, int64_t wide, uint16_t* to) {
@@ -64,10 +51,10 @@ INLINE void rotate(const Heads<Half>& from, int64_t begin, int64_t end, const fl
 
 void texts_forward_bf16(const Texts& x, const TextsOut& to, int64_t first, int64_t last, int64_t kv_head, float* scratch) {
   int64_t n = last - first, e = x.width, ep = sixteens(e), wide = sixteens(n), group = x.heads / x.kv_heads;
-  Shorts take{scratch};
+  Take take{scratch};
   float* row = take.floats(ep);
   __builtin_memset(row, 0, (size_t)ep * 4);
-  uint16_t *k = take.take(n * ep), *q = take.take(ASKED * ep), *p = take.take(ASKED * wide);
+  uint16_t *k = take.halves(n * ep), *q = take.halves(ASKED * ep), *p = take.halves(ASKED * wide);
   float* s = take.floats(ASKED * wide);
   Packed keys{take.pairs(Packed::size(n, e / 2)), n, e / 2}, values{take.pairs(Packed::size(e, (n + 1) / 2)), e, (n + 1) / 2};
   const float *cos = x.cos + first * e, *sin = x.sin + first * e;
@@ -118,12 +105,12 @@ INLINE void gather(const uint16_t* a, int64_t lda, int64_t rows, int64_t tokens,
 
 void texts_backward_bf16(const Texts& x, const TextsGrad& g, int64_t first, int64_t last, int64_t kv_head, float* scratch) {
   int64_t n = last - first, e = x.width, ep = sixteens(e), e64 = (e + 63) / 64 * 64, wide = sixteens(n), group = x.heads / x.kv_heads;
-  Shorts take{scratch};
+  Take take{scratch};
   float* row = take.floats(e64);
   float *dk = take.floats(n * e64), *dv = take.floats(n * e64);
   __builtin_memset(row, 0, (size_t)(dv + n * e64 - row) * 4);
-  uint16_t *k = take.take(n * ep), *q = take.take(ASKED * ep), *p = take.take(ASKED * wide), *ds = take.take(ASKED * wide);
-  uint16_t* turned = take.take(wide * ASKED);
+  uint16_t *k = take.halves(n * ep), *q = take.halves(ASKED * ep), *p = take.halves(ASKED * wide), *ds = take.halves(ASKED * wide);
+  uint16_t* turned = take.halves(wide * ASKED);
   float *s = take.floats(ASKED * wide), *dp = take.floats(ASKED * wide), *dq = take.floats(ASKED * ep);
   Packed keys{take.pairs(Packed::size(n, e / 2)), n, e / 2}, values{take.pairs(Packed::size(n, e / 2)), n, e / 2};
   Packed keys_down{take.pairs(Packed::size(e, (n + 1) / 2)), e, (n + 1) / 2};

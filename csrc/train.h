@@ -70,7 +70,7 @@ struct CodedMatrix {
 // Sums of products of bfloat16 matrices: out = scale * (A1 B1 + A2 B2 + ... + added), rounded once.
 struct Term {  // (rows, depth) x (depth, columns); element (i, j) of a is a[i * a_rows + j * a_columns], one of them 1
   const uint16_t* a = nullptr;
-  const void* b = nullptr;      // bfloat16, or float32 that is rounded to it
+  const void* b = nullptr;             // bfloat16, or float32 that is rounded to it
   const CodedMatrix* codes = nullptr;  // or these, rounded
   int64_t a_rows = 0, a_columns = 0, b_rows = 0, b_columns = 0, depth = 0;
   Real b_type = Real::BF16;

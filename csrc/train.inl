@@ -95,22 +95,18 @@ void swiglu_grad_values(const void* gate, const void* up, const void* grad, int6
   }
 }
 
-// 16 numbers of 32 random bits for place `at` of a stream: two rounds of a mixer whose every bit depends on every bit
-// (C. Wellons, "Prospecting for Hash Functions", lowbias32).
+INLINE uint32_t mixed(uint32_t h) {  // lowbias32 of C. Wellons, "Prospecting for Hash Functions"
+  h ^= h >> 16;
+  h *= 0x7feb352dU;
+  h ^= h >> 15;
+  h *= 0x846ca68bU;
+  return h ^ h >> 16;
+}
+
+// 16 numbers of 32 random bits for places `at` to at + 15 of a stream.
 INLINE void random_bits(uint64_t seed, uint64_t at, uint32_t* to) {
-  for (uint32_t j = 0; j < 16; ++j) {
-    uint32_t h = (uint32_t)at + j + (uint32_t)seed;
-    uint32_t more[2] = {(uint32_t)(seed >> 32) ^ (uint32_t)(at >> 32), 0};
-    for (int round = 0; round < 2; ++round) {
-      h ^= h >> 16;
-      h *= 0x7feb352dU;
-      h ^= h >> 15;
-      h *= 0x846ca68bU;
-      h ^= h >> 16;
-      h += more[round];
-    }
-    to[j] = h;
-  }
+  uint32_t high = (uint32_t)(seed >> 32) ^ (uint32_t)(at >> 32);
+  for (uint32_t j = 0; j < 16; ++j) to[j] = mixed(mixed((uint32_t)at + j + (uint32_t)seed) + high);
 }
 
 template <class T>
@@ -189,6 +185,8 @@ void small_product(Left a, int64_t rows, int64_t depth, const float* b, int64_t 
 struct Take {  // pieces of the scratch memory, one behind the other
   float* at;
   float* floats(int64_t n) { float* p = at; at += sixteens(n); return p; }
+  uint32_t* pairs(int64_t n) { return (uint32_t*)floats(n); }
+  uint16_t* halves(int64_t n) { return (uint16_t*)floats((n + 1) / 2); }
 };
 
 template <class T>

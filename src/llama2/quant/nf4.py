@@ -40,6 +40,10 @@ _blocks = door("quant.fused", "Blocks", "The kernels of two codes a byte; import
 _DAMAGED = "the file is damaged: fetch it, or quantise the model, again"
 
 
+def _table(kind: str, device: torch.device) -> Tensor:
+    return torch.tensor(TABLES[kind], device=device)
+
+
 class Linear4bit(PackedLinear):
     """A linear layer of NF4 or FP4 blocks.
 
@@ -72,7 +76,7 @@ class Linear4bit(PackedLinear):
                 raise CheckpointError(f"{name} is {there}; {dtype} {size} is needed: quantise the model again")
         if stray := sorted(set(tensors) - set(wanted)):
             raise CheckpointError(f"{stray[0]} is no part of {state.kind} ({', '.join(wanted)}); quantise it again")
-        table = torch.tensor(TABLES[state.kind])
+        table = _table(state.kind, torch.device("cpu"))
         if not torch.allclose(tensors["weight.quant_map"].cpu(), table, atol=1e-6):
             raise CheckpointError(f"weight.quant_map is not the table of {state.kind}; {_DAMAGED}")
         scales = "weight.nested_absmax" if state.nested else "weight.absmax"
@@ -123,7 +127,7 @@ class Linear4bit(PackedLinear):
     @property
     def table(self) -> Tensor:
         """The 16 values of the codes, float32."""
-        return torch.tensor(TABLES[self.state.kind], device=self.codes.device)
+        return _table(self.state.kind, self.codes.device)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, into: Tensor | None = None) -> Tensor:
         """As PackedLinear.dequantize; what bitsandbytes makes of it, but that numbers below bfloat16's smallest normal
@@ -234,7 +238,7 @@ def _tensors(weight: Tensor, absmax: Tensor, kind: str, source: Tensor, double: 
     said: dict[str, Any] = {"quant_type": kind, "blocksize": BLOCK, "dtype": str(source.dtype).removeprefix("torch.")}
     said["shape"] = list(source.shape)
     made = {"weight": weight, "weight.absmax": absmax}
-    made["weight.quant_map"] = torch.tensor(TABLES[kind], device=absmax.device)
+    made["weight.quant_map"] = _table(kind, absmax.device)
     if double:
         offset = absmax.mean()
         made["weight.absmax"], made["weight.nested_absmax"] = to_bytes(absmax - offset)
@@ -268,7 +272,7 @@ def from_codes(
 
     into: memory of that shape and dtype, which the compiled module fills; without it there, it is not used.
     """
-    table = torch.tensor(TABLES[kind], device=codes.device)
+    table = _table(kind, codes.device)
     if codes.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and block % 32 == 0 and kernels():
         filled = torch.empty(shape, dtype=dtype) if into is None else into
         kernels().unpack4(pool(), codes.contiguous(), absmax.contiguous(), table, block, filled)
@@ -291,7 +295,7 @@ def to_codes(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     Ties go to the smaller value. Zero is code 0 of FP4, and what is above it by less than half a step code 8.
     Raises InputError where the weight is not finite.
     """
-    table = torch.tensor(TABLES[kind], device=weight.device)
+    table = _table(kind, weight.device)
     order = torch.argsort(table, stable=True)
     bounds = (table[order[:-1]] + table[order[1:]]) / 2
     flat = weight.reshape(-1)

@@ -1,11 +1,11 @@
 """A decoder layer of training on a CPU as one function, its backward pass written out.
 
 Torch's own graph of a layer keeps about twice as much for the backward pass, makes some forty passes over memory that
-are not products, and computes attention densely over packed rows. Here products are torch's, everything else is one
-kernel each (csrc/train.inl), and attention covers each document's own triangle. Norms, the gated product and the
-rotation are computed again in the backward pass; x, q, k, v, gate, up and the attention's output are kept.
+are not products, and computes attention densely over packed rows. Here a layer is sums of products (products.py), all
+else is one kernel each (csrc/train.inl), and attention covers each document's own triangle. Norms, the gated product
+and the rotation are computed again in the backward pass; x, q, k, v, gate, up and the attention's output are kept.
 
-N tokens of all rows, D width, F ffn, R ranks of the adapters that share an input.
+N tokens of all rows, D width, r rank of an adapter.
 """
 
 from collections.abc import Iterator
@@ -269,17 +269,12 @@ def _to_low(products: list[_Product], grads: list[Tensor]) -> list[Tensor | None
 def _inputs(products: list[_Product], grads: list[Tensor], to_low: list[Tensor | None]) -> Tensor:
     """The gradient of x (N, in)."""
     terms = [(grad, product.weight) for product, grad in zip(products, grads, strict=True)]
-    late = list[tuple[_Product, Sum]]()
-    for product, low in zip(products, to_low, strict=True):
-        if product.a is None or low is None:
-            continue
+    pairs = zip(products, to_low, strict=True)
+    adapted = [(p, (low, p.a.detach())) for p, low in pairs if p.a is not None and low is not None]
+    to_x = sum_of_products(*terms, *(term for product, term in adapted if not product.dropout))
+    for product, term in adapted:
         if product.dropout:
-            late.append((product, Sum([(low, product.a.detach())])))
-        else:
-            terms.append((low, product.a.detach()))
-    to_x = sum_of_products(*terms)
-    for product, one in late:
-        product.dropped(sums_of_products(one)[0], to_x)
+            product.dropped(sum_of_products(term), to_x)
     return to_x
 
 

@@ -86,6 +86,16 @@ def hidden_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return model.model(ids, mask, positions, use_cache=False, return_dict=True).last_hidden_state, labels
 
 
+def last_of(model: Any, batch: Batch) -> Tensor:
+    """The decoder's hidden states (B, D) at the last tokens of the rows."""
+    hidden, lengths = hidden_of(model, batch)[0], batch["lengths"]
+    if len(hidden) == 1:  # the rows have become one, or there is one
+        begins = lengths.cumsum(0) - lengths
+    else:
+        begins = torch.arange(len(lengths), device=lengths.device) * hidden.shape[1]
+    return hidden.reshape(-1, hidden.shape[-1])[begins + lengths - 1]
+
+
 def one_row(
     ids_BT: Tensor, labels_BT: Tensor, positions_BT: Tensor, lengths_B: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -227,11 +237,8 @@ class Classification:
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         """As Objective.loss; units are rows."""
-        hidden, lengths, labels = hidden_of(model, batch)[0], batch["lengths"], batch["wanted"]
-        rows, padded_to = len(lengths), batch["input_ids"].shape[1]
-        padded_rows = hidden.shape[:2] == (rows, padded_to)
-        begins = torch.arange(rows, device=hidden.device) * padded_to if padded_rows else lengths.cumsum(0) - lengths
-        output, loss = model.classify(hidden.reshape(-1, hidden.shape[-1])[begins + lengths - 1], labels)
+        labels, rows = batch["wanted"], len(batch["wanted"])
+        output, loss = model.classify(last_of(model, batch), labels)
         kind, logits = model.config.problem_type, output.detach().float()
         if kind == "single_label_classification":
             logs = {"accuracy": float((logits.argmax(-1) == labels).sum())}
