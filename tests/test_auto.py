@@ -17,9 +17,10 @@ from llama2.auto import (
     AutoTokenizer,
     load_config,
 )
+from llama2.classifiers import LlamaForSequenceClassification
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, ConfigError, InputError
-from llama2.model import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from llama2.model import LlamaForCausalLM, LlamaModel
 
 
 @pytest.fixture(scope="module")

@@ -104,3 +104,15 @@ class AutoModelForSequenceClassification(_AutoModel):
     """The model with a classifier on the last token."""
 
     _class_name = "LlamaForSequenceClassification"
+
+
+class AutoModelForTokenClassification(_AutoModel):
+    """The model with a classifier on every token."""
+
+    _class_name = "LlamaForTokenClassification"
+
+
+class AutoModelForQuestionAnswering(_AutoModel):
+    """The model with two scores a token: that an answer begins, and that it ends there."""
+
+    _class_name = "LlamaForQuestionAnswering"

@@ -1,7 +1,6 @@
-"""The Llama 2 network (Touvron et al. 2023, arXiv 2307.09288), readable in one sitting.
+"""The Llama 2 network (Touvron et al. 2023, arXiv 2307.09288): its layers in a row, and the language-model head.
 
-Module and parameter names are Hugging Face's, so their checkpoints need no key map. Tensor names end in their shape:
-B batch, T new tokens, S cached positions, D model, H query heads, K key-value heads, E head width, F ffn, V vocab.
+One layer is in `layers`, the classifiers' heads are in `classifiers`; the tensor names' legend is in `layers`.
 """
 
 from collections.abc import Callable
@@ -13,147 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llama2.attention import ATTENTION, Mask, make_mask
+from llama2.attention import Mask, make_mask
 from llama2.cache import DynamicCache, StaticCache
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
-from llama2.linear import Group, Linear, prepack, together
-from llama2.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from llama2.layers import (
+    ACTIVATIONS,
+    Cache,
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    split_output,
+)
+from llama2.linear import Group, Linear, prepack
+from llama2.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from llama2.pretrained import PreTrainedModel, readable_index_errors
-from llama2.rope import LlamaRotaryEmbedding, promoted, rotate
+from llama2.rope import LlamaRotaryEmbedding, promoted
 
-Cache = DynamicCache | StaticCache
 PastKeyValues = Cache | tuple[tuple[Tensor, Tensor], ...]
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
-
-
-class LlamaRMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis (Zhang & Sennrich 2019), computed in promote(x.dtype, float32)."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and x.dtype != torch.float64 and not torch.is_grad_enabled():
-            # One kernel instead of seven, the same roundings in the same places; only its sum has another order.
-            return self.weight * F.rms_norm(x, x.shape[-1:], None, self.variance_epsilon)
-        wide = x.to(promoted(x.dtype))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * normed.to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
-
-
-def split_output(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
-    """layer(x), computed in `parts` slices of the output features (pretraining_tp, column parallel).
-
-    Only plain linears can be sliced; a packed or adapted one has its own fixed order and is called as it is.
-    """
-    if parts == 1 or type(layer) is not Linear:
-        out: Tensor = layer(x)
-        return out
-    weights = layer.weight.tensor_split(parts)
-    biases = layer.bias.tensor_split(parts) if layer.bias is not None else [None] * parts
-    return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
-
-
-def split_outputs(layers: tuple[nn.Module, ...], x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """The outputs of several layers on the same x, each as `split_output`."""
-    return together(layers, x) if parts == 1 else tuple(split_output(layer, x, parts) for layer in layers)
-
-
-def split_input(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
-    """layer(x) as the sum over `parts` slices of the input features (pretraining_tp, row parallel)."""
-    if parts == 1 or type(layer) is not Linear:
-        out: Tensor = layer(x)
-        return out
-    pieces = zip(x.tensor_split(parts, dim=-1), layer.weight.tensor_split(parts, dim=1), strict=True)
-    total: Tensor = sum(F.linear(xs, w) for xs, w in pieces)  # type: ignore[assignment]
-    return total if layer.bias is None else total + layer.bias
-
-
-class LlamaMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (SwiGLU, Shazeer 2020)."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.config = config
-        wide, narrow, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
-        self.gate_proj = Linear(narrow, wide, bias=bias)
-        self.up_proj = Linear(narrow, wide, bias=bias)
-        self.down_proj = Linear(wide, narrow, bias=bias)
-        self.act_fn = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        parts = self.config.pretraining_tp
-        gate_BTF, up_BTF = split_outputs((self.gate_proj, self.up_proj), x_BTD, parts)
-        return split_input(self.down_proj, self.act_fn(gate_BTF) * up_BTF, parts)
-
-
-class LlamaAttention(nn.Module):
-    """Causal self-attention with grouped key-value heads (Ainslie et al. 2023) and rotary positions."""
-
-    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
-        width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
-        self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.v_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
-
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Mask,
-        implementation: str,
-        cache: Cache | None = None,
-        cache_position: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        parts = self.config.pretraining_tp
-        heads = (-1, self.head_dim)
-        projected = split_outputs((self.q_proj, self.k_proj, self.v_proj), x_BTD, parts)
-        q_BHTE, k_BKSE, v_BKSE = (y.unflatten(-1, heads).transpose(1, 2) for y in projected)
-        q_BHTE, k_BKSE = rotate((q_BHTE, k_BKSE), *rotation)
-        if cache is not None:
-            k_BKSE, v_BKSE = cache.update(k_BKSE, v_BKSE, self.layer_idx, {"cache_position": cache_position})
-        dropout = self.config.attention_dropout if self.training else 0.0
-        out_BHTE, weights = ATTENTION[implementation](q_BHTE, k_BKSE, v_BKSE, mask, self.scaling, dropout)
-        out_BTD = split_input(self.o_proj, out_BHTE.transpose(1, 2).flatten(2), parts)
-        return out_BTD, weights
-
-
-class LlamaDecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = LlamaAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x_BTD: Tensor, *attention_args: Any) -> tuple[Tensor, Tensor | None]:
-        attended, weights = self.self_attn(self.input_layernorm(x_BTD), *attention_args)
-        x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights
 
 
 class LlamaModel(PreTrainedModel):
@@ -225,7 +102,7 @@ class LlamaModel(PreTrainedModel):
             hidden_states=(*states, x_BTD) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,  # type: ignore[arg-type]
         )
-        return output if _as_dict(config, return_dict) else output.to_tuple()
+        return output if as_dict(config, return_dict) else output.to_tuple()
 
     def prepack(self) -> int:
         """Reorders bfloat16 weights for decoding on a CPU, see `linear.prepack`; returns how many layers have one."""
@@ -292,7 +169,7 @@ class LlamaModel(PreTrainedModel):
         return out
 
 
-def _as_dict(config: LlamaConfig, return_dict: bool | None) -> bool:
+def as_dict(config: LlamaConfig, return_dict: bool | None) -> bool:
     return config.return_dict if return_dict is None else return_dict
 
 
@@ -396,7 +273,7 @@ class LlamaForCausalLM(PreTrainedModel):
         output = CausalLMOutputWithPast(
             loss, logits_BTV, hidden.past_key_values, hidden.hidden_states, hidden.attentions
         )
-        return output if _as_dict(self.config, return_dict) else output.to_tuple()
+        return output if as_dict(self.config, return_dict) else output.to_tuple()
 
 
 def _kept(logits_to_keep: int | Tensor, num_logits_to_keep: int) -> slice | Tensor | None:
@@ -408,93 +285,15 @@ def _kept(logits_to_keep: int | Tensor, num_logits_to_keep: int) -> slice | Tens
     return slice(-count, None) if count else None
 
 
-class LlamaForSequenceClassification(PreTrainedModel):
-    """LlamaModel with a linear classifier on the last real token of each row."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = LlamaModel(config)
-        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
-        self._init_weights(self.score)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: PastKeyValues | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
-        """Logits (B, num_labels) at the last real token, and with labels the loss of config.problem_type.
-
-        The last real token is the last one that a 2D attention_mask keeps; without a mask, the right-most id that is
-        not config.pad_token_id. A problem_type of None is inferred from num_labels and the labels' dtype, and kept.
-        """
-        hidden = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            True,
-        )
-        x_BTD = hidden.last_hidden_state
-        last_B = self._last_token(input_ids, attention_mask, x_BTD)
-        # Only the pooled rows go through the classifier: the other T - 1 results would be thrown away.
-        logits, loss = self.classify(x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B], labels)
-        output = SequenceClassifierOutputWithPast(
-            loss, logits, hidden.past_key_values, hidden.hidden_states, hidden.attentions
-        )
-        return output if _as_dict(self.config, return_dict) else output.to_tuple()
-
-    def classify(self, last_BD: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, num_labels) of the hidden states at the last tokens, and with labels the loss."""
-        logits: Tensor = self.score(last_BD)
-        return logits, None if labels is None else self._loss(logits, labels.to(logits.device))
-
-    def _last_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, x_BTD: Tensor) -> Tensor:
-        batch, new_tokens = x_BTD.shape[:2]
-        pad = self.config.pad_token_id
-        if attention_mask is not None and attention_mask.dim() == 2:
-            real = attention_mask[:, -new_tokens:] != 0
-        elif input_ids is not None and pad is not None:
-            real = input_ids != pad
-        elif batch > 1 and input_ids is not None:
-            raise InputError(
-                f"Cannot handle batch sizes > 1 if no padding token is defined. The batch has {batch} rows: pass the "
-                "attention_mask, or set one with model.add_pad_token(tokenizer)"
-            )
-        else:
-            real = torch.ones((batch, new_tokens), dtype=torch.bool, device=x_BTD.device)
-        places = torch.arange(new_tokens, device=x_BTD.device)
-        return torch.where(real.to(x_BTD.device), places, 0).amax(dim=1)
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        config = self.config
-        if config.problem_type is None:
-            if self.num_labels == 1:
-                config.problem_type = "regression"
-            elif not labels.is_floating_point() and labels.dim() == 1:
-                config.problem_type = "single_label_classification"
-            else:
-                config.problem_type = "multi_label_classification"
-        logits = logits.to(promoted(logits.dtype))
-        if config.problem_type == "regression":
-            return F.mse_loss(logits.reshape(-1), labels.reshape(-1).to(logits.dtype))
-        if config.problem_type == "single_label_classification":
-            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
-        if config.problem_type == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        raise InputError(
-            f"problem_type is {config.problem_type!r}; it must be 'regression', 'single_label_classification' or "
-            "'multi_label_classification'"
-        )
+__all__ = [
+    "ACTIVATIONS",
+    "Cache",
+    "LlamaAttention",
+    "LlamaDecoderLayer",
+    "LlamaForCausalLM",
+    "LlamaMLP",
+    "LlamaModel",
+    "LlamaRMSNorm",
+    "as_dict",
+    "causal_lm_loss",
+]

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 import llama2.checkpoint as checkpoint
 from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.names import GGUF, gguf_to_hf, hf_to_gguf, to_half_split, to_pairs
+from llama2.classifiers import LlamaForSequenceClassification
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, Llama2Error, MismatchError
-from llama2.model import LlamaForCausalLM, LlamaForSequenceClassification
+from llama2.model import LlamaForCausalLM
 
 
 def write(path: Path, data: bytes) -> Path:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from llama2.classifiers import LlamaForSequenceClassification
 from llama2.config import LlamaConfig
-from llama2.model import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from llama2.model import LlamaForCausalLM, LlamaModel
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 

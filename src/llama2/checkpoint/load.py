@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import llama2.model
 from llama2.checkpoint import Checkpoint, Stored
 from llama2.checkpoint.hf import CODES, HfCheckpoint
 from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
@@ -21,9 +20,15 @@ from llama2.checkpoint.pages import release
 from llama2.checkpoint.peft import adapted_base, load_adapter
 from llama2.checkpoint.single_threads import in_single_threads
 from llama2.checkpoint.source import open_source, override, split_hub_options
+from llama2.classifiers import (
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.generation_config import GenerationConfig
+from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.pretrained import PreTrainedModel
 from llama2.quant import ggml
 from llama2.quant.methods import layer_class
@@ -37,6 +42,18 @@ DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+CLASSES: dict[str, type[PreTrainedModel]] = {
+    kind.__name__: kind
+    for kind in (
+        LlamaModel,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+        LlamaForTokenClassification,
+        LlamaForQuestionAnswering,
+    )
+}
+_PREFIXES = ("model.", "transformer.")  # of the model without its head, in the classes that have one
+HEADS = {"score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias"}  # drawn anew where a file has none
 _ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
 _WEIGHT_TYPES = {"F64", *ggml.TYPES}
 
@@ -45,7 +62,7 @@ _WEIGHT_TYPES = {"F64", *ggml.TYPES}
 def head_follows() -> Iterator[None]:
     """A scope without the warning that a classifier's head is new: it is trained, or an adapter brings it."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="score.weight .* newly initialised")
+        warnings.filterwarnings("ignore", message="(score|qa_outputs).* newly initialised")
         yield
 
 
@@ -151,7 +168,7 @@ def from_pretrained(
 
 def from_pretrained_named(name: str, *args: Any, **kwargs: Any) -> Any:
     """from_pretrained of the model class with this name; for callers that must not import torch before they load."""
-    return from_pretrained(getattr(llama2.model, name), *args, **kwargs)
+    return from_pretrained(CLASSES[name], *args, **kwargs)
 
 
 def from_config_named(
@@ -167,7 +184,7 @@ def from_config_named(
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     chosen = resolve_dtype(dtype, torch_dtype) or DTYPES.get(config.dtype or "")
-    return getattr(llama2.model, name).from_config(config, dtype=chosen)
+    return CLASSES[name].from_config(config, dtype=chosen)
 
 
 class _NoDraws(TorchFunctionMode):
@@ -361,11 +378,11 @@ def match(model: PreTrainedModel, weights: Weights, ignore_mismatched_sizes: boo
 def translated(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, str]:
     """Names as the model says them -> names in the file."""
     prefix = model.base_model_prefix + "."
-    has_head, file_has_prefix = model.base_model is not model, any(name.startswith(prefix) for name in stored)
-    if has_head == file_has_prefix:
-        return {name: name for name in stored}
-    if file_has_prefix:
-        return {name.removeprefix(prefix): name for name in stored}
+    theirs = next((p for p in _PREFIXES if any(name.startswith(p) for name in stored)), "")
+    if model.base_model is model:
+        return {name.removeprefix(theirs): name for name in stored}
+    if theirs:
+        return {prefix + name.removeprefix(theirs) if name.startswith(theirs) else name: name for name in stored}
     inner = {name for name, _ in model.base_model.named_children()}
     return {(prefix + name if name.partition(".")[0] in inner else name): name for name in stored}
 
@@ -378,9 +395,9 @@ def _judge(
     ignore_mismatched_sizes: bool,
 ) -> None:
     """Raises MismatchError for everything that is neither filled, used nor excused; warns of fresh weights."""
-    heads = {"score.weight", "lm_head.weight"}
+    heads = {*HEADS, "lm_head.weight"}
     # A file that says it is a causal model and has no head is damaged, or tied without saying so.
-    excused = {"score.weight"}
+    excused = set(HEADS)
     if "LlamaForCausalLM" not in (model.config.architectures or ()):
         excused.add("lm_head.weight")
     problems = [f"missing: {name} {tuple(parameters[name].shape)}" for name in report.missing if name not in excused]

@@ -28,7 +28,7 @@ from llama2.attention import ATTENTION, make_mask
 from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.pages import release
 from llama2.config import LlamaConfig
-from llama2.model import ACTIVATIONS, LlamaRMSNorm
+from llama2.layers import ACTIVATIONS, LlamaRMSNorm
 from llama2.quant.solve import Hessian
 from llama2.quantize.states import States
 from llama2.rope import LlamaRotaryEmbedding, rotate

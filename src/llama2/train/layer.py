@@ -19,9 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from llama2.attention import Mask
 from llama2.compiled import kernels, pool
+from llama2.layers import LlamaDecoderLayer
 from llama2.linear import Linear
 from llama2.lora import LoraLinear
-from llama2.model import LlamaDecoderLayer, LlamaModel
+from llama2.model import LlamaModel
 from llama2.quant.linear import PackedLinear
 from llama2.train.products import Factor, PackedFactor, Scratch, Sum, sum_of_products, sums_of_products
 
