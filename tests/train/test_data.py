@@ -1,5 +1,6 @@
 """Rows to ids and targets on a real tokenizer; what is wrong with a row is told by its number."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from llama2.train.data import (
     renamed,
 )
 from llama2.train.labels import MULTI, REGRESSION, SINGLE, Labels, prepare_labelled
+from llama2.train.readers import taken
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +107,15 @@ def test_the_report_names_the_rows(tok: Any) -> None:
         {"text": tok.bos_token + tok.bos_token + "twice"},
     ]
     examples, report = prepare(rows, tok, 20)
-    assert [len(e.input_ids) for e in examples] == [len(encode(rows[0], tok).input_ids), 20]
+    once = encode({"text": tok.bos_token + "twice"}, tok)
+    assert [len(e.input_ids) for e in examples] == [len(encode(rows[0], tok).input_ids), 20, len(once.input_ids)]
     assert report.truncated == [1, 2] and report.rows == 8
-    assert set(report.problems) == {1, 3, 4, 5, 6, 7}
+    assert set(report.problems) == {1, 3, 4, 5, 6}
     wanted = {1: "no target is left", 3: "no target", 4: "keys ['question']", 5: "prompt is a int", 6: "not a list"}
-    for row, words in {**wanted, 7: "two BOS"}.items():
+    for row, words in wanted.items():
         assert words in report.problems[row]
     assert report.targets == sum(label != IGNORED for e in examples for label in e.labels)
-    assert "rows 1, 2" in report.text() and "two BOS" in report.text()
+    assert "rows 1, 2" in report.text() and "BOS token of its own: one is kept: rows 7" in report.text()
 
 
 def test_messages_that_a_template_would_misread(tok: Any) -> None:
@@ -157,6 +160,92 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text('text\none\n"two, and\nthree"\n')
     (tmp_path / "d.txt").write_text("one\n\n\ntwo, and\nthree\n")
     assert all(read(tmp_path / name) == rows for name in ("a.jsonl", "b.json", "c.csv", "d.txt"))
+
+
+def test_lists_of_a_json_file(tmp_path: Path) -> None:
+    rows, others = [{"text": "one"}], [{"text": "two"}]
+    cases: list[tuple[dict[str, Any], str, Any]] = [
+        ({"train": rows, "test": others}, "train", rows), ({"test": others, "train": rows}, "test", others),
+        ({"version": 1, "tags": ["a"], "data": rows}, "train", rows), ({"data": rows}, "train", rows),
+    ]  # fmt: skip
+    for content, split, wanted in cases:
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        assert read(tmp_path / "a.json", split) == wanted
+    for content, split in (({"a": rows, "b": others}, "train"), ({"a": rows}, "test")):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=f"holds the lists {', '.join(content)} and none called {split}"):
+            read(tmp_path / "a.json", split)
+
+
+def test_long_fields_and_tabs(tmp_path: Path) -> None:
+    import csv
+
+    before = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text("text,label\n" + "x" * 200_000 + ",1\n")
+    (tmp_path / "a.tsv").write_text("text\tlabel\none, two\t1\n")
+    assert len(read(tmp_path / "a.csv")[0]["text"]) == 200_000 and csv.field_size_limit() == before
+    assert read(tmp_path / "a.tsv") == [{"text": "one, two", "label": "1"}]
+
+
+def test_folders(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    assert read(tmp_path) == [{"text": "one"}]
+    (tmp_path / "test-0.csv").write_text("text\ntwo\n")
+    assert read(tmp_path) == [{"text": "one"}] and read(tmp_path, "test") == [{"text": "two"}]
+    with pytest.raises(InputError, match=r"with 2 files of rows \(test-0.csv, train.jsonl\), and none is dev"):
+        read(tmp_path, "dev")
+    with pytest.raises(InputError, match="has no splits, and the split is 'dev'"):
+        read(tmp_path / "train.jsonl", "dev")
+
+
+def test_a_data_set_saved_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found(list[dict[str, Any]]):
+        features = {"text": object()}  # noqa: RUF012
+
+    saved: Any = Found([{"text": "one"}])
+    monkeypatch.setitem(__import__("sys").modules, "datasets", SimpleNamespace(load_from_disk=lambda path: saved))
+    (tmp_path / "state.json").write_text("{}")
+    assert read(tmp_path) == [{"text": "one"}]
+    saved = {"train": Found([{"text": "one"}]), "test": Found([{"text": "two"}])}
+    assert read(tmp_path, "test") == [{"text": "two"}]
+    with pytest.raises(InputError, match="has the splits train, test, not 'dev'"):
+        read(tmp_path, "dev")
+
+
+def test_configurations_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Found(list[dict[str, Any]]):
+        features = None
+
+    def load(*names: str, **settings: Any) -> Found:
+        asked.append((names, settings))
+        return Found([{"text": "one"}])
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", SimpleNamespace(load_dataset=load))
+    read("owner/name", "test", "main", "data/2024")
+    read("owner/name")
+    assert asked == [(("owner/name", "main"), {"split": "test", "data_dir": "data/2024"}),
+                     (("owner/name",), {"split": "train"})]  # fmt: skip
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(InputError, match="are for data sets of the hub"):
+        read(tmp_path / "a.txt", config="main")
+
+
+def test_streams_are_read_as_far_as_they_are_needed() -> None:
+    endless = ({"text": str(i)} for i in itertools.count())
+    assert [row["text"] for row in taken(endless, 3, "it")] == ["0", "1", "2"]
+    with pytest.raises(InputError, match="it streams rows and has no length; say how many steps"):
+        taken(endless, None, "it")
+
+    class Items:  # a map-style data set of torch, which never raises IndexError
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, i: int) -> int:
+            return i
+
+    assert taken(Items(), None, "it") == [0, 1] and taken([1, 2], 1, "it") == [1, 2]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +324,9 @@ def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_columns_under_other_names() -> None:
     rows = [{"review": "fine", "stars": 5}, {"review": "bad"}]
     found = renamed(rows, {"text": "review", "label": "stars"})
-    assert [(row["text"], row.get("label")) for row in found] == [("fine", 5), ("bad", None)]
+    assert found == [{"text": "fine", "label": 5}, {"text": "bad"}]
+    swapped = renamed([{"prompt": "a", "chosen": "b"}], {"prompt": "chosen", "chosen": "prompt"})
+    assert swapped == [{"prompt": "b", "chosen": "a"}]
     with pytest.raises(InputError, match="no column 'reviews'; there are review, stars; did you mean review"):
         renamed(rows, {"text": "reviews"})
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from llama2.errors import InputError
 from llama2.train.data import Report, Row, each
+from llama2.train.shapes import CLASSIFICATION, TEXT
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 SINGLE, MULTI, REGRESSION = get_args(ProblemType)
@@ -133,7 +134,7 @@ def prepare_labelled(
     rows: Iterable[Row], tokenizer: Any, max_length: int | None, labels: Labels
 ) -> tuple[list[Labelled], Report]:
     """The usable rows as (ids, target), ids cut to max_length at the end, and the report on all rows."""
-    report, made = Report(), []
+    report, made = Report(max_length=max_length), []
 
     def encode(row: Row) -> Labelled:
         text, label = row.get("text"), row.get("label")
@@ -147,7 +148,7 @@ def prepare_labelled(
             raise InputError("its text is empty")
         return ids, target
 
-    for number, (ids, target) in each(rows, report, encode):
+    for number, (ids, target) in each(rows, report, encode, (CLASSIFICATION, TEXT)):
         if max_length is not None and len(ids) > max_length:
             report.truncated.append(number)
         made.append((ids[:max_length], target))

@@ -1,5 +1,6 @@
 """A data set as users of transformers have it, rows of input_ids and labels or of texts, as items of an objective."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,29 +8,47 @@ from llama2.errors import InputError
 from llama2.train.data import IGNORED, Example, Report, kind_of, prepare, prepare_pairs
 from llama2.train.labels import MULTI, REGRESSION, SINGLE, Labels, prepare_labelled
 from llama2.train.objectives import Classification, NextToken, Objective, Preferences, packed_rows
+from llama2.train.readers import taken
+from llama2.train.shapes import PREFERENCE
 
 
-def objective_for(model: Any, rows: Iterable[Any], tokenizer: Any) -> tuple[Objective, list[Any], Report]:
+def objective_for(
+    model: Any, rows: Iterable[Any], tokenizer: Any, max_length: int | None = None, most: int | None = None
+) -> tuple[Objective, list[Any], Report]:
     """What rows are trained for: by the model's class, and for texts by their shape. And the rows as its items.
 
     A classifier takes {"input_ids", "labels" or "label"} or {"text", "label"}; another model {"input_ids", "labels"}
-    (without labels every token is a target), or texts in any shape that `data` knows, which need the tokenizer.
+    (without labels every token is a target), or texts in any shape that `shapes` knows, which need the tokenizer.
+    max_length: tokens of a row of texts, by default the model's context. most: rows that are taken of a stream, which
+    is not read to its end. What is left out, cut or not used is told by a warning; InputError where no row is left.
     """
-    rows = list(rows)
+    rows = taken(rows, most, "the data set")
     if not rows:
         return NextToken(), [], Report()
     if not isinstance(rows[0], Mapping):
         raise InputError(f"a row is a {type(rows[0]).__name__}; it must be a dict, with input_ids or with texts")
+    objective, items, report = _items(model, rows, tokenizer, max_length or model.config.max_position_embeddings)
+    if not items:
+        raise InputError(f"no row of the data set can be used. {report.text()}")
+    if remarks := report.remarks():
+        warnings.warn(f"of {report.rows:,} rows: {'; '.join(remarks)}", stacklevel=3)
+    return objective, items, report
+
+
+def _items(
+    model: Any, rows: list[Mapping[str, Any]], tokenizer: Any, length: int
+) -> tuple[Objective, list[Any], Report]:
     encoded = "input_ids" in rows[0]
     if not encoded and tokenizer is None:
         raise InputError(f"rows of {sorted(rows[0])} are texts; pass processing_class=tokenizer to have them encoded")
     if hasattr(model, "score"):
-        return Classification(), *(_labelled(model, rows) if encoded else _labelled_texts(model, rows, tokenizer))
+        return Classification(), *(
+            _labelled(model, rows) if encoded else _labelled_texts(model, rows, tokenizer, length)
+        )
     if encoded:
         items = packed_rows([_example(i, row) for i, row in enumerate(rows)], None)
         return NextToken(), items, Report(rows=len(items))
-    length = model.config.max_position_embeddings
-    if kind_of(rows[0]) == "preference":
+    if kind_of(rows[0]) == PREFERENCE:
         pairs, report = prepare_pairs(rows, tokenizer, length)
         return Preferences(), list(pairs), report
     examples, report = prepare(rows, tokenizer, length)
@@ -68,13 +87,13 @@ def _labelled(model: Any, rows: list[Mapping[str, Any]]) -> tuple[list[Any], Rep
     return items, Report(rows=len(items))
 
 
-def _labelled_texts(model: Any, rows: list[Mapping[str, Any]], tokenizer: Any) -> tuple[list[Any], Report]:
+def _labelled_texts(model: Any, rows: list[Mapping[str, Any]], tokenizer: Any, length: int) -> tuple[list[Any], Report]:
     config = model.config
     kind = config.problem_type or (REGRESSION if config.num_labels == 1 else None)
     if kind is None:
         kind = MULTI if isinstance(rows[0].get("label"), list | tuple) else SINGLE
     labels = Labels(kind, () if kind == REGRESSION else tuple(config.id2label.values()))
-    items, report = prepare_labelled(rows, tokenizer, config.max_position_embeddings, labels)
+    items, report = prepare_labelled(rows, tokenizer, length, labels)
     return list(items), report
 
 
