@@ -230,3 +230,18 @@ def test_help_lists_tasks_and_flags(run: Run) -> None:
     assert code == 0 and all(f"  {task}" in out for task in ("sft", "dpo", "classify", "pretrain"))
     code, out, _ = run("finetune", "dpo", "--help")
     assert code == 0 and "--beta" in out and "--lora-r" in out and "--label-column" not in out
+
+
+def test_columns_under_other_names(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"{w} ", "response_j": "sky", "response_k": "sea", "id": i} for i, w in enumerate(WORDS * 2)]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    words = ("finetune", "dpo", checkpoint, data, tmp_path / "out", *QUICK, "--max-steps", "1", "--lora-r", "2")
+    names = "prompt=question,chosen=response_j,rejected=response_k"
+    code, _, err = run(*words, "--columns", names)
+    assert code == 0, err
+    assert "8 rows (8 preference)" in err and "columns that are not used: id (8 rows)" in err
+    content = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert content["recipe"]["columns"] == dict(part.split("=") for part in names.split(","))
+    for wrong, said in (("prompt", "give pairs such as"), ("prompt=quest", "did you mean question?")):
+        code, _, err = run(*words[:4], tmp_path / "other", "--max-length", "64", "--columns", wrong)
+        assert code == 2 and said in err, err

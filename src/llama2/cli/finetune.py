@@ -111,10 +111,14 @@ class Common(Adapter, Training, Saving):
     task: ClassVar[str]
 
     paths: tuple[str, ...] = option((), "the model (a folder, a file or a hub id), the rows (.jsonl, .json, .csv, "
-                                    ".parquet, .txt or the id of a data set), the new folder",
+                                    ".tsv, .parquet, .txt, a folder, or the id of a data set), the new folder",
                                     metavar="MODEL DATA OUT", positional=True)  # fmt: skip
     max_length: int | None = option(None, "tokens of a row, at most (default: 1024, or the context if it is less)")
-    split: str = option("train", "of a data set of the hub")
+    split: str = option("train", "part of a data set, of a folder, or of a .json file with several lists")
+    columns: str | None = option(None, "columns that are called otherwise in DATA: prompt=question,chosen=response_j",
+                                 metavar="NAME=COLUMN,...")  # fmt: skip
+    data_config: str | None = option(None, "configuration of a data set of the hub", metavar="NAME")
+    data_dir: str | None = option(None, "folder in a data set of the hub", metavar="FOLDER")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +230,7 @@ def recipe_of(options: Common) -> "Recipe":
     settings |= {"model": paths[0], "data": paths[1], "output_dir": paths[2], "lora": options.lora}
     if "labels" in settings:
         settings["labels"] = tuple(part.strip() for part in (settings["labels"] or "").split(",") if part.strip())
+    settings["columns"] = _columns(options.columns or "")
     if settings.get("chat_template"):
         settings["chat_template"] = _template(settings["chat_template"])
     return Recipe(**settings)
@@ -248,6 +253,15 @@ def arguments(options: Common, checkpoint_dir: str | None = None) -> "TrainingAr
     settings["fsdp"] = options.fsdp or ""
     settings["eval_on_start"] = options.eval_data is not None or options.eval_split is not None
     return TrainingArguments(**settings)
+
+
+def _columns(text: str) -> dict[str, str]:
+    """Of a=b,c=d. Raises InputError for anything else."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    for name, sign, column in pairs:
+        if not (name.strip() and sign and column.strip()):
+            raise InputError(f"--columns is {text!r}; give pairs such as prompt=question,chosen=response_j")
+    return {name.strip(): column.strip() for name, _, column in pairs}
 
 
 def _modules(names: str) -> tuple[str, ...] | str:

@@ -12,7 +12,7 @@ that --resume goes on from.
 import errno
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,7 +31,7 @@ from llama2.lora_config import LoraConfig
 from llama2.quantization_config import BitsAndBytesConfig
 from llama2.train import checkpoints
 from llama2.train.chart import loss_chart
-from llama2.train.data import Report, held_out, kind_of, pieces, prepare, prepare_pairs, read, renamed
+from llama2.train.data import Report, Row, held_out, kind_of, pieces, prepare, prepare_pairs, read, renamed
 from llama2.train.distributed import join
 from llama2.train.labels import Labels, prepare_labelled
 from llama2.train.losses import Preference
@@ -60,7 +60,8 @@ class Recipe:
     random weights of the model's configuration. dtype: of the weights while they train; auto is float32 for all
     weights, and what they are stored in beneath an adapter. max_length: tokens of a row, by default 1024 or the model's
     context. packing: several rows in one of max_length, none seeing another; by default for pretraining. eval_data:
-    rows to measure on, or eval_split, a share of the training rows that is held out.
+    rows to measure on, or eval_split, a share of the training rows that is held out. split, data_config, data_dir: of a
+    data set of the hub. columns: the name of a column here -> its name in the rows.
     """
 
     task: Task
@@ -78,6 +79,9 @@ class Recipe:
     packing: bool | None = None
     chat_template: str | None = None
     split: str = "train"
+    data_config: str | None = None
+    data_dir: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
     eval_data: str | None = None
     eval_split: float | None = None
     text_column: str | None = None
@@ -202,11 +206,10 @@ class Finetune:
         length = min(LENGTH, context) if recipe.max_length is None else recipe.max_length
         if length > context:
             raise InputError(f"max_length is {length}, beyond the model's context of {context}; lower it")
-        columns = {"text": recipe.text_column, "label": recipe.label_column}
-        rows = renamed(read(recipe.data, recipe.split), columns)
+        rows = self._read(recipe.data)
         rest: Sequence[Any] = ()
         if recipe.eval_data is not None:
-            rest = renamed(read(recipe.eval_data, recipe.split), columns)
+            rest = self._read(recipe.eval_data)
         elif recipe.eval_split is not None:
             rows, rest = held_out(rows, recipe.eval_split, self.args.seed)
         labels = Labels.of(rows, recipe.problem_type, recipe.labels) if recipe.task == "classify" else None
@@ -220,6 +223,13 @@ class Finetune:
                 raise InputError(f"no row that is held out can be used. {data.eval_report.text()}")
         return data
 
+    def _read(self, source: str) -> list[Row]:
+        recipe = self.recipe
+        beside = source != recipe.data and Path(source).exists()  # a file to measure on, for a data set of the hub
+        where = (None, None) if beside else (recipe.data_config, recipe.data_dir)
+        named = {"text": recipe.text_column, "label": recipe.label_column}
+        return renamed(read(source, recipe.split, *where), {**recipe.columns, **{k: v for k, v in named.items() if v}})
+
     def _items(self, rows: Sequence[Any], length: int, labels: Labels | None) -> tuple[list[Any], Report]:
         task = self.recipe.task
         if labels is not None:
@@ -228,7 +238,8 @@ class Finetune:
         if task == "dpo":
             pairs, report = prepare_pairs(rows, self.tokenizer, length)
             return list(pairs), report
-        if task == "pretrain" and (kinds := {kind_of(row) for row in rows} - {"text", "classification"}):
+        kinds = {kind_of(row) for row in rows if row.get("text") is None} if task == "pretrain" else set()
+        if kinds:
             raise InputError(f"pretraining takes rows with a text, not {', '.join(sorted(kinds))}; use sft for those")
         examples, report = prepare(rows, self.tokenizer, None if task == "pretrain" else length)
         if task == "pretrain":

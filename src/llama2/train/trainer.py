@@ -40,6 +40,7 @@ from llama2.train.tensorboard import Tensorboard
 LOG = "log.jsonl"
 LOSS_SCALE = 2.0**6  # that fp16 begins with, of a sum over a step's targets; halved where gradients overflow
 PASS_TOKENS = 1024
+EVAL_ROWS = 10_000  # of a stream, which may be endless
 
 
 @dataclass
@@ -112,12 +113,13 @@ class Trainer:
             lora.add_adapter(model, peft_config)
         self.tokenizer = tokenizer if processing_class is None else processing_class
         if train_dataset is not None:
-            chosen, rows, found = objective_for(model, train_dataset, self.tokenizer)
+            most = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * join().world
+            chosen, rows, _ = objective_for(model, train_dataset, self.tokenizer, most=most if most > 0 else None)
             objective = objective or chosen
-            if found.problems:
-                warnings.warn(f"train_dataset: {found.text()}", stacklevel=2)
         if eval_dataset is not None:
-            eval_rows = objective_for(model, eval_dataset, self.tokenizer)[1]
+            eval_rows = objective_for(model, eval_dataset, self.tokenizer, most=EVAL_ROWS)[1]
+            if not eval_rows:
+                raise InputError("eval_dataset has no rows; leave it out, or give rows to measure on")
         if objective is None:
             raise InputError("there is nothing to train on; pass train_dataset=, or an objective and its rows")
         if not rows:
@@ -343,6 +345,8 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The mean loss of the evaluation rows, and the means of what the objective logs."""
+        if not self.eval_rows:
+            raise InputError("there are no rows to measure on; give eval_dataset")
         training = self.model.training
         self.model.eval()
         total, units, logs = self._losses(self.eval_rows, self.args.per_device_eval_batch_size, learn=False)
