@@ -51,7 +51,7 @@ def test_from_config() -> None:
 def test_config(folder: Path, smollm2: Path) -> None:
     assert AutoConfig.from_pretrained(folder).hidden_size == 64
     assert AutoConfig.from_pretrained(folder, use_cache=False).use_cache is False
-    assert AutoConfig.from_pretrained(folder / "config.json").dtype == "float16"
+    assert AutoConfig.from_pretrained(folder / "config.json").dtype is torch.float16
     assert LlamaConfig.from_pretrained(smollm2).num_hidden_layers == 30
     assert AutoConfig.from_pretrained(smollm2.parent, gguf_file=smollm2.name).vocab_size == 49152
     assert AutoConfig.for_model("llama", hidden_size=128).hidden_size == 128

@@ -1,15 +1,18 @@
 """LlamaConfig: defaults, spellings, refusals."""
 
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_config
 
-from llama2 import CheckpointError, ConfigError, LlamaConfig
+from llama2 import AutoConfig, CheckpointError, ConfigError, InputError, LlamaConfig
 
 
 def test_defaults_are_those_of_transformers() -> None:
@@ -77,7 +80,7 @@ def test_both_spellings_are_written() -> None:
 
 def test_dtype_names() -> None:
     for given in ("float16", "torch.float16", torch.float16):
-        assert LlamaConfig(torch_dtype=given).dtype == "float16"
+        assert LlamaConfig(torch_dtype=given).dtype is torch.float16
     assert LlamaConfig(dtype="bfloat16").torch_dtype is torch.bfloat16
     with pytest.raises(ConfigError, match="'float17'.*bfloat16"):
         LlamaConfig(dtype="float17")
@@ -180,3 +183,171 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypa
 def test_importing_the_package_and_its_configuration_loads_no_torch() -> None:
     code = "import sys, llama2; llama2.LlamaConfig.preset('7b'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+STORED = {"plain": None, "linear": {"rope_type": "linear", "factor": 4.0}}
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        ({"rope_scaling": LINEAR}, {**LINEAR, "rope_theta": 10000.0}),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {**LINEAR, "rope_theta": 10000.0}),
+        ({"rope_scaling": {**LINEAR, "rope_theta": 7.0}}, {**LINEAR, "rope_theta": 7.0}),
+    ],
+)
+def test_an_edited_rope_scaling_counts(stored: str, edit: dict[str, Any], expected: Any, tmp_path: Path) -> None:
+    """The library writes both spellings; the one that differs from what rope_parameters implies is the user's."""
+    fields = {**tiny_config(rope_scaling=STORED[stored]).to_dict(), **edit}
+    with pytest.warns(UserWarning, match="rope_scaling counts"):
+        assert LlamaConfig.from_dict(fields).rope_parameters == expected
+    with pytest.warns(UserWarning, match="rope_scaling counts"):
+        assert LlamaConfig(**fields).rope_parameters == expected
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for load in (LlamaConfig.from_pretrained, AutoConfig.from_pretrained):
+        with pytest.warns(UserWarning, match="rope_scaling counts"):
+            assert load(tmp_path).rope_parameters == expected
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_an_edited_rope_theta_counts(stored: str) -> None:
+    config = tiny_config(rope_scaling=STORED[stored])
+    fields = {**config.to_dict(), "rope_theta": 5e5}
+    with pytest.warns(UserWarning, match=r"rope_theta is 500000.0 but rope_parameters"):
+        assert LlamaConfig.from_dict(fields).rope_parameters == {**config.rope_parameters, "rope_theta": 5e5}
+
+
+def test_a_deleted_rope_scaling_counts() -> None:
+    fields = {**tiny_config(rope_scaling=LINEAR).to_dict(), "rope_scaling": None}
+    with pytest.warns(UserWarning, match="rope_scaling counts"):
+        assert LlamaConfig.from_dict(fields).rope_scaling is None
+
+
+def test_two_edits_of_rope_are_no_edit() -> None:
+    fields = {**tiny_config().to_dict(), "rope_scaling": LINEAR, "rope_theta": 5e5}
+    with pytest.raises(ConfigError, match=r"rope_theta is 500000.0 and rope_scaling is .*'linear'.*rope_parameters"):
+        LlamaConfig.from_dict(fields)
+
+
+def test_rope_parameters_alone_and_agreeing_spellings_are_quiet() -> None:
+    assert LlamaConfig(rope_parameters={"rope_theta": 5e5}).rope_theta == 5e5
+    for scaling in STORED.values():
+        config = tiny_config(rope_scaling=scaling, rope_theta=5e5)
+        assert LlamaConfig.from_dict(config.to_dict()) == config
+        assert LlamaConfig(**config.to_dict()) == config
+    assert LlamaConfig.from_dict({"rope_theta": 5e5, "rope_scaling": LINEAR}).rope_theta == 5e5
+
+
+def test_rope_parameters_set_later_are_completed() -> None:
+    config = tiny_config(rope_theta=5e5)
+    config.rope_parameters = {"type": "linear", "factor": 2.0}
+    assert config.rope_parameters == {**LINEAR, "rope_theta": 5e5}
+    config.rope_parameters = {"rope_theta": 7.0}
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 7.0}
+
+
+def test_dtype_is_torchs_in_python_and_a_name_in_the_file(tmp_path: Path) -> None:
+    config = LlamaConfig(dtype="bfloat16")
+    assert config.dtype is config.torch_dtype is torch.bfloat16 and config.dtype_name == "bfloat16"
+    config.dtype = torch.float16
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
+    assert LlamaConfig.from_pretrained(tmp_path).dtype is torch.float16
+    assert LlamaConfig.from_pretrained(tmp_path, dtype="float32").dtype is torch.float32
+    assert LlamaConfig.from_pretrained(tmp_path, torch_dtype=torch.float64).dtype is torch.float64
+    assert LlamaConfig().dtype is None and copy.deepcopy(config).dtype is torch.float16
+
+
+def test_the_surface_of_a_configuration(tmp_path: Path) -> None:
+    """Names and results as transformers documents them."""
+    config = tiny_config(num_labels=3)
+    assert config.get_text_config() is config.get_text_config(decoder=True) is config
+    assert "num_hidden_layers" in config and "no_such_field" not in config
+    assert {"vocab_size", "id2label", "rope_parameters", "pad_token_id"} <= set(config)
+    config._name_or_path = "here"
+    assert config.name_or_path == config._name_or_path == config.to_dict()["_name_or_path"] == "here"
+    assert config.use_return_dict is True
+    config.to_json_file(tmp_path / "one.json")
+    config.to_json_file(tmp_path / "all.json", use_diff=False)
+    one, whole = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "all.json"))
+    assert "return_dict" not in one and whole["return_dict"] is True and one["id2label"]["2"] == "LABEL_2"
+    assert whole == json.loads(config.to_json_string(use_diff=False)) == config.to_dict()
+    assert one == config.to_diff_dict() == json.loads(config.to_json_string())
+    assert LlamaConfig.from_json_file(tmp_path / "one.json") == LlamaConfig.from_json_file(tmp_path / "all.json")
+    assert "id2label" not in tiny_config().to_diff_dict() and tiny_config().to_dict()["id2label"]["1"] == "LABEL_1"
+
+
+def test_get_config_dict(tmp_path: Path) -> None:
+    config = tiny_config(my_field=3)
+    config.save_pretrained(tmp_path, push_to_hub=False)
+    fields, rest = LlamaConfig.get_config_dict(tmp_path, revision="main", token=None, foo=1)
+    assert fields == config.to_diff_dict() and rest == {"foo": 1}
+    assert LlamaConfig.get_config_dict(tmp_path / "config.json") == (fields, {})
+
+
+def test_keywords_of_from_pretrained_that_are_no_fields(tmp_path: Path) -> None:
+    """Hub settings are used or dropped, never stored; the rest is handed back where that is asked for."""
+    tiny_config().save_pretrained(tmp_path)
+    for load in (LlamaConfig.from_pretrained, AutoConfig.from_pretrained):
+        config = load(tmp_path, trust_remote_code=True, revision="main", proxies=None, cache_dir=None)
+        assert config == tiny_config()
+        config, unused = load(tmp_path, use_cache=False, foo=1, return_unused_kwargs=True)
+        assert config == tiny_config(use_cache=False) and unused == {"foo": 1}
+        assert load(tmp_path, attn_implementation="eager")._attn_implementation == "eager"
+        with pytest.raises(InputError, match="use_cash.*use_cache"):
+            load(tmp_path, use_cash=False)
+        with pytest.warns(UserWarning, match="proxies has no effect.*HTTPS_PROXY"):
+            load(tmp_path, proxies={"https": "x:1"})
+    config, unused = LlamaConfig.from_dict({"vocab_size": 7}, return_unused_kwargs=True, use_cache=False, foo=1)
+    assert (config.vocab_size, config.use_cache, unused) == (7, False, {"foo": 1}) and not hasattr(config, "foo")
+
+
+def test_numbers_of_numpy_and_torch() -> None:
+    config = tiny_config(hidden_size=np.int64(64), rope_theta=np.float32(10000.0), eos_token_id=torch.tensor(2))
+    assert type(config.hidden_size) is int and type(config.eos_token_id) is int
+    assert json.loads(config.to_json_string())["hidden_size"] == 64
+    config.num_hidden_layers = np.int32(3)
+    assert type(config.num_hidden_layers) is int
+
+
+def test_minus_one_is_no_pad_token_whenever_it_is_set() -> None:
+    config = tiny_config()
+    config.pad_token_id = -1
+    assert config.pad_token_id is None
+
+
+class TheirConfig:
+    """What transformers 5.23 gives: `to_dict` of LlamaConfig(hidden_size=64, ...) with its own fields about it."""
+
+    model_type = "llama"
+    _attn_implementation = "eager"
+
+    def to_dict(self) -> dict[str, Any]:
+        rope = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+        sizes = {k: v for k, v in tiny_config().to_dict().items() if "rope" not in k}
+        return {
+            **sizes,
+            "rope_parameters": rope,
+            "dtype": "bfloat16",
+            "transformers_version": "5.23.0",
+            "_experts_implementation_internal": None,
+        }
+
+
+def test_a_configuration_of_transformers_is_read() -> None:
+    config = LlamaConfig.of(TheirConfig())
+    assert config == tiny_config(rope_theta=5e5, rope_scaling=LINEAR, dtype="bfloat16")
+    assert config._attn_implementation == "eager" and LlamaConfig.of(config) is config
+    for other in ({"model_type": "llama"}, None, type("Bert", (), {"model_type": None})()):
+        with pytest.raises(ConfigError, match="LlamaConfig is needed"):
+            LlamaConfig.of(other)
+
+
+@pytest.mark.parametrize("keyword", ["repo_id", "token", "save_function"])
+def test_save_pretrained_takes_the_keywords_of_a_model(keyword: str, tmp_path: Path) -> None:
+    tiny_config().save_pretrained(tmp_path, push_to_hub=False, **{keyword: None})
+    assert LlamaConfig.from_pretrained(tmp_path) == tiny_config()
+    with pytest.raises(InputError, match="'foo'"):
+        tiny_config().save_pretrained(tmp_path, foo=1)

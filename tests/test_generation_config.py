@@ -135,3 +135,50 @@ def test_unused_names_what_has_no_effect() -> None:
     config = GenerationConfig()
     assert config.unused({"temperature": 0.5, "top_k": 50, "length_penalty": 2.0}) == ["temperature", "length_penalty"]
     assert GenerationConfig(do_sample=True).unused({"temperature": 0.5}) == []
+
+
+def test_keywords_of_from_pretrained(tmp_path: Path) -> None:
+    """Hub settings are no fields; what is neither is handed back where that is asked for."""
+    GenerationConfig(top_k=7).save_pretrained(tmp_path, push_to_hub=False)
+    config, unused = GenerationConfig.from_pretrained(
+        tmp_path, revision="main", token=None, proxies=None, do_sample=True, foo=1, return_unused_kwargs=True
+    )
+    assert config.to_diff_dict() == {"top_k": 7, "do_sample": True} and unused == {"foo": 1}
+    config = GenerationConfig.from_pretrained(tmp_path, revision="main", cache_dir=None, trust_remote_code=True)
+    assert config.to_diff_dict() == {"top_k": 7}
+    assert GenerationConfig.from_pretrained(tmp_path / "generation_config.json") == config
+
+
+def test_another_file_name(tmp_path: Path) -> None:
+    GenerationConfig(top_k=7).save_pretrained(tmp_path, config_file_name="mine.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
+    assert GenerationConfig.from_pretrained(tmp_path, "mine.json").top_k == 7
+    with pytest.raises(CheckpointError, match="generation_config.json"):
+        GenerationConfig.from_pretrained(tmp_path)
+    GenerationConfig(top_k=8).to_json_file(tmp_path / "file.json")
+    assert json.loads((tmp_path / "file.json").read_text()) == {"top_k": 8}
+    with pytest.raises(InputError, match="'foo'"):
+        GenerationConfig().save_pretrained(tmp_path, foo=1)
+
+
+class TheirSettings:
+    """A GenerationConfig of transformers: 5.x holds None where nothing was set, 4.x its defaults."""
+
+    def __init__(self, version: str, **fields: Any) -> None:
+        self.version, self.fields = version, fields
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"transformers_version": self.version, "_from_model_config": False, **self.fields}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+def test_settings_of_transformers_are_read() -> None:
+    new = GenerationConfig.of(TheirSettings("5.23.0", do_sample=None, max_new_tokens=5, top_k=None))
+    assert new.to_diff_dict() == {"max_new_tokens": 5} and not new.is_set("do_sample")
+    old = GenerationConfig.of(TheirSettings("4.46.3", do_sample=False, max_new_tokens=5))
+    assert old.is_set("do_sample") and old.over(GenerationConfig(do_sample=True)).do_sample is False
+    assert GenerationConfig.of({"top_k": 3}).top_k == 3 and GenerationConfig.of(new) is new
+    with pytest.raises(InputError, match="generation_config is a int"):
+        GenerationConfig.of(3)

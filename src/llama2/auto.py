@@ -3,15 +3,17 @@
 Nothing here imports torch, or a tokenizer's packages, before a model or a tokenizer is asked for.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from llama2 import checkpoint
 from llama2.checkpoint.gguf import GgufFile, read_metadata
-from llama2.checkpoint.source import fetch_files, override, split_hub_options
+from llama2.checkpoint.source import fetch_files, is_field, override, split_hub_options
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import InputError
+from llama2.text_file import read_object
 
 _load_tokenizer = door("tokenizer", "load", "A tokenizer from files.")
 _gguf_tokenizer = door("tokenizer", "from_gguf", "A tokenizer from GGUF metadata.")
@@ -19,19 +21,49 @@ _load_model = door("checkpoint.load", "from_pretrained_named", "A model from fil
 _new_model = door("checkpoint.load", "from_config_named", "A model with fresh weights.")
 
 
-def load_config(path: str | Path, *, gguf_file: str | None = None, **overrides: Any) -> LlamaConfig:
+def load_config(
+    path: str | Path,
+    *,
+    cls: type[LlamaConfig] = LlamaConfig,
+    gguf_file: str | None = None,
+    return_unused_kwargs: bool = False,
+    **overrides: Any,
+) -> Any:
     """The configuration of a folder, a GGUF file or a hub id; keywords override fields.
 
-    Raises CheckpointError where there is none or where it is not of a Llama model.
+    With return_unused_kwargs a pair: the configuration, and the keywords that are no field of it. Raises
+    CheckpointError where there is none or where it is not of a Llama model.
     """
-    local = fetch_files(path, split_hub_options(overrides), "config", gguf_file)
+    config = _stored_config(path, split_hub_options(overrides), gguf_file)
+    unused = {}
+    if return_unused_kwargs:
+        unused = {key: overrides.pop(key) for key in list(overrides) if not is_field(config, key)}
+    config = override(config, overrides)
+    if not isinstance(config, cls):
+        config = cls.from_dict(config.to_dict())
+    return (config, unused) if return_unused_kwargs else config
+
+
+def _stored_config(path: str | Path, hub: Mapping[str, Any], gguf_file: str | None) -> LlamaConfig:
+    local = fetch_files(path, hub, "config", gguf_file)
     if gguf := checkpoint.find_gguf(local):
-        config = GgufFile(gguf).config
-    elif (local / "params.json").exists() and not (local / "config.json").exists():
-        config = checkpoint.open(local).config  # Meta's params.json leaves sizes to the tensors
-    else:
-        config = LlamaConfig.from_dict(checkpoint.read_config(local / "config.json" if local.is_dir() else local))
-    return override(config, overrides)
+        return GgufFile(gguf).config
+    if (local / "params.json").exists() and not (local / "config.json").exists():
+        return checkpoint.open(local).config  # Meta's params.json leaves sizes to the tensors
+    config: LlamaConfig = LlamaConfig.from_dict(
+        checkpoint.read_config(local / "config.json" if local.is_dir() else local)
+    )
+    return config
+
+
+def load_fields(path: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The content of a configuration as it is stored; takes the hub settings and gguf_file out of `kwargs`."""
+    hub, gguf_file = split_hub_options(kwargs), kwargs.pop("gguf_file", None)
+    local = fetch_files(path, hub, "config", gguf_file)
+    file = local / "config.json" if local.is_dir() else local
+    if file.suffix == ".json" and file.exists():
+        return read_object(file, "config.json")
+    return _stored_config(path, hub, gguf_file).to_dict()
 
 
 class AutoConfig:
@@ -41,14 +73,15 @@ class AutoConfig:
         raise InputError("AutoConfig is not constructed; call AutoConfig.from_pretrained(path)")
 
     @staticmethod
-    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LlamaConfig:
+    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """See `load_config`."""
         return load_config(pretrained_model_name_or_path, **kwargs)
 
     @staticmethod
     def for_model(model_type: str, **kwargs: Any) -> LlamaConfig:
         """A fresh configuration; the only model_type is "llama"."""
-        return LlamaConfig.from_dict({"model_type": model_type, **kwargs})
+        config: LlamaConfig = LlamaConfig.from_dict({"model_type": model_type, **kwargs})
+        return config
 
 
 class AutoTokenizer:

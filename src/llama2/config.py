@@ -5,109 +5,40 @@ Field names and defaults are those of `transformers.LlamaConfig`. Both generatio
 transformers 4.46 and 5.x load our files. What cannot work is refused here, before any memory is spent.
 """
 
+import copy
 import json
-import math
 import os
-import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from llama2.doors import door
-from llama2.errors import CheckpointError, ConfigError
+from llama2.errors import ConfigError
+from llama2.keywords import drop, refuse_unknown
+from llama2.plain import plain
+from llama2.presets import COMMON, PRESETS
+from llama2.rope_settings import agreed_rope, normalise_rope, scaling_of, validate_rope
+from llama2.text_file import read_object, write_text
 
 HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "tanh", "sigmoid")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
-
-# Sizes: Touvron et al. 2023 (arXiv 2307.09288), appendix A.2, with the feed-forward width that Meta's
-# multiple_of / ffn_dim_multiplier give. 34B was trained but not released as Llama 2; Code Llama 34B has its shape.
-PRESETS: dict[str, dict[str, Any]] = {
-    "7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-    },
-    "34b": {
-        "hidden_size": 8192,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "smollm2-135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "rope_theta": 100000.0,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "vocab_size": 257,
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-    },
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
+# Fields of every Hugging Face configuration, which a file names only where they differ.
+_BASE: dict[str, Any] = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "is_encoder_decoder": False,
+    "chunk_size_feed_forward": 0,
+    "architectures": None,
+    "problem_type": None,
+    "pad_token_id": None,
+    "_name_or_path": "",
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
 }
-
-_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # type -> (required, optional) settings
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "dynamic": (("factor",), ("original_max_position_embeddings",)),
-    "yarn": (
-        ("factor",),
-        (
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-        ),
-    ),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
-}
-
-
-def normalise_rope(settings: Mapping[str, Any] | None, theta: float) -> dict[str, Any]:
-    """RoPE settings of any spelling as one dict {"rope_type", "rope_theta", ...}; the argument is not changed.
-
-    Accepts None, {"type": ...} (transformers 4.31), {"rope_type": ...} (4.43) and 5.x `rope_parameters`.
-    """
-    if settings is not None and not isinstance(settings, Mapping):
-        raise ConfigError(f"rope_scaling is {settings!r}; give a dict such as {{'rope_type': 'linear', 'factor': 2.0}}")
-    given = {key: value for key, value in (settings or {}).items() if value is not None}
-    kind = given.pop("type", None)
-    kind = given.pop("rope_type", kind)
-    theta = given.pop("rope_theta", theta)
-    if kind is None:
-        if given:
-            raise ConfigError(f"rope settings {dict(given)} name no rope_type; add one of {', '.join(_ROPE_KEYS)}")
-        kind = "default"
-    return {"rope_type": kind, "rope_theta": theta, **given}
 
 
 class LlamaConfig:
@@ -119,6 +50,14 @@ class LlamaConfig:
 
     model_type: ClassVar[str] = "llama"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # What other libraries ask every configuration: no field has another name, none is a configuration of its own.
+    attribute_map: ClassVar[dict[str, str]] = {}
+    sub_configs: ClassVar[dict[str, Any]] = {}
+    base_config_key: ClassVar[str] = ""
+    is_composition: ClassVar[bool] = False
+    has_no_defaults_at_init: ClassVar[bool] = False
+    pruned_heads: ClassVar[dict[int, list[int]]] = {}
+    _auto_class: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -158,8 +97,7 @@ class LlamaConfig:
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.use_cache = use_cache
-        # -1 meant "none" in early conversions; nn.Embedding would take it for the last row and freeze that token.
-        self.pad_token_id = None if pad_token_id == -1 else pad_token_id
+        self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pretraining_tp = pretraining_tp
@@ -169,15 +107,15 @@ class LlamaConfig:
         self.mlp_bias = mlp_bias
         self._default_head_dim = head_dim is None
         self.head_dim = _default_head_dim(hidden_size, num_attention_heads) if head_dim is None else head_dim
-        theta = 10000.0 if rope_theta is None else rope_theta
-        self.rope_parameters: dict[str, Any] = normalise_rope(rope_parameters or rope_scaling, theta)
+        spellings = {"rope_parameters": rope_parameters, "rope_scaling": rope_scaling, "rope_theta": rope_theta}
+        self.rope_parameters: dict[str, Any] = agreed_rope({k: v for k, v in spellings.items() if v is not None})
         self._set_common(kwargs)
         self.validate()
 
     def _set_common(self, extra: dict[str, Any]) -> None:
         """The fields every Hugging Face configuration has, then whatever else was given."""
         self._attn_implementation: str | None = extra.pop("attn_implementation", None)
-        for written_only_by_others in ("model_type", "transformers_version", "_attn_implementation_autoset"):
+        for written_only_by_others in ("model_type", "transformers_version"):
             extra.pop(written_only_by_others, None)
         torch_dtype = extra.pop("torch_dtype", None)
         dtype = extra.pop("dtype", None)
@@ -192,7 +130,17 @@ class LlamaConfig:
         self.chunk_size_feed_forward: int = extra.pop("chunk_size_feed_forward", 0)
         self._set_labels(extra.pop("num_labels", None), extra.pop("id2label", None), extra.pop("label2id", None))
         for key, value in extra.items():
-            setattr(self, key, value)
+            if not key.startswith("_"):  # another library's own state
+                setattr(self, key, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        value = plain(value)
+        if name == "pad_token_id" and value == -1:
+            # "None" in early conversions; nn.Embedding would take it for the last row and freeze that token.
+            value = None
+        if name == "rope_parameters" and hasattr(self, "rope_parameters"):
+            value = normalise_rope(value, self.rope_theta)
+        super().__setattr__(name, value)
 
     def _set_labels(self, count: int | None, id2label: Mapping[Any, str] | None, label2id: Any) -> None:
         if id2label is None:
@@ -228,18 +176,20 @@ class LlamaConfig:
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
         """The rope settings without the base; None for plain RoPE (the spelling of transformers 4.x)."""
-        if self.rope_parameters["rope_type"] == "default":
-            return None
-        return {key: value for key, value in self.rope_parameters.items() if key != "rope_theta"}
+        return scaling_of(self.rope_parameters)
 
     @rope_scaling.setter
     def rope_scaling(self, value: Mapping[str, Any] | None) -> None:
         self.rope_parameters = normalise_rope(value, self.rope_theta)
 
     @property
-    def dtype(self) -> str | None:
-        """The dtype the weights are stored in, as a string: "bfloat16", ... or None when not known."""
-        return self._dtype
+    def dtype(self) -> Any:
+        """The torch.dtype the weights are stored in, or None when not known. A name or a torch.dtype sets it."""
+        if self.dtype_name is None:
+            return None
+        import torch
+
+        return getattr(torch, self.dtype_name)
 
     @dtype.setter
     def dtype(self, value: Any) -> None:
@@ -248,17 +198,38 @@ class LlamaConfig:
             name = None
         if name is not None and name not in DTYPES:
             raise ConfigError(f"dtype is {value!r}; it must be one of {', '.join(DTYPES)}")
-        self._dtype = name
+        self._dtype_name = name
+
+    @property
+    def dtype_name(self) -> str | None:
+        """`dtype` as the file has it, "bfloat16"; needs no torch."""
+        return self._dtype_name
 
     @property
     def torch_dtype(self) -> Any:
-        """`dtype` as a torch.dtype where torch is loaded, else as a string (the 4.x name of the field)."""
-        torch = sys.modules.get("torch")
-        return self._dtype if torch is None or self._dtype is None else getattr(torch, self._dtype)
+        """`dtype` under its name in 4.x."""
+        return self.dtype
 
     @torch_dtype.setter
     def torch_dtype(self, value: Any) -> None:
         self.dtype = value
+
+    @property
+    def _name_or_path(self) -> str:
+        return self.name_or_path
+
+    @_name_or_path.setter
+    def _name_or_path(self, value: Any) -> None:
+        self.name_or_path = str(value)
+
+    @property
+    def use_return_dict(self) -> bool:
+        """`return_dict` under its name in 4.x."""
+        return self.return_dict
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
+        """The configuration of the model that reads and writes text: this one."""
+        return self
 
     @property
     def num_parameters(self) -> int:
@@ -295,7 +266,7 @@ class LlamaConfig:
                 raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
         self._validate_heads()
         self._validate_ranges()
-        self._validate_rope()
+        validate_rope(self.rope_parameters)
 
     def _validate_heads(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -315,8 +286,8 @@ class LlamaConfig:
     def _validate_ranges(self) -> None:
         if self.hidden_act not in HIDDEN_ACTS:
             raise ConfigError(f"hidden_act is {self.hidden_act!r}; it must be one of {', '.join(HIDDEN_ACTS)}")
-        if not 0 < self.rms_norm_eps < 1:
-            raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps!r}; it must lie between 0 and 1 (Llama 2 has 1e-5)")
+        if not 0 < self.rms_norm_eps <= 1:
+            raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps!r}; it must lie in (0, 1] (Llama 2 has 1e-5)")
         if not 0 <= self.initializer_range <= 1:
             raise ConfigError(f"initializer_range is {self.initializer_range!r}; it must lie in [0, 1]")
         if not 0 <= self.attention_dropout < 1:
@@ -333,131 +304,110 @@ class LlamaConfig:
                 f"attn_implementation is {impl!r}; it must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
             )
 
-    def _validate_rope(self) -> None:
-        settings = self.rope_parameters
-        kind, theta = settings["rope_type"], settings["rope_theta"]
-        if kind not in _ROPE_KEYS:
-            raise ConfigError(f"rope_type is {kind!r}; it must be one of {', '.join(_ROPE_KEYS)}")
-        if not isinstance(theta, int | float) or not math.isfinite(theta) or theta <= 0:
-            raise ConfigError(f"rope_theta is {theta!r}; it must be a positive number (Llama 2 has 10000.0)")
-        required, optional = _ROPE_KEYS[kind]
-        missing = [key for key in required if key not in settings]
-        if missing:
-            raise ConfigError(f"rope_type {kind!r} needs {', '.join(missing)}; got {settings}")
-        unknown = set(settings) - {"rope_type", "rope_theta", *required, *optional}
-        if unknown and kind != "default":
-            raise ConfigError(f"rope_type {kind!r} does not use {', '.join(sorted(unknown))}; remove or rename them")
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            value = settings.get(key, 1)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-                raise ConfigError(f"rope setting {key} is {value!r}; it must be a positive number")
-        if settings.get("factor", 1) < 1:
-            raise ConfigError(f"rope factor is {settings['factor']}; it must be at least 1 (it stretches the context)")
-        low, high = settings.get("low_freq_factor", 0), settings.get("high_freq_factor", 1)
-        if kind == "llama3" and high <= low:
-            raise ConfigError(f"rope high_freq_factor is {high}; it must exceed low_freq_factor, {low}")
-
     # -- dictionaries and files ----------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields in both spellings, sorted by name."""
-        fields = {key: value for key, value in vars(self).items() if not key.startswith("_")}
-        for key in ("pad_token_id", "architectures", "problem_type"):
-            if fields[key] is None:
-                del fields[key]
-        defaults = {
-            "return_dict": True,
-            "output_hidden_states": False,
-            "output_attentions": False,
-            "is_encoder_decoder": False,
-            "chunk_size_feed_forward": 0,
-            "name_or_path": "",
-        }
-        for key, default in defaults.items():
-            if fields[key] == default:
-                del fields[key]
-        if self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:
-            del fields["id2label"], fields["label2id"]
-        else:
-            fields["id2label"] = {str(key): value for key, value in self.id2label.items()}
+        """Every field in both spellings, ready for JSON, sorted by name."""
+        fields = copy.deepcopy({key: value for key, value in vars(self).items() if not key.startswith("_")})
+        fields["_name_or_path"] = fields.pop("name_or_path")
+        fields["id2label"] = {str(key): value for key, value in self.id2label.items()}
         fields |= {
             "model_type": self.model_type,
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling,
         }
-        if self.dtype is not None:
-            fields |= {"dtype": self.dtype, "torch_dtype": self.dtype}
-        if "name_or_path" in fields:
-            fields["_name_or_path"] = fields.pop("name_or_path")
+        if self.dtype_name is not None:
+            fields |= {"dtype": self.dtype_name, "torch_dtype": self.dtype_name}
+        if (as_dict := getattr(fields.get("quantization_config"), "to_dict", None)) is not None:
+            fields["quantization_config"] = as_dict()
         return dict(sorted(fields.items()))
 
-    def to_json_string(self) -> str:
-        """The text of config.json."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: every field of a Llama model, and of the general ones those that were changed."""
+        return {key: value for key, value in self.to_dict().items() if key not in _BASE or value != _BASE[key]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of config.json, or of every field."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Writes the text of config.json to this file."""
+        write_text(Path(json_file_path), self.to_json_string(use_diff))
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the fields: `"num_hidden_layers" in config` asks for one."""
+        return iter(self.to_dict())
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Self:
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Any:
         """A configuration from the content of a config.json; keywords override its entries.
 
-        Raises ConfigError where `model_type` names another architecture.
+        With return_unused_kwargs a pair: the configuration, and the keywords that are no field of it. Raises
+        ConfigError where `model_type` names another architecture.
         """
-        fields = {**config_dict, **overrides}
+        unused = {}
+        if return_unused_kwargs:
+            unused = {key: value for key, value in overrides.items() if not hasattr(cls(), key)}
+        fields = {**config_dict, **{key: value for key, value in overrides.items() if key not in unused}}
         kind = fields.get("model_type", "llama")
         if kind != "llama":
             raise ConfigError(
                 f"model_type is {kind!r}, but this library runs model_type 'llama' only; "
                 "load that checkpoint with a library for its architecture"
             )
-        if fields.get("rope_parameters") and "rope_scaling" not in overrides and "rope_theta" not in overrides:
-            fields.pop("rope_scaling", None)
-        elif "rope_scaling" in overrides or "rope_theta" in overrides:
-            stored = normalise_rope(fields.pop("rope_parameters", None) or config_dict.get("rope_scaling"), 10000.0)
-            fields.setdefault("rope_theta", stored["rope_theta"])
-            if "rope_scaling" not in overrides:
-                stored.pop("rope_theta")
-                fields["rope_scaling"] = stored
-        if not _same_default_head_dim(fields):
-            return cls(**fields)
-        return cls(**{**fields, "head_dim": None})
+        rope = _overridden_rope(config_dict, {key: overrides[key] for key in _ROPE_FIELDS if key in overrides})
+        fields = {key: value for key, value in fields.items() if key not in _ROPE_FIELDS}
+        if "dtype" in overrides or "torch_dtype" in overrides:
+            fields = {k: v for k, v in fields.items() if k not in ("dtype", "torch_dtype") or k in overrides}
+        if _same_default_head_dim(fields):
+            fields["head_dim"] = None
+        config = cls(**fields, rope_parameters=rope)
+        return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """The configuration itself, or one of transformers as ours. Raises ConfigError for anything else."""
+        if isinstance(config, cls):
+            return config
+        if getattr(config, "model_type", None) is None or not hasattr(config, "to_dict"):
+            raise ConfigError(f"a LlamaConfig is needed but got {type(config).__name__}; give LlamaConfig(...)")
+        made: Self = cls.from_dict(config.to_dict())
+        made._attn_implementation = getattr(config, "_attn_implementation", None)
+        return made
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
         """Reads one JSON file. Raises CheckpointError where it is missing or not a JSON object."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path} does not exist; give a folder that holds config.json") from error
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not valid JSON ({error}); fetch or save the file again") from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; config.json must be an object")
-        return cls.from_dict(content)
+        made: Self = cls.from_dict(read_object(Path(path), "config.json"))
+        return made
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """The configuration of a folder, a config.json, a GGUF file or a hub id; keywords override fields."""
-        local = Path(path)
-        if (local / "config.json").exists():
-            local = local / "config.json"
-        if local.suffix != ".json":
-            config: Self = _load_config(path, **kwargs)
-            return config
-        return cls.from_dict(cls.from_json_file(local).to_dict(), **kwargs)
+    def get_config_dict(cls, path: str | os.PathLike[str], **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The content of a folder's, file's or hub id's configuration, and the keywords that are no hub settings."""
+        content: dict[str, Any] = _load_fields(path, kwargs)
+        return content, kwargs
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes `save_directory`/config.json: to a temporary file beside it, synced, then renamed."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".config-", delete=False, encoding="utf-8") as file:
-            try:
-                file.write(self.to_json_string())
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, folder / "config.json")
-            except BaseException:
-                os.unlink(file.name)
-                raise
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """The configuration of a folder, a config.json, a GGUF file or a hub id; keywords override fields.
+
+        With return_unused_kwargs=True a pair: the configuration, and the keywords that are no field of it.
+        """
+        return _load_config(path, cls=cls, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes `save_directory`/config.json, synced, then renamed; push_to_hub uploads it (repo_id=, token=, ...)."""
+        drop("save_pretrained", kwargs)
+        write_text(Path(save_directory) / "config.json", self.to_json_string())
+        if push_to_hub:
+            _upload_file(Path(save_directory) / "config.json", **kwargs)
+        else:
+            refuse_unknown("save_pretrained", kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
+        """Uploads config.json; token=, private=, commit_message= as for a model."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -465,12 +415,7 @@ class LlamaConfig:
         key = name.lower().removeprefix("llama-2-").removesuffix("-hf").removesuffix("-chat")
         if key not in PRESETS:
             raise ConfigError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
-        common = {
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "architectures": ["LlamaForCausalLM"],
-        }
-        return cls(**{**common, **PRESETS[key], **overrides})
+        return cls(**{**COMMON, **PRESETS[key], **overrides})
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Sets several fields and validates them together."""
@@ -485,7 +430,21 @@ class LlamaConfig:
         return f"LlamaConfig {self.to_json_string()}"
 
 
-_load_config = door("auto", "load_config", "LlamaConfig of a GGUF file or a hub id.")
+_load_config = door("auto", "load_config", "LlamaConfig of a path or a hub id.")
+_load_fields = door("auto", "load_fields", "Content of the configuration of a path or a hub id.")
+_upload_file = door("checkpoint.hub", "upload_file", "Uploads one file to the hub.")
+
+
+def _overridden_rope(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE settings of a configuration's fields with keywords on top, normalised."""
+    if given.get("rope_parameters"):
+        return agreed_rope(given)
+    settings = agreed_rope({key: stored[key] for key in _ROPE_FIELDS if key in stored})
+    if "rope_scaling" in given:
+        settings = normalise_rope(given["rope_scaling"], settings["rope_theta"])
+    if given.get("rope_theta") is not None:
+        settings = {**settings, "rope_theta": given["rope_theta"]}
+    return settings
 
 
 def _default_head_dim(hidden_size: Any, heads: Any) -> int:

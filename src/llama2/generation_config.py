@@ -15,7 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from llama2.errors import CheckpointError, InputError
+from llama2.doors import door
+from llama2.errors import InputError
+from llama2.keywords import drop, refuse_unknown
+from llama2.plain import plain
+from llama2.text_file import read_object, write_text
 
 # Defaults of transformers 4.46 and 5.x (the values that take effect there).
 DEFAULTS: dict[str, Any] = {
@@ -107,6 +111,7 @@ _MAY_BE_NONE = {name for name, value in DEFAULTS.items() if value is None} | {
     "encoder_no_repeat_ngram_size",
     "assistant_confidence_threshold",
 }
+_FILE = "generation_config.json"
 _NOT_SAVED = ("transformers_version", "_from_model_config", "generation_kwargs")
 
 
@@ -116,7 +121,10 @@ class GenerationConfig:
     def __init__(self, **kwargs: Any) -> None:
         for name in _NOT_SAVED:
             kwargs.pop(name, None)
-        vars(self).update({name: value for name, value in kwargs.items() if value is not None})
+        vars(self).update({name: plain(value) for name, value in kwargs.items() if value is not None})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, plain(value))
 
     def __getattr__(self, name: str) -> Any:
         # Reached only where nothing was set.
@@ -163,34 +171,73 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], config_file_name: str = "generation_config.json", **overrides: Any
-    ) -> Self:
-        """Reads a folder's generation_config.json, or the JSON file itself; raises CheckpointError."""
-        file = Path(path)
-        if file.is_dir():
-            file = file / config_file_name
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise CheckpointError(f"{file} does not exist; give a folder that holds {config_file_name}") from error
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not valid JSON ({error}); fetch or save the file again") from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{file} holds a JSON {type(content).__name__}; it must be an object")
-        return cls.from_dict(content, **overrides)
+        cls,
+        path: str | os.PathLike[str],
+        config_file_name: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The settings in a folder's or hub id's generation_config.json, or in the JSON file itself.
+
+        Other keywords are hub settings (revision=, token=, cache_dir=, ...) and fields, which override the file's. With
+        return_unused_kwargs a pair: the settings, and the keywords that are no field. Raises CheckpointError.
+        """
+        name = config_file_name or _FILE
+        content = read_object(_settings_file(path, name, kwargs), name)
+        unused = {}
+        if return_unused_kwargs:
+            unused = {key: kwargs.pop(key) for key in list(kwargs) if key not in DEFAULTS and key not in content}
+        config = cls.from_dict(content, **kwargs)
+        return (config, unused) if return_unused_kwargs else config
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], config_file_name: str = "generation_config.json"
+        self,
+        save_directory: str | os.PathLike[str],
+        config_file_name: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """Writes the fields that were set. Values that generate() would refuse are saved with a warning."""
+        """Writes the fields that were set; push_to_hub uploads the file (repo_id=, token=, private=, commit_message=).
+
+        Values that generate() would refuse are saved with a warning.
+        """
+        drop("save_pretrained", kwargs)
         for problem in self.problems():
             warnings.warn(f"saved, but generate() will refuse it: {problem}", stacklevel=2)
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".generation-", delete=False, encoding="utf-8") as f:
-            f.write(self.to_json_string())
-        os.chmod(f.name, 0o644)
-        os.replace(f.name, folder / config_file_name)
+        file = Path(save_directory) / (config_file_name or _FILE)
+        write_text(file, self.to_json_string())
+        if push_to_hub:
+            _upload_file(file, **kwargs)
+        else:
+            refuse_unknown("save_pretrained", kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
+        """Uploads generation_config.json; token=, private=, commit_message= as for a model."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Writes the JSON text to this file."""
+        write_text(Path(json_file_path), self.to_json_string(use_diff))
+
+    @classmethod
+    def of(cls, settings: Any) -> Self:
+        """The settings themselves, a dict of them, or a GenerationConfig of transformers as ours.
+
+        In 4.x every field of such an object has a value, so that it wins over the model's own; in 5.x one that is None
+        was not set. Raises InputError for anything else.
+        """
+        if isinstance(settings, cls):
+            return settings
+        if isinstance(settings, Mapping):
+            return cls(**settings)
+        if not hasattr(settings, "to_diff_dict"):
+            raise InputError(f"generation_config is a {type(settings).__name__}; give a GenerationConfig")
+        fields = settings.to_dict()
+        old = str(fields.get("transformers_version", "5")).partition(".")[0] < "5"
+        if not old:
+            fields = {name: value for name, value in fields.items() if value is not None}
+        return cls(**{name: value for name, value in fields.items() if name in DEFAULTS or not name.startswith("_")})
 
     @classmethod
     def from_model_config(cls, config: Any) -> Self:
@@ -265,6 +312,10 @@ class GenerationConfig:
 
     def __repr__(self) -> str:
         return f"GenerationConfig {self.to_json_string()}"
+
+
+_settings_file = door("checkpoint.source", "settings_file", "A file of settings of a path or hub id.")
+_upload_file = door("checkpoint.hub", "upload_file", "Uploads one file to the hub.")
 
 
 def as_list(ids: Any) -> list[int]:

@@ -150,7 +150,7 @@ def test_dtypes(tmp_path: Path) -> None:
     source = save(tmp_path / "hf", "70b")
     convert(source, tmp_path / "half", Options(dtype="float16"))
     half = checkpoint.open(tmp_path / "half")
-    assert half.config.dtype == "float16"
+    assert half.config.dtype is torch.float16
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(half.read(name), checkpoint.open(source).read(name).half())
     convert(source, tmp_path / "x.gguf", Options("gguf", dtype="q8_0"))

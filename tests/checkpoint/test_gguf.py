@@ -248,7 +248,7 @@ def test_quantised_blocks_stay_permutable(tmp_path: Path, tiny: LlamaForCausalLM
     original = tiny.state_dict()[name]
     assert (opened.read(name) - original).abs().max() <= original.abs().max() / 127
     model = LlamaForCausalLM.from_pretrained(path)
-    assert model.dtype == torch.bfloat16 == getattr(torch, model.config.dtype)
+    assert model.dtype == torch.bfloat16 == model.config.dtype
     assert torch.equal(model.state_dict()[name], opened.read(name, torch.bfloat16))
     assert LlamaForCausalLM.from_pretrained(path, dtype="float32").dtype == torch.float32
 

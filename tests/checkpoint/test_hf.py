@@ -481,7 +481,7 @@ def test_dtype_rules(tmp_path: Path) -> None:
         ({"dtype": "half", "torch_dtype": None}, torch.float16),
     ]:
         model = load(tmp_path, **kwargs)
-        assert model.dtype == expected and model.config.dtype == str(expected).removeprefix("torch.")
+        assert model.dtype == expected == model.config.dtype
     edit(tmp_path, dtype="float32", torch_dtype="float32")
     assert load(tmp_path).dtype == torch.float32
     edit(tmp_path, dtype=None, torch_dtype=None)

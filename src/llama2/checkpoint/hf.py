@@ -134,8 +134,8 @@ class HfCheckpoint(Checkpoint):
 
     @cached_property
     def auto_dtype(self) -> str:
-        if (self.folder / "config.json").exists() and self.config.dtype is not None:
-            return self.config.dtype
+        if (self.folder / "config.json").exists() and self.config.dtype_name is not None:
+            return self.config.dtype_name
         for name, file in self._located.items():
             tensor = self._shard(file)[name]
             if tensor.is_floating_point():

@@ -70,6 +70,29 @@ def upload(folder: Path, repo_id: str, *, token: str | bool | None, private: boo
     )
 
 
+def upload_file(
+    file: Path,
+    *,
+    repo_id: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """As `upload`, one file; the repository is called as the file's folder where no name is given."""
+    repo_id = repo_id or file.parent.resolve().name
+    _explained(huggingface_hub.create_repo, repo_id, token=token, private=private, exist_ok=True)
+    return str(
+        _explained(
+            huggingface_hub.upload_file,
+            repo_id,
+            path_or_fileobj=file,
+            path_in_repo=file.name,
+            token=token,
+            commit_message=commit_message or f"Upload {file.name}",
+        )
+    )
+
+
 def _explained(call: Callable[..., Any], repo_id: str, **kwargs: Any) -> Any:
     try:
         return call(repo_id=repo_id, **kwargs)

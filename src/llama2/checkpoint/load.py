@@ -138,9 +138,9 @@ def from_pretrained(
     weights: Weights = source if state_dict is None and source is not None else GivenWeights(state_dict or {})
     chosen = resolve_dtype(dtype, torch_dtype)
     if chosen is None:
-        given = settings.dtype if config is not None else None
+        given = settings.dtype_name if config is not None else None
         chosen = DTYPES[given or weights.auto_dtype]
-    settings.dtype = str(chosen)
+    settings.dtype = chosen
     if pretrained_model_name_or_path is not None:
         settings.name_or_path = str(pretrained_model_name_or_path)
 
@@ -183,7 +183,7 @@ def from_config_named(
     config = copy.deepcopy(config)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
-    chosen = resolve_dtype(dtype, torch_dtype) or DTYPES.get(config.dtype or "")
+    chosen = resolve_dtype(dtype, torch_dtype) or DTYPES.get(config.dtype_name or "")
     return CLASSES[name].from_config(config, dtype=chosen)
 
 
@@ -279,7 +279,7 @@ def _take_quantization(config: LlamaConfig, source: Checkpoint | None) -> None:
         return
     content = getattr(source.config, "quantization_config", None)
     if content is not None and not hasattr(config, "quantization_config"):
-        config.quantization_config = content  # type: ignore[attr-defined]
+        config.quantization_config = content
 
 
 def _generation_config(source: Checkpoint | None, config: LlamaConfig) -> GenerationConfig:
@@ -497,4 +497,4 @@ def pack(
     for path, layer in zip(chosen, in_single_threads(packed, chosen), strict=True):
         model.set_submodule(path, layer)
         del found[f"{path}.weight"]
-    model.config.quantization_config = config.to_dict()  # type: ignore[attr-defined]
+    model.config.quantization_config = config.to_dict()

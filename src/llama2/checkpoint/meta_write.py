@@ -117,7 +117,7 @@ class MetaTarget(Target):
             archive.finish(file)
 
     def describe(self, folder: Path) -> str:
-        fields = self.config.to_dict()
+        fields = self.config.to_diff_dict()
         dtype = str(self._dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
         (folder / SIDECAR).write_text(json.dumps({**fields, "dtype": dtype, "torch_dtype": dtype}, indent=2) + "\n")
         if self._generation is not None:

@@ -72,7 +72,7 @@ def save_pretrained(
     names = shard_names(stem, suffix, variant, len(shards))
 
     model.config.architectures = [type(model).__name__]
-    model.config.dtype = str(model.dtype)
+    model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
     save_quantize_config(folder, getattr(model.config, "quantization_config", None))
     if model.get_output_embeddings() is not None:

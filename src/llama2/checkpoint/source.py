@@ -10,6 +10,7 @@ import llama2.checkpoint as checkpoint
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
+from llama2.keywords import drop
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
@@ -38,9 +39,8 @@ def local_path(name: str | Path, subfolder: str = "") -> Path | None:
 
 
 def split_hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Takes the hub settings out of `kwargs`. Downloads always resume and remote code never runs, so those go too."""
-    for key in ("trust_remote_code", "resume_download"):
-        kwargs.pop(key, None)
+    """Takes the hub settings out of `kwargs`, those without an effect too."""
+    drop("hub", kwargs)
     if (old_name := kwargs.pop("use_auth_token", None)) is not None:
         kwargs.setdefault("token", old_name)
     return {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
@@ -77,6 +77,19 @@ def fetch_files(name: str | Path, hub: Mapping[str, Any], kind: str, gguf_file: 
     return found if gguf_file is None else found / gguf_file
 
 
+def settings_file(name: str | Path, file: str, kwargs: dict[str, Any]) -> Path:
+    """The local path of one file of settings of a folder or a hub id; takes the hub settings out of `kwargs`.
+
+    `name` may be the file itself. The path need not exist.
+    """
+    hub = split_hub_options(kwargs)
+    if Path(name).is_file():
+        return Path(name)
+    if Path(name).is_dir() or isinstance(name, Path) or str(name).endswith(_FILE_SUFFIXES):
+        return Path(name) / hub.get("subfolder", "") / file
+    return fetch_files(name, hub, "config", file)
+
+
 def open_source(
     name: str | Path,
     hub: Mapping[str, Any],
@@ -95,12 +108,19 @@ def open_source(
     )
 
 
+def is_field(config: LlamaConfig, name: str) -> bool:
+    """Whether a keyword of this name changes the configuration."""
+    if name == "attn_implementation":
+        return True
+    return not name.startswith("_") and hasattr(config, name) and not callable(getattr(config, name))
+
+
 def override(config: LlamaConfig, fields: Mapping[str, Any]) -> LlamaConfig:
     """The configuration with these fields replaced. Raises InputError for a keyword that is no field."""
     if not fields:
         return config
-    known = {key for key in dir(config) if not key.startswith("_") and not callable(getattr(config, key))}
-    if unknown := [key for key in fields if key not in known]:
+    if unknown := [key for key in fields if not is_field(config, key)]:
+        known = [key for key in dir(config) if is_field(config, key)]
         close = [
             f"{key} (did you mean {near[0]}?)" for key in unknown if (near := difflib.get_close_matches(key, known))
         ]
@@ -112,6 +132,6 @@ def override(config: LlamaConfig, fields: Mapping[str, Any]) -> LlamaConfig:
     if {"num_labels", "id2label"} & set(fields):
         stored.pop("id2label", None)
         stored.pop("label2id", None)
-    changed = type(config).from_dict(stored, **fields)
-    changed._attn_implementation = config._attn_implementation
+    changed: LlamaConfig = type(config).from_dict(stored, **fields)
+    changed._attn_implementation = fields.get("attn_implementation") or config._attn_implementation
     return changed

@@ -71,7 +71,7 @@ def as_dict(headers: Headers) -> dict[str, Any]:
         "weight_bytes": weight_bytes(headers),
         "kv_bytes_per_token": config.kv_bytes_per_token(),
         "kv_bytes_full_context": config.kv_bytes_per_token() * config.max_position_embeddings,
-        "config": config.to_dict(),
+        "config": config.to_diff_dict(),
     }
 
 

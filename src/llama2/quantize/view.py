@@ -41,7 +41,7 @@ class QuantizedCheckpoint(SeenCheckpoint):
     def config(self) -> LlamaConfig:
         config = copy.deepcopy(self.source.config)
         if self._settings is not None:
-            config.quantization_config = self._settings.to_dict()  # type: ignore[attr-defined]
+            config.quantization_config = self._settings.to_dict()
         return config
 
     @cached_property
