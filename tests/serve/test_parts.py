@@ -124,6 +124,7 @@ def test_requests_do_not_share_a_matcher(compiler: Compiler) -> None:
 # -- chat --------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["f", "a.b-c_1"]), JSON, st.randoms())
 def test_a_call_is_read_the_same_in_any_pieces(name: str, arguments: Any, rng: Any) -> None:
     arguments = json.dumps({"x": arguments})
@@ -136,6 +137,7 @@ def test_a_call_is_read_the_same_in_any_pieces(name: str, arguments: Any, rng: A
     assert reader.name == name and "".join(f[1] for f in found) == arguments and not any(f[0] for f in found)
 
 
+@settings(deadline=None)
 @given(st.text(), st.randoms())
 def test_words_are_told_as_they_are(text: str, rng: Any) -> None:
     text = "w" + text

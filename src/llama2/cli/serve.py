@@ -94,6 +94,9 @@ class Options(EngineOptions, RunOptions):
     max_client_batch_size: int | None = option(None, "prompts of one request at most (default: 32)")
     payload_limit: int | None = option(None, "bytes of a body at most (default: 2000000)")
     validation_workers: int | None = option(None, "threads that check and tokenise requests (default: 2)")
+    validation_timeout: float | None = option(
+        None, "seconds that checking, rendering and tokenising a request may take; 0 for no bound (default: 10)"
+    )
     request_timeout: float | None = option(None, "seconds after which an answer is given up; 0 for never (default: 0)")
     stall_timeout: float | None = option(
         None, "seconds that a client may stop reading before it is dropped (default: 60)"
@@ -172,7 +175,9 @@ def run(options: Options) -> int:
     from llama2.serve import logs
     from llama2.serve.app import make_app
     from llama2.serve.life import Life
+    from llama2.serve.proof import STACK
 
+    threading.stack_size(4 * STACK)  # of every thread from here on: see serve/proof.py
     life = Life(options.drain_delay or 0.0, 25.0 if options.shutdown_timeout is None else options.shutdown_timeout)
     service = _service(options, life)
     host = options.host or ("0.0.0.0" if container else "127.0.0.1")
@@ -241,6 +246,7 @@ def _service(options: Options, life: "Life") -> "Service":
         "cors_origins": options.cors_allow_origin,
         "public_metrics": options.public_metrics,
         "workers": options.validation_workers,
+        "validation_timeout": options.validation_timeout,
         "max_concurrent_requests": options.max_concurrent_requests,
     }
     names = options.served_model_name or (options.model or Path(model_path(None)).stem,)

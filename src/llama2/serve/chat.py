@@ -15,7 +15,8 @@ from pydantic import ConfigDict, Field
 
 from llama2.errors import TokenizerError
 from llama2.serve.body import Body, Text
-from llama2.serve.constraint import JSON_STYLE, MAX_SOURCE, Constraint
+from llama2.serve.constraint import JSON_STYLE, Constraint
+from llama2.serve.proof import MAX_SOURCE
 from llama2.serve.refusal import Refusal
 
 _PREFIX = re.compile(r'\s*\{"name": "([^"]+)", "arguments": ')

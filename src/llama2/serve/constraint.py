@@ -6,7 +6,6 @@ request. Whitespace of JSON is fixed to that of Python's json.dumps: a model tha
 
 import ctypes
 import json
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +14,21 @@ import torch
 from torch import Tensor
 
 from llama2.errors import InputError, MissingDependencyError
+from llama2.serve.kept import Kept
+from llama2.serve.proof import Proof, Prover
+from llama2.serve.prover import compile_source
 
-MAX_SOURCE = 65_536  # characters of a schema, regular expression or grammar
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_KEPT = 64  # compiled grammars
+# About 20 ms each for the lexer and for a step; the defaults allow hundreds.
+LIBRARY_BOUNDS: dict[str, Any] = {
+    "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 200_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+KEPT, KEPT_OF_ONE = 256 * 2**20, 64 * 2**20  # bytes of compiled constraints: of all keys, and of one key
+_OVERHEAD = 65_536  # bytes that every compiled constraint is counted for at least
 
 
 class ConstraintError(InputError):
@@ -34,7 +44,11 @@ class Constraint:
 
 
 class Compiler:
-    """Makes processors of constraints for one tokenizer. Its methods may be called from any thread."""
+    """Makes processors of constraints for one tokenizer. Its methods may be called from any thread.
+
+    A constraint is compiled here only once `Prover` has shown that this is harmless; compiled ones are kept for each
+    owner, within bounds on their bytes, and so are refusals.
+    """
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: list[int]) -> None:
         """vocabulary: columns of the logits. Raises MissingDependencyError, InputError without an EOS."""
@@ -48,46 +62,43 @@ class Compiler:
             raise InputError("this model has no end-of-text token, so a constrained answer could not end")
         self._library = llguidance
         self._vocabulary, self._eos = vocabulary, eos
-        self._tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Pieces(tokenizer, vocabulary, eos[0])), n_vocab=vocabulary, eos_token=eos
-        )
-        # About 20 ms each for the lexer and for a step; the defaults allow hundreds.
-        self._limits = llguidance.LLParserLimits(
-            initial_lexer_fuel=500_000, step_lexer_fuel=200_000, max_lexer_states=50_000, max_grammar_size=200_000,
-            verbose_errors=False,
-        )  # fmt: skip
-        self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
+        pieces = _Pieces(tokenizer, vocabulary, eos[0])
+        self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(pieces), n_vocab=vocabulary, eos_token=eos)
+        self._prover = Prover(LIBRARY_BOUNDS, JSON_STYLE, pieces, eos)
+        self.kept: Kept[Any] = Kept(KEPT, KEPT_OF_ONE)
 
-    def __call__(self, constraint: Constraint, prompt: int) -> "Constrained":
+    def __call__(self, constraint: Constraint, prompt: int, owner: str = "") -> "Constrained":
         """A processor for a sequence whose prompt has so many tokens. Raises InputError for what cannot be compiled."""
-        compiled = self._compiled.get(constraint)
-        if compiled is None:
-            compiled = self._compile(constraint)
-            self._compiled[constraint] = compiled
-            while len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
+        return self.processor(self.compiled(constraint, owner), prompt)
+
+    def processor(self, compiled: Any, prompt: int) -> "Constrained":
+        """A processor of a compiled constraint, for a sequence whose prompt has so many tokens."""
         return Constrained(compiled.deep_copy(), prompt, self._vocabulary)
 
+    def compiled(self, constraint: Constraint, owner: str = "") -> Any:
+        """The compiled constraint, made or remembered. Takes up to seconds where it is new. Raises InputError."""
+        found = self.kept.get(owner, constraint)
+        if found is None:
+            try:
+                proof = self._prover(constraint.kind, constraint.source)
+                found = self._compile(constraint)
+            except InputError as error:
+                found, proof = str(error), Proof(0, 0.0)
+            self.kept.put(owner, constraint, found, max(proof.bytes, 2 * len(constraint.source)) + _OVERHEAD)
+        if isinstance(found, str):
+            raise InputError(found)
+        return found
+
+    def close(self) -> None:
+        """Ends the process that tries constraints."""
+        self._prover.close()
+
     def _compile(self, constraint: Constraint) -> Any:
-        if len(constraint.source) > MAX_SOURCE:
-            raise InputError(
-                f"the {constraint.kind} constraint has {len(constraint.source)} characters; {MAX_SOURCE} are the most"
-            )
-        matcher = self._library.LLMatcher
+        arguments = LIBRARY_BOUNDS, constraint.kind, constraint.source, JSON_STYLE
         try:
-            if constraint.kind == "json":
-                grammar = matcher.grammar_from_json_schema(constraint.source, overrides=JSON_STYLE)
-            elif constraint.kind == "regex":
-                grammar = matcher.grammar_from_regex(constraint.source)
-            else:
-                grammar = matcher.grammar_from_lark(constraint.source)
-            made = matcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-            made.compute_bitmask()  # what is too much work for one step shows here, not in the middle of an answer
+            return compile_source(self._library, self._tokenizer, *arguments)
         except ValueError as error:
-            raise InputError(_told(constraint, str(error))) from None
-        if made.is_error():
-            raise InputError(_told(constraint, made.get_error()))
-        return made
+            raise InputError(f"the constraint cannot be used: {' '.join(str(error).split())[:300]}") from None
 
 
 class Constrained:
@@ -140,9 +151,3 @@ def any_json() -> Constraint:
 def json_schema(schema: Any) -> Constraint:
     """JSON that fits a schema, a mapping."""
     return Constraint("json", json.dumps(schema))
-
-
-def _told(constraint: Constraint, message: str) -> str:
-    what = {"json": "JSON schema", "regex": "regular expression", "lark": "grammar"}[constraint.kind]
-    first = " ".join(message.split())
-    return f"the {what} cannot be used: {first[:300]}"

@@ -51,7 +51,7 @@ def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
         _check(row, service.bounds.max_input_tokens, model.config.vocab_size)
     data = []
     for i, row in enumerate(rows):
-        with service.hidden, torch.inference_mode():
+        with torch.inference_mode():
             states_TD = model.model(torch.tensor([row], device=model.device)).last_hidden_state[0]
             mean_D = torch.nn.functional.normalize(states_TD.float().mean(0), dim=0).cpu()
         vector: Any = mean_D.tolist()
@@ -76,4 +76,5 @@ def _check(row: tuple[int, ...], most: int, vocabulary: int) -> None:
 
 async def embeddings(call: Call) -> Response:
     """Answers one request."""
-    return JSONResponse(await call.parse(embed, call.service, await call.read(EmbeddingBody)))
+    body = await call.read(EmbeddingBody)
+    return JSONResponse(await call.service.embedded(call.owner, embed, call.service, body))

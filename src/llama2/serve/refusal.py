@@ -25,6 +25,7 @@ KINDS: Mapping[str, Kind] = {
     "context": Kind(400, _INVALID, "context_length_exceeded", 422, "validation"),
     "template": Kind(400, _INVALID, "template_error", 422, "template_error"),
     "tool": Kind(400, _INVALID, "tool_error", 422, "tool_error"),
+    "costly": Kind(400, _INVALID, "request_too_costly", 422, "validation"),
     "key": Kind(401, "authentication_error", "invalid_api_key", 401, "authentication"),
     "model": Kind(404, "not_found_error", "model_not_found", 404, "not_found"),
     "route": Kind(404, "not_found_error", "not_found", 404, "not_found"),

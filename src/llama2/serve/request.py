@@ -1,13 +1,13 @@
 """What is to be generated: the one type that every dialect parses into, and the bounds that hold for all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llama2.engine.engine import Ask, Engine
 from llama2.generation_config import GenerationConfig
 from llama2.serve.adjust import Bias, CountPenalty, Watermark
-from llama2.serve.constraint import Compiler, Constraint
+from llama2.serve.constraint import Constrained, Constraint
 from llama2.serve.refusal import Refusal
 
 SEED_BITS = 2**63 - 1
@@ -133,8 +133,11 @@ class Generation:
                 f"(max_total_tokens); ask for at most {bounds.max_total_tokens - held} new tokens",
             )
 
-    def asks(self, engine: Engine, bounds: Bounds, compiler: Compiler | None) -> list[Ask]:
-        """The engine's requests, `best_of` for each prompt in turn. Raises InputError. May take milliseconds."""
+    def asks(self, engine: Engine, bounds: Bounds, held: Callable[[int], Constrained] | None) -> list[Ask]:
+        """The engine's requests, `best_of` for each prompt in turn. Raises InputError. May take milliseconds.
+
+        held: makes what holds an answer behind so many tokens to the constraint, where there is one.
+        """
         own: GenerationConfig = engine.model.generation_config
         settings = self.sampling.settings(own.eos_token_ids)
         found = []
@@ -153,21 +156,19 @@ class Generation:
             ask = replace(ask, continues=self.continues, rate_prompt=self.prompt_logprobs and len(prompt) > 1)
             for j in range(self.best_of):
                 seed = (self.seed + i * self.best_of + j) & SEED_BITS
-                processors = self._processors(len(prompt), engine.model.config.vocab_size, compiler)
+                processors = self._processors(len(prompt), engine.model.config.vocab_size, held)
                 found.append(replace(ask, seed=seed, processors=processors, rate_prompt=ask.rate_prompt and j == 0))
         return found
 
-    def _processors(self, prompt: int, vocabulary: int, compiler: Compiler | None) -> tuple[Any, ...]:
+    def _processors(self, prompt: int, vocabulary: int, held: Callable[[int], Constrained] | None) -> tuple[Any, ...]:
         sampling = self.sampling
         found: list[Any] = [Watermark()] if sampling.watermark else []
         if sampling.bias:
             found.append(Bias(sampling.bias))
         if sampling.frequency_penalty or sampling.presence_penalty:
             found.append(CountPenalty(sampling.frequency_penalty, sampling.presence_penalty, prompt, vocabulary))
-        if self.constraint is not None:
-            if compiler is None:
-                raise Refusal("unable", "this server was started without constrained answers; leave the format out")
-            found.append(compiler(self.constraint, prompt))
+        if held is not None:
+            found.append(held(prompt))
         return tuple(found)
 
 

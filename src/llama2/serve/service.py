@@ -3,11 +3,10 @@
 import asyncio
 import contextlib
 import secrets
-import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -15,13 +14,14 @@ from starlette.requests import Request
 from llama2.engine.engine import Engine
 from llama2.errors import InputError, TokenizerError
 from llama2.serve import body
-from llama2.serve.constraint import Compiler
+from llama2.serve.constraint import Compiler, Constraint
 from llama2.serve.keys import Keys
 from llama2.serve.life import Life
 from llama2.serve.metrics import Metrics
 from llama2.serve.refusal import Dialect, Refusal
 from llama2.serve.request import Bounds, Generation
 from llama2.serve.session import Mailbox, Session, Times
+from llama2.serve.work import Workers
 
 T = TypeVar("T")
 M = TypeVar("M", bound=body.Body)
@@ -42,6 +42,7 @@ class Policy:
     cors_origins: tuple[str, ...] = ()
     public_metrics: bool = False
     workers: int = 2
+    validation_timeout: float = 10.0
     max_concurrent_requests: int = 128
 
 
@@ -53,11 +54,11 @@ class Service:
         self.metrics = Metrics()
         self.created = int(time.time())
         self.sessions: set[Session] = set()
-        self.hidden = threading.Lock()  # one forward pass for embeddings at a time
         self._engine: Engine | None = None
         self._bounds: Bounds | None = None
         self._compiler: Compiler | None = None
-        self._pool = ThreadPoolExecutor(policy.workers, "llama2-check")
+        self.check = Workers(policy.workers, policy.validation_timeout)  # parses, renders, tokenises
+        self._compile, self._embed = Workers(1, 0), Workers(1, 0)  # bounded by their own means
         self._mailbox: Mailbox | None = None
 
     # -- the model -----------------------------------------------------------------------------------------------
@@ -138,9 +139,15 @@ class Service:
 
     # -- work ----------------------------------------------------------------------------------------------------
 
-    async def work(self, task: Callable[..., T], *args: Any) -> T:
-        """Runs what takes long in a thread beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, task, *args)
+    async def compiled(self, owner: str, constraint: Constraint) -> Any:
+        """A constraint, compiled beside the event loop and apart from what others wait for. Raises Refusal."""
+        if self._compiler is None:
+            raise Refusal("unable", "this server was started without constrained answers; leave the format out")
+        return await self._compile(owner, refusing, self._compiler.compiled, constraint, owner)
+
+    async def embedded(self, owner: str, task: Callable[..., T], *args: Any) -> T:
+        """Runs a forward pass beside the event loop, one at a time. Raises Refusal."""
+        return await self._embed(owner, refusing, task, *args)
 
     def session(self, generation: Generation, times: Times) -> Session:
         """Submits a checked generation; called in the event loop. Raises Refusal."""
@@ -167,7 +174,8 @@ class Service:
 
     def close(self) -> None:
         """Ends the engine; what runs is cancelled."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._compiler is not None:
+            self._compiler.close()
         if self._engine is not None:
             self._engine.close(wait=False)
 
@@ -199,15 +207,20 @@ class Call:
         unknown = self.service.policy.unknown_fields
         if len(self.data) < 16_384:
             return body.read(model, self.data, unknown)
-        return await self.service.work(body.read, model, self.data, unknown)
+        return await self.service.check(self.owner, body.read, model, self.data, unknown)
 
     async def parse(self, task: Callable[..., T], *args: Any) -> T:
         """Runs a dialect's parser beside the event loop. Raises Refusal, also for the library's own errors."""
-        return await self.service.work(_refusing, task, *args)
+        return await self.service.check(self.owner, refusing, task, *args)
 
     async def begin(self, generation: Generation) -> Session:
         """Checks and submits. Raises Refusal."""
-        session = self.service.session(await self.parse(_prepared, self.service, generation), self.times)
+        await self.parse(_check, self.service, generation)
+        compiled = None
+        if generation.constraint is not None:
+            compiled = await self.service.compiled(self.owner, generation.constraint)
+        await self.parse(_prepare, self.service, generation, compiled)
+        session = self.service.session(generation, self.times)
         self.notes |= {"prompt_tokens": sum(map(len, generation.prompts)), "answers": len(generation.prepared)}
         return session
 
@@ -254,7 +267,8 @@ def late(policy: Policy) -> Refusal:
     return Refusal("deadline", f"the answer took longer than {policy.request_timeout:g} s (request_timeout)")
 
 
-def _refusing(task: Callable[..., T], *args: Any) -> T:
+def refusing(task: Callable[..., T], *args: Any) -> T:
+    """Runs a task. Raises Refusal for the library's own errors."""
     try:
         return task(*args)
     except TokenizerError as error:
@@ -263,7 +277,13 @@ def _refusing(task: Callable[..., T], *args: Any) -> T:
         raise Refusal("validation", str(error)) from None
 
 
-def _prepared(service: Service, generation: Generation) -> Generation:
+def _check(service: Service, generation: Generation) -> None:
     generation.check(service.bounds, service.engine.model.config.vocab_size)
-    generation.prepared.extend(generation.asks(service.engine, service.bounds, service._compiler))
-    return generation
+
+
+def _prepare(service: Service, generation: Generation, compiled: Any) -> None:
+    compiler = service._compiler
+    processor = None
+    if compiled is not None and compiler is not None:
+        processor = partial(compiler.processor, compiled)
+    generation.prepared.extend(generation.asks(service.engine, service.bounds, processor))
