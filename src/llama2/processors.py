@@ -5,6 +5,7 @@ A processor is called with ids (B, S) so far and scores (B, V), and returns new 
 scores alone and in a padded batch. Rows that share a prompt (beams, several returned sequences) share its mask row.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -25,13 +26,30 @@ class LogitsProcessor:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(input_ids, scores)")
 
 
+LogitsWarper = LogitsProcessor  # the base of the filters, under the name that it had in 4.x
+
+
 class LogitsProcessorList(list[Any]):
     """Processors applied in order; any callable of (input_ids, scores) will do."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Keywords go to the processors that take more than (input_ids, scores), which must all be given."""
         for processor in self:
-            scores = processor(input_ids, scores, **kwargs)
+            scores = processor(input_ids, scores, **(_further(processor, kwargs) if kwargs else {}))
         return scores
+
+
+def _further(processor: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keywords that a processor's further arguments are; raises InputError where one of them is not given."""
+    names = list(inspect.signature(processor).parameters)[2:]
+    if missing := [name for name in names if name not in kwargs]:
+        raise InputError(f"{type(processor).__name__} needs {', '.join(missing)}, which the call does not give")
+    return kwargs if names else {}
+
+
+def _ids_tensor(ids: Any, device: Any) -> Tensor:
+    """Token ids as the tensor that transformers' processors show."""
+    return torch.tensor(as_list(ids), dtype=torch.long, device=device)
 
 
 def _need(good: bool, name: str, value: Any, bound: str) -> None:
@@ -65,16 +83,24 @@ def without_padding(input_ids: Tensor, prompt_mask: Tensor | None) -> Tensor:
 
 
 class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
-    """Divides positive and multiplies negative logits of ids seen before (Keskar et al. 2019, arXiv 1909.05858)."""
+    """Divides positive and multiplies negative logits of ids seen before (Keskar et al. 2019, arXiv 1909.05858).
 
-    def __init__(self, penalty: float, prompt_mask: Tensor | None = None) -> None:
+    The first `prompt_ignore_length` ids, padding included, do not count.
+    """
+
+    def __init__(
+        self, penalty: float, prompt_ignore_length: int | None = None, *, prompt_mask: Tensor | None = None
+    ) -> None:
         _need(isinstance(penalty, int | float) and penalty > 0, "penalty", penalty, "a positive number")
-        self.penalty, self.prompt_mask = float(penalty), prompt_mask
+        ignored = prompt_ignore_length
+        good = ignored is None or (isinstance(ignored, int) and ignored >= 0)
+        _need(good, "prompt_ignore_length", ignored, "an integer of at least 0")
+        self.penalty, self.prompt_ignore_length, self.prompt_mask = float(penalty), ignored, prompt_mask
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] == 0:
+        seen = without_padding(input_ids, self.prompt_mask)[:, self.prompt_ignore_length or 0 :]
+        if seen.shape[1] == 0:
             return scores
-        seen = without_padding(input_ids, self.prompt_mask)
         score = scores.gather(1, seen)
         return scores.scatter(1, seen, torch.where(score < 0, score * self.penalty, score / self.penalty))
 
@@ -83,11 +109,11 @@ class EncoderRepetitionPenaltyLogitsProcessor(RepetitionPenaltyLogitsProcessor):
     """The inverse for the prompt: above 1 it favours ids of the prompt (rows, P)."""
 
     def __init__(self, penalty: float, encoder_input_ids: Tensor, prompt_mask: Tensor | None = None) -> None:
-        super().__init__(penalty, prompt_mask)
-        self.penalty, self.prompt = 1 / self.penalty, encoder_input_ids
+        super().__init__(penalty, prompt_mask=prompt_mask)
+        self.penalty, self.encoder_input_ids = 1 / self.penalty, encoder_input_ids
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return super().__call__(_rows(self.prompt, len(scores)), scores)
+        return super().__call__(_rows(self.encoder_input_ids, len(scores)), scores)
 
 
 def _banned_after(context: list[int], ngrams: list[int], size: int) -> list[int]:
@@ -103,7 +129,7 @@ class NoRepeatNGramLogitsProcessor(LogitsProcessor):
 
     def __init__(self, ngram_size: int, prompt_mask: Tensor | None = None) -> None:
         _need(isinstance(ngram_size, int) and ngram_size > 0, "ngram_size", ngram_size, "an integer of at least 1")
-        self.size = ngram_size
+        self.ngram_size = ngram_size
         self.skip = [] if prompt_mask is None else (~prompt_mask).sum(1).tolist()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -112,7 +138,7 @@ class NoRepeatNGramLogitsProcessor(LogitsProcessor):
         per_prompt = len(rows) // len(self.skip) if self.skip else 1
         for row, ids in enumerate(rows):
             real = ids[self.skip[row // per_prompt] :] if self.skip else ids
-            out[row, _banned_after(real, real, self.size)] = -math.inf
+            out[row, _banned_after(real, real, self.ngram_size)] = -math.inf
         return out
 
 
@@ -122,7 +148,9 @@ class EncoderNoRepeatNGramLogitsProcessor(LogitsProcessor):
     def __init__(self, encoder_ngram_size: int, encoder_input_ids: Tensor, prompt_mask: Tensor | None = None) -> None:
         size = encoder_ngram_size
         _need(isinstance(size, int) and size > 0, "encoder_ngram_size", size, "an integer of at least 1")
-        self.size = size
+        self.ngram_size = size
+        encoder_input_ids = encoder_input_ids.reshape(-1, encoder_input_ids.shape[-1])
+        self.batch_size = len(encoder_input_ids)
         self.prompts = [
             [i for i, real in zip(ids, keep, strict=True) if real]
             for ids, keep in zip(
@@ -137,7 +165,7 @@ class EncoderNoRepeatNGramLogitsProcessor(LogitsProcessor):
         rows = input_ids.tolist()
         per_prompt = max(len(rows) // max(len(self.prompts), 1), 1)
         for row, ids in enumerate(rows):
-            out[row, _banned_after(ids, self.prompts[row // per_prompt], self.size)] = -math.inf
+            out[row, _banned_after(ids, self.prompts[row // per_prompt], self.ngram_size)] = -math.inf
         return out
 
 
@@ -184,6 +212,7 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
     def __init__(self, bad_words_ids: Sequence[Sequence[int]], eos_token_id: Any = None) -> None:
         good = bool(bad_words_ids) and all(isinstance(w, list | tuple) and w for w in bad_words_ids)
         _need(good, "bad_words_ids", bad_words_ids, "a non-empty list of non-empty lists of token ids")
+        self.bad_word_ids = bad_words_ids
         ends = [[i] for i in as_list(eos_token_id)]
         words = [tuple(word) for word in bad_words_ids if list(word) not in ends]
         self._allowed = not words
@@ -197,31 +226,33 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
 class MinLengthLogitsProcessor(LogitsProcessor):
     """No end before `min_length` ids, prompt and padding counted."""
 
-    def __init__(self, min_length: int, eos_token_id: Any) -> None:
+    def __init__(self, min_length: int, eos_token_id: Any, device: Any = "cpu") -> None:
         _need(isinstance(min_length, int) and min_length >= 0, "min_length", min_length, "an integer of at least 0")
-        self.min_length, self.eos = min_length, as_list(eos_token_id)
+        self.min_length, self._ends = min_length, as_list(eos_token_id)
+        self.eos_token_id = _ids_tensor(eos_token_id, device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return banned(scores, self.eos) if input_ids.shape[1] < self.min_length else scores
+        return banned(scores, self._ends) if input_ids.shape[1] < self.min_length else scores
 
 
 class MinNewTokensLengthLogitsProcessor(MinLengthLogitsProcessor):
     """No end before `min_new_tokens` ids after a prompt of `prompt_length_to_skip`."""
 
-    def __init__(self, prompt_length_to_skip: int, min_new_tokens: int, eos_token_id: Any) -> None:
-        super().__init__(prompt_length_to_skip + min_new_tokens, eos_token_id)
+    def __init__(self, prompt_length_to_skip: int, min_new_tokens: int, eos_token_id: Any, device: Any = "cpu") -> None:
+        super().__init__(prompt_length_to_skip + min_new_tokens, eos_token_id, device)
+        self.prompt_length_to_skip, self.min_new_tokens = prompt_length_to_skip, min_new_tokens
 
 
 class PrefixConstrainedLogitsProcessor(LogitsProcessor):
     """Allows only the ids that `prefix_allowed_tokens_fn(batch_id, ids (S,))` returns."""
 
     def __init__(self, prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]], num_beams: int) -> None:
-        self.allowed, self.num_beams = prefix_allowed_tokens_fn, num_beams
+        self._prefix_allowed_tokens_fn, self._num_beams = prefix_allowed_tokens_fn, num_beams
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         out = torch.full_like(scores, -math.inf)
         for row, ids in enumerate(input_ids):
-            allowed = list(self.allowed(row // self.num_beams, ids))
+            allowed = list(self._prefix_allowed_tokens_fn(row // self._num_beams, ids))
             if not allowed:
                 raise InputError(
                     f"prefix_allowed_tokens_fn allowed no token after {ids.tolist()[-8:]} (row {row}); it must return "
@@ -235,20 +266,21 @@ class ForcedBOSTokenLogitsProcessor(LogitsProcessor):
     """The first generated id after a prompt of one token."""
 
     def __init__(self, bos_token_id: int) -> None:
-        self.token = [bos_token_id]
+        self.bos_token_id = bos_token_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return _only(scores, self.token) if input_ids.shape[1] == 1 else scores
+        return _only(scores, [self.bos_token_id]) if input_ids.shape[1] == 1 else scores
 
 
 class ForcedEOSTokenLogitsProcessor(LogitsProcessor):
     """The last id when `max_length` is reached."""
 
-    def __init__(self, max_length: int, eos_token_id: Any) -> None:
-        self.max_length, self.eos = max_length, as_list(eos_token_id)
+    def __init__(self, max_length: int, eos_token_id: Any, device: Any = "cpu") -> None:
+        self.max_length, self._ends = max_length, as_list(eos_token_id)
+        self.eos_token_id = _ids_tensor(eos_token_id, device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return _only(scores, self.eos) if input_ids.shape[1] == self.max_length - 1 else scores
+        return _only(scores, self._ends) if input_ids.shape[1] == self.max_length - 1 else scores
 
 
 def _only(scores: Tensor, ids: list[int]) -> Tensor:
@@ -259,48 +291,56 @@ def _only(scores: Tensor, ids: list[int]) -> Tensor:
 
 
 class InfNanRemoveLogitsProcessor(LogitsProcessor):
-    """NaN -> 0, +inf -> the largest finite number, -inf -> stays."""
+    """NaN -> 0, +inf and -inf -> the largest and the smallest finite number of the dtype."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.nan_to_num(nan=0.0, posinf=torch.finfo(scores.dtype).max, neginf=-math.inf)
+        return scores.nan_to_num(nan=0.0)
 
 
 class ExponentialDecayLengthPenalty(LogitsProcessor):
     """From `start` new tokens on, raises the end logit by |logit| * (factor ** tokens beyond - 1)."""
 
     def __init__(
-        self, exponential_decay_length_penalty: tuple[int, float], eos_token_id: Any, input_ids_seq_length: int
+        self,
+        exponential_decay_length_penalty: tuple[int, float],
+        eos_token_id: Any,
+        input_ids_seq_length: int,
+        device: Any = "cpu",
     ) -> None:
-        start, factor = exponential_decay_length_penalty
-        self.start, self.factor = start + input_ids_seq_length, factor
-        self.eos = as_list(eos_token_id)
+        start, self.regulation_factor = exponential_decay_length_penalty
+        self.regulation_start = start + input_ids_seq_length
+        self._ends, self.eos_token_id = as_list(eos_token_id), _ids_tensor(eos_token_id, device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        beyond = input_ids.shape[1] - self.start
+        beyond = input_ids.shape[1] - self.regulation_start
         if beyond <= 0:
             return scores
         out = scores.clone()
-        end = scores[:, self.eos]
-        raised = end + end.abs() * (self.factor**beyond - 1)
-        out[:, self.eos] = torch.where(end.isfinite(), raised, end)
+        end = scores[:, self._ends]
+        raised = end + end.abs() * (self.regulation_factor**beyond - 1)
+        out[:, self._ends] = torch.where(end.isfinite(), raised, end)
         return out
 
 
 class SuppressTokensLogitsProcessor(LogitsProcessor):
     """Forbids ids everywhere."""
 
-    def __init__(self, suppress_tokens: Any) -> None:
-        self.tokens = as_list(suppress_tokens)
+    def __init__(self, suppress_tokens: Any, device: Any = "cpu") -> None:
+        self._ids, self.suppress_tokens = as_list(suppress_tokens), _ids_tensor(suppress_tokens, device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return banned(scores, self.tokens)
+        return banned(scores, self._ids)
 
 
 class SuppressTokensAtBeginLogitsProcessor(SuppressTokensLogitsProcessor):
     """Forbids ids as the first one after `begin_index` ids."""
 
-    def __init__(self, begin_suppress_tokens: Any, begin_index: int) -> None:
-        super().__init__(begin_suppress_tokens)
+    def __init__(self, begin_suppress_tokens: Any, begin_index: int, device: Any = "cpu") -> None:
+        super().__init__(begin_suppress_tokens, device)
+        self.begin_suppress_tokens, self.begin_index = self.suppress_tokens, begin_index
+
+    def set_begin_index(self, begin_index: int) -> None:
+        """Moves the place at which the ids are forbidden."""
         self.begin_index = begin_index
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -335,12 +375,13 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
         unconditional_attention_mask: Tensor | None = None,
         use_cache: bool = True,
     ) -> None:
-        self.scale, self.model, self.use_cache = guidance_scale, model, use_cache
+        self.guidance_scale, self.model, self.use_cache = guidance_scale, model, use_cache
         self.ids, self.mask = unconditional_ids, unconditional_attention_mask
         self._cache: Any = None
         self._started = False
 
-    def _unconditional(self, input_ids: Tensor) -> Tensor:
+    def get_unconditional_logits(self, input_ids: Tensor) -> Tensor:
+        """Logits (rows, T, V) of the unconditional run behind the last of these ids."""
         if not self._started:
             ids = input_ids[:, -1:] if self.ids is None else _rows(self.ids, len(input_ids))
             mask = torch.ones_like(ids) if self.mask is None else _rows(self.mask, len(input_ids))
@@ -352,24 +393,25 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
             if not self.use_cache:
                 new = ids
         self.ids, self.mask = ids, mask
-        places = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        # Positions are given where padding moves them; the model knows the others.
+        moved = {} if bool(mask.all()) else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]}
         output = self.model(
             new,
             attention_mask=mask,
-            position_ids=places,
             past_key_values=self._cache if self.use_cache else None,
             use_cache=self.use_cache,
+            **moved,
         )
         self._cache = output.past_key_values
-        logits: Tensor = output.logits[:, -1]
+        logits: Tensor = output.logits
         return logits
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.scale == 1:
+        if self.guidance_scale == 1:
             return scores.log_softmax(-1)
         wanted = scores.log_softmax(-1)
-        other = self._unconditional(input_ids).to(scores.dtype).log_softmax(-1)
-        return self.scale * (wanted - other) + other
+        other = self.get_unconditional_logits(input_ids)[:, -1].to(scores.dtype).log_softmax(-1)
+        return self.guidance_scale * (wanted - other) + other
 
 
 class ClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
@@ -377,7 +419,7 @@ class ClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
 
     def __init__(self, guidance_scale: float) -> None:
         _need(guidance_scale > 1, "guidance_scale", guidance_scale, "above 1; 1 switches it off")
-        self.scale = guidance_scale
+        self.guidance_scale = guidance_scale
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if len(scores) != 2 * len(input_ids):
@@ -386,4 +428,4 @@ class ClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
                 "rows, twice as many"
             )
         wanted, other = scores.chunk(2)
-        return other + (wanted - other) * self.scale
+        return other + (wanted - other) * self.guidance_scale

@@ -116,10 +116,10 @@ class TopHLogitsWarper(_Filter):
     def __init__(self, top_h: float, filter_value: float = -math.inf) -> None:
         super().__init__(filter_value)
         _need(isinstance(top_h, int | float) and 0 < top_h <= 1, "top_h", top_h, "in (0, 1]")
-        self.top_h = top_h
+        self.top_h, self.top_n = top_h, 100
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits, places = scores.topk(min(100, scores.shape[-1]), sorted=True)
+        logits, places = scores.topk(min(self.top_n, scores.shape[-1]), sorted=True)
         log_p = logits.log_softmax(-1)
         share = -(log_p.exp() * log_p).nan_to_num(0.0)
         keep = share.cumsum(-1) <= self.top_h * share.sum(-1, keepdim=True)
@@ -242,7 +242,7 @@ def _penalties(config: GenerationConfig, prompt: Prompt) -> list[Any]:
             pr.EncoderRepetitionPenaltyLogitsProcessor(config.encoder_repetition_penalty, prompt.ids, prompt.mask)
         )
     if config.repetition_penalty not in (None, 1):
-        out.append(pr.RepetitionPenaltyLogitsProcessor(config.repetition_penalty, prompt.mask))
+        out.append(pr.RepetitionPenaltyLogitsProcessor(config.repetition_penalty, prompt_mask=prompt.mask))
     if config.no_repeat_ngram_size:
         out.append(pr.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size, prompt.mask))
     if config.encoder_no_repeat_ngram_size:

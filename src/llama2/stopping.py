@@ -46,21 +46,21 @@ class MaxTimeCriteria(StoppingCriteria):
         if not max_time > 0:
             raise InputError(f"max_time is {max_time!r}; it must be a positive number of seconds")
         self.max_time = max_time
-        self.start = time.time() if initial_timestamp is None else initial_timestamp
+        self.initial_timestamp = time.time() if initial_timestamp is None else initial_timestamp
 
     def __call__(self, input_ids: Tensor, scores: Any = None, **kwargs: Any) -> Tensor:
-        return _all_rows(input_ids, time.time() - self.start > self.max_time)
+        return _all_rows(input_ids, time.time() - self.initial_timestamp > self.max_time)
 
 
 class EosTokenCriteria(StoppingCriteria):
     """Done when the last id is one of the end ids."""
 
     def __init__(self, eos_token_id: Any) -> None:
-        self.eos = torch.tensor(as_list(eos_token_id), dtype=torch.long)
+        self.eos_token_id = torch.tensor(as_list(eos_token_id), dtype=torch.long)
 
     def __call__(self, input_ids: Tensor, scores: Any = None, **kwargs: Any) -> Tensor:
-        self.eos = self.eos.to(input_ids.device)
-        return torch.isin(input_ids[:, -1], self.eos)
+        self.eos_token_id = self.eos_token_id.to(input_ids.device)
+        return torch.isin(input_ids[:, -1], self.eos_token_id)
 
 
 class DecodingTokenizer(Protocol):
