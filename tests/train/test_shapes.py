@@ -299,10 +299,10 @@ def test_several_turns_may_differ(tok: Any) -> None:
 
 
 def test_prompts_that_do_not_fit(tok: Any) -> None:
-    other = {"role": "user", "content": "3 + 3?"}
+    other, text = {"role": "user", "content": "3 + 3?"}, "Human: 2 + 2 is?\nAI:"
     rows = [{"chosen": [USER, GOOD], "rejected": [other, BAD]},
             {"prompt": "9 + 9?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-            {"prompt": "a", "chosen": "ab", "rejected": "ac"}]  # fmt: skip
+            {"prompt": text, "chosen": text + " 4", "rejected": text + " 5"}]  # fmt: skip
     pairs, report = prepare_pairs(rows, tok, None)
     assert len(pairs) == 2 and "no common prompt" in report.problems[0]
     assert [row for _, rows in sorted(report.notes.items()) for row in rows] == [2, 1]

@@ -298,10 +298,8 @@ class Finetune:
             return Classification(recipe.threshold)
         if recipe.task != "dpo":
             return NextToken()
-        reference = None
-        if recipe.lora is None and not recipe.reference_free:
-            reference = self._model().requires_grad_(False).eval()
-        return Preferences(recipe.beta, recipe.loss_type, recipe.label_smoothing, reference, recipe.reference_free)
+        free = recipe.reference_free
+        return Preferences(recipe.beta, recipe.loss_type, recipe.label_smoothing, reference_free=free)
 
     # -- the run -------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 B rows, T tokens, D width.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama2 import lora
 from llama2.errors import InputError
 from llama2.train.data import IGNORED, Example, Pair
 from llama2.train.layer import fuses
 from llama2.train.losses import Preference, dpo_loss, head_loss, targets, token_log_probs
 from llama2.train.packing import Packed, bins, pack
+from llama2.train.reference import Start, is_fresh, without_dropout
 
 Batch = dict[str, Any]
 ONE_ROW = 2048  # tokens at most: the mask of a row is their square
@@ -145,9 +146,10 @@ def packed_rows(examples: Sequence[Example], length: int | None, packing: bool =
 
 @dataclass
 class Preferences:
-    """Direct preference optimisation. The reference is the model without its adapters, or `reference`, another model.
+    """Direct preference optimisation. The reference is the model as it was before the first step, or another model.
 
-    reference_free leaves it out. See `losses.dpo_loss` for the rest.
+    reference: that other model. reference_free leaves it out. disable_dropout: of adapters, in policy and reference.
+    See `losses.dpo_loss` for the rest.
     """
 
     beta: float = 0.1
@@ -155,6 +157,21 @@ class Preferences:
     label_smoothing: float = 0.0
     reference: Any = None
     reference_free: bool = False
+    disable_dropout: bool = True
+    _start: Start | None = field(default=None, init=False, repr=False, compare=False)
+
+    def begin(self, model: Any, apart: bool = False) -> int:
+        """Keeps the reference, if the model itself is to be it: as it is now. Returns the bytes that this takes.
+
+        apart: as a model of its own, for weights that are going to be sharded.
+        """
+        if self.reference_free or self.reference is not None or self._start is not None:
+            return 0
+        if apart and not is_fresh(model):
+            self.reference = copy.deepcopy(model).requires_grad_(False).eval()
+            return sum(p.nbytes for p in self.reference.parameters())
+        self._start = Start(model)
+        return self._start.nbytes
 
     def tokens(self, item: Pair) -> int:
         """As Objective.tokens."""
@@ -173,16 +190,13 @@ class Preferences:
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         """As Objective.loss; units are pairs."""
+        if self.disable_dropout:
+            without_dropout(model)
+        reference = self._of_reference(model, batch)
         policy = self._answers(model, batch)
         pairs = len(policy) // 2
-        reference = torch.zeros_like(policy)
-        if not self.reference_free:
-            with torch.no_grad():
-                if self.reference is not None:
-                    reference = self._answers(self.reference, batch)
-                else:
-                    with lora.disabled(model):
-                        reference = self._answers(model, batch)
+        if reference is None:
+            reference = torch.zeros_like(policy)
         result = dpo_loss(
             *policy.split(pairs), *reference.split(pairs),
             beta=self.beta, kind=self.kind, label_smoothing=self.label_smoothing,
@@ -195,6 +209,18 @@ class Preferences:
             "rewards/accuracies": float((up > down).sum()),
         }
         return Loss(result.loss * pairs, pairs, logs)
+
+    @torch.no_grad()
+    def _of_reference(self, model: Any, batch: Batch) -> Tensor | None:
+        """log p of each answer (2 B,) under the reference."""
+        if self.reference_free:
+            return None
+        if self.reference is not None:
+            return self._answers(self.reference.to(batch["input_ids"].device), batch)
+        self.begin(model)  # for those who call `loss` themselves
+        assert self._start is not None
+        with self._start.restored():
+            return self._answers(model, batch)
 
     def _answers(self, model: Any, batch: Batch) -> Tensor:
         """log p of each answer (2 B,): the sum over its targets, for ipo their mean."""

@@ -27,6 +27,7 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+_LONG = 20  # characters of a prompt that no answer repeats by chance
 _SWITCHES = ("weight", "train", "training")  # of a message or a row: whether it is learnt
 
 
@@ -346,7 +347,7 @@ def _preference(row: Row, shape: Shape) -> Pair:
         if prompt is None:
             prompt = _shared_text(*given)
             given = [answer[len(prompt) :] for answer in given]
-        elif isinstance(prompt, str) and prompt.strip() and all(answer.startswith(prompt) for answer in given):
+        elif isinstance(prompt, str) and len(prompt) >= _LONG and all(answer.startswith(prompt) for answer in given):
             notes = ("both answers begin with the prompt, which is then there twice: leave that column out if so",)
     elif all(_is_messages(answer) for answer in given):
         said = [messages_of(answer, name) for answer, name in zip(given, shape.needs, strict=True)]

@@ -32,7 +32,7 @@ from llama2.train.arguments import TrainingArguments
 from llama2.train.distributed import COMMAND, Root, gathered, join, local, shard
 from llama2.train.heap import kept
 from llama2.train.layer import fused
-from llama2.train.objectives import Loss, Objective
+from llama2.train.objectives import Loss, Objective, Preferences
 from llama2.train.optim import AdamW, clip, learning_rate
 from llama2.train.rows import objective_for
 from llama2.train.tensorboard import Tensorboard
@@ -40,6 +40,7 @@ from llama2.train.tensorboard import Tensorboard
 LOG = "log.jsonl"
 LOSS_SCALE = 2.0**6  # that fp16 begins with, of a sum over a step's targets; halved where gradients overflow
 PASS_TOKENS = 1024
+TOLD_BYTES = 64 << 20  # of a copy of weights
 EVAL_ROWS = 10_000  # of a stream, which may be endless
 
 
@@ -77,7 +78,7 @@ _INSTEAD = {
     "compute_metrics": "an Objective's loss() gives what is logged and measured",
     "callbacks": "report= is called with every step and measurement",
     "optimizers": "optim and lr_scheduler_type of the arguments choose them",
-    "ref_model": "give Preferences(reference=model) as the objective",
+    "ref_model": "the reference is the model as it is now; another goes into Preferences(reference=model)",
     "formatting_func": "give rows in a shape that llama2.train.data knows",
 }
 
@@ -134,6 +135,8 @@ class Trainer:
         self.state = TrainerState()
         self.ranks = join()
         self._narrow = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
+        if args.fsdp:
+            self._keep_reference(apart=True)
         self._root = self._shard()
         self.optimizer = AdamW(
             ((name, p) for name, p in model.named_parameters() if p.requires_grad),
@@ -145,9 +148,21 @@ class Trainer:
         )
         if self._narrow is not None and self._root is None:
             model.to(self._narrow)
+        self._keep_reference()
         self.scale = LOSS_SCALE if args.fp16 else 1.0
         self._sinks = [Tensorboard(self.folder, args.logging_dir) for _ in args.sinks() if self.ranks.first]
         self._stop = self._agreed = False
+
+    def _keep_reference(self, apart: bool = False) -> None:
+        """The model as it is now, for an objective that compares with it."""
+        if isinstance(self.objective, Preferences):
+            taken = self.objective.begin(self.model, apart)
+            if taken > TOLD_BYTES and self.ranks.first:
+                warnings.warn(
+                    f"the reference is a copy of what is trained, as it is now: {taken >> 20:,} MiB. A fresh adapter "
+                    "(peft_config) needs none",
+                    stacklevel=4,
+                )
 
     def _shard(self) -> Root | None:
         """Weights that are the same on all ranks, and sharded where that is asked for."""
