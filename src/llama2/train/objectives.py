@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama2 import lora
 from llama2.errors import InputError
 from llama2.train.data import IGNORED, Example, Pair
 from llama2.train.layer import fuses
@@ -148,7 +149,9 @@ def packed_rows(examples: Sequence[Example], length: int | None, packing: bool =
 class Preferences:
     """Direct preference optimisation. The reference is the model as it was before the first step, or another model.
 
-    reference: that other model. reference_free leaves it out. disable_dropout: of adapters, in policy and reference.
+    A Trainer says where that is (`begin`). For a loss that is called without one it is the model without its adapters,
+    or what it was at the first call. reference: another model. reference_free leaves the reference out.
+    disable_dropout: of adapters, in policy and reference.
     See `losses.dpo_loss` for the rest.
     """
 
@@ -217,9 +220,9 @@ class Preferences:
             return None
         if self.reference is not None:
             return self._answers(self.reference.to(batch["input_ids"].device), batch)
-        self.begin(model)  # for those who call `loss` themselves
-        assert self._start is not None
-        with self._start.restored():
+        if self._start is None and not lora.names(model):
+            self.begin(model)
+        with lora.disabled(model) if self._start is None else self._start.restored():
             return self._answers(model, batch)
 
     def _answers(self, model: Any, batch: Batch) -> Tensor:
