@@ -4,6 +4,7 @@ B rows, T tokens, D width.
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from llama2.train.packing import Packed, bins, pack
 from llama2.train.reference import Start, is_fresh, without_dropout
 
 Batch = dict[str, Any]
+_TOLD = 64 << 20  # bytes of a reference
 ONE_ROW = 2048  # tokens at most: the mask of a row is their square
 
 
@@ -234,6 +236,19 @@ class Preferences:
         owner = torch.repeat_interleave(torch.arange(len(labels), device=found.device), counts)
         sums = torch.zeros(len(labels), dtype=found.dtype, device=found.device).index_add(0, owner, found)
         return sums / counts.clamp(min=1) if self.kind == "ipo" else sums
+
+
+def keep_reference(objective: Objective, model: Any, tell: bool = True, apart: bool = False) -> None:
+    """The model as it is now, for an objective that compares with it; a large copy is told by a warning.
+
+    apart: see `Preferences.begin`."""
+    nbytes = objective.begin(model, apart) if isinstance(objective, Preferences) else 0
+    if tell and nbytes > _TOLD:
+        warnings.warn(
+            f"the reference is a copy of what is trained, as it is now: {nbytes >> 20:,} MiB; a fresh adapter "
+            "(peft_config) needs none",
+            stacklevel=3,
+        )
 
 
 @dataclass

@@ -32,7 +32,7 @@ from llama2.train.arguments import TrainingArguments
 from llama2.train.distributed import COMMAND, Root, gathered, join, local, shard
 from llama2.train.heap import kept
 from llama2.train.layer import fused
-from llama2.train.objectives import Loss, Objective, Preferences
+from llama2.train.objectives import Loss, Objective, keep_reference
 from llama2.train.optim import AdamW, clip, learning_rate
 from llama2.train.rows import objective_for
 from llama2.train.tensorboard import Tensorboard
@@ -40,7 +40,6 @@ from llama2.train.tensorboard import Tensorboard
 LOG = "log.jsonl"
 LOSS_SCALE = 2.0**6  # that fp16 begins with, of a sum over a step's targets; halved where gradients overflow
 PASS_TOKENS = 1024
-TOLD_BYTES = 64 << 20  # of a copy of weights
 EVAL_ROWS = 10_000  # of a stream, which may be endless
 
 
@@ -136,7 +135,7 @@ class Trainer:
         self.ranks = join()
         self._narrow = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
         if args.fsdp:
-            self._keep_reference(apart=True)
+            keep_reference(objective, model, self.ranks.first, apart=True)
         self._root = self._shard()
         self.optimizer = AdamW(
             ((name, p) for name, p in model.named_parameters() if p.requires_grad),
@@ -148,21 +147,10 @@ class Trainer:
         )
         if self._narrow is not None and self._root is None:
             model.to(self._narrow)
-        self._keep_reference()
+        keep_reference(objective, model, self.ranks.first)
         self.scale = LOSS_SCALE if args.fp16 else 1.0
         self._sinks = [Tensorboard(self.folder, args.logging_dir) for _ in args.sinks() if self.ranks.first]
         self._stop = self._agreed = False
-
-    def _keep_reference(self, apart: bool = False) -> None:
-        """The model as it is now, for an objective that compares with it."""
-        if isinstance(self.objective, Preferences):
-            taken = self.objective.begin(self.model, apart)
-            if taken > TOLD_BYTES and self.ranks.first:
-                warnings.warn(
-                    f"the reference is a copy of what is trained, as it is now: {taken >> 20:,} MiB. A fresh adapter "
-                    "(peft_config) needs none",
-                    stacklevel=4,
-                )
 
     def _shard(self) -> Root | None:
         """Weights that are the same on all ranks, and sharded where that is asked for."""
