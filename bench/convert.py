@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from llama2 import LlamaConfig
-from llama2.checkpoint.meta import shapes_of
+from llama2.architecture import parameter_shapes
 from llama2.checkpoint.meta_write import params_of
 from llama2.checkpoint.names import hf_to_meta, meta_axis
 
@@ -40,7 +40,7 @@ def make_source(folder: Path, config: LlamaConfig, shards: int) -> None:
     noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).bfloat16()
     for rank in range(shards):
         state = {}
-        for name, shape in shapes_of(config).items():
+        for name, shape in parameter_shapes(config).items():
             axis, part = meta_axis(name), list(shape)
             if axis is not None:
                 part[axis] //= shards

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llama2.architecture import linear_shapes
 from llama2.checkpoint.gguf import GgufFile
-from llama2.checkpoint.peft import linear_shapes
 from llama2.config import LlamaConfig
 from llama2.cpu import CpuRunner, CpuWeights, PagedCache
 

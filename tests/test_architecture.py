@@ -13,8 +13,8 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("keywords", "presets", "rope_settings", "seeds", "text_file"), 1),
     **dict.fromkeys(("config", "generation_config", "compiled"), 2),
     **dict.fromkeys(("tokenizer", "quantization_config", "lora_config"), 3),
-    **dict.fromkeys(("rope", "cache", "outputs", "quant", "linear"), 4),
-    "attention": 5,
+    **dict.fromkeys(("architecture", "rope", "cache", "outputs", "quant", "linear"), 4),
+    **dict.fromkeys(("attention", "coverage"), 5),
     "pretrained": 6,
     **dict.fromkeys(("layers", "lora"), 7),
     "model": 8,
@@ -34,6 +34,8 @@ ROWS: dict[str, int] = {
 STRANGERS = {"quant": {"layers", "model"}, "layers": {"quant"}, "model": {"quant"}}
 NO_TORCH = (
     "tokenizer",
+    "architecture.py",
+    "coverage.py",
     "config.py",
     "quantization_config.py",
     "lora_config.py",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llama2 import LlamaConfig
-from llama2.checkpoint.peft import linear_shapes
+from llama2.architecture import linear_shapes
 
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 CONFIG: dict[str, Any] = {

@@ -13,8 +13,9 @@ from tiny import random_adapter, tiny_config, tiny_ids, tiny_model
 from tolerance import FLOAT32
 
 from llama2 import CheckpointError, LlamaForSequenceClassification, LoraConfig
+from llama2.architecture import linear_shapes
 from llama2.checkpoint.merge import merge_into
-from llama2.checkpoint.peft import linear_shapes, load_adapter, read_adapter, read_config, save_adapter
+from llama2.checkpoint.peft import load_adapter, read_adapter, read_config, save_adapter
 from llama2.errors import MismatchError
 
 MODEL = tiny_config()
@@ -116,8 +117,8 @@ def _changed(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     "tensors, said",
     [
         (
-            _renamed("base_model.model.", "base_model."),
-            r"begin with base_model.model.layers.0.*put the missing 'model.' in",
+            _renamed("base_model.model.model.", "base_model.model.body."),
+            r"adapts 'body.layers.0.self_attn.q_proj' \(4 modules in all\), which is no linear",
         ),
         (_renamed("base_model.model.", ""), r"'model.layers.0.self_attn.q_proj.lora_A.weight'; those of a LoRA"),
         (_without(f"{Q0}B.weight"), r"has no base_model.*q_proj.lora_B.weight, the other half"),
@@ -130,16 +131,29 @@ def _changed(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
             _changed("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", torch.zeros(64)),
             "no DoRA",
         ),
-        (_changed("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 97)), "lora_embedding_A"),
+        (
+            _changed("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 97)),
+            "embed_tokens.lora_A.weight, the other half",
+        ),
         (_changed("base_model.model.score.weight", torch.zeros(2, 64)), "adapter of a classifier"),
-        (_changed("base_model.model.lm_head.weight", torch.zeros(97, 64)), "'base_model.model.lm_head.weight'"),
+        (_changed("base_model.model.lm_head.weight", torch.zeros(97, 63)), r"lm_head.weight has shape \(97, 63\)"),
+        (
+            _changed("base_model.model.model.layers.0.extra.weight", torch.zeros(3)),
+            "extra.weight .3,., which this model",
+        ),
+        (_changed("base_model.model.model.layers.0.mlp.up_proj.bias", torch.zeros(112)), "with biases"),
+        (_changed("base_model.model.model.rows", torch.zeros(3)), "'base_model.model.model.rows'"),
+        (
+            _changed("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", torch.zeros(1, 64)),
+            "trainable_token_indices of its adapter_config.json does not say which",
+        ),
         (tensors_for(tiny_config(num_hidden_layers=3), QV), r"layers.2.*no linear of a layer of this 2-layer model"),
         (tensors_for(tiny_config(num_hidden_layers=1), QV), r"targets 'model.layers.1.*fewer layers"),
         (tensors_for(MODEL, (*QV, "up_proj")), r"tensors for 'model.layers.0.mlp.up_proj', which its target_modules"),
         (
             _changed("base_model.model.lm_head.lora_A.weight", torch.zeros(4, 64))
             | {"base_model.model.lm_head.lora_B.weight": torch.zeros(97, 4)},
-            "adapts 'lm_head'",
+            "tensors for 'lm_head', which its target_modules",
         ),
     ],
 )
@@ -154,11 +168,11 @@ def test_tensors_that_have_no_place(tmp_path: Path, tensors: dict[str, torch.Ten
         ({"peft_type": "IA3"}, "'IA3'; only 'LORA'"),
         ({"use_dora": True}, r"q_proj.lora_magnitude_vector \(DoRA\)"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"lora_bias": True}, "lora_bias is True: B has a bias, which is not supported; run it with peft"),
+        ({"peft_type": "PREFIX_TUNING"}, "lives beside the weights and cannot be merged: run it with peft"),
         ({"fan_in_fan_out": True}, "transposed"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers"),
-        ({"trainable_token_indices": [1]}, "rows of the embedding"),
+        ({"trainable_token_indices": [1]}, "but there are no rows"),
         ({"init_lora_weights": "pissa"}, "'pissa', which changes the base weights"),
         ({"r": 0}, "r is 0"),
         ({"r": "4"}, "r is '4'"),

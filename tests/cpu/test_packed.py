@@ -142,7 +142,7 @@ def test_a_changed_source_makes_it_stale(gguf: Path) -> None:
         cpu.PackedFile(beside(gguf), GgufFile(gguf))
     os.utime(gguf, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert cpu.find_packed(GgufFile(gguf)) is not None
-    flip(gguf, GgufFile(gguf).data_start + 5)  # other weights, and the time set back
+    flip(gguf, GgufFile(gguf).data_starts[0] + 5)  # other weights, and the time set back
     os.utime(gguf, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(CheckpointError, match="from another file"):
         cpu.PackedFile(beside(gguf), GgufFile(gguf))

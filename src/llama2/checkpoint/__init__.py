@@ -6,6 +6,7 @@ Opening reads headers only and checks every size against the file before any wei
 """
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,17 @@ from llama2.quantization_config import completed
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "RawTensor", "Stored", "find_gguf", "open", "read_config", "read_json"]
+__all__ = [
+    "Checkpoint",
+    "RawTensor",
+    "Stored",
+    "find_gguf",
+    "gguf_models",
+    "open",
+    "read_config",
+    "read_json",
+    "split_parts",
+]
 
 
 class Stored(NamedTuple):
@@ -71,6 +82,15 @@ class Checkpoint(ABC):
     def auto_dtype(self) -> str:
         """What dtype="auto" means: the stored dtype; "bfloat16" where weights are stored as quantised blocks."""
 
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the file says about itself, its name, author and licence, as GGUF's keys general.*."""
+        return {}
+
+    def kept_type(self, name: str) -> str:
+        """The type in which a conversion that keeps types stores a tensor."""
+        return self.tensors[name].type
+
     @abstractmethod
     def read(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """One tensor on the CPU, converted to `dtype` (None: as stored; float32 for quantised blocks)."""
@@ -101,6 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+_PART = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 # Where AutoGPTQ put the settings of a quantised folder before config.json had them, in the order in which it looks.
 QUANTIZE_CONFIGS = ("quantize_config.json", "quant_config.json")
 
@@ -166,15 +187,33 @@ def open(
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that the path is, or that is the only model of the folder; None where there is none."""
+    """The GGUF file that the path is, or that is the only model of the folder; None where there is none.
+
+    Of a split file in a folder the first part.
+    """
     if path.is_dir():
-        files = [] if (path / "config.json").exists() else list(path.glob("*.gguf"))
-        return files[0] if len(files) == 1 else None
+        models = [] if (path / "config.json").exists() else gguf_models(path)
+        return models[0] if len(models) == 1 else None
     try:
         with path.open("rb") as file:
             return path if file.read(4) == b"GGUF" else None
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file") from error
+
+
+def gguf_models(folder: Path) -> list[Path]:
+    """The GGUF files of a folder by name, of a split one its first part alone."""
+    return sorted({split_parts(file)[0] for file in folder.glob("*.gguf")})
+
+
+def split_parts(path: Path) -> list[Path]:
+    """The names of all parts of the split GGUF file to which this name belongs, in order; the path alone for another
+    name. The parts need not exist."""
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    return [path.with_name(f"{match['prefix']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
 
 
 def _sniff_folder(folder: Path) -> tuple[Path, str]:
@@ -189,7 +228,7 @@ def _sniff_folder(folder: Path) -> tuple[Path, str]:
         return gguf, _sniff_file(gguf)
     if (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth")):
         return folder, "meta"
-    if several := sorted(folder.glob("*.gguf")):
+    if several := gguf_models(folder):
         raise CheckpointError(
             f"{folder} holds {len(several)} GGUF files and no config.json; choose one with gguf_file=, "
             f"such as {several[0].name!r}"

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2.checkpoint import Checkpoint
+from llama2.checkpoint import Checkpoint, split_parts
+from llama2.checkpoint.covered import covered
 from llama2.checkpoint.gguf_mixture import FILE_TYPES, file_type
 from llama2.checkpoint.gguf_write import GgufTarget
 from llama2.checkpoint.hf import DTYPES
@@ -36,9 +37,9 @@ from llama2.checkpoint.peft import read_adapter
 from llama2.checkpoint.pooled import PooledCheckpoint
 from llama2.checkpoint.save import parse_size, replacing
 from llama2.checkpoint.source import open_source
-from llama2.checkpoint.target import Appender, Target, row_blocks
+from llama2.checkpoint.target import Appender, Target
 from llama2.checkpoint.tokenizer_files import gguf_keys, write_folder, write_model
-from llama2.errors import CheckpointError, InputError, MismatchError
+from llama2.errors import CheckpointError, InputError
 
 FORMATS = ("hf", "meta", "gguf")
 SYNC_BYTES = 1 << 30  # written between two entries of the journal
@@ -92,7 +93,7 @@ def convert(
     arguments is continued. Raises InputError for arguments that cannot be, CheckpointError for a source that is
     damaged, a target that exists, or a full disk. The source is never written to.
     """
-    opened = unpacked(source if isinstance(source, Checkpoint) else open_source(source, {}))
+    opened = covered(unpacked(source if isinstance(source, Checkpoint) else open_source(source, {})))
     path = Path(target)
     _check_target(opened, path, options)
     if options.adapter is not None:
@@ -125,7 +126,11 @@ def write(target: Target, source: Checkpoint, path: Path, options: Options, prog
 
 def make_target(source: Checkpoint, file: str, options: Options) -> Target:
     """The writer for these options. Raises InputError where the source cannot be stored so."""
-    names = model_tensors(source)
+    names = list(source.tensors)
+    if options.to != "hf" and "lm_head.weight" not in names and not source.config.tie_word_embeddings:
+        raise InputError(
+            f"{source.path} has no lm_head.weight, which a file of {options.to} needs; convert to hf instead"
+        )
     if options.to == "gguf":
         kind = gguf_type(options.dtype)
         keys = gguf_keys(source.tokenizer_source, source.config.vocab_size, wants_chat(source, options))
@@ -144,29 +149,13 @@ def wants_chat(source: Checkpoint, options: Options) -> bool:
     return source.format == "meta" and source.path.resolve().name.lower().endswith("-chat")
 
 
-def model_tensors(source: Checkpoint) -> list[str]:
-    """Names to write, in the file's order. A head that the configuration ties must equal the embedding; it is left
-    out. Raises MismatchError where it differs."""
-    names = list(source.tensors)
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if not (source.config.tie_word_embeddings and head in names and embedding in names):
-        return names
-    for start, rows in row_blocks(source, head, source.config.head_dim):
-        if not torch.equal(rows, source.read_rows(embedding, start, start + len(rows))):
-            raise MismatchError(
-                f"the configuration of {source.path} ties the head to the embedding, but the file holds different "
-                "tensors for them; set tie_word_embeddings to false in config.json if both are meant"
-            )
-    return [name for name in names if name != head]
-
-
 def dtype_of(source: Checkpoint, name: str, wanted: str) -> torch.dtype:
     """What a tensor of a folder is stored as. Norms of a GGUF file are float32 by rule, so "keep" there means what
     the matrices are; bfloat16 where those are quantised."""
     if wanted == "keep":
         if source.format.endswith("gguf"):
             return _FLOATS[source.auto_dtype][1]
-        return DTYPES[source.tensors[name].type]
+        return DTYPES[source.kept_type(name)]
     if wanted not in _FLOATS:
         raise InputError(f"dtype {wanted!r} is not one of keep, {', '.join(_FLOATS)}; block types need --to gguf")
     return _FLOATS[wanted][1]
@@ -400,7 +389,8 @@ def fingerprint(source: Checkpoint, options: Options) -> str:
 def _stats(home: Path) -> list[tuple[str, int, int]]:
     # Hidden files are not the source's: a GGUF file may be made in the folder it is made from.
     visible = [] if home.is_file() else [file for file in home.iterdir() if not file.name.startswith(".")]
-    files = [home] if home.is_file() else sorted(file for file in visible if file.is_file())
+    parts = [part for part in split_parts(home) if part.is_file()]
+    files = parts if home.is_file() else sorted(file for file in visible if file.is_file())
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
@@ -440,7 +430,9 @@ def sha256(path: Path) -> str:
 def verify(path: str | Path, progress: Progress | None = None) -> list[str]:
     """Hashes again what the manifest of a folder, or of a GGUF file, lists; returns the names.
 
-    Raises CheckpointError naming every file that is missing or differs, and where there is no manifest.
+    Then opens it and checks that its tensors are those of its configuration, as loading does. Raises CheckpointError
+    naming every file that is missing or differs, and where there is no manifest; MismatchError where the tensors do
+    not fit.
     """
     path = Path(path)
     manifest = path / SUMS if path.is_dir() else path.with_name(f"{path.name}.sha256")
@@ -462,4 +454,5 @@ def verify(path: str | Path, progress: Progress | None = None) -> list[str]:
         done += present[name]
     if faults:
         raise CheckpointError(f"{path} does not verify: {'; '.join(faults)}. Convert or fetch it again")
+    covered(unpacked(open_source(path, {})))
     return [name for _, name in lines]

@@ -1,20 +1,24 @@
-"""GGUF versions 2 and 3: the container and its metadata, read from a memory map. No torch, no numpy.
+"""GGUF versions 2 and 3: the container and its metadata, read from memory maps. No torch, no numpy.
 
 Layout (llama.cpp, docs/gguf.md), little endian: "GGUF", u32 version, u64 tensors, u64 keys; the keys, each a string,
 a u32 type and a value; the tensor directory; padding; the data. Every count and length is compared with the bytes that
 are left before anything of that size is touched.
+
+A model may be split into PREFIX-00001-of-0000N.gguf and on, each a GGUF file with a directory and data of its own; the
+first has the metadata, all have split.no (from 0), split.count and split.tensors.count (the tensors of all parts).
 """
 
 import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llama2.checkpoint import split_parts
+from llama2.checkpoint.gguf_config import config_from
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError
 
@@ -26,12 +30,16 @@ _MAX_DIMS = 4
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One directory entry: shape slowest axis first (the reverse of the file's), ggml type, offset into the data."""
+    """One directory entry: shape slowest axis first (the reverse of the file's), ggml type, offset into the data.
+
+    part: which file of a split one holds it.
+    """
 
     name: str
     shape: tuple[int, ...]
     type_id: int
     offset: int
+    part: int = 0
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -40,19 +48,124 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class GgufFile:
-    """The header of a GGUF file. `tensors` parses the directory, `data` maps the weights; both only when asked."""
+    """The header of a GGUF file, or of all parts of a split one, whichever part is named.
+
+    `tensors` parses the directories, `place` says where the data of one lies in a map; both only when asked.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._map = _map(self.path)
-        reader = _Reader(self._map, self.path)
+        self._parts = [_Part(Path(path))]
+        given = self._parts[0]
+        named = split_parts(given.path)
+        count = max(given.split("count", 1), len(named) if all(part.exists() for part in named) else 1)
+        if count > 1:
+            self._parts = self._all_parts(given, count)
+        elif given.split("no", 0):
+            raise CheckpointError(f"{path}: split.no is {given.split('no', 0)} and split.count {count}; fetch it again")
+        first = self._parts[0]
+        self.path, self.version, self.metadata = first.path, first.version, first.metadata
+
+    @staticmethod
+    def _all_parts(given: "_Part", count: int) -> "list[_Part]":
+        paths = split_parts(given.path)
+        if len(paths) != count:
+            raise CheckpointError(
+                f"{given.path} is part {given.split('no', 0) + 1} of {count} of a split GGUF file (split.count), which "
+                f"are called PREFIX-00001-of-{count:05d}.gguf and so on; give the file its name back"
+            )
+        if lost := [path.name for path in paths if not path.exists()]:
+            raise CheckpointError(
+                f"{given.path} is a part of a split GGUF file of {count}, and {', '.join(lost[:4])} "
+                f"({len(lost)} in all) is missing beside it; fetch all parts"
+            )
+        parts = [given if path == given.path else _Part(path) for path in paths]
+        for i, part in enumerate(parts):
+            said = part.split("no", 0), part.split("count", 1)
+            if said != (i, count):
+                raise CheckpointError(
+                    f"{part.path} says that it is part {said[0] + 1} of {said[1]} (split.no, split.count), not "
+                    f"{i + 1} of {count} as it is called; the files do not belong together"
+                )
+        return parts
+
+    @property
+    def files(self) -> list[Path]:
+        """The file, or the parts of a split one in order."""
+        return [part.path for part in self._parts]
+
+    @property
+    def maps(self) -> list[mmap.mmap]:
+        """The whole files, mapped copy-on-write: writing to them changes memory only."""
+        return [part.map for part in self._parts]
+
+    @property
+    def data_starts(self) -> list[int]:
+        """Where the weights begin in each file, in bytes from its start."""
+        return [part.data_start for part in self._parts]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(len(part.map) for part in self._parts)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensor directory of all parts by GGUF name."""
+        found: dict[str, TensorInfo] = {}
+        for i, part in enumerate(self._parts):
+            for name, info in part.tensors.items():
+                if name in found:
+                    raise CheckpointError(f"{part.path} and an earlier part both hold {name!r}; fetch the files again")
+                found[name] = replace(info, part=i)
+        total = self._parts[0].split("tensors.count", len(found))
+        if len(self._parts) > 1 and total != len(found):
+            raise CheckpointError(
+                f"{self.path} announces {total} tensors in all its parts, which hold {len(found)}; fetch them again"
+            )
+        return found
+
+    def place(self, name: str) -> tuple[mmap.mmap, int]:
+        """The map that holds the data of a tensor, and the byte where it begins."""
+        info = self.tensors[name]
+        part = self._parts[info.part]
+        return part.map, part.data_start + info.offset
+
+    def floats(self, name: str) -> tuple[float, ...]:
+        """A small F32 tensor as numbers."""
+        info = self.tensors[name]
+        count = math.prod(info.shape)
+        data, start = self.place(name)
+        if info.type_id != 0 or start + 4 * count > len(data):
+            raise CheckpointError(f"{self.path}: tensor {name!r} is not F32 within the file; fetch the file again")
+        return struct.unpack_from(f"<{count}f", data, start)
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        """The architecture of the model in the file."""
+        return config_from(self)
+
+
+class _Part:
+    """One file: its header at once, its directory when asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.map = _map(path)
+        reader = _Reader(self.map, self.path)
         self.version, self._tensor_count, key_count = self._read_counts(reader)
         self.metadata = self._read_keys(reader, key_count)
         self._directory = reader.at
 
+    def split(self, key: str, default: int) -> int:
+        """split.no, split.count or split.tensors.count."""
+        value = self.metadata.get(f"split.{key}", default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise CheckpointError(f"{self.path}: split.{key} is {value!r}; a whole number is needed")
+        return value
+
     def _read_counts(self, reader: "_Reader") -> tuple[int, int, int]:
-        if self._map[:4] != b"GGUF":
-            raise CheckpointError(f"{self.path} starts with {self._map[:4]!r}, not b'GGUF'; it is not a GGUF file")
+        if self.map[:4] != b"GGUF":
+            raise CheckpointError(f"{self.path} starts with {self.map[:4]!r}, not b'GGUF'; it is not a GGUF file")
         reader.at = 4
         version: int = reader.scalar("I")
         if version not in (2, 3):
@@ -76,7 +189,7 @@ class GgufFile:
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """The tensor directory by GGUF name."""
-        reader = _Reader(self._map, self.path, self._directory)
+        reader = _Reader(self.map, self.path, self._directory)
         reader.require(self._tensor_count, 24, "tensors")
         found: dict[str, TensorInfo] = {}
         for _ in range(self._tensor_count):
@@ -98,25 +211,6 @@ class GgufFile:
             raise CheckpointError(f"{self.path}: general.alignment is {alignment!r}; it must be a multiple of 8")
         self.tensors  # noqa: B018 - parsing the directory finds its end
         return -(-self._data_start // alignment) * alignment
-
-    @property
-    def data(self) -> mmap.mmap:
-        """The whole file, mapped copy-on-write: writing to it changes memory only."""
-        return self._map
-
-    def floats(self, name: str) -> tuple[float, ...]:
-        """A small F32 tensor as numbers."""
-        info = self.tensors[name]
-        count = math.prod(info.shape)
-        start = self.data_start + info.offset
-        if info.type_id != 0 or start + 4 * count > len(self._map):
-            raise CheckpointError(f"{self.path}: tensor {name!r} is not F32 within the file; fetch the file again")
-        return struct.unpack_from(f"<{count}f", self._map, start)
-
-    @cached_property
-    def config(self) -> LlamaConfig:
-        """The architecture of the model in the file."""
-        return config_from(self)
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -212,130 +306,3 @@ class _Reader:
             )
         self.at = at
         return found
-
-
-def config_from(file: GgufFile) -> LlamaConfig:
-    """LlamaConfig from the keys of a GGUF file. Raises CheckpointError for another architecture or a missing key."""
-    keys = _Keys(file.metadata, file.path)
-    keys.refuse_foreign()
-    heads = keys.integer("llama.attention.head_count")
-    width = keys.integer("llama.embedding_length")
-    head_dim = keys.integer("llama.attention.key_length", width // max(heads, 1))
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if keys.integer(key, head_dim) != head_dim:
-            raise CheckpointError(
-                f"{file.path}: {key} is {file.metadata[key]} but heads are {head_dim} wide; "
-                "models that rotate or value only a part of each head are not supported"
-            )
-    context = keys.integer("llama.context_length")
-    return LlamaConfig(
-        vocab_size=_vocab_size(file, keys),
-        hidden_size=width,
-        intermediate_size=keys.integer("llama.feed_forward_length"),
-        num_hidden_layers=keys.integer("llama.block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=keys.integer("llama.attention.head_count_kv", heads),
-        max_position_embeddings=context,
-        rms_norm_eps=keys.number("llama.attention.layer_norm_rms_epsilon"),
-        head_dim=None if head_dim * heads == width else head_dim,
-        rope_theta=keys.number("llama.rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(file, keys, head_dim, context),
-        bos_token_id=keys.optional_id("tokenizer.ggml.bos_token_id"),
-        eos_token_id=keys.optional_id("tokenizer.ggml.eos_token_id"),
-        pad_token_id=keys.optional_id("tokenizer.ggml.padding_token_id"),
-        tie_word_embeddings="output.weight" not in file.tensors,
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_up.bias" in file.tensors,
-        architectures=["LlamaForCausalLM"],
-    )
-
-
-class _Keys:
-    """Metadata with the type of each value checked."""
-
-    def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
-        self.metadata, self.path = metadata, path
-
-    def refuse_foreign(self) -> None:
-        architecture = self.metadata.get("general.architecture")
-        if architecture != "llama":
-            raise CheckpointError(
-                f"{self.path}: general.architecture is {architecture!r}, but this library runs 'llama' only; "
-                "load that file with a library for its architecture"
-            )
-        for key in ("llama.expert_count", "llama.attention.sliding_window"):
-            if self.metadata.get(key):
-                raise CheckpointError(
-                    f"{self.path}: {key} is {self.metadata[key]!r}; mixtures of experts and sliding windows are not "
-                    "Llama models. Load the file with a library for its architecture"
-                )
-
-    def _get(self, key: str, default: Any, kinds: tuple[type, ...]) -> Any:
-        value = self.metadata.get(key, default)
-        if value is None:
-            raise CheckpointError(f"{self.path}: the key {key} is missing; the file does not describe a Llama model")
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise CheckpointError(f"{self.path}: {key} is {value!r}; one {kinds[-1].__name__} is needed")
-        return value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        return int(self._get(key, default, (int,)))
-
-    def number(self, key: str, default: float | None = None) -> float:
-        # The file holds float32; seven digits give back what its maker wrote (1e-05, not 9.999999747378752e-06).
-        return float(f"{self._get(key, default, (int, float)):.7g}")
-
-    def optional_id(self, key: str) -> int | None:
-        return None if key not in self.metadata else self.integer(key)
-
-
-def _vocab_size(file: GgufFile, keys: _Keys) -> int:
-    if "token_embd.weight" in file.tensors:
-        return file.tensors["token_embd.weight"].shape[0]
-    return keys.integer("llama.vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", ())) or None)
-
-
-def _rope_scaling(file: GgufFile, keys: _Keys, head_dim: int, context: int) -> dict[str, Any] | None:
-    if "rope_freqs.weight" in file.tensors:
-        return _llama3_scaling(file, keys, head_dim)
-    kind = file.metadata.get("llama.rope.scaling.type", "none")
-    if kind == "none" and "llama.rope.scale_linear" in file.metadata:
-        return {"rope_type": "linear", "factor": keys.number("llama.rope.scale_linear")}
-    if kind == "none":
-        return None
-    if kind not in ("linear", "yarn"):
-        raise CheckpointError(f"{file.path}: rope scaling {kind!r} is not supported; none, linear and yarn are")
-    settings: dict[str, Any] = {"rope_type": kind, "factor": keys.number("llama.rope.scaling.factor")}
-    if kind == "yarn":
-        original = keys.integer("llama.rope.scaling.original_context_length", context)
-        settings["original_max_position_embeddings"] = original
-        for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
-            if f"llama.rope.scaling.{theirs}" in file.metadata:
-                settings[ours] = keys.number(f"llama.rope.scaling.{theirs}")
-    return settings
-
-
-def _llama3_scaling(file: GgufFile, keys: _Keys, head_dim: int) -> dict[str, Any]:
-    """The settings behind a table of frequency divisors. llama.cpp writes the table of Llama 3.1 and 3.2 only, whose
-    settings differ in the factor alone; a table that they do not explain is refused rather than guessed at."""
-    divisors = file.floats("rope_freqs.weight")
-    low, high = 1.0, 4.0
-    original = keys.integer("llama.rope.scaling.original_context_length", 8192)
-    factor, theta = max(divisors, default=1.0), keys.number("llama.rope.freq_base", 10000.0)
-    expected = []
-    for i in range(head_dim // 2):
-        turns = original * theta ** (-2 * i / head_dim) / (2 * math.pi)
-        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
-        expected.append(1 / ((1 - smooth) / factor + smooth))
-    if len(expected) != len(divisors) or any(abs(a - b) > 1e-4 * b for a, b in zip(divisors, expected, strict=True)):
-        raise CheckpointError(
-            f"{file.path}: rope_freqs.weight is not the table of Llama 3.1 (low 1, high 4, context {original}) "
-            "for any factor; load the Hugging Face checkpoint of this model instead"
-        )
-    return {
-        "rope_type": "llama3",
-        "factor": float(f"{factor:.6g}"),
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file under Hugging Face names, packed or dequantised."""
+"""The tensors of a GGUF file, or of all parts of a split one, under Hugging Face names, packed or dequantised."""
 
 import math
 from functools import cached_property
@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
+from llama2.architecture import parameter_shapes
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
 from llama2.checkpoint.gguf import GgufFile, TensorInfo
 from llama2.checkpoint.names import gguf_to_hf, rotated_heads, to_half_split
 from llama2.config import LlamaConfig
+from llama2.coverage import is_table
 from llama2.errors import CheckpointError
 from llama2.quant.ggml import BlockType, block_type, dequantize
 
-# Tables, not weights: the first becomes rope settings in the configuration, the others are what old files precomputed.
-_TABLES = ("rope_freqs.weight", "attn_rot_embd.weight", "attn_rot_embd")
+# Keys general.* that say how a file is written, not whose model it is.
+_OF_THE_FILE = ("general.alignment", "general.file_type", "general.quantization_version")
 
 
 class GgufCheckpoint(Checkpoint):
@@ -24,12 +26,12 @@ class GgufCheckpoint(Checkpoint):
     format = "gguf"
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.file = GgufFile(path)
+        self.path = self.file.path
         self.config  # noqa: B018 - a foreign architecture is refused before its tensor names are looked at
         self._infos: dict[str, tuple[TensorInfo, BlockType]] = {}
         for info in self.file.tensors.values():
-            if info.name.endswith(_TABLES):
+            if is_table(info.name):  # rope_freqs.weight becomes rope settings in the configuration
                 continue
             name, block = gguf_to_hf(info.name), block_type(info.type_id)
             if name is None:
@@ -39,19 +41,24 @@ class GgufCheckpoint(Checkpoint):
                 )
             self._check_extent(info, block)
             self._infos[name] = info, block
+        # llama.cpp reads each bias of a Llama for itself; one that is left out is 0.
+        parameters = parameter_shapes(self.config)
+        self._zeros = {name: parameters[name] for name in parameters if name.endswith(".bias")} if self._infos else {}
+        self._zeros = {name: shape for name, shape in self._zeros.items() if name not in self._infos}
 
     def _check_extent(self, info: TensorInfo, block: BlockType) -> None:
-        start = self.file.data_start + info.offset
+        data, start = self.file.place(info.name)
         end = start + math.prod(info.shape[:-1]) * block.row_bytes(info.shape[-1])
-        if info.offset % 8 or end > len(self.file.data):
+        if info.offset % 8 or end > len(data):
             raise CheckpointError(
-                f"{self.path} is truncated or malformed: tensor {info.name!r} ({block.name}, {info.shape}) lies at "
-                f"bytes {start} to {end}, the file ends at byte {len(self.file.data)}. Fetch the file again"
+                f"{self.file.files[info.part]} is truncated or malformed: tensor {info.name!r} ({block.name}, "
+                f"{info.shape}) lies at bytes {start} to {end}, the file ends at byte {len(data)}. Fetch the file again"
             )
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
-        return {name: Stored(info.shape, block.name) for name, (info, block) in self._infos.items()}
+        found = {name: Stored(info.shape, block.name) for name, (info, block) in self._infos.items()}
+        return {**found, **{name: Stored(shape, "F32") for name, shape in self._zeros.items()}}
 
     @cached_property
     def config(self) -> LlamaConfig:
@@ -60,6 +67,14 @@ class GgufCheckpoint(Checkpoint):
     @property
     def generation_settings(self) -> dict[str, Any] | None:
         return None
+
+    @property
+    def card(self) -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in self.file.metadata.items()
+            if key.startswith("general.") and key not in _OF_THE_FILE and value != []
+        }
 
     @property
     def tokenizer_source(self) -> dict[str, Any]:
@@ -74,17 +89,19 @@ class GgufCheckpoint(Checkpoint):
         return "float32" if "F32" in kinds and all(kind in dense for kind in kinds) else "bfloat16"
 
     def mapped(self, name: str) -> list[torch.Tensor]:
-        return [self._stored(*self._infos[name])]
+        return [] if name in self._zeros else [self._stored(*self._infos[name])]
 
     def _stored(self, info: TensorInfo, block: BlockType) -> torch.Tensor:
         """Rows (rows, row_bytes) as the file holds them."""
         row_bytes = block.row_bytes(info.shape[-1])
-        count, start = math.prod(info.shape[:-1]) * row_bytes, self.file.data_start + info.offset
+        count, (data, start) = math.prod(info.shape[:-1]) * row_bytes, self.file.place(info.name)
         if count == 0:
             raise CheckpointError(f"{self.path}: tensor {info.name!r} is empty {info.shape}; the file is malformed")
-        return torch.frombuffer(self.file.data, dtype=torch.uint8, count=count, offset=start).view(-1, row_bytes)
+        return torch.frombuffer(data, dtype=torch.uint8, count=count, offset=start).view(-1, row_bytes)
 
     def raw(self, name: str) -> RawTensor:
+        if (shape := self._zeros.get(name)) is not None:
+            return RawTensor(torch.zeros((1, 4 * shape[0]), dtype=torch.uint8), "F32", shape)
         info, block = self._infos[name]
         rows = self._stored(info, block)
         heads = rotated_heads(name, self.config.num_attention_heads, self.config.num_key_value_heads)

@@ -67,8 +67,7 @@ class GgufTarget(Target):
             raise InputError(f"GGUF has no place for {odd[0]} ({len(odd)} such tensors); convert to hf instead")
         self.files, self.steps = [file], list(names)
         self._entries = {name: self._entry(name, source, kind) for name in names}
-        metadata = {**architecture(self.config), **tokenizer}
-        metadata["general.name"] = source.path.resolve().stem
+        metadata = {"general.name": source.path.resolve().stem, **source.card, **architecture(self.config), **tokenizer}
         metadata["general.file_type"] = FILE_TYPES[kind or self._kept()].id
         metadata["general.quantization_version"] = 2
         self._tables = {"rope_freqs.weight": table} if (table := rope_divisors(self.config)) is not None else {}
@@ -76,14 +75,14 @@ class GgufTarget(Target):
         self.size = len(self._head) + sum(entry.bytes + ALIGNMENT for entry in self._entries.values())
 
     def _entry(self, name: str, source: Checkpoint, kind: str | None) -> _Entry:
-        shape, stored = source.tensors[name]
+        shape, stored = source.tensors[name].shape, source.kept_type(name)
         if len(shape) < 2:
             return _Entry(name, shape, block_type("F32"), stored == "F32")
         if kind is None:
             wanted = fitting(block_type("F32" if stored == "F64" else stored).name, shape[-1])
         else:
             wanted = tensor_type(name, shape[-1], kind, self.config, self._calibrated)
-        return _Entry(name, shape, block_type(wanted), stored == wanted)
+        return _Entry(name, shape, block_type(wanted), source.tensors[name].type == wanted)
 
     def _kept(self) -> str:
         """The file type nearest to what the matrices are stored as."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_config, read_json
 from llama2.config import LlamaConfig
+from llama2.coverage import is_table
 from llama2.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -40,8 +41,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the bound of the safetensors package
-# Hub Llama 2 files carry the rotary table of each layer in float16; the configuration says it exactly.
-_STALE = "rotary_emb.inv_freq"
 _META_NAMES = ("tok_embeddings.weight", "layers.0.attention.wq.weight")
 
 
@@ -100,7 +99,7 @@ class HfCheckpoint(Checkpoint):
                 f"{self.path} holds Meta's original tensor names ({_META_NAMES[0]}, ...); "
                 "give the folder that holds them together with params.json, and no config.json"
             )
-        return {name: file for name, file in located.items() if not name.endswith(_STALE)}
+        return {name: file for name, file in located.items() if not is_table(name)}
 
     def _shard(self, file: Path) -> Mapping[str, Tensor]:
         if file not in self._shards:

@@ -2,17 +2,32 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from glob import escape as glob_escape
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 
+from llama2.checkpoint import split_parts
 from llama2.errors import CheckpointError
 
-CONFIG_FILES = ("config.json", "generation_config.json", "params.json", "quantize_config.json", "quant_config.json")
+_COMPANION = re.compile(r"(?:^|[/._-])(?:mmproj|imatrix)", re.IGNORECASE)
+_TYPE = re.compile(
+    r"(?<![A-Za-z0-9])((?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|BF16|F16|F32|MXFP4))(?![A-Za-z0-9])", re.IGNORECASE
+)
+
+CONFIG_FILES = (
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "adapter_config.json",
+)
 SAFETENSORS_FILES = ("*.safetensors", "*.safetensors.index*.json")
-BIN_FILES = ("pytorch_model*.bin", "pytorch_model*.json", "gptq_model-*.bin")
+BIN_FILES = ("pytorch_model*.bin", "pytorch_model*.json", "gptq_model-*.bin", "adapter_model.bin")
+META_FILES = ("consolidated.*.pth", "params.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -45,15 +60,78 @@ def fetch(repo_id: str, options: HubOptions, patterns: tuple[str, ...]) -> Path:
     return Path(folder) / options.subfolder
 
 
-def fetch_model(repo_id: str, options: HubOptions, use_safetensors: bool | None, gguf_file: str | None) -> Path:
-    """Configuration and weights: one GGUF file, or safetensors, or .bin where there are no safetensors."""
-    if gguf_file is not None:
-        return fetch(repo_id, options, (gguf_file,))
-    if use_safetensors is not False:
-        folder = fetch(repo_id, options, CONFIG_FILES + SAFETENSORS_FILES)
-        if use_safetensors or any(folder.glob("*.safetensors")):
+def fetch_model(repo_id: str, options: HubOptions, use_safetensors: bool | None) -> Path:
+    """Configuration and weights of a repository: safetensors, else .bin, else Meta's .pth, else its only GGUF model.
+
+    Returns the folder, or the GGUF file. Raises CheckpointError where several GGUF models are there to choose from.
+    """
+    kinds = {True: (SAFETENSORS_FILES,), False: (BIN_FILES,), None: (SAFETENSORS_FILES, BIN_FILES, META_FILES)}
+    for files in kinds[use_safetensors]:
+        folder = fetch(repo_id, options, CONFIG_FILES + files)
+        if any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.glob("*")):
             return folder
-    return fetch(repo_id, options, CONFIG_FILES + BIN_FILES)
+    only = only_gguf(repo_id, options) if use_safetensors is None else None
+    return folder if only is None else fetch_gguf(repo_id, options, only, None)
+
+
+def list_files(repo_id: str, options: HubOptions) -> list[str]:
+    """Names of the files of a repository; where the hub is not asked, of those that are in the cache."""
+    if not options.local_files_only and not huggingface_hub.constants.HF_HUB_OFFLINE:
+        names: list[str] = _explained(
+            huggingface_hub.HfApi().list_repo_files, repo_id, revision=options.revision, token=options.token
+        )
+    else:
+        folder = fetch(repo_id, replace(options, subfolder=""), ("*",))
+        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    inside = f"{options.subfolder}/" if options.subfolder else ""
+    return sorted(name.removeprefix(inside) for name in names if name.startswith(inside))
+
+
+def only_gguf(repo_id: str, options: HubOptions) -> str | None:
+    """The GGUF model of a repository that holds one, of a split one its first part; None where there is none.
+
+    Raises CheckpointError where there are several.
+    """
+    models = _models(list_files(repo_id, options))
+    if len(models) > 1:
+        kinds = ", ".join(dict.fromkeys(kind for name in models if (kind := _kind(name)))) or "none by their names"
+        raise CheckpointError(
+            f"{repo_id} holds {len(models)} GGUF files; choose one by its type, such as {repo_id}:{_kind(models[0])} "
+            f"({kinds}), or by its name, {repo_id}/{models[0]}"
+        )
+    return models[0] if models else None
+
+
+def fetch_gguf(repo_id: str, options: HubOptions, file: str | None, tag: str | None) -> Path:
+    """One GGUF file of a repository, by its name or by a type that its name holds, with all its parts."""
+    if file is None:
+        models = _models(list_files(repo_id, options))
+        wanted = str(tag).lower().removesuffix(".gguf")
+        exact = [name for name in models if (_kind(name) or "").lower() == wanted]
+        fitting = exact or [name for name in models if wanted in name.lower()]
+        if len(fitting) != 1:
+            there = ", ".join(fitting or models) or "no GGUF file"
+            raise CheckpointError(
+                f"{repo_id}:{tag} means {len(fitting)} files; {repo_id} holds {there}: give {repo_id}/FILE.gguf"
+            )
+        file = fitting[0]
+    parts = [part.as_posix() for part in split_parts(Path(file))]
+    folder = fetch(repo_id, options, tuple(glob_escape(part) for part in parts))
+    if not (folder / file).exists():
+        raise CheckpointError(f"{repo_id} holds no {file!r} at this revision; check the name")
+    return folder / file
+
+
+def _models(names: list[str]) -> list[str]:
+    """GGUF models among files, split ones by their first part, without the companions of a model."""
+    found = {split_parts(Path(name))[0].as_posix() for name in names if name.endswith(".gguf")}
+    return sorted(name for name in found if not _COMPANION.search(name))
+
+
+def _kind(name: str) -> str | None:
+    """The quantisation type that a file's name holds, as llama.cpp spells it."""
+    found = _TYPE.findall(Path(name).stem)
+    return found[-1].upper() if found else None
 
 
 def upload(folder: Path, repo_id: str, *, token: str | bool | None, private: bool | None, commit_message: str) -> str:

@@ -5,7 +5,6 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,23 +13,25 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llama2.checkpoint import Checkpoint, Stored
+from llama2.checkpoint.covered import not_weights
 from llama2.checkpoint.hf import CODES, HfCheckpoint
 from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
 from llama2.checkpoint.pages import release
-from llama2.checkpoint.peft import adapted_base, load_adapter
+from llama2.checkpoint.peft import load_adapter
+from llama2.checkpoint.peft_files import HEADS, adapted_base
 from llama2.checkpoint.single_threads import in_single_threads
-from llama2.checkpoint.source import open_source, override, split_hub_options
+from llama2.checkpoint.source import Located, locate, open_source, override, split_hub_options
 from llama2.classifiers import (
     LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
 )
 from llama2.config import LlamaConfig
+from llama2.coverage import Coverage, cover, listed
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.generation_config import GenerationConfig
 from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.pretrained import PreTrainedModel
-from llama2.quant import ggml
 from llama2.quant.methods import layer_class
 from llama2.quantization_config import QuantizationConfig
 
@@ -53,9 +54,7 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     )
 }
 _PREFIXES = ("model.", "transformer.")  # of the model without its head, in the classes that have one
-HEADS = {"score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias"}  # drawn anew where a file has none
 _ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
-_WEIGHT_TYPES = {"F64", *ggml.TYPES}
 
 
 @contextmanager
@@ -67,18 +66,34 @@ def head_follows() -> Iterator[None]:
 
 
 def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
-    """`load` that takes the folder of an adapter too: the model that it is for, with the adapter attached."""
+    """`load` that takes the folder, or the hub id, of an adapter too: the model that it is for, with the adapter
+    attached."""
 
     @functools.wraps(load)
     def loaded(cls: type[Any], pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
-        found = adapted_base(pretrained_model_name_or_path)
+        if pretrained_model_name_or_path is None:
+            return load(cls, None, *args, **kwargs)
+        hub = split_hub_options(dict(kwargs))
+        chosen = {key: kwargs[key] for key in ("use_safetensors", "gguf_file") if key in kwargs}
+        place = locate(pretrained_model_name_or_path, hub, **chosen)
+        found = adapted_base(place.path)
         if found is None:
-            return load(cls, pretrained_model_name_or_path, *args, **kwargs)
-        base, labels = found
+            return load(cls, place, *args, **kwargs)
+        for key in ("subfolder",) if Path(place.name).expanduser().exists() else ("subfolder", "revision"):
+            kwargs.pop(key, None)
+        kwargs.setdefault("revision", found.revision)
+        wants_info = kwargs.pop("output_loading_info", False)
         with head_follows():
-            made = load(cls, base, *args, **{**labels, **kwargs})
-        load_adapter(made[0] if isinstance(made, tuple) else made, Path(str(pretrained_model_name_or_path)))
-        return made
+            model, info = loaded(cls, found.base, *args, **{**found.labels, **kwargs}, output_loading_info=True)
+        lost = [name for name in info["missing_keys"] if name.partition(".")[0] in HEADS and name not in found.heads]
+        if lost:
+            raise MismatchError(
+                f"{place} is an adapter without {lost[0]}, and its model {found.base} has none either: its answers "
+                "would be random. Give the adapter that was trained with a head (`llama2 finetune classify` makes one)"
+            )
+        load_adapter(model, place.path)
+        info["missing_keys"] = [name for name in info["missing_keys"] if name not in found.heads]
+        return (model, info) if wants_info else model
 
     return loaded
 
@@ -86,7 +101,7 @@ def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
 @_on_adapters
 def from_pretrained(
     cls: type[Model],
-    pretrained_model_name_or_path: str | Path | None,
+    pretrained_model_name_or_path: str | Path | Located | None,
     *model_args: Any,
     config: LlamaConfig | str | Path | None = None,
     dtype: torch.dtype | str | None = None,
@@ -163,7 +178,7 @@ def from_pretrained(
     fill(model, weights, report, chosen, device)
     model.generation_config = _generation_config(source, settings)
     model.eval()
-    return (model, report.info()) if output_loading_info else model
+    return (model, info(report)) if output_loading_info else model
 
 
 def from_pretrained_named(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -335,42 +350,25 @@ class Rest:
         return self._weights.read(name, dtype)
 
 
-@dataclass
-class Report:
-    """Which tensor of the file fills which parameter, and what is left on either side."""
-
-    found: dict[str, str] = field(default_factory=dict)  # parameter -> name in the file
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-
-    def info(self) -> dict[str, list[Any]]:
-        """The dict that output_loading_info returns."""
-        return {
-            "missing_keys": self.missing,
-            "unexpected_keys": self.unexpected,
-            "mismatched_keys": self.mismatched,
-            "error_msgs": [],
-        }
+def info(report: Coverage) -> dict[str, list[Any]]:
+    """The dict that output_loading_info returns."""
+    return {
+        "missing_keys": list(report.missing),
+        "unexpected_keys": list(report.unexpected),
+        "mismatched_keys": report.mismatched,
+        "error_msgs": [],
+    }
 
 
-def match(model: PreTrainedModel, weights: Weights, ignore_mismatched_sizes: bool = False) -> Report:
+def match(model: PreTrainedModel, weights: Weights, ignore_mismatched_sizes: bool = False) -> Coverage:
     """Pairs parameters and tensors, adding or removing the base model's prefix. Raises MismatchError."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    report, stored = Report(), weights.tensors
-    names = translated(model, stored)
-    in_model_order = [name for name in parameters if name in names] + [name for name in names if name not in parameters]
-    for name in in_model_order:
-        file_name = names[name]
-        if name not in parameters:
-            report.unexpected.append(name)
-        elif stored[file_name].shape != tuple(parameters[name].shape):
-            report.mismatched.append((name, stored[file_name].shape, tuple(parameters[name].shape)))
-        else:
-            report.found[name] = file_name
-    filled = {id(parameters[name]) for name in (*report.found, *(entry[0] for entry in report.mismatched))}
-    report.missing = [name for name, parameter in parameters.items() if id(parameter) not in filled]
-    _judge(model, parameters, stored, report, ignore_mismatched_sizes)
+    first: dict[int, str] = {}
+    same = {name: first.setdefault(id(parameter), name) for name, parameter in parameters.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    names = translated(model, weights.tensors)
+    report = cover(shapes, weights.tensors, names, same, lambda name: not bool(weights.read(name).any()))
+    _judge(model, weights.tensors, report, ignore_mismatched_sizes)
     _check_tied(model, parameters, weights, report)
     return report
 
@@ -388,36 +386,22 @@ def translated(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str
 
 
 def _judge(
-    model: PreTrainedModel,
-    parameters: Mapping[str, nn.Parameter],
-    stored: Mapping[str, Stored],
-    report: Report,
-    ignore_mismatched_sizes: bool,
+    model: PreTrainedModel, stored: Mapping[str, Stored], report: Coverage, ignore_mismatched_sizes: bool
 ) -> None:
     """Raises MismatchError for everything that is neither filled, used nor excused; warns of fresh weights."""
-    heads = {*HEADS, "lm_head.weight"}
+    # The head of a task: a checkpoint of the base model has none yet.
+    excused = {name for name in report.missing if name.partition(".")[0] in HEADS}
     # A file that says it is a causal model and has no head is damaged, or tied without saying so.
-    excused = set(HEADS)
     if "LlamaForCausalLM" not in (model.config.architectures or ()):
         excused.add("lm_head.weight")
-    problems = [f"missing: {name} {tuple(parameters[name].shape)}" for name in report.missing if name not in excused]
-    problems += [f"not used: {name} {_shape(stored, name)}" for name in report.unexpected if name not in heads]
-    if not ignore_mismatched_sizes:
-        problems += [f"shape: {name} is {there} in the file, {here} here" for name, there, here in report.mismatched]
-    problems += [
-        f"type: {name} is stored as {stored[file_name].type}"
-        for name, file_name in report.found.items()
-        if stored[file_name].type not in _WEIGHT_TYPES
-    ]
+    excused |= {name for name in report.unexpected if name.partition(".")[0] in ("lm_head", *HEADS)}
+    problems = report.problems(excused, any_shape=ignore_mismatched_sizes) + not_weights(stored, report)
     if problems:
-        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise MismatchError(
-            f"the tensors do not fit {type(model).__name__} with this configuration: {shown}. "
-            "Check that config.json belongs to these weights"
-            + (" (a tied model needs tie_word_embeddings=True)" if "lm_head.weight" in report.missing else "")
+            f"the tensors do not fit {type(model).__name__} with this configuration: {listed(problems)}.{report.hint()}"
             + (" or pass ignore_mismatched_sizes=True to draw those anew" if report.mismatched else "")
         )
-    if fresh := report.missing + [entry[0] for entry in report.mismatched]:
+    if fresh := [*report.missing, *(entry[0] for entry in report.mismatched)]:
         warnings.warn(
             f"{', '.join(fresh)} of {type(model).__name__} cannot be taken from the checkpoint and are newly "
             "initialised; train the model before you rely on it",
@@ -425,13 +409,8 @@ def _judge(
         )
 
 
-def _shape(stored: Mapping[str, Stored], name: str) -> tuple[int, ...] | str:
-    found = next((entry for key, entry in stored.items() if key.endswith(name)), None)
-    return "" if found is None else found.shape
-
-
 def _check_tied(
-    model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], weights: Weights, report: Report
+    model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], weights: Weights, report: Coverage
 ) -> None:
     """A tied model whose file holds a head of its own: equal to the embedding, or the configuration is wrong."""
     first: dict[int, str] = {}
@@ -450,9 +429,9 @@ def _check_tied(
 # -- filling -----------------------------------------------------------------------------------------------------
 
 
-def fill(model: PreTrainedModel, weights: Weights, report: Report, dtype: torch.dtype, device: torch.device) -> None:
+def fill(model: PreTrainedModel, weights: Weights, report: Coverage, dtype: torch.dtype, device: torch.device) -> None:
     """Gives every meta parameter the stored tensor (no copy where dtype and device allow), or fresh values."""
-    fresh = report.missing + [entry[0] for entry in report.mismatched]
+    fresh = [*report.missing, *(entry[0] for entry in report.mismatched)]
     for module_name in dict.fromkeys(name.rpartition(".")[0] for name in fresh):
         module = model.get_submodule(module_name)
         module.to_empty(device=device, recurse=False).to(dtype)

@@ -1,37 +1,32 @@
 """W + scale * B A: an adapter put into the weights for good. The sum is taken in float32 and rounded once.
 
-With DoRA the rows of the sum get the lengths that the adapter learnt.
+With DoRA the rows of the sum get the lengths that the adapter learnt. Parameters that the adapter brings whole take the
+place of the model's.
 """
 
+import copy
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llama2 import lora
+from llama2.architecture import EMBEDDING, HEAD
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
 from llama2.checkpoint.hf import CODES
-from llama2.checkpoint.peft import Adapter, LowRank
+from llama2.checkpoint.peft import Adapter, attach
 from llama2.checkpoint.seen import SeenCheckpoint
-
-
-def merged(weight: Tensor, low: LowRank, start: int = 0) -> Tensor:
-    """Rows `start` .. start + len(weight) of the changed W, in the weight's dtype and on its device."""
-    a, b = (half.to(weight.device, torch.float32) for half in (low.a, low.b[start : start + len(weight)]))
-    total = torch.addmm(weight.float(), b, a, alpha=low.scale)
-    if low.magnitude is not None:
-        wanted = low.magnitude[start : start + len(weight)].to(weight.device, torch.float32)
-        total *= (wanted / total.norm(dim=1))[:, None]
-    return total.to(weight.dtype)
+from llama2.config import LlamaConfig
 
 
 def merge_into(model: nn.Module, adapter: Adapter) -> None:
-    """Adds an adapter to the weights of a LlamaForCausalLM in place."""
-    with torch.no_grad():
-        for module, low in adapter.modules.items():
-            weight = model.get_submodule(module).weight
-            assert isinstance(weight, Tensor)
-            weight.copy_(merged(weight, low))
+    """Adds an adapter to the weights of a LlamaForCausalLM in place. Raises InputError where they are packed."""
+    name = "merged"
+    attach(model, adapter, name)
+    lora.merge(model)
 
 
 class MergedCheckpoint(SeenCheckpoint):
@@ -40,28 +35,61 @@ class MergedCheckpoint(SeenCheckpoint):
     def __init__(self, source: Checkpoint, adapter: Adapter) -> None:
         super().__init__(source)
         self.adapter = adapter
-        self._low = {f"{module}.weight": low for module, low in adapter.modules.items()}
+        tied = source.config.tie_word_embeddings and not adapter.untied
+        self._changed = adapter.parameters - ({HEAD} if tied else set())
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        config = copy.deepcopy(self.source.config)
+        config.vocab_size = self.adapter.vocab_size
+        config.tie_word_embeddings = config.tie_word_embeddings and not self.adapter.untied
+        return config
+
+    @property
+    def tokenizer_source(self) -> Path | dict[str, Any]:
+        """The adapter's own where its folder has one: it may have tokens that the base lacks."""
+        own = self.adapter.path
+        files = ("tokenizer.json", "tokenizer.model")
+        return own if any((own / name).exists() for name in files) else self.source.tokenizer_source
 
     @cached_property
     def tensors(self) -> Mapping[str, Stored]:
         found = dict(self.source.tensors)
-        for name in self._low:  # the sum of quantised weights and an adapter is not quantised
+        if self.adapter.untied:
+            found[HEAD] = found[EMBEDDING]
+        for name in self._changed:  # the sum of quantised weights and an adapter is not quantised
             shape, kind = found[name]
+            whole = self.adapter.full.get(name)
+            shape = shape if whole is None else tuple(whole.shape)
             found[name] = Stored(shape, kind if kind in CODES.values() else "F32")
         return found
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        tensor = self.source.read(name)
-        if name in self._low:
-            tensor = merged(tensor, self._low[name])
+        if name not in self._changed and name in self.source.tensors:
+            return self.source.read(name, dtype)
+        shape = self.tensors[name].shape
+        tensor = self.read_rows(name, 0, shape[0])
         return tensor if dtype is None else tensor.to(dtype)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        rows = self.source.read_rows(name, start, stop)
-        return merged(rows, self._low[name], start) if name in self._low else rows
+        if name not in self._changed and name in self.source.tensors:
+            return self.source.read_rows(name, start, stop)
+        if (whole := self.adapter.full.get(name)) is not None:
+            rows = whole[start:stop].to(_dtype(self.tensors[name].type))
+        else:
+            stored = name if name in self.source.tensors else EMBEDDING
+            rows = self.source.read_rows(stored, start, stop)
+        return self.adapter.changed(name, rows, start)
+
+    def mapped(self, name: str) -> list[Tensor]:
+        return self.source.mapped(name) if name in self.source.tensors else []
 
     def raw(self, name: str) -> RawTensor:
-        if name not in self._low:
+        if name not in self._changed and name in self.source.tensors:
             return self.source.raw(name)
         shape, kind = self.tensors[name]
         return RawTensor(self.read(name).contiguous().view(torch.uint8), kind, shape)
+
+
+def _dtype(code: str) -> torch.dtype:
+    return next(dtype for dtype, name in CODES.items() if name == code)

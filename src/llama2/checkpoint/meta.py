@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2.architecture import EMBEDDING, HEAD, parameter_shapes
 from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_json
 from llama2.checkpoint.hf import CODES, load_bin
 from llama2.checkpoint.names import meta_axis, meta_to_hf, rotated_heads, to_half_split
 from llama2.config import LlamaConfig
+from llama2.coverage import cover, is_table
 from llama2.errors import CheckpointError, MismatchError
 from llama2.tokenizer.files import beside
 
 # What Meta's params.json cannot say (context, special ids, tied head) is kept beside it by our writer.
 SIDECAR = "huggingface_config.json"
 _SHARD = re.compile(r"consolidated\.(\d+)\.pth")
-_STALE = "rope.freqs"
 _LLAMA3_VOCABULARY = 128256
 
 
@@ -63,21 +64,13 @@ class MetaCheckpoint(Checkpoint):
         return _with_sidecar(config, sidecar) if sidecar.exists() else config
 
     def _place_all(self) -> dict[str, "_Place"]:
-        expected = shapes_of(self.config)
-        if extra := sorted(set(self._shards[0]) - set(expected)):
-            raise MismatchError(
-                f"{self.path}: {extra[0]} has no place in a model of {self.config.num_hidden_layers} layers "
-                f"(params.json), {len(extra)} such tensors in all; the files do not belong together"
-            )
-        if lost := [name for name in expected if name not in self._shards[0] and name != "lm_head.weight"]:
-            raise MismatchError(
-                f"{self.path} has no tensor for {lost[0]}, {len(lost)} missing in all, where params.json says "
-                f"{self.config.num_hidden_layers} layers; the files do not belong together"
-            )
+        expected, tied = parameter_shapes(self.config), self.config.tie_word_embeddings
+        held = {name: Stored(expected.get(name, tuple(t.shape)), "") for name, t in self._shards[0].items()}
+        cover(expected, held, same={HEAD: EMBEDDING} if tied else {}).refuse(str(self.path))
         return {
             name: self._place(name, expected[name])
             for name in expected
-            if name in self._shards[0] and not (name == "lm_head.weight" and self.config.tie_word_embeddings)
+            if name in self._shards[0] and not (name == HEAD and tied)
         }
 
     def _place(self, name: str, shape: tuple[int, ...]) -> "_Place":
@@ -213,7 +206,7 @@ def _check_order(files: list[Path]) -> None:
 def _translated(file: Path, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, tensor in shard.items():
-        if name.endswith(_STALE):
+        if is_table(name):
             continue
         ours = meta_to_hf(name)
         if ours is None:
@@ -352,27 +345,3 @@ def _with_sidecar(config: LlamaConfig, sidecar: Path) -> LlamaConfig:
         if here != there:
             raise MismatchError(f"{sidecar} says {key} {there}, but params.json and the tensors say {here}; delete it")
     return full
-
-
-def shapes_of(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of a causal model without biases, in reading order."""
-    dim, inner = config.hidden_size, config.intermediate_size
-    queries, keys = (
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    )
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, dim)}
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}."
-        shapes |= {
-            f"{layer}self_attn.q_proj.weight": (queries, dim),
-            f"{layer}self_attn.k_proj.weight": (keys, dim),
-            f"{layer}self_attn.v_proj.weight": (keys, dim),
-            f"{layer}self_attn.o_proj.weight": (dim, queries),
-            f"{layer}mlp.gate_proj.weight": (inner, dim),
-            f"{layer}mlp.up_proj.weight": (inner, dim),
-            f"{layer}mlp.down_proj.weight": (dim, inner),
-            f"{layer}input_layernorm.weight": (dim,),
-            f"{layer}post_attention_layernorm.weight": (dim,),
-        }
-    return {**shapes, "model.norm.weight": (dim,), "lm_head.weight": (config.vocab_size, dim)}

@@ -1,35 +1,28 @@
-"""What other formats call the tensors: one literal table a format, read both ways, and the q/k permutation.
+"""What other formats call the tensors: one literal table for each, read both ways, and the q/k permutation.
 
-The names inside are Hugging Face's. `{i}` stands for the layer.
+The names inside are Hugging Face's. `{i}` stands for the layer. GGUF's table stands in `llama2.architecture`.
 """
 
 import re
 from typing import TYPE_CHECKING
 
+from llama2.architecture import GGUF, gguf_to_hf, hf_to_gguf, pattern, translate
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-GGUF: dict[str, str] = {  # Hugging Face -> llama.cpp, gguf-py/gguf/tensor_mapping.py
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-    "model.layers.{i}.input_layernorm.weight": "blk.{i}.attn_norm.weight",
-    "model.layers.{i}.self_attn.q_proj.weight": "blk.{i}.attn_q.weight",
-    "model.layers.{i}.self_attn.q_proj.bias": "blk.{i}.attn_q.bias",
-    "model.layers.{i}.self_attn.k_proj.weight": "blk.{i}.attn_k.weight",
-    "model.layers.{i}.self_attn.k_proj.bias": "blk.{i}.attn_k.bias",
-    "model.layers.{i}.self_attn.v_proj.weight": "blk.{i}.attn_v.weight",
-    "model.layers.{i}.self_attn.v_proj.bias": "blk.{i}.attn_v.bias",
-    "model.layers.{i}.self_attn.o_proj.weight": "blk.{i}.attn_output.weight",
-    "model.layers.{i}.self_attn.o_proj.bias": "blk.{i}.attn_output.bias",
-    "model.layers.{i}.post_attention_layernorm.weight": "blk.{i}.ffn_norm.weight",
-    "model.layers.{i}.mlp.gate_proj.weight": "blk.{i}.ffn_gate.weight",
-    "model.layers.{i}.mlp.gate_proj.bias": "blk.{i}.ffn_gate.bias",
-    "model.layers.{i}.mlp.up_proj.weight": "blk.{i}.ffn_up.weight",
-    "model.layers.{i}.mlp.up_proj.bias": "blk.{i}.ffn_up.bias",
-    "model.layers.{i}.mlp.down_proj.weight": "blk.{i}.ffn_down.weight",
-    "model.layers.{i}.mlp.down_proj.bias": "blk.{i}.ffn_down.bias",
-}
+__all__ = [
+    "GGUF",
+    "META",
+    "gguf_to_hf",
+    "hf_to_gguf",
+    "hf_to_meta",
+    "meta_axis",
+    "meta_to_hf",
+    "rotated_heads",
+    "to_half_split",
+    "to_pairs",
+]
 
 # Hugging Face -> Meta, and the axis along which Meta's shards divide the tensor (None: each holds all of it).
 META: dict[str, tuple[str, int | None]] = {
@@ -47,42 +40,24 @@ META: dict[str, tuple[str, int | None]] = {
     "model.layers.{i}.mlp.down_proj.weight": ("layers.{i}.feed_forward.w2.weight", 1),
 }
 
-_GGUF_TO_HF = {theirs: ours for ours, theirs in GGUF.items()}
 _HF_TO_META = {ours: theirs for ours, (theirs, _) in META.items()}
 _META_TO_HF = {theirs: ours for ours, (theirs, _) in META.items()}
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _ROTATED = re.compile(r"\.self_attn\.([qk])_proj\.(weight|bias)$")
-
-
-def _translate(name: str, table: dict[str, str]) -> str | None:
-    layer = _NUMBER.search(name)
-    found = table.get(_NUMBER.sub("{i}", name, count=1))
-    return found if found is None or layer is None else found.replace("{i}", layer.group())
-
-
-def gguf_to_hf(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor; None where there is none."""
-    return _translate(name, _GGUF_TO_HF)
-
-
-def hf_to_gguf(name: str) -> str | None:
-    """The GGUF name of a Hugging Face tensor; None where there is none."""
-    return _translate(name, GGUF)
 
 
 def meta_to_hf(name: str) -> str | None:
     """The Hugging Face name of a tensor of Meta's; None where there is none."""
-    return _translate(name, _META_TO_HF)
+    return translate(name, _META_TO_HF)
 
 
 def hf_to_meta(name: str) -> str | None:
     """Meta's name of a Hugging Face tensor; None where there is none."""
-    return _translate(name, _HF_TO_META)
+    return translate(name, _HF_TO_META)
 
 
 def meta_axis(name: str) -> int | None:
     """The axis along which Meta's shards divide the tensor with this Hugging Face name."""
-    return META[_NUMBER.sub("{i}", name, count=1)][1]
+    return META[pattern(name)][1]
 
 
 def rotated_heads(name: str, heads: int, kv_heads: int) -> int | None:

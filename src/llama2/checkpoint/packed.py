@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama2.architecture import linear_shapes
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
 from llama2.checkpoint.hf import CODES
-from llama2.checkpoint.peft import linear_shapes
 from llama2.checkpoint.seen import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
@@ -185,6 +185,12 @@ class UnpackedCheckpoint(SeenCheckpoint):
                     yield name, stored
             elif name == next(iter(self._parts[path].values())):
                 yield f"{path}.weight", Stored(self._shapes[path], "F32")
+
+    def kept_type(self, name: str) -> str:
+        """Of unpacked linears what the rest of the model is stored in: float32 would double its size."""
+        if name.removesuffix(".weight") in self._parts:
+            return CODES[getattr(torch, self.source.auto_dtype)]
+        return self.source.kept_type(name)
 
     def _needless(self, name: str) -> bool:
         """Whether it is the bias of a packed linear that has none, and 0."""

@@ -1,20 +1,20 @@
-"""LoRA adapters as the peft package writes them: adapter_config.json beside adapter_model.safetensors.
+"""LoRA adapters as the peft package writes them (`peft_files`), fitted to a model, attached to it, and written.
 
-A tensor is called "base_model.model." + module path + ".lora_A.weight" (r, in) or ".lora_B.weight" (out, r); it adds
-scaling * B A to the module's weight, scaling = alpha / r, or alpha / sqrt(r) with use_rslora (arXiv 2106.09685,
-2312.03732). `rank_pattern` and `alpha_pattern` give single modules another r or alpha.
+An adapter changes linears (and the head) by pairs A, B; and may bring parameters of its own: an embedding and a head
+that were trained whole (modules_to_save, or what peft saves by itself when the vocabulary was resized), rows of them
+(trainable_token_indices), biases. peft itself lets a wrong prefix, a missing half or a layer too many pass with a
+warning, and the adapter then does nothing. Here every tensor of the file must have its place, and every module that
+the configuration targets its tensors.
 
-DoRA (arXiv 2402.09353) has ".lora_magnitude_vector" (out,) besides, and an adapter of a classifier the whole head,
-"base_model.model.score.weight" (labels, D).
-
-peft itself lets a wrong prefix, a missing half or a layer too many pass with a warning, and the adapter then does
-nothing. Here every tensor of the file must have its place, and every module that the configuration targets its tensors.
+What `load_adapter` attaches as layers is A and B of linears; all else goes into the model's own parameters, which
+`save_adapter` writes whole again.
 """
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,34 +22,27 @@ import torch
 from torch import Tensor, nn
 
 from llama2 import lora
-from llama2.checkpoint import read_json
-from llama2.checkpoint.hf import load_bin, map_safetensors
+from llama2.architecture import EMBEDDING, HEAD, parameter_shapes
+from llama2.checkpoint.packed import plain
+from llama2.checkpoint.peft_files import (
+    CONFIG,
+    HEADS,
+    PREFIX,
+    WEIGHTS,
+    Parts,
+    read_config,
+    read_fields,
+    read_parts,
+    token_indices,
+)
 from llama2.checkpoint.save import replacing, write_safetensors
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.lora_config import LINEARS, LoraConfig
+from llama2.quant.linear import PackedLinear
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-HEAD = "score.weight"
-_HEADS = {"classifier", "score"}  # what peft calls a classifier's head in modules_to_save
-_NAME = re.compile(
-    r"(.+)\.(?:lora_(?P<half>[AB])(?:\.default)?\.weight|lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
-)
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# What changes the sum or the base weights themselves: used without it, the adapter would give wrong answers.
-_FOREIGN = {
-    "lora_bias": "B has a bias",
-    "fan_in_fan_out": "its weights are stored transposed",
-    "layer_replication": "it repeats layers of the model",
-    "trainable_token_indices": "it changes rows of the embedding",
-    "target_parameters": "it changes parameters that are no linears",
-    "alora_invocation_tokens": "it acts from an invocation sequence on only",
-    "use_qalora": "it pools the input (QALoRA)",
-    "use_bdlora": "its matrices are block-diagonal",
-    "arrow_config": "it routes between several adapters",
-    "kasa_config": "it changes the base weights (KaSA)",
-}
+SCORE = "score.weight"
+_OUTER = {"lm_head", "model.embed_tokens"}  # modules beside the layers that an adapter may change
 # What peft's own files say besides; its loader fills in the rest.
 _WRITTEN = {
     "peft_type": "LORA",
@@ -62,11 +55,10 @@ _WRITTEN = {
     "modules_to_save": None,
     "revision": None,
 }
-_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others take something out of the base weights
 
 
 class LowRank(NamedTuple):
-    """scale * b @ a is added to a weight: a (r, in), b (out, r).
+    """scale * b @ a is added to a weight: a (r, in), b (out, r). Of an embedding (V, D): a (r, D), b (V, r).
 
     magnitude (out,), of DoRA: what the rows of the sum are long.
     """
@@ -76,25 +68,74 @@ class LowRank(NamedTuple):
     scale: float
     magnitude: Tensor | None = None
 
+    def added(self, weight: Tensor, start: int = 0) -> Tensor:
+        """Rows `start` .. start + len(weight) of the changed W, in the weight's dtype and on its device."""
+        a, b = (half.to(weight.device, torch.float32) for half in (self.a, self.b[start : start + len(weight)]))
+        total = torch.addmm(weight.float(), b, a, alpha=self.scale)
+        if self.magnitude is not None:
+            wanted = self.magnitude[start : start + len(weight)].to(weight.device, torch.float32)
+            total *= (wanted / total.norm(dim=1))[:, None]
+        return total.to(weight.dtype)
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits a model. modules by path in the model; head: the classifier's weight (labels, D)."""
+    """An adapter that fits a model.
+
+    modules: pairs by path in the model. full: parameters that take the place of the model's own, by name. rows: of a
+    parameter (indices, values). vocab_size: rows of embedding and head with the adapter. untied: whether a head that
+    the model ties to its embedding differs from it with the adapter.
+    """
 
     path: Path
     config: LoraConfig
     modules: Mapping[str, LowRank]
-    head: Tensor | None = None
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+    vocab_size: int = 0
+    untied: bool = False
+
+    @property
+    def layered(self) -> bool:
+        """Whether the adapter is nothing but A and B of linears in the layers."""
+        return not (self.config.use_dora or self.full or self.rows or _OUTER & set(self.modules))
 
     @property
     def plain(self) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """{path: (A, B, scale)}, as `CpuWeights.add_adapter` takes. Raises CheckpointError for DoRA."""
-        if self.config.use_dora:
+        """{path: (A, B, scale)}, as `CpuWeights.add_adapter` takes. Raises CheckpointError for what changes more."""
+        if not self.layered:
+            what = (
+                "is a DoRA adapter, which rescales the rows of the weights,"
+                if self.config.use_dora
+                else f"brings {', '.join([*self.full, *self.rows, *(_OUTER & set(self.modules))][:3])} of its own,"
+            )
             raise CheckpointError(
-                f"{self.path} is a DoRA adapter, which rescales the rows of the weights, so it cannot be added while "
-                "the native engine runs; put it into the weights with `llama2 merge-adapter`"
+                f"{self.path} {what} so it cannot be added while the native engine runs; put it into the weights with "
+                "`llama2 merge-adapter`"
             )
         return {path: (low.a, low.b, low.scale) for path, low in self.modules.items()}
+
+    def changed(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """Rows `start` .. start + len(rows) of a parameter with the adapter in it, in their dtype; rows: the model's.
+
+        Where the adapter brings the parameter whole, only the dtype and the number of rows count.
+        """
+        if (whole := self.full.get(name)) is not None:
+            rows = whole[start : start + len(rows)].to(rows.device, rows.dtype)
+        if (low := self.modules.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
+            rows = low.added(rows, start)
+        if name in self.rows:
+            indices, values = self.rows[name]
+            rows = rows.clone()
+            for index, value in zip(indices, values, strict=True):
+                if start <= index < start + len(rows):
+                    rows[index - start] = value.to(rows.dtype)
+        return rows
+
+    @property
+    def parameters(self) -> set[str]:
+        """Names of the parameters that it changes."""
+        return {*self.full, *self.rows, *(f"{path}.weight" for path in self.modules)}
 
 
 def read_adapter(folder: str | Path, model: LlamaConfig, classifier: bool = False) -> Adapter:
@@ -106,63 +147,224 @@ def read_adapter(folder: str | Path, model: LlamaConfig, classifier: bool = Fals
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds {CONFIG} and {WEIGHTS}")
-    config = read_config(folder)
-    tensors = dict(_tensors(folder))
-    head = _head(folder, tensors.pop(PREFIX + HEAD, None), model, classifier)
-    halves = _pair(folder, tensors, config.use_dora)
-    shapes = linear_shapes(model)
-    if stray := sorted(set(halves) - set(shapes)):
-        if f"model.{stray[0]}" in shapes:
-            raise CheckpointError(
-                f"{folder} holds tensors whose names begin with {PREFIX}{stray[0]}; the prefix of a Llama model is "
-                f"{PREFIX}model.: put the missing 'model.' in, or save the adapter again with peft"
-            )
+    fields, config = read_fields(folder), read_config(folder)
+    parts = read_parts(folder, config.use_dora)
+    vocab_size = next((len(parts.full[name]) for name in (EMBEDDING, HEAD) if name in parts.full), model.vocab_size)
+    shapes = _shapes(model, vocab_size)
+    _check_heads(folder, parts, model, classifier)
+    _check_full(folder, parts, fields, shapes)
+    linears = {name.removesuffix(".weight"): size for name, size in shapes.items() if len(size) == 2}
+    if stray := sorted(set(parts.pairs) - set(linears)):
         raise MismatchError(
             f"{folder} adapts {stray[0]!r} ({len(stray)} modules in all), which is no linear of a layer of this "
-            f"{model.num_hidden_layers}-layer model; adapters of {', '.join(LINEARS)} are supported"
+            f"{model.num_hidden_layers}-layer model; adapters of {', '.join(LINEARS)}, lm_head and embed_tokens are "
+            "supported"
         )
-    _check_targets(folder, config, set(halves), set(shapes))
+    _check_targets(folder, config, parts, set(linears))
     modules = {}
-    for module in sorted(halves, key=list(shapes).index):
-        a, b = halves[module]["A"], halves[module]["B"]
-        magnitude = halves[module].get("magnitude_vector")
-        _check_shapes(folder, module, (a, b), config.rank(module), shapes[module])
-        if magnitude is not None and magnitude.shape != shapes[module][:1]:
+    for module in sorted(parts.pairs, key=list(linears).index):
+        modules[module] = _low_rank(folder, module, parts.pairs[module], config, linears[module])
+    rows = {name: _token_rows(folder, fields, name, values, shapes) for name, values in parts.rows.items()}
+    if fields.get("trainable_token_indices") and not rows:
+        raise MismatchError(f"{folder}: {CONFIG} names trainable_token_indices, but there are no rows; save it again")
+    if model.tie_word_embeddings and EMBEDDING in rows and HEAD not in rows:
+        rows[HEAD] = rows[EMBEDDING]
+    return Adapter(folder, config, modules, parts.full, rows, vocab_size, _unties(parts, rows, model, vocab_size))
+
+
+def _shapes(model: LlamaConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    shapes = parameter_shapes(model)
+    return {name: (vocab_size, size[1]) if name in (EMBEDDING, HEAD) else size for name, size in shapes.items()}
+
+
+def _check_heads(folder: Path, parts: Parts, model: LlamaConfig, classifier: bool) -> None:
+    """The head of a classifier or of another task, which only such a model has."""
+    for name in [name for name in parts.full if name.partition(".")[0] in HEADS]:
+        if not classifier:
             raise MismatchError(
-                f"{folder}: lora_magnitude_vector of {module} has shape {tuple(magnitude.shape)}, but this model needs "
-                f"{shapes[module][:1]}; it is an adapter of another model"
+                f"{folder} is an adapter of a classifier (it holds {name}); load it into the class of its task, such "
+                "as LlamaForSequenceClassification, or use `llama2 classify`"
             )
-        modules[module] = LowRank(a, b, config.scaling(module), magnitude)
-    return Adapter(folder, config, modules, head)
+        rows = 2 if name.startswith("qa_outputs") else model.num_labels
+        wanted = (rows, model.hidden_size) if name.endswith("weight") else (rows,)
+        found = tuple(parts.full[name].shape)
+        if found != wanted:
+            raise MismatchError(
+                f"{folder}: {name} has shape {found}, but this model needs {wanted}; give the model "
+                f"num_labels={found[0]}, or it is an adapter of another model"
+            )
 
 
-def _head(folder: Path, head: Tensor | None, model: LlamaConfig, classifier: bool) -> Tensor | None:
+def _check_full(folder: Path, parts: Parts, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Parameters that the adapter brings whole: each is one of the model's, of its shape, and none is lost."""
+    for name, tensor in parts.full.items():
+        if name.partition(".")[0] in HEADS:
+            continue
+        if name not in shapes:
+            raise MismatchError(
+                f"{folder} holds {name} {tuple(tensor.shape)}, which this model has no place for; it is an adapter of "
+                "another model" + (" with biases (attention_bias, mlp_bias)" if name.endswith(".bias") else "")
+            )
+        if tuple(tensor.shape) != shapes[name]:
+            raise MismatchError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, but this model needs {shapes[name]}; it is an "
+                "adapter of another model"
+            )
+    for module in fields.get("modules_to_save") or ():
+        there = any(re.search(rf"(?:^|\.){re.escape(module)}\.", name) for name in parts.full)
+        if not there and module not in HEADS:
+            raise MismatchError(
+                f"{folder}: modules_to_save names {module!r}, but the file holds no tensor of it; save it again"
+            )
+    biased = any(name.endswith(".bias") for name in shapes)
+    if fields.get("bias", "none") != "none" and biased and not any(name.endswith(".bias") for name in parts.full):
+        warnings.warn(
+            f"{folder}: bias is {fields['bias']!r}, but the file holds no bias (older versions of peft lost them); "
+            "those of the model are used",
+            stacklevel=3,
+        )
+
+
+def _token_rows(
+    folder: Path, fields: Mapping[str, Any], name: str, values: Tensor, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[list[int], Tensor]:
+    indices = token_indices(folder, fields, name)
+    wanted = shapes.get(name, (0, 0))
+    fits = tuple(values.shape) == (len(indices), wanted[-1]) and all(0 <= row < wanted[0] for row in indices)
+    if name not in (EMBEDDING, HEAD) or not fits:
+        raise MismatchError(
+            f"{folder}: the rows {indices[:8]} of {name} have shape {tuple(values.shape)}, which does not fit "
+            f"{wanted}; it is an adapter of another model"
+        )
+    return indices, values
+
+
+def _unties(parts: Parts, rows: Mapping[str, Any], model: LlamaConfig, vocab_size: int) -> bool:
+    """Whether head and embedding, tied in the model, differ with the adapter. As in peft, what changes one of them
+    leaves the other as the model has it."""
+    if not model.tie_word_embeddings:
+        return False
+    if _OUTER & set(parts.pairs):
+        return True
+    embedding, head = parts.full.get(EMBEDDING), parts.full.get(HEAD)
+    if embedding is not None and head is not None:
+        return not torch.equal(embedding, head)
+    if (embedding is not None or head is not None) and vocab_size == model.vocab_size:
+        return True
+    return HEAD in rows and (EMBEDDING not in rows or rows[HEAD][0] != rows[EMBEDDING][0])
+
+
+def _low_rank(
+    folder: Path, module: str, pair: Mapping[str, Tensor], config: LoraConfig, shape: tuple[int, ...]
+) -> LowRank:
+    rank, magnitude = config.rank(module), pair.get("magnitude_vector")
+    for half, size in (("A", (rank, shape[1])), ("B", (shape[0], rank))):
+        if tuple(pair[half].shape) != size:
+            raise MismatchError(
+                f"{folder}: lora_{half} of {module} has shape {tuple(pair[half].shape)}, but rank {rank} and this "
+                f"model's weight of {shape} need {size}; it is an adapter of another model or rank"
+            )
+    if magnitude is not None and (magnitude.shape != shape[:1] or module == "model.embed_tokens"):
+        raise MismatchError(
+            f"{folder}: lora_magnitude_vector of {module} has shape {tuple(magnitude.shape)}, but this model needs "
+            f"{shape[:1]} (and DoRA of an embedding is not supported); it is an adapter of another model"
+        )
+    return LowRank(pair["A"], pair["B"], config.scaling(module), magnitude)
+
+
+def _check_targets(folder: Path, config: LoraConfig, parts: Parts, known: set[str]) -> None:
+    found, whole = set(parts.pairs), {name.rpartition(".")[0] for name in parts.full}
+    targeted = {module for module in known if config.targets(module) or config.targets(module.removeprefix("model."))}
+    if not targeted:
+        raise MismatchError(
+            f"{folder} targets {config.target_modules!r}, which names no linear of this model's layers; "
+            f"they are {', '.join(LINEARS)}"
+        )
+    if lost := sorted(targeted - found - whole):
+        raise MismatchError(
+            f"{folder} targets {lost[0]!r} ({len(lost)} modules in all) but holds no tensors for it; "
+            "it is for a model with fewer layers, or was cut: fetch or save it again"
+        )
+    if extra := sorted(found - targeted):
+        raise MismatchError(
+            f"{folder} holds tensors for {extra[0]!r}, which its target_modules {config.target_modules!r} do not "
+            "name; peft would leave them out. Correct target_modules or save the adapter again"
+        )
+
+
+# -- in a model --------------------------------------------------------------------------------------------------
+
+
+def load_adapter(model: Any, folder: str | Path, name: str = "default") -> LoraConfig:
+    """Attaches the adapter of a folder to a model and activates it; returns its configuration.
+
+    A vocabulary that the adapter was made with is taken over, and so are parameters that it brings whole. Raises as
+    `read_adapter`, and InputError where the name is taken.
+    """
+    adapter = read_adapter(folder, model.config, classifier=any(hasattr(model, head) for head in HEADS))
+    return attach(model, adapter, name)
+
+
+def attach(model: Any, adapter: Adapter, name: str = "default") -> LoraConfig:
+    """As `load_adapter`, of an adapter that was read for this model."""
+    if name in lora.names(model):
+        raise InputError(f"there is an adapter {name!r} already; remove_adapter(model, {name!r}) or take another name")
+    linears = {path: low for path, low in adapter.modules.items() if path != "model.embed_tokens"}
+    with torch.no_grad():
+        _attach_parameters(model, adapter)
+        if linears:
+            paths = {_own(model, path): low for path, low in linears.items()}
+            config = replace(adapter.config, target_modules=tuple(paths), layers_to_transform=(), exclude_modules=())
+            lora.add_adapter(model, config, name)
+        for path, low in paths.items() if linears else ():
+            layer = model.get_submodule(path)
+            layer.lora_A[name].copy_(low.a)
+            layer.lora_B[name].copy_(low.b)
+            layer.scaling[name] = low.scale
+            if low.magnitude is not None:
+                layer.lora_magnitude_vector[name].copy_(low.magnitude)
+    return adapter.config
+
+
+def _own(model: Any, name: str) -> str:
+    """The name of a module or parameter in this model: a LlamaModel has no "model." in front."""
+    prefix = model.base_model_prefix + "."
+    if not name.startswith("model."):
+        return name
+    return name.removeprefix("model.") if model.base_model is model else prefix + name.removeprefix("model.")
+
+
+def _attach_parameters(model: Any, adapter: Adapter) -> None:
+    """Puts everything but the linears' A and B into the model's own parameters, and notes which they are."""
+    if adapter.vocab_size != model.config.vocab_size:
+        model.resize_token_embeddings(adapter.vocab_size)
+    tied = {name for name in adapter.rows if name == HEAD and model.config.tie_word_embeddings}
+    if adapter.untied:
+        _untie(model)
+    lows = {f"{path}.weight" for path in adapter.modules if path == "model.embed_tokens"}
+    for name in (*adapter.full, *lows, *(set(adapter.rows) - (set() if adapter.untied else tied))):
+        own = _own(model, name)
+        path, _, leaf = own.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, PackedLinear) and leaf == "weight":
+            model.set_submodule(path, module := plain(module, model.dtype))
+        parameter = getattr(module, leaf)
+        only = replace(adapter, modules={}) if name not in lows else adapter
+        parameter.copy_(only.changed(name, parameter.detach()))
+        held = model.__dict__.setdefault("_adapter_parameters", {})
+        held[own] = name
+
+
+def _untie(model: Any) -> None:
+    """Gives a tied model a head of its own, equal to the embedding."""
+    head = model.get_output_embeddings()
     if head is None:
-        return None
-    if not classifier:
-        raise MismatchError(
-            f"{folder} is an adapter of a classifier (it holds {HEAD}); load it into a LlamaForSequenceClassification, "
-            "or use `llama2 classify`"
-        )
-    wanted = (model.num_labels, model.hidden_size)
-    if tuple(head.shape) != wanted:
-        raise MismatchError(
-            f"{folder}: {HEAD} has shape {tuple(head.shape)}, but this model needs {wanted}; give the model "
-            f"num_labels={head.shape[0]}, or it is an adapter of another model"
-        )
-    return head
+        return
+    head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
 
 
-def linear_shapes(model: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear of every layer, by module path."""
-    hidden, ffn = model.hidden_size, model.intermediate_size
-    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    sizes = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ffn, hidden), (ffn, hidden), (hidden, ffn))
-    return {
-        f"model.layers.{i}.{'mlp' if name in LINEARS[4:] else 'self_attn'}.{name}": size
-        for i in range(model.num_hidden_layers)
-        for name, size in zip(LINEARS, sizes, strict=True)
-    }
+# -- writing -----------------------------------------------------------------------------------------------------
 
 
 def write_adapter(
@@ -177,8 +379,13 @@ def write_adapter(
     with replacing(folder / WEIGHTS) as file:
         write_safetensors(file, {PREFIX + name: tensor.detach().cpu() for name, tensor in tensors.items()})
     fields = {**_WRITTEN, **vars(config), "task_type": task, "inference_mode": True}
+    saved = {name.rpartition(".")[0].rpartition(".")[2] for name in tensors if name.endswith(".weight")}
+    saved -= {"lora_A", "lora_B"}
     if task == "SEQ_CLS":
-        fields["modules_to_save"] = sorted(_HEADS)
+        saved |= {"classifier", "score"}  # what peft calls a classifier's head
+    fields["modules_to_save"] = sorted(saved - {"base_layer"}) or None
+    if any(name.endswith(".bias") for name in tensors):
+        fields["bias"] = "all"
     if config.target_modules == "all-linear":  # as peft, which writes the names that it finds
         fields["target_modules"] = LINEARS
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
@@ -202,9 +409,24 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig | None
     if not tensors:
         raise InputError(f"the model has no adapter {name!r}; there are {', '.join(lora.names(model)) or 'none'}")
     config = config or _config_of(model, name)
+    tensors |= _held_parameters(model)
     if classifier := hasattr(model, "score"):
-        tensors[HEAD] = model.get_parameter(HEAD)
+        tensors[SCORE] = model.get_parameter(SCORE)
     write_adapter(folder, config, tensors, "SEQ_CLS" if classifier else "CAUSAL_LM")
+
+
+def _held_parameters(model: Any) -> dict[str, Tensor]:
+    """The parameters of the model that an adapter brought or changed, under peft's names."""
+    held: dict[str, str] = getattr(model, "_adapter_parameters", {})
+    wrapped = lora.layers(model)
+    tensors = {}
+    for own, theirs in held.items():
+        path, _, leaf = own.rpartition(".")
+        module = wrapped[path].base_layer if path in wrapped else model.get_submodule(path)
+        tensors[f"{path}.base_layer.{leaf}" if path in wrapped else theirs] = getattr(module, leaf)
+    if EMBEDDING in tensors and HEAD not in tensors and model.config.tie_word_embeddings:
+        tensors[HEAD] = tensors[EMBEDDING]  # alone it would mean that the head is the base model's
+    return tensors
 
 
 def _config_of(model: Any, name: str) -> LoraConfig:
@@ -222,178 +444,3 @@ def _config_of(model: Any, name: str) -> LoraConfig:
         alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items() if alpha != one},
         base_model_name_or_path=model.name_or_path or None,
     )
-
-
-def load_adapter(model: Any, folder: str | Path, name: str = "default") -> LoraConfig:
-    """Attaches the adapter of a folder to a model and activates it; returns its configuration.
-
-    Raises as `read_adapter`, and InputError where the name is taken.
-    """
-    adapter = read_adapter(folder, model.config, classifier=hasattr(model, "score"))
-    config = replace(adapter.config, target_modules=tuple(adapter.modules), layers_to_transform=(), exclude_modules=())
-    lora.add_adapter(model, config, name)
-    with torch.no_grad():
-        for path, low in adapter.modules.items():
-            layer = model.get_submodule(path)
-            layer.lora_A[name].copy_(low.a)
-            layer.lora_B[name].copy_(low.b)
-            layer.scaling[name] = low.scale
-            if low.magnitude is not None:
-                layer.lora_magnitude_vector[name].copy_(low.magnitude)
-        if adapter.head is not None:
-            model.score.weight.copy_(adapter.head)
-    return adapter.config
-
-
-def adapted_base(path: str | Path | None) -> tuple[str, dict[str, Any]] | None:
-    """Where the model of an adapter's folder is, and how many labels it has and what they are called.
-
-    None for anything but such a folder. Raises CheckpointError where the folder does not say which model it is for.
-    """
-    folder = None if path is None else Path(path)
-    if folder is None or not (folder / CONFIG).is_file() or any(folder.glob("*model*.safetensors.index.json")):
-        return None
-    if any((folder / name).exists() for name in ("model.safetensors", "pytorch_model.bin")):
-        return None
-    base = read_config(folder).base_model_name_or_path
-    if not base:
-        raise CheckpointError(
-            f"{folder / CONFIG} does not say which model the adapter is for (base_model_name_or_path); load that model "
-            "and call llama2.checkpoint.peft.load_adapter(model, folder)"
-        )
-    return base, classifier_labels(folder)
-
-
-def classifier_labels(folder: Path) -> dict[str, Any]:
-    """What a classifier's adapter says of the labels, as keywords of from_pretrained; {} for another adapter."""
-    head = _tensors(folder).get(PREFIX + HEAD)
-    if head is None:
-        return {}
-    said = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    found = {
-        key: said[key] for key in ("id2label", "label2id", "problem_type", "pad_token_id") if said.get(key) is not None
-    }
-    return found if "id2label" in found else {**found, "num_labels": head.shape[0]}
-
-
-# -- adapter_config.json -----------------------------------------------------------------------------------------
-
-
-def read_config(folder: Path) -> LoraConfig:
-    """adapter_config.json. Raises CheckpointError for another kind of adapter than LoRA and DoRA."""
-    where, fields = folder / CONFIG, read_json(folder / CONFIG)
-    if fields.get("peft_type") != "LORA":
-        raise CheckpointError(f"{where} has peft_type {fields.get('peft_type')!r}; only 'LORA' adapters are supported")
-    for key, why in _FOREIGN.items():
-        if fields.get(key):
-            _refuse(where, f"{key} is {fields[key]!r}: {why}")
-    saved = fields.get("modules_to_save") or ()
-    if not set(saved) <= _HEADS:
-        _refuse(where, f"modules_to_save is {saved!r}: it brings whole layers of its own")
-    if fields.get("bias", "none") != "none":
-        _refuse(where, f"bias is {fields['bias']!r}: it changes biases of the model")
-    if (init := fields.get("init_lora_weights")) not in _PLAIN_INITS:
-        _refuse(where, f"init_lora_weights is {init!r}, which changes the base weights too (save it as plain LoRA)")
-    try:
-        return _parse(fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where} is malformed: {error!r}; save the adapter again") from error
-
-
-def _refuse(where: Path, what: str) -> None:
-    raise CheckpointError(
-        f"{where}: {what}, which is not supported; merge the adapter with peft (merge_and_unload) and use the result"
-    )
-
-
-def _parse(fields: Mapping[str, Any]) -> LoraConfig:
-    targets, excluded = fields["target_modules"], fields.get("exclude_modules") or ()
-    layers = fields.get("layers_to_transform")
-    return LoraConfig(
-        r=fields["r"],
-        lora_alpha=fields["lora_alpha"],
-        target_modules=targets if isinstance(targets, str) else tuple(map(str, targets)),
-        exclude_modules=excluded if isinstance(excluded, str) else tuple(map(str, excluded)),
-        layers_to_transform=() if layers is None else (layers,) if isinstance(layers, int) else tuple(map(int, layers)),
-        lora_dropout=fields.get("lora_dropout") or 0.0,
-        use_rslora=bool(fields.get("use_rslora")),
-        use_dora=bool(fields.get("use_dora")),
-        rank_pattern=fields.get("rank_pattern") or {},
-        alpha_pattern=fields.get("alpha_pattern") or {},
-        base_model_name_or_path=fields.get("base_model_name_or_path"),
-    )
-
-
-# -- the tensors -------------------------------------------------------------------------------------------------
-
-
-def _tensors(folder: Path) -> Mapping[str, Tensor]:
-    if (folder / WEIGHTS).exists():
-        return map_safetensors(folder / WEIGHTS)
-    if (folder / PICKLE).exists():
-        return load_bin(folder / PICKLE)
-    raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {PICKLE}; fetch or save the adapter again")
-
-
-def _pair(folder: Path, tensors: Mapping[str, Tensor], dora: bool) -> dict[str, dict[str, Tensor]]:
-    """{module: {"A": tensor, "B": tensor}}, with DoRA "magnitude_vector" too; every tensor has its place and every
-    module all of them."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = _NAME.fullmatch(name)
-        if match is None or not name.startswith(PREFIX):
-            raise CheckpointError(
-                f"{folder} holds the tensor {name!r}; those of a LoRA adapter are called {PREFIX}MODULE.lora_A.weight "
-                f"and .lora_B.weight, MODULE as in the model (model.layers.0.self_attn.q_proj). Rename it, or save the "
-                "adapter again with peft"
-            )
-        if tensor.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"{folder}: {name!r} is {tensor.dtype}; an adapter is float32, float16 or bfloat16. Convert it first"
-            )
-        half = match["half"] or "magnitude_vector"
-        if half == "magnitude_vector" and not dora:
-            raise CheckpointError(
-                f"{folder} holds {name!r}, but {CONFIG} says that it is no DoRA adapter; set use_dora, or save it again"
-            )
-        halves.setdefault(match[1].removeprefix(PREFIX), {})[half] = tensor
-    if not halves:
-        raise CheckpointError(f"{folder} holds no tensors: the adapter was saved empty; save it again")
-    for module, pair in halves.items():
-        for half in "AB":
-            if half not in pair:
-                raise CheckpointError(
-                    f"{folder} has no {PREFIX}{module}.lora_{half}.weight, the other half of a pair; save it again"
-                )
-        if dora and "magnitude_vector" not in pair:
-            raise CheckpointError(f"{folder} has no {PREFIX}{module}.lora_magnitude_vector (DoRA); save it again")
-    return halves
-
-
-def _check_targets(folder: Path, config: LoraConfig, found: set[str], known: set[str]) -> None:
-    targeted = {module for module in known if config.targets(module)}
-    if not targeted:
-        raise MismatchError(
-            f"{folder} targets {config.target_modules!r}, which names no linear of this model's layers; "
-            f"they are {', '.join(LINEARS)}"
-        )
-    if lost := sorted(targeted - found):
-        raise MismatchError(
-            f"{folder} targets {lost[0]!r} ({len(lost)} modules in all) but holds no tensors for it; "
-            "it is for a model with fewer layers, or was cut: fetch or save it again"
-        )
-    if extra := sorted(found - targeted):
-        raise MismatchError(
-            f"{folder} holds tensors for {extra[0]!r}, which its target_modules {config.target_modules!r} do not "
-            "name; peft would leave them out. Correct target_modules or save the adapter again"
-        )
-
-
-def _check_shapes(folder: Path, module: str, pair: tuple[Tensor, Tensor], rank: int, shape: tuple[int, int]) -> None:
-    wanted = ((rank, shape[1]), (shape[0], rank))
-    for half, tensor, size in zip("AB", pair, wanted, strict=True):
-        if tuple(tensor.shape) != size:
-            raise MismatchError(
-                f"{folder}: lora_{half} of {module} has shape {tuple(tensor.shape)}, but rank {rank} and this model's "
-                f"weight of {shape} need {size}; it is an adapter of another model or rank"
-            )

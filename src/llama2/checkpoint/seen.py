@@ -32,5 +32,14 @@ class SeenCheckpoint(Checkpoint):
     def auto_dtype(self) -> str:
         return self.source.auto_dtype
 
+    @property
+    def card(self) -> dict[str, Any]:
+        return self.source.card
+
+    def kept_type(self, name: str) -> str:
+        """The source's answer, unless this view changes the tensor's type."""
+        kind, there = self.tensors[name].type, self.source.tensors.get(name)
+        return kind if there is None or there.type != kind else self.source.kept_type(name)
+
     def mapped(self, name: str) -> list[Tensor]:
         return self.source.mapped(name)

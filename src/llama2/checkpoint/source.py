@@ -1,8 +1,16 @@
-"""From what a user writes, a path or a hub id, to an open checkpoint. No torch here."""
+"""From what a user writes, a path or a hub id, to an open checkpoint. No torch here.
+
+folder or file                     of a split GGUF file any part, or the name without its number
+owner/name                         a repository of safetensors, .bin, Meta's .pth, an adapter, or one GGUF file
+owner/name:Q4_K_M                  the GGUF file of a repository whose name holds this type
+owner/name/file.gguf               one file of a repository
+"""
 
 import difflib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from glob import escape as glob_escape
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +21,17 @@ from llama2.errors import CheckpointError, InputError
 from llama2.keywords import drop
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+_HUB_ID = re.compile(
+    r"(?:(?:https://)?(?:huggingface\.co|hf\.co)/)?(?P<repo>[A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?)"
+    r"(?::(?P<tag>[\w.-]+)|/(?P<file>[\w./ -]+\.gguf))?"
+)
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".json", ".pth", ".pt", ".model")
 
 _options = door("checkpoint.hub", "HubOptions", "Hub settings.")
 _fetch = door("checkpoint.hub", "fetch", "Files of a repository by pattern.")
 _fetch_model = door("checkpoint.hub", "fetch_model", "Configuration and weights of a repository.")
+_fetch_gguf = door("checkpoint.hub", "fetch_gguf", "A GGUF file of a repository.")
+_list_gguf = door("checkpoint.hub", "only_gguf", "The one GGUF model of a repository without config.json.")
 
 
 def local_path(name: str | Path, subfolder: str = "") -> Path | None:
@@ -30,12 +43,73 @@ def local_path(name: str | Path, subfolder: str = "") -> Path | None:
             return path
         raise CheckpointError(f"{path} does not exist; check `subfolder`")
     text = str(name)
-    if isinstance(name, Path) or not _HUB_ID.fullmatch(text) or text.endswith(_FILE_SUFFIXES):
+    if first := _first_part(path):
+        return first
+    if isinstance(name, Path) or hub_id(text) is None:
         raise CheckpointError(
-            f"{text!r} does not exist, and it does not look like a hub id (owner/name) either; "
-            "give the path of a checkpoint folder or file"
+            f"{text!r} does not exist, and it does not look like a hub id (owner/name, owner/name:Q4_K_M or "
+            "owner/name/file.gguf) either; give the path of a checkpoint folder or file"
         )
     return None
+
+
+def _first_part(path: Path) -> Path | None:
+    """The first part of the split GGUF file that a name without the number means; None where there is none."""
+    stem = path.name.removesuffix(".gguf")
+    found = sorted(path.parent.glob(f"{glob_escape(stem)}-00001-of-*.gguf")) if stem else []
+    return found[0] if len(found) == 1 else None
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository, and what of it is meant: a GGUF file by its name, or by the type in its name (tag)."""
+
+    repo: str
+    file: str | None = None
+    tag: str | None = None
+
+
+def hub_id(text: str) -> HubId | None:
+    """What a text says as a hub id; None where it cannot be one."""
+    match = _HUB_ID.fullmatch(text)
+    if match is None or match["repo"].endswith(_FILE_SUFFIXES):
+        return None
+    file = match["file"]
+    if file is not None and "/" not in match["repo"]:
+        return None
+    return HubId(match["repo"], file, match["tag"])
+
+
+@dataclass(frozen=True)
+class Located:
+    """A hub id whose files are on this machine already, at `path`."""
+
+    name: str
+    path: Path
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def locate(
+    name: str | Path | Located,
+    hub: Mapping[str, Any],
+    *,
+    use_safetensors: bool | None = None,
+    gguf_file: str | None = None,
+) -> Located:
+    """Where the weights and the configuration of a path or hub id are, fetched if need be; of GGUF the file."""
+    if isinstance(name, Located):
+        return name
+    path = local_path(name, hub.get("subfolder", ""))
+    if path is not None:
+        return Located(str(name), path if gguf_file is None else path / gguf_file)
+    found = hub_id(str(name))
+    assert found is not None
+    file, options = gguf_file or found.file, _options(**hub)
+    if found.tag is not None or file is not None:
+        return Located(str(name), _fetch_gguf(found.repo, options, file, found.tag))
+    return Located(str(name), _fetch_model(found.repo, options, use_safetensors))
 
 
 def split_hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +120,11 @@ def split_hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
 
 
+# One of these there, and the repository describes itself without its weights.
+_DESCRIBED = {
+    "config": ("config.json", "params.json", "adapter_config.json"),
+    "tokenizer": ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+}
 _PATTERNS: dict[str, tuple[str, ...]] = {
     "config": (
         "config.json",
@@ -53,6 +132,7 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
         "params.json",
         "quantize_config.json",
         "quant_config.json",
+        "adapter_config.json",
     ),
     "tokenizer": (
         "config.json",
@@ -72,9 +152,17 @@ def fetch_files(name: str | Path, hub: Mapping[str, Any], kind: str, gguf_file: 
     With `gguf_file` that file and nothing else.
     """
     found = local_path(name, hub.get("subfolder", ""))
-    if found is None:
-        found = _fetch(str(name), _options(**hub), _PATTERNS[kind] if gguf_file is None else (gguf_file,))
-    return found if gguf_file is None else found / gguf_file
+    if found is not None:
+        return found if gguf_file is None else found / gguf_file
+    wanted, options = hub_id(str(name)), _options(**hub)
+    assert wanted is not None
+    if wanted.tag is not None or gguf_file is not None or wanted.file is not None:
+        return Path(_fetch_gguf(wanted.repo, options, gguf_file or wanted.file, wanted.tag))
+    found = Path(_fetch(wanted.repo, options, _PATTERNS[kind]))
+    if any((found / name).exists() for name in _DESCRIBED[kind]):
+        return found
+    only = _list_gguf(wanted.repo, options)  # a repository of GGUF files: its model says what is asked
+    return found if only is None else Path(_fetch_gguf(wanted.repo, options, only, None))
 
 
 def settings_file(name: str | Path, file: str, kwargs: dict[str, Any]) -> Path:
@@ -91,7 +179,7 @@ def settings_file(name: str | Path, file: str, kwargs: dict[str, Any]) -> Path:
 
 
 def open_source(
-    name: str | Path,
+    name: str | Path | Located,
     hub: Mapping[str, Any],
     *,
     use_safetensors: bool | None = None,
@@ -100,12 +188,8 @@ def open_source(
     gguf_file: str | None = None,
 ) -> checkpoint.Checkpoint:
     """Opens a path or a hub id; see `checkpoint.open`."""
-    path = local_path(name, hub.get("subfolder", ""))
-    if path is None:
-        path = _fetch_model(str(name), _options(**hub), use_safetensors, gguf_file)
-    return checkpoint.open(
-        path, use_safetensors=use_safetensors, variant=variant, weights_only=weights_only, gguf_file=gguf_file
-    )
+    place = locate(name, hub, use_safetensors=use_safetensors, gguf_file=gguf_file)
+    return checkpoint.open(place.path, use_safetensors=use_safetensors, variant=variant, weights_only=weights_only)
 
 
 def is_field(config: LlamaConfig, name: str) -> bool:

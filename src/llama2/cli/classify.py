@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from llama2.cli import terminal
 from llama2.cli.args import option
-from llama2.cli.loading import load_tokenizer
+from llama2.cli.loading import adapter_folder, load_tokenizer
 from llama2.errors import InputError
 
 
@@ -100,25 +100,27 @@ def _kind(config: Any) -> str:
 def _load(options: Options) -> tuple[Any, Any]:
     from llama2.auto import AutoModelForSequenceClassification
     from llama2.checkpoint.load import head_follows
-    from llama2.checkpoint.peft import classifier_labels, load_adapter, read_config
+    from llama2.checkpoint.peft import load_adapter
+    from llama2.checkpoint.peft_files import classifier_labels, read_config
 
-    path, labels = options.paths[0], dict[str, Any]()
+    path, labels, folder = options.paths[0], dict[str, Any](), None
     if options.adapter is not None:
-        read_config(Path(options.adapter))
-        labels = classifier_labels(Path(options.adapter))
+        folder = adapter_folder(options.adapter)
+        read_config(folder)
+        labels = classifier_labels(folder)
         if not labels:
             raise InputError(
                 f"{options.adapter} is no adapter of a classifier: it has no head (`llama2 finetune classify` makes it)"
             )
-    own = options.adapter is not None and any(Path(options.adapter).glob("tokenizer*"))
-    tokenizer = load_tokenizer(str(options.adapter) if own else path)
+    own = folder is not None and any(folder.glob("tokenizer*"))
+    tokenizer = load_tokenizer(str(folder) if own else path)
     with head_follows():  # or there is none, which is an error below
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=options.dtype, device_map=options.device, output_loading_info=True, **labels
         )
-    if options.adapter is not None:
-        load_adapter(model, options.adapter)
-    elif "score.weight" in info["missing_keys"] and not (Path(path) / "adapter_config.json").exists():
+    if folder is not None:
+        load_adapter(model, folder)
+    elif "score.weight" in info["missing_keys"] and not hasattr(model, "_adapter_parameters"):
         raise InputError(f"{path} has no classifier's head; `llama2 finetune classify` trains one")
     return model, tokenizer
 

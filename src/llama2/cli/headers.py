@@ -14,11 +14,11 @@ from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.source import local_path
 from llama2.cli.packing import Packing
 from llama2.config import PRESETS, LlamaConfig
+from llama2.coverage import is_table
 from llama2.errors import CheckpointError, ConfigError
 from llama2.quant.blocks import NAMED, SIZES
 
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-_TABLES = ("rope_freqs.weight", "attn_rot_embd.weight", "attn_rot_embd", "rotary_emb.inv_freq")
 _SPLITS = {"llama": "SentencePiece BPE", "gpt2": "byte-level BPE"}
 
 
@@ -75,9 +75,10 @@ def read(model: str) -> Headers:
 def _gguf(path: Path) -> Headers:
     file = GgufFile(path)
     keys = file.metadata
-    headers = Headers(path.name, f"GGUF version {file.version}", file.config, len(file.data))
+    parts = f" in {len(file.files)} parts" if len(file.files) > 1 else ""
+    headers = Headers(file.path.name, f"GGUF version {file.version}{parts}", file.config, file.nbytes)
     for info in file.tensors.values():
-        if info.name.endswith(_TABLES):
+        if is_table(info.name):
             continue
         if info.type_id not in SIZES:
             raise CheckpointError(
@@ -86,11 +87,11 @@ def _gguf(path: Path) -> Headers:
             )
         block, count = SIZES[info.type_id], math.prod(info.shape)
         size = count // block.weights * block.bytes
-        end = file.data_start + info.offset + size
-        if end > headers.file_bytes:
+        data, start = file.place(info.name)
+        if start + size > len(data):
             raise CheckpointError(
-                f"{path} is truncated: tensor {info.name!r} ends at byte {end}, the file at byte "
-                f"{headers.file_bytes}. Fetch the file again"
+                f"{file.files[info.part]} is truncated: tensor {info.name!r} ends at byte {start + size}, the file at "
+                f"byte {len(data)}. Fetch the file again"
             )
         headers.types.setdefault(block.name, Share()).add(count, size)
     split = str(keys.get("tokenizer.ggml.model"))
@@ -116,7 +117,7 @@ def _folder(path: Path) -> Headers:
         entries |= _safetensors_header(file)
     packing = Packing(getattr(config, "quantization_config", None), entries)
     for name, entry in entries.items():
-        if not name.endswith(_TABLES):
+        if not is_table(name):
             start, end = entry["data_offsets"]
             kind, count = packing.share(name, end - start) or (entry["dtype"], math.prod(entry["shape"]))
             headers.types.setdefault(kind, Share()).add(count, end - start)

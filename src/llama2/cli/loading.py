@@ -101,22 +101,37 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
     tokenizer = load_tokenizer(path)
     if options.adapter is None:
         return load_model(path, options), tokenizer
-    from llama2.checkpoint.peft import read_config
+    from llama2.auto import load_config
+    from llama2.checkpoint.peft import read_adapter
 
-    dora = read_config(Path(options.adapter)).use_dora  # a wrong folder is told before the model is loaded
-    model = load_model(path, replace(options, runner="torch") if dora else options)
-    return _adapted(model, options.adapter, "torch" if dora else options.runner), tokenizer
+    folder = adapter_folder(options.adapter)
+    # What is wrong with the adapter is told before the model is loaded.
+    layered = read_adapter(folder, load_config(path)).layered
+    model = load_model(path, options if layered else replace(options, runner="torch"))
+    return _adapted(model, folder, options.runner if layered else "torch"), tokenizer
 
 
-def _adapted(model: "LlamaForCausalLM | NativeModel", folder: str, runner: str) -> "LlamaForCausalLM | NativeModel":
-    """The model with the adapter: beside the weights on the native engine, merged into them for torch (and DoRA)."""
+def adapter_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of an adapter, fetched where it is a hub id."""
+    from llama2.checkpoint.source import locate
+
+    return locate(name, {} if revision is None else {"revision": revision}).path
+
+
+def _adapted(model: "LlamaForCausalLM | NativeModel", folder: Path, runner: str) -> "LlamaForCausalLM | NativeModel":
+    """The model with the adapter: beside the weights on the native engine, merged into them for torch, for DoRA and
+    where the adapter brings more than A and B of the layers. Packed weights keep it beside them."""
     from llama2.native import NativeModel, why_not
 
     if not isinstance(model, NativeModel):
         if runner == "torch" or why_not(model):
             from llama2.checkpoint.merge import merge_into
-            from llama2.checkpoint.peft import read_adapter
+            from llama2.checkpoint.packed import packed_layers
+            from llama2.checkpoint.peft import load_adapter, read_adapter
 
+            if packed_layers(model):
+                load_adapter(model, folder)
+                return model
             merge_into(model, read_adapter(folder, model.config))
             kind = str(model.dtype).removeprefix("torch.")
             terminal.notice(f"llama2: for torch the adapter was merged into the weights (float32 sums, kept as {kind})")

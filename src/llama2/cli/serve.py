@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from llama2.cli import parallel, terminal
 from llama2.cli.args import option
-from llama2.cli.loading import RunOptions, load, load_model, model_path
+from llama2.cli.loading import RunOptions, adapter_folder, load, load_model, model_path
 from llama2.errors import InputError, Llama2Error, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -345,4 +345,4 @@ def _add_adapter(engine: Any, adapter: str) -> None:
         raise InputError(
             "adapters for each request need the native engine, and torch runs this model; merge one instead"
         )
-    weights.add_adapter(name.strip(), read_adapter(folder.strip(), engine.model.config).plain)
+    weights.add_adapter(name.strip(), read_adapter(adapter_folder(folder.strip()), engine.model.config).plain)

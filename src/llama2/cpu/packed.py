@@ -266,9 +266,10 @@ def _end(places: dict[str, _Place]) -> int:
 def _describe(source: GgufSource) -> dict[str, Any]:
     """What the header has to say, but for the checksums of the data."""
     matrices = [(m.name, m.type_id, *m.shape) for m in block_matrices(source)]
-    status = os.stat(source.path)
+    stats = [os.stat(file) for file in source.files]
+    size, changed = sum(status.st_size for status in stats), max(status.st_mtime_ns for status in stats)
     return {
-        "source": {"bytes": status.st_size, "changed_ns": status.st_mtime_ns, "digest": _digest(source)},
+        "source": {"bytes": size, "changed_ns": changed, "digest": _digest(source)},
         "byte_order": sys.byteorder,
         "layout": _layout(frozenset(type_id for _, type_id, *_ in matrices)),
         "matrices": [list(m) for m in matrices],
@@ -276,12 +277,13 @@ def _describe(source: GgufSource) -> dict[str, Any]:
 
 
 def _digest(source: GgufSource) -> str:
-    """sha256 of the GGUF file's header and of samples over all its data."""
-    head, size = source.data_start, len(source.data)
-    digest = hashlib.sha256(source.data[:head])
-    for i in range(_SAMPLES):
-        at = head + (size - head) * i // _SAMPLES
-        digest.update(source.data[at : at + _SAMPLE])
+    """sha256 of the header of each file of the model and of samples over all its data."""
+    digest = hashlib.sha256()
+    for data, head in zip(source.maps, source.data_starts, strict=True):
+        digest.update(data[:head])
+        for i in range(_SAMPLES):
+            at = head + (len(data) - head) * i // _SAMPLES
+            digest.update(data[at : at + _SAMPLE])
     return digest.hexdigest()
 
 

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llama2.architecture import hf_to_gguf, parameter_shapes
 from llama2.config import LlamaConfig
+from llama2.coverage import cover
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.quant.blocks import SIZES
 
@@ -40,9 +42,12 @@ class GgufSource(Protocol):
     @property
     def tensors(self) -> Mapping[str, Tensor]: ...
     @property
-    def data(self) -> mmap.mmap: ...
+    def files(self) -> list[Path]: ...
     @property
-    def data_start(self) -> int: ...
+    def maps(self) -> list[mmap.mmap]: ...
+    @property
+    def data_starts(self) -> list[int]: ...
+    def place(self, name: str) -> tuple[mmap.mmap, int]: ...
 
 
 def unpermute(heads: int, rows: int) -> NDArray[np.int32]:
@@ -73,11 +78,11 @@ class BlockMatrix:
 
     def release(self) -> None:
         """The packed copy is what will be read: the file's pages need not stay resident beside it."""
-        start = self.source.data_start + self.source.tensors[self.name].offset
+        data, start = self.source.place(self.name)
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (start + self._size) // mmap.PAGESIZE * mmap.PAGESIZE - first
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self.source.data.madvise(mmap.MADV_DONTNEED, first, length)
+            data.madvise(mmap.MADV_DONTNEED, first, length)
 
     @property
     def _size(self) -> int:
@@ -128,12 +133,24 @@ def entry(source: GgufSource, name: str) -> Tensor:
 
 def file_bytes(source: GgufSource, name: str, size: int) -> NDArray[np.uint8]:
     """The first `size` bytes of a tensor. Raises CheckpointError where the file ends before."""
-    start = source.data_start + source.tensors[name].offset
-    if start + size > len(source.data):
+    data, start = source.place(name)
+    if start + size > len(data):
         raise CheckpointError(
-            f"tensor {name!r} ends at byte {start + size}, the file at {len(source.data)}; fetch the file again"
+            f"tensor {name!r} ends at byte {start + size}, the file at {len(data)}; fetch the file again"
         )
-    return np.frombuffer(source.data, np.uint8, size, start)
+    return np.frombuffer(data, np.uint8, size, start)
+
+
+def check_coverage(source: GgufSource) -> None:
+    """Raises MismatchError unless every parameter has its tensor of the right shape and every tensor is used.
+
+    A bias that the file leaves out is 0: llama.cpp takes each one for itself.
+    """
+    config = source.config
+    shapes = {hf_to_gguf(name) or name: shape for name, shape in parameter_shapes(config).items()}
+    same = {"output.weight": "token_embd.weight"} if config.tie_word_embeddings else {}
+    report = cover(shapes, source.tensors, same=same)
+    report.refuse(str(source.path), excused=[name for name in report.missing if name.endswith(".bias")])
 
 
 def _heads(config: LlamaConfig, part: str) -> int | None:

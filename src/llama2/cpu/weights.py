@@ -14,7 +14,7 @@ from llama2.config import LlamaConfig
 from llama2.cpu.adapters import Tensors, make_adapter
 from llama2.cpu.codes import CodebookWeight, GroupWeight, Int8Weight, PackableWeight
 from llama2.cpu.frequencies import attention_scaling, inverse_frequencies
-from llama2.cpu.reader import PARTS, BlockMatrix, GgufSource, Reader
+from llama2.cpu.reader import PARTS, BlockMatrix, GgufSource, Reader, check_coverage
 from llama2.doors import door
 from llama2.errors import InputError, MismatchError
 from llama2.quant.blocks import SIZES
@@ -67,8 +67,10 @@ class CpuWeights:
     def from_gguf(cls, file: GgufSource, threads: int | None = None, packed: Packed | None = None) -> "CpuWeights":
         """Weights of an opened GGUF file; `packed` (packed.find) spares the packing.
 
-        Raises InputError for a block type without kernels (Q2_K, Q3_K).
+        Raises InputError for a block type without kernels (Q2_K, Q3_K), MismatchError where the tensors are not
+        exactly those of the configuration.
         """
+        check_coverage(file)
         self = cls(file.config, threads)
         self._packed = packed
         reader = Reader(self, file)

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2.architecture import linear_shapes
 from llama2.auto import AutoTokenizer
 from llama2.checkpoint import Checkpoint, convert
+from llama2.checkpoint.covered import covered
 from llama2.checkpoint.gguf_write import GgufTarget
 from llama2.checkpoint.hf import DTYPES, map_safetensors
 from llama2.checkpoint.hf_write import HfTarget
 from llama2.checkpoint.packed import unpacked
-from llama2.checkpoint.peft import linear_shapes
 from llama2.checkpoint.save import parse_size
 from llama2.checkpoint.source import open_source
 from llama2.errors import CheckpointError, InputError, Llama2Error
@@ -81,7 +82,7 @@ class Job:
         progress: Progress | None,
     ) -> None:
         self.name, self.path, self.options = str(source), Path(target), options
-        self.source = unpacked(open_source(source, {}))
+        self.source = covered(unpacked(open_source(source, {})))
         self.config = self.source.config
         self.progress = progress or (lambda done, total, what: None)
         self._check_target()
@@ -410,7 +411,7 @@ class PackedTarget(HfTarget):
     def __init__(self, view: QuantizedCheckpoint, shard_size: int, settings: QuantizationConfig | None) -> None:
         dtypes = {
             name: DTYPES[view.tensors[name].type] if view.made(name) else convert.dtype_of(view, name, "keep")
-            for name in convert.model_tensors(view)
+            for name in view.tensors
         }
         super().__init__(view, dtypes, shard_size)
         self._settings = settings
