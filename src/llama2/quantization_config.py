@@ -4,8 +4,9 @@ Field names and defaults are those of transformers' classes of the same names, s
 Standard library only: `llama2 info` reads them without torch.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from llama2.config import DTYPES
@@ -49,6 +50,10 @@ class QuantizationConfig:
         """The settings of a config.json. Entries of other programs are left out. Raises InputError for a bad value."""
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         return cls(**{key: value for key, value in content.items() if key in known})
+
+    def at(self, module: str) -> Self:
+        """The settings of the linear at this path, where the file gives single ones others."""
+        return self
 
     def skips(self, module: str) -> bool:
         """Whether the linear at this path ("model.layers.0.mlp.up_proj", "lm_head") stays in floating point."""
@@ -107,7 +112,8 @@ class GPTQConfig(QuantizationConfig):
     group_size: columns of a group, -1 for whole rows. dataset: texts to calibrate with, or the name of a data set;
     tokenizer: what encodes them. They, and the settings of the solver, are needed only to quantise. format: "gptq" (v1,
     stored zeros are one less) or "gptq_v2"; of a new file that is not `sym` v2, in v1 readers disagree about a zero of
-    0 and GPTQModel takes none but its own.
+    0 and GPTQModel takes none but its own. dynamic: as GPTQModel's, {"+:REGEX": {"bits": 8, ...}, "-:REGEX": {}}: the
+    first pattern that matches a path from its beginning gives it other settings, or leaves it unquantised.
     """
 
     quant_method: ClassVar[str] = "gptq"
@@ -124,8 +130,14 @@ class GPTQConfig(QuantizationConfig):
     format: str = ""
     checkpoint_format: str = ""
     lm_head: bool = False
+    dynamic: Mapping[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
+        for pattern in self.dynamic or {}:
+            try:
+                re.compile(_pattern(pattern))
+            except re.error as error:
+                raise InputError(f"dynamic has {pattern!r}, which is no pattern: {error}") from error
         if self.bits not in (2, 3, 4, 8):
             raise InputError(f"bits is {self.bits!r}; GPTQ files hold 2, 3, 4 or 8")
         if not isinstance(self.group_size, int) or (self.group_size != -1 and self.group_size < 1):
@@ -152,11 +164,51 @@ class GPTQConfig(QuantizationConfig):
     def to_dict(self) -> dict[str, Any]:
         """As QuantizationConfig.to_dict: without the calibration data."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("tokenizer", "dataset")}
+        if self.dynamic is None:
+            del content["dynamic"]
         return {**content, "quant_method": self.quant_method}
+
+    def _rule(self, module: str) -> tuple[bool, Mapping[str, Any]]:
+        """Whether the linear is quantised at all, and what differs for it."""
+        for pattern, changes in (self.dynamic or {}).items():
+            if re.match(_pattern(pattern), module):
+                return not pattern.startswith("-:"), changes or {}
+        return True, {}
+
+    def at(self, module: str) -> Self:
+        """As QuantizationConfig.at."""
+        _, changes = self._rule(module)
+        known = {f.name for f in fields(self)} - {"dynamic", "tokenizer", "dataset"}
+        return replace(self, **{key: value for key, value in changes.items() if key in known}) if changes else self
 
     def skips(self, module: str) -> bool:
         """As QuantizationConfig.skips."""
+        if not self._rule(module)[0]:
+            return True
         return super().skips(module) and not (self.lm_head and module.endswith("lm_head"))
+
+
+def _pattern(key: str) -> str:
+    """The regular expression of a key of `dynamic`."""
+    return key.removeprefix("-:").removeprefix("+:")
+
+
+def _auto_round(content: Mapping[str, Any]) -> GPTQConfig:
+    """AutoRound's own files, of which those in GPTQ's layout are read. Zeros are one less in those called auto_gptq."""
+    packing = str(content.get("packing_format", ""))
+    if "awq" in packing or "llm_compressor" in packing or "fp8" in packing or "mlx" in packing:
+        raise InputError(
+            f"the packing_format of AutoRound is {packing!r}; those in GPTQ's layout are supported: export the model "
+            "again with format auto_gptq, or quantise the unquantised checkpoint"
+        )
+    older = "gptq" in packing and "gptqmodel" not in packing
+    dynamic: dict[str, Mapping[str, Any]] = {}
+    for name, changes in (content.get("extra_config") or {}).items():
+        plain = int(changes.get("bits") or 0) >= 16
+        pattern = f"{re.escape(name)}$" if re.fullmatch(r"[\w.]+", name) else name  # a layer's name, or a pattern
+        dynamic[f"{'-' if plain else '+'}:.*?{pattern}"] = changes
+    fields = {**content, "format": "gptq" if older else "gptq_v2", "dynamic": dynamic or None}
+    return GPTQConfig.from_dict({key: value for key, value in fields.items() if key != "checkpoint_format"})
 
 
 _METHODS: dict[str, type[QuantizationConfig]] = {c.quant_method: c for c in (BitsAndBytesConfig, GPTQConfig)}
@@ -173,6 +225,8 @@ def parse(content: Any) -> QuantizationConfig:
     method = content.get("quant_method")
     if method is None and (content.get("load_in_4bit") or content.get("load_in_8bit")):
         method = "bitsandbytes"
+    if method in ("auto-round", "intel/auto-round"):
+        return _auto_round(content)
     if method not in _METHODS:
         raise InputError(
             f"the quantisation method is {method!r}; {', '.join(_METHODS)} and GGUF files are supported: quantise the "

@@ -9,7 +9,8 @@ import torch
 from tiny import VARIANTS, tiny_ids, tiny_model
 from tolerance import FLOAT32
 
-from llama2 import LlamaForCausalLM, cpu
+from llama2 import AutoModel, LlamaForCausalLM, cpu
+from llama2.checkpoint.convert import Options, convert
 from llama2.checkpoint.merge import merge_into
 from llama2.checkpoint.peft import read_adapter
 from llama2.native import NativeModel
@@ -100,3 +101,80 @@ def test_what_is_no_plain_lora_is_refused(tmp_path: Path, settings: dict[str, An
     *_, folder = saved(tmp_path, {}, {"r": 4, "target_modules": ["q_proj", "v_proj"], **settings})
     with pytest.raises(OSError, match=said):
         read_adapter(folder, tiny_model().config)
+
+
+def drawn(model: Any) -> None:
+    """Values of a training for everything that takes a gradient."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+LAYERS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+OUTER = {"r": 4, "lora_alpha": 8}
+BROUGHT: dict[str, dict[str, Any]] = {
+    "both whole": {**LAYERS, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "embedding whole": {**LAYERS, "modules_to_save": ["embed_tokens"]},
+    "head whole": {**LAYERS, "modules_to_save": ["lm_head"]},
+    "norms whole": {**LAYERS, "modules_to_save": ["input_layernorm", "norm"]},
+    "a linear whole": {**LAYERS, "modules_to_save": ["up_proj"]},
+    "LoRA on both": {**OUTER, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "LoRA on the embedding": {**OUTER, "target_modules": ["q_proj", "embed_tokens"]},
+    "LoRA on the head": {**OUTER, "target_modules": ["q_proj", "lm_head"]},
+    "rows": {**LAYERS, "trainable_token_indices": [3, 7]},
+    "rows of both": {**LAYERS, "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [2]}},
+    "biases of LoRA": {**LAYERS, "bias": "lora_only"},
+    "all biases": {**LAYERS, "bias": "all"},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", BROUGHT)
+def test_what_adapters_bring_besides_layers(tmp_path: Path, kind: str, tied: bool) -> None:
+    """Logits of peft's own loading, of ours, and of what we merge."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    changes = {"tie_word_embeddings": tied, **({"attention_bias": True} if "bias" in kind else {})}
+    tiny_model(torch.float32, **changes).save_pretrained(tmp_path / "model")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **BROUGHT[kind])).eval()
+    drawn(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    want = theirs(tiny_ids(1, 12)).logits
+    scale = want.abs().max()
+    ours = LlamaForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    assert (ours(tiny_ids(1, 12)).logits - want).abs().max() <= FLOAT32 * scale
+    for name in ("out", "x.gguf"):
+        options = Options("hf" if name == "out" else "gguf", adapter=str(tmp_path / "adapter"))
+        convert(tmp_path / "model", tmp_path / name, options)
+        merged = LlamaForCausalLM.from_pretrained(tmp_path / name)
+        assert (merged(tiny_ids(1, 12)).logits - want).abs().max() <= FLOAT32 * scale
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_resized_vocabulary_is_in_the_adapter(tmp_path: Path, tied: bool) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    tiny_model(torch.float32, tie_word_embeddings=tied).save_pretrained(tmp_path / "model")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    base.resize_token_embeddings(104)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **LAYERS)).eval()
+    drawn(theirs)
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    want = theirs(tiny_ids(1, 12)).logits
+    ours = LlamaForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    assert ours.config.vocab_size == 104 and ours.config.tie_word_embeddings == tied
+    assert (ours(tiny_ids(1, 12)).logits - want).abs().max() <= FLOAT32 * want.abs().max()
+
+
+def test_made_on_automodel(tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    tiny_model(torch.float32).save_pretrained(tmp_path / "model")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    settings = {**LAYERS, "modules_to_save": ["embed_tokens"]}
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
+    drawn(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    want = theirs(tiny_ids(1, 12)).last_hidden_state
+    ours = AutoModel.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    assert (ours(tiny_ids(1, 12)).last_hidden_state - want).abs().max() <= FLOAT32 * want.abs().max()

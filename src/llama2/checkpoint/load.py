@@ -469,7 +469,7 @@ def pack(
 
     def packed(path: str) -> nn.Module:
         weight = weights.read(found[f"{path}.weight"], dtype)
-        layer = kind.quantize(weight, chosen[path].bias, config)
+        layer = kind.quantize(weight, chosen[path].bias, config.at(path))
         release(weight)  # of a mapped file: else all of it stays in memory beside what it became
         return layer
 

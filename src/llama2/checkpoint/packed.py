@@ -78,7 +78,7 @@ def load_layer(
     """The packed layer at `path`; `parts`: what its tensors are called in `source`. Errors name the layer."""
     tensors = {part: source.read(name) for part, name in parts.items()}
     try:
-        return layer_class(config).from_file(tensors, shape, bias, config)
+        return layer_class(config).from_file(tensors, shape, bias, config.at(path))
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from error
 

@@ -156,6 +156,8 @@ def fetch_files(name: str | Path, hub: Mapping[str, Any], kind: str, gguf_file: 
         return found if gguf_file is None else found / gguf_file
     wanted, options = hub_id(str(name)), _options(**hub)
     assert wanted is not None
+    if gguf_file is not None and not gguf_file.endswith(".gguf"):
+        return Path(_fetch(wanted.repo, options, (gguf_file,))) / gguf_file
     if wanted.tag is not None or gguf_file is not None or wanted.file is not None:
         return Path(_fetch_gguf(wanted.repo, options, gguf_file or wanted.file, wanted.tag))
     found = Path(_fetch(wanted.repo, options, _PATTERNS[kind]))

@@ -3,6 +3,8 @@
 from collections.abc import Container, Mapping
 from typing import Any
 
+from llama2.quantization_config import GPTQConfig
+
 
 class Packing:
     """quantization_config of a checkpoint whose tensors have these names; None where nothing is packed."""
@@ -20,7 +22,8 @@ class Packing:
         module, _, part = name.rpartition(".")
         if part not in ("qweight", "qzeros", "scales", "g_idx") or f"{module}.qweight" not in self.names:
             return None
-        bits, group = self.config.get("bits", 4), self.config.get("group_size", -1)
+        settings = GPTQConfig.from_dict(self.config).at(module)
+        bits, group = settings.bits, settings.group_size
         kind = f"GPTQ {bits}-bit" + ("" if group == -1 else f" g{group}")
         return kind, size * 8 // bits if part == "qweight" else 0
 

@@ -24,10 +24,10 @@ class PackableWeight(Protocol):
     def pack(self, arena: Any, pool: Any) -> Any: ...
 
 
-def _finite(scales: NDArray[Any], what: str, bound: Literal["", " and 0 or more", " and above 0"] = "") -> None:
+def _finite(scales: NDArray[Any], what: str, bound: Literal["", " and 0 or more"] = "") -> None:
     bad = ~np.isfinite(scales)
     if bound:
-        bad |= (scales <= 0) if "above" in bound else (scales < 0)
+        bad |= scales < 0
     if bad.any():
         at = int(np.argmax(bad.reshape(-1)))
         raise InputError(
@@ -124,7 +124,7 @@ class GroupWeight:
         _dtype(self.zeros, np.uint8, "zeros")
         for array, what in ((self.scales, "scales"), (self.zeros, "zeros")):
             _shape(array, (rows, -(-cols // self.width)), what)
-        _finite(self.scales, "scale", " and above 0")
+        _finite(self.scales, "scale")  # AutoRound's are negative, those of groups of 0 are 0
         top = int(self.codes.max())
         if top >= 1 << self.bits:
             raise InputError(

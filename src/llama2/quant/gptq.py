@@ -4,7 +4,9 @@ w[n, k] = scale[g, n] * (code[k, n] - zero[g, n]) with g = g_idx[k]. For a weigh
     qweight  int32 (K b / 32, N)   codes along the inputs, the first in the lowest bits
     qzeros   int32 (G, N b / 32)   zeros along the outputs; format "gptq" (v1) stores one less, "gptq_v2" the zero
     scales   float16 (G, N)        or bfloat16, float32
-    g_idx    int32 (K,)            k // group, unless columns were quantised in another order
+    g_idx    int32 (K,)            k // group, unless columns were quantised in another order; AutoRound leaves it out
+A scale may be negative: AutoRound gives the end of the range with the extra code to the side that needs it. It may be
+0 where a group is.
 32 fields fill b words, little endian; of 3 bits, two of the 32 lie across words.
 """
 
@@ -111,7 +113,13 @@ class GptqLinear(PackedLinear):
     def from_file(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], bias: nn.Parameter | None, config: Any
     ) -> Self:
-        """As PackedLinear.from_file: qweight, qzeros, scales and g_idx."""
+        """As PackedLinear.from_file: qweight, qzeros, scales and, unless columns are in order, g_idx."""
+        group = config.group_size if config.group_size != -1 else shape[1]
+        g_idx = tensors.get("g_idx")
+        if g_idx is None:
+            tensors = {**tensors, "g_idx": torch.arange(shape[1], dtype=torch.int32) // group}
+        elif g_idx.dtype == torch.int64:
+            tensors = {**tensors, "g_idx": g_idx.to(torch.int32)}
         _check(tensors, shape, config)
         return cls(shape, {name: tensors[name] for name in _PARTS}, bias, config)
 
@@ -275,10 +283,10 @@ def _check(tensors: Mapping[str, Tensor], shape: tuple[int, int], config: Any) -
 
 def _check_values(tensors: Mapping[str, Tensor], groups: int, config: Any) -> None:
     scales, g_idx = tensors["scales"], tensors["g_idx"]
-    good = scales.isfinite() & (scales > 0)
+    good = scales.isfinite()
     if not bool(good.all()):
         bad = scales[~good][0].item()
-        raise CheckpointError(f"scales hold {bad}; each must be finite and above 0: fetch or quantise the file again")
+        raise CheckpointError(f"scales hold {bad}; each must be a finite number: fetch or quantise the file again")
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
         raise CheckpointError(

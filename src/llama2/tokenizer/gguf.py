@@ -1,6 +1,7 @@
 """A tokenizer from GGUF metadata: the keys tokenizer.ggml.*, as any reader of the file gives them."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,7 +67,12 @@ def _settings(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, A
     for role, key in names.items():
         token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None and not 0 <= int(token_id) < len(tokens):
-            raise CheckpointError(f"tokenizer.ggml.{key}_token_id is {token_id}, outside the {len(tokens)} tokens")
+            warnings.warn(
+                f"tokenizer.ggml.{key}_token_id is {token_id}, outside the {len(tokens)} tokens; there is no "
+                f"{role}_token",
+                stacklevel=4,
+            )
+            token_id = None
         out[f"{role}_token"] = None if token_id is None else AddedToken(tokens[int(token_id)], special=True)
     spm = metadata.get("tokenizer.ggml.model") == "llama"
     out["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", spm))
