@@ -56,9 +56,14 @@ class LoraLinear(nn.Module):
         rank, device = config.rank(path), weight.device
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
         a = torch.empty((rank, self.in_features), dtype=dtype, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.lora_A[name] = nn.Parameter(a)
-        self.lora_B[name] = nn.Parameter(torch.zeros((self.out_features, rank), dtype=dtype, device=device))
+        b = torch.zeros((self.out_features, rank), dtype=dtype, device=device)
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(a, std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if not config.init_lora_weights:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+        self.lora_A[name], self.lora_B[name] = nn.Parameter(a), nn.Parameter(b)
         if config.use_dora:
             self.lora_magnitude_vector[name] = nn.Parameter(self.weight_of_base(dtype).norm(dim=1))
         self.scaling[name], self.dropout[name] = config.scaling(path), config.lora_dropout
@@ -198,6 +203,25 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
             model.set_submodule(path, there[path])
         there[path].add(name, config, path)
     set_adapter(model, name)
+    _train_beside(model, config, chosen)
+
+
+def _train_beside(model: nn.Module, config: LoraConfig, adapted: list[str]) -> None:
+    """Trains the parameters that go into the adapter whole: modules_to_save, a task's head, and biases."""
+    wanted = config.saved_modules
+    modules = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in wanted or path in wanted]
+    named = {path.rpartition(".")[2] for path in modules} | set(modules)
+    if lost := [name for name in config.modules_to_save if name not in named]:
+        raise InputError(f"modules_to_save names {lost[0]!r}, which this model does not have; leave it out")
+    chosen = [f"{path}.{leaf}" for path in modules for leaf, _ in model.get_submodule(path).named_parameters()]
+    if config.bias != "none":
+        among = adapted if config.bias == "lora_only" else [""]
+        chosen += [name for name, _ in model.named_parameters()
+                   if name.endswith(".bias") and any(name.startswith(path) for path in among)]  # fmt: skip
+    kept = model.__dict__.setdefault("_adapter_parameters", {}) if chosen else {}
+    for name in dict.fromkeys(chosen):
+        model.get_parameter(name).requires_grad_(True)
+        kept[name] = name
 
 
 def names(model: nn.Module) -> list[str]:

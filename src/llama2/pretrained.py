@@ -164,7 +164,16 @@ class PreTrainedModel(nn.Module):
         for module in (self, self.base_model):
             module.vocab_size = size  # type: ignore[assignment]
         self.tie_weights()
+        self._keep_for_adapters()
         return embedding
+
+    def _keep_for_adapters(self) -> None:
+        """Notes that embedding and head are not the checkpoint's: an adapter that is saved brings them (as peft's)."""
+        held = self.__dict__.setdefault("_adapter_parameters", {})
+        inner = "" if self.base_model is self else f"{self.base_model_prefix}."
+        held[f"{inner}embed_tokens.weight"] = "model.embed_tokens.weight"
+        if self.get_output_embeddings() is not None and not self.config.tie_word_embeddings:
+            held["lm_head.weight"] = "lm_head.weight"
 
     def _resized(self, new_num_tokens: int | None, multiple: int | None) -> int | None:
         if new_num_tokens is None and multiple is None:
