@@ -90,6 +90,18 @@ DEFAULTS: dict[str, Any] = {
 }
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 CACHES = (None, "dynamic", "static", "quantized")
+# Other names of transformers. A Llama model attends to everything before, so that its hybrid and sliding caches are
+# static ones.
+CACHE_ALIASES = {
+    "dynamic_full": "dynamic",
+    "offloaded": "dynamic",
+    "offloaded_static": "static",
+    "sliding_window": "static",
+    "hybrid": "static",
+    "hybrid_chunked": "static",
+    "offloaded_hybrid": "static",
+    "offloaded_hybrid_chunked": "static",
+}
 _NOT_IMPLEMENTED = {  # field -> remedy
     "num_beam_groups": "use num_beams with do_sample=True for varied beams",
     "diversity_penalty": "use num_beams with do_sample=True for varied beams",
@@ -144,8 +156,8 @@ class GenerationConfig:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """The end ids as a list; empty where there is none."""
-        return as_list(self.eos_token_id)
+        """The end ids as a list; empty where there is none. A negative one, such as -1 for "never", is none."""
+        return [i for i in as_list(self.eos_token_id) if i >= 0]
 
     # -- dictionaries and files ----------------------------------------------------------------------------------
 
@@ -369,12 +381,11 @@ _BOUNDS: dict[str, tuple[Any, str]] = {
     "no_repeat_ngram_size": (_integer(0, True), "an integer of at least 1, or 0 for no limit"),
     "encoder_no_repeat_ngram_size": (_integer(0, True), "an integer of at least 1, or 0 for no limit"),
     "prefill_chunk_size": (_integer(1, True), "an integer of at least 1"),
-    "cache_implementation": (lambda v: v in CACHES, "None, 'dynamic', 'static' or 'quantized'"),
+    "cache_implementation": (lambda v: v in CACHES or v in CACHE_ALIASES, "None, 'dynamic', 'static' or 'quantized'"),
     "num_assistant_tokens": (_integer(1), "an integer of at least 1"),
     "num_assistant_tokens_schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
     "assistant_confidence_threshold": (_number(lambda v: 0 <= v <= 1), "in [0, 1]; 0 switches it off"),
     "prompt_lookup_num_tokens": (_integer(1, True), "an integer of at least 1"),
     "max_matching_ngram_size": (_integer(1, True), "an integer of at least 1"),
     "pad_token_id": (lambda v: v is None or v == -1 or _ids(v), "a token id of at least 0"),
-    "eos_token_id": (_ids, "token ids of at least 0"),
 }

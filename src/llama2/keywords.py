@@ -110,9 +110,6 @@ REFUSED: dict[str, dict[str, str]] = {
         "from_flax": "Flax's weights are not read; convert the checkpoint to safetensors",
         "max_memory": "it spreads a model over devices and one device is supported; leave it out",
     },
-    "generate": {
-        "synced_gpus": "it is not implemented; generate on one process, or gather the model first",
-    },
 }
 # What transformers' forward takes, generate() takes as well.
 NO_EFFECT["generate"] = NO_EFFECT["forward"] | NO_EFFECT["generate"]

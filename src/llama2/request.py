@@ -16,9 +16,11 @@ from torch import Tensor
 from llama2 import cpu
 from llama2.cache import DynamicCache
 from llama2.errors import InputError
-from llama2.generation_config import DEFAULTS, GenerationConfig
+from llama2.generation_config import CACHE_ALIASES, DEFAULTS, GenerationConfig, as_list
+from llama2.keywords import drop
 from llama2.native import NATIVE_CACHES, NativeCache, NativeModel, NativeRunner, row_count
 from llama2.outputs import ModelOutput
+from llama2.plain import plain
 from llama2.processors import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from llama2.runner import Runner, TorchRunner, make_runner
 from llama2.sampling import Prompt, Sampler, build_processors, row_seeds
@@ -180,8 +182,10 @@ def settings(model: Any, given: GenerationConfig | None, kwargs: dict[str, Any])
 
     Raises InputError for a keyword that is neither a setting nor an argument, naming the nearest.
     """
-    own = getattr(model, "generation_config", None) or GenerationConfig()
-    asked = {name: kwargs.pop(name) for name in list(kwargs) if name in DEFAULTS}
+    own = GenerationConfig.of(getattr(model, "generation_config", None) or GenerationConfig())
+    given = None if given is None else GenerationConfig.of(given)
+    asked = {name: plain(kwargs.pop(name)) for name in list(kwargs) if name in DEFAULTS}
+    drop("generate", kwargs, stacklevel=5)
     for name in kwargs:
         if name not in CALL_ARGUMENTS:
             near = difflib.get_close_matches(name, [*DEFAULTS, *CALL_ARGUMENTS], n=1)
@@ -193,6 +197,7 @@ def settings(model: Any, given: GenerationConfig | None, kwargs: dict[str, Any])
     if explicit.get("max_length") is not None and explicit.get("max_new_tokens") is None:
         config.update(max_new_tokens=None)  # the caller's length wins over the one stored with the model
     config.validate()
+    _settle(config, explicit)
     idle = config.unused(asked)
     if idle:
         warnings.warn(
@@ -201,6 +206,26 @@ def settings(model: Any, given: GenerationConfig | None, kwargs: dict[str, Any])
             stacklevel=4,
         )
     return config
+
+
+def _settle(config: GenerationConfig, explicit: dict[str, Any]) -> None:
+    """Says which of two settings counts, and replaces values that have another name here."""
+    for winner, loser in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        if explicit.get(winner) is not None and explicit.get(loser) is not None:
+            warnings.warn(f"{winner} and {loser} are both given; {winner} counts", stacklevel=5)
+    if config.min_new_tokens is not None:
+        config.update(min_length=0)
+    if negative := [i for i in as_list(config.eos_token_id) if i < 0]:
+        warnings.warn(
+            f"eos_token_id holds {negative}, which no token has: no row ends there, only at the length", stacklevel=5
+        )
+    kind = config.cache_implementation
+    if kind in CACHE_ALIASES:
+        if "offloaded" in kind:
+            warnings.warn(
+                f"cache_implementation={kind!r}: nothing is offloaded; the cache stays where the model is", stacklevel=5
+            )
+        config.update(cache_implementation=CACHE_ALIASES[kind])
 
 
 def _prompt(model: Any, call: Call, config: GenerationConfig) -> Tensor:
@@ -256,6 +281,11 @@ def _lengths(model: Any, config: GenerationConfig, context: int) -> int:
             )
     else:
         new = DEFAULTS["max_length"] if limit is None else min(DEFAULTS["max_length"], limit - context)
+        warnings.warn(
+            f"no length is set: the default max_length (={context + new}) leaves {new} new tokens at most; "
+            "set max_new_tokens",
+            stacklevel=5,
+        )
     if limit is not None and context + new > limit:
         warnings.warn(
             f"{context} prompt and {new} new tokens exceed the model's context of {limit}; what comes after it will "
@@ -289,9 +319,10 @@ def _mask(call: Call, ids: Tensor, config: GenerationConfig, context: int) -> Te
     if bool(mask.all()):
         return None
     if not bool(mask[:, -1].all()):
-        raise InputError(
-            "a prompt ends with padding, so the model would continue the padding; pad on the left: "
-            "tokenizer.padding_side = 'left'"
+        warnings.warn(
+            "a prompt ends with padding (right-padding), and what follows continues the padding; for correct results "
+            "pad on the left: tokenizer.padding_side = 'left'",
+            stacklevel=5,
         )
     return mask
 
@@ -305,7 +336,9 @@ def _positions(call: Call, mask: Tensor | None, context: int, new: int, device: 
     elif mask is None:
         return torch.arange(context + new, device=device)[None]
     else:
-        start = (mask.cumsum(1) - 1).clamp(min=0)
+        count = mask.cumsum(1)
+        start, last = (count - 1).masked_fill(~mask, 0), count[:, -1:] - 1
+        return torch.cat((start, last + torch.arange(1, new + 1, device=device)), dim=1)
     return torch.cat((start, start[:, -1:] + torch.arange(1, new + 1, device=device)), dim=1)
 
 
@@ -339,8 +372,10 @@ def _cache(call: Call, runner: Runner, config: GenerationConfig, rows: int, leng
     return cache
 
 
-def _needs_torch(call: Call, config: GenerationConfig) -> str:
+def _needs_torch(call: Call, config: GenerationConfig, mask: Tensor | None) -> str:
     """What of this call the native engine cannot do, or ""."""
+    if mask is not None and not bool(mask[:, -1].all()):
+        return "padding on the right"
     if call.inputs_embeds is not None:
         return "inputs_embeds"
     if config.cache_implementation not in NATIVE_CACHES:
@@ -411,7 +446,7 @@ def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
         raise InputError(
             "prefill_chunk_size splits the prompt; output_attentions and output_hidden_states need it whole"
         )
-    runner = make_runner(call.runner, model, attentions, hidden_states, _needs_torch(call, config))
+    runner = make_runner(call.runner, model, attentions, hidden_states, _needs_torch(call, config, mask))
     cache = _cache(call, runner, config, rows, context + new, context)
     # With embeddings only there are no prompt ids for a penalty or a length to count.
     config.update(min_length=max(config.value("min_length") - (context - width), 0))

@@ -21,6 +21,7 @@ from torch import Tensor
 from llama2 import processors as pr
 from llama2.errors import InputError
 from llama2.generation_config import GenerationConfig, as_list
+from llama2.plain import plain
 from llama2.processors import LogitsProcessor, LogitsProcessorList
 
 Shortlisted = tuple[list[int], list[float]]  # ids of the tokens that are left of a row, and their probabilities
@@ -461,6 +462,7 @@ def row_seeds(seed: int | Sequence[int] | None, prompts: int, returned: int) -> 
     An int s gives row i the seed s + i, so row i alone is `seed=s + i`. A list has one seed s a prompt, whose j-th
     returned sequence gets s + j, or one for every row.
     """
+    seed = plain(seed)
     if seed is None:
         return None
     rows = prompts * returned

@@ -1,7 +1,10 @@
 """generate(): arguments, lengths, padding, stopping, and the rungs of the equivalence ladder that it stands on."""
 
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from generation.fakes import Pieces, TableModel, chain
@@ -113,7 +116,6 @@ def test_processors_and_prefixes_act() -> None:
         ({"inputs": None}, "bos_token_id"),
         ({"input_ids": START}, "give one"),
         ({"attention_mask": torch.ones(1, 3)}, r"\(1, 1\)"),
-        ({"inputs": torch.tensor([[1, 2], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}, "padding_side"),
         ({"position_ids": torch.tensor([[0, 1]])}, "position_ids"),
         ({"runner": "gpu"}, "auto, native, torch"),
         ({"synced_gpus": True}, "synced_gpus"),
@@ -225,8 +227,111 @@ def test_pad_ids_imply_the_mask_unless_they_are_ends() -> None:
     ids, mask, _ = padded((10, 4))
     want = generate(model, ids, attention_mask=mask, max_new_tokens=6)
     assert generate(model, ids, max_new_tokens=6, pad_token_id=0).tolist() == want.tolist()
-    with pytest.raises(InputError, match="padding_side"):
-        generate(model, ids.flip(1), pad_token_id=0)
+
+
+def test_padding_on_the_right_is_a_warning() -> None:
+    """As transformers: the text goes on behind the padding. Rows without it are as alone, on every runner."""
+    model, ids = tiny_model(), tiny_ids(2, 6)
+    ids[1, 4:] = 0
+    outs = []
+    for settings in (
+        {"attention_mask": (ids != 0).long()},
+        {"pad_token_id": 0},
+        {"pad_token_id": 0, "runner": "torch"},
+    ):
+        with pytest.warns(UserWarning, match="right-padding.*padding_side = 'left'"):
+            outs.append(generate(model, ids, max_new_tokens=6, **settings))
+    assert outs[0].tolist() == outs[1].tolist() == outs[2].tolist()
+    assert outs[0][:1].tolist() == generate(model, ids[:1], max_new_tokens=6).tolist()
+
+
+def test_a_negative_end_is_none() -> None:
+    """transformers' way to say "never"; it warns too."""
+    for ends in (-1, [-1], torch.tensor([-1])):
+        with pytest.warns(UserWarning, match="eos_token_id holds .-1."):
+            out = generate(chain(*PATH, eos_token_id=3), START, max_new_tokens=5, eos_token_id=ends)
+        assert out.tolist() == [[1, 2, 3, 4, 5, 6]]
+    with pytest.warns(UserWarning, match="eos_token_id"):
+        assert generate(chain(*PATH), START, max_new_tokens=5, eos_token_id=[3, -1]).tolist() == [[1, 2, 3]]
+    with pytest.warns(UserWarning, match="eos_token_id"):
+        generate(chain(*PATH), START, max_new_tokens=3, min_new_tokens=2, eos_token_id=-1, num_beams=2)
+
+
+def test_without_a_length_there_are_twenty_new_tokens_and_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"default max_length \(=21\) leaves 20 new tokens.*set max_new_tokens"):
+        assert generate(chain(*PATH), START).shape == (1, 21)
+    for settings in ({"max_new_tokens": 2}, {"max_length": 3}, {"generation_config": GenerationConfig(max_length=3)}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert generate(chain(*PATH), START, **settings).shape == (1, 3)
+
+
+def test_of_two_lengths_the_new_tokens_count() -> None:
+    with pytest.warns(UserWarning, match="max_new_tokens and max_length are both given; max_new_tokens counts"):
+        assert generate(chain(*PATH), START, max_new_tokens=2, max_length=9).shape == (1, 3)
+    model = chain(*PATH, eos_token_id=3)
+    with pytest.warns(UserWarning, match="min_new_tokens and min_length are both given; min_new_tokens counts"):
+        out = generate(model, START, max_new_tokens=6, min_new_tokens=1, min_length=6)
+    assert out.tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, torch.tensor])
+def test_lengths_of_numpy_and_torch(number: Any) -> None:
+    assert generate(chain(*PATH), START, max_new_tokens=number(3), num_beams=number(1)).shape == (1, 4)
+    assert generate(chain(*PATH), START, max_length=number(3), min_length=number(0)).shape == (1, 3)
+    config = GenerationConfig(max_new_tokens=number(2), eos_token_id=number(9))
+    assert generate(chain(*PATH), START, config).shape == (1, 3) and type(config.max_new_tokens) is int
+
+
+QUIET = {
+    "logits_to_keep": None,
+    "num_logits_to_keep": None,
+    "low_memory": False,
+    "trust_remote_code": True,
+    "return_legacy_cache": False,
+    "custom_generate": None,
+    "output_router_logits": False,
+    "use_model_defaults": True,
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_keywords_of_transformers_that_ask_for_nothing(name: str) -> None:
+    assert generate(chain(*PATH), START, max_new_tokens=2, **{name: QUIET[name]}).tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    "name", ["logits_to_keep", "num_logits_to_keep", "low_memory", "compile_config", "disable_compile", "head_mask"]
+)
+def test_keywords_of_transformers_without_an_effect_warn_once(name: str) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert generate(chain(*PATH), START, max_new_tokens=2, **{name: 1}).tolist() == [[1, 2, 3]]
+    assert [str(w.message).startswith(f"{name} has no effect here") for w in said] == [True]
+
+
+@pytest.mark.parametrize("kind", ["dynamic_full", "sliding_window", "hybrid", "offloaded", "offloaded_static"])
+def test_other_names_of_caches(kind: str) -> None:
+    model, ids = tiny_model(), tiny_ids(1, 4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        out = generate(model, ids, max_new_tokens=4, cache_implementation=kind)
+    assert out.tolist() == generate(model, ids, max_new_tokens=4).tolist()
+    assert [("nothing is offloaded" in str(w.message)) for w in said] == [True] * ("offloaded" in kind)
+
+
+def test_settings_of_transformers_are_obeyed() -> None:
+    """An object of another class with a GenerationConfig's methods, as argument and as the model's own."""
+    theirs = SimpleNamespace(
+        to_dict=lambda: {"transformers_version": "5.23.0", "max_new_tokens": 2, "do_sample": None},
+        to_diff_dict=dict,
+    )
+    assert generate(chain(*PATH), START, generation_config=theirs).tolist() == [[1, 2, 3]]
+    model = chain(*PATH)
+    model.generation_config = theirs  # type: ignore[assignment]
+    assert generate(model, START).tolist() == [[1, 2, 3]]
+    with pytest.raises(InputError, match="generation_config is a int"):
+        generate(model, START, generation_config=3)
 
 
 def test_continues_a_cache() -> None:
