@@ -18,6 +18,7 @@ from llama2.errors import InputError
 from llama2.generation_config import GenerationConfig
 from llama2.processors import LogitsProcessorList
 from llama2.request import (
+    CALL_ARGUMENTS,
     Call,
     GenerateBeamDecoderOnlyOutput,
     GenerateDecoderOnlyOutput,
@@ -116,7 +117,8 @@ def _call(inputs: Tensor | None, kwargs: dict[str, Any], **more: Any) -> Call:
     given = kwargs.pop("input_ids", None)
     if given is not None and inputs is not None:
         raise InputError("inputs and input_ids are the same argument and both are given; give one")
-    return Call(inputs=inputs if given is None else given, **more, **kwargs)
+    extra = {name: kwargs.pop(name) for name in list(kwargs) if name not in CALL_ARGUMENTS}
+    return Call(inputs=inputs if given is None else given, extra=extra, **more, **kwargs)
 
 
 @torch.no_grad()

@@ -143,3 +143,9 @@ def drop(place: str, kwargs: dict[str, Any], stacklevel: int = 3) -> None:
         value = kwargs.pop(name)
         if _asks(value) and known[name]:
             warnings.warn(f"{name} has no effect here: {known[name]}", stacklevel=stacklevel)
+
+
+def without_effect(place: str, kwargs: dict[str, Any], stacklevel: int = 4) -> None:
+    """As `drop`; every keyword must be one without an effect. Raises InputError for another."""
+    drop(place, kwargs, stacklevel)
+    refuse_unknown(place, kwargs)

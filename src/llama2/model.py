@@ -5,7 +5,7 @@ One layer is in `layers`, the classifiers' heads are in `classifiers`; the tenso
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from llama2.attention import Mask, make_mask
 from llama2.cache import DynamicCache, StaticCache
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
+from llama2.keywords import without_effect
 from llama2.layers import (
     ACTIVATIONS,
     Cache,
@@ -59,6 +60,7 @@ class LlamaModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Runs the layers over the new tokens.
 
@@ -66,7 +68,10 @@ class LlamaModel(PreTrainedModel):
         `attention.make_mask`. position_ids (B | 1, T) default to the places after the cache. past_key_values: a cache,
         or a tuple of (keys, values) per layer, in which case a tuple comes back. output_attentions computes this call
         with the eager implementation, which alone has the weights. Raises InputError for shapes that do not fit.
+        Other keywords are those of transformers that have no effect here, see `keywords`.
         """
+        if kwargs:
+            without_effect("forward", kwargs)
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -194,6 +199,9 @@ def causal_lm_loss(
 class LlamaForCausalLM(PreTrainedModel):
     """LlamaModel with a language-model head."""
 
+    _tied_weights_keys: ClassVar[dict[str, str] | None] = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs: ClassVar[bool] = True
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         self.model = LlamaModel(config)
@@ -213,6 +221,11 @@ class LlamaForCausalLM(PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replaces the head."""
         self.lm_head = new_embeddings
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """As PreTrainedModel.can_generate."""
+        return True
 
     def get_decoder(self) -> LlamaModel:
         """The model without the head."""
@@ -238,14 +251,19 @@ class LlamaForCausalLM(PreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         num_logits_to_keep: int = 0,
         num_items_in_batch: int | Tensor | None = None,
-        shift_labels: Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As LlamaModel.forward, plus logits (B, T, V) in the model's dtype and, with labels, the loss.
 
         labels (B, T) of ids, -100 where there is no target (padding is not skipped by itself); see `causal_lm_loss`
-        for num_items_in_batch. shift_labels (B, T) are labels already aligned. logits_to_keep=k computes the last k
-        positions only (0: all); a tensor names positions. num_logits_to_keep is its name in transformers 4.46.
+        for num_items_in_batch. The keyword shift_labels (B, T) are labels already aligned; it is not in the signature,
+        because transformers' Trainer takes every name there with "label" in it for a column that evaluation needs.
+        logits_to_keep=k computes the last k positions only (0: all); a tensor names positions. num_logits_to_keep is
+        its name in transformers 4.46.
         """
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
+        if kwargs:
+            without_effect("forward", kwargs)
         hidden = self.model(
             input_ids,
             attention_mask,

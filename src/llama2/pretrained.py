@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llama2.attention import check_available
+from llama2.companions import Companions
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import InputError
@@ -31,7 +32,7 @@ class PadTokenizer(Protocol):
     def __len__(self) -> int: ...
 
 
-class PreTrainedModel(nn.Module):
+class PreTrainedModel(Companions, nn.Module):
     """Base of the model classes: configuration, embeddings, precision, checkpointing, loading, saving, generation."""
 
     config_class: ClassVar[type[LlamaConfig]] = LlamaConfig
@@ -45,6 +46,7 @@ class PreTrainedModel(nn.Module):
         config.validate()
         self.config = config
         self.name_or_path = config.name_or_path
+        self.warnings_issued = {}
         self.gradient_checkpointing = False
         self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
         self.generation_config = GenerationConfig.from_model_config(config)

@@ -21,6 +21,7 @@ from llama2.keywords import drop
 from llama2.native import NATIVE_CACHES, NativeCache, NativeModel, NativeRunner, row_count
 from llama2.outputs import ModelOutput
 from llama2.plain import plain
+from llama2.prepared import PreparedRunner, arguments_of
 from llama2.processors import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from llama2.runner import Runner, TorchRunner, make_runner
 from llama2.sampling import Prompt, Sampler, build_processors, row_seeds
@@ -88,7 +89,7 @@ class Record:
             self.scores.append(scores)
         if self.logits is not None:
             self.logits.append(logits)
-        if isinstance(runner, TorchRunner):
+        if isinstance(runner, TorchRunner | PreparedRunner):
             if self.attentions is not None:
                 self.attentions.append(runner.attentions)
             if self.hidden_states is not None:
@@ -131,6 +132,8 @@ class Request:
         """Logits (rows, keep, V) after `tokens`, which take the context columns from `start` on."""
         end = start + tokens.shape[1]
         mask = None if self.mask is None else self.mask[:, :end]
+        if isinstance(self.runner, PreparedRunner):
+            self.runner.ids = self.ids[:, : end - self.offset]
         return self.runner.step(tokens, self.positions[:, start:end], mask, self.cache, keep)
 
     def prefill(self) -> Tensor:
@@ -175,6 +178,7 @@ class Call:
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | None = None
     runner: str | Runner = "auto"
+    extra: dict[str, Any] = field(default_factory=dict)  # arguments of the forward of a model's own class
 
 
 def settings(model: Any, given: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
@@ -186,8 +190,9 @@ def settings(model: Any, given: GenerationConfig | None, kwargs: dict[str, Any])
     given = None if given is None else GenerationConfig.of(given)
     asked = {name: plain(kwargs.pop(name)) for name in list(kwargs) if name in DEFAULTS}
     drop("generate", kwargs, stacklevel=5)
+    known = {*CALL_ARGUMENTS, *arguments_of(model)}
     for name in kwargs:
-        if name not in CALL_ARGUMENTS:
+        if name not in known:
             near = difflib.get_close_matches(name, [*DEFAULTS, *CALL_ARGUMENTS], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; see GenerationConfig for the settings there are"
             raise InputError(f"generate() got {name!r}, which is no setting and no argument it knows{hint}")
@@ -446,7 +451,9 @@ def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
         raise InputError(
             "prefill_chunk_size splits the prompt; output_attentions and output_hidden_states need it whole"
         )
-    runner = make_runner(call.runner, model, attentions, hidden_states, _needs_torch(call, config, mask))
+    runner = make_runner(
+        call.runner, model, attentions, hidden_states, _needs_torch(call, config, mask), extra=call.extra
+    )
     cache = _cache(call, runner, config, rows, context + new, context)
     # With embeddings only there are no prompt ids for a penalty or a length to count.
     config.update(min_length=max(config.value("min_length") - (context - width), 0))

@@ -3,17 +3,20 @@
 B rows, T new tokens, S cached and new positions, V vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from llama2.cache import DynamicCache, StaticCache
+from llama2.companions import prepares_by_itself
 from llama2.cpu import KvDtype
 from llama2.errors import InputError
 from llama2.graphs import graphs_of
 from llama2.model import LlamaForCausalLM
 from llama2.native import NativeModel, native_runner, why_not
+from llama2.prepared import PreparedRunner
 
 RUNNERS = ("auto", "native", "torch", "plain")  # "plain": torch without CUDA graphs
 
@@ -119,12 +122,14 @@ def make_runner(
     hidden_states: bool = False,
     needs_torch: str = "",
     cache_dtype: KvDtype | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Runner:
     """The runner called `runner`, or the object itself.
 
     "auto" takes the native engine where it can run `model`, else torch; "plain" is torch without CUDA graphs.
     `needs_torch` names what of this call only torch can do. cache_dtype is what the native engine keeps keys and values
-    in, None its own choice. Raises InputError where "native" or a cache_dtype is asked for and cannot be had.
+    in, None its own choice. extra: arguments that only the forward of another library's class knows. Raises InputError
+    where "native" or a cache_dtype is asked for and cannot be had.
     """
     if attentions or hidden_states:
         needs_torch = "output_attentions and output_hidden_states"
@@ -134,6 +139,9 @@ def make_runner(
         return runner
     if runner not in RUNNERS:
         raise InputError(f"runner is {runner!r}; it must be one of {', '.join(RUNNERS)}")
+    prepared = prepares_by_itself(model) or bool(extra)
+    if prepared:
+        needs_torch = needs_torch or "a replaced prepare_inputs_for_generation"
     only_native = runner == "native" or isinstance(model, NativeModel)
     native = None if runner in ("torch", "plain") or needs_torch else native_runner(model, cache_dtype)
     if native is not None:
@@ -148,6 +156,8 @@ def make_runner(
         raise InputError(
             f"a cache of {cache_dtype} is the native engine's, and torch runs this model ({reason}); leave it out"
         )
+    if prepared:
+        return PreparedRunner(model, attentions, hidden_states, extra)
     return TorchRunner(model, attentions, hidden_states, graphs=runner != "plain")
 
 
