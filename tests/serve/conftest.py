@@ -53,18 +53,24 @@ def tiny_folder(extra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Served:
     """A running server: its address, service and engine."""
 
-    def __init__(self, model: Any, tokenizer: Any, policy: Any, keys: Any, engine: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, policy: Any, keys: Any, engine: dict[str, Any], bounds: Any = None
+    ) -> None:
         import uvicorn  # the extra may be absent: see `extra`
 
         from llama2.serve import limits
         from llama2.serve.app import make_app
+        from llama2.serve.connection import Connections, guarded
         from llama2.serve.life import Life, Server
         from llama2.serve.service import Service
 
         self.engine = Engine(model, tokenizer, **{"cache_tokens": 16384, **engine})
         self.service = Service(policy, keys, Life())
         self.service.open(self.engine, limits.bounds(self.engine, limits.Wanted()))
-        config = uvicorn.Config(make_app(self.service), port=0, log_config=None, access_log=False, ws="none")
+        protocol = guarded(bounds or Connections(stall_timeout=policy.stall_timeout))
+        config = uvicorn.Config(
+            make_app(self.service), port=0, log_config=None, access_log=False, ws="none", http=protocol, backlog=128
+        )
         self.server = Server(config, self.service.life, self.service.cut)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -84,8 +90,9 @@ class Served:
                 not self.engine.running
                 and not self.service.sessions
                 and self.engine.pool.free == self.engine.pool.count
+                and not self.service.life.inside
             ):
-                return self.service.life.inside == 0
+                return True
             time.sleep(0.02)
         return False
 
@@ -110,8 +117,9 @@ def serve(tiny_parts: tuple[Any, Any]) -> Iterator[Serve]:
 
     from llama2.serve.service import Policy
 
-    def start(keys: Any = None, engine: dict[str, Any] | None = None, **policy: Any) -> Served:
-        running.append(Served(*tiny_parts, Policy(**{"names": ("tiny",), **policy}), keys, engine or {}))
+    def start(keys: Any = None, engine: dict[str, Any] | None = None, bounds: Any = None, **policy: Any) -> Served:
+        chosen = Policy(**{"names": ("tiny",), **policy})
+        running.append(Served(*tiny_parts, chosen, keys, engine or {}, bounds))
         return running[-1]
 
     yield start

@@ -1,9 +1,15 @@
 """Requests that cost more than they pay: each attack is refused within its bound, and the server goes on."""
 
 import asyncio
+import http.client
 import json
+import os
+import resource
+import signal
+import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +17,23 @@ import pytest
 pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
 pytest.importorskip("llguidance", reason="serving needs the extra `serve`")
 
+from pydantic import ValidationError
 from serve.conftest import Serve, Served
-from wire import post
+from serve.test_faults import start
+from wire import begin, get, post
 
 from llama2.errors import InputError
+from llama2.serve import offline
+from llama2.serve.app import make_app
+from llama2.serve.body import read
+from llama2.serve.connection import Connections
 from llama2.serve.constraint import Compiler, Constraint
+from llama2.serve.embeddings import EmbeddingBody
 from llama2.serve.kept import Kept
+from llama2.serve.openai_chat import ChatBody
+from llama2.serve.openai_completions import CompletionBody
 from llama2.serve.refusal import Refusal
+from llama2.serve.tgi import DetokenizeBody, GenerateBody
 from llama2.serve.work import Gate, Workers
 
 # -- constraints -------------------------------------------------------------------------------------------------
@@ -218,3 +234,356 @@ def test_templates_that_loop_do_not_stop_the_server(serve: Serve) -> None:
     finally:
         tokenizer.chat_template = before
     assert post(served.port, "/v1/chat/completions", body | {"max_tokens": 1}).status == 200
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------
+
+
+def numbers(schema: Any, path: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """Every number in a JSON schema that is not open to anything."""
+    found = []
+    if isinstance(schema, dict):
+        if schema.get("type") in ("number", "integer"):
+            found.append((path, schema))
+        for name, inner in schema.items():
+            found += numbers(inner, f"{path}/{name}")
+    elif isinstance(schema, list):
+        for i, inner in enumerate(schema):
+            found += numbers(inner, f"{path}/{i}")
+    return found
+
+
+def test_every_number_of_the_api_has_bounds(served: Served) -> None:
+    document = get(served.port, "/openapi.json").json
+    found = [
+        entry
+        for path, methods in document["paths"].items()
+        for method in methods.values()
+        for entry in numbers(method.get("requestBody", {}), path)
+    ]
+    assert len(found) > 60
+    for path, schema in found:
+        assert {"minimum", "exclusiveMinimum"} & schema.keys(), path
+        assert {"maximum", "exclusiveMaximum"} & schema.keys(), path
+
+
+HUGE = "1" * 5000
+WRONG_NUMBERS: list[tuple[str, str]] = [
+    ("/v1/completions", f'{{"prompt": [{2**63}]}}'),
+    ("/v1/completions", f'{{"prompt": [[1, {2**63}]]}}'),
+    ("/v1/completions", '{"prompt": [-1]}'),
+    ("/v1/completions", '{"prompt": "x", "logit_bias": {"5": 3.5e38}}'),
+    ("/v1/completions", '{"prompt": "x", "logit_bias": [0, 3.5e38]}'),
+    ("/v1/completions", '{"prompt": "x", "logit_bias": {"5": true}}'),
+    ("/v1/completions", '{"prompt": "x", "repetition_penalty": 1e-300}'),
+    ("/v1/completions", f'{{"prompt": "x", "stop_token_ids": [{2**63}]}}'),
+    ("/v1/completions", f'{{"prompt": "x", "seed": {2**64}}}'),
+    ("/v1/completions", f'{{"prompt": "x", "max_tokens": {HUGE}}}'),
+    ("/generate", '{"inputs": "x", "parameters": {"temperature": 1e-300}}'),
+    ("/generate", '{"inputs": "x", "parameters": {"repetition_penalty": 1e-300}}'),
+    ("/detokenize", f'{{"tokens": [{2**63}]}}'),
+    ("/detokenize", f'{{"tokens": [{HUGE}]}}'),
+    ("/v1/embeddings", f'{{"input": [{2**63}]}}'),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), WRONG_NUMBERS, ids=lambda v: v[:60])
+def test_numbers_beyond_their_bounds_are_the_clients_fault(served: Served, path: str, body: str) -> None:
+    reply = post(served.port, path, body.encode())
+    assert reply.status in (400, 422), reply.content
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1e-999", HUGE, "1" * 400, "-0.0", f"{2**64}", "0.1e1"])
+def test_numbers_where_anything_may_stand(served: Served, number: str) -> None:
+    """Schemas of tools and answers, arguments of calls, metadata: they are data, and no failure of the server."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": "NUMBER"}}}
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    schema = {"type": "object", "properties": {"x": {"minimum": "NUMBER", "type": "number"}}}
+    for body in (
+        chat | {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]},
+        chat | {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}},
+        chat | {"messages": [*chat["messages"], {"role": "assistant", "tool_calls": [call]}, *chat["messages"]]},  # type: ignore[misc]
+        chat | {"metadata": {"x": "NUMBER"}},
+    ):
+        data = json.dumps(body).replace('"NUMBER"', number).encode()
+        assert post(served.port, "/v1/chat/completions", data).status in (200, 400), body
+
+
+def test_extremes_inside_the_bounds_are_answered(served: Served) -> None:
+    for settings in (
+        {"temperature": 1e-4}, {"temperature": 100}, {"repetition_penalty": 0.01}, {"repetition_penalty": 100},
+        {"top_p": 1e-300}, {"typical_p": 1e-300}, {"min_p": 1.0}, {"logit_bias": {"5": 100, "6": -100}},
+        {"seed": -(2**63)}, {"seed": 2**64 - 1}, {"top_k": 10_000_000}, {"presence_penalty": 2, "frequency_penalty": 2},
+    ):  # fmt: skip
+        body = {"prompt": "x", "max_tokens": 3, "temperature": 1.0} | settings
+        reply = post(served.port, "/v1/completions", body)
+        assert reply.status == 200, (settings, reply.content)
+    given = {"temperature": 1e-5, "repetition_penalty": 0.01, "max_new_tokens": 3, "do_sample": True}
+    assert post(served.port, "/generate", {"inputs": "x", "parameters": given}).status == 200
+
+
+MODELS: dict[str, Any] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/generate": GenerateBody,
+    "/detokenize": DetokenizeBody,
+    "/v1/embeddings": EmbeddingBody,
+}
+
+# -- faults without number ---------------------------------------------------------------------------------------
+
+MANY = 100_000
+FLOODS: dict[str, tuple[str, str]] = {
+    "stops": ("/v1/completions", '{"prompt": "x", "stop": [' + "1," * MANY + "1]}"),
+    "stop_sequences": ("/generate", '{"inputs": "x", "parameters": {"stop_sequences": [' + "1," * MANY + "1]}}"),
+    "unknown fields": (
+        "/v1/completions",
+        '{"prompt": "x", ' + ", ".join(f'"f{i}": 1' for i in range(MANY)) + "}",
+    ),
+    "unknown parameters": (
+        "/generate",
+        '{"inputs": "x", "parameters": {' + ", ".join(f'"f{i}": 1' for i in range(MANY)) + "}}",
+    ),
+    "biases": (
+        "/v1/completions",
+        '{"prompt": "x", "logit_bias": {' + ", ".join(f'"{i}": "a"' for i in range(MANY)) + "}}",
+    ),
+    "list of biases": ("/v1/completions", '{"prompt": "x", "logit_bias": [' + '"a",' * MANY + "1]}"),
+    "prompts": ("/v1/completions", '{"prompt": [' + "null," * MANY + "1]}"),
+    "lists of ids": ("/v1/completions", '{"prompt": [' + '["a"],' * MANY + "[1]]}"),
+    "messages": ("/v1/chat/completions", '{"messages": [' + '{"role": 1},' * MANY + "1]}"),
+    "parts": ("/v1/chat/completions", '{"messages": [{"role": "user", "content": [' + "{}," * MANY + "1]}]}"),
+    "tools": ("/v1/chat/completions", '{"messages": [{"role": "user"}], "tools": [' + "1," * 200 + "1]}"),
+    "calls": (
+        "/v1/chat/completions",
+        '{"messages": [{"role": "assistant", "tool_calls": [' + "1," * MANY + "1]}]}",
+    ),
+    "modalities": (
+        "/v1/chat/completions",
+        '{"messages": [{"role": "user"}], "modalities": [' + "1," * MANY + "1]}",
+    ),
+    "tokens": ("/detokenize", '{"tokens": [' + '"a",' * MANY + "1]}"),
+    "inputs": ("/v1/embeddings", '{"input": [' + "null," * MANY + "1]}"),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_validation_stops_at_the_first_faults(name: str) -> None:
+    path, text = FLOODS[name]
+    model = MODELS[path]
+    try:
+        model.model_validate_json(text)
+    except ValidationError as error:
+        assert error.error_count() <= 6
+    else:
+        raise AssertionError("nothing was wrong with it")
+    with pytest.raises(Refusal):
+        read(model, text.encode())
+
+
+def test_half_a_surrogate_pair_in_an_id_ends_no_batch(served: Served, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"custom_id": "\\ud800", "body": {"inputs": 1}}\n{"custom_id": "é", "body": {"inputs": 2}}\n')
+    lines = offline.read_lines(source)
+    with target.open("a", encoding="utf-8") as out:
+        app = make_app(served.service)
+        assert asyncio.run(offline.run(app, lines, out, 2, lambda done, total: None)) == (2, 2)
+    assert offline.answered(target) == {"\ud800", "é"}
+    assert "é" in target.read_text(encoding="utf-8")
+
+
+# -- connections and bodies --------------------------------------------------------------------------------------
+
+
+def connect(port: int, data: bytes = b"", size: int = 65536) -> socket.socket:
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    sock.settimeout(30)
+    sock.connect(("127.0.0.1", port))
+    sock.sendall(data)
+    return sock
+
+
+def rest(sock: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    found = b""
+    try:
+        while part := sock.recv(65536):
+            found += part
+    except ConnectionResetError:
+        pass
+    sock.close()
+    return found
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def guarded(serve: Serve) -> Served:
+    """A server of few connections and little patience."""
+    bounds = Connections(most=6, header_timeout=0.6, stall_timeout=0.6)
+    return serve(bounds=bounds, body_timeout=0.6, stall_timeout=0.6, max_unparsed_bytes=100_000)
+
+
+def freed(served: Served) -> None:
+    """Waits until no connection is open."""
+    for _ in range(500):
+        if not served.server.server_state.connections:
+            return
+        time.sleep(0.02)
+    raise AssertionError("connections stay open")
+
+
+def test_silent_connections_and_half_sent_headers_are_closed(guarded: Served) -> None:
+    freed(guarded)
+    silent = connect(guarded.port)
+    half = connect(guarded.port, HEAD)
+    noise = connect(guarded.port, b"\r\n")
+    assert rest(silent) == b"" and rest(noise) == b""
+    assert rest(half).startswith(b"HTTP/1.1 408 ")
+
+
+def test_headers_that_do_not_end_are_refused_before_they_are_held(guarded: Served) -> None:
+    freed(guarded)
+    assert b" 431 " in rest(connect(guarded.port, HEAD + b"x: " + b"a" * 40_000))[:20]
+    assert (
+        b" 431 " in rest(connect(guarded.port, HEAD + b"".join(b"x%d: 1\r\n" % i for i in range(200)) + b"\r\n"))[:20]
+    )
+    assert b" 431 " in rest(connect(guarded.port, b"GET /" + b"a" * 40_000))[:20]
+
+
+def test_half_a_body_is_given_up(guarded: Served) -> None:
+    freed(guarded)
+    reply = rest(connect(guarded.port, HEAD + b'content-length: 1000\r\n\r\n{"prompt": "x"'))
+    assert reply.startswith(b"HTTP/1.1 408 ") and b"body_timeout" in reply
+    assert not guarded.service.unparsed.held and not guarded.service.life.inside
+
+
+def test_a_body_that_was_refused_does_not_keep_its_connection(guarded: Served) -> None:
+    freed(guarded)
+    reply = rest(connect(guarded.port, HEAD + b"content-length: 9000000\r\n\r\n{"))
+    assert reply.startswith(b"HTTP/1.1 413 ")
+
+
+def test_bodies_are_counted_while_they_come(guarded: Served) -> None:
+    freed(guarded)
+    half = [connect(guarded.port, HEAD + b"content-length: 90000\r\n\r\n" + b" " * 45_000) for _ in range(2)]
+    while guarded.service.unparsed.held < 90_000:
+        time.sleep(0.005)
+    reply = post(guarded.port, "/v1/completions", b" " * 60_000)
+    assert reply.status == 429 and int(reply.headers["retry-after"]) >= 1
+    for sock in half:
+        assert rest(sock).startswith(b"HTTP/1.1 408 ")
+    assert not guarded.service.unparsed.held
+    assert post(guarded.port, "/v1/completions", {"prompt": "x", "max_tokens": 1}).status == 200
+
+
+def test_too_many_connections_are_refused_and_the_others_live(guarded: Served) -> None:
+    freed(guarded)
+    kept = http.client.HTTPConnection("127.0.0.1", guarded.port, timeout=30)
+    kept.request("GET", "/health")
+    assert kept.getresponse().read() == b""
+    more = [connect(guarded.port) for _ in range(20)]
+    replies = [rest(sock) for sock in more[10:]]
+    assert all(reply.startswith(b"HTTP/1.1 503 ") and b"retry-after" in reply for reply in replies)
+    kept.request("GET", "/health")
+    assert kept.getresponse().status == 200
+    kept.close()
+    for sock in more[:10]:
+        sock.close()
+    freed(guarded)
+    assert get(guarded.port, "/health").status == 200
+
+
+def test_pipelined_requests_are_bounded(guarded: Served) -> None:
+    freed(guarded)
+    data = json.dumps({"prompt": "x", "max_tokens": 300, "ignore_eos": True}).encode()
+    one = HEAD + b"content-length: %d\r\n\r\n" % len(data) + data
+    rest(connect(guarded.port, one + b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" * 100))
+    assert guarded.quiet()
+
+
+def test_an_answer_that_nobody_reads_is_dropped(guarded: Served) -> None:
+    freed(guarded)
+    body = json.dumps({"inputs": "x" * 60_000}).encode()
+    head = HEAD.replace(b"/v1/completions", b"/tokenize")
+    sock = connect(guarded.port, head + b"content-length: %d\r\n\r\n" % len(body) + body, size=1024)
+    for _ in range(400):
+        if guarded.service.unread.held:
+            break
+        time.sleep(0.01)
+    assert guarded.service.unread.held > 1_000_000
+    freed(guarded)
+    assert not guarded.service.unread.held
+    sock.close()
+
+
+def test_unread_answers_are_bounded_together(serve: Serve) -> None:
+    served = serve(max_unread_bytes=4_000_000)
+    body = json.dumps({"inputs": "x" * 60_000}).encode()
+    head = HEAD.replace(b"/v1/completions", b"/tokenize")
+    socks = [connect(served.port, head + b"content-length: %d\r\n\r\n" % len(body) + body, size=1024) for _ in range(3)]
+    assert any(sock.recv(12).endswith(b"429") for sock in socks)
+    assert served.service.unread.held <= 4_000_000
+    for sock in socks:
+        sock.close()
+    freed(served)
+    assert not served.service.unread.held
+
+
+def test_texts_to_be_tokenised_are_bounded_in_bytes(served: Served) -> None:
+    reply = post(served.port, "/tokenize", {"inputs": "\U0001f600" * 100_000})
+    assert reply.status == 413 and "262144" in reply.json["error"]
+    chat = {"messages": [{"role": "user", "content": "\U0001f600" * 40_000}] * 2}
+    assert post(served.port, "/chat_tokenize", chat).status == 413
+    assert post(served.port, "/detokenize", {"tokens": [5] * 300_000}).status == 422
+
+
+def test_answers_are_bounded_before_they_are_made(served: Served) -> None:
+    body = {"prompt": ["x"] * 32, "n": 8, "max_tokens": 900, "logprobs": 20, "temperature": 1}
+    reply = post(served.port, "/v1/completions", body)
+    assert reply.status == 400 and "stream" in reply.json["error"]["message"]
+
+
+# -- the end -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_server_in_time_whatever_clients_do(
+    tiny_folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Half a body, half a header, a template that loops, an answer that nobody reads: none of them is waited for."""
+    template = tmp_path / "loop.jinja"
+    template.write_text("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}")
+    process, port = start(tiny_folder, tmp_path / "log", "--chat-template", str(template))
+    half = connect(port, HEAD + b'content-length: 1000\r\n\r\n{"prompt": "x"')
+    header = connect(port, HEAD)
+    loops = begin(port, "/chat_tokenize", {"messages": [{"role": "user", "content": "x"}]})
+    unread = begin(port, "/tokenize", {"inputs": "x" * 200_000}, size=1024)
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.send_signal(number)
+    assert rest(half).startswith(b"HTTP/1.1 503 ")
+    assert process.wait(25) == 0
+    assert time.monotonic() - began < 20
+    for sock in (header, loops, unread):
+        sock.close()
+
+
+def test_file_descriptors_that_run_out_are_a_line_a_second(tiny_folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process, port = start(tiny_folder, log, "--max-connections", "400")
+    try:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{process.pid}/fd")) + 4,) * 2)
+        socks = [connect(port) for _ in range(60)]
+        time.sleep(2.5)
+        lines = [line for line in log.read_text().splitlines() if "out of system resource" in line]
+        assert 1 <= len(lines) <= 5
+        for sock in socks:
+            sock.close()
+        time.sleep(1.2)
+        assert get(port, "/health").status == 200
+    finally:
+        process.kill()
+        process.wait()

@@ -359,7 +359,7 @@ def test_an_assistant_at_the_end_is_continued(served: Served) -> None:
         ("/generate", b"\xff", 400, "not JSON"),
         ("/generate", {"inputs": ""}, 422, "inputs is empty"),
         ("/generate", {}, 422, "'inputs' is missing"),
-        ("/generate", {"inputs": "x", "parameters": {"temperature": 0}}, 422, "greater than 0"),
+        ("/generate", {"inputs": "x", "parameters": {"temperature": 0}}, 422, "greater than or equal to 0.00001"),
         ("/generate", b'{"inputs": "x", "parameters": {"temperature": NaN}}', 422, "finite"),
         ("/generate", b'{"inputs": "x", "parameters": {"top_p": 1e999}}', 422, "finite"),
         ("/generate", {"inputs": "x", "parameters": {"best_of": 2}}, 422, "sampling"),

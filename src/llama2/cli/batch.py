@@ -54,7 +54,16 @@ def _answer(options: Options, lines: list[Any], target: Path) -> tuple[int, int]
     from llama2.serve.service import Policy, Service
 
     name = options.model or Path(model_path(None)).stem
-    service = Service(Policy(names=(name,), max_concurrent_requests=1 << 30, payload_limit=1 << 30))
+    most = 1 << 50  # the file is the caller's own: nothing in it is bounded but by the model
+    policy = Policy(
+        names=(name,),
+        max_concurrent_requests=most,
+        payload_limit=most,
+        validation_timeout=0,
+        max_unparsed_bytes=most,
+        max_unread_bytes=most,
+    )
+    service = Service(policy)
     open_model(
         options, options.chat_template, (), service, 1 << 30, (lambda text: None) if options.quiet else terminal.notice
     )

@@ -1,6 +1,7 @@
 """`llama2 serve`: many users at once over HTTP."""
 
 import os
+import resource
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -15,10 +16,12 @@ from llama2.cli.loading import RunOptions, adapter_folder, load, load_model, mod
 from llama2.errors import InputError, Llama2Error, MissingDependencyError
 
 if TYPE_CHECKING:
+    from llama2.serve.connection import Connections
     from llama2.serve.life import Life, Server
     from llama2.serve.limits import Wanted
     from llama2.serve.service import Service
 
+OTHER_FILES = 128  # beside the connections: the model's files, the engine's, the log's
 Loader = Callable[[Any], tuple[Any, Any]]
 SAGEMAKER_MODEL = Path("/opt/ml/model")
 
@@ -86,6 +89,17 @@ class Options(EngineOptions, RunOptions):
         (), "a web page that may call this server, * for any; may be given several times", metavar="ORIGIN"
     )
     public_metrics: bool = option(False, "let /metrics be read without a key")
+    max_connections: int | None = option(None, "connections open at most; more get 503 (default: 512)")
+    header_timeout: float | None = option(
+        None, "seconds in which the headers of a request must arrive; a silent connection is closed (default: 10)"
+    )
+    body_timeout: float | None = option(None, "seconds in which a body must arrive; 0 for no bound (default: 30)")
+    max_unparsed_bytes: int | None = option(
+        None, "bytes of bodies that are being received, of all requests (default: 64000000)"
+    )
+    max_unread_bytes: int | None = option(
+        None, "bytes of large answers that their clients have not read yet (default: 256000000)"
+    )
     max_concurrent_requests: int | None = option(None, "requests inside at most; more get 429 (default: 128)")
     max_waiting: int | None = option(None, "answers in the engine's queue at most; more get 429 (default: 1024)")
     max_best_of: int | None = option(None, "answers of one prompt at most (default: 8)")
@@ -247,6 +261,9 @@ def _service(options: Options, life: "Life") -> "Service":
         "public_metrics": options.public_metrics,
         "workers": options.validation_workers,
         "validation_timeout": options.validation_timeout,
+        "body_timeout": options.body_timeout,
+        "max_unparsed_bytes": options.max_unparsed_bytes,
+        "max_unread_bytes": options.max_unread_bytes,
         "max_concurrent_requests": options.max_concurrent_requests,
     }
     names = options.served_model_name or (options.model or Path(model_path(None)).stem,)
@@ -257,6 +274,7 @@ def _service(options: Options, life: "Life") -> "Service":
 def _server(options: Options, host: str, port: int, service: "Service", app: Any) -> "Server":
     import uvicorn
 
+    from llama2.serve.connection import guarded
     from llama2.serve.life import Server
 
     if (options.ssl_certfile is None) != (options.ssl_keyfile is None):
@@ -270,12 +288,29 @@ def _server(options: Options, host: str, port: int, service: "Service", app: Any
         server_header=False,
         ws="none",
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=65_536,
+        timeout_graceful_shutdown=2,
+        backlog=128,
+        http=guarded(_connections(options)),
         ssl_certfile=options.ssl_certfile,
         ssl_keyfile=options.ssl_keyfile,
     )
     return Server(config, service.life, service.cut)
+
+
+def _connections(options: Options) -> "Connections":
+    """The bounds on connections, of which there are fewer where the process may open fewer files."""
+    from llama2.serve.connection import Connections
+
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = options.max_connections or Connections.most
+    if 0 <= files < wanted + OTHER_FILES:
+        most = wanted + OTHER_FILES if hard < 0 else min(wanted + OTHER_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        if most < wanted + OTHER_FILES:
+            terminal.notice(f"llama2: at most {most - OTHER_FILES} connections, because {hard} files may be open")
+            wanted = max(most - OTHER_FILES, 1)
+    given: dict[str, Any] = {"header_timeout": options.header_timeout, "stall_timeout": options.stall_timeout}
+    return Connections(most=wanted, **{name: value for name, value in given.items() if value is not None})
 
 
 def _open(options: Options, service: "Service", failed: Callable[[Exception], None], loader: Loader) -> None:

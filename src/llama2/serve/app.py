@@ -21,7 +21,8 @@ from llama2.serve.sse import EventStream, refused
 
 Handler = Callable[[Call], Awaitable[Response]]
 _INTERNAL = Refusal("internal", "the server failed on this request; its log has the reason under this request id")
-MAX_HEADERS, MAX_HEADER_BYTES = 128, 32_768
+MAX_HEADERS, MAX_HEADER_BYTES = 128, 16_384
+PART = 65_536  # bytes of an answer that are handed to the connection at once
 
 
 def make_app(service: Service) -> FastAPI:
@@ -45,7 +46,7 @@ def make_app(service: Service) -> FastAPI:
         allow_headers=["*"],
         expose_headers=["x-request-id", "retry-after", "x-generated-tokens", "x-time-per-token"],
     )
-    app.add_middleware(Envelope)
+    app.add_middleware(Envelope, service=service)
     return app
 
 
@@ -149,12 +150,15 @@ def _endpoint(
         inside = False
         try:
             call.owner = "" if open else _owner(service, request)
+            request.scope["state"]["owner"] = call.owner
             if counted:
                 service.metrics.count.add()
+                service.life.check()
+            if request.method == "POST":
+                call.data = await _body(call)
+            if counted:
                 service.life.enter()
                 inside = True
-            if request.method == "POST":
-                call.data = await _body(service, request)
             response = await handler(call)
             if isinstance(response, EventStream):
                 response.leave, inside = service.life.leave if counted else None, False
@@ -173,6 +177,7 @@ def _endpoint(
             service.metrics.failed("internal")
             return refused(_INTERNAL, call.dialect)
         finally:
+            call.forget()
             if inside:
                 service.life.leave()
 
@@ -188,7 +193,9 @@ def _owner(service: Service, request: Request) -> str:
     return owner
 
 
-async def _body(service: Service, request: Request) -> bytes:
+async def _body(call: Call) -> bytes:
+    """The body, counted as it comes. Raises Refusal."""
+    service, request = call.service, call.request
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise Refusal("media", f"the body is {kind[:80]!r}; send it as application/json")
@@ -196,24 +203,29 @@ async def _body(service: Service, request: Request) -> bytes:
     told = f"the body is larger than {most} bytes (payload_limit); send less"
     if not length.isdecimal() or int(length[:20]) > most:
         raise Refusal("size", told)
-    parts, held = [], 0
-    async for part in request.stream():
-        held += len(part)
-        if held > most:
-            raise Refusal("size", told)
-        parts.append(part)
+    parts = []
+    async with service.life.reading(service.policy.body_timeout):
+        async for part in request.stream():
+            if call.held + len(part) > most:
+                raise Refusal("size", told)
+            call.hold(len(part))
+            parts.append(part)
     return b"".join(parts)
 
 
 def _unknown(request: Request, kind: str, message: str) -> Response:
-    return refused(Refusal(kind, message), "openai" if request.scope["path"].startswith("/v1/") else "tgi")
+    return refused(Refusal(kind, message), _dialect(request.scope))
+
+
+def _dialect(scope: Scope) -> Dialect:
+    return "openai" if scope["path"].startswith("/v1/") else "tgi"
 
 
 class Envelope:
     """Outermost: bounds on headers, a request id, a line in the log, and headers that every response has."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs one request."""
@@ -223,23 +235,47 @@ class Envelope:
         state: dict[str, Any] = scope.setdefault("state", {})
         headers = scope["headers"]
         state["id"], state["notes"] = _request_id(headers), {}
+        stamp = (b"x-request-id", state["id"].encode()), (b"x-content-type-options", b"nosniff")
         began, status = time.monotonic(), 0
 
+        start: Message | None = None  # sent with the first part of the body: until then it may become a refusal
+
         async def stamped(message: Message) -> None:
-            nonlocal status
+            nonlocal status, start
             if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", state["id"].encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                ]
+                start = {**message, "headers": [*message.get("headers", ()), *stamp]}
+                return
+            if start is not None:
+                status, first, start = start["status"], start, None
+                await send(first)
             await send(message)
 
+        async def bounded(message: Message) -> None:
+            """Answers of one large part, which nothing else holds back."""
+            body = message.get("body", b"")
+            if len(body) <= PART:
+                await stamped(message)
+                return
+            try:
+                self.service.unread.take(state.get("owner", ""), len(body))
+            except Refusal as refusal:
+                await refused(refusal, _dialect(scope))(scope, receive, stamped)
+                return
+            try:
+                for at in range(0, len(body), PART):
+                    more = message.get("more_body", False) or at + PART < len(body)
+                    await stamped({"type": "http.response.body", "body": body[at : at + PART], "more_body": more})
+            finally:
+                self.service.unread.give_back(state.get("owner", ""), len(body))
+
         if len(headers) > MAX_HEADERS or sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
-            await refused(Refusal("headers", "the headers are too many or too long"), "openai")(scope, receive, stamped)
+            await refused(Refusal("headers", "the headers are too many or too long"), "openai")(scope, receive, bounded)
         else:
-            await self.app(scope, receive, stamped)
+            await self.app(scope, receive, bounded)
+        self._log(scope, status, time.monotonic() - began)
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        state = scope["state"]
         level = 10 if scope["path"] in ("/health", "/ping", "/ready", "/metrics") and status == 200 else 20
         if logger.isEnabledFor(level):
             fields = {
@@ -247,7 +283,7 @@ class Envelope:
                 "method": scope["method"],
                 "path": scope["path"][:200],
                 "status": status,
-                "seconds": round(time.monotonic() - began, 4),
+                "seconds": round(seconds, 4),
                 **state["notes"],
             }
             logger.log(level, "request", extra={"fields": fields})

@@ -1,21 +1,41 @@
 """From the bytes of a body to a checked model, or a refusal that names the field, the value and the bound."""
 
 import difflib
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from llama2.serve.refusal import Refusal
 
 MAX_DEPTH = 64  # of JSON: no schema or message needs more, and nothing behind this bound recurses further
 Text = Annotated[str, Field(max_length=4_000_000)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
 M = TypeVar("M", bound="Body")
 
 
-class Body(BaseModel):
-    """Base of every request body: JSON types as they are, finite numbers, no unknown fields."""
+def _closed(schema: dict[str, Any], model: type["Body"]) -> None:
+    if not model.open_ended:
+        schema["additionalProperties"] = False
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+class Body(BaseModel):
+    """Base of every request body: JSON types as they are, finite numbers, no unknown fields but where open_ended.
+
+    Unknown fields are taken in and then refused, the first of them only: a million would make a million errors.
+    """
+
+    open_ended: ClassVar[bool] = False
+    model_config = ConfigDict(
+        extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=(), json_schema_extra=_closed
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.model_extra and not self.open_ended:
+            names = [field.alias or name for name, field in type(self).model_fields.items()]
+            raise PydanticCustomError("unknown", "unknown", {"field": next(iter(self.model_extra)), "names": names})
+        return self
 
 
 def read(model: type[M], data: bytes, unknown: str = "refuse") -> M:
@@ -25,12 +45,9 @@ def read(model: type[M], data: bytes, unknown: str = "refuse") -> M:
     """
     check_depth(data)
     try:
-        return model.model_validate_json(data)
+        return model.model_validate_json(data, extra="ignore" if unknown == "ignore" else None)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False)
-        if unknown == "ignore" and all(p["type"] == "extra_forbidden" for p in problems):
-            return model.model_validate_json(data, extra="ignore")
-        raise _refusal(model, problems[0]) from None
+        raise _refusal(error.errors(include_url=False)[0]) from None
 
 
 def check_depth(data: bytes) -> None:
@@ -64,12 +81,14 @@ def _closing_quote(data: bytes, at: int) -> int:
         at += 1
 
 
-def _refusal(model: type[BaseModel], problem: Any) -> Refusal:
+def _refusal(problem: Any) -> Refusal:
     if problem["type"] == "json_invalid":
         return Refusal("malformed", f"the body is not JSON: {problem['msg'].removeprefix('Invalid JSON: ')}")
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), list(model.model_fields), n=1)
+    where = ".".join(str(part) for part in problem["loc"])[:200]
+    if problem["type"] == "unknown":
+        name = str(problem["ctx"]["field"])[:80]
+        where = f"{where}.{name}" if where else name
+        near = difflib.get_close_matches(name, problem["ctx"]["names"], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return Refusal("validation", f"the field {where!r} is not known here{hint}", where)
     if problem["type"] == "missing":

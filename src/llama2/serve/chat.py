@@ -9,13 +9,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from llama2.errors import TokenizerError
 from llama2.serve.body import Body, Text
 from llama2.serve.constraint import JSON_STYLE, Constraint
+from llama2.serve.numbers import FIRST_FAULT
 from llama2.serve.proof import MAX_SOURCE
 from llama2.serve.refusal import Refusal
 
@@ -26,7 +27,7 @@ Choice = Literal["auto", "none", "required"]
 class Part(Body):
     """One part of a message: text."""
 
-    model_config = ConfigDict(extra="allow")
+    open_ended: ClassVar[bool] = True
     type: str
     text: Text | None = None
 
@@ -36,9 +37,9 @@ class Message(Body):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Text | list[Part] | None = None
+    content: Text | Annotated[list[Part], FIRST_FAULT] | None = None
     name: str | None = Field(None, max_length=256)
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], FIRST_FAULT] | None = None
     tool_call_id: str | None = Field(None, max_length=256)
 
     def text(self) -> str:

@@ -1,14 +1,15 @@
 """/v1/embeddings: the mean of the last hidden states of a text, of length 1. Only a model that torch runs has them."""
 
 import base64
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from llama2.model import LlamaForCausalLM
-from llama2.serve.body import Body, Text
+from llama2.serve.body import Body, Text, Texts
+from llama2.serve.numbers import FIRST_FAULT, Dimensions, Ids
 from llama2.serve.openai_completions import encode
 from llama2.serve.refusal import Refusal
 from llama2.serve.service import Call, Service
@@ -17,10 +18,10 @@ from llama2.serve.service import Call, Service
 class EmbeddingBody(Body):
     """The body of /v1/embeddings."""
 
-    input: Text | list[int] | list[Text] | list[list[int]] = Field(max_length=4_000_000)
+    input: Text | Ids | Texts | Annotated[list[Ids], FIRST_FAULT] = Field(max_length=4_000_000)
     model: str | None = Field(None, max_length=512)
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(None, ge=1, le=1_000_000)
+    dimensions: Dimensions | None = None
     user: Any = None
 
 

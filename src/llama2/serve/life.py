@@ -1,19 +1,24 @@
 """A server's life: loading, ready, draining, gone; and the uvicorn server whose SIGTERM drains.
 
-SIGTERM     not ready any more, at once; still accepting for `drain_delay`, while load balancers notice; then new
-            requests get 503 with Retry-After, and the running ones their time to finish
+SIGTERM     or SIGHUP: not ready any more, at once; still accepting for `drain_delay`, while load balancers notice;
+            then new requests get 503 with Retry-After, bodies that are still coming too, and the running ones their
+            time to finish
 timeout     what still runs is cut short with an error that says so
 SIGTERM again, or twice Ctrl-C     now
 """
 
 import asyncio
+import contextlib
 import signal
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Generator
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import uvicorn
 
+from llama2.serve.connection import Guarded, Seldom
 from llama2.serve.refusal import Refusal
 
 State = Literal["loading", "ready", "draining", "closed"]
@@ -29,19 +34,38 @@ class Life:
         self.inside = 0
         self.failure: Exception | None = None
         self._empty = asyncio.Event()
+        self._reading: set[asyncio.Timeout] = set()
 
     @property
     def ready(self) -> bool:
         """Whether new requests should be sent here."""
         return self.state == "ready"
 
-    def enter(self) -> None:
-        """Counts a request in. Raises Refusal where none is taken."""
+    def check(self) -> None:
+        """Raises Refusal where no request is taken."""
         if self.state == "loading":
             raise Refusal("starting", "the model is still being loaded; ask again in a few seconds", retry_after=2)
         if self.state == "closed":
             raise Refusal("closing", "the server is shutting down; ask another replica", retry_after=5)
+
+    def enter(self) -> None:
+        """Counts a request in. Raises Refusal where none is taken."""
+        self.check()
         self.inside += 1
+
+    @contextlib.asynccontextmanager
+    async def reading(self, seconds: float) -> AsyncIterator[None]:
+        """Bounds the reading of a body, which a shutdown ends at once. Raises Refusal."""
+        try:
+            async with asyncio.timeout(seconds or None) as deadline:
+                self._reading.add(deadline)
+                try:
+                    yield
+                finally:
+                    self._reading.discard(deadline)
+        except TimeoutError:
+            self.check()
+            raise Refusal("slow", f"the body took longer than {seconds:g} s to arrive (body_timeout)") from None
 
     def leave(self) -> None:
         """Counts it out."""
@@ -54,7 +78,9 @@ class Life:
         self.state = "draining"
         await asyncio.sleep(self.drain_delay)
         self.state = "closed"
-        for seconds, last in ((self.timeout, False), (5.0, True)):
+        for deadline in self._reading:  # half a body is no request yet
+            deadline.reschedule(asyncio.get_running_loop().time())
+        for seconds, last in ((self.timeout, False), (2.0, True)):
             self._empty.clear()
             if self.inside:
                 try:
@@ -70,8 +96,37 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, life: Life, cut: Callable[[], None]) -> None:
         """cut: ends what still runs."""
         super().__init__(config)
+        self._trouble = Seldom()
         self._life, self._cut = life, cut
         self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Listens. What the event loop complains of, such as file descriptors that have run out, is logged seldom."""
+        asyncio.get_running_loop().set_exception_handler(self._complained)
+        await super().startup(sockets)
+
+    def _complained(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        self._trouble(str(context.get("message", "trouble"))[:200], error=repr(error)[:200])
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if counter % 5 == 0:
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Guarded):
+                    connection.sweep(now)
+        ends: bool = await super().on_tick(counter)
+        return ends
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """uvicorn's signals, and SIGHUP where nothing ignores it (nohup does)."""
+        with super().capture_signals():
+            main = threading.current_thread() is threading.main_thread()
+            if main and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+                signal.signal(signal.SIGHUP, self.handle_exit)
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second stops."""

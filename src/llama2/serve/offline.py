@@ -119,6 +119,16 @@ async def answer(app: ASGIApp, line: Line) -> dict[str, Any]:
     return {"custom_id": line.id, "response": {"status_code": status, "body": body}, "error": error}
 
 
+def written(result: dict[str, Any]) -> str:
+    """One line of the output; half a surrogate pair, which no encoding takes, stays the escape that it was."""
+    text = json.dumps(result, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(result)
+    return text
+
+
 async def run(
     app: ASGIApp, lines: list[Line], out: TextIO, at_once: int, progress: Callable[[int, int], None]
 ) -> tuple[int, int]:
@@ -135,7 +145,7 @@ async def run(
             finished, pending = await asyncio.wait(pending, return_when="FIRST_COMPLETED")
             for task in finished:
                 result = task.result()
-                out.write(json.dumps(result, ensure_ascii=False) + "\n")
+                out.write(written(result) + "\n")
                 done, refused = done + 1, refused + (result["error"] is not None)
             out.flush()
             os.fsync(out.fileno())

@@ -9,15 +9,28 @@ from pydantic import Field
 
 from llama2.engine.choice import Picked
 from llama2.engine.engine import Finish
-from llama2.serve.body import Body, Text
+from llama2.serve.body import Body, Text, Texts
 from llama2.serve.constraint import Constraint, any_json, json_schema
+from llama2.serve.numbers import (
+    FIRST_FAULT,
+    MAX_COUNT,
+    Answers,
+    Bias,
+    Biases,
+    Count,
+    CountPenalty,
+    PositiveShare,
+    RepetitionPenalty,
+    Seed,
+    Share,
+    StopIds,
+    Temperature,
+)  # fmt: skip
 from llama2.serve.refusal import Refusal
 from llama2.serve.request import SEED_BITS, Sampling
 from llama2.serve.service import Service
 from llama2.serve.session import Session
 
-Count = Annotated[int, Field(ge=0, le=10_000_000)]
-Ids = Annotated[list[int], Field(max_length=1024)]
 REASONS: dict[Finish, str] = {"length": "length", "eos": "stop", "stop": "stop"}
 
 
@@ -71,16 +84,16 @@ class Common(Body):
 
     model: str | None = Field(None, max_length=512)
     max_tokens: Count | None = None
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1, le=1024)
-    stop: Text | list[Text] | None = None
+    temperature: Temperature | None = None
+    top_p: PositiveShare | None = None
+    n: Answers | None = None
+    stop: Text | Texts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | list[float] | None = Field(None, max_length=200_000)
+    seed: Seed | None = None
+    presence_penalty: CountPenalty | None = None
+    frequency_penalty: CountPenalty | None = None
+    logit_bias: Biases | Annotated[list[Bias], FIRST_FAULT, Field(max_length=200_000)] | None = None
     user: Any = None
     store: Any = None
     metadata: Any = None
@@ -88,13 +101,13 @@ class Common(Body):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
-    top_k: int | None = Field(None, ge=-1, le=10_000_000)
-    min_p: float | None = Field(None, ge=0, le=1)
-    typical_p: float | None = Field(None, gt=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
+    min_p: Share | None = None
+    typical_p: PositiveShare | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Ids | None = None
+    stop_token_ids: StopIds | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     cache_salt: str | None = Field(None, max_length=256)
@@ -133,12 +146,7 @@ class Common(Body):
     def _bias(self) -> dict[int, float]:
         if isinstance(self.logit_bias, list):
             return {i: value for i, value in enumerate(self.logit_bias) if value}
-        found = {}
-        for token, value in (self.logit_bias or {}).items():
-            if not (token.isascii() and token.isdecimal() and len(token) < 10):
-                raise Refusal("validation", f"logit_bias has the key {token[:40]!r}; keys are token ids", "logit_bias")
-            found[int(token)] = value
-        return found
+        return {int(token): value for token, value in (self.logit_bias or {}).items()}
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """/v1/chat/completions."""
 
 import secrets
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
@@ -10,10 +10,10 @@ from llama2.engine.choice import Picked
 from llama2.engine.engine import Event
 from llama2.serve import sse
 from llama2.serve.chat import CallReader, Message, Tool, Tools, chosen, prompt_ids
+from llama2.serve.numbers import FIRST_FAULT, Count, Tops
 from llama2.serve.openai import (
     REASONS,
     Common,
-    Count,
     Head,
     ResponseFormat,
     drawn,
@@ -33,18 +33,18 @@ _LEGACY_FIELDS = {"model", "messages", "repetition_penalty", "logit_bias", "top_
 class ChatBody(Common):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FIRST_FAULT] = Field(min_length=1)
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] | None = Field(None, max_length=256)
+    top_logprobs: Tops | None = None
+    tools: Annotated[list[Tool], FIRST_FAULT] | None = Field(None, max_length=256)
     tool_choice: str | dict[str, Any] | None = Field(None, max_length=256)
     tool_prompt: str | None = Field(None, max_length=8192)
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Any = None
     verbosity: Any = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], FIRST_FAULT] | None = None
     prediction: Any = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None

@@ -1,7 +1,7 @@
 """/v1/completions: raw prompts, one or several, as texts or ids."""
 
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
@@ -9,7 +9,8 @@ from starlette.responses import JSONResponse, Response
 from llama2.engine.choice import Picked
 from llama2.engine.engine import Event
 from llama2.serve import sse
-from llama2.serve.body import Text
+from llama2.serve.body import Text, Texts
+from llama2.serve.numbers import FIRST_FAULT, Answers, Ids, Tops
 from llama2.serve.openai import (
     REASONS,
     Common,
@@ -32,10 +33,10 @@ DEFAULT_NEW = 16  # OpenAI's
 class CompletionBody(Common):
     """The body of /v1/completions."""
 
-    prompt: Text | list[int] | list[Text] | list[list[int]] = Field(max_length=4_000_000)
-    best_of: int | None = Field(None, ge=1, le=1024)
+    prompt: Text | Ids | Texts | Annotated[list[Ids], FIRST_FAULT] = Field(max_length=4_000_000)
+    best_of: Answers | None = None
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: Tops | None = None
     suffix: str | None = None
     response_format: ResponseFormat | None = None
     parse_special: bool | None = None

@@ -32,6 +32,7 @@ KINDS: Mapping[str, Kind] = {
     "method": Kind(405, _INVALID, "method_not_allowed", 405, "validation"),
     "size": Kind(413, _INVALID, "request_too_large", 413, "validation"),
     "media": Kind(415, _INVALID, "unsupported_media_type", 415, "validation"),
+    "slow": Kind(408, _INVALID, "request_timeout", 408, "validation"),
     "headers": Kind(431, _INVALID, "headers_too_large", 431, "validation"),
     "busy": Kind(429, "rate_limit_error", "overloaded", 429, "overloaded"),
     "starting": Kind(503, "server_error", "model_loading", 503, "healthcheck"),
@@ -68,6 +69,6 @@ class Refusal(Exception):
         found = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         if self.kind == "key":
             found["www-authenticate"] = "Bearer"
-        if self.kind == "closing":
+        if self.kind in ("closing", "slow"):
             found["connection"] = "close"
         return found

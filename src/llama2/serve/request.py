@@ -26,6 +26,8 @@ class Bounds:
     max_client_batch_size: int = 32
     max_messages: int = 2048
     max_tools: int = 64
+    max_tokenize_bytes: int = 262_144  # of the texts of /tokenize and /chat_tokenize
+    max_told_tokens: int = 1_000_000  # tokens of an answer that is sent at once, likeliest ones that are told included
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,23 @@ class Generation:
                 raise Refusal("validation", f"token id {token} does not exist; ids run from 0 to {vocabulary - 1}")
         for prompt in self.prompts:
             self._check_length(len(prompt), bounds)
+        self._check_size(bounds)
+
+    def _check_size(self, bounds: Bounds) -> None:
+        """An answer that is sent at once is held until then, in all its parts."""
+        if self.stream:
+            return
+        each = 1 + (self.logprobs or 0)
+        told = 0
+        for prompt in self.prompts:
+            told += self.best_of * (self.new_tokens or bounds.max_total_tokens - len(prompt)) * each
+            told += len(prompt) * each if self.prompt_logprobs else 0
+        if told > bounds.max_told_tokens:
+            raise Refusal(
+                "validation",
+                f"the answer may tell {told} tokens with their likeliest rivals, and {bounds.max_told_tokens} are the "
+                "most that are sent at once; stream it, or ask for fewer answers, tokens or logprobs",
+            )
 
     def _check_length(self, held: int, bounds: Bounds) -> None:
         if held < 1:

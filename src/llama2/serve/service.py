@@ -14,6 +14,7 @@ from starlette.requests import Request
 from llama2.engine.engine import Engine
 from llama2.errors import InputError, TokenizerError
 from llama2.serve import body
+from llama2.serve.budget import Budget
 from llama2.serve.constraint import Compiler, Constraint
 from llama2.serve.keys import Keys
 from llama2.serve.life import Life
@@ -43,6 +44,9 @@ class Policy:
     public_metrics: bool = False
     workers: int = 2
     validation_timeout: float = 10.0
+    body_timeout: float = 30.0
+    max_unparsed_bytes: int = 64_000_000
+    max_unread_bytes: int = 256_000_000
     max_concurrent_requests: int = 128
 
 
@@ -57,6 +61,8 @@ class Service:
         self._engine: Engine | None = None
         self._bounds: Bounds | None = None
         self._compiler: Compiler | None = None
+        self.unparsed = Budget("bodies that are not parsed yet", policy.max_unparsed_bytes)
+        self.unread = Budget("answers that are not read yet", policy.max_unread_bytes)
         self.check = Workers(policy.workers, policy.validation_timeout)  # parses, renders, tokenises
         self._compile, self._embed = Workers(1, 0), Workers(1, 0)  # bounded by their own means
         self._mailbox: Mailbox | None = None
@@ -196,6 +202,17 @@ class Call:
     id: str = ""
     times: Times = field(default_factory=Times)
     notes: dict[str, Any] = field(default_factory=dict)  # for the log
+    held: int = 0  # bytes of the body that are counted
+
+    def hold(self, size: int) -> None:
+        """Counts bytes of the body. Raises Refusal where there is no room."""
+        self.service.unparsed.take(self.owner, size)
+        self.held += size
+
+    def forget(self) -> None:
+        """Drops the body, which has been parsed or is not wanted."""
+        self.service.unparsed.give_back(self.owner, self.held)
+        self.held, self.data = 0, b""
 
     @staticmethod
     def new_id() -> str:
@@ -205,9 +222,12 @@ class Call:
     async def read(self, model: type[M]) -> M:
         """The body as a checked model. Raises Refusal."""
         unknown = self.service.policy.unknown_fields
-        if len(self.data) < 16_384:
-            return body.read(model, self.data, unknown)
-        return await self.service.check(self.owner, body.read, model, self.data, unknown)
+        try:
+            if len(self.data) < 16_384:
+                return body.read(model, self.data, unknown)
+            return await self.service.check(self.owner, body.read, model, self.data, unknown)
+        finally:
+            self.forget()
 
     async def parse(self, task: Callable[..., T], *args: Any) -> T:
         """Runs a dialect's parser beside the event loop. Raises Refusal, also for the library's own errors."""

@@ -13,9 +13,21 @@ from starlette.responses import JSONResponse, Response
 from llama2.engine.choice import Picked
 from llama2.engine.engine import Event, Finish
 from llama2.serve import sse
-from llama2.serve.body import Body, Text
+from llama2.serve.body import Body, Text, Texts
 from llama2.serve.chat import prompt_ids
 from llama2.serve.constraint import Constraint, any_json, json_schema
+from llama2.serve.numbers import (
+    Answers,
+    CountPenalty,
+    Ids,
+    Positive,
+    PositiveShare,
+    PositiveTemperature,
+    RepetitionPenalty,
+    Share,
+    Tops,
+    UnsignedSeed,
+)  # fmt: skip
 from llama2.serve.openai import as_object, drawn, finite, salt
 from llama2.serve.openai_chat import ChatBody, Tools
 from llama2.serve.openai_completions import encode
@@ -52,26 +64,26 @@ class Grammar(Body):
 class Parameters(Body):
     """parameters."""
 
-    best_of: int | None = Field(None, ge=1, le=1024)
-    temperature: float | None = Field(None, gt=0, le=100)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    top_k: int | None = Field(None, gt=0, le=10_000_000)
-    top_p: float | None = Field(None, gt=0, le=1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    typical_p: float | None = Field(None, gt=0, le=1)
+    best_of: Answers | None = None
+    temperature: PositiveTemperature | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    frequency_penalty: CountPenalty | None = None
+    presence_penalty: CountPenalty | None = None
+    top_k: Positive | None = None
+    top_p: PositiveShare | None = None
+    min_p: Share | None = None
+    typical_p: PositiveShare | None = None
     do_sample: bool | None = None
-    max_new_tokens: int | None = Field(None, ge=1, le=10_000_000)
+    max_new_tokens: Positive | None = None
     return_full_text: bool | None = None
-    stop: Text | list[Text] | None = None
-    stop_sequences: list[Text] | None = None
-    truncate: int | None = Field(None, ge=1, le=10_000_000)
+    stop: Text | Texts | None = None
+    stop_sequences: Texts | None = None
+    truncate: Positive | None = None
     watermark: bool | None = None
     details: bool | None = None
     decoder_input_details: bool | None = None
-    seed: int | None = Field(None, ge=0, lt=2**64)
-    top_n_tokens: int | None = Field(None, ge=0, le=20)
+    seed: UnsignedSeed | None = None
+    top_n_tokens: Tops | None = None
     grammar: Grammar | None = None
     adapter_id: str | None = Field(None, max_length=512)
     parse_special: bool | None = None
@@ -315,8 +327,16 @@ def _headers(session: Session, prompt: int, characters: int) -> dict[str, str]:
 async def tokenize(call: Call) -> Response:
     """/tokenize: the ids of a prompt with their places in it."""
     body = await call.read(GenerateBody)
+    _check_bytes(call.service, [body.inputs])
     special = call.service.policy.parse_special
     return JSONResponse(await call.parse(_pieces, call.service.tokenizer, body.inputs, True, special))
+
+
+def _check_bytes(service: Service, texts: list[str]) -> None:
+    """Each byte may become a token, and each token an object of the answer."""
+    held, most = sum(len(text.encode()) for text in texts), service.bounds.max_tokenize_bytes
+    if held > most:
+        raise Refusal("size", f"{held} bytes of text; {most} are the most that are tokenised at once, so send parts")
 
 
 def _pieces(tokenizer: Any, text: str, add: bool, special: bool) -> list[dict[str, Any]]:
@@ -332,6 +352,7 @@ def _pieces(tokenizer: Any, text: str, add: bool, special: bool) -> list[dict[st
 async def chat_tokenize(call: Call) -> Response:
     """/chat_tokenize: the ids and the text of a rendered conversation."""
     body = await call.read(ChatBody)
+    _check_bytes(call.service, [message.text() for message in body.messages])
     return JSONResponse(await call.parse(_rendered, call.service, body))
 
 
@@ -350,8 +371,8 @@ class DetokenizeBody(Body):
     """The body of /detokenize: vLLM's `tokens` or TGI's `ids`."""
 
     model_config = ConfigDict(extra="ignore")
-    tokens: list[int] | None = Field(None, max_length=1_000_000)
-    ids: list[int] | None = Field(None, max_length=1_000_000)
+    tokens: Ids | None = Field(None, max_length=262_144)
+    ids: Ids | None = Field(None, max_length=262_144)
     skip_special_tokens: bool | None = None
 
     @model_validator(mode="after")
