@@ -120,7 +120,7 @@ def ours(args: argparse.Namespace, rows: list[Row]) -> None:
             for row, end in zip(rows, ends, strict=True)
         ]
         objective = NextToken()
-    trainer = Trainer(model, given, objective, items, report=lambda entry: rounds.step(entry["loss"]))
+    trainer = Trainer(model, given, objective=objective, rows=items, report=lambda entry: rounds.step(entry["loss"]))
     rounds.begin()
     trainer.train()
 

@@ -36,7 +36,13 @@ def made(folder: Path, kind: str = "plain", **changes: Any) -> Trainer:
     if kind == "classifier":
         torch.manual_seed(0)
         model = LlamaForSequenceClassification(tiny_config(num_labels=2, pad_token_id=0))
-        return Trainer(model, args, Classification(), rows := [(ids, i % 2) for i, ids in enumerate(texts)], rows[:3])
+        return Trainer(
+            model,
+            args,
+            objective=Classification(),
+            rows=(rows := [(ids, i % 2) for i, ids in enumerate(texts)]),
+            eval_rows=rows[:3],
+        )
     model = tiny_model(torch.float32, tie_word_embeddings=kind == "tied")
     if kind in ("lora", "dpo", "seeds"):
         torch.manual_seed(7 + (join().rank if kind == "seeds" else 0))
@@ -44,9 +50,9 @@ def made(folder: Path, kind: str = "plain", **changes: Any) -> Trainer:
     examples = [Example(ids, [-100, -100, *ids[2:]]) for ids in texts]
     if kind == "dpo":
         pairs = [Pair(a, Example(a.input_ids[:-1], a.labels[:-1])) for a in examples]
-        return Trainer(model, args, Preferences(), pairs, pairs[:3])
+        return Trainer(model, args, objective=Preferences(), rows=pairs, eval_rows=pairs[:3])
     rows = packed_rows(examples, None)
-    return Trainer(model, args, NextToken(), rows, rows[:3])
+    return Trainer(model, args, objective=NextToken(), rows=rows, eval_rows=rows[:3])
 
 
 def run(job: dict[str, Any]) -> None:
@@ -55,22 +61,24 @@ def run(job: dict[str, Any]) -> None:
     trainer = made(folder, job.get("kind", "plain"), **job.get("arguments", {}))
     first, after = trainer.ranks.restarts == 0, trainer._after
 
-    def dying(entry: dict[str, Any], speed: float) -> None:
+    def dying(entry: dict[str, float], tokens: int, seconds: float) -> None:
         if trainer.ranks.rank == job.get("tells"):
             print(trainer.state.step, flush=True)
-        after(entry, speed)
+        after(entry, tokens, seconds)
         if dies and first and [trainer.ranks.rank, trainer.state.step] == dies:
             os.kill(os.getpid(), signal.SIGKILL)
         if [trainer.ranks.rank, trainer.state.step] == job.get("stops"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     trainer._after = dying  # type: ignore[method-assign]
-    state = trainer.train()
+    trainer.train()
+    state = trainer.state
     with trainer.gathered():
         if trainer.ranks.first:
             tied = trainer.model.state_dict()
             save_file({name: t.detach().clone() for name, t in tied.items()}, folder / "result.safetensors")
-            content = {"history": state.history, "step": state.step, "world": trainer.ranks.world,
+            history = [entry for entry in state.history if "train_loss" not in entry]
+            content = {"history": history, "step": state.step, "world": trainer.ranks.world,
                        "accumulation": trainer.args.gradient_accumulation_steps}  # fmt: skip
             (folder / "result.json").write_text(json.dumps(content))
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +17,14 @@ from tiny import tiny_config, tiny_ids, tiny_model
 
 from llama2 import AutoTokenizer, InputError, LlamaForSequenceClassification, lora
 from llama2.checkpoint.peft import load_adapter
-from llama2.errors import MissingDependencyError
 from llama2.lora_config import LoraConfig
 from llama2.train import checkpoints
 from llama2.train import trainer as loop
+from llama2.train.callbacks import TrainerCallback
 from llama2.train.data import Example, Pair
 from llama2.train.objectives import Classification, NextToken, Preferences, packed_rows
-from llama2.train.optim import AdamW, clip, dynamic_code, from_codes, learning_rate, to_codes
+from llama2.train.optim import AdamW, clip, dynamic_code, from_codes, to_codes
+from llama2.train.schedules import learning_rate
 from llama2.train.trainer import Trainer, TrainingArguments
 
 
@@ -41,7 +41,19 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 def trainer(folder: Path, model: Any = None, **changes: Any) -> Trainer:
     model = tiny_model(torch.float32) if model is None else model
-    return Trainer(model, arguments(folder, **changes), NextToken(), packed_rows(examples(), 24))
+    return Trainer(model, arguments(folder, **changes), objective=NextToken(), rows=packed_rows(examples(), 24))
+
+
+def losses_of(run: Trainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.history if "loss" in entry]
+
+
+class Calls(TrainerCallback):
+    """Calls a function at an event."""
+
+    def __init__(self, **events: Any) -> None:
+        for name, function in events.items():
+            setattr(self, name, lambda *_, function=function, **__: function())
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -208,11 +220,12 @@ def test_schedules(schedule: str, wanted: list[float]) -> None:
 
 def test_it_learns(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=40, learning_rate=3e-3, save_steps=100)
-    state = run.train()
-    losses = [entry["loss"] for entry in state.history]
+    run.train()
+    losses = losses_of(run)
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged] == list(range(1, 41)) and logged[-1]["loss"] == losses[-1]
+    assert run.state.history[-1]["train_loss"] == pytest.approx(sum(losses) / 40)
     assert [p.name for p in checkpoints.found(tmp_path)] == ["checkpoint-40"]
 
 
@@ -220,7 +233,13 @@ def test_a_classifier_learns(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(tiny_config(num_labels=2, pad_token_id=0))
     rows = [([int(t) for t in tiny_ids(1, 6, seed=i)[0]] + [5 if i % 2 else 6], i % 2) for i in range(16)]
-    run = Trainer(model, arguments(tmp_path, max_steps=40, learning_rate=5e-3), Classification(), rows, rows)
+    run = Trainer(
+        model,
+        arguments(tmp_path, max_steps=40, learning_rate=5e-3),
+        objective=Classification(),
+        rows=rows,
+        eval_rows=rows,
+    )
     run.train()
     assert run.evaluate()["eval_accuracy"] == 1.0
 
@@ -262,15 +281,15 @@ def test_resumed_equals_straight(tmp_path: Path, dropout: float | None, optim: s
     straight = start("straight")
     straight.train()
     cut = start("cut")
-    cut._after = lambda entry, speed: (Trainer._after(cut, entry, speed), cut.stop() if cut.state.step == 3 else None)  # type: ignore
+    cut.add_callback(Calls(on_step_end=lambda: cut.stop() if cut.state.step == 3 else None))
     cut.train()
     assert cut.state.step == 3
     # The state of step 3 was never saved: the run goes on from step 2.
     again = start("cut", resume_from_checkpoint=None if dropout is None else True)
-    state = again.train(resume_from_checkpoint=True if dropout is None else None)
+    again.train(resume_from_checkpoint=True if dropout is None else None)
     ours, theirs = weights(again.model), weights(straight.model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [e["loss"] for e in state.history] == [e["loss"] for e in straight.state.history]
+    assert losses_of(again) == losses_of(straight)
 
 
 SCRIPT = """
@@ -365,7 +384,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
             arguments(tmp_path, **{name: value})
     model = tiny_model(torch.float32)
     with pytest.raises(InputError, match="no rows"):
-        Trainer(model, arguments(tmp_path), NextToken(), [])
+        Trainer(model, arguments(tmp_path), objective=NextToken(), rows=[])
     frozen = copy.deepcopy(model).requires_grad_(False)
     with pytest.raises(InputError, match="no parameter of the model is trainable"):
         trainer(tmp_path, frozen)
@@ -377,9 +396,8 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 def test_unknown_fields_are_named(tmp_path: Path) -> None:
     for given, said in (
         ({"learning_rat": 1.0}, "has no 'learning_rat'; did you mean learning_rate"),
-        ({"evaluation_strategy": "no"}, "has no 'evaluation_strategy'; did you mean eval_strategy"),
         ({"zzz": 1}, "has no 'zzz'; leave it out"),
-        ({"save_strategy": "never"}, "save_strategy is 'never'; it must be one of no, steps, epoch"),
+        ({"save_strategy": "never"}, "save_strategy is 'never'; it must be one of no, steps, epoch, best"),
         ({"report_to": "paper"}, "report_to is 'paper'"),
         ({"optim": "sgd"}, "optim is 'sgd'"),
         ({"bf16": True, "fp16": True}, "both set"),
@@ -406,7 +424,9 @@ def test_strategies(
 ) -> None:
     rows = packed_rows(examples(8), None)
     args = arguments(tmp_path, **{"per_device_train_batch_size": 4, "save_total_limit": 9, **changes})
-    state = Trainer(tiny_model(torch.float32), args, NextToken(), rows, rows[:2]).train()
+    run = Trainer(tiny_model(torch.float32), args, objective=NextToken(), rows=rows, eval_rows=rows[:2])
+    run.train()
+    state = run.state
     assert [checkpoints.step_of(p) for p in checkpoints.found(tmp_path)] == saved
     assert [e["step"] for e in state.history if "eval_loss" in e] == measured
     assert [e["step"] for e in state.history if "loss" in e] == logged
@@ -417,7 +437,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     args = arguments(
         tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1, load_best_model_at_end=True
     )
-    run = Trainer(model, args, NextToken(), rows, rows[:2])
+    run = Trainer(model, args, objective=NextToken(), rows=rows, eval_rows=rows[:2])
     measured = iter([5.0, 3.0, 1.0, 2.0, 4.0, 6.0])
     kept: dict[int, Any] = {}
 
@@ -426,7 +446,8 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
         return {"eval_loss": next(measured)}
 
     run.evaluate = evaluate  # type: ignore[method-assign]
-    state = run.train()
+    run.train()
+    state = run.state
     assert (state.best_step, state.best_metric, state.step) == (3, 1.0, 6)
     assert [p.name for p in checkpoints.found(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
     now = weights(model)
@@ -444,9 +465,10 @@ def test_float16_scales_the_loss_and_leaves_overflows_out(tmp_path: Path, monkey
     plain, model = tiny_model(torch.float32), tiny_model(torch.float32)
     trainer(tmp_path / "plain", plain, bf16=False).train()
     run = trainer(tmp_path / "half", model, fp16=True, save_steps=3)
-    state, scale = run.train(), run.scale
+    run.train()
+    state, scale = run.state, run.scale
     assert model.dtype == torch.float16 and scale == loop.LOSS_SCALE
-    master = run.optimizer.state()["master.lm_head.weight"]
+    master = run.updates.state()["master.lm_head.weight"]
     assert (master - plain.lm_head.weight).abs().mean() < 2e-5 and state.step == 6
     overflowing = trainer(tmp_path / "over", tiny_model(torch.float32), fp16=True, max_steps=3)
     overflowing.scale = 2.0**40
@@ -455,24 +477,9 @@ def test_float16_scales_the_loss_and_leaves_overflows_out(tmp_path: Path, monkey
     assert torch.equal(overflowing.optimizer.state()["master.lm_head.weight"], before)
     assert overflowing.scale == 2.0**37
     again = trainer(tmp_path / "over", tiny_model(torch.float32), fp16=True, max_steps=3, resume_from_checkpoint=True)
-    again.train()
+    with pytest.warns(UserWarning, match="the checkpoint is at step 3 of 3, so nothing is left to train"):
+        again.train()
     assert again.scale == 2.0**37
-
-
-def test_tensorboard_is_told_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingDependencyError, match="needs the package tensorboard"):
-        trainer(tmp_path, report_to="tensorboard")
-    written: list[tuple[Any, ...]] = []
-
-    class Writer:
-        def __init__(self, place: str) -> None:
-            self.place, self.add_scalar, self.flush = place, lambda *entry: written.append(entry), lambda: None
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    trainer(tmp_path, report_to=["tensorboard"], max_steps=1).train()
-    assert {name for name, _, _ in written} >= {"loss", "learning_rate", "grad_norm"}
-    assert all(step == 1 for *_, step in written)
 
 
 def test_data_sets_of_ids_as_transformers_has_them(tmp_path: Path) -> None:
@@ -482,13 +489,16 @@ def test_data_sets_of_ids_as_transformers_has_them(tmp_path: Path) -> None:
         [{"input_ids": torch.tensor([0, *e.input_ids]), "labels": torch.tensor([-100, *e.labels]),
           "attention_mask": torch.tensor([0, *[1] * len(e.input_ids)])} for e in made],
     ]  # fmt: skip
-    wanted = Trainer(tiny_model(torch.float32), arguments(tmp_path / "a"), NextToken(), packed_rows(made, None)).train()
+    wanted = Trainer(
+        tiny_model(torch.float32), arguments(tmp_path / "a"), objective=NextToken(), rows=packed_rows(made, None)
+    )
+    wanted.train()
     for i, rows in enumerate(sets):
         args = arguments(tmp_path / str(i), eval_steps=6)
         run = Trainer(model=tiny_model(torch.float32), args=args, train_dataset=rows, eval_dataset=rows[:2])
-        state = run.train()
-        assert [e["loss"] for e in state.history if "loss" in e] == [e["loss"] for e in wanted.history]
-        assert "eval_loss" in state.history[-1]
+        run.train()
+        assert losses_of(run) == losses_of(wanted)
+        assert "eval_loss" in run.state.history[-2]
 
 
 def test_data_sets_of_texts(tmp_path: Path) -> None:
@@ -508,9 +518,9 @@ def test_data_sets_of_texts(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again(tiny_ids()).logits, model(tiny_ids()).logits)
     state = second.state
-    assert state.global_step == 6 and state.log_history is state.history and 0 < state.training_loss < 1
-    with pytest.raises(InputError, match="has no 'data_collator'; the objective makes the batches"):
-        Trainer(model=model, args=args, train_dataset=rows, data_collator=print)
+    assert state.global_step == 6 and state.log_history is state.history
+    with pytest.raises(InputError, match="has no 'ref_model'; use DPOTrainer"):
+        Trainer(model=model, args=args, train_dataset=rows, ref_model=model)
     with pytest.raises(InputError, match="pass processing_class=tokenizer"):
         Trainer(model=model, args=arguments(tmp_path), train_dataset=rows)
 

@@ -134,9 +134,22 @@ def _kind(name: str) -> str | None:
     return found[-1].upper() if found else None
 
 
-def upload(folder: Path, repo_id: str, *, token: str | bool | None, private: bool | None, commit_message: str) -> str:
-    """Creates the repository where it does not exist and uploads the folder; returns the address of the commit."""
+def create(repo_id: str, *, token: str | bool | None, private: bool | None) -> None:
+    """Creates the repository where it does not exist."""
     _explained(huggingface_hub.create_repo, repo_id, token=token, private=private, exist_ok=True)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None,
+    private: bool | None,
+    commit_message: str,
+    revision: str | None = None,
+) -> str:
+    """Creates the repository where it does not exist and uploads the folder; returns the address of the commit."""
+    create(repo_id, token=token, private=private)
     return str(
         _explained(
             huggingface_hub.upload_folder,
@@ -144,6 +157,7 @@ def upload(folder: Path, repo_id: str, *, token: str | bool | None, private: boo
             folder_path=folder,
             token=token,
             commit_message=commit_message,
+            **({} if revision is None else {"revision": revision}),
         )
     )
 

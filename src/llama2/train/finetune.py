@@ -318,10 +318,18 @@ class Finetune:
         if self.data.eval_items and args.eval_strategy == "no":
             args.eval_strategy = "epoch"
         save = None if recipe.lora is None else lambda folder: self._write_adapter(model, folder)
-        trainer = Trainer(model, args, self._objective(), self.data.items, self.data.eval_items, save, report)
+        trainer = Trainer(
+            model,
+            args,
+            objective=self._objective(),
+            rows=self.data.items,
+            eval_rows=self.data.eval_items,
+            save=save,
+            report=report,
+        )
         try:
-            state = trainer.train()
-            finished = state.step >= trainer.steps
+            trainer.train()
+            state, finished = trainer.state, not trainer.interrupted
             if finished:
                 with trainer.gathered(every=recipe.lora is None or recipe.merge):
                     if self.ranks.first:
@@ -382,4 +390,5 @@ class Finetune:
 
 
 def _measured(entry: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in entry.items() if name.startswith("eval_")}
+    speeds = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    return {name: value for name, value in entry.items() if name.startswith("eval_") and name not in speeds}

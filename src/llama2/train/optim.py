@@ -1,4 +1,4 @@
-"""The optimiser and its schedules. AdamW (Loshchilov & Hutter, arXiv 1711.05101) with float32 state for any weights."""
+"""The optimiser. AdamW (Loshchilov & Hutter, arXiv 1711.05101) with float32 state for any weights."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,22 +16,6 @@ from llama2.train.distributed import local
 _WIDE_BYTES = 64 << 20  # of 16-bit gradients made float32 at once
 
 
-def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: int, floor: float = 0.0) -> float:
-    """The rate of step 0, 1, ... of `total`: up linearly over `warmup` steps, then as the schedule says.
-
-    floor: what cosine and linear end at, as a share of the peak. "constant" has no warm-up, as in transformers.
-    """
-    if schedule == "constant":
-        return peak
-    if step < warmup:
-        return peak * step / max(1, warmup)
-    if schedule == "constant_with_warmup":
-        return peak
-    done = (step - warmup) / max(1, total - warmup)
-    shape = max(0.0, 1 - done) if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    return peak * (floor + (1 - floor) * shape)
-
-
 class AdamW:
     """AdamW whose moments, and for 16-bit weights a master copy, are float32: no update is lost to rounding.
 
@@ -46,23 +30,46 @@ class AdamW:
         weight_decay: float = 0.0,
         masters: bool = False,
         kind: str = "adamw_torch",
+        given: torch.optim.Optimizer | None = None,
     ) -> None:
         """named: the trainable parameters; matrices decay, vectors do not. masters: keep float32 copies of wider
-        weights too, which may be cast down afterwards. kind: "adamw_8bit" keeps the moments in bytes, see `AdamW8`."""
+        weights too, which may be cast down afterwards. kind: "adamw_8bit" keeps the moments in bytes, see `AdamW8`.
+        given: an optimiser of some of the parameters, with rates of its own, that does the work instead; where there
+        are float32 copies it updates these."""
         self.parameters = dict(named)
         if not self.parameters:
             raise InputError("no parameter of the model is trainable; add an adapter or set requires_grad")
         self.copied = {name for name, p in self.parameters.items() if masters or p.itemsize < 4}
         self._masters = {name: self._master(name, p) for name, p in self.parameters.items()}
+        self.outside = given is not None
+        if given is not None:
+            self.inner: torch.optim.Optimizer = given
+            self._take_over(given)
+            return
         decay = [m for m in self._masters.values() if m.dim() > 1]
         rest = [m for m in self._masters.values() if m.dim() < 2]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         fused = all(m.device.type in ("cpu", "cuda") for m in self._masters.values())
-        given: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps}
+        settings: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps}
         groups = [g for g in groups if g["params"]]
-        self._inner: torch.optim.Optimizer = (
-            AdamW8(groups, **given) if kind == "adamw_8bit" else torch.optim.AdamW(groups, **given, fused=fused)
+        self.inner = (
+            AdamW8(groups, **settings) if kind == "adamw_8bit" else torch.optim.AdamW(groups, **settings, fused=fused)
         )
+
+    def _take_over(self, given: torch.optim.Optimizer) -> None:
+        """Puts the copies in the place of the parameters that an optimiser was made with."""
+        masters = {id(p): self._masters[name] for name, p in self.parameters.items()}
+        for group in given.param_groups:
+            for place, parameter in enumerate(group["params"]):
+                master = masters.get(id(parameter), parameter)
+                group["params"][place] = master
+                if master is not parameter and parameter in given.state:
+                    given.state[master] = given.state.pop(parameter)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of the optimiser that does the work, with their rates."""
+        return self.inner.param_groups
 
     def _master(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
         """What is updated: a float32 copy, the parameter, or of a sharded one this rank's part."""
@@ -77,7 +84,7 @@ class AdamW:
 
         factor: what gradients are multiplied with, in the precision of the master copies.
         """
-        for group in self._inner.param_groups:
+        for group in self.inner.param_groups if not self.outside else ():
             group["lr"] = rate
         widened = 0
         for name, parameter in self.parameters.items():
@@ -88,7 +95,7 @@ class AdamW:
                 if factor != 1:
                     master.grad.mul_(factor)
                 widened += master.nbytes if name in self.copied else 0
-                if widened > _WIDE_BYTES:
+                if widened > _WIDE_BYTES and not self.outside:
                     self._update()
                     widened = 0
         self._update()
@@ -97,8 +104,10 @@ class AdamW:
 
     def _update(self) -> None:
         """Updates what has a gradient, and drops that."""
-        self._inner.step()
-        self._inner.zero_grad(set_to_none=True)
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values() if self.outside else ():
+            parameter.grad = None  # of those that the optimiser does not have too
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
@@ -106,14 +115,14 @@ class AdamW:
         for name, master in self._masters.items():
             if name in self.copied:
                 found[f"master.{name}"] = master.detach()
-            for key, value in self._inner.state.get(master, {}).items():
+            for key, value in self.inner.state.get(master, {}).items() if not self.outside else ():
                 found[f"{key}.{name}"] = value
         return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes up the state of an earlier run. Raises InputError where it is of another model."""
         used = set()
-        bytes_ = isinstance(self._inner, AdamW8)
+        bytes_ = isinstance(self.inner, AdamW8)
         for name, master in self._masters.items():
             mine: dict[str, Any] = {}
             there = f"exp_avg_codes.{name}" in state
@@ -129,7 +138,7 @@ class AdamW:
                     mine[key] = value.clone().to(master.device)
                     used.add(f"{key}.{name}")
             if mine:
-                self._inner.state[master] = mine
+                self.inner.state[master] = mine
             if (value := state.get(f"master.{name}")) is not None:
                 with torch.no_grad():
                     master.copy_(value)
@@ -257,7 +266,7 @@ def _adamw(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: int
 def clip(
     parameters: Iterable[nn.Parameter], most: float, sums: Callable[[list[float]], list[float]] | None = None
 ) -> float:
-    """The norm of all gradients together, which are scaled down to `most` where it is larger (0: never).
+    """The norm of all gradients together, which are scaled down to `most` where it is larger (0 or less: never).
 
     sums: adds up over ranks where each has a part of every gradient.
     """
@@ -266,7 +275,7 @@ def clip(
     if sums is not None:
         norm = torch.tensor(math.sqrt(sums([float(norm) ** 2])[0]))
     total = float(norm)
-    if most and total > most:
+    if most > 0 and total > most:
         for grad in grads:
             grad.mul_(most / (total + 1e-6))  # a number: times a tensor of one each product is four operations
     return total

@@ -25,19 +25,29 @@ _WEIGHT, _STATE = "weights.", "optimizer."
 States = dict[str, Tensor]
 
 
-def write(folder: Path, optimizer: AdamW, ranks: Ranks) -> None:
-    """Writes the trained weights and the optimiser's state. All ranks call it; whole weights are written by rank 0."""
-    parameters = optimizer.parameters
+def write(folder: Path, optimizer: AdamW, ranks: Ranks, state: bool = True) -> None:
+    """Writes the trained weights and, unless `state` is False, the optimiser's state.
+
+    All ranks call it; whole weights are written by rank 0."""
+    parameters, held = optimizer.parameters, optimizer.state() if state else {}
     if any(isinstance(p, DTensor) for p in parameters.values()):
         content = {_WEIGHT + name: p.detach() for name, p in parameters.items()}
-        for key, value in optimizer.state().items():
+        for key, value in held.items():
             content[_STATE + key] = as_sharded(value, _like(_STATE + key, optimizer, value))
         dcp.save(content, storage_writer=dcp.FileSystemWriter(folder / SHARDS))
     elif ranks.first:
         with (folder / WEIGHTS).open("wb") as file:
             write_safetensors(file, dict(parameters))
-        with (folder / OPTIMIZER).open("wb") as file:
-            write_safetensors(file, optimizer.state())
+        if state:
+            with (folder / OPTIMIZER).open("wb") as file:
+                write_safetensors(file, held)
+
+
+def resumable(place: Path) -> bool:
+    """Whether a checkpoint holds the optimiser's state."""
+    if (place / SHARDS).is_dir():
+        return any(name.startswith(_STATE) for name in _shapes(place))
+    return (place / OPTIMIZER).exists()
 
 
 def read(place: Path, optimizer: AdamW, state: bool = True) -> tuple[States, States]:
@@ -84,7 +94,8 @@ def _shapes(place: Path) -> dict[str, tuple[int, ...]]:
 
 def _files(place: Path) -> States:
     """What the safetensors files hold, views of the mapped files."""
-    parts = {_WEIGHT: map_safetensors(place / WEIGHTS), _STATE: map_safetensors(place / OPTIMIZER)}
+    files = {_WEIGHT: place / WEIGHTS, _STATE: place / OPTIMIZER}
+    parts = {prefix: map_safetensors(path) for prefix, path in files.items() if path.exists()}
     return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
 
 

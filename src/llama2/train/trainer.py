@@ -3,480 +3,457 @@
 The order of rows is a function of seed, epoch and index, and the random numbers of a step are one of seed and step.
 So a run that was killed and resumed ends with the same bits as one that was not, and several ranks, which share the
 rows of each step, do what one does. All ranks go through the same calls; rank 0 alone writes and reports.
+
+The loop computes losses without whole logits. Where a subclass, a collator or a measure needs the model's own forward
+pass, batches go through the methods of `hooks` instead; the rest is the same.
 """
 
+import inspect
 import json
 import math
-import random
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from llama2 import lora
-from llama2.checkpoint.peft import save_adapter
-from llama2.checkpoint.save import replacing
 from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
-from llama2.train import checkpoints, states
+from llama2.train import checkpoints, hooks
 from llama2.train.arguments import TrainingArguments
-from llama2.train.distributed import COMMAND, Root, gathered, join, local, shard
+from llama2.train.callbacks import Callbacks, TrainerControl, TrainerState
+from llama2.train.distributed import COMMAND, Root, join, shard
+from llama2.train.encoding import TRAINED, Encoder
+from llama2.train.evaluation import EvalLoopOutput, PredictionOutput, check_metrics, speed
 from llama2.train.heap import kept
+from llama2.train.hooks import Hooks
 from llama2.train.layer import fused
-from llama2.train.objectives import Loss, Objective, keep_reference
-from llama2.train.optim import AdamW, clip, learning_rate
-from llama2.train.rows import objective_for
-from llama2.train.tensorboard import Tensorboard
+from llama2.train.loop import Loop, Rates
+from llama2.train.objectives import Objective, keep_reference
+from llama2.train.optim import AdamW
+from llama2.train.saving import LOG, Saving
+from llama2.train.schedules import PLATEAU, check
+from llama2.train.trackers import TRACKERS
 
-LOG = "log.jsonl"
+__all__ = ["Trainer", "TrainerState", "TrainingArguments"]
+
 LOSS_SCALE = 2.0**6  # that fp16 begins with, of a sum over a step's targets; halved where gradients overflow
-PASS_TOKENS = 1024
-EVAL_ROWS = 10_000  # of a stream, which may be endless
 
 
-@dataclass
-class TrainerState:
-    """How far a run has come; `history` is what was logged."""
+class TrainOutput(NamedTuple):
+    """What train() returns: the steps done, the mean loss of the steps of this call, and its figures."""
 
-    step: int = 0
-    tokens: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_step: int | None = None
-    best_metric: float | None = None
-
-    # The names of transformers.
-
-    @property
-    def global_step(self) -> int:
-        """The step."""
-        return self.step
-
-    @property
-    def log_history(self) -> list[dict[str, Any]]:
-        """What was logged."""
-        return self.history
-
-    @property
-    def training_loss(self) -> float:
-        """The mean of the logged losses."""
-        found = [entry["loss"] for entry in self.history if "loss" in entry]
-        return sum(found) / max(len(found), 1)
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
 
 
 _INSTEAD = {
-    "data_collator": "the objective makes the batches: leave it out, or write an Objective of your own",
-    "compute_metrics": "an Objective's loss() gives what is logged and measured",
-    "callbacks": "report= is called with every step and measurement",
-    "optimizers": "optim and lr_scheduler_type of the arguments choose them",
-    "ref_model": "the reference is the model as it is now; another goes into Preferences(reference=model)",
-    "formatting_func": "give rows in a shape that llama2.train.data knows",
+    "ref_model": "use DPOTrainer(ref_model=...), or give Preferences(reference=model) as the objective",
+    "formatting_func": "use SFTTrainer(formatting_func=...), or give rows in a shape that llama2.train.data knows",
+    "max_seq_length": "use SFTTrainer with SFTConfig(max_length=...)",
+    "dataset_text_field": "use SFTTrainer with SFTConfig(dataset_text_field=...)",
 }
 
 
-class Trainer:
-    """Trains `model` on `rows` for `objective`.
+class Trainer(Loop):
+    """Trains `model` on the rows of train_dataset.
 
-    Without an objective it is chosen by the model's class and the rows of train_dataset: see `rows.objective_for`, for
-    which processing_class (or tokenizer) encodes texts. peft_config: a new adapter for the model. save: writes the
-    model into a checkpoint's folder for others to load, such as `model.save_pretrained`. report: hears of every step.
+    What is trained for is chosen by the model's class and the rows: see `rows.objective_for`, for which
+    processing_class (or tokenizer) encodes texts. An objective, with its own `rows` and `eval_rows`, says it instead.
+    peft_config: a new adapter for the model. save: writes the model into a checkpoint's folder for others to load;
+    `save_model` does otherwise. report: hears of every step. The rest is as in transformers: see `hooks` for the
+    methods that a subclass may override. A model on the CPU moves to the GPU, where there is one and use_cpu is not
+    set.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        args: TrainingArguments,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Iterable[Any] | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., Any] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        *,
+        tokenizer: Any = None,
+        peft_config: LoraConfig | None = None,
         objective: Objective | None = None,
         rows: Sequence[Any] = (),
         eval_rows: Sequence[Any] = (),
         save: Callable[[Path], Any] | None = None,
         report: Callable[[dict[str, Any]], None] | None = None,
-        *,
-        train_dataset: Iterable[Any] | None = None,
-        eval_dataset: Iterable[Any] | None = None,
-        processing_class: Any = None,
-        tokenizer: Any = None,
-        peft_config: LoraConfig | None = None,
         **others: Any,
     ) -> None:
         for name in others:
             raise InputError(f"Trainer has no {name!r}; {_INSTEAD.get(name, 'leave it out')}")
-        if peft_config is not None:
-            lora.add_adapter(model, peft_config)
-        self.tokenizer = tokenizer if processing_class is None else processing_class
-        if train_dataset is not None:
-            most = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * join().world
-            chosen, rows, _ = objective_for(model, train_dataset, self.tokenizer, most=most if most > 0 else None)
-            objective = objective or chosen
+        hooks.check_overrides(type(self), (Trainer, Loop, Hooks, Saving))
+        self.args = args = TrainingArguments("tmp_trainer") if args is None else args
+        if (model is None) == (model_init is None):
+            raise InputError("give a model or model_init, one of them")
+        check(args.lr_scheduler_type, args.lr_scheduler_kwargs or {}, args.learning_rate)
+        check_metrics(args, compute_metrics)
+        self.processing_class = tokenizer if processing_class is None else processing_class
+        self.compute_loss_func, self.compute_metrics = compute_loss_func, compute_metrics
+        self.preprocess_logits_for_metrics, self.data_collator = preprocess_logits_for_metrics, data_collator
+        self.optimizer_cls_and_kwargs, self.model_init = optimizer_cls_and_kwargs, model_init
+        self.label_names = ["labels"] if args.label_names is None else list(args.label_names)
+        self._given, self._save_model, self._report = tuple(optimizers), save, report
+        self.folder, self.ranks = Path(args.output_dir or ""), join()
+        self._stop = self._agreed = self.is_in_train = False
+        self._peft_config, self._narrow = peft_config, _narrow(args)
+        self._take(self.call_model_init() if model is None else model)
+        self._encode(objective, rows, eval_rows, train_dataset, eval_dataset)
+        self._check()
+        self.state, self.control = TrainerState(), TrainerControl()
+        self.callbacks = Callbacks(callbacks or ())
+        self._check_hub()
+        self._prepare()
+        self._sinks = [TRACKERS[name].make(args) for name in args.sinks() if self.ranks.first]
+        self._call("on_init_end")
+
+    # -- what is trained -----------------------------------------------------------------------------------------
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The model that model_init makes."""
+        assert self.model_init is not None
+        torch.manual_seed(self.args.seed)
+        model = self.model_init() if not inspect.signature(self.model_init).parameters else self.model_init(trial)
+        if model is None:
+            raise InputError("model_init returned None; it must return a model")
+        return model
+
+    def _take(self, model: Any) -> None:
+        """Takes up a model, with a new adapter where one is wanted, on the device to train on."""
+        if isinstance(model, str | Path):
+            raise InputError(f"model is the path {str(model)!r}; load it: AutoModelForCausalLM.from_pretrained(path)")
+        self.model = self.model_wrapped = model
+        self.network = model.get_base_model() if hasattr(model, "peft_config") else model
+        if self._peft_config is not None:
+            lora.add_adapter(self.network, self._peft_config)
+        if self.args.fp16:
+            _check_float16(self.network)
+        first = next(self.network.parameters())
+        if first.device.type == "cpu" and not self.args.fsdp and not self.args.use_cpu and torch.cuda.is_available():
+            self.network.to(f"cuda:{self.ranks.local}")
+        if self.args.tf32 is not None and torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = self.args.tf32
+
+    def _encode(
+        self, objective: Objective | None, rows: Sequence[Any], eval_rows: Any, train_dataset: Any, eval_dataset: Any
+    ) -> None:
+        """Rows as items of the objective, or for a collator of the caller's as they are."""
+        self.encoder = Encoder(self.network, self.processing_class, self.data_collator, self.args, objective)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.rows = rows if train_dataset is None else self.encoder.items(train_dataset, TRAINED)
         if eval_dataset is not None:
-            eval_rows = objective_for(model, eval_dataset, self.tokenizer, most=EVAL_ROWS)[1]
-            if not eval_rows:
-                raise InputError("eval_dataset has no rows; leave it out, or give rows to measure on")
-        if objective is None:
+            eval_rows = self.encoder.sets(eval_dataset)
+        self.eval_rows: Any = eval_rows
+        self.objective = self.encoder.objective
+        self.train_dataset = self.rows if train_dataset is None else train_dataset
+
+    def _check(self) -> None:
+        args = self.args
+        if self.objective is None and self.data_collator is None and not self.eval_rows:
             raise InputError("there is nothing to train on; pass train_dataset=, or an objective and its rows")
-        if not rows:
+        if not self.rows and self.train_dataset is not None and not self.eval_rows:
             raise InputError("there are no rows to train on")
-        if args.fp16:
-            _check_float16(model)
-        if args.eval_strategy != "no" and args.load_best_model_at_end and not eval_rows:
+        if args.eval_strategy != "no" and args.load_best_model_at_end and not self.eval_rows:
             raise InputError("load_best_model_at_end needs rows to measure on (eval_dataset)")
-        self.model, self.args, self.objective = model, args, objective
-        self.rows, self.eval_rows, self._save_model, self._report = rows, eval_rows, save, report
-        self.folder = Path(args.output_dir)
-        self.state = TrainerState()
-        self.ranks = join()
-        self._narrow = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
+        if (args.lr_scheduler_type == PLATEAU or args.save_strategy == "best") and not self.eval_rows:
+            raise InputError(f"{args.lr_scheduler_type!r} and what is best need rows to measure on (eval_dataset)")
+        if self._given[0] is not None and (self.optimizer_cls_and_kwargs is not None or self.model_init is not None):
+            raise InputError(
+                "optimizers holds an optimiser of another model than model_init makes, or there is "
+                "optimizer_cls_and_kwargs too; give one of them"
+            )
+
+    def _prepare(self) -> None:
+        """Weights that are the same on all ranks and sharded where that is asked for, and what updates them."""
+        args, own = self.args, hooks.UPDATES
+        self._outside = self._given != (None, None) or self.optimizer_cls_and_kwargs is not None
+        self._outside = self._outside or hooks.overridden(self, own, Loop)
         if args.fsdp:
-            keep_reference(objective, model, self.ranks.first, apart=True)
+            keep_reference(self.objective, self.network, self.ranks.first, apart=True)
         self._root = self._shard()
-        self.optimizer = AdamW(
-            ((name, p) for name, p in model.named_parameters() if p.requires_grad),
+        self.optimizer, self.lr_scheduler = self._given if self._outside else (None, None)
+        self._plateau: ReduceLROnPlateau | None = None
+        self.scale = LOSS_SCALE if args.fp16 else 1.0
+        self.place = 0
+        if self._outside:
+            if self._root is not None:
+                raise InputError("fsdp shards its own optimiser's moments; leave optimizers and create_optimizer out")
+            return
+        self.updates = self._updates(None)
+        self.optimizer, self.lr_scheduler = self.updates, Rates(self)
+        if args.lr_scheduler_type == PLATEAU:
+            dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+            self._plateau = ReduceLROnPlateau(dummy, **(args.lr_scheduler_kwargs or {}))
+
+    def _updates(self, given: Any) -> AdamW:
+        args = self.args
+        found = AdamW(
+            ((name, p) for name, p in self.network.named_parameters() if p.requires_grad),
             (args.adam_beta1, args.adam_beta2),
             args.adam_epsilon,
             args.weight_decay,
             masters=self._narrow is not None and self._root is None,
             kind=args.optim,
+            given=given,
         )
         if self._narrow is not None and self._root is None:
-            model.to(self._narrow)
-        keep_reference(objective, model, self.ranks.first)
-        self.scale = LOSS_SCALE if args.fp16 else 1.0
-        self._sinks = [Tensorboard(self.folder, args.logging_dir) for _ in args.sinks() if self.ranks.first]
-        self._stop = self._agreed = False
+            self.network.to(self._narrow)
+        keep_reference(self.objective, self.network, self.ranks.first)
+        return found
 
     def _shard(self) -> Root | None:
-        """Weights that are the same on all ranks, and sharded where that is asked for."""
-        self.ranks.match(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        self.ranks.match(parameter for parameter in self.network.parameters() if parameter.requires_grad)
         if not self.args.fsdp:
             return None
         if not self.ranks.launched:
             raise InputError(f"fsdp is {self.args.fsdp!r}, and this is one process; start several with `{COMMAND}`")
+        if self._trains_by_hand:
+            raise InputError("fsdp runs the trainer's own loss alone; leave it out, or the overridden methods")
         device = "cuda" if torch.cuda.is_available() and not self.args.use_cpu else "cpu"
-        return shard(self.model, device, self._narrow)
+        return shard(self.network, device, self._narrow)
 
-    def gathered(self, every: bool = True) -> AbstractContextManager[None]:
-        """Within it rank 0's model is whole, to be written: with all its weights, or with those that are trained.
+    # -- the run -------------------------------------------------------------------------------------------------
 
-        All ranks enter, where weights are sharded."""
-        return gathered(self._root, self.ranks, every, self._narrow)
-
-    # -- how long and in which order -----------------------------------------------------------------------------
-
-    @property
-    def batch(self) -> int:
-        """Rows of one step, of all ranks together."""
-        args = self.args
-        return args.per_device_train_batch_size * self.ranks.world * args.gradient_accumulation_steps
-
-    @property
-    def steps(self) -> int:
-        """Steps of the whole run. The last batch of an epoch may be smaller."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return math.ceil(math.ceil(len(self.rows) / self.batch) * self.args.num_train_epochs)
-
-    def order(self, epoch: int) -> list[int]:
-        """The rows of an epoch."""
-        return list(_order(self.args.seed, epoch, len(self.rows)))
-
-    def _rows_of(self, step: int) -> list[Any]:
-        epoch, place = divmod(step, math.ceil(len(self.rows) / self.batch))
-        chosen = _order(self.args.seed, epoch, len(self.rows))[place * self.batch : (place + 1) * self.batch]
-        return [self.rows[i] for i in chosen]
-
-    # -- the loop ------------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainerState:
-        """Trains to the end, or to a signal (SIGTERM, Ctrl-C), which saves first. Returns the state.
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trains to the end, or to a signal (SIGTERM, Ctrl-C), which saves first.
 
         With resume_from_checkpoint=True, here or in the arguments, the newest whole checkpoint of output_dir is taken
-        up, if there is one; a path names one. A run that torchrun has started again does so unasked. Raises InputError
-        where the loss is NaN or inf.
+        up, if there is one; a path names one. A run that torchrun has started again does so unasked. Without, a second
+        call trains the whole length again, from the weights and moments that are there. Raises InputError where the
+        loss is NaN or inf.
         """
-        self._resume(self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint)
+        if not self.rows and not hooks.overridden(self, ("get_train_dataloader",), Loop):
+            raise InputError("there are no rows to train on; pass train_dataset=")
+        self._begin(self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint)
+        self._ignored_keys = ignore_keys_for_eval
         if self.args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)  # type: ignore[operator]
+            self.network.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        first, begin = self.state.global_step, time.perf_counter()
         self.model.train()
-        with self._signals(), fused(self.model), kept() as returned:
-            if self.args.eval_on_start and self.eval_rows and self.state.step == 0:
-                self._evaluated()
-            first = self.state.step
-            while self.state.step < self.steps and not self._ends:
+        self.is_in_train = True
+        self._call("on_train_begin")
+        noise = hooks.neftune(self.network, self.args.neftune_noise_alpha)
+        with self._signals(), fused(self.network), noise, kept() as returned:
+            if self.args.eval_on_start and self.eval_rows and self.state.global_step == 0:
+                self._evaluated(counts=False)
+            while self._goes_on:
                 self._step()
-                if self.state.step == first + 1:
+                if self.state.global_step == first + 1:
                     returned()
+        self.is_in_train = False
         self.model.eval()
+        return self._finish(first, begin)
+
+    def _begin(self, wanted: bool | str | None) -> None:
+        """A new state, the optimiser of the caller's, and what a checkpoint holds."""
+        if self.model_init is not None and self.state.global_step:
+            self._take(self.call_model_init())
+            self._prepare()
+        self._stop = self._agreed = self._in_epoch = False
+        self.state, self.control, self.place, self._order = TrainerState(), TrainerControl(), 0, None
+        self._losses_of_call = []
+        own = hooks.overridden(self, ("get_train_dataloader", "_get_train_sampler"), Loop)
+        self._loader, self._coming = (self.get_train_dataloader() if own else None), None
+        if self._outside:
+            self._prepare_outside()
+        self._resume(wanted)
+        state, total = self.state, self.steps
+        state.compute_steps(self.args, total)
+        state.num_train_epochs = math.ceil(total / self.epoch_steps)
+        state.train_batch_size = self.args.per_device_train_batch_size
+        state.is_world_process_zero, state.is_local_process_zero = self.ranks.first, self.ranks.local == 0
+        if state.global_step >= total:
+            warnings.warn(
+                f"the checkpoint is at step {state.global_step} of {total}, so nothing is left to train; raise "
+                "num_train_epochs or max_steps to train longer",
+                stacklevel=3,
+            )
+
+    def _prepare_outside(self) -> None:
+        """The optimiser and the scheduler of the caller's; a scheduler that was made here is made anew."""
+        if self._given[1] is None:
+            self.lr_scheduler = None
+        self.create_optimizer_and_scheduler(self.steps)
+        if self.optimizer is None:
+            raise InputError("create_optimizer left self.optimizer at None; it must set it, or call super()")
+        if not hasattr(self, "updates") or self.updates.inner is not self.optimizer:
+            self.updates = self._updates(self.optimizer)
+
+    def _finish(self, first: int, begin: float) -> TrainOutput:
+        """The last checkpoint, the figures of the run, and the best weights where these are wanted."""
         there = self.ranks.told(lambda: checkpoints.found(self.folder))
-        if (self.args.save_strategy != "no" or self._ends) and not (
-            there and checkpoints.step_of(there[-1]) == self.state.step
-        ):
+        saves = self.args.save_strategy not in ("no", "best") or self._ends
+        if saves and not (there and any(checkpoints.step_of(p) == self.state.global_step for p in there[-1:])):
             self.save()
-        if self.args.load_best_model_at_end and self.state.best_step is not None and not self._ends:
-            self._load_weights(self.folder / f"checkpoint-{self.state.best_step}")
-        return self.state
-
-    def _step(self) -> None:
-        args, step, begin = self.args, self.state.step, time.perf_counter()
-        own = f"/{self.ranks.rank}" if self.ranks.rank else ""  # what one rank drops another need not
-        torch.manual_seed(random.Random(f"{args.seed}/step/{step}{own}").getrandbits(63))
-        rows = self._rows_of(step)
-        total, units, logs = self._losses(rows, self._at_once, learn=True)
-        if not math.isfinite(total):
-            raise InputError(
-                f"the loss is {total} at step {step + 1}; float16 overflows where bfloat16 does not, a lower learning "
-                "rate or max_grad_norm helps where it grew; the last checkpoint is kept"
-            )
-        trained = self.optimizer.parameters.values()
-        if self._root is None:
-            self.ranks.add_gradients(trained)
-        self._divide(max(units, 1))
-        sums = None if self._root is None else self.ranks.sums
-        norm = clip(trained, args.max_grad_norm * self.scale, sums) / self.scale
-        rate = learning_rate(step, self.steps, args.learning_rate, args.lr_scheduler_type, self._warmup())
-        if args.fp16 and not math.isfinite(norm):  # the scaled gradients overflowed: leave the step out
-            self.scale /= 2
-            self.model.zero_grad(set_to_none=True)
-        else:
-            self.optimizer.step(rate, 1 / self.scale)
-            self.scale *= 2 if args.fp16 and step % 2000 == 1999 else 1
-        self.state.step += 1
-        tokens = sum(map(self.objective.tokens, rows))
-        self.state.tokens += tokens
-        entry = {"loss": total / max(units, 1), "grad_norm": norm, "learning_rate": rate}
-        entry |= {name: value / max(units, 1) for name, value in logs.items()}
-        self._after(entry, tokens / (time.perf_counter() - begin))
-
-    def _losses(self, rows: Sequence[Any], size: int, learn: bool) -> tuple[float, int, dict[str, float]]:
-        """Sums over rows, of which each rank takes its share, `size` at once: losses, units, what is logged."""
-        mine, total, units, logs = self.ranks.share(rows), 0.0, 0, dict[str, float]()
-        for start in range(0, math.ceil(len(rows) / self.ranks.world), size):
-            loss = self._loss(mine[start : start + size], rows)
-            if learn:
-                (loss.total * self.scale).backward()
-            total, units = total + loss.total.item(), units + loss.units
-            for name, value in loss.logs.items():
-                logs[name] = logs.get(name, 0.0) + value
-        total, count, stop, *values = self.ranks.sums([total, units, self._stop, *logs.values()])
-        self._agreed = self._agreed or stop > 0
-        return total, int(count), dict(zip(logs, values, strict=True))
-
-    def _loss(self, rows: Sequence[Any], others: Sequence[Any]) -> Loss:
-        """The loss of some rows. A rank that has none left runs another's for nothing, since ranks run in step."""
-        batch = _to(self.objective.collate(rows or others[:1]), self.model)
-        root = self._root
-        loss = self.objective.loss(self.model, batch) if root is None else Loss(*root(self.objective, batch))
-        return loss if rows else Loss(loss.total * 0.0, 0, dict.fromkeys(loss.logs, 0.0))
-
-    @property
-    def _ends(self) -> bool:
-        """Whether the run was asked to stop, which ranks hear at different moments: they agree once a step."""
-        return self._agreed if self.ranks.world > 1 else self._stop
-
-    @property
-    def _at_once(self) -> int:
-        """Rows of one pass: those of a device, but on a CPU no more than PASS_TOKENS where gradients add up in float32.
-
-        Losses are sums and are divided once, so that the gradient is that of the whole batch; more at once would be no
-        faster on a CPU and takes memory by the token.
-        """
-        size = self.args.per_device_train_batch_size
-        trained = self.optimizer.parameters.values()
-        if any(p.device.type != "cpu" or p.itemsize < 4 for p in trained):
-            return size
-        longest = max(map(self.objective.tokens, self.rows[:256]))
-        return min(size, max(1, PASS_TOKENS // longest))
-
-    def _divide(self, units: int) -> None:
-        """Gradients of the sum become those of the mean over all targets of the step."""
-        for parameter in self.optimizer.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.div_(units)
-
-    def _warmup(self) -> int:
-        return self.args.warmup_steps or math.ceil(self.args.warmup_ratio * self.steps)
-
-    def _after(self, entry: dict[str, Any], speed: float) -> None:
-        args, step = self.args, self.state.step
-        last = step == self.steps or self._ends
-        if self._report is not None and self.ranks.first:
-            self._report({"step": step, "steps": self.steps, "tokens_per_second": speed, **entry})
-        if self._due(args.logging_strategy, args.logging_steps) or last:
-            self._log({"step": step, "epoch": step * self.batch / len(self.rows), **entry, "tokens_per_second": speed})
-        measures = self.eval_rows and args.eval_strategy != "no"
-        if measures and (self._due(args.eval_strategy, args.eval_steps) or last):
-            self._evaluated()
-        if self._due(args.save_strategy, args.save_steps) or (last and (args.save_strategy != "no" or self._ends)):
-            self.save()
-
-    def _due(self, strategy: str | None, every: int | None) -> bool:
-        if strategy == "epoch":
-            every = math.ceil(len(self.rows) / self.batch)
-        return strategy != "no" and self.state.step % (every or 1) == 0
-
-    def _evaluated(self) -> None:
-        found, args, state = self.evaluate(), self.args, self.state
-        self._log({"step": state.step, **found})
-        if args.load_best_model_at_end:
-            if args.better not in found:
-                raise InputError(
-                    f"metric_for_best_model is {args.metric_for_best_model!r}; measured are {', '.join(found)}"
-                )
-            value = found[args.better]
-            if state.step and (state.best_metric is None or (value > state.best_metric) == args.rising):
-                state.best_step, state.best_metric = state.step, value
-        if self._report is not None and self.ranks.first:
-            self._report({"step": self.state.step, "steps": self.steps, **found})
-
-    def _log(self, entry: dict[str, Any]) -> None:
-        self.state.history.append(entry)
-        if not self.ranks.first:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOG).open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        done = self.state.global_step - first
+        loss = sum(self._losses_of_call) / max(done, 1)
+        metrics = speed("train", begin, done * self.batch, done)
+        metrics |= {"total_flos": self.state.total_flos, "train_loss": loss}
+        self.log(metrics)
+        best = self.state.best_global_step
+        if self.args.load_best_model_at_end and best is not None:
+            self._load_weights(self.folder / f"checkpoint-{best}")
+        self._call("on_train_end")
         for sink in self._sinks:
-            sink.write(entry)
+            sink.close()
+        self._sinks = []
+        return TrainOutput(self.state.global_step, loss, metrics)
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """The mean loss of the evaluation rows, and the means of what the objective logs."""
-        if not self.eval_rows:
-            raise InputError("there are no rows to measure on; give eval_dataset")
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last run was ended by a signal, or by `stop`."""
+        return self._ends
+
+    # -- measuring -----------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measures eval_dataset, or the trainer's own: the mean loss, what the objective logs or compute_metrics finds.
+
+        Of a dict of sets each is measured, under its name: eval_NAME_loss; a text chooses one of the trainer's sets.
+        Raises InputError where there are no usable rows.
+        """
+        sets = self.eval_rows if eval_dataset is None else eval_dataset
+        if isinstance(sets, Mapping):
+            found: dict[str, float] = {}
+            for name in sets:
+                chosen = name if eval_dataset is None else sets[name]
+                found |= self.evaluate(chosen, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        begin = time.perf_counter()
         training = self.model.training
+        self._cast()
         self.model.eval()
-        total, units, logs = self._losses(self.eval_rows, self.args.per_device_eval_batch_size, learn=False)
+        if self._measures_by_hand:
+            loader = self.get_eval_dataloader(eval_dataset)
+            alone = True if self.compute_metrics is None else None
+            output = self.evaluation_loop(loader, "Evaluation", alone, ignore_keys, metric_key_prefix)
+            metrics, rows = dict(output.metrics or {}), output.num_samples or 0
+        else:
+            metrics, rows = self._measured(eval_dataset, metric_key_prefix)
         self.model.train(training)
-        found = {f"eval_{name}": value / max(units, 1) for name, value in logs.items()}
-        return {"eval_loss": total / max(units, 1), **found}
+        size = self.args.per_device_eval_batch_size * self.ranks.world
+        metrics |= speed(metric_key_prefix, begin, rows, math.ceil(rows / size))
+        self.log(metrics)
+        self._call("on_evaluate", metrics=metrics)
+        self.control.should_evaluate = False
+        return metrics
 
-    def save_model(self, output_dir: str | None = None) -> None:
-        """Writes the model, or its adapter, and the tokenizer to output_dir, or to that of the arguments."""
-        folder, adapted = Path(output_dir or self.args.output_dir), bool(lora.names(self.model))
-        with self.gathered(every=not adapted):
-            if self.ranks.first and adapted:
-                save_adapter(self.model, folder)
-            elif self.ranks.first:
-                self.model.save_pretrained(folder)  # type: ignore[operator]
-            if self.ranks.first and self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-        self.ranks.wait()
+    def _measured(self, dataset: Any, prefix: str) -> tuple[dict[str, float], int]:
+        """The means of the objective's loss and logs over a set."""
+        items = self._eval_items(dataset)[0]
+        with torch.no_grad():
+            total, units, logs = self._losses(items, self.args.per_device_eval_batch_size, learn=False)
+        if not units:
+            raise InputError("the rows to measure on have no targets; give rows whose labels are not all -100")
+        self._call("on_prediction_step")
+        found = {f"{prefix}_{name}": value / units for name, value in logs.items()}
+        return {f"{prefix}_loss": total / units, **found}, len(items)
 
-    # -- interruption --------------------------------------------------------------------------------------------
+    def _cast(self) -> None:
+        """bf16_full_eval and fp16_full_eval, of a model that is not training."""
+        if not self.is_in_train and (self.args.bf16_full_eval or self.args.fp16_full_eval):
+            self.network.to(torch.bfloat16 if self.args.bf16_full_eval else torch.float16)
 
-    def stop(self) -> None:
-        """Ends the run after the step that is running, with a checkpoint. Asked twice, it ends at once and without."""
-        if self._stop:
-            raise KeyboardInterrupt
-        self._stop = True
+    def _eval_items(self, dataset: Any) -> tuple[Sequence[Any], Callable[[Sequence[Any]], dict[str, Any]]]:
+        if isinstance(dataset, str):
+            if not isinstance(self.eval_rows, Mapping) or dataset not in self.eval_rows:
+                raise InputError(f"there is no set {dataset!r} among the trainer's eval_dataset")
+            return self.eval_rows[dataset], self._inputs
+        if dataset is not None:
+            return self.encoder.measured(dataset, self._inputs)
+        if not self.eval_rows:
+            raise InputError("there are no rows to measure on; pass eval_dataset=")
+        return self.eval_rows, self._inputs
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {s: signal.signal(s, lambda *_: self.stop()) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------
-
-    def save(self) -> Path:
-        """Writes a checkpoint of this step and removes the oldest beyond save_total_limit."""
-        step, ranks = self.state.step, self.ranks
-        with ExitStack() as stack:
-            made = ranks.told(lambda: stack.enter_context(checkpoints.writing(self.folder, step)))
-            states.write(made, self.optimizer, ranks)
-            if ranks.first:
-                state = {**asdict(self.state), "run": self._identity(), "ranks": ranks.world, "scale": self.scale}
-                (made / "trainer_state.json").write_text(json.dumps(state) + "\n")
-            if self._save_model is not None:
-                with self.gathered(every=not lora.names(self.model)):
-                    if ranks.first:
-                        self._save_model(made)
-            ranks.wait()
-        if self.args.save_total_limit and ranks.first:
-            best = None if self.state.best_step is None else self.folder / f"checkpoint-{self.state.best_step}"
-            checkpoints.prune(self.folder, self.args.save_total_limit, best)
-        ranks.wait()
-        return self.folder / f"checkpoint-{step}"
-
-    def _identity(self) -> dict[str, Any]:
-        """What has to be the same for a run to be the same."""
-        return {"rows": len(self.rows), "batch": self.batch, "seed": self.args.seed, "steps": self.steps}
-
-    def _resume(self, wanted: bool | str | None) -> None:
-        wanted = wanted or self.ranks.restarts > 0
-        place = self.ranks.told(lambda: self._chosen(wanted))
-        if place is None:
-            return
-        if not place.is_dir():
+    def _evaluated(self, counts: bool = True) -> bool:
+        """Measures during a run. Whether it is the best so far; counts: it may be."""
+        given: dict[str, Any] = {} if self._ignored_keys is None else {"ignore_keys": self._ignored_keys}
+        metrics, args, state = self.evaluate(**given), self.args, self.state
+        if self._report is not None and self.ranks.first:
+            self._report({"step": state.global_step, "steps": self.steps, **metrics})
+        if args.metric_for_best_model is None or not counts:
+            return False
+        if args.better not in metrics:
             raise InputError(
-                f"rank {self.ranks.rank} does not see {place}; output_dir must be a folder of all machines"
+                f"metric_for_best_model is {args.metric_for_best_model!r}; measured are {', '.join(metrics)}"
             )
-        content = json.loads((place / "trainer_state.json").read_text())
-        self._keep_batch(content)
-        if content["run"] != self._identity():
-            raise InputError(
-                f"{place} is of another run ({content['run']}) than this ({self._identity()}); give the same data, "
-                "batch size, seed and length, or another output_dir"
-            )
-        weights, moments = states.read(place, self.optimizer)
-        self._set(weights)
-        self.scale = content.get("scale", 1.0)
-        self.optimizer.load(moments)
-        self.state = TrainerState(**{f.name: content[f.name] for f in fields(TrainerState) if f.name in content})
+        value = metrics[args.better]
+        plateau = self._plateau or (self.lr_scheduler if isinstance(self.lr_scheduler, ReduceLROnPlateau) else None)
+        if plateau is not None:
+            plateau.step(value)
+        if state.best_metric is not None and not (
+            value > state.best_metric if args.rising else value < state.best_metric
+        ):
+            return False
+        state.best_metric = value
+        if args.save_strategy != "no":
+            state.best_global_step = state.global_step
+        return True
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Predictions for a set, its labels and what is measured of them; rows need no labels.
+
+        predictions are the model's logits as an array (N, ...), rows of several lengths padded with -100.
+        """
+        begin = time.perf_counter()
+        self._cast()
+        loader = self.get_test_dataloader(test_dataset)
+        output: EvalLoopOutput = self.evaluation_loop(loader, "Prediction", None, ignore_keys, metric_key_prefix)
+        rows = output.num_samples or 0
+        size = self.args.per_device_eval_batch_size
+        metrics = dict(output.metrics or {}) | speed(metric_key_prefix, begin, rows, math.ceil(rows / size))
+        self._call("on_predict", metrics=metrics)
+        return PredictionOutput(output.predictions, output.label_ids, metrics)
+
+    # -- telling -------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs an entry: to the state, log.jsonl, the trackers and the callbacks."""
+        state = self.state
+        logs["epoch"] = state.epoch
+        if self.args.include_num_input_tokens_seen != "no":
+            logs["num_input_tokens_seen"] = state.num_input_tokens_seen
+        entry = {"step": state.global_step, **logs}
+        state.log_history.append(entry)
         if self.ranks.first:
-            with replacing(self.folder / LOG) as file:  # without the steps that are taken again
-                file.write("".join(json.dumps(entry) + "\n" for entry in self.state.history).encode())
-
-    def _chosen(self, wanted: bool | str) -> Path | None:
-        """The checkpoint to go on from."""
-        checkpoints.sweep(self.folder)
-        if not wanted:
-            return None
-        place = checkpoints.newest(self.folder) if wanted is True else Path(wanted)
-        if place is not None and wanted is not True and (wrong := checkpoints.problem(place)):
-            raise InputError(f"{place} cannot be resumed from: {wrong}")
-        return place
-
-    def _keep_batch(self, content: dict[str, Any]) -> None:
-        """On another number of ranks than before, as many batches a step as make the same rows a step."""
-        before, wanted, args = content.get("ranks", 1), content["run"]["batch"], self.args
-        if before == self.ranks.world or wanted == self.batch:
-            return
-        times, rest = divmod(wanted, args.per_device_train_batch_size * self.ranks.world)
-        if rest:
-            raise InputError(
-                f"the run took {wanted} rows a step on {before} ranks, which {self.ranks.world} ranks of "
-                f"{args.per_device_train_batch_size} rows do not divide; start another number of ranks, or set "
-                f"per_device_train_batch_size so that it times {self.ranks.world} divides {wanted}"
-            )
-        args.gradient_accumulation_steps = times
-
-    def _load_weights(self, place: Path) -> None:
-        self._set(states.read(place, self.optimizer, state=False)[0])
-
-    @torch.no_grad()
-    def _set(self, weights: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self.optimizer.parameters.items():
-            local(parameter).copy_(weights[name])
+            if "train_runtime" not in entry:  # the file holds steps and measurements alone
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with (self.folder / LOG).open("a") as file:
+                    file.write(json.dumps(entry, default=float) + "\n")
+            for sink in self._sinks:
+                sink.write(entry)
+        self._call("on_log", logs=logs)
+        self.control.should_log = False
 
 
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
-    """The order of an epoch, which every step of it asks for."""
-    return tuple(random.Random(f"{seed}/{epoch}").sample(range(count), count))
+def _narrow(args: TrainingArguments) -> torch.dtype | None:
+    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
 
 
 def _check_float16(model: nn.Module) -> None:
@@ -489,10 +466,5 @@ def _check_float16(model: nn.Module) -> None:
     warnings.warn(
         "Llama 2 was trained in bfloat16; in float16 its activations may overflow and the loss become NaN. Use "
         "bf16=True where the device has it",
-        stacklevel=3,
+        stacklevel=4,
     )
-
-
-def _to(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
