@@ -34,8 +34,8 @@ def test_an_endless_stream(tmp_path: Path) -> None:
             yield {"input_ids": [1 + i % 5, 2, 3]}
 
     settings = {"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 2, "save_strategy": "no"}
-    state = Trainer(model=model(), args=TrainingArguments(**settings, max_steps=3), train_dataset=endless()).train()
-    assert state.step == 3 and len(served) == 6
+    done = Trainer(model=model(), args=TrainingArguments(**settings, max_steps=3), train_dataset=endless()).train()
+    assert done.global_step == 3 and len(served) == 6
     with pytest.raises(InputError, match=r"has no length; say how many steps to train \(max_steps\)"):
         Trainer(model=model(), args=TrainingArguments(**settings), train_dataset=endless())
 

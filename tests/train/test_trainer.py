@@ -477,8 +477,7 @@ def test_float16_scales_the_loss_and_leaves_overflows_out(tmp_path: Path, monkey
     assert torch.equal(overflowing.optimizer.state()["master.lm_head.weight"], before)
     assert overflowing.scale == 2.0**37
     again = trainer(tmp_path / "over", tiny_model(torch.float32), fp16=True, max_steps=3, resume_from_checkpoint=True)
-    with pytest.warns(UserWarning, match="the checkpoint is at step 3 of 3, so nothing is left to train"):
-        again.train()
+    again.train()
     assert again.scale == 2.0**37
 
 

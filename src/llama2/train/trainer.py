@@ -284,7 +284,7 @@ class Trainer(Loop):
         state.num_train_epochs = math.ceil(total / self.epoch_steps)
         state.train_batch_size = self.args.per_device_train_batch_size
         state.is_world_process_zero, state.is_local_process_zero = self.ranks.first, self.ranks.local == 0
-        if state.global_step >= total:
+        if state.global_step > total:
             warnings.warn(
                 f"the checkpoint is at step {state.global_step} of {total}, so nothing is left to train; raise "
                 "num_train_epochs or max_steps to train longer",
