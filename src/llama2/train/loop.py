@@ -145,6 +145,7 @@ class Loop(Hooks, Saving):
         args, state, begin = self.args, self.state, time.perf_counter()
         own = f"/{self.ranks.rank}" if self.ranks.rank else ""  # what one rank drops another need not
         torch.manual_seed(random.Random(f"{args.seed}/step/{state.global_step}{own}").getrandbits(63))
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
         if not self._in_epoch:
             self._in_epoch, self.control.should_epoch_stop = True, False
             self._call("on_epoch_begin")
@@ -299,7 +300,7 @@ class Loop(Hooks, Saving):
         plan_step(args, state, control, last=self._complete)
         control.should_log = control.should_log or self._ends
         self._call("on_step_end")
-        self._act()
+        self._tell()
         if self.control.should_epoch_stop:
             self.place = -(-self.place // self.epoch_steps) * self.epoch_steps
         if self.place % self.epoch_steps == 0 or not self._goes_on:
@@ -307,7 +308,9 @@ class Loop(Hooks, Saving):
             if not self._ends:
                 plan_epoch(args, state, self.control)
             self._call("on_epoch_end")
-            self._act()
+            self._tell()
+        if self.control.should_save:  # after what the epoch's end measures, so that the checkpoint holds it
+            self.save()
 
     def _add(self, entry: Mapping[str, float], tokens: int, seconds: float) -> None:
         """Adds a step to the sums of the interval that is logged next."""
@@ -329,8 +332,8 @@ class Loop(Hooks, Saving):
         self.state.interval = {}
         self.log(logs)
 
-    def _act(self) -> None:
-        """Does what the control says, and clears it."""
+    def _tell(self) -> None:
+        """Logs and measures as the control says, and clears that."""
         control = self.control
         if control.should_log and self.state.interval:
             self._log_interval()
@@ -340,9 +343,6 @@ class Loop(Hooks, Saving):
             if self.args.save_strategy == "best":
                 self.control.should_save = better
         self.control.should_evaluate = False
-        if self.control.should_save:
-            self.save()
-        self.control.should_save = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs an entry: to the state, log.jsonl, the trackers and the callbacks."""
