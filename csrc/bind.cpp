@@ -33,6 +33,8 @@ using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::c
 using Ints2 = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Out2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Out3 = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using In3 = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using In2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void require(bool ok, const std::string& message) {
@@ -356,6 +358,38 @@ KvCache* make_cache(const std::string& dtype, int64_t layers, int64_t heads, int
   return new KvCache(dtype == "float32" ? KvType::F32 : dtype == "bfloat16" ? KvType::BF16 : KvType::I8, layers, heads, width, pages);
 }
 
+// Refuses a layer, a table of pages, or keys and values (heads, positions, width) that do not fit the cache.
+template <class Array>
+void check_positions(const KvCache& c, int64_t layer, const Ints& table, int64_t past, const Array& keys, const Array& values) {
+  require(layer >= 0 && layer < c.layers(), "layer " + str(layer) + " is outside the cache's " + str(c.layers()));
+  for (const Array* a : {&keys, &values})
+    require(static_cast<int64_t>(a->shape(0)) == c.shape().heads && static_cast<int64_t>(a->shape(2)) == c.shape().width && a->shape(1) == keys.shape(1),
+            "keys and values are " + str(c.shape().heads) + " heads x positions x " + str(c.shape().width));
+  int64_t end = past + static_cast<int64_t>(keys.shape(1));
+  require(past >= 0 && (end + PAGE - 1) / PAGE <= static_cast<int64_t>(table.size()), "the table is too short");
+  for (int64_t i = 0; i < static_cast<int64_t>(table.size()); ++i)
+    require(table.data()[i] >= 0 && table.data()[i] < c.pages(), "page " + str(table.data()[i]) + " is outside the cache of " + str(c.pages()) + " pages");
+}
+
+void read_cache(const KvCache& c, int64_t layer, Ints table, Out3 keys, Out3 values) {
+  check_positions(c, layer, table, 0, keys, values);
+  nb::gil_scoped_release free;
+  c.read(layer, table.data(), static_cast<int64_t>(keys.shape(1)), keys.data(), values.data());
+}
+
+void write_cache(KvCache& c, int64_t layer, Ints table, int64_t past, In3 keys, In3 values) {
+  check_positions(c, layer, table, past, keys, values);
+  nb::gil_scoped_release free;
+  c.write(layer, table.data(), past, static_cast<int64_t>(keys.shape(1)), keys.data(), values.data());
+}
+
+void copy_page_from(KvCache& c, const KvCache& other, int64_t from, int64_t to) {
+  const KvLayer &a = c.shape(), &b = other.shape();
+  require(a.type == b.type && a.heads == b.heads && a.width == b.width && c.layers() == other.layers(), "a cache of another shape");
+  require(from >= 0 && to >= 0 && from < other.pages() && to < c.pages(), "a page outside the cache");
+  c.copy_page_from(other, from, to);
+}
+
 void check_batch(const Model& m, const KvCache& c, const Batch& b) {
   require(c.layers() == static_cast<int64_t>(m.layers.size()) && c.shape().heads == m.kv_heads && c.shape().width == m.width,
           "the cache was made for another model");
@@ -612,7 +646,10 @@ NB_MODULE(_native, m) {
       .def("copy_page", [](KvCache& c, int64_t from, int64_t to) {
         require(from >= 0 && to >= 0 && from < c.pages() && to < c.pages(), "a page outside the cache");
         c.copy_page(from, to);
-      });
+      })
+      .def("copy_page_from", &copy_page_from)
+      .def("read", &read_cache)
+      .def("write", &write_cache);
   nb::class_<PyRunner>(m, "Runner")
       .def(nb::init<Pool&, const std::string&, bool>(), nb::arg("pool"), nb::arg("isa"), nb::arg("exact"), nb::keep_alive<1, 2>())
       .def_prop_ro("isa", &PyRunner::name)

@@ -1,5 +1,9 @@
-// Which instruction sets this build holds and this machine runs, best first.
+// Which instruction sets this build holds and this machine runs, best first. LLAMA2_ISA names the best one that the
+// whole process may use, for tests and for comparisons.
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -12,7 +16,7 @@
 namespace llama2 {
 namespace {
 
-int usable(const Kernels** to) {
+int runnable(const Kernels** to) {
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -32,6 +36,33 @@ int usable(const Kernels** to) {
   return n;
 }
 
+struct Usable {
+  const Kernels* all[8];
+  int count = 0;
+  std::string problem;
+};
+
+Usable find_usable() {
+  const Kernels* all[8];
+  Usable found;
+  int n = runnable(all), first = 0;
+  const char* asked = std::getenv("LLAMA2_ISA");
+  if (asked && *asked && std::strcmp(asked, "auto")) {
+    std::string names;
+    for (int i = 0; i < n; ++i) names += std::string(", ") + all[i]->name;
+    while (first < n && std::strcmp(all[first]->name, asked)) ++first;
+    if (first == n) found.problem = std::string("LLAMA2_ISA is '") + asked + "'; this machine and build have auto" + names;
+  }
+  for (int i = first; i < n; ++i) found.all[found.count++] = all[i];
+  return found;
+}
+
+const Usable& usable() {
+  static const Usable found = find_usable();
+  if (!found.problem.empty()) throw std::invalid_argument(found.problem);
+  return found;
+}
+
 }  // namespace
 
 bool has_amx() {
@@ -43,25 +74,19 @@ bool has_amx() {
 #endif
 }
 
-const Kernels* best_kernels() {
-  const Kernels* all[8];
-  usable(all);
-  return all[0];
-}
+const Kernels* best_kernels() { return usable().all[0]; }
 
 const Kernels* find_kernels(const char* name) {
-  const Kernels* all[8];
-  int n = usable(all);
-  for (int i = 0; i < n; ++i)
-    if (!std::strcmp(all[i]->name, name)) return all[i];
+  const Usable& found = usable();
+  for (int i = 0; i < found.count; ++i)
+    if (!std::strcmp(found.all[i]->name, name)) return found.all[i];
   return nullptr;
 }
 
 int list_kernels(const char** names, int capacity) {
-  const Kernels* all[8];
-  int n = usable(all);
-  for (int i = 0; i < n && i < capacity; ++i) names[i] = all[i]->name;
-  return n;
+  const Usable& found = usable();
+  for (int i = 0; i < found.count && i < capacity; ++i) names[i] = found.all[i]->name;
+  return found.count;
 }
 
 }  // namespace llama2

@@ -42,34 +42,6 @@ class Carver {  // hands out 64-byte aligned pieces of one allocation
 
 }  // namespace
 
-KvCache::KvCache(KvType type, int64_t layers, int64_t heads, int64_t width, int64_t pages) : layers_(layers) {
-  shape_.type = type;
-  shape_.heads = heads;
-  shape_.width = width;
-  shape_.pages = pages;
-  while (shape_.shift < 4 && (int64_t{1} << shape_.shift) < pages) ++shape_.shift;
-  int64_t bytes = layers * heads * shape_.head_bytes();
-  shape_.stride = pages >> shape_.shift ? (layers * heads | 1) * shape_.head_bytes() : bytes;  // odd: other cache sets
-  memory_ = allocate(this->bytes());
-}
-
-KvLayer KvCache::layer(int64_t index) const {
-  KvLayer l = shape_;
-  l.data = memory_.get() + index * l.heads * l.head_bytes();
-  return l;
-}
-
-void KvCache::copy_page(int64_t from, int64_t to) {
-  if (from == to) return;
-  for (int64_t i = 0; i < layers_; ++i) {
-    KvLayer l = layer(i);
-    for (int64_t h = 0; h < l.heads; ++h) {
-      std::memcpy(l.key_page(h, to), l.key_page(h, from), l.key_bytes());
-      std::memcpy(l.value_page(h, to), l.value_page(h, from), l.value_bytes());
-    }
-  }
-}
-
 namespace {
 
 class Ahead {  // the lines of a matrix from a tile on, fetched a few at a time, as far as a cache holds them meanwhile

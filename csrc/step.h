@@ -32,6 +32,11 @@ class KvCache {
   int64_t pages() const { return shape_.pages; }
   int64_t bytes() const { return (((shape_.pages - 1) >> shape_.shift) + 1) * shape_.stride; }
   void copy_page(int64_t from, int64_t to);
+  void copy_page_from(const KvCache& other, int64_t from, int64_t to);  // of the same shape
+  // keys and values [head][position][channel] of the first `count` positions of a sequence whose pages are `table`
+  void read(int64_t layer, const int32_t* table, int64_t count, float* keys, float* values) const;
+  // the same for positions past .. past + count
+  void write(int64_t layer, const int32_t* table, int64_t past, int64_t count, const float* keys, const float* values);
   const KvLayer& shape() const { return shape_; }
 
  private:

@@ -6,6 +6,7 @@ that K of them can run on even if the best ones all end. A finished beam scores 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,6 +172,30 @@ def beam_search(request: Request) -> Tensor | GenerateBeamDecoderOnlyOutput:
         sequences=sequences,
         sequences_scores=search.finished.scores[:, :returned].flatten(),
         beam_indices=origins[:, :longest],
-        past_key_values=request.cache,
+        past_key_values=_cache_of(search, returned),
         **request.record.fields(),
     )
+
+
+def _cache_of(search: Search, returned: int) -> Any:
+    """The cache of the sequences that come back, all but their last token: what a later call can go on from.
+
+    The search has that of the running beams, which share beginnings with them; what differs is run once more.
+    """
+    request = search.request
+    if request.cache is None:
+        return None
+    held = request.cache.get_seq_length() - request.offset  # columns of ids
+    found = search.finished.ids[:, :returned, :held]
+    shared = (found[:, :, None] == search.running.ids[:, None, :, :held]).cumprod(-1).sum(-1)
+    longest, places = shared.max(-1)
+    rows = (places + torch.arange(len(places), device=places.device)[:, None] * search.beams).flatten()
+    request.cache.reorder_cache(rows)
+    start, end = int(longest.min()), int((search.finished.origins[:, :returned] >= 0).sum(-1).max()) + request.width - 1
+    request.cache.crop(min(start, end) + request.offset)
+    if start < end:
+        tokens, first, last = found.flatten(0, 1)[:, start:end], start + request.offset, end + request.offset
+        mask = None if request.mask is None else request.mask[rows, :last]
+        positions = request.positions if len(request.positions) == 1 else request.positions[rows]
+        request.runner.step(tokens, positions[:, first:last], mask, request.cache)
+    return request.hand_back()

@@ -1,14 +1,16 @@
 """Keys and values of the tokens seen so far. The cache is an argument of forward, never module state.
 
+    Cache                    base class of both
     KVCache (DynamicCache)   grows with the sequence; appends without copying what is there
                              or fills buffers that it is lodged in, see `graphs`
+                             or stands for a store elsewhere (the native engine's pages) until someone looks into it
     StaticCache              fixed length, fixed addresses: for compiled steps and CUDA graphs
 
 Shapes: B batch, K key-value heads, S cached positions, E head width.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -98,31 +100,130 @@ def _grown(x: Tensor, room: int, length: int) -> Tensor:
     return larger
 
 
-class KVCache:
+class Store(Protocol):
+    """Keys and values that another engine holds for a KVCache."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions held, padding included."""
+
+    def crop(self, max_length: int) -> None:
+        """As KVCache.crop."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As KVCache.reorder_cache; the number of rows may change."""
+
+    def tensors(self) -> list[tuple[Tensor, Tensor]]:
+        """A copy of the keys and values of each layer (B, K, S, E), zeros where there is padding."""
+
+
+class Cache:
+    """Base of the caches that `forward` and `generate` take and return."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        raise NotImplementedError
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions held."""
+        raise NotImplementedError
+
+    def get_usable_length(self, new_seq_length: int = 0, layer_idx: int = 0) -> int:
+        """Positions held (the name in transformers 4.x)."""
+        return self.get_seq_length(layer_idx)
+
+    @property
+    def seen_tokens(self) -> int:
+        """Positions held (the name in transformers 4.x)."""
+        return self.get_seq_length()
+
+
+class KVCache(Cache):
     """A cache that grows with the sequence, with the methods of transformers' DynamicCache of 4.46 and 5.x."""
 
+    is_compileable = False
+
     def __init__(self, config: LlamaConfig | None = None) -> None:
-        self.layers: list[_Layer] = []
+        self._layers: list[_Layer] = []
+        self._store: Store | None = None
+        self._in_use = False  # the store, by a call of generate()
+
+    @classmethod
+    def over(cls, store: Store) -> Self:
+        """A cache that stands for `store`."""
+        cache = cls()
+        cache._store = store
+        return cache
+
+    @property
+    def store(self) -> Store | None:
+        """What holds the keys and values in this cache's place, if anything."""
+        return self._store
+
+    def stand_for(self, store: Store, in_use: bool = False) -> None:
+        """Forgets its own content: from now on it is what `store` holds. in_use: the store grows meanwhile, so what is
+        looked at is a copy for that moment."""
+        self._layers, self._store, self._in_use = [], store, in_use
+
+    @property
+    def layers(self) -> list[_Layer]:
+        """The layers. Looking at them ends standing for a store: its content is copied into tensors once."""
+        if self._store is not None:
+            layers = [_Layer(*pair) for pair in self._store.tensors()]
+            if self._in_use:
+                return layers
+            self._layers, self._store = layers, None
+        return self._layers
+
+    @layers.setter
+    def layers(self, layers: list[_Layer]) -> None:
+        self._layers, self._store, self._in_use = layers, None, False
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, 0 where nothing is held."""
+        if self._store is not None:
+            return self._store.rows
+        return len(self._layers[0].views[0]) if self._layers else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_layers": self.layers, "_store": None, "_in_use": False}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Appends (B, K, T, E) to one layer and returns all of its keys and values (B, K, S + T, E)."""
-        if layer_idx == len(self.layers):
-            self.layers.append(_Layer(key_states, value_states))
-        elif layer_idx < len(self.layers):
-            self.layers[layer_idx].append(key_states, value_states)
+        self._in_use = False
+        layers = self.layers
+        while layer_idx > len(layers):  # a model without some of its layers, or with them in another order
+            layers.append(_Layer(key_states[:, :, :0], value_states[:, :, :0]))
+        if layer_idx == len(layers):
+            layers.append(_Layer(key_states, value_states))
         else:
-            raise InputError(f"layer {layer_idx} comes before layer {len(self.layers)} has been filled")
-        return self.layers[layer_idx].views
+            layers[layer_idx].append(key_states, value_states)
+        return layers[layer_idx].views
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions held."""
-        return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
+        """Positions held; of a layer that was never run, those of the others."""
+        if self._store is not None:
+            return self._store.get_seq_length()
+        layers = self._layers
+        if layer_idx < len(layers) and layers[layer_idx].length:
+            return layers[layer_idx].length
+        return max((layer.length for layer in layers), default=0)
 
     def get_max_cache_shape(self) -> int | None:
         """None: no limit but memory."""
         return None
+
+    get_max_length = get_max_cache_shape
 
     @property
     def key_cache(self) -> list[Tensor]:
@@ -140,8 +241,11 @@ class KVCache:
         keep = max_length if max_length >= 0 else held + max_length
         if keep < 0:
             raise InputError(f"cannot drop {-max_length} positions: the cache holds {held}")
-        for layer in self.layers:
+        if self._store is not None:
+            return self._store.crop(keep)
+        for layer in self._layers:
             layer.length = min(layer.length, keep)
+        return None
 
     def _map(self, change: Any) -> None:
         for layer in self.layers:
@@ -165,15 +269,37 @@ class KVCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes the rows `beam_idx` (B,) in that order: beam search."""
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        if self._store is not None:
+            self._store.reorder_cache(beam_idx)
+        else:
+            self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times."""
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows `indices`."""
-        self._map(lambda x: x[indices])
+        """Keeps the rows `indices` (ids, or a mask of rows)."""
+        self.reorder_cache(torch.arange(self.rows)[torch.as_tensor(indices).cpu()])
+
+    def batch_split(self, full_batch_size: int, split_size: int) -> list[Self]:
+        """Caches of `split_size` rows each, the last one of what is left."""
+        parts = []
+        for first in range(0, full_batch_size, split_size):
+            part = type(self)()
+            for index, (keys, values) in enumerate(self):
+                part.update(keys[first : first + split_size], values[first : first + split_size], index)
+            parts.append(part)
+        return parts
+
+    @classmethod
+    def from_batch_splits(cls, splits: Sequence["KVCache"]) -> Self:
+        """One cache of the rows of several."""
+        cache = cls()
+        for index in range(len(splits[0]) if splits else 0):
+            pairs = [split[index] for split in splits]
+            cache.update(torch.cat([keys for keys, _ in pairs]), torch.cat([values for _, values in pairs]), index)
+        return cache
 
     def reset(self) -> None:
         """Forgets everything; the memory is kept."""
@@ -205,7 +331,21 @@ class KVCache:
 DynamicCache = KVCache
 
 
-class StaticCache:
+class LayerPlaces:
+    """A cache in which a layer goes by its place in the model instead of its own index, where a layer stands twice."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache, self.place = cache, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As KVCache.update, of the layer at `place`."""
+        found: tuple[Tensor, Tensor] = self.cache.update(key_states, value_states, self.place, cache_kwargs)
+        return found
+
+
+class StaticCache(Cache):
     """A cache of fixed length: buffers (B, K, max_cache_len, E) of zeros whose addresses never change.
 
     Attention sees all positions; forward masks those not written yet. With `cache_position` (T,) in `cache_kwargs`
@@ -280,9 +420,19 @@ class StaticCache:
         self._lengths = [min(length, max(keep, 0)) for length in self._lengths]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Takes the rows `beam_idx` (B,) in that order, in place."""
+        """Takes the rows `beam_idx` (B,) in that order, in place where there are as many."""
+        if len(beam_idx) != self.batch_size:
+            for buffers in (self.key_cache, self.value_cache):
+                buffers[:] = [buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in buffers]
+            self.batch_size = len(beam_idx)
+            return
         for buffer in (*self.key_cache, *self.value_cache):
             buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return self.batch_size
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         return self.key_cache[layer_idx], self.value_cache[layer_idx]

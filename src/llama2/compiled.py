@@ -17,11 +17,17 @@ _REMEDY = (
 
 @cache
 def native() -> Any:
-    """The compiled module. Raises MissingDependencyError where the install had no compiler."""
+    """The compiled module. Raises MissingDependencyError where the install had no compiler, and InputError where
+    LLAMA2_ISA names an instruction set that is not here."""
     try:
-        return importlib.import_module("llama2._native")
+        module = importlib.import_module("llama2._native")
     except ImportError as error:
         raise MissingDependencyError(f"{_REMEDY} ({error})") from error
+    try:
+        module.available_isas()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return module
 
 
 def available() -> bool:
@@ -40,7 +46,8 @@ def kernels() -> Any:
 
 
 def instruction_sets() -> list[str]:
-    """Kernel builds that this machine can run, best first, "scalar" last."""
+    """Kernel builds that this process may run, best first, "scalar" last: those of this build and this machine, from
+    the one that the environment variable LLAMA2_ISA names on (auto: all)."""
     return list(native().available_isas())
 
 

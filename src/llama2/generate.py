@@ -110,7 +110,14 @@ def stream(
     config = settings(model, generation_config, kwargs)
     if config.value("num_beams") > 1:
         raise InputError("beam search has no token until its end; stream with num_beams=1")
-    return decode(prepare(model, _call(inputs, kwargs), config))
+    return _handing_back(prepare(model, _call(inputs, kwargs), config))
+
+
+def _handing_back(request: Request) -> Iterator[Step]:
+    try:
+        yield from decode(request)
+    finally:
+        request.hand_back()
 
 
 def _call(inputs: Tensor | None, kwargs: dict[str, Any], **more: Any) -> Call:
@@ -163,7 +170,10 @@ def generate(
         if streamer is not None:
             _check_streamer(streamer, request)
             streamer.put(request.ids[:, : request.width].cpu())
-        return _run(model, request, call, assistant_model, streamer)
+        try:
+            return _run(model, request, call, assistant_model, streamer)
+        finally:
+            request.hand_back()
     finally:
         # Also after an error: whoever iterates over the streamer in another thread would wait for ever.
         if streamer is not None:
@@ -205,7 +215,7 @@ def _run(
     if not config.value("return_dict_in_generate"):
         return sequences.clone() if length < request.max_length else sequences
     return GenerateDecoderOnlyOutput(
-        sequences=sequences.clone(), past_key_values=request.cache, **request.record.fields()
+        sequences=sequences.clone(), past_key_values=request.hand_back(), **request.record.fields()
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llama2.cache import DynamicCache, StaticCache
 from llama2.model import LlamaForCausalLM
+from llama2.plain_network import difference, warn_once
 from llama2.quant.linear import PackedLinear
 
 PATIENCE = (
@@ -93,11 +94,11 @@ def _stream(device: torch.device) -> int:
 def signature(model: nn.Module) -> tuple[Any, ...] | None:
     """What a recorded step depends on beside its inputs; None where the step has to run in Python.
 
-    That is: another class of model or of layer, training mode, hooks, a replaced forward, several devices, tensors of
-    other types, packed weights that torch unpacks (which waits for the device), RoPE whose base follows the length,
-    flash_attention_2 (which reads no static cache), autocast.
+    That is: whatever `plain_network.difference` names (said once), training mode, several devices, packed weights
+    that torch unpacks (which waits for the device), RoPE whose base follows the length, flash_attention_2 (which reads
+    no static cache), autocast.
     """
-    if type(model) is not LlamaForCausalLM or model.training or not can_record(model.device):
+    if not isinstance(model, LlamaForCausalLM) or model.training or not can_record(model.device):
         return None
     config = model.config
     dynamic = config.rope_parameters["rope_type"] == "dynamic"
@@ -107,22 +108,21 @@ def signature(model: nn.Module) -> tuple[Any, ...] | None:
         or model.model.attn_implementation != (model.attn_implementation)
     ):
         return None
-    if torch.is_autocast_enabled(model.device.type) or nn.modules.module._has_any_global_hook():
+    if torch.is_autocast_enabled(model.device.type):
+        return None
+    if reason := difference(model):
+        warn_once(model, reason, "no CUDA graphs are recorded of this model", stacklevel=7)
         return None
     parts: list[Any] = [repr(vars(config)), model.attn_implementation, torch.get_float32_matmul_precision()]
     for module in model.modules():
         held = vars(module)
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        foreign = type(module).__module__.split(".")[0] not in ("llama2", "torch")
-        if foreign or (isinstance(module, PackedLinear) and not module.has_kernels(model.dtype, model.device)):
-            return None
-        if hooked or "forward" in held or held.get("_compiled_call_impl") is not None:
+        if isinstance(module, PackedLinear) and not module.has_kernels(model.dtype, model.device):
             return None
         parts += (type(module), _settings(held))
         for tensor in (*held["_parameters"].values(), *held["_buffers"].values()):
             if tensor is None:
                 continue
-            if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.device != model.device:
+            if tensor.device != model.device:
                 return None
             # A changed float is read anew; a changed integer may have been looked at, as the order of groups is.
             version = 0 if tensor.is_floating_point() or tensor.is_inference() else tensor._version
@@ -336,7 +336,7 @@ _HELD: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
 
 def graphs_of(model: Any) -> Graphs | None:
     """The graphs of `model`, made at the first call; None for what never has any."""
-    if type(model) is not LlamaForCausalLM or not can_record(model.device):
+    if not isinstance(model, LlamaForCausalLM) or not can_record(model.device):
         _HELD.pop(model, None) if isinstance(model, nn.Module) else None
         return None
     return _HELD.setdefault(model, Graphs())

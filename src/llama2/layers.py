@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llama2.attention import ATTENTION, Mask
 from llama2.cache import DynamicCache, StaticCache
 from llama2.config import LlamaConfig
-from llama2.linear import Linear, together
+from llama2.linear import Linear, is_plain, together
 from llama2.rope import promoted, rotate
 
 Cache = DynamicCache | StaticCache
@@ -56,7 +56,7 @@ def split_output(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
 
     Only plain linears can be sliced; a packed or adapted one has its own fixed order and is called as it is.
     """
-    if parts == 1 or type(layer) is not Linear:
+    if parts == 1 or not is_plain(layer):
         out: Tensor = layer(x)
         return out
     weights = layer.weight.tensor_split(parts)
@@ -71,7 +71,7 @@ def split_outputs(layers: tuple[nn.Module, ...], x: Tensor, parts: int) -> tuple
 
 def split_input(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
     """layer(x) as the sum over `parts` slices of the input features (pretraining_tp, row parallel)."""
-    if parts == 1 or type(layer) is not Linear:
+    if parts == 1 or not is_plain(layer):
         out: Tensor = layer(x)
         return out
     pieces = zip(x.tensor_split(parts, dim=-1), layer.weight.tensor_split(parts, dim=1), strict=True)

@@ -6,7 +6,8 @@ weight's bytes again, so `prepack` makes it only where it fits easily, and it is
 """
 
 import os
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _SHARE_OF_FREE_MEMORY = 0.25
+
+has_global_hooks: Callable[[], bool] = nn.modules.module._has_any_global_hook
+
+
+def runs_as_written(module: nn.Module, training: bool = True) -> bool:
+    """Whether calling `module` does no more than the forward of its class: no hooks, nothing replaced or compiled.
+
+    Where not, its parameters must not be used past its call. training=False leaves backward hooks out.
+    """
+    held = module.__dict__
+    return not (
+        held["_forward_pre_hooks"]
+        or held["_forward_hooks"]
+        or "forward" in held
+        or held.get("_compiled_call_impl") is not None
+        or (training and (held["_backward_hooks"] or held["_backward_pre_hooks"]))
+    )
 
 
 # Layers that share an input. Any, because torch types the attributes of a module as Tensor | Module.
@@ -45,6 +63,11 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
+def is_plain(layer: Any) -> TypeGuard[Linear]:
+    """Whether `layer` is a Linear of ours whose product may be computed past its call."""
+    return type(layer) is Linear and runs_as_written(layer)
+
+
 def together(layers: Group, x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers that share the input x, as one product where `prepack` has put their weights together."""
     if _REORDERED and not torch.is_grad_enabled() and x.dtype == torch.bfloat16:
@@ -57,10 +80,10 @@ def together(layers: Group, x: Tensor) -> tuple[Tensor, ...]:
 
 def _valid(layers: Group) -> _Reordered | None:
     held = _REORDERED.get(layers[0])
-    if held is None or len(held.sources) != len(layers):
+    if held is None or len(held.sources) != len(layers) or has_global_hooks():
         return None
     for layer, source, version in zip(layers, held.sources, held.versions, strict=True):
-        if type(layer) is not Linear or layer.weight is not source or source._version != version:
+        if not is_plain(layer) or layer.weight is not source or source._version != version:
             return None
     return held
 
@@ -98,8 +121,9 @@ def _reorder(group: Group) -> _Reordered:
 def _eligible(layer: Any) -> bool:
     # A weight made under inference_mode counts no versions, so a stale copy could not be told.
     return (
-        type(layer) is Linear
+        is_plain(layer)
         and not layer.training
+        and type(layer.weight) in (Tensor, nn.Parameter)
         and layer.weight.dtype == torch.bfloat16
         and layer.weight.device.type == "cpu"
         and not layer.weight.is_inference()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2.errors import InputError
-from llama2.linear import Linear
+from llama2.linear import Linear, has_global_hooks, runs_as_written
 from llama2.lora_config import LoraConfig
 from llama2.quant.linear import PackedLinear
 
@@ -98,7 +98,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         names = self.active
-        if len(names) == 1 and names[0] not in self.lora_magnitude_vector:
+        alone = len(names) == 1 and names[0] not in self.lora_magnitude_vector
+        if alone and runs_as_written(self.base_layer) and not has_global_hooks():
             (name,) = names
             dropout = self.dropout[name] if self.training else 0.0
             out: Tensor = _Adapted.apply(x, self, self.lora_A[name], self.lora_B[name], self.scaling[name], dropout)
@@ -109,10 +110,8 @@ class LoraLinear(nn.Module):
         return self._composed(x)
 
     def _composed(self, x: Tensor) -> Tensor:
-        """Several adapters or DoRA: the sum step by step, differentiated by torch."""
-        base = self.base_layer
-        out = base.product(x) if isinstance(base, PackedLinear) else F.linear(x, base.weight)
-        total = out
+        """Several adapters, DoRA, or a base layer with hooks: the sum step by step, differentiated by torch."""
+        total = out = self._of_base(x)
         for name in self.active:
             a, b = self.lora_A[name], self.lora_B[name]
             wide = F.dropout(x.to(a.dtype), self.dropout[name], self.training)
@@ -126,6 +125,15 @@ class LoraLinear(nn.Module):
             else:
                 total = total + low.to(total.dtype)
         return total if self.bias is None else total + self.bias.to(total.dtype)
+
+    def _of_base(self, x: Tensor) -> Tensor:
+        """The base layer's output without its bias."""
+        base = self.base_layer
+        if runs_as_written(base) and not has_global_hooks():
+            out: Tensor = base.product(x) if isinstance(base, PackedLinear) else F.linear(x, base.weight)
+            return out
+        out = base(x)
+        return out if self.bias is None else out - self.bias.to(out.dtype)
 
     def _drops(self, name: str) -> bool:
         return self.training and self.dropout[name] > 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama2.attention import Mask, make_mask
-from llama2.cache import DynamicCache, StaticCache
+from llama2.cache import DynamicCache, LayerPlaces, StaticCache
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
 from llama2.keywords import without_effect
@@ -94,10 +94,13 @@ class LlamaModel(PreTrainedModel):
 
         states: list[Tensor] = []
         attentions: list[Tensor | None] = []
-        for layer in self.layers:
+        places = self._layer_places(cache)
+        for place, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(x_BTD)
-            x_BTD, weights = self._run(layer, x_BTD, rotation, mask, implementation, cache, cache_position)
+            if places is not None:
+                places.place = place
+            x_BTD, weights = self._run(layer, x_BTD, rotation, mask, implementation, places or cache, cache_position)
             if output_attentions:
                 attentions.append(weights)
         x_BTD = self.norm(x_BTD)
@@ -114,9 +117,11 @@ class LlamaModel(PreTrainedModel):
         groups: list[Group] = []
         layer: Any
         for layer in self.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            groups += [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)]
-            groups += [(mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
+            attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+            if type(attention) is LlamaAttention:
+                groups += [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)]
+            if type(mlp) is LlamaMLP:
+                groups += [(mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
         return prepack(groups)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -164,6 +169,12 @@ class LlamaModel(PreTrainedModel):
             position_ids = place[None]
         mask = make_mask(attention_mask, new_tokens, cached, positions, device, cache_position, implementation)
         return mask, position_ids, cache_position
+
+    def _layer_places(self, cache: Cache | None) -> LayerPlaces | None:
+        """What keeps the keys of a layer that stands twice in the model apart; None where each stands once."""
+        if cache is None or torch.compiler.is_compiling() or len(set(self.layers)) == len(self.layers):
+            return None
+        return LayerPlaces(cache)
 
     def _run(self, layer: nn.Module, x_BTD: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
         call = layer if self.run_layer is None else partial(self.run_layer, layer)

@@ -7,7 +7,7 @@
 B rows, T new tokens, S context columns, V vocabulary.
 """
 
-import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llama2 import cpu
+from llama2.cache import Cache, KVCache
 from llama2.checkpoint.gguf_weights import GgufCheckpoint
 from llama2.checkpoint.peft import read_adapter
 from llama2.config import LlamaConfig
@@ -24,18 +25,29 @@ from llama2.doors import door
 from llama2.errors import InputError, Llama2Error
 from llama2.generation_config import GenerationConfig
 from llama2.model import LlamaForCausalLM
+from llama2.plain_network import difference, warn_once
 
 NATIVE_CACHES = (None, "dynamic", "quantized")  # cache_implementation
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class NativeCache:
-    """Keys and values of the rows of one batch in the engine's pages. Columns count padding, pages do not hold it."""
+    """Keys and values of the rows of one batch in the engine's pages. Columns count padding, pages do not hold it.
 
-    def __init__(self, weights: cpu.CpuWeights, rows: int, columns: int, dtype: cpu.KvDtype) -> None:
-        # For each row a page more for its end, and one to copy a page to that it shares with another row.
-        tokens = rows * (-(-columns // cpu.PAGE) + 2) * cpu.PAGE
-        self._pages = cpu.PagedCache(weights, tokens, dtype)
+    Inside the library only: callers of generate() get a KVCache that stands for one of these (`cache.Store`).
+    """
+
+    def __init__(
+        self,
+        weights: cpu.CpuWeights,
+        rows: int,
+        columns: int,
+        dtype: cpu.KvDtype,
+        tensor_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """tensor_dtype: what `tensors` gives, the model's."""
+        self._weights, self._tensor_dtype = weights, tensor_dtype
+        self._pages = _pages(weights, rows, columns, dtype)
         self.sequences = [self._pages.sequence() for _ in range(rows)]
         self._real = np.zeros((rows, columns), bool)
         self.columns = 0
@@ -79,20 +91,94 @@ class NativeCache:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i]; copies share their full pages."""
         order, old = [int(i) for i in beam_idx], self.sequences
+        if len(order) > self.rows:
+            return self._move(order, self.get_max_cache_shape())
         self.sequences = [old[i].fork() for i in order]
         self._real = self._real[order]
         for sequence in old:
             sequence.free()
+        return None
+
+    def fits(self, weights: cpu.CpuWeights) -> bool:
+        """Whether a model of these weights can go on from it."""
+        return _shape(self._weights) == _shape(weights)
+
+    def tensors(self) -> list[tuple[Tensor, Tensor]]:
+        """As Store.tensors."""
+        c, shape = self._pages, (self.rows, self._pages.heads, self.columns, self._pages.width)
+        both = torch.zeros((c.layers, 2, *shape), dtype=self._tensor_dtype)
+        for row, (sequence, real) in enumerate(zip(self.sequences, self._real, strict=True)):
+            where = torch.from_numpy(np.flatnonzero(real[: self.columns]))
+            for part, held in enumerate(sequence.read()):
+                both[:, part, row, :, where] = torch.from_numpy(held).to(both.dtype)
+        return [(layer[0], layer[1]) for layer in both]
+
+    def fill(self, layers: Sequence[tuple[Tensor, Tensor]], real: np.ndarray | None) -> None:
+        """Takes keys and values (B, K, S, E) of each layer into the empty cache; real (B, S): False leaves out."""
+        keys, values = (torch.stack([pair[i].detach() for pair in layers]).float() for i in (0, 1))
+        self.columns = keys.shape[3]
+        self._real[:, : self.columns] = True if real is None else real
+        for row, sequence in enumerate(self.sequences):
+            where = np.flatnonzero(self._real[row, : self.columns])
+            sequence.write(*(np.ascontiguousarray(x[:, row].numpy()[:, :, where]) for x in (keys, values)))
+
+    def prepare(self, rows: int, columns: int, mask: np.ndarray | None) -> None:
+        """Makes it hold `rows` rows, each of its own repeated, with room for `columns`; columns that `mask` (rows, ...)
+        marks False are padding from now on."""
+        if rows != self.rows or columns > self.get_max_cache_shape():
+            room = max(columns, self.get_max_cache_shape())
+            self._move([i * self.rows // rows for i in range(rows)], room)
+        if mask is None:
+            return
+        for row, sequence in enumerate(self.sequences):
+            real, wanted = self._real[row, : self.columns], mask[row, : self.columns]
+            if (real & ~wanted).any():
+                kept = wanted[real]
+                parts = [np.ascontiguousarray(x[:, :, kept]) for x in sequence.read()]
+                sequence.free()
+                sequence.write(*parts)
+                self._real[row, : self.columns] &= wanted
+
+    def _move(self, order: list[int], columns: int) -> None:
+        """Takes the rows `order` into new pages with room for `columns`."""
+        old, real = self.sequences, self._real
+        self._pages = _pages(self._weights, len(order), columns, self._pages.dtype)
+        moved: dict[int, cpu.Sequence] = {}
+        self.sequences = []
+        for i in order:
+            if i in moved:
+                self.sequences.append(moved[i].fork())
+                continue
+            moved[i] = self._pages.sequence()
+            moved[i].copy_of(old[i])
+            self.sequences.append(moved[i])
+        self._real = np.zeros((len(order), columns), bool)
+        self._real[:, : real.shape[1]] = real[order]
+
+
+def _pages(weights: cpu.CpuWeights, rows: int, columns: int, dtype: cpu.KvDtype) -> cpu.PagedCache:
+    # For each row a page more for its end, and one to copy a page to that it shares with another row.
+    return cpu.PagedCache(weights, rows * (-(-columns // cpu.PAGE) + 2) * cpu.PAGE, dtype)
+
+
+def _shape(weights: cpu.CpuWeights) -> tuple[int, int, int]:
+    c = weights.config
+    return c.num_hidden_layers, c.num_key_value_heads, c.head_dim
 
 
 class NativeRunner:
     """`weights` on the engine's own threads, as generation's Runner. cache_dtype: see `cpu.PagedCache`."""
 
     def __init__(
-        self, weights: cpu.CpuWeights, cache_dtype: cpu.KvDtype = "bfloat16", adapter: str | None = None
+        self,
+        weights: cpu.CpuWeights,
+        cache_dtype: cpu.KvDtype = "bfloat16",
+        adapter: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """adapter: one of `weights.adapters`, for every row; the engine itself takes another for each sequence."""
-        self.weights, self.cache_dtype, self.adapter = weights, cache_dtype, adapter
+        """adapter: one of `weights.adapters`, for every row; the engine itself takes another for each sequence. dtype:
+        the model's, that of the tensors of a cache that leaves the library."""
+        self.weights, self.cache_dtype, self.adapter, self.dtype = weights, cache_dtype, adapter, dtype
         self._engine = cpu.CpuRunner(weights)
 
     @property
@@ -106,7 +192,46 @@ class NativeRunner:
             raise InputError(
                 f"the native engine has no {kind!r} cache; leave cache_implementation out or runner='torch'"
             )
-        return NativeCache(self.weights, rows, length, "int8" if kind == "quantized" else self.cache_dtype)
+        dtype = "int8" if kind == "quantized" else self.cache_dtype
+        return NativeCache(self.weights, rows, length, dtype, self.dtype)
+
+    def takes(self, cache: Any) -> bool:
+        """Whether `adopt` can go on from a caller's cache; else torch has to."""
+        if isinstance(cache, NativeCache):
+            return cache.fits(self.weights)
+        if type(cache) is not KVCache:
+            return False
+        if cache.store is not None:
+            return isinstance(cache.store, NativeCache) and cache.store.fits(self.weights)
+        if not cache.layers:
+            return True
+        layers, heads, width = _shape(self.weights)
+        pairs = list(cache)
+        alike = {(x.shape, x.dtype, x.device.type, type(x), x.requires_grad) for pair in pairs for x in pair}
+        keys = pairs[0][0]
+        wanted = (keys.shape[1], keys.shape[3], keys.dtype, keys.device.type, type(keys), keys.requires_grad)
+        return len(pairs) == layers and len(alike) == 1 and wanted == (heads, width, self.dtype, "cpu", Tensor, False)
+
+    def adopt(self, cache: Any, rows: int, length: int, mask: Tensor | None) -> NativeCache:
+        """A caller's cache in pages, for `rows` rows and `length` columns; mask (rows, ...): True = a real token.
+
+        A KVCache stands for the pages while the call runs, and afterwards until its caller looks into it.
+        """
+        real = None if mask is None else mask.numpy()
+        if isinstance(cache, NativeCache):
+            native = cache
+        elif cache.store is not None:
+            native = cache.store
+        else:
+            held = cache.get_seq_length()
+            batch = cache.rows or rows
+            native = NativeCache(self.weights, batch, max(length, held), self.cache_dtype, self.dtype)
+            if held:
+                native.fill(list(cache), None if real is None else real[:: max(rows // batch, 1), :held])
+        native.prepare(rows, length, real)
+        if native is not cache:
+            cache.stand_for(native, in_use=True)
+        return native
 
     def step(
         self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: NativeCache | None, keep: int = 1
@@ -213,7 +338,7 @@ class NativeModel:
 
 
 class _Held:
-    """The engine's weights of one torch model, and the state of the parameters they were made from."""
+    """The engine's weights of one torch model, and the state of what they were made from."""
 
     def __init__(self, stamp: tuple[Any, ...], weights: cpu.CpuWeights | None, reason: str = "") -> None:
         self.stamp, self.weights, self.reason = stamp, weights, reason
@@ -222,18 +347,28 @@ class _Held:
 _HELD: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
 
 
-def _stamp(model: nn.Module) -> tuple[Any, ...]:
-    """Which tensors the weights are and where. Their content needs no stamp: the engine reads it in place."""
-    return tuple((id(p), p.data_ptr()) for p in (*model.parameters(), *model.buffers()))
+def _stamp(model: Any) -> tuple[Any, ...]:
+    """Which tensors and settings the weights are made from. The content of parameters needs no stamp: the engine reads
+    it in place. Buffers (packed weights) are copied, so their versions count."""
+    config = model.config
+    settings = (config.rms_norm_eps, config.max_position_embeddings, *config.rope_parameters.items())
+    tensors: list[tuple[int, ...]] = []
+    for module in model.modules():
+        held = module.__dict__
+        tensors += [(id(p), p.data_ptr()) for p in held["_parameters"].values() if p is not None]
+        tensors += [(id(b), b.data_ptr(), _version(b)) for b in held["_buffers"].values() if b is not None]
+    return (*settings, *tensors)
 
 
-def why_not(model: Any) -> str:
-    """Why torch has to run `model` whatever its weights are, or "": known without looking at a parameter's content."""
-    if isinstance(model, NativeModel):
-        return ""
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _unsuited(model: Any) -> str:
+    """Why the engine is not meant for `model`, or "": what its kind, device and dtype say."""
     if not cpu.available():
         return "it is not built; install a C++17 compiler and llama2 again"
-    if type(model) is not LlamaForCausalLM:
+    if not isinstance(model, LlamaForCausalLM):
         return f"it runs LlamaForCausalLM, not {type(model).__name__}"
     if model.training or model.device.type != "cpu":
         return f"the model is {'in training mode' if model.training else 'on ' + str(model.device)}"
@@ -241,34 +376,47 @@ def why_not(model: Any) -> str:
         return f"the model is {model.dtype}; it computes in float32, float16 and bfloat16"
     if model.config.pretraining_tp > 1:
         return "pretraining_tp asks for torch's order of summation"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast asks for torch's arithmetic"
     return ""
+
+
+def why_not(model: Any) -> str:
+    """Why torch has to run `model` whatever its weights are, or "": known without looking at a parameter's content."""
+    return "" if isinstance(model, NativeModel) else _unsuited(model) or difference(model)
 
 
 def native_weights(model: Any) -> cpu.CpuWeights | None:
     """The engine's weights of `model`, or None where torch has to run it.
 
-    What only its layers tell (adapters, packed linears, another activation) is said in a warning, once per model.
+    What makes it another network than the engine computes (`plain_network.difference`, adapters, an activation without
+    a kernel) is said in a warning, once per model and reason.
     """
     if isinstance(model, NativeModel):
         return model.weights
-    if why_not(model):
+    if _unsuited(model):
+        return None
+    if reason := difference(model):
+        warn_once(model, reason, _TORCH_RUNS, stacklevel=5)
         return None
     stamp = _stamp(model)
     held = _HELD.get(model)
-    if held is not None and held.stamp == stamp:
-        if held.weights is not None:
-            held.weights.refresh()
-    else:
+    if held is None or held.stamp != stamp:
         try:
             if model.config.hidden_act not in ("silu", "swish"):
                 raise InputError(f"hidden_act {model.config.hidden_act!r} has no native kernel")
-            fresh = _Held(stamp, cpu.CpuWeights.from_module(model))
+            held = _Held(stamp, cpu.CpuWeights.from_module(model))
         except (Llama2Error, ValueError) as error:
-            fresh = _Held(stamp, None, str(error))
-            if held is None or held.reason != fresh.reason:
-                warnings.warn(f"torch runs this model, not the native engine: {error}", stacklevel=4)
-        _HELD[model] = held = fresh
+            held = _Held(stamp, None, str(error))
+        _HELD[model] = held
+    elif held.weights is not None:
+        held.weights.refresh()
+    if held.weights is None:
+        warn_once(model, held.reason, _TORCH_RUNS, stacklevel=5)
     return held.weights
+
+
+_TORCH_RUNS = "torch runs this model, not the native engine"
 
 
 def native_runner(model: Any, cache_dtype: cpu.KvDtype | None = None) -> NativeRunner | None:
@@ -279,9 +427,10 @@ def native_runner(model: Any, cache_dtype: cpu.KvDtype | None = None) -> NativeR
         return None
     if isinstance(model, NativeModel):
         return NativeRunner(weights, cache_dtype or model.cache_dtype, model.adapter)
-    return NativeRunner(weights, cache_dtype or ("float32" if model.dtype == torch.float32 else "bfloat16"))
+    kept: cpu.KvDtype = cache_dtype or ("float32" if model.dtype == torch.float32 else "bfloat16")
+    return NativeRunner(weights, kept, dtype=model.dtype)
 
 
 def row_count(cache: Any) -> int:
-    """Rows of a batch that a cache of either engine holds."""
-    return cache.rows if isinstance(cache, NativeCache) else len(cache[0][0])
+    """Rows of a batch that a cache of either engine, or of another library, holds."""
+    return int(cache.rows) if isinstance(cache, NativeCache | Cache) else len(cache[0][0])

@@ -247,9 +247,7 @@ class PreTrainedModel(Companions, nn.Module):
 
     def enable_input_require_grads(self) -> None:
         """Makes the embedding output require gradients, so that checkpointed layers train with a frozen embedding."""
-        self._input_grad_hook = self.get_input_embeddings().register_forward_hook(
-            lambda _module, _inputs, output: output.requires_grad_(True)
-        )
+        self._input_grad_hook = self.get_input_embeddings().register_forward_hook(require_grad)
 
     def disable_input_require_grads(self) -> None:
         """Undoes enable_input_require_grads."""
@@ -261,6 +259,11 @@ class PreTrainedModel(Companions, nn.Module):
         self.config._attn_implementation = implementation
         for module in (self, self.base_model):
             module.attn_implementation = implementation  # type: ignore[assignment]
+
+
+def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    """The forward hook of `enable_input_require_grads`; it changes no value."""
+    output.requires_grad_(True)
 
 
 @contextmanager

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from llama2 import cpu
-from llama2.cache import DynamicCache
+from llama2.cache import KVCache
 from llama2.errors import InputError
 from llama2.generation_config import CACHE_ALIASES, DEFAULTS, GenerationConfig, as_list
 from llama2.keywords import drop
-from llama2.native import NATIVE_CACHES, NativeCache, NativeModel, NativeRunner, row_count
+from llama2.native import NATIVE_CACHES, NativeCache, NativeModel, NativeRunner
 from llama2.outputs import ModelOutput
+from llama2.past_key_values import cache_to_run, given_cache
 from llama2.plain import plain
 from llama2.prepared import PreparedRunner, arguments_of
 from llama2.processors import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
@@ -106,7 +107,8 @@ class Request:
 
     config: GenerationConfig
     runner: Runner
-    cache: Any
+    cache: Any  # what the runner fills
+    given: Any  # the caller's cache
     ids: Tensor  # (rows, max_length): prompt, then room filled with the pad id
     width: int  # columns of `ids` that the prompt fills
     offset: int  # context column = column of ids + offset
@@ -127,6 +129,15 @@ class Request:
     def max_length(self) -> int:
         """Columns of `ids`."""
         return self.ids.shape[1]
+
+    def hand_back(self) -> Any:
+        """The cache as callers get it: their own object, or a new one. None for none."""
+        if not isinstance(self.cache, NativeCache) or self.cache is self.given:
+            return self.cache
+        if isinstance(self.given, KVCache):
+            self.given.stand_for(self.cache)
+            return self.given
+        return KVCache.over(self.cache)
 
     def feed(self, tokens: Tensor, start: int, keep: int = 1) -> Tensor:
         """Logits (rows, keep, V) after `tokens`, which take the context columns from `start` on."""
@@ -347,34 +358,17 @@ def _positions(call: Call, mask: Tensor | None, context: int, new: int, device: 
     return torch.cat((start, start[:, -1:] + torch.arange(1, new + 1, device=device)), dim=1)
 
 
-def _cache(call: Call, runner: Runner, config: GenerationConfig, rows: int, length: int, context: int) -> Any:
-    """The cache to use, None for none."""
-    if not config.value("use_cache"):
-        if call.past_key_values is not None:
-            raise InputError("past_key_values needs use_cache=True")
-        return None
-    cache = call.past_key_values
-    if cache is None:
-        return runner.new_cache(config.cache_implementation, rows, length)
-    if isinstance(cache, tuple | list):
-        cache = DynamicCache.from_legacy_cache(cache)
-    held = cache.get_seq_length()
-    if held and call.inputs_embeds is not None:
-        raise InputError("inputs_embeds cannot continue a cache; give the whole sequence as input_ids")
-    if held > context:
-        raise InputError(
-            f"past_key_values holds {held} tokens but the prompt has {context}; give the whole sequence as input_ids, "
-            "its cached beginning included"
-        )
-    if held == context:
-        cache.crop(context - 1)  # the last token has to run again, for its logits
-    if held and rows > (batch := row_count(cache)) and rows % batch == 0:
-        if isinstance(cache, NativeCache):
-            raise InputError(
-                f"past_key_values holds {batch} rows for {rows}; a native cache has room for the rows it was made with"
-            )
-        cache.batch_repeat_interleave(rows // batch)
-    return cache
+def _runner(call: Call, model: Any, config: GenerationConfig, given: Any, mask: Tensor | None) -> Runner:
+    """The runner of this call: torch also where the native engine cannot go on from the caller's cache."""
+    attentions, hidden_states = config.value("output_attentions"), config.value("output_hidden_states")
+    needs_torch = _needs_torch(call, config, mask)
+    runner = make_runner(call.runner, model, attentions, hidden_states, needs_torch, extra=call.extra)
+    if given is None or not isinstance(runner, NativeRunner) or runner.takes(given):
+        return runner
+    reason = f"past_key_values of type {type(given).__name__} that another model or device made"
+    if not isinstance(call.runner, str):
+        raise InputError(f"the native engine cannot run this call: {reason}")
+    return make_runner(call.runner, model, needs_torch=reason, extra=call.extra)
 
 
 def _needs_torch(call: Call, config: GenerationConfig, mask: Tensor | None) -> str:
@@ -385,8 +379,6 @@ def _needs_torch(call: Call, config: GenerationConfig, mask: Tensor | None) -> s
         return "inputs_embeds"
     if config.cache_implementation not in NATIVE_CACHES:
         return f"cache_implementation={config.cache_implementation!r}"
-    if call.past_key_values is not None and not isinstance(call.past_key_values, NativeCache):
-        return f"past_key_values of type {type(call.past_key_values).__name__}"
     return ""
 
 
@@ -451,10 +443,9 @@ def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
         raise InputError(
             "prefill_chunk_size splits the prompt; output_attentions and output_hidden_states need it whole"
         )
-    runner = make_runner(
-        call.runner, model, attentions, hidden_states, _needs_torch(call, config, mask), extra=call.extra
-    )
-    cache = _cache(call, runner, config, rows, context + new, context)
+    given = given_cache(call.past_key_values, config, rows, context, call.inputs_embeds is not None)
+    runner = _runner(call, model, config, given, mask)
+    cache = cache_to_run(given, runner, config, rows, context + new, context, full_mask)
     # With embeddings only there are no prompt ids for a penalty or a length to count.
     config.update(min_length=max(config.value("min_length") - (context - width), 0))
     known = mask if mask is not None and mask.shape[1] == width else None
@@ -473,6 +464,7 @@ def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
         config=config,
         runner=runner,
         cache=cache,
+        given=given,
         ids=ids,
         width=width,
         offset=context - width,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llama2.config import LlamaConfig
+from llama2.errors import InputError
 
 
 @cache
@@ -103,12 +104,21 @@ class LlamaRotaryEmbedding(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self._tables: dict[tuple[torch.device, torch.dtype, int | None], Tensor] = {}
+        self._tables: dict[tuple[Any, ...], Tensor] = {}
+        self._given: Tensor | None = None  # frequencies that were assigned
 
     @property
     def inv_freq(self) -> Tensor:
-        """Inverse frequencies in float32 for the trained context, on the CPU."""
-        return rope_frequencies(self.config)
+        """Inverse frequencies in float32 for the trained context, on the CPU; what is assigned is used instead."""
+        return rope_frequencies(self.config) if self._given is None else self._given
+
+    @inv_freq.setter
+    def inv_freq(self, value: Tensor) -> None:
+        if value.shape != (self.config.head_dim // 2,):
+            raise InputError(
+                f"inv_freq has shape {tuple(value.shape)}; it must be ({self.config.head_dim // 2},), half of head_dim"
+            )
+        self._given = value
 
     @property
     def attention_scaling(self) -> float:
@@ -116,11 +126,20 @@ class LlamaRotaryEmbedding(nn.Module):
         return attention_scaling(self.config.rope_parameters)
 
     def _frequencies(self, device: torch.device, dtype: torch.dtype, seq_len: int | None) -> Tensor:
-        key = (device, dtype, seq_len)
+        if self._given is not None:
+            return self._given.to(device, dtype)
+        if torch.compiler.is_compiling():
+            return rope_frequencies(self.config, seq_len, dtype).to(device)
+        settings = self.config.rope_parameters
+        key = (device, dtype, seq_len, self.config.max_position_embeddings, *settings.items())
         if key not in self._tables:
             if len(self._tables) > 8:
                 self._tables.clear()
-            self._tables[key] = rope_frequencies(self.config, seq_len, dtype).to(device)
+            with torch.inference_mode(False):  # a table made in inference mode could not be used for training
+                table = rope_frequencies(self.config, seq_len, dtype).to(device)
+            if type(table) is not Tensor:  # of a tracing mode
+                return table
+            self._tables[key] = table
         return self._tables[key]
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

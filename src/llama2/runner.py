@@ -16,6 +16,7 @@ from llama2.errors import InputError
 from llama2.graphs import graphs_of
 from llama2.model import LlamaForCausalLM
 from llama2.native import NativeModel, native_runner, why_not
+from llama2.plain_network import difference
 from llama2.prepared import PreparedRunner
 
 RUNNERS = ("auto", "native", "torch", "plain")  # "plain": torch without CUDA graphs
@@ -98,8 +99,9 @@ class TorchRunner:
         if replayed is not None:
             return replayed
         if tokens.shape[1] == 1 and not self._prepacked:
-            self.model.prepack()  # from the first single token on it pays; before, it would delay the first token
             self._prepacked = True
+            if not difference(self.model):
+                self.model.prepack()  # from the first single token on it pays; before, it would delay the first token
         output = self.model(
             **{"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens},
             attention_mask=mask_BS,

@@ -5,6 +5,7 @@ Without a GPU the recorded step is a callable that replays by being called: all 
 
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from llama2 import LlamaForCausalLM, LoraConfig, graphs, lora
 from llama2.cache import DynamicCache
 from llama2.generate import generate, stream
+from llama2.layers import LlamaRMSNorm
 from llama2.quant import linear
 from llama2.quant.int8 import Linear8bit
 
@@ -135,7 +137,15 @@ def replace_weight(model: LlamaForCausalLM) -> None:
 
 
 def replace_config(model: LlamaForCausalLM) -> None:
+    model.config.rms_norm_eps = 0.5
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.variance_epsilon = 0.5
+
+
+def one_eps(model: LlamaForCausalLM) -> dict[str, Any]:
     model.model.layers[0].input_layernorm.variance_epsilon = 0.5
+    return {}
 
 
 CHANGES: dict[str, Callable[[LlamaForCausalLM], Any]] = {
@@ -207,6 +217,7 @@ REFUSED: dict[str, Callable[[LlamaForCausalLM], dict[str, Any]]] = {
     "hook": hooked,
     "a layer of another library": foreign,
     "forward": forward_of_its_own,
+    "eps": one_eps,
     "training": lambda model: (model.train(), {})[1],
     "static cache": lambda model: {"cache_implementation": "static"},
     "no cache": lambda model: {"use_cache": False},
@@ -219,8 +230,13 @@ REFUSED: dict[str, Callable[[LlamaForCausalLM], dict[str, Any]]] = {
 def test_runs_plainly_where_it_must(reason: str) -> None:
     model = model_of()
     settings = {"max_new_tokens": 12, **REFUSED[reason](model)}
-    generate(model, None if "inputs_embeds" in settings else ids_of(), runner="torch", **settings)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            generate(model, None if "inputs_embeds" in settings else ids_of(), runner="torch", **settings)
     assert Tape.made == 0
+    changed = reason in ("hook", "a layer of another library", "forward", "eps")
+    assert ["no CUDA graphs are recorded" in str(one.message) for one in said] == [True] * changed
 
 
 def test_packed_weights_that_torch_unpacks(monkeypatch: pytest.MonkeyPatch) -> None:

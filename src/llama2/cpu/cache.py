@@ -45,6 +45,32 @@ class Sequence:
             self.cache._owners[page] += 1
         return other
 
+    def copy_of(self, other: "Sequence") -> None:
+        """Takes the content of a sequence of any cache of the same shape and dtype; its own is forgotten."""
+        self.free()
+        self._reserve(other.length)
+        for theirs, ours in zip(other.pages, self.pages, strict=False):
+            self.cache.handle.copy_page_from(other.cache.handle, theirs, ours)
+        self.length = other.length
+
+    def read(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys and values float32 (layers, kv heads, length, width)."""
+        c = self.cache
+        keys = np.empty((c.layers, c.heads, self.length, c.width), np.float32)
+        values, table = np.empty_like(keys), np.array(self.pages, np.int32)
+        for layer in range(c.layers):
+            c.handle.read(layer, table, keys[layer], values[layer])
+        return keys, values
+
+    def write(self, keys: NDArray[np.float32], values: NDArray[np.float32]) -> None:
+        """Appends keys, rotated, and values (layers, kv heads, positions, width), rounded to the cache's dtype."""
+        end = self.length + keys.shape[2]
+        self._reserve(end)
+        table = np.array(self.pages, np.int32)
+        for layer in range(self.cache.layers):
+            self.cache.handle.write(layer, table, self.length, keys[layer], values[layer])
+        self.length = end
+
     def _reserve(self, length: int) -> None:
         """Pages of its own for positions self.length .. length."""
         first = self.length // PAGE
@@ -92,6 +118,7 @@ class PagedCache:
             raise InputError(f"a cache of {tokens} tokens cannot hold anything; give at least 1")
         c = weights.config
         self.tokens, self.dtype = tokens, dtype
+        self.layers, self.heads, self.width = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
         pages = -(-tokens // PAGE)
         self.handle: Any = native().make_cache(dtype, c.num_hidden_layers, c.num_key_value_heads, c.head_dim, pages)
         self._free = list(range(pages - 1, -1, -1))

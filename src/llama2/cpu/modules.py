@@ -4,17 +4,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from llama2.cpu.codes import CodebookWeight, GroupWeight, Int8Weight, PackableWeight, order_of
 from llama2.errors import InputError
+from llama2.linear import Linear
 from llama2.quant.gptq import GptqLinear
 from llama2.quant.int8 import LEVELS, Linear8bit
 from llama2.quant.linear import PackedLinear
 from llama2.quant.nf4 import TABLES, Linear4bit
 
+_PACKED: tuple[type[PackedLinear], ...] = (GptqLinear, Linear4bit, Linear8bit)
 
-def packable(layer: PackedLinear) -> PackableWeight:
-    """The codes of a packed linear on the CPU. Raises InputError for a layout that has no kernel."""
+
+def packable(layer: nn.Module) -> PackableWeight | None:
+    """The codes of a packed linear on the CPU, None for a plain linear. Raises InputError for what has no kernel."""
+    if type(layer) in (Linear, nn.Linear):
+        return None
+    if type(layer) not in _PACKED:
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        names = ", ".join(known.__name__ for known in _PACKED)
+        raise InputError(
+            f"it is a {kind}; the native engine takes plain linears and {names} (merge adapters), or use runner='torch'"
+        )
+    assert isinstance(layer, PackedLinear)
     held: dict[str, Any] = layer.packed
     if any(tensor.device.type != "cpu" for tensor in held.values()):
         raise InputError("its tensors are not on the CPU; move the model with .to('cpu'), or use runner='torch'")
@@ -22,10 +35,9 @@ def packable(layer: PackedLinear) -> PackableWeight:
         return Int8Weight(held["weight"].numpy(), (held["SCB"] / LEVELS).numpy())
     if isinstance(layer, GptqLinear):
         return _groups(layer)
-    if isinstance(layer, Linear4bit):
-        shape, state = (layer.out_features, layer.in_features), layer.state
-        return CodebookWeight(layer.codes.numpy(), layer.absmax.numpy(), shape, TABLES[state.kind], state.block)
-    raise InputError(f"{type(layer).__name__} has no native kernel; use runner='torch'")
+    assert isinstance(layer, Linear4bit)
+    shape, state = (layer.out_features, layer.in_features), layer.state
+    return CodebookWeight(layer.codes.numpy(), layer.absmax.numpy(), shape, TABLES[state.kind], state.block)
 
 
 def _groups(layer: GptqLinear) -> GroupWeight:

@@ -20,8 +20,7 @@ from llama2.errors import InputError, MismatchError
 from llama2.quant.blocks import SIZES
 from llama2.quant.codebooks import NF4
 
-PACKED_LAYERS = ("GptqLinear", "Linear4bit", "Linear8bit")
-_packable = door("cpu.modules", "packable", "The codes of a packed linear.")
+_packable = door("cpu.modules", "packable", "The codes of a packed linear, None for a plain one.")
 
 PACKED = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 
@@ -228,19 +227,11 @@ class CpuWeights:
         return self.view(tensor.numpy())
 
     def _linear(self, linear: Any, name: str) -> Any:
-        kind = type(linear).__name__
-        if kind in PACKED_LAYERS:
-            try:
-                matrix = self.pack_codes(_packable(linear))
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from error
-        elif kind == "Linear" and hasattr(linear, "weight"):
-            matrix = self._parameter(linear.weight, name)
-        else:
-            raise InputError(
-                f"{name} is a {kind}; the native engine takes plain linears and {', '.join(PACKED_LAYERS)} "
-                "(merge adapters), or use runner='torch'"
-            )
+        try:
+            packed = _packable(linear)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        matrix = self._parameter(linear.weight, name) if packed is None else self.pack_codes(packed)
         if linear.bias is not None:
             matrix.set_bias(self._copied(linear.bias))
         return matrix

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from llama2.layers import LlamaDecoderLayer
 from llama2.linear import Linear
 from llama2.lora import LoraLinear
 from llama2.model import LlamaModel
+from llama2.plain_network import difference, layer_difference, warn_once
 from llama2.quant.linear import PackedLinear
 from llama2.train.products import Factor, PackedFactor, Scratch, Sum, sum_of_products, sums_of_products
 
@@ -35,7 +37,7 @@ def fused(model: nn.Module) -> Iterator[None]:
     """Within it the decoders of `model` run every layer that allows it as one function; others as always."""
     decoders = [module for module in model.modules() if isinstance(module, LlamaModel)] if kernels() else []
     for decoder in decoders:
-        decoder.run_layer = Layers()
+        decoder.run_layer = Layers(decoder)
     try:
         yield
     finally:
@@ -46,7 +48,7 @@ def fused(model: nn.Module) -> Iterator[None]:
 def fuses(model: Any) -> bool:
     """Whether the first layer of a model's decoder would run as one function now."""
     decoder = model.model
-    if not isinstance(decoder, LlamaModel) or decoder.run_layer is None:
+    if not isinstance(decoder, LlamaModel) or decoder.run_layer is None or difference(model, training=True):
         return False
     return plan_of(decoder.layers[0], decoder.embed_tokens.weight) is not None
 
@@ -54,7 +56,10 @@ def fuses(model: Any) -> bool:
 class Layers:
     """What LlamaModel.run_layer is during training."""
 
-    def __init__(self) -> None:
+    equivalent = True  # to calling the layer, see plain_network.difference
+
+    def __init__(self, decoder: LlamaModel) -> None:
+        self._decoder = ref(decoder)
         self._seen: tuple[Mask, Tensor] | None = None
         self._places: _Places | None = None
         self._scratch = Scratch()
@@ -78,6 +83,9 @@ class Layers:
                 trained = [p for p in plan.parameters() if p.requires_grad]
                 out: Tensor = _Layer.apply(x_BTD, plan, *trained)
                 return out, None
+        decoder = self._decoder()
+        if decoder is not None and (reason := layer_difference(layer, decoder.config, training=True)):
+            warn_once(decoder, reason, "torch runs this layer, not the fused training kernels", stacklevel=3)
         found: tuple[Tensor, Tensor | None] = layer(x_BTD, rotation, mask, implementation, cache, cache_position)
         return found
 
@@ -188,6 +196,8 @@ class _Plan:
 def plan_of(layer: Any, x_BTD: Tensor) -> _Plan | None:
     """The plan of a layer, or None where its parts are of another kind than the kernels know."""
     if type(layer) is not LlamaDecoderLayer or x_BTD.device.type != "cpu" or x_BTD.dtype not in DTYPES:
+        return None
+    if layer_difference(layer, getattr(layer.self_attn, "config", None), training=True):
         return None
     attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
     config = attention.config
