@@ -180,7 +180,7 @@ def test_the_base_weight_is_not_kept_for_the_backward_pass() -> None:
 
 @pytest.mark.parametrize("method", ["load_in_8bit"])
 def test_over_packed_weights(method: str) -> None:
-    from llama2.checkpoint.load import GivenWeights
+    from llama2.checkpoint.weights import GivenWeights
     from llama2.quantization_config import BitsAndBytesConfig
 
     model = tiny_model(torch.float32)

@@ -27,6 +27,7 @@ class LlamaForSequenceClassification(PreTrainedModel):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.num_labels = config.num_labels
         self.model = LlamaModel(config)
         self.score = Linear(config.hidden_size, config.num_labels, bias=False)
@@ -119,6 +120,7 @@ class LlamaForTokenClassification(PreTrainedModel):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.num_labels = config.num_labels
         self.model = LlamaModel(config)
         rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
@@ -164,6 +166,7 @@ class LlamaForQuestionAnswering(PreTrainedModel):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.transformer = LlamaModel(config)
         self.qa_outputs = Linear(config.hidden_size, 2)
         self._init_weights(self.qa_outputs)

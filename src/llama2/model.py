@@ -4,12 +4,14 @@ One layer is in `layers`, the classifiers' heads are in `classifiers`; the tenso
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from llama2.attention import Mask, make_mask
@@ -39,6 +41,7 @@ class LlamaModel(PreTrainedModel):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -178,8 +181,10 @@ class LlamaModel(PreTrainedModel):
 
     def _run(self, layer: nn.Module, x_BTD: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
         call = layer if self.run_layer is None else partial(self.run_layer, layer)
-        if self.gradient_checkpointing and self.training:
-            out: tuple[Tensor, Tensor | None] = checkpoint(call, x_BTD, *args, **self.gradient_checkpointing_kwargs)
+        if self.gradient_checkpointing and self.training and getattr(layer, "gradient_checkpointing", True):
+            kept = save_on_cpu(pin_memory=x_BTD.is_cuda) if self.gradient_checkpointing_offload else nullcontext()
+            with kept:
+                out: tuple[Tensor, Tensor | None] = checkpoint(call, x_BTD, *args, **self.gradient_checkpointing_kwargs)
         else:
             out = call(x_BTD, *args)
         return out
@@ -215,6 +220,7 @@ class LlamaForCausalLM(PreTrainedModel):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.model = LlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -3,6 +3,7 @@
 Loading, saving and generating live higher up; their methods here are doors.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,17 +42,17 @@ class PreTrainedModel(Companions, nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        if not isinstance(config, LlamaConfig):
-            raise InputError(f"{type(self).__name__} takes a LlamaConfig but got {type(config).__name__}")
+        config = LlamaConfig.of(config)
         config.validate()
+        config._attn_implementation = config._attn_implementation or "sdpa"
+        check_available(config._attn_implementation)
         self.config = config
         self.name_or_path = config.name_or_path
         self.warnings_issued = {}
         self.gradient_checkpointing = False
         self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
+        self.gradient_checkpointing_offload = False
         self.generation_config = GenerationConfig.from_model_config(config)
-        self.attn_implementation = config._attn_implementation or "sdpa"
-        check_available(self.attn_implementation)
 
     # -- doors ---------------------------------------------------------------------------------------------------
 
@@ -67,10 +68,16 @@ class PreTrainedModel(Companions, nn.Module):
     )
 
     @classmethod
-    def from_config(cls, config: LlamaConfig, dtype: torch.dtype | None = None) -> Self:
-        """A model with fresh weights, in `dtype` or torch's default."""
+    def from_config(
+        cls, config: LlamaConfig, dtype: torch.dtype | None = None, *, attn_implementation: str | None = None
+    ) -> Self:
+        """A model with fresh weights, in `dtype` or torch's default, and a configuration of its own."""
+        config = copy.deepcopy(LlamaConfig.of(config))
+        config._attn_implementation = attn_implementation or config._attn_implementation
         model = cls(config)
         return model if dtype is None else model.to(dtype)
+
+    _from_config = from_config  # under which TRL and others call it
 
     # -- where and what it is ------------------------------------------------------------------------------------
 
@@ -229,16 +236,49 @@ class PreTrainedModel(Companions, nn.Module):
 
     # -- training and attention switches -------------------------------------------------------------------------
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recomputes each layer in the backward pass instead of keeping its activations."""
-        kwargs = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        for module in (self, self.base_model):
-            module.gradient_checkpointing, module.gradient_checkpointing_kwargs = True, kwargs  # type: ignore[assignment]
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recomputes layers in the backward pass instead of keeping their activations.
+
+        Every `every_n_layers`-th one, from the first on; the others keep theirs. `offload` keeps what the recomputation
+        starts from in the memory of the host. The keywords are those of torch.utils.checkpoint.checkpoint.
+        """
+        if isinstance(every_n_layers, bool) or not isinstance(every_n_layers, int) or every_n_layers < 1:
+            raise InputError(f"every_n_layers is {every_n_layers!r}; it must be an integer of at least 1")
+        self._set_checkpointing(True, {"use_reentrant": False} | (gradient_checkpointing_kwargs or {}), offload)
+        layer: Any
+        for place, layer in enumerate(self.base_model.layers):  # type: ignore[arg-type]
+            layer.gradient_checkpointing = place % every_n_layers == 0
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` under its name in transformers 5.23."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keeps activations again."""
+        self._set_checkpointing(False, self.gradient_checkpointing_kwargs, False)
+        layer: Any
+        for layer in self.base_model.layers:  # type: ignore[union-attr]
+            layer.gradient_checkpointing = False
+
+    def activation_checkpointing_disable(self) -> None:
+        """`gradient_checkpointing_disable` under its name in transformers 5.23."""
+        self.gradient_checkpointing_disable()
+
+    def _set_checkpointing(self, on: bool, kwargs: dict[str, Any], offload: bool) -> None:
+        module: Any
         for module in (self, self.base_model):
-            module.gradient_checkpointing = False  # type: ignore[assignment]
+            module.gradient_checkpointing, module.gradient_checkpointing_kwargs = on, kwargs
+            module.gradient_checkpointing_offload = offload
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -253,12 +293,15 @@ class PreTrainedModel(Companions, nn.Module):
         """Undoes enable_input_require_grads."""
         self._input_grad_hook.remove()
 
-    def set_attn_implementation(self, implementation: str) -> None:
+    @property
+    def attn_implementation(self) -> str:
+        """How attention is computed: that of the configuration, which the model and the one inside it share."""
+        return self.config._attn_implementation or "sdpa"
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
         """Switches to "eager", "sdpa" or "flash_attention_2"."""
-        check_available(implementation)
-        self.config._attn_implementation = implementation
-        for module in (self, self.base_model):
-            module.attn_implementation = implementation  # type: ignore[assignment]
+        check_available(attn_implementation)
+        self.config._attn_implementation = attn_implementation
 
 
 def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -11,7 +11,8 @@ from tiny import tiny_config, tiny_ids, tiny_model
 
 from llama2 import LlamaForSequenceClassification, lora
 from llama2.attention import Mask, make_mask
-from llama2.checkpoint.load import GivenWeights, pack
+from llama2.checkpoint.load import pack
+from llama2.checkpoint.weights import GivenWeights
 from llama2.compiled import available, kernels, pool
 from llama2.lora_config import LoraConfig
 from llama2.quantization_config import BitsAndBytesConfig

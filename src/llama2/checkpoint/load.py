@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from torch.overrides import TorchFunctionMode
 
 from llama2.checkpoint import Checkpoint, Stored
 from llama2.checkpoint.covered import not_weights
-from llama2.checkpoint.hf import CODES, HfCheckpoint
+from llama2.checkpoint.hf import HfCheckpoint
 from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
 from llama2.checkpoint.pages import release
 from llama2.checkpoint.peft import load_adapter
 from llama2.checkpoint.peft_files import HEADS, adapted_base
 from llama2.checkpoint.single_threads import in_single_threads
 from llama2.checkpoint.source import Located, locate, open_source, override, split_hub_options
+from llama2.checkpoint.weights import GivenWeights, Renamed, Rest, Weights
 from llama2.classifiers import (
     LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
@@ -30,6 +31,7 @@ from llama2.config import LlamaConfig
 from llama2.coverage import Coverage, cover, listed
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.generation_config import GenerationConfig
+from llama2.keywords import drop, refuse_unknown
 from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.pretrained import PreTrainedModel
 from llama2.quant.methods import layer_class
@@ -73,6 +75,7 @@ def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
     def loaded(cls: type[Any], pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
         if pretrained_model_name_or_path is None:
             return load(cls, None, *args, **kwargs)
+        drop("hub", kwargs, stacklevel=4)
         hub = split_hub_options(dict(kwargs))
         chosen = {key: kwargs[key] for key in ("use_safetensors", "gguf_file") if key in kwargs}
         place = locate(pretrained_model_name_or_path, hub, **chosen)
@@ -115,6 +118,8 @@ def from_pretrained(
     variant: str | None = None,
     gguf_file: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    generation_config: Any = None,
+    key_mapping: Mapping[str, str] | None = None,
     quantization_config: Any = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
@@ -128,14 +133,15 @@ def from_pretrained(
     cache_dir, token, local_files_only, force_download, subfolder) have no meaning for a local path. Any other keyword
     must be a field of the configuration and overrides it. A checkpoint of packed linears (GPTQ, bitsandbytes) stays
     packed; another is quantised as it loads, one matrix at a time, where quantization_config (a BitsAndBytesConfig, or
-    its dict) or load_in_4bit or load_in_8bit says so. With output_loading_info a dict of missing_keys,
-    unexpected_keys, mismatched_keys and error_msgs comes back too.
+    its dict) or load_in_4bit or load_in_8bit says so. key_mapping renames tensors, see
+    `weights.Renamed`; generation_config stands in the place of the checkpoint's. With output_loading_info a dict of
+    missing_keys, unexpected_keys, mismatched_keys and error_msgs comes back too.
 
     A missing classifier head is drawn anew with a warning, and so are tensors of another shape with
     ignore_mismatched_sizes. Every other parameter must be filled and every tensor used: MismatchError lists both.
     """
     hub = split_hub_options(kwargs)
-    _refuse_unsupported(kwargs)
+    drop("from_pretrained", kwargs, stacklevel=4)
     device = resolve_device(device_map)
     source: Checkpoint | None = None
     if pretrained_model_name_or_path is not None:
@@ -151,6 +157,8 @@ def from_pretrained(
         raise InputError("without a path, from_pretrained needs both config= and state_dict=")
     settings = _configure(config, source, attn_implementation, kwargs)
     weights: Weights = source if state_dict is None and source is not None else GivenWeights(state_dict or {})
+    if key_mapping:
+        weights = Renamed(weights, key_mapping)
     chosen = resolve_dtype(dtype, torch_dtype)
     if chosen is None:
         given = settings.dtype_name if config is not None else None
@@ -176,7 +184,7 @@ def from_pretrained(
     if stored is None and wanted is not None:
         pack(model, weights, report.found, wanted, chosen)
     fill(model, weights, report, chosen, device)
-    model.generation_config = _generation_config(source, settings)
+    model.generation_config = _generation_config(generation_config, source, settings)
     model.eval()
     return (model, info(report)) if output_loading_info else model
 
@@ -193,13 +201,14 @@ def from_config_named(
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
+    **kwargs: Any,
 ) -> Any:
     """A model with fresh weights in `dtype`, else in the dtype the configuration names, else in torch's default."""
-    config = copy.deepcopy(config)
-    if attn_implementation is not None:
-        config._attn_implementation = attn_implementation
+    drop("hub", kwargs, stacklevel=5)
+    refuse_unknown("from_config", kwargs)
+    config = LlamaConfig.of(config)
     chosen = resolve_dtype(dtype, torch_dtype) or DTYPES.get(config.dtype_name or "")
-    return CLASSES[name].from_config(config, dtype=chosen)
+    return CLASSES[name].from_config(config, dtype=chosen, attn_implementation=attn_implementation)
 
 
 class _NoDraws(TorchFunctionMode):
@@ -257,15 +266,6 @@ def resolve_device(device_map: Any) -> torch.device:
     return device
 
 
-def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
-    kwargs.pop("low_cpu_mem_usage", None)  # always so: weights are mapped and assigned
-    if kwargs.pop("max_memory", None) is not None:
-        raise InputError("max_memory spreads a model over devices; one device is supported. Leave it out")
-    for key in ("offload_folder", "offload_state_dict"):
-        if kwargs.pop(key, None):
-            warnings.warn(f"{key} has no effect: nothing is offloaded, the weights are mapped", stacklevel=4)
-
-
 def _configure(
     given: LlamaConfig | str | Path | None,
     source: Checkpoint | None,
@@ -273,10 +273,10 @@ def _configure(
     overrides: dict[str, Any],
 ) -> LlamaConfig:
     """A configuration of the model's own: the one given, or the checkpoint's, with the keywords on top."""
-    if isinstance(given, LlamaConfig):
-        config = copy.deepcopy(given)
-    elif given is not None:
+    if isinstance(given, str | Path):
         config = LlamaConfig.from_pretrained(given)
+    elif given is not None:
+        config = copy.deepcopy(LlamaConfig.of(given))
     else:
         assert source is not None
         config = copy.deepcopy(source.config)
@@ -297,57 +297,14 @@ def _take_quantization(config: LlamaConfig, source: Checkpoint | None) -> None:
         config.quantization_config = content
 
 
-def _generation_config(source: Checkpoint | None, config: LlamaConfig) -> GenerationConfig:
+def _generation_config(given: Any, source: Checkpoint | None, config: LlamaConfig) -> GenerationConfig:
+    if given is not None:
+        return copy.deepcopy(GenerationConfig.of(given))
     settings = None if source is None else source.generation_settings
     return GenerationConfig.from_model_config(config) if settings is None else GenerationConfig.from_dict(settings)
 
 
 # -- coverage ----------------------------------------------------------------------------------------------------
-
-
-class Weights(Protocol):
-    """The part of a checkpoint that filling a model uses."""
-
-    @property
-    def tensors(self) -> Mapping[str, Stored]: ...
-
-    @property
-    def auto_dtype(self) -> str: ...
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor: ...
-
-
-class GivenWeights:
-    """A state dict in memory as Weights."""
-
-    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
-        self.state_dict = state_dict
-        self.tensors = {
-            name: Stored(tuple(t.shape), CODES.get(t.dtype, str(t.dtype))) for name, t in state_dict.items()
-        }
-
-    @property
-    def auto_dtype(self) -> str:
-        dtypes = (t.dtype for t in self.state_dict.values() if t.is_floating_point())
-        return str(next(dtypes, torch.get_default_dtype())).removeprefix("torch.")
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.state_dict[name].detach().to(dtype or self.state_dict[name].dtype)
-
-
-class Rest:
-    """Weights without those that are used already."""
-
-    def __init__(self, weights: Weights, used: set[str]) -> None:
-        self._weights = weights
-        self.tensors = {name: stored for name, stored in weights.tensors.items() if name not in used}
-
-    @property
-    def auto_dtype(self) -> str:
-        return self._weights.auto_dtype
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self._weights.read(name, dtype)
 
 
 def info(report: Coverage) -> dict[str, list[Any]]:

@@ -21,6 +21,7 @@ from llama2.checkpoint import QUANTIZE_CONFIGS
 from llama2.checkpoint.hf import CODES
 from llama2.doors import door
 from llama2.errors import InputError, Llama2Error
+from llama2.keywords import drop, refuse_unknown
 from llama2.pretrained import PreTrainedModel
 
 _UNITS = {
@@ -53,6 +54,7 @@ def save_pretrained(
     repo_id: str | None = None,
     commit_message: str = "Upload model",
     private: bool | None = None,
+    **kwargs: Any,
 ) -> None:
     """Writes the model as transformers 4.46 and 5.x read it.
 
@@ -60,6 +62,8 @@ def save_pretrained(
     a larger tensor gets a file of its own. Tied tensors are written once. safe_serialization=False writes .bin files.
     Shards of an earlier save are removed. Only the main process writes. Raises InputError for a bad argument.
     """
+    drop("save_pretrained", kwargs, stacklevel=4)
+    refuse_unknown("save_pretrained", kwargs)
     if not is_main_process:
         return
     folder = Path(save_directory)
