@@ -56,6 +56,7 @@ def begin(port: int, path: str, body: Any, size: int = 65536) -> socket.socket:
     sock.settimeout(60)
     sock.connect(("127.0.0.1", port))
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    kind = "content-type: application/json"
+    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n{kind}\r\ncontent-length: {len(data)}\r\n\r\n"
     sock.sendall(head.encode() + data)
     return sock

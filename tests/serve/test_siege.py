@@ -247,7 +247,7 @@ def test_malformed_requests(siege: Siege) -> None:
 def test_broken_http(siege: Siege) -> None:
     """What is not even HTTP: refused or closed at once, never 5xx, never a thread or page that stays."""
     rng = random.Random(SEED)
-    head, good = "POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n", '{"inputs": "x"}'
+    head, good = "POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n", '{"inputs": "x"}'
     texts = [
         b"\0" * 100, b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01" + bytes(range(200)),
         f"{head}content-length: -1\r\n\r\n{good}".encode(), f"{head}content-length: 9x\r\n\r\n{good}".encode(),

@@ -81,8 +81,16 @@ class Options(EngineOptions, RunOptions):
     )
     api_key: tuple[str, ...] = option((), "a key that requests need; may be given several times", metavar="KEY")
     api_key_file: str | None = option(
-        None, "a file of keys, one a line as KEY or NAME:KEY, read again when it changes", metavar="FILE"
+        None, "a file of keys, one a line as KEY or NAME: KEY, read again when it changes", metavar="FILE"
     )
+    metrics_key: tuple[str, ...] = option(
+        (), "a key that reads /metrics and nothing else, in place of the others; may be given several times",
+        metavar="KEY",
+    )  # fmt: skip
+    allowed_hosts: tuple[str, ...] = option(
+        (), "a name that this server answers to, * for any; may be given several times (default: on a loopback address "
+        "that address and localhost, else any)", metavar="HOST",
+    )  # fmt: skip
     ssl_certfile: str | None = option(None, "the certificate, for HTTPS", metavar="FILE")
     ssl_keyfile: str | None = option(None, "its private key", metavar="FILE")
     cors_allow_origin: tuple[str, ...] = option(
@@ -193,8 +201,8 @@ def run(options: Options) -> int:
 
     threading.stack_size(4 * STACK)  # of every thread from here on: see serve/proof.py
     life = Life(options.drain_delay or 0.0, 25.0 if options.shutdown_timeout is None else options.shutdown_timeout)
-    service = _service(options, life)
     host = options.host or ("0.0.0.0" if container else "127.0.0.1")
+    service = _service(options, life, host)
     if host not in ("127.0.0.1", "localhost", "::1") and not service.keys.wanted and not container:
         terminal.notice(f"llama2: anyone who can reach {host} can use this model; --api-key asks for a key")
     server = _server(options, host, 8080 if container else 8000, service, make_app(service))
@@ -246,8 +254,9 @@ def need_server() -> None:
         raise MissingDependencyError(f"serving needs {error.name}; run `pip install 'llama2[serve]'`") from error
 
 
-def _service(options: Options, life: "Life") -> "Service":
+def _service(options: Options, life: "Life", host: str) -> "Service":
     from llama2.serve.keys import Keys
+    from llama2.serve.origin import allowed_hosts
     from llama2.serve.service import Policy, Service
 
     given: dict[str, Any] = {
@@ -259,6 +268,7 @@ def _service(options: Options, life: "Life") -> "Service":
         "stall_timeout": options.stall_timeout,
         "cors_origins": options.cors_allow_origin,
         "public_metrics": options.public_metrics,
+        "allowed_hosts": allowed_hosts(options.allowed_hosts, host),
         "workers": options.validation_workers,
         "validation_timeout": options.validation_timeout,
         "body_timeout": options.body_timeout,
@@ -268,7 +278,8 @@ def _service(options: Options, life: "Life") -> "Service":
     }
     names = options.served_model_name or (options.model or Path(model_path(None)).stem,)
     policy = Policy(names=names, **{name: value for name, value in given.items() if value is not None})
-    return Service(policy, Keys(options.api_key, Path(options.api_key_file) if options.api_key_file else None), life)
+    keys = Keys(options.api_key, Path(options.api_key_file) if options.api_key_file else None)
+    return Service(policy, keys, life, Keys(options.metrics_key))
 
 
 def _server(options: Options, host: str, port: int, service: "Service", app: Any) -> "Server":

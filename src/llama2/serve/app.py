@@ -14,7 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import llama2
 from llama2.serve import embeddings, openai_chat, openai_completions, page, sagemaker, tgi
 from llama2.serve.body import Body
+from llama2.serve.keys import Keys
 from llama2.serve.logs import logger
+from llama2.serve.origin import check_host, check_kind
 from llama2.serve.refusal import Dialect, Refusal
 from llama2.serve.service import Call, Gone, Service
 from llama2.serve.sse import EventStream, refused
@@ -22,6 +24,7 @@ from llama2.serve.sse import EventStream, refused
 Handler = Callable[[Call], Awaitable[Response]]
 _INTERNAL = Refusal("internal", "the server failed on this request; its log has the reason under this request id")
 MAX_HEADERS, MAX_HEADER_BYTES = 128, 16_384
+PROBES = ("/health", "/ping", "/ready")
 PART = 65_536  # bytes of an answer that are handed to the connection at once
 
 
@@ -95,8 +98,10 @@ def _text_routes(app: FastAPI, service: Service) -> None:
 
 
 def _plain_routes(app: FastAPI, service: Service) -> None:
-    def get(path: str, handler: Handler, told: str, dialect: Dialect = "tgi", open: bool = False) -> None:
-        endpoint = _endpoint(service, handler, dialect, False, open)
+    def get(
+        path: str, handler: Handler, told: str, dialect: Dialect = "tgi", open: bool = False, keys: Keys | None = None
+    ) -> None:
+        endpoint = _endpoint(service, handler, dialect, False, open, keys)
         app.add_api_route(path, endpoint, methods=["GET"], summary=told, response_class=Response)
 
     async def document(call: Call) -> Response:
@@ -109,7 +114,8 @@ def _plain_routes(app: FastAPI, service: Service) -> None:
         get(path, _health, "whether the process works", open=True)
     get("/ready", _ready, "whether requests should be sent here", open=True)
     get("/ping", _ready, "the same, for SageMaker", open=True)
-    get("/metrics", _metrics, "Prometheus metrics", open=service.policy.public_metrics)
+    keys = service.metrics_keys if service.metrics_keys.wanted else None
+    get("/metrics", _metrics, "Prometheus metrics", open=service.policy.public_metrics, keys=keys)
     get("/info", _info, "the model and the bounds")
     get("/version", _version, "the version of this package")
     get("/v1/models", _models, "the models by name", "openai")
@@ -136,11 +142,17 @@ def _inline(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _endpoint(
-    service: Service, handler: Handler, dialect: Dialect, counted: bool, open: bool = False
+    service: Service,
+    handler: Handler,
+    dialect: Dialect,
+    counted: bool,
+    open: bool = False,
+    keys: Keys | None = None,
 ) -> Callable[[Request], Awaitable[Response]]:
     """A route: the key first, then the body within its bound, then the handler; refusals in the route's dialect.
 
-    counted: it makes text, so it counts as a request and a drain waits for it.
+    counted: it makes text, so it counts as a request and a drain waits for it. keys: those that open it, if not the
+    server's.
     """
 
     async def endpoint(request: Request) -> Response:
@@ -149,7 +161,7 @@ def _endpoint(
         request.scope["state"]["notes"] = call.notes
         inside = False
         try:
-            call.owner = "" if open else _owner(service, request)
+            call.owner = "" if open else _owner(keys or service.keys, request)
             request.scope["state"]["owner"] = call.owner
             if counted:
                 service.metrics.count.add()
@@ -184,10 +196,10 @@ def _endpoint(
     return endpoint
 
 
-def _owner(service: Service, request: Request) -> str:
-    if not service.keys.wanted:
+def _owner(keys: Keys, request: Request) -> str:
+    if not keys.wanted:
         return ""
-    owner = service.keys.owner(request.headers.get("authorization"))
+    owner = keys.owner(request.headers.get("authorization"))
     if owner is None:
         raise Refusal("key", "this route needs an API key: send it as `Authorization: Bearer KEY`")
     return owner
@@ -196,9 +208,7 @@ def _owner(service: Service, request: Request) -> str:
 async def _body(call: Call) -> bytes:
     """The body, counted as it comes. Raises Refusal."""
     service, request = call.service, call.request
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise Refusal("media", f"the body is {kind[:80]!r}; send it as application/json")
+    check_kind(request.headers, service.policy.cors_origins)
     most, length = service.policy.payload_limit, request.headers.get("content-length", "0")
     told = f"the body is larger than {most} bytes (payload_limit); send less"
     if not length.isdecimal() or int(length[:20]) > most:
@@ -268,15 +278,21 @@ class Envelope:
             finally:
                 self.service.unread.give_back(state.get("owner", ""), len(body))
 
-        if len(headers) > MAX_HEADERS or sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
-            await refused(Refusal("headers", "the headers are too many or too long"), "openai")(scope, receive, bounded)
+        try:
+            if len(headers) > MAX_HEADERS or sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
+                raise Refusal("headers", "the headers are too many or too long")
+            if scope["path"] not in PROBES:  # whoever watches a server knows it by its address
+                host = next((value.decode("latin-1") for name, value in headers if name == b"host"), None)
+                check_host(host, self.service.policy.allowed_hosts)
+        except Refusal as refusal:
+            await refused(refusal, _dialect(scope))(scope, receive, bounded)
         else:
             await self.app(scope, receive, bounded)
         self._log(scope, status, time.monotonic() - began)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         state = scope["state"]
-        level = 10 if scope["path"] in ("/health", "/ping", "/ready", "/metrics") and status == 200 else 20
+        level = 10 if scope["path"] in (*PROBES, "/metrics") and status == 200 else 20
         if logger.isEnabledFor(level):
             fields = {
                 "request_id": state["id"],

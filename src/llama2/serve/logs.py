@@ -25,7 +25,8 @@ class JsonLines(logging.Formatter):
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        # ASCII alone, without DEL: a terminal obeys U+009B and its like, and some readers end lines at U+2028.
+        return json.dumps(line, default=str).replace("\x7f", "\\u007f")
 
 
 class Dropping(logging.handlers.QueueHandler):

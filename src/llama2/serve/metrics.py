@@ -73,7 +73,7 @@ _FAILURE_OF = {
     "busy": "overloaded", "closing": "overloaded", "starting": "overloaded", "generation": "generation",
     "constraint": "generation",
     "internal": "incomplete", "deadline": "incomplete", "template": "template", "key": "authentication",
-    "gone": "dropped", "route": "other", "method": "other", "unable": "other",
+    "gone": "dropped", "route": "other", "method": "other", "unable": "other", "host": "other",
 }  # fmt: skip
 
 

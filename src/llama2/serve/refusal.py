@@ -30,6 +30,7 @@ KINDS: Mapping[str, Kind] = {
     "model": Kind(404, "not_found_error", "model_not_found", 404, "not_found"),
     "route": Kind(404, "not_found_error", "not_found", 404, "not_found"),
     "method": Kind(405, _INVALID, "method_not_allowed", 405, "validation"),
+    "host": Kind(421, _INVALID, "misdirected_request", 421, "validation"),
     "size": Kind(413, _INVALID, "request_too_large", 413, "validation"),
     "media": Kind(415, _INVALID, "unsupported_media_type", 415, "validation"),
     "slow": Kind(408, _INVALID, "request_timeout", 408, "validation"),

@@ -42,6 +42,7 @@ class Policy:
     stall_timeout: float = 60.0
     cors_origins: tuple[str, ...] = ()
     public_metrics: bool = False
+    allowed_hosts: tuple[str, ...] = ()
     workers: int = 2
     validation_timeout: float = 10.0
     body_timeout: float = 30.0
@@ -53,8 +54,15 @@ class Policy:
 class Service:
     """The server without its routes."""
 
-    def __init__(self, policy: Policy = Policy(), keys: Keys | None = None, life: Life | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy = Policy(),
+        keys: Keys | None = None,
+        life: Life | None = None,
+        metrics_keys: Keys | None = None,
+    ) -> None:
         self.policy, self.keys, self.life = policy, keys or Keys(), life or Life()
+        self.metrics_keys = metrics_keys or Keys()
         self.metrics = Metrics()
         self.created = int(time.time())
         self.sessions: set[Session] = set()

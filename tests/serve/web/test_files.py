@@ -1,7 +1,11 @@
 """The page's files: complete, under a strict policy, and free of what the policy forbids. No browser needed."""
 
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,3 +77,37 @@ def test_nothing_inline_and_nothing_from_elsewhere() -> None:
 def test_modules_stay_readable() -> None:
     for file in FILES:
         assert file.read_text().count("\n") <= 500, file.name
+
+
+def blocks(*texts: str) -> tuple[list[Any], float]:
+    """The blocks that the page sees in each text, and the milliseconds that all of them took."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    program = f"""
+        import {{ blocks }} from {json.dumps((WEB / "blocks.js").as_uri())};
+        const texts = JSON.parse(process.argv[1]);
+        const began = performance.now();
+        const found = texts.map((text) => blocks(text.split("\\n")));
+        console.log(JSON.stringify([found, performance.now() - began]));
+    """
+    words = [node, "--no-warnings", "--input-type=module", "-e", program, json.dumps(texts)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    found, milliseconds = json.loads(done.stdout)
+    return found, milliseconds
+
+
+def test_line_separators_within_a_line_belong_to_it() -> None:
+    found, _ = blocks("> a\u2028b", "# a\u2028b", "- a\u2029b", "> \u2028\nc")
+    assert found[0][0]["lines"] == ["a\u2028b"] and found[1][0]["text"] == "a\u2028b"
+    assert found[2][0]["items"] == [["a\u2029b"]]
+    assert found[3][0]["kind"] == "quote"
+
+
+def test_headings_keep_their_text_and_take_no_cube_of_their_length() -> None:
+    found, milliseconds = blocks("# A", "## B #", "# C#", "### ##", "# a # b ##  ", "# " + " " * 30_000 + "x")
+    assert [(b[0]["level"], b[0]["text"][-20:].strip()) for b in found] == [
+        (1, "A"), (2, "B"), (1, "C#"), (3, ""), (1, "a # b"), (1, "x"),
+    ]  # fmt: skip
+    _, more = blocks("a|b\n-" + " " * 30_000 + "x", "# " + "# " * 20_000 + "x")
+    assert milliseconds < 5_000 and more < 5_000  # seconds of the old patterns' minutes

@@ -137,6 +137,10 @@ BOMBS = {
     "comment": "```c\n" + "/*" * 20_000 + "\n```",
     "escapes": "\\" * 50_001,
     "blank": "\n" * 50_000 + "a",
+    "heading of spaces": "# " + " " * 50_000 + "x",
+    "heading of signs": "# " + "# " * 30_000 + "x",
+    "delimiter of spaces": "a|b\n-" + " " * 50_000 + "x",
+    "line separators": "> a\u2028b\n\n# c\u2028d\n\n- e\u2029f\n\n> \u2028",
 }
 
 

@@ -1,10 +1,10 @@
 // Markdown's blocks: which lines form a paragraph, a list, a table, a fence. Line ranges only, no page.
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
-const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*?)[ \t]*#*[ \t]*$/;
+const HEADING = /^ {0,3}(#{1,6})[ \t]+([^]*)$/; // its end is cut off by `withoutClose`: lazy patterns take the cube of the length
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
-const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?:[ \t]+(.*))?$/;
-const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?:[ \t]+([^]*))?$/; // [^] and not a dot, which stops at U+2028
+const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*(?:\|[ \t]*)?$/;
 
 const blank = (line) => line.trim() === "";
 const indent = (line) => /^ */.exec(line)[0].length;
@@ -51,7 +51,22 @@ function fence(lines, from) {
 
 function heading(lines, from) {
   const found = HEADING.exec(lines[from]);
-  return found && { kind: "heading", from, to: from + 1, level: found[1].length, text: found[2] };
+  return found && { kind: "heading", from, to: from + 1, level: found[1].length, text: withoutClose(found[2]) };
+}
+
+/** A heading's text without the run of # that may close it. */
+function withoutClose(text) {
+  const trimmed = trimBlanks(text);
+  let end = trimmed.length;
+  while (trimmed[end - 1] === "#") end -= 1;
+  const closes = end < trimmed.length && (end === 0 || /[ \t]/.test(trimmed[end - 1])); // "C#" ends in its own sign
+  return closes ? trimBlanks(trimmed.slice(0, end)) : trimmed;
+}
+
+function trimBlanks(text) {
+  let end = text.length;
+  while (text[end - 1] === " " || text[end - 1] === "\t") end -= 1;
+  return text.slice(0, end);
 }
 
 function rule(lines, from) {
@@ -63,7 +78,7 @@ function quote(lines, from) {
   const inner = [];
   let to = from;
   for (; to < lines.length; to += 1) {
-    const marked = /^ {0,3}> ?(.*)$/.exec(lines[to]);
+    const marked = /^ {0,3}> ?([^]*)$/.exec(lines[to]);
     // A paragraph may run on without its mark.
     if (!marked && (blank(lines[to]) || blank(inner.at(-1)) || interrupts(lines, to))) break;
     inner.push(marked ? marked[1] : lines[to]);
