@@ -62,8 +62,8 @@ def test_a_file_that_is_wrong_opens_nothing_and_says_so(eager: None, tmp_path: P
         assert not bearer(keys, "old") and not bearer(keys, "good") and bearer(keys, "given") and keys.wanted
     listener.stop()
     logs.logger.handlers.clear()
-    lines = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert len(lines) == 1 and lines[0]["event"] == "no key of the file is valid" and str(file) in lines[0]["reason"]
+    lines = [line for line in map(json.loads, out.getvalue().splitlines()) if line["event"] != "request"]
+    assert [line["event"] for line in lines] == ["no key of the file is valid"] and str(file) in lines[0]["reason"]
     assert "k\x00y" not in out.getvalue() and "schl" not in out.getvalue()  # a key is a secret
     file.write_text("new\n")
     assert bearer(keys, "new") and not bearer(keys, "old")
@@ -175,9 +175,9 @@ def test_no_log_line_controls_a_terminal() -> None:
     logs.logger.info(nasty, extra={"fields": {"path": nasty}})
     listener.stop()
     logs.logger.handlers.clear()
-    text = out.getvalue()
-    assert text.count("\n") == 1 and all(" " <= c <= "~" for c in text.rstrip("\n"))
-    assert json.loads(text)["path"] == nasty
+    lines = out.getvalue().removesuffix("\n").split("\n")
+    assert all(" " <= c <= "~" for line in lines for c in line)
+    assert sum(json.loads(line)["path"] == nasty for line in lines) == 1  # others are of servers that still end
 
 
 def test_paths_with_control_characters_are_logged_escaped(serve: Serve) -> None:
