@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llama2"
 
 # Row of each module or family; a module imports lower rows, its own family, and nothing else of ours.
 ROWS: dict[str, int] = {
-    **dict.fromkeys(("errors", "doors", "plain"), 0),
+    **dict.fromkeys(("errors", "doors", "plain", "recompute"), 0),
     **dict.fromkeys(("keywords", "presets", "rope_settings", "seeds", "text_file"), 1),
     **dict.fromkeys(("config", "generation_config", "compiled"), 2),
     **dict.fromkeys(("tokenizer", "quantization_config", "lora_config"), 3),

@@ -219,3 +219,37 @@ def test_configurations_of_peft() -> None:
         model.add_adapter(PeftConfig(peft_type="IA3"), "y")
     with pytest.raises(InputError, match="alora_invocation_tokens"):
         model.add_adapter(PeftConfig(alora_invocation_tokens=[1]), "y")
+
+
+# -- packed linears --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+def test_packed_linears_are_found_and_their_codes_are_no_weight(bits: dict[str, bool], tmp_path: Any) -> None:
+    """peft's "all-linear" takes nn.Linear; its merge would add floats to codes, in int8 even without an error."""
+    tiny_model(torch.float32).save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, **bits)
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, torch.nn.Linear) and type(layer) is not torch.nn.Linear
+    assert layer.weight.device.type == "cpu" and not layer.weight.is_floating_point()
+    for compute in (
+        lambda: layer.weight.data,
+        lambda: layer.weight + 1,
+        lambda: layer.weight.clone(),
+        lambda: layer.weight.add_(torch.ones(1)),
+        lambda: torch.nn.functional.linear(torch.ones(1, 64), layer.weight),
+    ):
+        with pytest.raises(InputError, match=r"dequantize\(\)"):
+            compute()
+    names = {name for name in model.state_dict() if "layers.0.mlp.up_proj" in name}
+    assert "model.layers.0.mlp.up_proj.weight" in names
+    assert type(model.state_dict()["model.layers.0.mlp.up_proj.weight"]) is torch.Tensor
+    model.dequantize()
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def test_the_networks_linears_are_torchs_own() -> None:
+    """peft's GLoRA, for one, takes torch.nn.Linear and no subclass."""
+    model = tiny_model(torch.float32)
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 15 and all(type(m) is torch.nn.Linear for m in linears)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
-from llama2.linear import Linear
 from llama2.model import LlamaModel, PastKeyValues, as_dict, causal_lm_loss
 from llama2.outputs import (
     QuestionAnsweringModelOutput,
@@ -30,7 +29,7 @@ class LlamaForSequenceClassification(PreTrainedModel):
         config = self.config
         self.num_labels = config.num_labels
         self.model = LlamaModel(config)
-        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self._init_weights(self.score)
 
     def forward(
@@ -125,7 +124,7 @@ class LlamaForTokenClassification(PreTrainedModel):
         self.model = LlamaModel(config)
         rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
         self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
-        self.score = Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
         self._init_weights(self.score)
 
     def forward(
@@ -168,7 +167,7 @@ class LlamaForQuestionAnswering(PreTrainedModel):
         super().__init__(config)
         config = self.config
         self.transformer = LlamaModel(config)
-        self.qa_outputs = Linear(config.hidden_size, 2)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self._init_weights(self.qa_outputs)
 
     def forward(

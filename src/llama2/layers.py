@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llama2.attention import ATTENTION, Mask
 from llama2.cache import DynamicCache, StaticCache
 from llama2.config import LlamaConfig
-from llama2.linear import Linear, is_plain, together
+from llama2.linear import is_plain, together
 from llama2.rope import promoted, rotate
 
 Cache = DynamicCache | StaticCache
@@ -57,8 +57,7 @@ def split_output(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
     Only plain linears can be sliced; a packed or adapted one has its own fixed order and is called as it is.
     """
     if parts == 1 or not is_plain(layer):
-        out: Tensor = layer(x)
-        return out
+        return together((layer,), x)[0]
     weights = layer.weight.tensor_split(parts)
     biases = layer.bias.tensor_split(parts) if layer.bias is not None else [None] * parts
     return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
@@ -72,8 +71,7 @@ def split_outputs(layers: tuple[nn.Module, ...], x: Tensor, parts: int) -> tuple
 def split_input(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
     """layer(x) as the sum over `parts` slices of the input features (pretraining_tp, row parallel)."""
     if parts == 1 or not is_plain(layer):
-        out: Tensor = layer(x)
-        return out
+        return together((layer,), x)[0]
     pieces = zip(x.tensor_split(parts, dim=-1), layer.weight.tensor_split(parts, dim=1), strict=True)
     total: Tensor = sum(F.linear(xs, w) for xs, w in pieces)  # type: ignore[assignment]
     return total if layer.bias is None else total + layer.bias
@@ -86,9 +84,9 @@ class LlamaMLP(nn.Module):
         super().__init__()
         self.config = config
         wide, narrow, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
-        self.gate_proj = Linear(narrow, wide, bias=bias)
-        self.up_proj = Linear(narrow, wide, bias=bias)
-        self.down_proj = Linear(wide, narrow, bias=bias)
+        self.gate_proj = nn.Linear(narrow, wide, bias=bias)
+        self.up_proj = nn.Linear(narrow, wide, bias=bias)
+        self.down_proj = nn.Linear(wide, narrow, bias=bias)
         self.act_fn = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -107,10 +105,10 @@ class LlamaAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
-        self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.v_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
 
     def forward(
         self,

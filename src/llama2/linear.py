@@ -1,4 +1,4 @@
-"""The linear layer of the network: torch's, with a faster weight layout for decoding in bfloat16 on a CPU.
+"""Products with torch's own linear layers, over a faster layout of the weight for decoding in bfloat16 on a CPU.
 
 A product of one row with a row-major bfloat16 matrix reaches a third of the memory bandwidth in torch; the same product
 with the weight reordered once by oneDNN reaches up to twice that (figures: docs/LOG.md). The reordered copy costs the
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 _SHARE_OF_FREE_MEMORY = 0.25
@@ -51,21 +50,12 @@ _REORDERED: WeakKeyDictionary[nn.Module, _Reordered] = WeakKeyDictionary()
 _multiply: Any = torch.ops.mkldnn._linear_pointwise.default
 
 
-class Linear(nn.Linear):
-    """x (..., in) -> x W^T + b (..., out); uses the weight's reordered copy while that is valid."""
+def is_plain(layer: Any) -> TypeGuard[nn.Linear]:
+    """Whether `layer` is torch's linear, called as written: its product may be computed past its call.
 
-    def forward(self, x: Tensor) -> Tensor:
-        if _REORDERED and not torch.is_grad_enabled() and x.dtype == torch.bfloat16:
-            held = _valid((self,))
-            if held is not None:
-                out: Tensor = _multiply(x, held.weight, held.bias, "none", [], "")
-                return out
-        return F.linear(x, self.weight, self.bias)
-
-
-def is_plain(layer: Any) -> TypeGuard[Linear]:
-    """Whether `layer` is a Linear of ours whose product may be computed past its call."""
-    return type(layer) is Linear and runs_as_written(layer)
+    By identity of the class: libraries replace linears by subclasses, and look for exactly this one.
+    """
+    return type(layer) is nn.Linear and runs_as_written(layer)
 
 
 def together(layers: Group, x: Tensor) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2.errors import InputError
-from llama2.linear import Linear, has_global_hooks, runs_as_written
+from llama2.linear import has_global_hooks, runs_as_written
 from llama2.lora_config import LoraConfig
 from llama2.quant.linear import PackedLinear
 
@@ -199,7 +199,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     linear = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, Linear | PackedLinear) and not path.endswith(".base_layer")
+        if _is_linear(module) and not path.endswith(".base_layer")
     }
     chosen = [path for path in {**linear, **there} if config.targets(path)]
     if not chosen:
@@ -230,6 +230,14 @@ def _train_beside(model: nn.Module, config: LoraConfig, adapted: list[str]) -> N
     for name in dict.fromkeys(chosen):
         model.get_parameter(name).requires_grad_(True)
         kept[name] = name
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear with a weight of its own, plain or packed by this library; other libraries' have tensors of a class of
+    their own."""
+    if isinstance(module, PackedLinear):
+        return True
+    return isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter
 
 
 def names(model: nn.Module) -> list[str]:

@@ -28,9 +28,10 @@ from llama2.layers import (
     LlamaRMSNorm,
     split_output,
 )
-from llama2.linear import Group, Linear, prepack
+from llama2.linear import Group, prepack
 from llama2.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from llama2.pretrained import PreTrainedModel, readable_index_errors
+from llama2.recompute import under_the_same_hooks
 from llama2.rope import LlamaRotaryEmbedding, promoted
 
 PastKeyValues = Cache | tuple[tuple[Tensor, Tensor], ...]
@@ -183,8 +184,11 @@ class LlamaModel(PreTrainedModel):
         call = layer if self.run_layer is None else partial(self.run_layer, layer)
         if self.gradient_checkpointing and self.training and getattr(layer, "gradient_checkpointing", True):
             kept = save_on_cpu(pin_memory=x_BTD.is_cuda) if self.gradient_checkpointing_offload else nullcontext()
+            again = under_the_same_hooks(call, layer)
             with kept:
-                out: tuple[Tensor, Tensor | None] = checkpoint(call, x_BTD, *args, **self.gradient_checkpointing_kwargs)
+                out: tuple[Tensor, Tensor | None] = checkpoint(
+                    again, x_BTD, *args, **self.gradient_checkpointing_kwargs
+                )
         else:
             out = call(x_BTD, *args)
         return out
@@ -223,7 +227,7 @@ class LlamaForCausalLM(PreTrainedModel):
         config = self.config
         self.model = LlamaModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._init_weights(self.lm_head)
         self.tie_weights()
 

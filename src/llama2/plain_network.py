@@ -27,7 +27,7 @@ from llama2.classifiers import (
 )
 from llama2.config import LlamaConfig
 from llama2.layers import ACTIVATIONS, LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
-from llama2.linear import Linear, has_global_hooks, runs_as_written
+from llama2.linear import has_global_hooks, runs_as_written
 from llama2.lora import LoraLinear
 from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.pretrained import require_grad
@@ -38,7 +38,7 @@ from llama2.rope import LlamaRotaryEmbedding
 
 Kinds = tuple[type[nn.Module], ...]
 _PACKED: Kinds = (GptqLinear, Linear4bit, Linear8bit)
-_BASES: Kinds = (Linear, nn.Linear, *_PACKED)
+_BASES: Kinds = (nn.Linear, *_PACKED)
 _LINEARS: Kinds = (*_BASES, LoraLinear)
 _NORM: Kinds = (LlamaRMSNorm,)
 # The parts of each class and what they may be. The layers of a decoder are examined one by one.
@@ -63,7 +63,7 @@ _PARTS: dict[type[nn.Module], tuple[tuple[str, Kinds], ...]] = {
     LlamaMLP: tuple((name, _LINEARS) for name in ("gate_proj", "up_proj", "down_proj")),
     LoraLinear: (("base_layer", _BASES),),
 }
-_WEIGHTED = frozenset((Linear, nn.Linear, LlamaRMSNorm, nn.Embedding))
+_WEIGHTED = frozenset((nn.Linear, LlamaRMSNorm, nn.Embedding))
 _TENSORS = frozenset((Tensor, nn.Parameter, nn.Buffer))
 # What else computes, beside forward, and may be replaced on an object.
 _METHODS: dict[type[nn.Module], tuple[str, ...]] = {

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llama2 import LlamaForCausalLM, LoraConfig, cpu, lora
 from llama2.attention import ATTENTION
 from llama2.layers import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
-from llama2.linear import Linear
 from llama2.native import native_weights
 from llama2.plain_network import difference
 
@@ -254,7 +253,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Undo], str]] = {
     "forward of the embedding": (patched("model.embed_tokens"), r"embed_tokens's forward was replaced"),
     "forward of the head": (patched("lm_head"), r"lm_head's forward was replaced"),
     "forward of a class": (class_patched(LlamaRMSNorm), r"LlamaRMSNorm\.forward was replaced"),
-    "forward of every linear": (class_patched(Linear), r"Linear\.forward was replaced"),
+    "forward of every linear": (class_patched(nn.Linear), r"Linear\.forward was replaced"),
     "forward of attention's class": (class_patched(LlamaAttention), r"LlamaAttention\.forward was replaced"),
     "attention function": (attention_replaced, "'sdpa' was replaced"),
     "torch's attention": (

@@ -15,7 +15,6 @@ from llama2.checkpoint.hf import CODES
 from llama2.checkpoint.seen import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
-from llama2.linear import Linear
 from llama2.quant.linear import PackedLinear
 from llama2.quant.methods import layer_class
 from llama2.quantization_config import GPTQConfig, QuantizationConfig, parse
@@ -88,7 +87,11 @@ def load_layer(
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear of a model by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, PackedLinear)
+    }
 
 
 def place(model: nn.Module, names: Mapping[str, str], weights: Any, config: QuantizationConfig) -> set[str]:
@@ -138,11 +141,11 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
     return model
 
 
-def plain(layer: PackedLinear, dtype: torch.dtype) -> Linear:
+def plain(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
     """The layer with its weight unpacked."""
-    made = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     made.weight = nn.Parameter(layer.dequantize(dtype))
-    made.bias = layer.bias  # type: ignore[assignment]
+    made.bias = layer.bias
     return made.train(layer.training)
 
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from llama2.cpu.codes import CodebookWeight, GroupWeight, Int8Weight, PackableWeight, order_of
 from llama2.errors import InputError
-from llama2.linear import Linear
 from llama2.quant.gptq import GptqLinear
 from llama2.quant.int8 import LEVELS, Linear8bit
 from llama2.quant.linear import PackedLinear
@@ -19,7 +18,7 @@ _PACKED: tuple[type[PackedLinear], ...] = (GptqLinear, Linear4bit, Linear8bit)
 
 def packable(layer: nn.Module) -> PackableWeight | None:
     """The codes of a packed linear on the CPU, None for a plain linear. Raises InputError for what has no kernel."""
-    if type(layer) in (Linear, nn.Linear):
+    if type(layer) is nn.Linear:
         return None
     if type(layer) not in _PACKED:
         kind = f"{type(layer).__module__}.{type(layer).__qualname__}"

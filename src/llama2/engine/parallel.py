@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama2.checkpoint import Stored
 from llama2.checkpoint.load import DTYPES, fill, match, resolve_dtype
@@ -32,7 +32,6 @@ from llama2.engine.scheduler import Chunk
 from llama2.engine.scheduler import Sequence as Scheduled
 from llama2.errors import InputError
 from llama2.generation_config import GenerationConfig
-from llama2.linear import Linear
 from llama2.model import LlamaForCausalLM
 
 _PATIENCE = timedelta(minutes=30)  # until all processes are there, and within a step
@@ -137,7 +136,7 @@ def _rows(vocabulary: int, place: Place) -> tuple[int, int]:
     return min(most * place.rank, vocabulary), min(most * (place.rank + 1), vocabulary)
 
 
-class Summed(Linear):
+class Summed(nn.Linear):
     """A linear whose input is shared out: its output is the sum over the processes."""
 
     group: Any = None
@@ -148,7 +147,7 @@ class Summed(Linear):
         return out
 
 
-class HeadPart(Linear):
+class HeadPart(nn.Linear):
     """The head's rows of one process. Rank 0 gets the logits of all (..., V); the others zeros in their shape."""
 
     place: Place

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama2.errors import InputError
+
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)
 _ROWS = 16  # of x, up to which a kernel multiplies with packed weights
 
@@ -37,19 +39,21 @@ def kernels_run(device: torch.device) -> bool:
     return device.type == "cuda" and _has_triton()
 
 
-class PackedLinear(nn.Module, ABC):
+class PackedLinear(nn.Linear, ABC):
     """x (..., in) -> x W^T + b (..., out), W unpacked for each product, or multiplied packed where a kernel can.
 
     The packed tensors are buffers under the names that files give them ("qweight", or "weight" and "weight.absmax"), so
     `state_dict()` is what the file holds. They follow the module to another device but never change their dtype, and
     take no gradient; x does, and W is unpacked again for it instead of being kept.
+
+    It is an nn.Linear for libraries that look for linears by their class (peft's "all-linear"), not for its weight.
     """
 
     def __init__(self, shape: tuple[int, int], tensors: Mapping[str, Tensor], bias: nn.Parameter | None) -> None:
         """shape: (out, in) of the weight."""
-        super().__init__()
+        nn.Module.__init__(self)
         self.out_features, self.in_features = shape
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]
         self._buffers.update(tensors)  # register_buffer refuses the dots of "weight.absmax"
 
     @classmethod
@@ -105,6 +109,14 @@ class PackedLinear(nn.Module, ABC):
         return out
 
     @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """For libraries that ask an nn.Linear where its weight is: packed codes whose device and dtype can be read.
+
+        Computing with them raises InputError: they are not the weight. That is `weight_in`.
+        """
+        return next(iter(self.packed.values())).as_subclass(_Codes)
+
+    @property
     def packed(self) -> dict[str, Tensor]:
         """The tensors that a file holds of this layer, without the bias."""
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
@@ -140,6 +152,26 @@ class PackedLinear(nn.Module, ABC):
         found: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs)
         unexpected_keys += [key for key in found if key.removeprefix(prefix) not in self._buffers]
+
+
+_READABLE = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("device", "dtype", "shape", "is_cuda", "is_cpu", "is_meta", "is_quantized", "requires_grad", "ndim")
+) | frozenset((Tensor.is_floating_point, Tensor.is_complex, Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size))
+
+
+class _Codes(Tensor):
+    """Packed codes in the place of a weight: what they are can be read, nothing can be computed with them."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READABLE:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise InputError(
+            "the weight of this linear is packed: nothing can be added to it or computed from its codes. Call "
+            "model.dequantize() before a method that changes weights (merge, DoRA), or merge the saved adapter with "
+            "`llama2 merge-adapter`"
+        )
 
 
 class _Product(torch.autograd.Function):

@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from llama2.attention import Mask
 from llama2.compiled import kernels, pool
 from llama2.layers import LlamaDecoderLayer
-from llama2.linear import Linear
 from llama2.lora import LoraLinear
 from llama2.model import LlamaModel
 from llama2.plain_network import difference, layer_difference, warn_once
@@ -135,7 +134,7 @@ def ends_of(mask: Mask, batch: int, tokens: int) -> Tensor | None:
 class _Product:
     """One linear: its weight, plain or packed, and at most one adapter, which does not see `dropout` of its input."""
 
-    base: Linear | PackedLinear
+    base: nn.Linear
     a: nn.Parameter | None = None
     b: nn.Parameter | None = None
     scale: float = 1.0
@@ -159,7 +158,7 @@ class _Product:
 
     def parameters(self) -> list[nn.Parameter]:
         """What may be trained."""
-        own = [self.base.weight] if isinstance(self.base, Linear) else []
+        own = [self.base.weight] if type(self.base) is nn.Linear else []
         return [*own, *(p for p in (self.a, self.b) if p is not None)]  # type: ignore[list-item]
 
 
@@ -218,9 +217,9 @@ def plan_of(layer: Any, x_BTD: Tensor) -> _Plan | None:
 
 def _product_of(linear: Any, dtype: torch.dtype) -> _Product | None:
     base, adapter = (linear.base_layer, linear) if isinstance(linear, LoraLinear) else (linear, None)
-    if base.bias is not None or not (type(base) is Linear or isinstance(base, PackedLinear)):
+    if base.bias is not None or not (type(base) is nn.Linear or isinstance(base, PackedLinear)):
         return None
-    if type(base) is Linear and base.weight.dtype != dtype:
+    if type(base) is nn.Linear and base.weight.dtype != dtype:
         return None
     if adapter is None or not adapter.active or not adapter.lora_A:
         return _Product(base)
@@ -300,7 +299,7 @@ def _weights(
     """The gradients of what is trained, to `found`."""
     weights, sums = list[Tensor](), list[Sum]()
     for product, part, to_part, grad in zip(products, low, to_low, grads, strict=True):
-        if isinstance(product.base, Linear) and product.base.weight.requires_grad:
+        if type(product.base) is nn.Linear and product.base.weight.requires_grad:
             weights.append(product.base.weight)
             fewer = grad.shape[1] <= x.shape[1]
             sums.append(Sum([(grad.T, x)]) if fewer else Sum([(x.T, grad)], transposed=True))

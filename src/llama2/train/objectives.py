@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llama2 import lora
 from llama2.errors import InputError
+from llama2.quant.linear import PackedLinear
 from llama2.train.data import IGNORED, Example, Pair
 from llama2.train.layer import fuses
 from llama2.train.losses import Preference, dpo_loss, head_loss, targets, token_log_probs
@@ -57,7 +58,7 @@ def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
 def head_of(model: Any) -> Tensor:
     """The head's weight (V, D). Raises InputError where it is adapted or packed: its product is not a plain one."""
     head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear):
+    if not isinstance(head, torch.nn.Linear) or isinstance(head, PackedLinear):
         raise InputError(f"the head is a {type(head).__name__}; train with a plain head (leave lm_head out)")
     return head.weight
 
