@@ -114,6 +114,32 @@ def test_rope_settings_pass_through_gguf(tmp_path: Path, rope: str) -> None:
     same(source, tmp_path / "back")
 
 
+@pytest.mark.parametrize(
+    ("settings", "stored", "back"),
+    [
+        # llama.cpp multiplies yarn's own 0.1 ln(4) + 1 = 1.1386294 by attn_factor.
+        ({"attention_factor": 1.5}, 1.5 / 1.1386294, 1.5),
+        ({"attention_factor": 1.0}, 1.0 / 1.1386294, 1.0),
+        ({"attention_factor": 1.1386294361119891}, None, None),
+        ({"mscale": 1.0, "mscale_all_dim": 0.5}, 1 / 1.0693147, 1.0648217),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1 / 1.1386294, 1.0),
+    ],
+)
+def test_yarns_attention_factor_passes_through_gguf(
+    tmp_path: Path, settings: dict[str, float], stored: float | None, back: float | None
+) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    source = save(tmp_path / "hf", rope_scaling={**rope, **settings})
+    convert(source, tmp_path / "x.gguf", Options("gguf"))
+    key = read_metadata(tmp_path / "x.gguf").get("llama.rope.scaling.attn_factor")
+    assert key == (None if stored is None else pytest.approx(stored, rel=1e-6))
+    found = checkpoint.open(tmp_path / "x.gguf").config.rope_scaling
+    assert found == {**rope, **({} if back is None else {"attention_factor": pytest.approx(back, rel=1e-5)})}
+    before, after = (LlamaForCausalLM.from_pretrained(path) for path in (source, tmp_path / "x.gguf"))
+    with torch.no_grad():
+        assert torch.allclose(before(tiny_ids()).logits.float(), after(tiny_ids()).logits.float(), rtol=1e-3, atol=1e-3)
+
+
 def test_biases_and_head_width(tmp_path: Path) -> None:
     source = save(tmp_path / "hf", attention_bias=True, mlp_bias=True, head_dim=24)
     convert(source, tmp_path / "x.gguf", Options("gguf"))

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llama2.checkpoint.config_repair import repaired
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import CheckpointError
@@ -127,12 +128,14 @@ QUANTIZE_CONFIGS = ("quantize_config.json", "quant_config.json")
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The content of a config.json, with the quantisation that a file of its own beside it describes.
+    """The content of a config.json, with the quantisation that a file of its own beside it describes, and without what
+    cannot be meant (`config_repair`).
 
     Raises CheckpointError where it is missing, no JSON object, or of another architecture than Llama.
     """
     fields = read_json(file)
     _refuse_foreign(fields, file)
+    fields = repaired(fields, file)
     if fields.get("quantization_config") is None:
         for name in QUANTIZE_CONFIGS:
             if (file.parent / name).exists():

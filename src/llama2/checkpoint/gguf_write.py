@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from llama2.checkpoint import Checkpoint
+from llama2.checkpoint.gguf_config import yarn_attention
 from llama2.checkpoint.gguf_mixture import FILE_TYPES, fitting, tensor_type
 from llama2.checkpoint.names import hf_to_gguf, rotated_heads, to_pairs
 from llama2.checkpoint.single_threads import in_single_threads
@@ -21,6 +22,7 @@ from llama2.config import LlamaConfig
 from llama2.errors import InputError
 from llama2.quant.ggml import BlockType, block_type
 from llama2.quant.ggml_encode import ENCODERS, quantize
+from llama2.rope import attention_scaling
 
 ALIGNMENT = 32
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
@@ -216,8 +218,11 @@ def architecture(config: LlamaConfig) -> dict[str, Any]:
             for ours in ("beta_fast", "beta_slow"):
                 if ours in rope:
                     keys[f"llama.rope.scaling.yarn_{ours}"] = float(rope[ours])
-            if odd := set(rope) & {"attention_factor", "mscale", "mscale_all_dim", "truncate"}:
-                raise InputError(f"GGUF has no key for yarn's {sorted(odd)[0]}; convert to hf instead")
+            if rope.get("truncate") is False:
+                raise InputError("GGUF has no key for yarn's truncate=False; convert to hf instead")
+            scale, own = attention_scaling(rope), yarn_attention(rope["factor"])
+            if abs(scale - own) > 1e-6 * own:
+                keys["llama.rope.scaling.attn_factor"] = scale / own  # llama.cpp multiplies it with its own
     elif kind not in ("default", "llama3"):
         raise InputError(f"GGUF names no RoPE scaling {kind!r}; default, linear, yarn and llama3 are written")
     return keys

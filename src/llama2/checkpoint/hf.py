@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_config, read_json
+from llama2.checkpoint.wrapped import inner_dict, plain_names, without_wrappers
 from llama2.config import LlamaConfig
 from llama2.coverage import is_table
 from llama2.errors import CheckpointError
@@ -80,7 +81,7 @@ class HfCheckpoint(Checkpoint):
             if not (self.folder / file).exists():
                 raise CheckpointError(f"{index} names the shard {file!r}, which is missing; fetch the checkpoint again")
         self.files = sorted({self.folder / file for file in weight_map.values()})
-        return {name: self.folder / file for name, file in weight_map.items()}
+        return {new: self.folder / weight_map[old] for new, old in plain_names(weight_map).items()}
 
     @cached_property
     def _located(self) -> dict[str, Path]:
@@ -105,9 +106,10 @@ class HfCheckpoint(Checkpoint):
         if file not in self._shards:
             # By content; but a .safetensors too short to tell is a damaged one, and no pickle to be opened.
             if is_safetensors(file) or file.suffix == ".safetensors":
-                self._shards[file] = map_safetensors(file)
+                found: Mapping[str, Tensor] = map_safetensors(file)
             else:
-                self._shards[file] = load_bin(file, weights_only=self._weights_only)
+                found = load_bin(file, weights_only=self._weights_only)
+            self._shards[file] = without_wrappers(found, file)
         return self._shards[file]
 
     @cached_property
@@ -214,6 +216,7 @@ def load_bin(path: Path, *, weights_only: bool = True) -> Mapping[str, Tensor]:
         raise CheckpointError(
             f"{path} is truncated or malformed ({str(error).splitlines()[0]}); fetch it again"
         ) from error
+    content = inner_dict(content, path)
     if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors; it is not a checkpoint")
     return content

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llama2.checkpoint import Checkpoint, Stored
+from llama2.checkpoint.config_repair import known_ids
 from llama2.checkpoint.covered import not_weights
 from llama2.checkpoint.hf import HfCheckpoint
 from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
@@ -301,7 +302,9 @@ def _generation_config(given: Any, source: Checkpoint | None, config: LlamaConfi
     if given is not None:
         return copy.deepcopy(GenerationConfig.of(given))
     settings = None if source is None else source.generation_settings
-    return GenerationConfig.from_model_config(config) if settings is None else GenerationConfig.from_dict(settings)
+    if settings is None or source is None:
+        return GenerationConfig.from_model_config(config)
+    return GenerationConfig.from_dict(known_ids(settings, config.vocab_size, f"{source.path}/generation_config.json"))
 
 
 # -- coverage ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from llama2.architecture import EMBEDDING, HEAD, parameter_shapes
 from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_json
 from llama2.checkpoint.hf import CODES, load_bin
 from llama2.checkpoint.names import meta_axis, meta_to_hf, rotated_heads, to_half_split
+from llama2.checkpoint.wrapped import without_wrappers
 from llama2.config import LlamaConfig
 from llama2.coverage import cover, is_table
 from llama2.errors import CheckpointError, MismatchError
@@ -205,7 +206,7 @@ def _check_order(files: list[Path]) -> None:
 
 def _translated(file: Path, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
-    for name, tensor in shard.items():
+    for name, tensor in without_wrappers(shard, file).items():
         if is_table(name):
             continue
         ours = meta_to_hf(name)
