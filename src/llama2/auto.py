@@ -18,6 +18,7 @@ from llama2.text_file import read_object
 _load_tokenizer = door("tokenizer", "load", "A tokenizer from files.")
 _gguf_tokenizer = door("tokenizer", "from_gguf", "A tokenizer from GGUF metadata.")
 _load_model = door("checkpoint.load", "from_pretrained_named", "A model from files.")
+_params_config = door("checkpoint.meta", "config_of_params", "A configuration from params.json without weights.")
 _new_model = door("checkpoint.load", "from_config_named", "A model with fresh weights.")
 
 
@@ -48,8 +49,13 @@ def _stored_config(path: str | Path, hub: Mapping[str, Any], gguf_file: str | No
     local = fetch_files(path, hub, "config", gguf_file)
     if gguf := checkpoint.find_gguf(local):
         return GgufFile(gguf).config
+    if base := _adapted_base(local, "config.json"):
+        return _stored_config(base, {}, None)
     if (local / "params.json").exists() and not (local / "config.json").exists():
-        return checkpoint.open(local).config  # Meta's params.json leaves sizes to the tensors
+        if any(local.glob("consolidated.*.pth")):
+            return checkpoint.open(local).config  # what params.json leaves to the tensors is taken from them
+        found: LlamaConfig = _params_config(local)
+        return found
     config: LlamaConfig = LlamaConfig.from_dict(
         checkpoint.read_config(local / "config.json" if local.is_dir() else local)
     )
@@ -64,6 +70,14 @@ def load_fields(path: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
     if file.suffix == ".json" and file.exists():
         return read_object(file, "config.json")
     return _stored_config(path, hub, gguf_file).to_dict()
+
+
+def _adapted_base(local: Path, own: str) -> str | None:
+    """The model of an adapter's folder that has no files of this pattern itself; None for any other folder."""
+    if not (local / "adapter_config.json").is_file() or any(local.glob(own)):
+        return None
+    base = read_object(local / "adapter_config.json", "adapter_config.json").get("base_model_name_or_path")
+    return str(base) if base else None
 
 
 class AutoConfig:
@@ -98,6 +112,8 @@ class AutoTokenizer:
         path = fetch_files(pretrained_model_name_or_path, split_hub_options(kwargs), "tokenizer", gguf_file)
         if gguf := checkpoint.find_gguf(path):
             return _gguf_tokenizer(read_metadata(gguf), **kwargs)
+        if base := _adapted_base(path, "tokenizer*"):
+            return AutoTokenizer.from_pretrained(base, **kwargs)
         return _load_tokenizer(path, **kwargs)
 
 

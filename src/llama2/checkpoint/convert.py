@@ -36,7 +36,7 @@ from llama2.checkpoint.pages import fetch, release
 from llama2.checkpoint.peft import read_adapter
 from llama2.checkpoint.pooled import PooledCheckpoint
 from llama2.checkpoint.save import parse_size, replacing
-from llama2.checkpoint.source import open_source
+from llama2.checkpoint.source import Located, locate_all, open_source
 from llama2.checkpoint.target import Appender, Target
 from llama2.checkpoint.tokenizer_files import gguf_keys, write_folder, write_model
 from llama2.errors import CheckpointError, InputError
@@ -85,7 +85,7 @@ class Result:
 
 
 def convert(
-    source: str | Path | Checkpoint, target: str | Path, options: Options, progress: Progress | None = None
+    source: str | Path | Located | Checkpoint, target: str | Path, options: Options, progress: Progress | None = None
 ) -> Result:
     """Converts `source` (path, hub id or open checkpoint) to the new folder, or GGUF file, `target`.
 
@@ -93,7 +93,7 @@ def convert(
     arguments is continued. Raises InputError for arguments that cannot be, CheckpointError for a source that is
     damaged, a target that exists, or a full disk. The source is never written to.
     """
-    opened = covered(unpacked(source if isinstance(source, Checkpoint) else open_source(source, {})))
+    opened = covered(unpacked(source if isinstance(source, Checkpoint) else open_source(locate_all(source), {})))
     path = Path(target)
     _check_target(opened, path, options)
     if options.adapter is not None:
@@ -179,7 +179,7 @@ def _merged(source: Checkpoint, adapter: str, options: Options) -> Checkpoint:
             f"{source.path} is quantised ({', '.join(quantised)}), and weights with an adapter in them are not: say "
             "with dtype what to store them as; what the adapter leaves alone and is of that type stays as it is"
         )
-    return MergedCheckpoint(source, read_adapter(adapter, source.config))
+    return MergedCheckpoint(source, read_adapter(locate_all(adapter).path, source.config))
 
 
 def _check_target(source: Checkpoint, path: Path, options: Options) -> None:

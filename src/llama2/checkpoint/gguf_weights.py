@@ -73,7 +73,7 @@ class GgufCheckpoint(Checkpoint):
         return {
             key: value
             for key, value in self.file.metadata.items()
-            if key.startswith("general.") and key not in _OF_THE_FILE and value != []
+            if key.startswith("general.") and key not in _OF_THE_FILE
         }
 
     @property

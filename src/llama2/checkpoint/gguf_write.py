@@ -177,7 +177,7 @@ def encode(key: str, value: Any) -> bytes:
         return struct.pack("<If", _FLOAT32, value)
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value)
-    first = value[0]
+    first = value[0] if value else ""  # an empty list, of a tokenizer without merges, is one of texts
     head = struct.pack("<I", _ARRAY)
     if isinstance(first, str):
         return head + struct.pack("<IQ", _STRING, len(value)) + b"".join(map(_text, value))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub import constants
 
 from llama2.checkpoint import split_parts
 from llama2.errors import CheckpointError
@@ -76,7 +77,7 @@ def fetch_model(repo_id: str, options: HubOptions, use_safetensors: bool | None)
 
 def list_files(repo_id: str, options: HubOptions) -> list[str]:
     """Names of the files of a repository; where the hub is not asked, of those that are in the cache."""
-    if not options.local_files_only and not huggingface_hub.constants.HF_HUB_OFFLINE:
+    if not options.local_files_only and not constants.HF_HUB_OFFLINE:
         names: list[str] = _explained(
             huggingface_hub.HfApi().list_repo_files, repo_id, revision=options.revision, token=options.token
         )

@@ -293,6 +293,17 @@ def config_from(
     )
 
 
+def config_of_params(folder: Path) -> LlamaConfig:
+    """The configuration that params.json means where no tensors are there to say what it leaves out: the vocabulary is
+    then Llama 2's."""
+    params = read_params(folder / "params.json")
+    stated = params.get("vocab_size", -1)
+    size = 32000 if stated == -1 else _whole(params, "vocab_size", folder)
+    multiple_of = _whole(params, "multiple_of", folder, 256)
+    inner = intermediate_size(_whole(params, "dim", folder), multiple_of, params.get("ffn_dim_multiplier"))
+    return config_from(params, folder, vocab_size=size, intermediate_size=inner, tied=False)
+
+
 def _check_feed_forward(params: Mapping[str, Any], where: Path, dim: int, found: int) -> None:
     if params.get("multiple_of") is None:
         return

@@ -180,6 +180,26 @@ def settings_file(name: str | Path, file: str, kwargs: dict[str, Any]) -> Path:
     return fetch_files(name, hub, "config", file)
 
 
+def revision_of(name: str | Path, revision: str | None) -> dict[str, str]:
+    """The hub settings of a revision. Raises InputError for one of a path, which has none."""
+    if revision is None:
+        return {}
+    if local_path(name) is not None:
+        raise InputError(f"{name} is a local path, which has no revision {revision!r}; leave --revision out")
+    return {"revision": revision}
+
+
+def locate_all(name: str | Path | Located, revision: str | None = None) -> Located:
+    """As `locate`, with the tokenizer's files beside the model's. Raises InputError for the revision of a path."""
+    if isinstance(name, Located):
+        return name
+    hub = revision_of(name, revision)
+    if (path := local_path(name)) is not None:
+        return Located(str(name), path)
+    fetch_files(name, hub, "tokenizer")
+    return locate(name, hub)
+
+
 def open_source(
     name: str | Path | Located,
     hub: Mapping[str, Any],

@@ -71,7 +71,7 @@ def gguf_keys(source: Source, vocab_size: int, chat: bool) -> dict[str, Any]:
         return {"tokenizer.ggml.model": "no_vocab"}
     template = {"tokenizer.chat_template": LLAMA2_CHAT_TEMPLATE} if chat else {}
     if isinstance(source, Mapping):
-        keys = {key: value for key, value in source.items() if key.startswith("tokenizer.") and value != []}
+        keys = {key: value for key, value in source.items() if key.startswith("tokenizer.")}
         return {**keys, **template}
     tokenizer = load(source)
     if _has_model(source):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from llama2.cli import terminal
 from llama2.cli.args import option
-from llama2.cli.loading import adapter_folder, load_tokenizer
+from llama2.cli.loading import adapter_folder, load_tokenizer, local_model
 from llama2.errors import InputError
 
 
@@ -31,6 +31,7 @@ class Options:
     max_length: int | None = option(None, "tokens of a text, at most (default: the model's context)")
     batch_size: int = option(16, "texts at once")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "number format of the weights")
+    revision: str | None = option(None, "branch, tag or commit of MODEL, a hub id", metavar="NAME")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one", metavar="DEVICE")
 
 
@@ -103,7 +104,7 @@ def _load(options: Options) -> tuple[Any, Any]:
     from llama2.checkpoint.peft import load_adapter
     from llama2.checkpoint.peft_files import classifier_labels, read_config
 
-    path, labels, folder = options.paths[0], dict[str, Any](), None
+    path, labels, folder = local_model(options.paths[0], options.revision), dict[str, Any](), None
     if options.adapter is not None:
         folder = adapter_folder(options.adapter)
         read_config(folder)

@@ -27,6 +27,7 @@ class Options:
     imatrix: str | None = option(None, "importance matrix (a file of llama-imatrix) for the block types "
                                  "of gguf", metavar="FILE")  # fmt: skip
     chat: bool = option(False, "add Llama 2's chat template (Meta folders named *-chat get it anyway)")
+    revision: str | None = option(None, "branch, tag or commit of SRC, a hub id", metavar="NAME")
     quiet: bool = option(False, "no progress bar")
 
 
@@ -43,6 +44,7 @@ def run(options: Options) -> int:
         kv_heads=options.kv_heads,
         chat=options.chat or None,
         imatrix=options.imatrix,
+        revision=options.revision,
         quiet=options.quiet,
     )
 
@@ -59,15 +61,17 @@ def convert(
     chat: bool | None = None,
     adapter: str | None = None,
     imatrix: str | None = None,
+    revision: str | None = None,
     quiet: bool = False,
 ) -> int:
     """Converts with a progress bar and says what came of it."""
     from llama2.checkpoint import convert as engine
+    from llama2.checkpoint.source import locate_all
 
     settings = engine.Options(to, dtype, shard_size, shards, kv_heads, chat, adapter, imatrix)
     try:
         with Meter("converting" if adapter is None else "merging", quiet) as meter:
-            result = engine.convert(source, target, settings, meter)
+            result = engine.convert(locate_all(source, revision), target, settings, meter)
     except KeyboardInterrupt:
         print("llama2: interrupted; the same command goes on from here", file=sys.stderr)
         raise

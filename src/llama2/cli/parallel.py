@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama2.cli import terminal
-from llama2.cli.loading import RunOptions, load_tokenizer, model_path
+from llama2.cli.loading import RunOptions, load_tokenizer, local_model
 from llama2.errors import InputError, Llama2Error
 
 STORE = "LLAMA2_PARALLEL_STORE"  # a file through which the processes of one machine find each other
@@ -101,7 +101,7 @@ def load_part(options: RunOptions, ranks: Ranks) -> tuple[Any, Any]:
     from llama2.checkpoint.load import resolve_device
     from llama2.engine import parallel
 
-    path = model_path(options.model)
+    path = local_model(options.model, options.revision)
     tokenizer = load_tokenizer(path)
     device = resolve_device(options.device)
     if device.type == "cuda" and device.index is None:

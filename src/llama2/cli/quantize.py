@@ -88,6 +88,7 @@ class Options(Calibration, Gptq):
     eval: str | None = option(None, "text for the perplexity before and after (default: the end of the calibration "
                               "text)", metavar="FILE")  # fmt: skip
     eval_tokens: int = option(4096, "tokens of it, 0: none")
+    revision: str | None = option(None, "branch, tag or commit of SRC, a hub id", metavar="NAME")
     json: bool = option(False, "the report as JSON instead of tables")
     quiet: bool = option(False, "no progress bar")
 
@@ -97,7 +98,11 @@ def run(options: Options) -> int:
     if len(options.paths) != 2:
         raise InputError(f"quantize needs a source and a target, but {len(options.paths)} paths were given")
     source, target = options.paths
+    from llama2.checkpoint.source import locate_all
     from llama2.quantize.job import quantize
+
+    if options.revision is not None:
+        source = str(locate_all(source, options.revision).path)
 
     method = options.method or ("gguf:q4_k" if target.endswith(".gguf") else "gptq")
     settings = {name: getattr(options, name) for name in _SETTINGS}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from llama2.cli import parallel, terminal
 from llama2.cli.args import option
-from llama2.cli.loading import RunOptions, adapter_folder, load, load_model, model_path
+from llama2.cli.loading import RunOptions, adapter_folder, load, load_model, local_model, model_path
 from llama2.errors import InputError, Llama2Error, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ def open_model(
     elif chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     wanted = options.wanted()
-    draft = None if options.draft is None else load_model(options.draft, options)
+    draft = None if options.draft is None else load_model(local_model(options.draft), options)
     each = limits.bytes_per_token(model, options.runner, options.cache_dtype, draft)
     tokens, source = limits.cache_tokens(model, wanted, each)
     engine = Engine(

@@ -34,14 +34,14 @@ def run(options: Options) -> int:
     text = sys.stdin.read() if options.text == ("-",) else " ".join(options.text)
     if options.decode:
         ids = _parse_ids(text)
-        tokenizer = load_tokenizer(model_path(options.model))
+        tokenizer = load_tokenizer(model_path(options.model), options.revision)
         _check_range(ids, tokenizer)
         decoded = tokenizer.decode(ids)
         if options.show == "table":
             print(decoded)
             return 0
         return _show(ids, tokenizer, options.show)
-    tokenizer = load_tokenizer(model_path(options.model))
+    tokenizer = load_tokenizer(model_path(options.model), options.revision)
     return _show(tokenizer.encode(text, add_special_tokens=options.special_tokens), tokenizer, options.show)
 
 

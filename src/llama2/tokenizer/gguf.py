@@ -140,9 +140,16 @@ def byte_level_name(document: Mapping[str, Any]) -> str | None:
     for name in _CUTS:
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = _pre_tokenizer(name)
-        if json.loads(backend.to_str())["pre_tokenizer"] == document.get("pre_tokenizer"):
+        if _steps(json.loads(backend.to_str())["pre_tokenizer"]) == _steps(document.get("pre_tokenizer")):
             return name if bool(model.get("ignore_merges")) == (name in _MERGES_IGNORED) else None
     return None
+
+
+def _steps(pre: Mapping[str, Any] | None) -> list[Any]:
+    """The steps of a pre-tokenizer: one alone is a sequence of one."""
+    if pre is None:
+        return []
+    return list(pre["pretokenizers"]) if pre.get("type") == "Sequence" else [pre]
 
 
 def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
