@@ -80,7 +80,6 @@ def test_sentencepiece_model(tokenizer_model: Path, fast: LlamaTokenizerFast, ra
         ({"tokenizer.ggml.model": "bert"}, "'bert'"),
         ({"tokenizer.ggml.tokens": None}, "no tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.scores": [0.0]}, "must agree"),
-        ({"tokenizer.ggml.bos_token_id": 40000}, "outside the 32000"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "novel"}, "'novel'"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["ab"]}, "'ab'"),
     ],
@@ -88,6 +87,12 @@ def test_sentencepiece_model(tokenizer_model: Path, fast: LlamaTokenizerFast, ra
 def test_wrong_metadata(tokenizer_model: Path, change: dict[str, Any], match: str) -> None:
     with pytest.raises(CheckpointError, match=match):
         from_gguf({**_spm_metadata(tokenizer_model), **change})
+
+
+def test_a_role_without_a_token_is_none(tokenizer_model: Path) -> None:
+    metadata = {**_spm_metadata(tokenizer_model), "tokenizer.ggml.padding_token_id": 40000}
+    with pytest.warns(UserWarning, match="padding_token_id is 40000, outside the 32000 tokens; there is no pad_token"):
+        assert from_gguf(metadata).pad_token is None
 
 
 def test_byte_level_has_no_slow_form(metadata: dict[str, Any]) -> None:
