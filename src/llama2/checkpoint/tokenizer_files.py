@@ -119,8 +119,8 @@ def _byte_level_keys(folder: Path, tokenizer: Any, vocab_size: int) -> dict[str,
     name = byte_level_name(document)
     if name is None:
         raise InputError(
-            f"{folder} has a tokenizer.json that is no BPE of SentencePiece's kind, and GGUF has no name for the way it "
-            "cuts words; put the model's tokenizer.model beside it, from which its scores are taken"
+            f"{folder} has a tokenizer.json, and GGUF has no name for the way it cuts words; put the tokenizer.model "
+            "beside it, from which its scores are taken"
         )
     vocabulary = sorted(document["model"]["vocab"].items(), key=lambda item: item[1])
     pieces, types = [piece for piece, _ in vocabulary], [NORMAL] * len(vocabulary)
