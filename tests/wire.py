@@ -49,14 +49,14 @@ def get(port: int, path: str, **headers: str) -> Reply:
     return call(port, "GET", path, None, headers)
 
 
-def begin(port: int, path: str, body: Any, size: int = 65536) -> socket.socket:
+def begin(port: int, path: str, body: Any, size: int = 65536, **headers: str) -> socket.socket:
     """Sends a request and gives the open socket, with a receive buffer of `size` bytes."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
     sock.settimeout(60)
     sock.connect(("127.0.0.1", port))
     data = json.dumps(body).encode()
-    kind = "content-type: application/json"
+    kind = "\r\n".join(("content-type: application/json", *(f"{name}: {value}" for name, value in headers.items())))
     head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n{kind}\r\ncontent-length: {len(data)}\r\n\r\n"
     sock.sendall(head.encode() + data)
     return sock

@@ -110,6 +110,15 @@ class Options(EngineOptions, RunOptions):
     )
     max_concurrent_requests: int | None = option(None, "requests inside at most; more get 429 (default: 128)")
     max_waiting: int | None = option(None, "answers in the engine's queue at most; more get 429 (default: 1024)")
+    max_requests_per_key: int | None = option(
+        None, "requests of one key inside at most; more get 429 (default: no bound)"
+    )
+    max_waiting_per_key: int | None = option(None, "answers of one key in the queue at most (default: no bound)")
+    max_running_per_key: int | None = option(None, "answers of one key in one step at most (default: no bound)")
+    max_cache_per_key: int | None = option(None, "tokens of one key in the cache at most (default: no bound)")
+    tokens_per_minute: int | None = option(
+        None, "tokens of prompts and answers of one key in a minute; more get 429 (default: no bound)"
+    )
     max_best_of: int | None = option(None, "answers of one prompt at most (default: 8)")
     max_stop_sequences: int | None = option(None, "stop strings of a request at most (default: 16)")
     max_top_n_tokens: int | None = option(None, "likeliest tokens told at most (default: 20)")
@@ -275,6 +284,8 @@ def _service(options: Options, life: "Life", host: str) -> "Service":
         "max_unparsed_bytes": options.max_unparsed_bytes,
         "max_unread_bytes": options.max_unread_bytes,
         "max_concurrent_requests": options.max_concurrent_requests,
+        "max_requests_per_key": options.max_requests_per_key,
+        "tokens_per_minute": options.tokens_per_minute,
     }
     names = options.served_model_name or (options.model or Path(model_path(None)).stem,)
     policy = Policy(names=names, **{name: value for name, value in given.items() if value is not None})
@@ -372,6 +383,9 @@ def open_model(
         kv_cache=options.cache_dtype,
         draft=draft,
         guesses=options.speculate,
+        each_waiting=getattr(options, "max_waiting_per_key", None),
+        each_running=getattr(options, "max_running_per_key", None),
+        each_tokens=getattr(options, "max_cache_per_key", None),
     )
     for adapter in adapters:
         _add_adapter(engine, adapter)

@@ -12,7 +12,14 @@ Finish = Literal["length", "eos", "stop", "cancelled", "error"]
 
 
 class EngineBusyError(Llama2Error, RuntimeError):
-    """The queue is full, or the engine takes nothing new because it is closing."""
+    """The queue is full, or the engine takes nothing new because it is closing.
+
+    retry_after: seconds after which there is room at the latest, as the engine goes now.
+    """
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Ask:
 
     config: settings of generate(), complete. stop: strings that end the text, left out of it unless keep_stop.
     logprobs: how many likeliest tokens each event tells, None for none. tenant: requests of another tenant share no
-    cached prefix. lookup: tokens to guess from earlier text and check in one step (prompt lookup), 0 for none.
+    cached prefix. owner: whose share of the engine it takes, where several have requests. lookup: tokens to guess from
+    earlier text and check in one step (prompt lookup), 0 for none.
     rate_prompt: tell the log-probability of each prompt token but the first, as events before the first new token.
     continues: the text goes on from the prompt, so its first space counts; else it stands by itself.
     """
@@ -57,6 +65,7 @@ class Ask:
     skip_special_tokens: bool = True
     rate_prompt: bool = False
     continues: bool = False
+    owner: str = ""
 
 
 @dataclass

@@ -10,9 +10,11 @@ A request's tokens are those that generate() gives for the same seed, alone or a
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Self
 
@@ -37,7 +39,9 @@ class _Live:
     def __init__(self, ask: Ask, limit: int, decoder: Any, sink: Callable[[Event], None]) -> None:
         self.ask, self.sink = ask, sink
         salt = f"{ask.tenant}\0{ask.adapter or ''}".encode()
-        self.sequence = Scheduled(list(ask.prompt), limit, salt, len(ask.prompt) - 1 if ask.rate_prompt else 0)
+        self.sequence = Scheduled(
+            list(ask.prompt), limit, salt, len(ask.prompt) - 1 if ask.rate_prompt else 0, ask.owner
+        )
         self.choice = Choice(ask.config, ask.prompt, limit, ask.seed, ask.logprobs, ask.processors)
         self.eos = frozenset(ask.config.eos_token_ids)
         if decoder is not None and ask.continues:
@@ -121,12 +125,16 @@ class Engine:
         kv_cache: Any = None,
         draft: Any = None,
         guesses: int | None = None,
+        each_waiting: int | None = None,
+        each_running: int | None = None,
+        each_tokens: int | None = None,
     ) -> None:
         """cache_tokens: positions of all requests together that are kept. budget: tokens of one step at most. width:
         requests in one step at most. waiting: requests in the queue at most. kv_cache: dtype of keys and values in the
         native engine. draft: a smaller model that proposes up to `guesses` tokens a step, 4 if None, while few requests
-        run; without one `guesses` is what requests look up in their own text. Raises InputError for sizes that hold
-        nothing, and for a draft of another vocabulary."""
+        run; without one `guesses` is what requests look up in their own text. each_waiting, each_running, each_tokens:
+        requests in the queue, requests in a step and positions of the cache of one owner at most. Raises InputError
+        for sizes that hold nothing, and for a draft of another vocabulary."""
         if cache_tokens < PAGE:
             raise InputError(f"a cache of {cache_tokens} tokens is less than a page; give at least {PAGE}")
         if guesses is not None and guesses < 0:
@@ -138,8 +146,11 @@ class Engine:
         if draft is not None:
             self.drafter = Drafter(model, draft, self.runner.pages, 4 if guesses is None else guesses, runner, kv_cache)
         self._lookup = 0 if draft is not None or guesses is None else guesses
-        self.scheduler = Scheduler(self.pool, budget, width)
-        self.max_waiting = waiting
+        each_pages = None if each_tokens is None else max(each_tokens // PAGE, 1)
+        self.scheduler = Scheduler(self.pool, budget, width, each_running=each_running, each_pages=each_pages)
+        self.max_waiting, self.each_waiting = waiting, each_waiting
+        self._step_seconds = 0.0  # of the last steps on average
+        self._counts: Counter[str] = Counter()  # requests of each owner
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._live: dict[Scheduled, _Live] = {}
@@ -237,16 +248,37 @@ class Engine:
         with self._lock:
             if self._closing:
                 raise EngineBusyError("the engine is closing and takes no new requests; ask another replica")
-            if self._count >= self.max_waiting + self.scheduler.width:
-                raise EngineBusyError(
-                    f"{self._count} requests are waiting or running, which is the bound; try again later"
-                )
+            self._check_room(ask.owner)
             self._count += 1
+            self._counts[ask.owner] += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="llama2-engine", daemon=True)
                 self._thread.start()
         self._put(lambda: self._begin(live))
         return live
+
+    def _check_room(self, owner: str) -> None:
+        """Raises EngineBusyError where the queue is full for this owner. One below its share of a full queue still gets
+        in, so that nobody can lock the others out."""
+        own, bound = self._counts[owner], self.max_waiting + self.scheduler.width
+        fair = bound // max(len(self._counts) + (own == 0), 1)
+        if self.each_waiting is not None and own >= self.each_waiting + self.scheduler.each_running:
+            raise EngineBusyError(
+                f"{own} requests of this key are waiting or running, which is the bound", self.patience(owner)
+            )
+        if self._count >= bound and (own >= fair or self._count >= 2 * bound):
+            raise EngineBusyError(
+                f"{self._count} requests are waiting or running, which is the bound; try again later",
+                self.patience(owner),
+            )
+
+    def patience(self, owner: str = "") -> int:
+        """Seconds after which a place is free at the latest, as the engine goes now: until the request that is nearest
+        to its end has come there, of this owner if it has any."""
+        running = list(self.scheduler.running)
+        own = [s for s in running if s.owner == owner] or running
+        steps = min((s.limit - len(s.tokens) for s in own), default=0)
+        return min(max(math.ceil(steps * self._step_seconds), 1), 600)
 
     def cancel(self, live: _Live) -> None:
         """Ends a request within one step; one that has ended is left alone."""
@@ -344,6 +376,8 @@ class Engine:
             self.preemptions += live.sequence.preemptions
             with self._lock:
                 self._count -= 1
+                self._counts[live.ask.owner] -= 1
+                self._counts += Counter()  # drops those that have none
 
     def _loop(self) -> None:
         with self.runner.alone:
@@ -374,6 +408,8 @@ class Engine:
                 self._end(self._live[chunk.sequence], Event(finish="error", error=error))
             return
         self.steps += 1
+        took = time.monotonic() - now
+        self._step_seconds += (took - self._step_seconds) * (0.1 if self._step_seconds else 1.0)
         for chunk in chunks:
             logits, live = next(rows) if chunk.wanted else None, self._live[chunk.sequence]
             try:

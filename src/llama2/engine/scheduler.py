@@ -2,20 +2,24 @@
 
     plan    what is decoding comes first, then prompts in chunks, then whoever waits, oldest first; pages are given as
             sequences grow, and when none is left the youngest sequence goes back to the queue (its pages stay
-            remembered, so that it usually finds most of them again)
+            remembered, so that it usually finds most of them again); of several owners each has its share of places,
+            pages and prompt tokens, and who has more gives way to who has less (see fairness.py)
     run     somebody else's: the runner computes the plan's tokens
     commit  positions are counted as cached, full pages are remembered, sampled tokens appended
 
 Nothing is reserved ahead, yet every sequence ends: it was refused at the door if it could not fit alone.
 """
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from llama2.engine.blocks import BlockPool
+from llama2.engine.fairness import Credits, above, share
 from llama2.errors import InputError
 
+PATIENT = 3  # times that a sequence gives way to another owner's; then it runs to its end
 SCORED_AT_ONCE = 64  # tokens of a chunk whose logits are all wanted: they are rows of a whole vocabulary
 
 
@@ -24,13 +28,15 @@ class Sequence:
     """One text that grows: `tokens`, of which the first `computed` are in the cache.
 
     limit: tokens it may come to have, the prompt included. salt: sequences of another salt share no pages with it
-    (tenant, adapter). scored: the logits of its first `scored` tokens are wanted too, so they all run.
+    (tenant, adapter). owner: whose share of the engine it takes. scored: the logits of its first `scored` tokens are
+    wanted too, so they all run.
     """
 
     tokens: list[int]
     limit: int
     salt: bytes = b""
     scored: int = 0
+    owner: str = ""
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     reused: int = 0  # positions that were found in the cache when it was first admitted
@@ -67,16 +73,30 @@ class Scheduler:
     """Sequences over a pool.
 
     budget: tokens of one step at most; beside: tokens of prompts in a step in which others decode, who wait for the
-    end of the step; width: sequences in one step at most.
+    end of the step; width: sequences in one step at most; each_running, each_pages: sequences in one step and pages of
+    one owner at most.
     """
 
-    def __init__(self, pool: BlockPool, budget: int = 512, width: int = 64, beside: int = 128) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        budget: int = 512,
+        width: int = 64,
+        beside: int = 128,
+        each_running: int | None = None,
+        each_pages: int | None = None,
+    ) -> None:
         if budget < 1 or width < 1 or beside < 1:
             raise InputError(
                 f"a step of {budget} tokens, {beside} beside others, of {width} sequences does nothing; give at least "
                 "1 of each"
             )
         self.pool, self.budget, self.width, self.beside = pool, budget, width, beside
+        self.each_running = width if each_running is None else each_running
+        self.each_pages = pool.count if each_pages is None else min(each_pages, pool.count)
+        self.credits = Credits()
+        self._charged: dict[Sequence, int] = {}  # tokens of the plan that is being made
+        self._owners = 1  # that have something to do
         self._most = budget  # tokens of the step that is being planned
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of admission
@@ -85,7 +105,7 @@ class Scheduler:
 
     def capacity(self) -> int:
         """Positions that one sequence alone can come to hold."""
-        return self.pool.count * self.pool.size
+        return self.each_pages * self.pool.size
 
     def check(self, sequence: Sequence) -> None:
         """Raises InputError for a sequence that is empty or could never fit."""
@@ -127,15 +147,45 @@ class Scheduler:
         planned: dict[Sequence, Chunk] = {}
         crowded = False
         self._most = self.budget
-        for prompts in (False, True):
-            if planned:
-                self._most = min(self.budget, self._spent(planned) + self.beside)
-            for sequence in list(self.running):
-                if (sequence.pending > 1) is prompts and sequence in self.running:
-                    crowded |= self._plan_one(sequence, planned)
+        active = dict.fromkeys(s.owner for s in (*self.running, *self.waiting))
+        self.credits.keep(active)
+        self._owners = len(active)
+        for sequence in list(self.running):
+            if sequence.pending <= 1 and sequence in self.running:
+                crowded |= self._plan_one(sequence, planned)
+        if planned:
+            self._most = min(self.budget, self._spent(planned) + self.beside)
+        each = self._each(planned)
+        crowded |= self._plan_prompts(planned, each)
         if not crowded:
-            self._admit(planned)
+            self._admit(planned, each)
+        if each is not None:
+            self._plan_prompts(planned, None)  # what some owners did not need
+        for chunk in planned.values():
+            self.credits.charge(chunk.sequence.owner, len(chunk.tokens) - self._charged.get(chunk.sequence, 0))
+        self._charged.clear()
         return list(planned.values())
+
+    def _each(self, planned: dict[Sequence, Chunk]) -> int | None:
+        """Prompt tokens of one owner in this step; None where there is one owner."""
+        if self._owners < 2:
+            return None
+        owners = {s.owner for s in self.running if s.pending > 1} | {s.owner for s in self.waiting}
+        return share(self._left(planned), len(owners))
+
+    def _plan_prompts(self, planned: dict[Sequence, Chunk], each: int | None) -> bool:
+        """Plans the running prompts, of each owner so many tokens; whether somebody had to make room."""
+        crowded = False
+        spent: Counter[str] = Counter()
+        for sequence in list(self.running):
+            done = planned.get(sequence)
+            if sequence.pending <= 1 or sequence not in self.running or (done is not None and done.sampled):
+                continue
+            planned.pop(sequence, None)  # planned in part: now as far as there is room
+            crowded |= self._plan_one(sequence, planned, None if each is None else each - spent[sequence.owner])
+            if sequence in planned:
+                spent[sequence.owner] += len(planned[sequence].tokens)
+        return crowded
 
     def _spent(self, planned: dict[Sequence, Chunk]) -> int:
         return sum(len(chunk.tokens) for chunk in planned.values())
@@ -143,9 +193,10 @@ class Scheduler:
     def _left(self, planned: dict[Sequence, Chunk]) -> int:
         return self._most - self._spent(planned)
 
-    def _plan_one(self, sequence: Sequence, planned: dict[Sequence, Chunk]) -> bool:
-        """Plans what fits of a running sequence; whether somebody had to make room for it."""
+    def _plan_one(self, sequence: Sequence, planned: dict[Sequence, Chunk], most: int | None = None) -> bool:
+        """Plans what fits of a running sequence, `most` tokens; whether somebody had to make room for it."""
         room = min(self._left(planned), sequence.pending)
+        room = room if most is None else min(room, most)
         whole = sequence.computed < sequence.scored
         if whole:
             room = min(room, SCORED_AT_ONCE)
@@ -158,7 +209,7 @@ class Scheduler:
         preempted = False
         while not self._grow(sequence, sequence.computed + len(tokens)):
             preempted = True
-            victim = self.running[-1]
+            victim = self._victim(sequence)
             planned.pop(victim, None)
             self._preempt(victim)
             if victim is sequence:
@@ -169,9 +220,56 @@ class Scheduler:
     def _grow(self, sequence: Sequence, length: int) -> bool:
         """Pages for the first `length` positions; False, and none taken, where there are not enough."""
         needed = -(-length // self.pool.size) - len(sequence.pages)
-        if needed > self.pool.free:
+        if needed > self.pool.free or (needed > 0 and self._held()[sequence.owner] + needed > self.each_pages):
             return False
         sequence.pages += [self.pool.take() for _ in range(needed)]
+        return True
+
+    def _held(self) -> Counter[str]:
+        """Pages of each owner."""
+        held: Counter[str] = Counter()
+        for sequence in self.running:
+            held[sequence.owner] += len(sequence.pages)
+        return held
+
+    def _victim(self, sequence: Sequence) -> Sequence:
+        """Who makes room for a running sequence: the youngest of all, or of the owner that has more than its share."""
+        if self._owners < 2 and self.each_pages == self.pool.count:
+            return self.running[-1]
+        held = self._held()
+        if held[sequence.owner] >= self.each_pages:
+            return next(s for s in reversed(self.running) if s.owner == sequence.owner)
+        owner = above(held, share(self.pool.count, self._owners), "")
+        found = [s for s in self.running if s.owner == owner and s.preemptions < PATIENT]
+        return found[-1] if found and owner is not None else self.running[-1]
+
+    def _make_place(self, owner: str, planned: dict[Sequence, Chunk]) -> bool:
+        """Takes a place in the step from the owner that has most, for one that has less than its share."""
+        counts = Counter(s.owner for s in self.running)
+        fair = share(self.width, self._owners)
+        other = above(counts, fair, owner)
+        if other is None or counts[owner] >= fair:
+            return False
+        found = [s for s in self.running if s.owner == other and s.preemptions < PATIENT]
+        if found:
+            planned.pop(found[-1], None)
+            self._preempt(found[-1])
+        return bool(found)
+
+    def _make_room(self, owner: str, needed: int, planned: dict[Sequence, Chunk]) -> bool:
+        """Takes pages from owners that have more than their share, for one that stays within its own."""
+        fair, held = share(self.pool.count, self._owners), self._held()
+        if self._owners < 2 or held[owner] + needed > fair:
+            return False
+        if sum(max(count - fair, 0) for count in held.values()) + self.pool.free < needed + len(self.running):
+            return False
+        while needed + len(self.running) > self.pool.free:
+            other = above(self._held(), fair, owner)
+            found = [s for s in self.running if s.owner == other and s.preemptions < PATIENT]
+            if other is None or not found:
+                return False
+            planned.pop(found[-1], None)
+            self._preempt(found[-1])
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -184,12 +282,35 @@ class Scheduler:
         self.pool.give_back(sequence.pages)
         sequence.pages, sequence.computed, sequence.draft = [], 0, []
 
-    def _admit(self, planned: dict[Sequence, Chunk]) -> None:
+    def _in_turn(self, passed: set[str]) -> Iterator[Sequence]:
+        """Those that wait, by the credit of their owner and then as they came; owners in `passed` are left out."""
+        queues: dict[str, deque[Sequence]] = {}
+        for sequence in self.waiting:
+            queues.setdefault(sequence.owner, deque()).append(sequence)
+        while queues:
+            owner = self.credits.first(queues) if len(queues) > 1 else next(iter(queues))
+            if owner in passed or not queues[owner]:
+                del queues[owner]
+                continue
+            yield queues[owner].popleft()
+
+    def _admit(self, planned: dict[Sequence, Chunk], each: int | None) -> None:
         """Takes sequences in while they fit. One whose beginning another is just computing waits for its pages."""
         coming = {key for running in self.running for key in running._keys[running.computed // self.pool.size :]}
-        for sequence in list(self.waiting):
-            if len(self.running) >= self.width or self._left(planned) < 1:
+        spent = Counter({s.owner: 0 for s in self.running})
+        for chunk in planned.values():
+            spent[chunk.sequence.owner] += len(chunk.tokens) if chunk.sequence.pending > 1 else 0
+        passed: set[str] = set()
+        for sequence in self._in_turn(passed):
+            if self._left(planned) < 1:
                 return
+            owner = sequence.owner
+            if (each is not None and spent[owner] >= each) or self._count(owner) >= self.each_running:
+                passed.add(owner)
+                continue
+            if len(self.running) >= self.width and not self._make_place(owner, planned):
+                passed.add(owner)
+                continue
             found = self._remembered(sequence)
             keys = self._usable(sequence)
             if self.pool.remembers and len(found) < len(keys) and keys[len(found)] in coming:
@@ -198,16 +319,29 @@ class Scheduler:
                 self.pool.share(page)
             # Room for the whole text now, and for a page more of everyone: else it would soon be thrown out again.
             needed = -(-len(sequence.tokens) // self.pool.size) - len(found)
-            if self.running and needed + len(self.running) > self.pool.free:
+            short = self.running and needed + len(self.running) > self.pool.free
+            if self._held()[owner] + needed + len(found) > self.each_pages or (
+                short and not self._make_room(owner, needed, planned)
+            ):
                 self.pool.give_back(found)
-                return
+                if not self._count(owner):
+                    return  # its turn: pages that come free are for it
+                passed.add(owner)
+                continue
             self.waiting.remove(sequence)
             self.running.append(sequence)
             sequence.pages, sequence.computed = found, len(found) * self.pool.size
             if not sequence._admitted:
                 sequence._admitted, sequence.reused = True, sequence.computed
             coming.update(keys[len(found) :])
-            self._plan_one(sequence, planned)
+            self._plan_one(sequence, planned, None if each is None else each - spent[owner])
+            tokens = len(planned[sequence].tokens) if sequence in planned else 0
+            spent[owner] += tokens
+            self.credits.charge(owner, tokens)  # at once: it decides who comes next in this step
+            self._charged[sequence] = tokens
+
+    def _count(self, owner: str) -> int:
+        return sum(s.owner == owner for s in self.running)
 
     def _usable(self, sequence: Sequence) -> list[bytes]:
         """Keys of the pages that may be taken over: the last token has to run, for its logits."""

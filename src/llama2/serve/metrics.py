@@ -70,8 +70,8 @@ FAILURES = (
     "validation", "overloaded", "dropped", "generation", "incomplete", "template", "authentication", "other",
 )  # fmt: skip
 _FAILURE_OF = {
-    "busy": "overloaded", "closing": "overloaded", "starting": "overloaded", "generation": "generation",
-    "constraint": "generation",
+    "busy": "overloaded", "rate": "overloaded", "closing": "overloaded", "starting": "overloaded",
+    "generation": "generation", "constraint": "generation",
     "internal": "incomplete", "deadline": "incomplete", "template": "template", "key": "authentication",
     "gone": "dropped", "route": "other", "method": "other", "unable": "other", "host": "other",
 }  # fmt: skip

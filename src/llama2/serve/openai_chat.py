@@ -104,6 +104,7 @@ def parse(service: Service, body: ChatBody, owner: str) -> tuple[Generation, Too
             constraint=constraint,
             adapter=service.adapter(body.model),
             salt=salt(owner, body.cache_salt),
+            owner=owner,
             stream=bool(body.stream),
             skip_special_tokens=body.skip_special_tokens is not False,
         ),

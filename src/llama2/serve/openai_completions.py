@@ -93,6 +93,7 @@ def parse(service: Service, body: CompletionBody, owner: str) -> Generation:
         constraint=body.response_format.constraint() if body.response_format else None,
         adapter=service.adapter(body.model),
         salt=salt(owner, body.cache_salt),
+        owner=owner,
         stream=bool(body.stream),
         skip_special_tokens=_skips(body),
     )

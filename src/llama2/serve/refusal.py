@@ -36,6 +36,7 @@ KINDS: Mapping[str, Kind] = {
     "slow": Kind(408, _INVALID, "request_timeout", 408, "validation"),
     "headers": Kind(431, _INVALID, "headers_too_large", 431, "validation"),
     "busy": Kind(429, "rate_limit_error", "overloaded", 429, "overloaded"),
+    "rate": Kind(429, "rate_limit_error", "rate_limit_exceeded", 429, "overloaded"),
     "starting": Kind(503, "server_error", "model_loading", 503, "healthcheck"),
     "closing": Kind(503, "server_error", "shutting_down", 503, "overloaded"),
     "unable": Kind(501, "server_error", "not_implemented", 501, "validation"),

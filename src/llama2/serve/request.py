@@ -68,7 +68,8 @@ class Generation:
     """Prompts of ids and how each is continued `best_of` times, of which `n` are told.
 
     max_new_tokens: None fills the context. prompt_logprobs, logprobs, continues, lookup: see `engine.Ask`. keep_stop:
-    the text ends behind the stop string. salt: requests of another salt share no cached prefix.
+    the text ends behind the stop string. salt: requests of another salt share no cached prefix. owner: whose limits
+    and whose share of the engine they take.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -85,6 +86,7 @@ class Generation:
     constraint: Constraint | None = None
     adapter: str | None = None
     salt: str = ""
+    owner: str = ""
     stream: bool = False
     skip_special_tokens: bool = True
     prepared: list[Ask] = field(default_factory=list)  # filled in by the service once all is checked
@@ -172,7 +174,9 @@ class Generation:
                 skip_special_tokens=self.skip_special_tokens,
                 **settings,
             )
-            ask = replace(ask, continues=self.continues, rate_prompt=self.prompt_logprobs and len(prompt) > 1)
+            ask = replace(
+                ask, owner=self.owner, continues=self.continues, rate_prompt=self.prompt_logprobs and len(prompt) > 1
+            )
             for j in range(self.best_of):
                 seed = (self.seed + i * self.best_of + j) & SEED_BITS
                 processors = self._processors(len(prompt), engine.model.config.vocab_size, held)

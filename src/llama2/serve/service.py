@@ -19,6 +19,7 @@ from llama2.serve.constraint import Compiler, Constraint
 from llama2.serve.keys import Keys
 from llama2.serve.life import Life
 from llama2.serve.metrics import Metrics
+from llama2.serve.quota import Places, Rate
 from llama2.serve.refusal import Dialect, Refusal
 from llama2.serve.request import Bounds, Generation
 from llama2.serve.session import Mailbox, Session, Times
@@ -49,6 +50,8 @@ class Policy:
     max_unparsed_bytes: int = 64_000_000
     max_unread_bytes: int = 256_000_000
     max_concurrent_requests: int = 128
+    max_requests_per_key: int | None = None
+    tokens_per_minute: int | None = None
 
 
 class Service:
@@ -71,6 +74,8 @@ class Service:
         self._compiler: Compiler | None = None
         self.unparsed = Budget("bodies that are not parsed yet", policy.max_unparsed_bytes)
         self.unread = Budget("answers that are not read yet", policy.max_unread_bytes)
+        self.places = Places(policy.max_concurrent_requests, policy.max_requests_per_key)
+        self.rate = Rate(policy.tokens_per_minute)
         self.check = Workers(policy.workers, policy.validation_timeout)  # parses, renders, tokenises
         self._compile, self._embed = Workers(1, 0), Workers(1, 0)  # bounded by their own means
         self._mailbox: Mailbox | None = None
@@ -167,24 +172,21 @@ class Service:
         """Submits a checked generation; called in the event loop. Raises Refusal."""
         if self._mailbox is None:
             self._mailbox = Mailbox(asyncio.get_running_loop())
-        if len(self.sessions) >= self.policy.max_concurrent_requests:
-            raise Refusal(
-                "busy",
-                f"{len(self.sessions)} requests are being served, which is the bound (max_concurrent_requests)",
-                retry_after=self._patience(),
-            )
+        owner, engine = generation.owner, self.engine
+        self.rate.check(owner)
+        self.places.take(owner, lambda: engine.patience(owner))
         asks = generation.prepared
-        session = Session(self.engine, self._mailbox, asks, times)
+        try:
+            session = Session(engine, self._mailbox, asks, times, lambda tokens: self.rate.charge(owner, tokens))
+        except Refusal:
+            self.places.leave(owner)
+            raise
+        session.owner = owner
         self.sessions.add(session)
         held = sum(map(len, generation.prompts))
+        self.rate.charge(owner, held)
         self.metrics.taken(held, asks[0].config.max_new_tokens or 0)
         return session
-
-    def _patience(self) -> int:
-        """Seconds after which a refused client should find room: what the running ones took on average."""
-        seen = self.metrics.duration
-        count = sum(seen.counts)
-        return min(max(round(seen.sum / count) if count else 1, 1), 60)
 
     def close(self) -> None:
         """Ends the engine; what runs is cancelled."""
@@ -283,6 +285,7 @@ class Call:
         """Closes a session and counts it."""
         if session in self.service.sessions:
             self.service.sessions.remove(session)
+            self.service.places.leave(session.owner)
             session.close()
             self.service.metrics.done(session, ended=not (session.open or session.failed))
             self.notes |= {"tokens": session.tokens, "cached_tokens": session.reused}

@@ -6,7 +6,7 @@ The engine's thread hands events over in batches, with one call into the event l
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from llama2.engine.choice import Picked
@@ -56,12 +56,20 @@ class Times:
 class Session:
     """Submits asks and tells their events. `close` ends what still runs, within one step of the engine."""
 
-    def __init__(self, engine: Engine, mailbox: Mailbox, asks: Sequence[Ask], times: Times | None = None) -> None:
-        """Raises Refusal where the engine takes them not all; then it has none of them."""
+    def __init__(
+        self,
+        engine: Engine,
+        mailbox: Mailbox,
+        asks: Sequence[Ask],
+        times: Times | None = None,
+        count: Callable[[int], None] | None = None,
+    ) -> None:
+        """count: hears of new tokens. Raises Refusal where the engine takes them not all; then it has none of them."""
         self.times = times or Times()
         self.times.checked = time.monotonic()
         self.open, self.failed = len(asks), False
         self.reused, self.tokens, self.gaps = 0, 0, list[float]()
+        self.owner, self._count = "", count or (lambda tokens: None)
         self._engine, self._arrived, self._news = engine, list[Told](), asyncio.Event()
         self._last = [0.0] * len(asks)
         self._lives = []
@@ -70,7 +78,7 @@ class Session:
                 self._lives.append(engine.submit(ask, lambda event, i=i: mailbox.put(self, i, event)))  # type: ignore[misc]
         except EngineBusyError as error:
             self.close()
-            raise Refusal("busy", str(error), retry_after=1) from None
+            raise Refusal("busy", str(error), retry_after=error.retry_after) from None
         except InputError as error:
             self.close()
             kind = "context" if "tokens" in str(error) else "validation"
@@ -81,6 +89,7 @@ class Session:
         now = time.monotonic()
         if event.token is not None:
             self.tokens += 1
+            self._count(1)
             if self._last[index]:
                 self.gaps.append(now - self._last[index])
             elif not self.times.first:

@@ -153,6 +153,7 @@ def parse(service: Service, body: GenerateBody, owner: str, stream: bool) -> Gen
         constraint=given.grammar.constraint() if given.grammar else None,
         adapter=service.adapter(given.adapter_id),
         salt=salt(owner, given.cache_salt),
+        owner=owner,
         stream=stream,
     )
 
