@@ -1,5 +1,8 @@
 """The model against the float64 reference, and the rungs of the equivalence ladder that need no other module."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import reference
 import torch
@@ -385,3 +388,16 @@ def test_fresh_weights_follow_the_configuration() -> None:
     assert abs(model.lm_head.weight.std() - 0.02) < 5e-4
     assert not model.model.layers[0].mlp.gate_proj.bias.any()
     assert model.training
+
+
+@pytest.mark.parametrize("path", ["layers.1", "layers.1.self_attn"])
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,), lambda x: (x, None)], ids=["states", "tuple", "pair"])
+def test_hooks_return_states_alone_or_in_a_tuple(path: str, form: Callable[[torch.Tensor], Any]) -> None:
+    model, ids = tiny_model(), torch.tensor([[1, 5, 9]])
+    module = model.model.get_submodule(path)
+    with no_grad:
+        handle = module.register_forward_hook(lambda _module, _args, out: (out[0] * -3, *out[1:]))
+        expected = model(ids).logits
+        handle.remove()
+        module.register_forward_hook(lambda _module, _args, out: form(out[0] * -3))
+        assert torch.equal(model(ids).logits, expected)

@@ -143,6 +143,18 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BTD: Tensor, *attention_args: Any) -> tuple[Tensor, Tensor | None]:
-        attended, weights = self.self_attn(self.input_layernorm(x_BTD), *attention_args)
+        attended, weights = with_weights(self.self_attn(self.input_layernorm(x_BTD), *attention_args))
         x_BTD = x_BTD + attended
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights
+
+
+def with_weights(output: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
+    """States and attention weights of what a layer or its attention returned.
+
+    A forward hook, or a module put in place of ours, may return the states alone or a tuple of one.
+    """
+    if isinstance(output, Tensor):
+        return output, None
+    states = output[0]
+    assert states is not None
+    return states, output[1] if len(output) > 1 else None

@@ -27,6 +27,7 @@ from llama2.layers import (
     LlamaMLP,
     LlamaRMSNorm,
     split_output,
+    with_weights,
 )
 from llama2.linear import Group, prepack
 from llama2.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -186,12 +187,10 @@ class LlamaModel(PreTrainedModel):
             kept = save_on_cpu(pin_memory=x_BTD.is_cuda) if self.gradient_checkpointing_offload else nullcontext()
             again = under_the_same_hooks(call, layer)
             with kept:
-                out: tuple[Tensor, Tensor | None] = checkpoint(
-                    again, x_BTD, *args, **self.gradient_checkpointing_kwargs
-                )
+                out = checkpoint(again, x_BTD, *args, **self.gradient_checkpointing_kwargs)
         else:
             out = call(x_BTD, *args)
-        return out
+        return with_weights(out)
 
 
 def as_dict(config: LlamaConfig, return_dict: bool | None) -> bool:
