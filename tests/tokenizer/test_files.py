@@ -101,8 +101,6 @@ def test_errors(tokenizer_model: Path, tmp_path: Path, fast: LlamaTokenizerFast)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"not a tokenizer\.json"):
         load(tmp_path / "tokenizer.json")
-    with pytest.raises(TokenizerError, match="unknown arguments nonsense"):
-        LlamaTokenizer(tokenizer_model, nonsense=1)
     with pytest.raises(TokenizerError, match="not a folder"):
         fast.save_vocabulary(tmp_path / "absent")
 

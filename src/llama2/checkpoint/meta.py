@@ -22,7 +22,7 @@ from llama2.checkpoint.wrapped import without_wrappers
 from llama2.config import LlamaConfig
 from llama2.coverage import cover, is_table
 from llama2.errors import CheckpointError, MismatchError
-from llama2.tokenizer.files import beside
+from llama2.tokenizer.reading import beside
 
 # What Meta's params.json cannot say (context, special ids, tied head) is kept beside it by our writer.
 SIDECAR = "huggingface_config.json"

@@ -185,7 +185,7 @@ def _opened(path: Path, headers: Headers) -> Headers:
 
 
 def _described(headers: Headers, folder: Path) -> Headers:
-    from llama2.tokenizer.files import beside
+    from llama2.tokenizer.reading import beside
 
     place = beside(folder)
     present = [name for name in ("tokenizer.model", "tokenizer.json") if (place / name).exists()]

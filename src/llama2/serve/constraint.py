@@ -137,9 +137,8 @@ class _Pieces:
         self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < vocabulary)
 
     def __call__(self, text: bytes) -> list[int]:
-        ids: list[int] = self._tokenizer(text.decode(), add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
+        """Ids of bytes that the constraint forces. They go on from what is there, so no space comes in front."""
+        ids: list[int] = self._tokenizer.encode_bytes(text)
         return ids
 
 

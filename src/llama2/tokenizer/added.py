@@ -36,9 +36,9 @@ class AddedToken:
     def __str__(self) -> str:
         return self.content
 
-    def merged(self, again: "AddedToken") -> "AddedToken":
-        """This token after it is added `again`: its flags stay, except that it may become special."""
-        return replace(self, special=self.special or again.special)
+    def replaced_by(self, again: "AddedToken") -> "AddedToken":
+        """This token after it is added `again`: with the new flags, but special once and for all."""
+        return replace(again, special=self.special or again.special)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of `added_tokens_decoder` in tokenizer_config.json."""
@@ -52,6 +52,12 @@ class AddedToken:
         if "content" not in known:
             raise TokenizerError(f"an added token needs 'content', got {fields!r}")
         return cls(**known)
+
+
+def content_of(token: Any) -> str:
+    """The text of a token in any of its spellings; "" for none."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return str(content or "")
 
 
 def as_added_token(token: "str | dict[str, Any] | AddedToken", special: bool = False) -> AddedToken:

@@ -9,7 +9,7 @@ from llama2.errors import TokenizerError
 from llama2.tokenizer import batching
 from llama2.tokenizer.chat import ChatPrompt
 from llama2.tokenizer.encoding import BatchEncoding, Encoding, Segment
-from llama2.tokenizer.template import Part, Template
+from llama2.tokenizer.template import BARE, Part, Template
 
 if TYPE_CHECKING:
     from llama2.tokenizer.contract import PreTrainedTokenizer
@@ -32,7 +32,7 @@ class Call:
         split_special_tokens: bool | None = None,
     ):  # fmt: skip
         self.tok, self.words, self.verbose = tok, is_split_into_words, verbose
-        self.specials = add_special_tokens and not isinstance(text, ChatPrompt)
+        self.specials = add_special_tokens
         split = tok.split_special_tokens if split_special_tokens is None else split_special_tokens
         self.keep_special = not split
         self.padding = batching.padding_of(padding)
@@ -117,12 +117,13 @@ class Call:
 
     def _plain_columns(self) -> dict[str, list[Any]]:
         rows = self.tok._encode_ids([text for text, _ in self.rows], self.keep_special)
-        if self.specials:
-            if rows:
-                self.tok._warn_double_bos(rows[0])
-            before, after = self.tok._template.around()
-            if before or after:
-                rows = [before + row + after for row in rows]
+        before, after = self.tok._template.around() if self.specials else ([], [])
+        if before or after:
+            rendered = [isinstance(text, ChatPrompt) for text, _ in self.rows]
+            for row, has_its_own in zip(rows, rendered, strict=True):
+                if not has_its_own:
+                    self.tok._warn_double_bos(row)
+            rows = [row if own else before + row + after for row, own in zip(rows, rendered, strict=True)]
         columns: dict[str, list[Any]] = {"input_ids": rows}
         if self.mask:
             columns["attention_mask"] = [[1] * len(row) for row in rows]
@@ -155,11 +156,11 @@ class Call:
 
     def _encodings(self, detail: bool) -> list[list[Encoding]]:
         """For each row passed in, its encodings: one, or with overflow several."""
-        template = self.tok._template
         out = []
-        for a, b in self.given or self._segments(detail):
-            added = template.added(b is not None) if self.specials else 0
-            room = (self.max_length or 0) - added
+        found = self._segments(detail) if self.given is None else self.given
+        for (a, b), (text, _) in zip(found, self.rows, strict=True):
+            template = self.tok._template if self.specials and not isinstance(text, ChatPrompt) else BARE
+            room = (self.max_length or 0) - template.added(b is not None)
             side = batching.check_side("truncation_side", self.tok.truncation_side)
             cut = batching.truncate(a, b, room, self.truncation, self.stride, side)
             out.append([self._assemble(template, x, y) for x, y in (cut if self.overflow else cut[:1])])
@@ -171,8 +172,6 @@ class Call:
         for part in parts:
             if part.kind == "special":
                 segment, sequence, special = Segment(list(part.ids)), None, 1
-                if not self.specials:
-                    continue
             else:
                 segment, sequence, special = (a, 0, 0) if part.kind == "A" else (b or Segment([]), 1, 0)
             n = len(segment.ids)

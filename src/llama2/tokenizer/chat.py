@@ -34,9 +34,12 @@ LLAMA2_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
 class ChatPrompt(str):
-    """A rendered chat. It has its special tokens already: a tokenizer call adds none to it."""
+    """A rendered chat. It has its special tokens already: a call adds none to it, nor to it with more text behind."""
 
     __slots__ = ()
+
+    def __add__(self, text: str) -> ChatPrompt:
+        return ChatPrompt(str(self) + text)
 
 
 class ChatTemplates(SpecialTokens):

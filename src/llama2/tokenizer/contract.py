@@ -51,6 +51,10 @@ class PreTrainedTokenizer(ChatTemplates, Files):
         """Texts taken literally, between ids already known: one text whose special tokens were found by the caller."""
         raise NotImplementedError
 
+    def _encode_inside(self, text: str) -> list[int]:
+        """Text taken literally as it stands inside another: nothing is put in front of it."""
+        raise NotImplementedError
+
     def _make_table(self) -> PieceTable:
         raise NotImplementedError
 
@@ -259,6 +263,35 @@ class PreTrainedTokenizer(ChatTemplates, Files):
         """The bytes that an id stands for inside a text."""
         return self._pieces[token_id]
 
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids whose `token_bytes`, joined, are exactly `data`: no special tokens and no space in front.
+
+        Where the pieces of the text say something else (broken UTF-8, "▁" itself, a normalizer), byte tokens do.
+        TokenizerError for a byte without a token.
+        """
+        try:
+            ids = self._encode_inside(data.decode())
+        except UnicodeDecodeError:
+            ids = []
+        if b"".join(map(self.token_bytes, ids)) == data:
+            return ids
+        missing = next((byte for byte in data if byte not in self._byte_ids), None)
+        if missing is not None:
+            raise TokenizerError(f"the vocabulary has no token for the byte 0x{missing:02X} of {data[:40]!r}")
+        return [self._byte_ids[byte] for byte in data]
+
+    @property
+    def _byte_ids(self) -> dict[int, int]:
+        """byte -> the id that stands for it alone."""
+        if self._single_bytes is None:
+            table = self._pieces
+            alone = [i for i in range(self.vocab_size) if len(table[i]) == 1 and i not in self._skippable]
+            alone.sort(key=lambda i: i not in table.raw_bytes, reverse=True)
+            self._single_bytes = {table[i][0]: i for i in alone}
+        return self._single_bytes
+
+    _single_bytes: dict[int, int] | None = None
+
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids of control tokens: what skip_special_tokens skips."""
@@ -317,7 +350,7 @@ class PreTrainedTokenizer(ChatTemplates, Files):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None}
+        return {**self.__dict__, "_table": None, "_single_bytes": None}
 
     def _changed(self) -> None:
         self._table = self._skip = None

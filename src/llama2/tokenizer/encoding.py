@@ -32,6 +32,12 @@ class Segment:
     offsets: list[Span] | None = None
     words: list[int | None] | None = None
 
+    def add(self, token_id: int, span: Span, word: int) -> None:
+        """One more token of a segment that has places."""
+        self.ids.append(token_id)
+        (self.offsets if self.offsets is not None else []).append(span)
+        (self.words if self.words is not None else []).append(word)
+
     def cut(self, start: int, stop: int) -> "Segment":
         """The tokens start to stop."""
         offsets = None if self.offsets is None else self.offsets[start:stop]

@@ -13,9 +13,10 @@ from llama2.tokenizer.added import AddedToken, TokenMatcher
 from llama2.tokenizer.contract import PreTrainedTokenizer
 from llama2.tokenizer.convert import add_to_backend, backend_from_spm, state_of
 from llama2.tokenizer.encoding import Segment
+from llama2.tokenizer.exact import SentencePieceEncoder
+from llama2.tokenizer.files import arguments_of
 from llama2.tokenizer.prefix import (
     Prefix,
-    added_bytes,
     components,
     fit,
     matchers,
@@ -35,7 +36,8 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
     """The Rust tokenizer of Llama models.
 
     vocab_file: tokenizer.model (path or parsed model); tokenizer_file: tokenizer.json, whose behaviour is kept as it
-    is unless `legacy` or `add_prefix_space` is given; tokenizer_object: a `tokenizers.Tokenizer`.
+    is unless `legacy`, `add_prefix_space` or `from_slow=True` asks for tokenizer.model; tokenizer_object: a
+    `tokenizers.Tokenizer`. Where merge ranks cannot express tokenizer.model, sentencepiece encodes, said once.
     """
 
     is_fast = True
@@ -57,19 +59,25 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         legacy: bool | None = None,
         add_prefix_space: bool | None = None,
         tokenizer_object: tokenizers.Tokenizer | None = None,
+        from_slow: bool = False,
         pad_token: TokenLike | None = None,
         **kwargs: Any,
     ):
+        self.init_kwargs = arguments_of(locals())
         self._spm: SentencePieceModel | None = vocab_file if isinstance(vocab_file, SentencePieceModel) else None
         self.vocab_file = None if vocab_file is None or self._spm else str(vocab_file)
+        self._exact: SentencePieceEncoder | None = None
+        self._memory: WordMemory | None = None
         prefix = kwargs.pop("prefix", None)
-        asked = prefix or (legacy is not None or add_prefix_space is not None)
+        asked = prefix or from_slow or (legacy is not None or add_prefix_space is not None)
         if tokenizer_object is not None:
             self._adopt(tokenizer_object)
         elif tokenizer_file is not None and not (asked and vocab_file is not None):
             self._adopt(_read(Path(tokenizer_file)))
         elif vocab_file is not None:
-            self._adopt(backend_from_spm(self._model(), prefix or prefix_of(legacy, add_prefix_space)))
+            model = self._model()
+            prefix = prefix or prefix_of(legacy, add_prefix_space, model.add_dummy_prefix)
+            self._adopt(backend_from_spm(model, prefix))
         else:
             raise TokenizerError(
                 "Cannot load the tokenizer: vocab_file is 'None' and tokenizer_file is 'None'. Pass the path of "
@@ -77,6 +85,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             )
         if asked and vocab_file is None and self._prefix is not None:
             self._restyle(prefix or prefix_of(legacy, add_prefix_space))
+        self._beyond_ranks = self._ranks_fall_short()
         if self._byte_level:
             bos_token, eos_token, unk_token = (
                 None if token == default and self._tokenizer.token_to_id(default) is None else token
@@ -94,6 +103,8 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             template=(own or (BARE if self._byte_level else None)) if add_bos_token is add_eos_token is None else None,
             **kwargs,
         )
+        if self._beyond_ranks:
+            self._warn("beyond ranks", f"{self._beyond_ranks}: sentencepiece encodes in the place of merge ranks")
 
     def _model(self) -> SentencePieceModel:
         if self._spm is None:
@@ -101,6 +112,28 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
                 raise TokenizerError("this tokenizer was made without a SentencePiece model (tokenizer.model)")
             self._spm = SentencePieceModel.from_file(self.vocab_file)
         return self._spm
+
+    def _ranks_fall_short(self) -> str | None:
+        """Why the ranks of the Rust object cannot give the ids of tokenizer.model; None where they do, or without one.
+
+        A tokenizer.json beside a tokenizer.model of another vocabulary, or with spaces of its own, is kept as it is.
+        """
+        if self._prefix is None or (self._spm is None and self.vocab_file is None):
+            return None
+        model = self._model()
+        reason = model.beyond_ranks()
+        if reason is None or self._tokenizer.get_vocab(False) != dict(zip(model.pieces, range(len(model.pieces)))):
+            return None
+        model.check_llama()
+        self._memory = None
+        return f"merge ranks cannot express this tokenizer.model: {reason}"
+
+    @property
+    def _encoder(self) -> SentencePieceEncoder | None:
+        """sentencepiece in the place of the Rust object, where that one's ranks fall short."""
+        if self._exact is None and self._beyond_ranks and self._prefix is not None:
+            self._exact = SentencePieceEncoder(self._model(), self._prefix, self._matching, {})
+        return self._exact
 
     def _adopt(self, backend: tokenizers.Tokenizer) -> None:
         """Take the Rust object over: its behaviour is recognised, its tokens listed, its cache helped."""
@@ -120,22 +153,33 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         self._tokenizer = backend
         self._literals: dict[bool, tokenizers.Tokenizer] = {}
         self._added = {i.content: (n, _from_rust(i)) for n, i in backend.get_added_tokens_decoder().items()}
+        self._find_anywhere()
         self._size = backend.get_vocab_size(with_added_tokens=False)
         self._matchers: tuple[TokenMatcher, TokenMatcher] | None = None
-        self._memory: WordMemory | None = None
+        self._memory = None
         self._cuts_hold = self._prefix is not None and cuts_hold(backend.get_vocab(with_added_tokens=False))
         if self._prefix is not None and self._cuts_hold:
             self._memory = WordMemory(self._encode_word, self._prefix)
+
+    def _find_anywhere(self) -> None:
+        """Files of transformers 4 look for added tokens behind the normaliser: at the start of words only."""
+        fitted = {content: fit(token, self._prefix) for content, (_, token) in self._added.items()}
+        add_to_backend(self._tokenizer, [t for content, t in fitted.items() if t != self._added[content][1]])
+        self._added = {content: (i, fitted[content]) for content, (i, _) in self._added.items()}
 
     def _encode_word(self, word: str) -> list[int]:
         return [token.id for token in self._tokenizer.model.tokenize(word)]
 
     def _has_added(self, text: str) -> bool:
         """Whether an added token may be in the text: then the Rust object takes it as a whole."""
+        raw, late = self._matching()
+        return raw.any_in(text) or (bool(late) and late.any_in(normalize(text, self._prefix or "never")))
+
+    def _matching(self) -> tuple[TokenMatcher, TokenMatcher]:
+        """(tokens looked up in the raw text, tokens looked up in the normalised text)."""
         if self._matchers is None:
             self._matchers = matchers(self._added, self._prefix or "never")
-        raw, late = self._matchers
-        return raw.any_in(text) or (bool(late) and late.any_in(normalize(text, self._prefix or "never")))
+        return self._matchers
 
     def _restyle(self, prefix: Prefix) -> None:
         """The same vocabulary with another treatment of spaces."""
@@ -174,12 +218,15 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             raise TokenizerError(f"token id {token_id} is outside the vocabulary of {len(self)} tokens")
         return token
 
+    def _has_piece(self, token_id: int) -> bool:
+        return token_id in self._added_ids or self._tokenizer.id_to_token(token_id) is not None
+
     def _register(self, tokens: Sequence[AddedToken]) -> int:
         before = len(self)
         fresh = []
         for token in (fit(token, self._prefix) for token in tokens):
             known = self._added.get(token.content)
-            entry = token if known is None else known[1].merged(token)
+            entry = token if known is None else known[1].replaced_by(token)
             if known is None or entry != known[1]:
                 fresh.append(entry)
         add_to_backend(self._tokenizer, fresh)
@@ -194,14 +241,17 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         self._matchers = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_literals": {}, "_memory": None, "_matchers": None}
+        return {**super().__getstate__(), "_literals": {}, "_memory": None, "_matchers": None, "_exact": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._memory = WordMemory(self._encode_word, self._prefix) if self._cuts_hold and self._prefix else None
+        remembers = self._cuts_hold and self._prefix and not self._beyond_ranks
+        self._memory = WordMemory(self._encode_word, self._prefix) if remembers and self._prefix else None
 
     # -- encoding ------------------------------------------------------------------------------------------------
     def _encode_ids(self, texts: list[str], keep_special: bool) -> list[list[int]]:
+        if (encoder := self._encoder) is not None:
+            return encoder.ids(texts, keep_special)
         backend = self._tokenizer if keep_special else self._literal(continuing=False)
         memory = self._memory
         try:
@@ -214,6 +264,8 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             raise TokenizerError(surrogate_message(texts)) from error
 
     def _encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
+        if (encoder := self._encoder) is not None:
+            return encoder.segments(texts, keep_special)
         backend = self._tokenizer if keep_special else self._literal(continuing=False)
         try:
             rows = backend.encode_batch(texts, add_special_tokens=False)
@@ -238,6 +290,8 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         return self._literals[continuing]
 
     def _encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        if (encoder := self._encoder) is not None:
+            return encoder.parts(parts)
         ids: list[int] = []
         for i, part in enumerate(parts):
             if isinstance(part, int):
@@ -245,6 +299,12 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             else:
                 continuing = i > 0 and self._prefix in ("first", "metaspace")
                 ids += self._literal(continuing).encode(part, add_special_tokens=False).ids
+        return ids
+
+    def _encode_inside(self, text: str) -> list[int]:
+        if (encoder := self._encoder) is not None:
+            return encoder.inside(text)
+        ids: list[int] = self._literal(self._prefix is not None).encode(text, add_special_tokens=False).ids
         return ids
 
     # -- decoding ------------------------------------------------------------------------------------------------
@@ -256,6 +316,8 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             def level_bytes(token_id: int) -> bytes:
                 if token_id in added:
                     return added[token_id].content.encode()
+                if not self._has_piece(token_id):
+                    return b""
                 piece = self._id_token(token_id)
                 known = all(char in alphabet for char in piece)
                 return bytes(alphabet[char] for char in piece) if known else piece.encode()
@@ -266,9 +328,11 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
 
         def piece_bytes(token_id: int) -> bytes:
             if token_id in added:
-                return added_bytes(added[token_id], self._prefix)
+                return added[token_id].content.encode()
             if token_id in raw:
                 return bytes([raw[token_id]])
+            if not self._has_piece(token_id):
+                return b""
             return self._id_token(token_id).replace("▁", " ").encode()
 
         return PieceTable(piece_bytes, strip=self._strip, errors=EACH_BYTE, raw_bytes=frozenset(raw))

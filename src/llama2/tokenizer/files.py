@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import inspect
 import json
+import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from llama2.errors import CheckpointError, MissingDependencyError, TokenizerError
-from llama2.tokenizer.added import AddedToken, as_added_token
+from llama2.tokenizer.added import AddedToken, as_added_token, content_of
 from llama2.tokenizer.batching import check_side
 from llama2.tokenizer.prefix import Prefix, recognise
+from llama2.tokenizer.reading import TEMPLATE, TEMPLATE_JSON, TEMPLATES, find_files, read_json, read_settings
 from llama2.tokenizer.special import NAMES, SpecialTokens
 from llama2.tokenizer.spm import SentencePieceModel
 from llama2.tokenizer.stream import PieceTable
 from llama2.tokenizer.template import Template
 
-_HUB = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 _UNLIMITED = 1000000000000000019884624838656  # int(1e30), the way files write it
-# keys of foreign tokenizer_config.json files that only say how another library was to load them
-_FOREIGN = ("tokenizer_class", "tokenizer_file", "name_or_path", "auto_map", "backend", "is_local", "vocab_file")
+_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# arguments of transformers that choose a class or a download, which is settled when they come here
+_SETTLED = ("use_fast", "trust_remote_code", "tokenizer_type", "config", "mirror", "_from_auto", "_commit_hash")
 
 
 class Files(SpecialTokens):
@@ -61,13 +62,13 @@ class Files(SpecialTokens):
         sep_token: Any = None,
         cls_token: Any = None,
         mask_token: Any = None,
+        verbose: bool = True,
+        name_or_path: str = "",
         extra: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
-        """The part of construction that both classes share. Unknown arguments are refused."""
-        if unknown:
-            raise TokenizerError(f"unknown arguments {', '.join(sorted(unknown))} for {type(self).__name__}")
-        self._table = None
+        """The part of construction that both classes share. Arguments without an effect are named in one warning."""
+        self._table, self.verbose, self.name_or_path = None, verbose, str(name_or_path)
         self._warned: set[str] = set()
         self._special, self._additional = dict.fromkeys(NAMES), []
         self.padding_side = check_side("padding_side", padding_side or type(self).padding_side)
@@ -80,13 +81,22 @@ class Files(SpecialTokens):
         self.split_special_tokens = split_special_tokens
         self.model_input_names = list(model_input_names or ("input_ids", "attention_mask"))
         self.chat_template = chat_template
-        self.init_kwargs = dict(extra or {})
+        self._extra = dict(extra or {})
         self._add_decoder(added_tokens_decoder or {})
         others = list(additional_special_tokens or []) + list(extra_special_tokens or [])
         roles = {**tokens, "sep_token": sep_token, "cls_token": cls_token, "mask_token": mask_token}
+        # "" is how some files write "not given" (Alpaca's)
+        roles = {name: _DEFAULTS.get(name) if token == "" else token for name, token in roles.items()}
         self.add_special_tokens({name: token for name, token in roles.items() if token is not None})
-        if others:
-            self.add_special_tokens({"additional_special_tokens": others})
+        named = {k: unknown.pop(k) for k in list(unknown) if k.endswith("_token") and _is_token(unknown[k])}
+        if others or named:
+            self.add_special_tokens({"additional_special_tokens": [*others, *named.values()]})
+        self._extra.update({name: str(token) for name, token in named.items()})
+        if unknown:
+            warnings.warn(
+                f"{', '.join(sorted(unknown))}: no effect on a Llama tokenizer, {type(self).__name__} ignores this",
+                stacklevel=4,
+            )
         self._add_bos, self._add_eos = ends
         if template is None:
             self.update_post_processor()
@@ -95,7 +105,7 @@ class Files(SpecialTokens):
 
     def _add_decoder(self, decoder: Mapping[int | str, Any]) -> None:
         """Tokens with the ids that a file gives them; ids that cannot be honoured are an error."""
-        entries = [(key, as_added_token(decoder[key])) for key in sorted(decoder, key=int)]
+        entries = [(key, as_added_token(decoder[key])) for key in sorted(decoder, key=int) if content_of(decoder[key])]
         self._register([token for _, token in entries])
         for key, token in entries:
             found = self._token_id(token.content)
@@ -114,30 +124,29 @@ class Files(SpecialTokens):
         """
         if init_inputs:
             raise TokenizerError("from_pretrained takes one path or id; pass everything else by keyword")
-        files = find_files(pretrained_model_name_or_path, kwargs)
-        settings = read_settings(files)
         arguments = inspect.signature(cls.__init__).parameters
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("use_fast", "trust_remote_code")}
+        known = {*inspect.signature(cls._setup).parameters, *arguments, "legacy", "add_prefix_space"} - _INTERNAL
+        files = find_files(pretrained_model_name_or_path, kwargs)
+        settings = read_settings(files, known)
+        kwargs = {k: v for k, v in kwargs.items() if k not in _SETTLED}
         style = cls._style(files, kwargs)
-        if "add_prefix_space" in arguments and style.get("prefix") is not None:
+        if style.get("prefix") is not None:
             settings.pop("legacy", None)
             settings.pop("add_prefix_space", None)
         if not ("vocab_file" in files or "tokenizer_file" in files):
             raise CheckpointError(f"no tokenizer.model or tokenizer.json in {pretrained_model_name_or_path}")
         given = {k: str(v) for k, v in files.items() if k in ("vocab_file", "tokenizer_file") and k in arguments}
-        if cls.is_fast and "tokenizer_file" in given:
+        if cls.is_fast and "tokenizer_file" in given and not kwargs.get("from_slow"):
             if kwargs.get("legacy") is None and kwargs.get("add_prefix_space") is None:
                 settings.pop("legacy", None)
                 settings.pop("add_prefix_space", None)
             style = {}
-        tokenizer = cls(**{**given, **settings, **style, **kwargs})
-        tokenizer.name_or_path = str(pretrained_model_name_or_path)
-        return tokenizer
+        return cls(**{**given, **settings, **style, "name_or_path": str(pretrained_model_name_or_path), **kwargs})
 
     @classmethod
     def _style(cls, files: dict[str, Path], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The treatment of spaces that a tokenizer.json beside tokenizer.model describes: both classes keep to it."""
-        if "tokenizer_file" not in files or kwargs.get("legacy") is not None:
+        if "tokenizer_file" not in files or kwargs.get("legacy") is not None or kwargs.get("from_slow"):
             return {}
         if kwargs.get("add_prefix_space") is not None or "vocab_file" not in files:
             return {}
@@ -165,20 +174,34 @@ class Files(SpecialTokens):
         return (str(path),)
 
     def save_pretrained(
-        self, save_directory: str | Path, legacy_format: bool | None = None, filename_prefix: str | None = None
+        self,
+        save_directory: str | Path,
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+        push_to_hub: bool = False,
+        *,
+        save_jinja_files: bool = False,
+        **hub: Any,
     ) -> tuple[str, ...]:
         """Write every file that any loader may want: tokenizer.model (where there is one), tokenizer.json, settings.
 
-        legacy_format True leaves tokenizer.json out, False writes it alone with the settings. Returns the paths.
+        legacy_format True leaves tokenizer.json out, False writes it alone with the settings. The chat template goes
+        into tokenizer_config.json, which every version of transformers reads; save_jinja_files=True writes
+        chat_template.jinja and additional_chat_templates/ instead, as transformers 5 does. push_to_hub=True uploads
+        the files, to repo_id= or to the folder's name. Returns the paths.
         """
         folder = Path(save_directory)
         if folder.is_file():
             raise TokenizerError(f"{folder} is a file; save_pretrained needs a folder")
         folder.mkdir(parents=True, exist_ok=True)
         start = f"{filename_prefix}-" if filename_prefix else ""
+        config = self._config()
+        _remove_templates(folder, start)  # an older file would win over the template in tokenizer_config.json
+        templates = _write_templates(folder, start, config.pop("chat_template", None)) if save_jinja_files else []
         written = [
-            _write(folder / f"{start}tokenizer_config.json", self._config()),
+            _write(folder / f"{start}tokenizer_config.json", config),
             _write(folder / f"{start}special_tokens_map.json", self._tokens_map()),
+            *templates,
         ]
         late = {t.content: i for i, t in self.added_tokens_decoder.items() if i >= self.vocab_size}  # type: ignore[attr-defined]
         if late:
@@ -189,9 +212,20 @@ class Files(SpecialTokens):
             written += self.save_vocabulary(folder, filename_prefix)
         if not legacy_format:
             written.append(_write(folder / f"{start}tokenizer.json", self._tokenizer_json()))
-        for name in _TEMPLATES:  # the template is in tokenizer_config.json: an older file would win over it
-            (folder / name).unlink(missing_ok=True)
+        if push_to_hub:
+            _upload(folder, hub.pop("repo_id", folder.name), written, **hub)
+        elif hub:
+            warnings.warn(f"{', '.join(sorted(hub))}: no effect without push_to_hub=True", stacklevel=2)
         return tuple(written)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Saves to a temporary folder and uploads it; returns the address of the commit.
+
+        Keywords: commit_message, private, token, revision, create_pr, and those of save_pretrained.
+        """
+        hub = {name: kwargs.pop(name) for name in _UPLOAD if name in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            return _upload(Path(folder), repo_id, self.save_pretrained(folder, **kwargs), **hub)
 
     def _document(self) -> dict[str, Any]:
         """tokenizer.json without the present post-processor."""
@@ -208,7 +242,7 @@ class Files(SpecialTokens):
 
     def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
-            **self.init_kwargs,
+            **self._extra,
             "add_bos_token": self._add_bos,
             "add_eos_token": self._add_eos,
             "added_tokens_decoder": {str(i): token.to_dict() for i, token in self.added_tokens_decoder.items()},
@@ -250,95 +284,64 @@ class Files(SpecialTokens):
         return found
 
 
-def find_files(path_or_id: str | Path, kwargs: dict[str, Any]) -> dict[str, Path]:
-    """The tokenizer files at a place, by role. Takes the hub arguments out of `kwargs`."""
-    hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-    subfolder = kwargs.pop("subfolder", "") or ""
-    path = Path(path_or_id).expanduser()
-    if path.is_file():
-        if path.suffix == ".gguf":
-            raise TokenizerError(f"{path} is a GGUF file: use AutoTokenizer, or tokenizer.from_gguf on its metadata")
-        return {"tokenizer_file" if path.suffix == ".json" else "vocab_file": path}
-    folder = beside(path / subfolder) if path.is_dir() else _snapshot(str(path_or_id), subfolder, hub)
-    roles = {
-        "vocab_file": "tokenizer.model",
-        "tokenizer_file": "tokenizer.json",
-        "config": "tokenizer_config.json",
-        "tokens_map": "special_tokens_map.json",
-        "added": "added_tokens.json",
-        "template": "chat_template.jinja",
-        "template_json": "chat_template.json",
-    }
-    return {role: folder / name for role, name in roles.items() if (folder / name).is_file()}
+_INTERNAL = {"self", "tokens", "ends", "template", "extra", "unknown", "max_len", "prefix", "kwargs", "from_slow"}
+_UPLOAD = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
 
 
-def beside(folder: Path) -> Path:
-    """The folder; for one of Meta's (params.json) the one above it, if its download left tokenizer.model there."""
-    above = folder.absolute().parent
-    own = any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-    return above if not own and (folder / "params.json").exists() and (above / "tokenizer.model").exists() else folder
+def arguments_of(values: dict[str, Any]) -> dict[str, Any]:
+    """`init_kwargs` of a constructor's locals(): what it was given, by name; objects of other libraries left out."""
+    given = {**values, **values.get("kwargs", {})}
+    hidden = ("self", "kwargs", "__class__", "prefix", "extra")
+    found = {name: value for name, value in given.items() if name not in hidden}
+    return {**found, "tokenizer_object": None} if found.get("tokenizer_object") is not None else found
 
 
-def _snapshot(repo_id: str, subfolder: str, hub: dict[str, Any]) -> Path:
-    """The tokenizer files of a hub repository, downloaded or from the cache."""
-    missing = f"{repo_id!r} is neither a folder or file here nor a model id that could be fetched"
+def _is_token(value: Any) -> bool:
+    return isinstance(value, (str, AddedToken)) and bool(str(value))
+
+
+def _upload(folder: Path, repo_id: str, files: Any, **hub: Any) -> str:
+    """Creates the repository where it does not exist and uploads these files; returns the address of the commit."""
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        import huggingface_hub
     except ImportError as error:
-        raise MissingDependencyError(f"{missing}: pip install huggingface_hub") from error
-    names = [f"{subfolder}/{name}" if subfolder else name for name in _HUB + _TEMPLATES]
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=names, **hub)) / subfolder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{missing} ({cause}). Check the spelling and the network, or pass a folder") from error
+        raise MissingDependencyError("push_to_hub needs huggingface_hub: pip install huggingface_hub") from error
+    token, private = hub.pop("token", None), hub.pop("private", None)
+    names = [str(Path(file).relative_to(folder)) for file in files]
+    hub = {"commit_message": "Upload tokenizer", **hub}
+    repository = huggingface_hub.create_repo(repo_id, token=token, private=private, exist_ok=True)
+    return str(
+        huggingface_hub.upload_folder(
+            repo_id=getattr(repository, "repo_id", repo_id),
+            folder_path=folder,
+            allow_patterns=names,
+            token=token,
+            **hub,
+        )
+    )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file; CheckpointError otherwise."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
+def _remove_templates(folder: Path, start: str) -> None:
+    for name in (TEMPLATE, TEMPLATE_JSON):
+        (folder / (start + name)).unlink(missing_ok=True)
+    for path in (folder / (start + TEMPLATES)).glob("*.jinja"):
+        path.unlink()
 
 
-def read_settings(files: dict[str, Path]) -> dict[str, Any]:
-    """Constructor arguments from the JSON files; what only another library reads is kept under "extra"."""
-    config = read_json(files["config"]) if "config" in files else {}
-    if "tokens_map" in files:
-        config = {**{k: v for k, v in read_json(files["tokens_map"]).items() if v is not None}, **config}
-    template = _template(files, config.pop("chat_template", None))
-    tokens = {name: _token(config.pop(name)) for name in NAMES if name in config}
-    known = {name for kind in (Files._setup,) for name in inspect.signature(kind).parameters}
-    known |= {"add_bos_token", "add_eos_token", "legacy", "add_prefix_space"}
-    known -= {"self", "tokens", "ends", "template", "extra", "unknown", "max_len"}
-    settings = {k: v for k, v in config.items() if k in known and v is not None}
-    extra = {k: v for k, v in config.items() if k not in known and k not in _FOREIGN and k != "sp_model_kwargs"}
-    extra_tokens = settings.get("extra_special_tokens")
-    if isinstance(extra_tokens, dict):
-        settings["extra_special_tokens"] = list(extra_tokens.values())
-    if "added" in files and "added_tokens_decoder" not in settings:
-        entries = read_json(files["added"])
-        settings["added_tokens_decoder"] = {i: AddedToken(t, normalized=False) for t, i in entries.items()}
-    return {**settings, **tokens, "chat_template": template, "extra": extra}
-
-
-def _token(entry: Any) -> Any:
-    return as_added_token(entry, special=True) if isinstance(entry, dict) else entry
-
-
-def _template(files: dict[str, Path], in_config: Any) -> str | dict[str, str] | None:
-    if "template" in files:
-        return files["template"].read_text(encoding="utf-8")
-    if "template_json" in files and in_config is None:
-        in_config = read_json(files["template_json"]).get("chat_template")
-    if isinstance(in_config, list):
-        return {entry["name"]: entry["template"] for entry in in_config}
-    return in_config if in_config is None or isinstance(in_config, (str, dict)) else str(in_config)
+def _write_templates(folder: Path, start: str, templates: Any) -> list[str]:
+    """chat_template.jinja for the default template, additional_chat_templates/NAME.jinja for each other one."""
+    if isinstance(templates, str):
+        templates = [{"name": "default", "template": templates}]
+    written = []
+    for entry in templates or ():
+        name = entry["name"]
+        if Path(name).name != name or not name.strip("."):
+            raise TokenizerError(f"a chat template is called {name!r}, which cannot be a file's name; rename it")
+        path = folder / (start + TEMPLATE) if name == "default" else folder / (start + TEMPLATES) / f"{name}.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(entry["template"], encoding="utf-8")
+        written.append(str(path))
+    return written
 
 
 def _post_processor(old: dict[str, Any] | None, template: Template) -> dict[str, Any] | None:

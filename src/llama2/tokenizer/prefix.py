@@ -16,11 +16,17 @@ Prefix = Literal["every", "first", "metaspace", "never"]
 SPACES = (" ", "▁")
 
 
-def prefix_of(legacy: bool | None, add_prefix_space: bool | None) -> Prefix:
-    """From the constructor arguments of `transformers`; None stands for Meta's behaviour."""
+def prefix_of(legacy: bool | None, add_prefix_space: bool | None, dummy_prefix: bool = True) -> Prefix:
+    """From the constructor arguments of `transformers`; None stands for Meta's behaviour.
+
+    `dummy_prefix` is the setting in tokenizer.model: without it no text gets a space in front, unless legacy=False and
+    add_prefix_space=True ask for one.
+    """
     if add_prefix_space is False:
         return "never"
-    return "first" if legacy is False else "every"
+    if legacy is False:
+        return "first" if dummy_prefix or add_prefix_space else "never"
+    return "every" if dummy_prefix else "never"
 
 
 def normalize(text: str, prefix: Prefix) -> str:
@@ -40,14 +46,16 @@ def matchers(added: dict[str, tuple[int, AddedToken]], prefix: Prefix) -> tuple[
 
 
 def fit(token: AddedToken, prefix: Prefix | None) -> AddedToken:
-    """The token with the `normalized` flag that its tokenizer needs.
+    """The token with the `normalized` flag that its tokenizer needs; byte-level tokenizers keep it as it is.
 
-    Under "first" the leading space is doubled once for the whole text, which asks for tokens to be found behind the
-    normaliser. A token that itself starts with a space would be changed by it and stays in front.
+    Added tokens are found anywhere in a text, inside words too. Behind a normaliser that puts "▁" in front of each
+    stretch they would be found at the start of words only, so they are looked up in the raw text. Under "first" the
+    leading space is doubled once for the whole text, which asks for tokens to be found behind the normaliser; one that
+    itself starts with a space would be changed by it and stays in front.
     """
-    if prefix != "first":
+    if prefix is None:
         return token
-    return replace(token, normalized=not token.content.startswith(SPACES))
+    return replace(token, normalized=prefix == "first" and not token.content.startswith(SPACES))
 
 
 def components(prefix: Prefix) -> dict[str, Any]:
@@ -88,12 +96,6 @@ def recognise(normalizer: Any, pre_tokenizer: Any) -> Prefix | None:
         if (ours["normalizer"], ours["pre_tokenizer"]) == (normalizer, pre_tokenizer):
             return prefix
     return None
-
-
-def added_bytes(token: AddedToken, prefix: Prefix | None) -> bytes:
-    """How an added token decodes. One found at word starts only took the "▁" with it, and gives the space back."""
-    swallowed = prefix == "every" and token.normalized
-    return (" " + token.content if swallowed else token.content).encode()
 
 
 def surrogate_message(texts: list[str]) -> str:

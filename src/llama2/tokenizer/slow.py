@@ -1,8 +1,7 @@
 """LlamaTokenizer: sentencepiece encodes the text, Python finds the added tokens around it."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,13 @@ from llama2.errors import TokenizerError
 from llama2.tokenizer.added import AddedToken, TokenMatcher
 from llama2.tokenizer.contract import PreTrainedTokenizer
 from llama2.tokenizer.convert import add_to_backend, backend_from_spm
-from llama2.tokenizer.encoding import Segment, Span
-from llama2.tokenizer.prefix import SPACES, Prefix, added_bytes, fit, matchers, normalize, prefix_of, surrogate_message
+from llama2.tokenizer.encoding import Segment
+from llama2.tokenizer.exact import SentencePieceEncoder
+from llama2.tokenizer.files import arguments_of
+from llama2.tokenizer.prefix import Prefix, fit, matchers, prefix_of
 from llama2.tokenizer.special import TokenLike
 from llama2.tokenizer.spm import BYTE, SentencePieceModel
 from llama2.tokenizer.stream import EACH_BYTE, PieceTable
-from llama2.tokenizer.words import WordMemory, cuts_hold
 
 
 class LlamaTokenizer(PreTrainedTokenizer):
@@ -42,9 +42,10 @@ class LlamaTokenizer(PreTrainedTokenizer):
         use_default_system_prompt: bool = False,
         spaces_between_special_tokens: bool = False,
         legacy: bool | None = None,
-        add_prefix_space: bool | None = True,
+        add_prefix_space: bool | None = None,
         **kwargs: Any,
     ):
+        self.init_kwargs = arguments_of(locals())
         if vocab_file is None:
             raise TokenizerError(
                 "Cannot load the tokenizer: vocab_file is 'None'. Pass the path of tokenizer.model; a folder that has "
@@ -56,13 +57,12 @@ class LlamaTokenizer(PreTrainedTokenizer):
         self._spm = self._vocab.check_llama()
         self.vocab_file = None if isinstance(vocab_file, SentencePieceModel) else str(vocab_file)
         self.sp_model_kwargs = dict(sp_model_kwargs or {})
-        self._prefix: Prefix = kwargs.pop("prefix", None) or prefix_of(legacy, add_prefix_space)
+        self._prefix: Prefix = kwargs.pop("prefix", None) or prefix_of(
+            legacy, add_prefix_space, self._vocab.add_dummy_prefix
+        )
         self._ids: dict[str, int] = {piece: i for i, piece in enumerate(self._vocab.pieces)}
-        self._processors: dict[bool, Any] = {}
         self._matchers: tuple[TokenMatcher, TokenMatcher] | None = None
-        self._memory: WordMemory | None = None
-        # sampled segmentation is drawn anew at each call: nothing to remember
-        self._cuts_hold = not self.sp_model_kwargs and cuts_hold(self._vocab.pieces)
+        self._exact: SentencePieceEncoder | None = None
         self._added = {}
         self._setup(
             tokens={"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token},
@@ -76,20 +76,16 @@ class LlamaTokenizer(PreTrainedTokenizer):
     @property
     def sp_model(self) -> Any:
         """The `sentencepiece.SentencePieceProcessor`."""
-        return self._processor(True)
+        return self._encoder.processor(self._vocab.add_dummy_prefix)
 
-    def _processor(self, dummy_prefix: bool) -> Any:
-        if dummy_prefix not in self._processors:
-            import sentencepiece
-
-            fits = dummy_prefix == self._vocab.add_dummy_prefix
-            model = self._vocab if fits else replace(self._vocab, add_dummy_prefix=dummy_prefix, raw=b"")
-            loaded = sentencepiece.SentencePieceProcessor(model_proto=model.to_bytes(), **self.sp_model_kwargs)
-            self._processors[dummy_prefix] = loaded
-        return self._processors[dummy_prefix]
+    @property
+    def _encoder(self) -> SentencePieceEncoder:
+        if self._exact is None:
+            self._exact = SentencePieceEncoder(self._vocab, self._prefix, self._matching, self.sp_model_kwargs)
+        return self._exact
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_processors": {}, "_matchers": None, "_memory": None}
+        return {**super().__getstate__(), "_exact": None, "_matchers": None}
 
     # -- vocabulary ----------------------------------------------------------------------------------------------
     @property
@@ -112,12 +108,15 @@ class LlamaTokenizer(PreTrainedTokenizer):
             raise TokenizerError(f"token id {token_id} is outside the vocabulary of {len(self)} tokens")
         return self._added_ids[token_id]
 
+    def _has_piece(self, token_id: int) -> bool:
+        return token_id < len(self._vocab.pieces) or token_id in self._added_ids
+
     def _register(self, tokens: Sequence[AddedToken]) -> int:
         new, size = 0, len(self)
         for token in tokens:
             known = self._added.get(token.content)
             if known is not None:
-                self._added[token.content] = (known[0], known[1].merged(token))
+                self._added[token.content] = (known[0], known[1].replaced_by(fit(token, self._prefix)))
                 continue
             base = self._ids.get(token.content)
             token_id = size + new if base is None else base
@@ -131,7 +130,6 @@ class LlamaTokenizer(PreTrainedTokenizer):
         self._matchers = None
 
     # -- encoding ------------------------------------------------------------------------------------------------
-    @property
     def _matching(self) -> tuple[TokenMatcher, TokenMatcher]:
         """(tokens looked up in the raw text, tokens looked up in the normalised text)."""
         if self._matchers is None:
@@ -139,103 +137,16 @@ class LlamaTokenizer(PreTrainedTokenizer):
         return self._matchers
 
     def _encode_ids(self, texts: list[str], keep_special: bool) -> list[list[int]]:
-        try:
-            memory = self._words
-            return [
-                self._encode_one(text, keep_special) if memory is None or self._has_added(text) else memory.ids(text)
-                for text in texts
-            ]
-        except RuntimeError as error:
-            raise TokenizerError(surrogate_message(texts)) from error
-
-    @property
-    def _words(self) -> WordMemory | None:
-        if self._memory is None and self._cuts_hold:
-            self._memory = WordMemory(self._processor(False).encode, self._prefix)
-        return self._memory
-
-    def _has_added(self, text: str) -> bool:
-        raw, late = self._matching
-        return raw.any_in(text) or (bool(late) and late.any_in(normalize(text, self._prefix)))
-
-    def _encode_one(self, text: str, keep_special: bool) -> list[int]:
-        plain = self._processor(False)
-        ids: list[int] = []
-        for token_id, piece, _, _ in self._split(text, keep_special):
-            if token_id is None:
-                ids += plain.encode(piece)
-            else:
-                ids.append(token_id)
-        return ids
-
-    def _split(self, text: str, keep_special: bool) -> Iterator[tuple[int | None, str, int, int]]:
-        """(id, "", start, stop) of an added token, or (None, text with its "▁", start, stop); places in `text`."""
-        raw, late = self._matching
-        for token_id, start, stop in raw.split(text, keep_special):
-            if token_id is not None:
-                yield token_id, "", start, stop
-                continue
-            normal = normalize(text[start:stop], self._prefix)
-            shift = start - (len(normal) - (stop - start))  # the "▁" in front has no character of its own
-            for inner_id, first, last in late.split(normal, keep_special):
-                if inner_id is not None:
-                    yield inner_id, "", max(start, first + shift), last + shift
-                    continue
-                piece, low = normal[first:last], max(start, first + shift)
-                # the first stretch of the whole text, as Metaspace tells it: by its place, and not by its order
-                if self._prefix in ("first", "metaspace") and low == 0 and not piece.startswith(SPACES):
-                    piece = "▁" + piece
-                yield None, piece, low, last + shift
+        return self._encoder.ids(texts, keep_special)
 
     def _encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
-        try:
-            return [self._encode_segment(text, keep_special) for text in texts]
-        except RuntimeError as error:
-            raise TokenizerError(surrogate_message(texts)) from error
-
-    def _encode_segment(self, text: str, keep_special: bool) -> Segment:
-        ids: list[int] = []
-        offsets: list[Span] = []
-        words: list[int | None] = []
-        word = -1
-        for token_id, piece, low, stop in self._split(text, keep_special):
-            if token_id is not None:
-                found, spans, shift = [token_id], [(0, stop - low)], low
-            else:
-                found = self._processor(False).encode(piece)
-                spans, shift = list(self._spans(found, piece)), stop - len(piece)
-            for i, (first, last) in enumerate(spans):
-                begins = first == 0 or (piece[first] in SPACES and piece[first - 1] not in SPACES)
-                word += begins and (i == 0 or spans[i - 1] != (first, last))
-                # a virtual "▁" has no character: it is given the one behind it
-                offsets.append((max(low, first + shift), max(low + 1, last + shift)))
-                words.append(word)
-            ids += found
-        return Segment(ids, offsets, words)
-
-    def _spans(self, ids: list[int], text: str) -> Iterator[Span]:
-        """The characters of `text` that each id covers; all bytes of a character cover it whole."""
-        at = left = 0
-        for token_id in ids:
-            if self._vocab.types[token_id] != BYTE:
-                at, left = at + len(self._vocab.pieces[token_id]), 0
-                yield at - len(self._vocab.pieces[token_id]), at
-                continue
-            if left == 0:
-                at, left = at + 1, len(text[at].encode("utf-8"))
-            left -= 1
-            yield at - 1, at
+        return self._encoder.segments(texts, keep_special)
 
     def _encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        ids: list[int] = []
-        for i, part in enumerate(parts):
-            if isinstance(part, int):
-                ids.append(part)
-            elif i == 0 or self._prefix in ("every", "never"):
-                ids += self._encode_one(part, keep_special=False)
-            else:
-                ids += self._processor(False).encode(part)
-        return ids
+        return self._encoder.parts(parts)
+
+    def _encode_inside(self, text: str) -> list[int]:
+        return self._encoder.inside(text)
 
     # -- decoding ------------------------------------------------------------------------------------------------
     def _make_table(self) -> PieceTable:
@@ -244,12 +155,15 @@ class LlamaTokenizer(PreTrainedTokenizer):
 
         def piece_bytes(token_id: int) -> bytes:
             if token_id in added:
-                return added_bytes(added[token_id], self._prefix)
+                return added[token_id].content.encode()
             if token_id in raw:
                 return bytes([int(self._vocab.pieces[token_id][1:-1], 16)])
+            if not self._has_piece(token_id):
+                return b""
             return self._id_token(token_id).replace("▁", " ").encode()
 
-        return PieceTable(piece_bytes, strip=self._prefix != "never", errors=EACH_BYTE, raw_bytes=raw)
+        strip = self._prefix != "never" or self._vocab.remove_extra_whitespaces
+        return PieceTable(piece_bytes, strip=strip, errors=EACH_BYTE, raw_bytes=raw)
 
     # -- files ---------------------------------------------------------------------------------------------------
     def _document(self) -> dict[str, Any]:

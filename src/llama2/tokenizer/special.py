@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 from llama2.errors import TokenizerError
@@ -83,7 +84,7 @@ class SpecialTokens:
         raise NotImplementedError
 
     def _set_special(self, name: str, value: TokenLike | None) -> None:
-        token = None if value is None else as_added_token(value, special=True)
+        token = None if value is None or value == "" else self._as_added(value, True)
         if token is not None and self._token_id(token.content) is None:
             raise TokenizerError(
                 f"{name} = {token.content!r} is not in the vocabulary, its id would be unknown; "
@@ -105,9 +106,9 @@ class SpecialTokens:
         return list(self._additional)
 
     @additional_special_tokens.setter
-    def additional_special_tokens(self, tokens: Sequence[TokenLike]) -> None:
+    def additional_special_tokens(self, tokens: Sequence[TokenLike] | None) -> None:
         self._additional = []
-        self.add_special_tokens({"additional_special_tokens": list(tokens)})
+        self.add_special_tokens({"additional_special_tokens": list(tokens or ())})
 
     @property
     def additional_special_tokens_ids(self) -> list[int]:
@@ -151,11 +152,22 @@ class SpecialTokens:
 
     def add_tokens(self, new_tokens: TokenLike | Sequence[TokenLike], special_tokens: bool = False) -> int:
         """Append tokens to the vocabulary; the number of new ids (known tokens add none). Resize the model after it."""
-        items = [new_tokens] if isinstance(new_tokens, (str, dict, AddedToken)) else list(new_tokens)
-        tokens = [as_added_token(t, special=special_tokens) for t in items]
+        if not new_tokens:
+            return 0
+        single = isinstance(new_tokens, (str, dict)) or not isinstance(new_tokens, Iterable)
+        given: Any = [new_tokens] if single else new_tokens
+        tokens = [self._as_added(t, special_tokens) for t in given]
         added = self._register(tokens)
         self._changed()
         return added
+
+    def _as_added(self, token: TokenLike, special: bool) -> AddedToken:
+        """A token as given; a string that is known already keeps the flags it was added with."""
+        known = self._added.get(token) if isinstance(token, str) else None
+        if known is not None:
+            return replace(known[1], special=special or known[1].special)
+        found = as_added_token(token, special=special)
+        return replace(found, special=True) if special and not found.special else found
 
     def add_special_tokens(
         self,
@@ -166,12 +178,12 @@ class SpecialTokens:
         added = 0
         for name, value in special_tokens_dict.items():
             if name in ("additional_special_tokens", "extra_special_tokens"):
-                tokens = [as_added_token(t, special=True) for t in value]
+                tokens = [self._as_added(t, True) for t in value or ()]
                 added += self._register(tokens)
                 kept = [] if replace_additional_special_tokens else self._additional
                 self._additional = list(dict.fromkeys([*kept, *(t.content for t in tokens)]))
             elif name in NAMES:
-                token = as_added_token(value, special=True)
+                token = self._as_added(value, True)
                 added += self._register([token])
                 self._special[name] = token.content
             else:

@@ -1,7 +1,8 @@
 """SentencePiece model files (`tokenizer.model`): a protobuf message read and written without protobuf.
 
 Fields used, from sentencepiece_model.proto: ModelProto {1 pieces, 2 trainer_spec, 3 normalizer_spec};
-SentencePiece {1 piece, 2 score (float), 3 type}; TrainerSpec {3 model_type, 35 byte_fallback};
+SentencePiece {1 piece, 2 score (float), 3 type}; TrainerSpec {3 model_type, 24 treat_whitespace_as_suffix,
+35 byte_fallback};
 NormalizerSpec {1 name, 2 precompiled_charsmap, 3 add_dummy_prefix, 4 remove_extra_whitespaces, 5 escape_whitespaces}.
 """
 
@@ -29,6 +30,8 @@ class SentencePieceModel:
     has_charsmap: bool = False
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = False
+    escape_whitespaces: bool = True
+    whitespace_as_suffix: bool = False
     raw: bytes = b""  # the file itself, where there is one: saving gives it back unchanged
     _merges: list[tuple[str, str]] = field(default_factory=list, repr=False, compare=False)  # worked out once
 
@@ -53,22 +56,75 @@ class SentencePieceModel:
                 f"not a SentencePiece model ({len(data)} bytes, {error}); perhaps truncated or a Git LFS pointer"
             ) from error
 
-    def to_bytes(self) -> bytes:
-        """A serialised ModelProto with the same behaviour; the original bytes where it was read from a file."""
-        return self.raw or _serialize(self)
+    def to_bytes(self, add_dummy_prefix: bool | None = None) -> bytes:
+        """A serialised ModelProto with the same behaviour; the original bytes where it was read from a file.
+
+        add_dummy_prefix: None leaves that setting as it is.
+        """
+        data = self.raw or _serialize(self)
+        if add_dummy_prefix is None or add_dummy_prefix == self.add_dummy_prefix:
+            return data
+        # a second normalizer_spec is merged into the first, field by field: the rule of protobuf for messages
+        return data + _string(3, _number(3, add_dummy_prefix))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a text is cut into its characters as it stands, but for the space in front: as Llama's models do."""
+        changes = self.has_charsmap or self.remove_extra_whitespaces or USER_DEFINED in self.types
+        return self.byte_fallback and BYTE in self.types and not changes
 
     def check_llama(self) -> "SentencePieceModel":
-        """Refuse models whose text handling is not Llama's: the fast class could not give the same ids."""
+        """Refuse models whose ids no Llama tokenizer has. TokenizerError that names the settings."""
         faults = []
         if self.model_type != _BPE:
             faults.append(f"model_type {self.model_type} (needs 2, BPE)")
-        if self.has_charsmap or self.remove_extra_whitespaces:
-            faults.append(f"normalizer {self.normalizer!r} (needs 'identity', extra whitespace kept)")
-        if USER_DEFINED in self.types:
-            faults.append("user-defined symbols inside the model (pass them as added tokens)")
+        if not self.escape_whitespaces:
+            faults.append("escape_whitespaces=false (spaces must be written as '▁')")
+        if self.whitespace_as_suffix:
+            faults.append("treat_whitespace_as_suffix=true (the '▁' must stand in front of a word)")
         if faults:
             raise TokenizerError(f"this SentencePiece model is not of the Llama kind: {'; '.join(faults)}")
         return self
+
+    def beyond_ranks(self) -> str | None:
+        """What merge ranks, and so tokenizer.json, cannot express of this model; None where they say all."""
+        if self.has_charsmap:
+            return f"its normalizer {self.normalizer!r} rewrites characters"
+        if self.remove_extra_whitespaces:
+            return "it removes extra whitespace"
+        if USER_DEFINED in self.types:
+            return f"it has user-defined symbols ({self.pieces[self.types.index(USER_DEFINED)]!r})"
+        if not (self.byte_fallback and BYTE in self.types):
+            return "it has no byte fallback, and neighbouring unknown characters become one token"
+        pair = self._tied_pieces()
+        return None if pair is None else "{!r} and {!r} share one score, and the leftmost is merged first".format(*pair)
+
+    def _tied_pieces(self) -> tuple[str, str] | None:
+        """Two pieces of one score of which a text may offer either first; SentencePiece takes the leftmost.
+
+        Runs of "▁", which share a score in Llama 2's vocabulary, come out the same in any order of ranks.
+        """
+        groups: dict[float, list[str]] = {}
+        for piece, score, kind in zip(self.pieces, self.scores, self.types):
+            if kind == NORMAL and len(piece) > 1 and piece.strip("▁"):
+                groups.setdefault(score, []).append(piece)
+        tied = {piece: score for score, group in groups.items() if len(group) > 1 for piece in group}
+        if not tied:
+            return None
+        score_of = dict(zip(self.pieces, self.scores))
+        begins: dict[tuple[float, str], set[str]] = {}  # (score, left half) -> tied pieces
+        merges = [(left, right) for left, right in self.merges() if left + right in tied]
+        for left, right in merges:
+            begins.setdefault((tied[left + right], left), set()).add(left + right)
+        for left, right in merges:
+            others = begins.get((tied[left + right], right), set()) - {left + right}
+            if others:
+                return left + right, min(others)
+        for left, right in self.merges():  # a piece that goes on from a tied one before its equals have had their turn
+            half = left if left in tied else right
+            if half in tied and score_of[left + right] >= tied[half] and left + right not in tied:
+                return half, next(piece for piece in groups[tied[half]] if piece != half)
+        return None
 
     def merges(self) -> list[tuple[str, str]]:
         """BPE merges in rank order: every split of each normal piece into two known pieces, best score first.
@@ -139,7 +195,7 @@ def _parse(data: bytes) -> SentencePieceModel:
             scores.append(score)
             types.append(kind)
         elif number in specs and isinstance(value, bytes):
-            specs[number] = dict(_fields(value))
+            specs[number].update(_fields(value))
     if not pieces:
         raise IndexError("no pieces")
     trainer, normalizer = specs[2], specs[3]
@@ -154,6 +210,8 @@ def _parse(data: bytes) -> SentencePieceModel:
         has_charsmap=bool(normalizer.get(2, b"")),
         add_dummy_prefix=bool(normalizer.get(3, 1)),
         remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+        escape_whitespaces=bool(normalizer.get(5, 1)),
+        whitespace_as_suffix=bool(trainer.get(24, 0)),
         raw=data,
     )
 

@@ -42,6 +42,11 @@ class PieceTable(dict[int, bytes]):
         self.strip, self.errors, self.raw_bytes = strip, errors, raw_bytes
 
     def __missing__(self, token_id: int) -> bytes:
+        """An id beyond the vocabulary, as a padded embedding has, stands for nothing; a negative one is an error."""
+        if token_id < 0:
+            raise TokenizerError(
+                f"token id {token_id} is negative; labels are decoded after their {token_id} are replaced or left out"
+            )
         # Only plain ints become keys: a tensor element or numpy scalar is looked up by value.
         value = self[token_id] = self._piece_bytes(token_id)
         return value
