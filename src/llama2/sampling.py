@@ -257,7 +257,7 @@ def _bans(config: GenerationConfig, prompt: Prompt, allowed: Callable[[int, Tens
     eos, width = config.eos_token_ids, prompt.ids.shape[1]
     if config.bad_words_ids:
         out.append(pr.NoBadWordsLogitsProcessor(config.bad_words_ids, eos))
-    if eos and config.value("min_length") > 0:
+    if eos and config.value("min_length") > 0 and config.min_new_tokens is None:  # the latter counts where both are
         out.append(pr.MinLengthLogitsProcessor(config.value("min_length"), eos))
     if eos and config.min_new_tokens:
         out.append(pr.MinNewTokensLengthLogitsProcessor(width, config.min_new_tokens, eos))

@@ -153,6 +153,12 @@ def test_invalid_logits_are_named(do_sample: bool, value: float) -> None:
     ).shape == (2, 2)
 
 
+def test_min_new_tokens_counts_beside_min_length() -> None:
+    with pytest.warns(UserWarning, match="min_new_tokens counts"):
+        out = generate(chain(*PATH, eos_token_id=PATH[2]), START, max_new_tokens=8, min_length=9, min_new_tokens=1)
+    assert out.shape[1] < 9
+
+
 def test_warnings() -> None:
     with pytest.warns(UserWarning, match="temperature has no effect"):
         generate(chain(*PATH), START, temperature=0.5)

@@ -114,6 +114,13 @@ def names(**fields: Any) -> list[str]:
     return [type(p).__name__ for p in build_processors(config, Prompt(torch.tensor([[1, 3]])), 9)]
 
 
+def test_min_new_tokens_counts_beside_min_length() -> None:
+    """As transformers' _prepare_generated_length: min_length is then the prompt and min_new_tokens, also for 0."""
+    assert names(min_length=3) == ["MinLengthLogitsProcessor"]
+    assert names(min_length=30, min_new_tokens=2) == ["MinNewTokensLengthLogitsProcessor"]
+    assert names(min_length=30, min_new_tokens=0) == []
+
+
 def test_order_of_everything() -> None:
     everything = names(
         sequence_bias={(1,): 1.0},
@@ -122,7 +129,6 @@ def test_order_of_everything() -> None:
         no_repeat_ngram_size=2,
         encoder_no_repeat_ngram_size=2,
         bad_words_ids=[[5]],
-        min_length=3,
         min_new_tokens=2,
         forced_bos_token_id=1,
         forced_eos_token_id=2,
@@ -147,7 +153,6 @@ def test_order_of_everything() -> None:
         "NoRepeatNGramLogitsProcessor",
         "EncoderNoRepeatNGramLogitsProcessor",
         "NoBadWordsLogitsProcessor",
-        "MinLengthLogitsProcessor",
         "MinNewTokensLengthLogitsProcessor",
         "ForcedBOSTokenLogitsProcessor",
         "ForcedEOSTokenLogitsProcessor",

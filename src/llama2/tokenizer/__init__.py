@@ -14,12 +14,10 @@ from llama2.tokenizer.added import AddedToken
 from llama2.tokenizer.chat import LLAMA2_CHAT_TEMPLATE, ChatPrompt
 from llama2.tokenizer.contract import PreTrainedTokenizer
 from llama2.tokenizer.encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
-from llama2.tokenizer.fast import LlamaTokenizerFast
+from llama2.tokenizer.fast import LlamaTokenizerFast, PreTrainedTokenizerFast
 from llama2.tokenizer.gguf import from_gguf
 from llama2.tokenizer.slow import LlamaTokenizer
 from llama2.tokenizer.stream import StreamDecoder
-
-PreTrainedTokenizerFast = LlamaTokenizerFast  # the name under which byte-level tokenizers are saved
 
 __all__ = [
     "LLAMA2_CHAT_TEMPLATE",
@@ -41,4 +39,4 @@ __all__ = [
 
 def load(path: str | Path, use_fast: bool = True, **kwargs: Any) -> LlamaTokenizer | LlamaTokenizerFast:
     """The tokenizer of a folder, a tokenizer.model, a tokenizer.json or a hub id; keywords as for from_pretrained."""
-    return (LlamaTokenizerFast if use_fast else LlamaTokenizer).from_pretrained(path, **kwargs)
+    return (LlamaTokenizerFast if use_fast else LlamaTokenizer).from_pretrained(path, _from_auto=True, **kwargs)

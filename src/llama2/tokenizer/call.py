@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,9 @@ class Call:
         split = tok.split_special_tokens if split_special_tokens is None else split_special_tokens
         self.keep_special = not split
         self.padding = batching.padding_of(padding)
-        self.max_length, self.truncation = self._limit(truncation, max_length)
-        self.stride, self.multiple, self.side = stride, pad_to_multiple_of, padding_side
+        self.max_length, self.truncation = self._limit(truncation, whole("max_length", max_length))
+        self.stride, self.multiple = whole("stride", stride) or 0, whole("pad_to_multiple_of", pad_to_multiple_of)
+        self.side = padding_side
         both = self.truncation != "do_not_truncate" and self.padding != "do_not_pad"
         if both and self.multiple and self.max_length and self.max_length % self.multiple:
             raise TokenizerError(
@@ -213,6 +215,27 @@ def _join(segments: list[Segment]) -> Segment:
         joined.offsets = (joined.offsets or []) + (segment.offsets or [(0, 0)] * len(segment.ids))
         joined.words = (joined.words or []) + [word] * len(segment.ids)
     return joined
+
+
+def whole(name: str, value: Any) -> int | None:
+    """A length as an int: numpy's integers and one-element tensors are lengths too."""
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise TokenizerError(f"{name}={value!r}; it must be a whole number") from error
+    if number < 0:
+        raise TokenizerError(f"{name}={number}; it must be at least 0")
+    return number
+
+
+def tensor_kind(column: Any) -> str | None:
+    """ "pt" or "np" where a column, or its first row, is a tensor or an array; None for lists."""
+    first = column[0] if isinstance(column, (list, tuple)) and len(column) else column
+    if not hasattr(first, "tolist") or not hasattr(first, "shape"):
+        return None
+    return "pt" if type(first).__module__.partition(".")[0] == "torch" else "np"
 
 
 def to_list(values: Any) -> list[Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
 from llama2.errors import TokenizerError
 from llama2.tokenizer.added import TokenMatcher
+from llama2.tokenizer.sandbox import reads_parts, render
 from llama2.tokenizer.special import SpecialTokens
+from llama2.tokenizer.tools import as_schema
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -70,7 +70,7 @@ class ChatTemplates(SpecialTokens):
     def apply_chat_template(
         self,
         conversation: Any,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
@@ -88,6 +88,8 @@ class ChatTemplates(SpecialTokens):
     ) -> Any:
         """A conversation, or a list of them, as a prompt: ids, or text with tokenize=False; kwargs go to the template.
 
+        A tool is a JSON schema, or a Python function: then its signature and Google-style docstring make the schema. A
+        content may be a list of text parts; a template that does not look into them gets their texts as lines.
         return_dict gives a BatchEncoding; with return_assistant_tokens_mask it has `assistant_masks`, 1 on the answers
         and the token that ends each. safe=True: special-token strings in messages are plain text, and the markers of
         the Llama 2 format ([INST], <<SYS>>, ...) in them are refused, as Meta's code does.
@@ -194,21 +196,14 @@ class _Renderer:
 
     def __init__(self, tok: ChatTemplates, source: str, tools: Any, documents: Any, variables: Mapping[str, Any]):
         self.source, self.tok = source, tok
-        self.template = _compile(source)
+        self.parts = reads_parts(source)
         specials = dict(tok.special_tokens_map)
-        self.variables = {**specials, "tools": _tools(tools), "documents": documents, **variables}
-        self.spans: list[Span] = []
+        shown = None if tools is None else [as_schema(tool) for tool in tools]
+        self.variables = {**specials, "tools": shown, "documents": documents, **variables}
 
     def __call__(self, chat: Sequence[Message], prompt: bool) -> str:
-        import jinja2
-
-        try:
-            text: str = self.template.render(
-                messages=[dict(m) for m in chat], add_generation_prompt=prompt, **self.variables
-            )
-        except jinja2.TemplateError as error:
-            raise TokenizerError(f"the chat template failed: {error}") from error
-        return text
+        messages = [dict(message) if self.parts else _as_text(message) for message in chat]
+        return render(self.source, {"messages": messages, "add_generation_prompt": prompt, **self.variables})
 
     def fragments(self, chat: list[Message], text: str, prompt: bool) -> list[tuple[str, bool]]:
         """The rendered chat in (text, whether it comes from a message) pieces."""
@@ -257,17 +252,33 @@ def _whole(renderer: _Renderer, chat: list[Message], prompt: bool) -> str:
 
 def _continued(renderer: _Renderer, chat: list[Message], prompt: bool) -> str:
     """The chat up to the end of its last message's text, for the model to go on from there."""
-    content = chat[-1].get("content")
-    if not isinstance(content, str):
-        raise TokenizerError("continue_final_message=True needs a last message with a text")
+    content = _last_text(chat[-1])
     core = content.rstrip()
     mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in content + renderer.source)
-    rendered = renderer([*chat[:-1], {**chat[-1], "content": core + mark + content[len(core) :]}], False)
+    rendered = renderer([*chat[:-1], _with_last_text(chat[-1], core + mark + content[len(core) :])], False)
     before, found, after = rendered.rpartition(mark)
     if not found:
         raise TokenizerError("continue_final_message=True: the chat template does not print the last message")
     tail = content[len(core) :]
     return before + tail if tail and after.startswith(tail) else before
+
+
+def _last_text(message: Message) -> str:
+    """The text that a message ends in: its content, or the last part of it."""
+    content = message.get("content")
+    last = content[-1] if isinstance(content, (list, tuple)) and content else content
+    text = last.get("text") if isinstance(last, Mapping) else last
+    if not isinstance(text, str):
+        raise TokenizerError("continue_final_message=True needs a last message with a text")
+    return text
+
+
+def _with_last_text(message: Message, text: str) -> Message:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": text}
+    last = {**content[-1], "text": text} if isinstance(content[-1], Mapping) else text
+    return {**message, "content": [*content[:-1], last]}
 
 
 def _generation_spans(renderer: _Renderer, chat: list[Message], prompt: bool) -> list[Span]:
@@ -298,6 +309,20 @@ def _checked(chat: Any) -> list[Message]:
     return list(chat)
 
 
+def _as_text(message: Message) -> dict[str, Any]:
+    """The message with a content of parts as one text, for a template that prints a content as it is."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return dict(message)
+    texts = [part if isinstance(part, str) else part.get("text") for part in content]
+    for part, text in zip(content, texts, strict=True):
+        if not isinstance(text, str) or (isinstance(part, Mapping) and part.get("type", "text") != "text"):
+            raise TokenizerError(
+                f"a {message['role']} message has the part {str(part)[:80]}, and this chat template takes text only"
+            )
+    return {**message, "content": "\n".join(str(text) for text in texts)}
+
+
 def _text_of(message: Message) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
@@ -315,61 +340,11 @@ def _wrap(content: Any, opening: str, closing: str) -> Any:
         return [
             {**part, "text": _wrap(part["text"], opening, closing)}
             if isinstance(part, dict) and "text" in part
-            else part
+            else _wrap(part, opening, closing)
             for part in content
         ]
     return content
 
 
-def _tools(tools: Any) -> Any:
-    for tool in tools or ():
-        if not isinstance(tool, Mapping):
-            raise TokenizerError(f"tool {tool!r} is not a JSON schema; pass a dict with 'type' and 'function'")
-    return tools
-
-
 def _tags(source: str) -> set[str]:
     return {name for name in ("generation",) if "{%" in source and "endgeneration" in source}
-
-
-@lru_cache(maxsize=32)
-def _compile(source: str) -> Any:
-    """The template in a sandbox without file access, attribute tricks or mutation of what it is given."""
-    import jinja2
-    from jinja2 import ext, nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(ext.Extension):
-        """{% generation %}: text that the assistant produces."""
-
-        tags = {"generation"}  # noqa: RUF012 - the name and type that jinja2 reads
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            marks = nodes.ContextReference()
-            call = self.call_method("_mark", [marks])
-            return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _mark(self, context: Any, caller: Callable[[], str]) -> str:
-            opening, closing = context.get("_generation_marks") or ("", "")
-            return f"{opening}{caller()}{closing}"
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise TokenizerError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error

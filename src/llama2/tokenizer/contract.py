@@ -6,16 +6,16 @@ from typing import Any
 
 from llama2.errors import TokenizerError
 from llama2.tokenizer import batching
-from llama2.tokenizer.call import ACCEPTED, VERY_LARGE, Call, to_list
+from llama2.tokenizer.call import ACCEPTED, VERY_LARGE, Call, tensor_kind, to_list, whole
 from llama2.tokenizer.chat import ChatPrompt, ChatTemplates
 from llama2.tokenizer.encoding import BatchEncoding, Segment
-from llama2.tokenizer.files import Files
+from llama2.tokenizer.interchange import Interchange
 from llama2.tokenizer.stream import PieceTable, StreamDecoder, clean_up_tokenization
 
 logger = logging.getLogger(__name__)
 
 
-class PreTrainedTokenizer(ChatTemplates, Files):
+class PreTrainedTokenizer(ChatTemplates, Interchange):
     """Text <-> ids. `LlamaTokenizer` (sentencepiece) and `LlamaTokenizerFast` (tokenizers) give the same ids.
 
     `legacy` True (default) is Meta's behaviour: each stretch of text between special tokens starts with a "▁" of its
@@ -34,10 +34,6 @@ class PreTrainedTokenizer(ChatTemplates, Files):
     @property
     def vocab_size(self) -> int:
         """Size of the base vocabulary, without the tokens added later."""
-        raise NotImplementedError
-
-    def get_vocab(self) -> dict[str, int]:
-        """Every token -> id, added ones included."""
         raise NotImplementedError
 
     def _encode_ids(self, texts: list[str], keep_special: bool) -> list[list[int]]:
@@ -164,12 +160,20 @@ class PreTrainedTokenizer(ChatTemplates, Files):
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> BatchEncoding:
-        """Pad a dict of columns, or a list of dicts (a data collator's batch). `labels` are left as they are."""
+        """Pad a dict of columns, or a list of dicts (a data collator's batch). `labels` are left as they are.
+
+        Tensors and arrays give the same kind back, unless return_tensors says another.
+        """
         if isinstance(encoded_inputs, (list, tuple)):
             if not encoded_inputs:
                 raise TokenizerError("pad() got an empty list; pass at least one row")
             encoded_inputs = {name: [row[name] for row in encoded_inputs] for name in encoded_inputs[0]}
         columns = {name: to_list(column) for name, column in encoded_inputs.items()}
+        return_tensors = return_tensors or tensor_kind(encoded_inputs.get("input_ids"))
+        max_length, pad_to_multiple_of = (
+            whole("max_length", max_length),
+            whole("pad_to_multiple_of", pad_to_multiple_of),
+        )
         ids = columns.get("input_ids")
         if ids is None:
             raise TokenizerError(f"pad() needs 'input_ids'; got {', '.join(columns) or 'no columns'}")

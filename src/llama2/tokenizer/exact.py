@@ -10,7 +10,7 @@ from llama2.errors import TokenizerError
 from llama2.tokenizer.added import TokenMatcher
 from llama2.tokenizer.encoding import Segment, Span
 from llama2.tokenizer.prefix import SPACES, Prefix, normalize, surrogate_message
-from llama2.tokenizer.spm import BYTE, SentencePieceModel
+from llama2.tokenizer.spm import BYTE, SentencePieceModel, pieces_of_text
 from llama2.tokenizer.words import WordMemory, cuts_hold
 
 Matchers = tuple[TokenMatcher, TokenMatcher]
@@ -153,11 +153,15 @@ class SentencePieceEncoder:
         return rows
 
     def _normalised_rows(self, piece: str, low: int) -> list[tuple[int, Span, bool]]:
-        encoded = self.processor(self._dummy(piece, low)).encode(piece, out_type="immutable_proto")
+        """sentencepiece knows which bytes of the text each piece of the normalised one comes from."""
+        encoded = self.processor(self._dummy(piece, low)).encode(piece, out_type="serialized_proto")
+        places: list[int] = []  # byte -> character
+        for i, char in enumerate(piece):
+            places += [i] * len(char.encode())
+        places.append(len(piece))
         rows: list[tuple[int, Span, bool]] = []
-        for i, entry in enumerate(encoded.pieces):
-            begins = i == 0 or entry.piece.startswith("▁")
-            rows.append((entry.id, (low + entry.begin, low + entry.end), begins))
+        for token_id, token, first, last in pieces_of_text(encoded):
+            rows.append((token_id, (low + places[first], low + places[last]), not rows or token.startswith("▁")))
         return rows
 
     def _spans(self, ids: list[int], text: str) -> Iterator[Span]:

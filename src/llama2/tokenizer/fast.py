@@ -85,7 +85,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             )
         if asked and vocab_file is None and self._prefix is not None:
             self._restyle(prefix or prefix_of(legacy, add_prefix_space))
-        self._beyond_ranks = self._ranks_fall_short()
+        self._reason = self._ranks_fall_short()
         if self._byte_level:
             bos_token, eos_token, unk_token = (
                 None if token == default and self._tokenizer.token_to_id(default) is None else token
@@ -103,8 +103,8 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             template=(own or (BARE if self._byte_level else None)) if add_bos_token is add_eos_token is None else None,
             **kwargs,
         )
-        if self._beyond_ranks:
-            self._warn("beyond ranks", f"{self._beyond_ranks}: sentencepiece encodes in the place of merge ranks")
+        if self._reason:
+            self._warn("beyond ranks", f"{self._reason}: sentencepiece encodes in the place of merge ranks")
 
     def _model(self) -> SentencePieceModel:
         if self._spm is None:
@@ -129,9 +129,13 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         return f"merge ranks cannot express this tokenizer.model: {reason}"
 
     @property
+    def _beyond_ranks(self) -> str | None:
+        return self._reason
+
+    @property
     def _encoder(self) -> SentencePieceEncoder | None:
         """sentencepiece in the place of the Rust object, where that one's ranks fall short."""
-        if self._exact is None and self._beyond_ranks and self._prefix is not None:
+        if self._exact is None and self._reason and self._prefix is not None:
             self._exact = SentencePieceEncoder(self._model(), self._prefix, self._matching, {})
         return self._exact
 
@@ -245,7 +249,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        remembers = self._cuts_hold and self._prefix and not self._beyond_ranks
+        remembers = self._cuts_hold and self._prefix and not self._reason
         self._memory = WordMemory(self._encode_word, self._prefix) if remembers and self._prefix else None
 
     # -- encoding ------------------------------------------------------------------------------------------------
@@ -341,6 +345,12 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
     def _document(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(self._tokenizer.to_str())
         return document
+
+
+class PreTrainedTokenizerFast(LlamaTokenizerFast):
+    """The name under which byte-level tokenizers (Llama 3, SmolLM2) are saved; it pads on the right."""
+
+    padding_side = "right"
 
 
 def _space_words(tokens: list[str], splits: list[int | None]) -> list[int | None]:

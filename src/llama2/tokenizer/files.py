@@ -26,8 +26,16 @@ _DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _SETTLED = ("use_fast", "trust_remote_code", "tokenizer_type", "config", "mirror", "_from_auto", "_commit_hash")
 
 
+_CLASSES: dict[str, type[Any]] = {}  # by the name that tokenizer_config.json gives
+
+
 class Files(SpecialTokens):
     """Mixin of both classes: the common constructor, from_pretrained, save_pretrained."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("llama2."):
+            _CLASSES[cls.__name__] = cls
 
     name_or_path: str = ""
     vocab_file: str | None
@@ -64,6 +72,7 @@ class Files(SpecialTokens):
         mask_token: Any = None,
         verbose: bool = True,
         name_or_path: str = "",
+        from_slow: bool = False,
         extra: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
@@ -127,6 +136,9 @@ class Files(SpecialTokens):
         arguments = inspect.signature(cls.__init__).parameters
         known = {*inspect.signature(cls._setup).parameters, *arguments, "legacy", "add_prefix_space"} - _INTERNAL
         files = find_files(pretrained_model_name_or_path, kwargs)
+        wanted = cls._class_of(files)
+        if wanted is not cls and kwargs.pop("_from_auto", False):
+            return wanted.from_pretrained(pretrained_model_name_or_path, **kwargs)
         settings = read_settings(files, known)
         kwargs = {k: v for k, v in kwargs.items() if k not in _SETTLED}
         style = cls._style(files, kwargs)
@@ -142,6 +154,28 @@ class Files(SpecialTokens):
                 settings.pop("add_prefix_space", None)
             style = {}
         return cls(**{**given, **settings, **style, "name_or_path": str(pretrained_model_name_or_path), **kwargs})
+
+    @classmethod
+    def _class_of(cls, files: dict[str, Path]) -> type[Self]:
+        """The class that tokenizer_config.json names, slow or fast as this one is; warns where it is of more than this.
+
+        Names of other families' classes (GPT2Tokenizer, TokenizersBackend) stand for `PreTrainedTokenizerFast`.
+        """
+        name = read_json(files["config"]).get("tokenizer_class") if "config" in files else None
+        if not name:
+            return cls
+        plain = str(name).removesuffix("Fast")
+        found = _CLASSES.get(plain + "Fast" if cls.is_fast else plain)
+        if found is None:
+            return _CLASSES.get("PreTrainedTokenizerFast", cls) if cls.is_fast else cls
+        if issubclass(found, cls):
+            return found
+        return cls
+
+    @classmethod
+    def _fast_sibling(cls) -> type[Any]:
+        """The fast class of a slow one."""
+        return _CLASSES[f"{cls.__name__}Fast"] if f"{cls.__name__}Fast" in _CLASSES else _CLASSES["LlamaTokenizerFast"]
 
     @classmethod
     def _style(cls, files: dict[str, Path], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llama2.errors import CheckpointError, TokenizerError
 
@@ -214,6 +215,16 @@ def _parse(data: bytes) -> SentencePieceModel:
         whitespace_as_suffix=bool(trainer.get(24, 0)),
         raw=data,
     )
+
+
+def pieces_of_text(data: bytes) -> list[tuple[int, str, int, int]]:
+    """(id, piece, first byte, byte behind the last) of each piece of a serialised SentencePieceText."""
+    found = []
+    for number, value in _fields(data):
+        if number == 2 and isinstance(value, bytes):
+            entry: dict[int, Any] = dict(_fields(value))
+            found.append((entry.get(2, 0), entry.get(1, b"").decode(), entry.get(4, 0), entry.get(5, 0)))
+    return found
 
 
 def _parse_piece(data: bytes) -> tuple[str, float, int]:
