@@ -251,13 +251,13 @@ def _environment() -> Any:
             _check_operands(operator, left, right)
             return _bounded(super().call_binop(context, operator, left, right))
 
-        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
             _step()
-            owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # str.format comes wrapped
+            owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # str.format comes wrapped
             if isinstance(owner, str):
-                _check_widths([owner, *args, *kwargs.values()] if __obj.__name__ == "format" else args)
-                _check_growth(__obj.__name__, *((args[0], (owner,)) if __obj.__name__ == "join" else (owner, args)))
-            return _bounded(super().call(__context, __obj, *args, **kwargs))
+                _check_widths([owner, *args, *kwargs.values()] if obj.__name__ == "format" else args)
+                _check_growth(obj.__name__, *((args[0], (owner,)) if obj.__name__ == "join" else (owner, args)))
+            return _bounded(super().call(context, obj, *args, **kwargs))
 
     environment = Bounded(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"], finalize=_bounded
