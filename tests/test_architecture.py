@@ -27,7 +27,7 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("beam", "speculative"), 15),
     "generate": 16,
     **dict.fromkeys(("auto", "engine"), 17),
-    **dict.fromkeys(("pipelines", "serve", "train", "evaluate"), 18),
+    **dict.fromkeys(("pipelines", "peft_model", "serve", "train", "evaluate"), 18),
     "quantize": 19,
     "cli": 20,
     **dict.fromkeys(("convert_llama_weights_to_hf", "__main__"), 21),

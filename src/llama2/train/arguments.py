@@ -197,6 +197,7 @@ class TrainingArguments:
     dispatch_batches: OptionalFlag = None
     split_batches: OptionalFlag = None
     include_tokens_per_second: OptionalFlag = False
+    OWN_NO_EFFECT: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {}  # of a class derived from this one
     SECRETS: ClassVar[tuple[str, ...]] = ("hub_token", "push_to_hub_token")
 
     def __post_init__(self) -> None:
@@ -217,7 +218,7 @@ class TrainingArguments:
             value = getattr(self, f.name)
             if (found := getattr(value, "value", None)) is not None and isinstance(found, str):
                 value = found
-            if f.name in NUMBERS and (value is not None or f.default is not None):
+            if f.name in NUMBERS and (value is not None or "None" not in str(f.type)):
                 value = NUMBERS[f.name].read(f.name, value)
             elif f.type is bool or (f.type is OptionalFlag and value is not None):
                 value = read_flag(f.name, value)
@@ -251,12 +252,12 @@ class TrainingArguments:
     def _warn(self) -> None:
         """One warning for all fields that have no effect here."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        found = without_effect(vars(self), defaults)
+        found = without_effect(vars(self), defaults, self.OWN_NO_EFFECT)
         if self.optim.startswith("paged_"):
             found.append(f"the paging of optim={self.optim!r} (moments stay in the memory of their device)")
         if found:
             message = f"{type(self).__name__}: these have no effect here: {'; '.join(found)}"
-            warnings.warn(message, stacklevel=5 if type(self) is TrainingArguments else 6)
+            warnings.warn(message, stacklevel=5)
 
     def _check_optimizer(self) -> None:
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):

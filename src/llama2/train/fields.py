@@ -105,6 +105,28 @@ NUMBERS: dict[str, Number] = {
     "past_index": Number(-1, whole=True),
     "fsdp_min_num_params": Number(0, whole=True),
     "tpu_num_cores": _COUNT,
+    # Of SFTConfig, DPOConfig and RewardConfig.
+    "max_length": _COUNT,
+    "max_seq_length": _COUNT,
+    "max_prompt_length": _COUNT,
+    "max_completion_length": _COUNT,
+    "num_of_sequences": _COUNT,
+    "chars_per_token": Number(0, open=True),
+    "dataset_num_proc": _COUNT,
+    "dataset_batch_size": _COUNT,
+    "router_aux_loss_coef": _AT_LEAST_0,
+    "label_pad_token_id": Number(-(2**31), whole=True),
+    "padding_value": Number(-(2**31), whole=True),
+    "beta": Number(0, open=True),
+    "label_smoothing": Number(0, 0.5),
+    "precompute_ref_batch_size": _COUNT,
+    "ld_alpha": Number(0, 1),
+    "f_alpha_divergence_coef": Number(0, open=True),
+    "discopop_tau": Number(0, open=True),
+    "ref_model_mixup_alpha": Number(0, 1),
+    "ref_model_sync_steps": _COUNT,
+    "rpo_alpha": _AT_LEAST_0,
+    "center_rewards_coefficient": _AT_LEAST_0,
 }
 
 # Names of old -> today's.
@@ -228,13 +250,17 @@ def read_mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def without_effect(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """The fields whose values change nothing here, each with the reason. Raises InputError for those of REFUSED."""
+def without_effect(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], own: Mapping[str, tuple[str, tuple[Any, ...]]]
+) -> list[str]:
+    """The fields whose values change nothing here, each with the reason; own: rows beside NO_EFFECT.
+
+    Raises InputError for those of REFUSED."""
     for name, instead in REFUSED.items():
         if name in values and values[name] not in (defaults[name], None, "", False):
             raise InputError(f"{name} is {values[name]!r}, which is not supported; {instead}")
     found = []
-    for name, (reason, kept) in NO_EFFECT.items():
+    for name, (reason, kept) in {**NO_EFFECT, **own}.items():
         if name in values and values[name] != defaults[name] and values[name] is not None and values[name] not in kept:
             found.append(f"{name}={values[name]!r} ({reason})")
     return found

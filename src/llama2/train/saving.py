@@ -96,7 +96,7 @@ class Saving:
             self.push_to_hub(commit_message="Model save")
 
     def _write_model(self, folder: Path, adapted: bool) -> None:
-        if hasattr(self.model, "peft_config"):
+        if hasattr(self.model, "get_base_model"):
             self.model.save_pretrained(folder)
         elif adapted:
             save_adapter(self.network, folder)

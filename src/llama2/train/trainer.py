@@ -140,7 +140,7 @@ class Trainer(Loop):
         if isinstance(model, str | Path):
             raise InputError(f"model is the path {str(model)!r}; load it: AutoModelForCausalLM.from_pretrained(path)")
         self.model = self.model_wrapped = model
-        self.network = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.network = model.get_base_model() if hasattr(model, "get_base_model") else model
         if self._peft_config is not None:
             lora.add_adapter(self.network, self._peft_config)
         if self.args.fp16:
@@ -155,7 +155,7 @@ class Trainer(Loop):
         self, objective: Objective | None, rows: Sequence[Any], eval_rows: Any, train_dataset: Any, eval_dataset: Any
     ) -> None:
         """Rows as items of the objective, or for a collator of the caller's as they are."""
-        self.encoder = Encoder(self.network, self.processing_class, self.data_collator, self.args, objective)
+        self.encoder = self._encoder(objective)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.rows = rows if train_dataset is None else self.encoder.items(train_dataset, TRAINED)
         if eval_dataset is not None:
@@ -163,6 +163,10 @@ class Trainer(Loop):
         self.eval_rows: Any = eval_rows
         self.objective = self.encoder.objective
         self.train_dataset = self.rows if train_dataset is None else train_dataset
+
+    def _encoder(self, objective: Objective | None) -> Encoder:
+        """What encodes the rows of this trainer."""
+        return Encoder(self.network, self.processing_class, self.data_collator, self.args, objective)
 
     def _check(self) -> None:
         args = self.args

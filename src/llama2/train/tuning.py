@@ -1,0 +1,292 @@
+"""TRL's trainers under its names: SFTTrainer, DPOTrainer and RewardTrainer over the one Trainer.
+
+They load a model that is given as a path, set up the tokenizer, and encode rows as TRL does; losses are objectives'.
+Keywords of TRL 0.x that have moved to the configuration are read as if they stood there.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from llama2 import lora
+from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from llama2.checkpoint.load import head_follows
+from llama2.errors import InputError
+from llama2.lora_config import LoraConfig
+from llama2.text_file import read_utf8
+from llama2.train.arguments import TrainingArguments
+from llama2.train.configs import DPOConfig, RewardConfig, SFTConfig, TuningArguments
+from llama2.train.encoding import Encoder
+from llama2.train.objectives import NextToken, Objective, Preferences
+from llama2.train.reward import Rewards
+from llama2.train.trainer import Trainer
+from llama2.train.tuning_rows import PairEncoder, RewardEncoder, TextEncoder, dft_loss
+
+_RENAMED = {"max_target_length": "max_completion_length"}
+
+
+class Tuner(Trainer):
+    """What the three share."""
+
+    CONFIG: ClassVar[type[TuningArguments]]
+    SUFFIX: ClassVar[str]
+    AUTO: ClassVar[Any] = AutoModelForCausalLM
+    ENCODER: ClassVar[type[Encoder]]
+
+    def _set_up(
+        self, model: Any, args: TrainingArguments | None, old: Mapping[str, Any], quantization: Any, peft_config: Any
+    ) -> tuple[Any, Any]:
+        """The configuration with what is given in the old place, and the model, loaded where it is a path."""
+        config = self._config(args, model, old)
+        if isinstance(model, str | Path):
+            return config, self._loaded(model, config, quantization, peft_config)
+        if quantization is not None or config.model_init_kwargs:
+            warnings.warn("the model is loaded already: quantization_config and model_init_kwargs have no effect",
+                          stacklevel=4)  # fmt: skip
+        if peft_config is not None and (hasattr(model, "get_base_model") or lora.names(model)):
+            raise InputError(
+                "the model has an adapter already, and there is a peft_config for another; merge it first "
+                "(merge_and_unload), or leave peft_config out"
+            )
+        return config, model
+
+    def _config(self, args: TrainingArguments | None, model: Any, old: Mapping[str, Any]) -> TuningArguments:
+        kind, name = self.CONFIG, model if isinstance(model, str | Path) else getattr(model, "name_or_path", None)
+        known = {f.name for f in dataclasses.fields(kind)}
+        moved = {_RENAMED.get(key, key): value for key, value in old.items() if value is not None}
+        for key in moved:
+            if key not in known:
+                raise InputError(f"{type(self).__name__} has no {key!r}; leave it out")
+        if args is None:
+            return kind(**{"output_dir": f"{Path(str(name or 'model')).name}-{self.SUFFIX}", **moved})
+        if isinstance(args, kind) and not moved:
+            return args
+        with warnings.catch_warnings():  # said when they were made
+            warnings.filterwarnings("ignore", message=".*have no effect here")
+            given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
+            return kind(**{**{k: v for k, v in given.items() if k in known}, **moved})
+
+    def _loaded(self, model: str | Path, config: TuningArguments, quantization: Any, peft_config: Any) -> Any:
+        given = dict(config.model_init_kwargs or {})
+        if quantization is not None:
+            given["quantization_config"] = quantization
+        if not {"dtype", "torch_dtype"} & set(given):
+            given["dtype"] = "float32" if peft_config is None else "auto"
+        torch.manual_seed(config.seed)  # for a new head
+        with head_follows():
+            return self.AUTO.from_pretrained(model, **given)
+
+    def _tokenizer(self, given: Any, model: Any, config: Any) -> Any:
+        """The tokenizer that is given, or the model's own, with a pad token and the configuration's tokens."""
+        network = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if given is None:
+            if not getattr(network, "name_or_path", None):
+                raise InputError("the model does not know where it is from; pass processing_class=tokenizer")
+            given = AutoTokenizer.from_pretrained(network.name_or_path)
+        for name in ("eos_token", "pad_token"):
+            if (token := getattr(config, name, None)) is not None:
+                if given.convert_tokens_to_ids(token) in (None, given.unk_token_id) and token != given.unk_token:
+                    raise InputError(f"{name} is {token!r}, which the tokenizer does not have; add it first")
+                setattr(given, name, token)
+        if given.pad_token_id is None:
+            given.pad_token = given.eos_token
+        network.config.pad_token_id = given.pad_token_id
+        if (path := getattr(config, "chat_template_path", None)) is not None:
+            if not Path(path).is_file():
+                raise InputError(f"chat_template_path is {path!r}, which is no file; give that of a template (.jinja)")
+            given.chat_template = read_utf8(Path(path))
+        return given
+
+    def _encoder(self, objective: Objective | None) -> Encoder:
+        return self.ENCODER(self.network, self.processing_class, self.data_collator, self.args, objective)
+
+
+class SFTTrainer(Tuner):
+    """Tunes a model, or the one of a path, on texts, completions and chats: see `SFTConfig`.
+
+    formatting_func: makes the text of a row, or as in TRL 0.x the texts of a batch of rows.
+    """
+
+    CONFIG, SUFFIX, ENCODER = SFTConfig, "SFT", TextEncoder
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Iterable[Any] | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        quantization_config: Any = None,
+        peft_config: LoraConfig | None = None,
+        formatting_func: Callable[..., Any] | None = None,
+        *,
+        tokenizer: Any = None,
+        **old: Any,
+    ) -> None:
+        self.formatting_func = formatting_func
+        config, model = self._set_up(model, args, old, quantization_config, peft_config)
+        if config.loss_type == "dft":
+            if compute_loss_func is not None:
+                raise InputError("loss_type is 'dft', and there is compute_loss_func too; give one of them")
+            compute_loss_func = dft_loss
+        super().__init__(
+            model,
+            config,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            self._tokenizer(processing_class or tokenizer, model, config),
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            peft_config=peft_config,
+        )
+
+    def _encoder(self, objective: Objective | None) -> Encoder:
+        made = TextEncoder(self.network, self.processing_class, self.data_collator, self.args, NextToken())
+        made.formatting_func = self.formatting_func
+        return made
+
+
+class DPOTrainer(Tuner):
+    """Learns from preferences: see `DPOConfig`. ref_model: what the model is held to, by default what it is now."""
+
+    CONFIG, SUFFIX, ENCODER = DPOConfig, "DPO", PairEncoder
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: DPOConfig | TrainingArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Iterable[Any] | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        **old: Any,
+    ) -> None:
+        for name, given in (("data_collator", data_collator), ("compute_metrics", compute_metrics),
+                            ("preprocess_logits_for_metrics", preprocess_logits_for_metrics)):  # fmt: skip
+            if given is not None:
+                raise InputError(
+                    f"{name} is not supported by DPOTrainer, whose loss needs no whole logits; rewards, accuracies and "
+                    "margins are logged: leave it out, or override compute_loss"
+                )
+        config, model = self._set_up(model, args, old, quantization_config, peft_config)
+        self._reference = self._frozen(ref_model, model, config)
+        super().__init__(
+            model,
+            config,
+            None,
+            train_dataset,
+            eval_dataset,
+            self._tokenizer(processing_class or tokenizer, model, config),
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            peft_config=peft_config,
+        )
+
+    def _frozen(self, ref_model: Any, model: Any, config: DPOConfig) -> Any:
+        if ref_model is model:
+            raise InputError("ref_model is the model itself; leave it out: the reference is the model as it is now")
+        if isinstance(ref_model, str | Path):
+            ref_model = AutoModelForCausalLM.from_pretrained(ref_model, **(config.ref_model_init_kwargs or {}))
+        if ref_model is None:
+            return None
+        found = ref_model.get_base_model() if hasattr(ref_model, "get_base_model") else ref_model
+        return found.requires_grad_(False).eval()
+
+    def _encoder(self, objective: Objective | None) -> Encoder:
+        args = self.args
+        made = Preferences(args.beta, args.loss_type, args.label_smoothing, self._reference, args.reference_free,
+                           args.disable_dropout)  # fmt: skip
+        return super()._encoder(made)
+
+
+class RewardTrainer(Tuner):
+    """Trains a classifier of one label to rank answers: see `RewardConfig`."""
+
+    CONFIG, SUFFIX, ENCODER = RewardConfig, "Reward", RewardEncoder
+    AUTO = AutoModelForSequenceClassification
+
+    def __init__(
+        self,
+        model: Any,
+        args: RewardConfig | TrainingArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Iterable[Any] | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        quantization_config: Any = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        **old: Any,
+    ) -> None:
+        for name, given in (("data_collator", data_collator), ("compute_metrics", compute_metrics),
+                            ("preprocess_logits_for_metrics", preprocess_logits_for_metrics)):  # fmt: skip
+            if given is not None:
+                raise InputError(
+                    f"{name} is not supported by RewardTrainer; accuracy, margin and rewards are logged: leave it out, "
+                    "or override compute_loss"
+                )
+        config, model = self._set_up(model, args, old, quantization_config, peft_config)
+        if model.config.num_labels != 1:
+            raise InputError(
+                f"the model has {model.config.num_labels} labels, and a reward is one number; load it with num_labels=1"
+            )
+        super().__init__(
+            model,
+            config,
+            None,
+            train_dataset,
+            eval_dataset,
+            self._tokenizer(processing_class or tokenizer, model, config),
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            peft_config=peft_config,
+        )
+
+    def _loaded(self, model: str | Path, config: TuningArguments, quantization: Any, peft_config: Any) -> Any:
+        config.model_init_kwargs = {"num_labels": 1, **(config.model_init_kwargs or {})}
+        return super()._loaded(model, config, quantization, peft_config)
+
+    def _take(self, model: Any) -> None:
+        super()._take(model)
+        if lora.names(self.network):
+            self.network.score.requires_grad_(True)
+        if self.args.disable_dropout:
+            for layer in lora.layers(self.network).values():
+                layer.dropout = dict.fromkeys(layer.dropout, 0.0)
+
+    def _encoder(self, objective: Objective | None) -> Encoder:
+        return super()._encoder(Rewards(self.args.center_rewards_coefficient))
