@@ -71,7 +71,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "pipelines": ("TextClassificationPipeline", "TextGenerationPipeline", "pipeline"),
     "seeds": ("set_seed",),
     "outputs": ("ModelOutput",),
-    "lora_config": ("LoraConfig",),
+    "lora_config": ("LoraConfig", "TaskType"),
     "engine.engine": ("Engine",),
     "train.arguments": ("TrainingArguments",),
     "train.callbacks": (
@@ -112,7 +112,6 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "PeftModel",
         "PeftModelForCausalLM",
         "PeftModelForSequenceClassification",
-        "TaskType",
         "get_peft_model",
         "prepare_model_for_kbit_training",
     ),

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,17 +29,6 @@ from llama2.lora_config import LoraConfig
 from llama2.quant.linear import PackedLinear
 
 _HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
-
-
-class TaskType(StrEnum):
-    """peft's names of tasks. What an adapter is for follows from the class of its model here."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 class LoraModel(nn.Module):
@@ -148,9 +136,7 @@ class PeftModel(nn.Module):
             yield
 
     def _freeze(self) -> None:
-        for layer in lora.layers(self.get_base_model()).values():
-            for held in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-                held.requires_grad_(False)
+        self.get_base_model().requires_grad_(False)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 

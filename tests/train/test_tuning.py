@@ -235,7 +235,11 @@ def test_a_model_as_a_path_and_the_keywords_of_trl_0(tmp_path: Path, tok: Any) -
         SFTTrainer(causal(), args, train_dataset=TEXTS, tokenizer=tok, max_sequence=3)
     with pytest.raises(InputError, match="the model has an adapter already, and there is a peft_config"):
         adapted = get_peft_model(causal(), LoraConfig(r=2))
-        SFTTrainer(adapted, SFTConfig(str(tmp_path)), train_dataset=TEXTS, tokenizer=tok, peft_config=LoraConfig(r=2))
+        SFTTrainer(adapted, SFTConfig(str(tmp_path)), train_dataset=TEXTS, tokenizer=tok, peft_config=LoraConfig(r=3))
+    same = SFTTrainer(
+        adapted, SFTConfig(str(tmp_path)), train_dataset=TEXTS, tokenizer=tok, peft_config=LoraConfig(r=2)
+    )
+    assert lora.names(same.network) == ["default"]  # scripts give both
     with pytest.raises(InputError, match="the model does not know where it is from; pass processing_class"):
         SFTTrainer(causal(), SFTConfig(str(tmp_path)), train_dataset=TEXTS)
 

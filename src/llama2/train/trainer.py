@@ -148,8 +148,11 @@ class Trainer(Loop):
         first = next(self.network.parameters())
         if first.device.type == "cpu" and not self.args.fsdp and not self.args.use_cpu and torch.cuda.is_available():
             self.network.to(f"cuda:{self.ranks.local}")
-        if self.args.tf32 is not None and torch.cuda.is_available():
-            torch.backends.cuda.matmul.allow_tf32 = self.args.tf32
+        if self.args.tf32 is not None:
+            if torch.cuda.is_available():
+                torch.backends.cuda.matmul.allow_tf32 = self.args.tf32
+            elif self.args.tf32:
+                warnings.warn("tf32=True has no effect: there is no CUDA device", stacklevel=4)
 
     def _encode(
         self, objective: Objective | None, rows: Sequence[Any], eval_rows: Any, train_dataset: Any, eval_dataset: Any

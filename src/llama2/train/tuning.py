@@ -48,6 +48,8 @@ class Tuner(Trainer):
             warnings.warn("the model is loaded already: quantization_config and model_init_kwargs have no effect",
                           stacklevel=4)  # fmt: skip
         if peft_config is not None and (hasattr(model, "get_base_model") or lora.names(model)):
+            if _same(getattr(model, "peft_config", None), peft_config):  # scripts give both
+                return config, model
             raise InputError(
                 "the model has an adapter already, and there is a peft_config for another; merge it first "
                 "(merge_and_unload), or leave peft_config out"
@@ -82,7 +84,7 @@ class Tuner(Trainer):
 
     def _tokenizer(self, given: Any, model: Any, config: Any) -> Any:
         """The tokenizer that is given, or the model's own, with a pad token and the configuration's tokens."""
-        network = model.get_base_model() if hasattr(model, "get_base_model") else model
+        network = _inner(model)
         if given is None:
             if not getattr(network, "name_or_path", None):
                 raise InputError("the model does not know where it is from; pass processing_class=tokenizer")
@@ -103,6 +105,18 @@ class Tuner(Trainer):
 
     def _encoder(self, objective: Objective | None) -> Encoder:
         return self.ENCODER(self.network, self.processing_class, self.data_collator, self.args, objective)
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _same(there: Any, peft_config: LoraConfig) -> bool:
+    """Whether a model's one adapter is the one that is asked for."""
+    held = list(there.values()) if isinstance(there, dict) else []
+    return len(held) == 1 and dataclasses.replace(held[0], base_model_name_or_path=None) == dataclasses.replace(
+        peft_config, base_model_name_or_path=None
+    )
 
 
 class SFTTrainer(Tuner):
@@ -153,7 +167,7 @@ class SFTTrainer(Tuner):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            peft_config=peft_config,
+            peft_config=None if lora.names(_inner(model)) else peft_config,
         )
 
     def _encoder(self, objective: Objective | None) -> Encoder:
@@ -206,7 +220,7 @@ class DPOTrainer(Tuner):
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            peft_config=peft_config,
+            peft_config=None if lora.names(_inner(model)) else peft_config,
         )
 
     def _frozen(self, ref_model: Any, model: Any, config: DPOConfig) -> Any:
@@ -216,8 +230,8 @@ class DPOTrainer(Tuner):
             ref_model = AutoModelForCausalLM.from_pretrained(ref_model, **(config.ref_model_init_kwargs or {}))
         if ref_model is None:
             return None
-        found = ref_model.get_base_model() if hasattr(ref_model, "get_base_model") else ref_model
-        return found.requires_grad_(False).eval()
+        found: Any = _inner(ref_model).requires_grad_(False).eval()
+        return found
 
     def _encoder(self, objective: Objective | None) -> Encoder:
         args = self.args
@@ -273,7 +287,7 @@ class RewardTrainer(Tuner):
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            peft_config=peft_config,
+            peft_config=None if lora.names(_inner(model)) else peft_config,
         )
 
     def _loaded(self, model: str | Path, config: TuningArguments, quantization: Any, peft_config: Any) -> Any:
