@@ -14,6 +14,7 @@ from llama2 import InputError
 from llama2.errors import MissingDependencyError
 from llama2.train import fields
 from llama2.train.arguments import TrainingArguments
+from llama2.train.configs import CONFIGS
 from llama2.train.trackers import TRACKERS, sinks_of
 
 # The fields of transformers 5.23 in their order, and those that 4.46.3 has besides.
@@ -66,7 +67,8 @@ def test_every_number_has_its_bound_in_one_table() -> None:
     for f in dataclasses.fields(TrainingArguments):
         if any(kind in str(f.type) for kind in ("int", "float")):
             assert f.name in fields.NUMBERS, f.name
-    assert set(fields.NUMBERS) <= {f.name for f in dataclasses.fields(TrainingArguments)}
+    every = {f.name for kind in (TrainingArguments, *CONFIGS) for f in dataclasses.fields(kind)}
+    assert set(fields.NUMBERS) <= every
 
 
 @pytest.mark.parametrize(
