@@ -17,13 +17,25 @@ from llama2 import AutoModelForCausalLM, AutoTokenizer, InputError, LoraConfig, 
 from llama2.train import checkpoints, states
 from llama2.train.finetune import Finetune, Recipe
 
-QUICK = ("--max-length", "64", "--max-steps", "12", "--batch-size", "4", "--learning-rate", "0.02", "--seed", "1")
+QUICK = ("--max-length", "64", "--max-steps", "12", "--batch-size", "4", "--learning-rate", "0.005", "--seed", "1")
 WORDS = ("red", "blue", "green", "grey")
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def learnt(out: Path) -> bool:
+    """Whether the loss of a run that logged every step fell by a fifth: single steps are noise, thirds of it are not.
+
+    Measured over these rows: to 0.48 to 0.70 of the first third's, alike on every instruction set.
+    """
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in logged if "loss" in entry]
+    third = len(losses) // 3
+    assert third >= 4
+    return sum(losses[-third:]) < 0.8 * sum(losses[:third])
 
 
 @pytest.fixture
@@ -72,10 +84,10 @@ def test_an_adapter_for_chats(run: Run, checkpoint: Path, chats: Path, tmp_path:
     [("--use-dora",), ("--load-in-4bit",), ("--load-in-8bit",), ("--use-rslora", "--bf16", "--lora-alpha", "4")],
 )
 def test_kinds_of_adapters(run: Run, checkpoint: Path, chats: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
-    code, _, err = run("finetune", "sft", checkpoint, chats, tmp_path / "out", *QUICK, *flags)
+    words = ("finetune", "sft", checkpoint, chats, tmp_path / "out", *QUICK, "--logging-steps", "1", *flags)
+    code, _, err = run(*words)
     assert code == 0, err
-    logged = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert learnt(tmp_path / "out")
     words = ("generate", "-m", checkpoint, "-n", "8", "--greedy", "--chat", "red")
     code, tuned, err = run(*words, "--adapter", tmp_path / "out")
     assert code == 0, err
@@ -121,7 +133,7 @@ def test_text_from_nothing(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     )
     assert code == 0, err
     logged = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert logged[0]["loss"] > 5 and logged[-1]["loss"] < logged[0]["loss"]
+    assert logged[0]["loss"] > 5 and learnt(tmp_path / "out")
     content = json.loads((tmp_path / "out" / "finetune.json").read_text())
     assert content["data"]["tokens"] == 8 * (
         len("the sky is blue and the sea is green, ") * 6 - 1 + 1

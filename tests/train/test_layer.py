@@ -1,8 +1,12 @@
 """A layer as one function: values and gradients are those of torch's own graph in float64, packed rows included."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +17,9 @@ from llama2 import LlamaForSequenceClassification, lora
 from llama2.attention import Mask, make_mask
 from llama2.checkpoint.load import pack
 from llama2.checkpoint.weights import GivenWeights
-from llama2.compiled import available, kernels, pool
+from llama2.compiled import available, instruction_sets, kernels, pool
 from llama2.lora_config import LoraConfig
+from llama2.quant.int8 import Linear8bit
 from llama2.quantization_config import BitsAndBytesConfig
 from llama2.train.data import Example, Pair
 from llama2.train.layer import _Plan, ends_of, fused, plan_of
@@ -54,6 +59,14 @@ def qlora(model: Any) -> Any:
     return adapted(model)
 
 
+def eight_bits(model: Any) -> Any:
+    """Adapters over int8 rows."""
+    for path, layer in list(model.named_modules()):
+        if path.endswith("_proj"):
+            model.set_submodule(path, Linear8bit.quantize(layer.weight, None, None))
+    return adapted(model)
+
+
 PREPARED: dict[str, Any] = {"full": lambda model: model, "lora": adapted, "some": partly, "qlora": qlora}
 
 
@@ -68,7 +81,7 @@ def gradients(model: Any, rows: list[Any]) -> tuple[float, dict[str, torch.Tenso
 @needs_kernels
 @pytest.mark.parametrize("sizes", [{}, {"num_key_value_heads": 1}, {"head_dim": 24}, {"tie_word_embeddings": True}])
 @pytest.mark.parametrize(
-    "prepare", [lambda model: model, adapted, partly, qlora], ids=["full", "lora", "some", "qlora"]
+    "prepare", [lambda model: model, adapted, partly, qlora, eight_bits], ids=["full", "lora", "some", "qlora", "int8"]
 )
 @pytest.mark.parametrize("packing", [True, False])
 def test_gradients_are_those_of_float64(sizes: dict[str, Any], prepare: Callable[[Any], Any], packing: bool) -> None:
@@ -84,6 +97,26 @@ def test_gradients_are_those_of_float64(sizes: dict[str, Any], prepare: Callable
     for name, grad in found.items():
         distance = (grad.double() - wanted[name]).norm() / wanted[name].norm()
         assert distance < FLOAT32, f"{name}: {distance:.1e}"
+
+
+@pytest.mark.parametrize("prepare", [adapted, qlora, eight_bits], ids=["lora", "qlora", "int8"])
+def test_gradients_that_torch_computes_are_those_of_float64(prepare: Callable[[Any], Any]) -> None:
+    model = prepare(tiny_model(torch.float32)).train()
+    value, wanted = gradients(copy.deepcopy(model).double(), packed_rows(examples(), 60, True))
+    loss, found = gradients(model, packed_rows(examples(), 60, True))
+    assert loss == pytest.approx(value, rel=1e-6)
+    for name, grad in found.items():
+        assert (grad.double() - wanted[name]).norm() < FLOAT32 * wanted[name].norm(), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", instruction_sets()[1:] if kernels() else [])
+def test_gradients_on_every_instruction_set(isa: str) -> None:
+    """This process runs the best one; the others are run by others."""
+    words = [sys.executable, "-m", "pytest", __file__, "-k", "are_those_of_float64", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "LLAMA2_ISA": isa}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @needs_kernels
