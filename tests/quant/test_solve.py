@@ -110,7 +110,7 @@ def test_passes_lower_the_error_that_is_reported(refits: bool, act_order: bool, 
         errors.append(found.error)
         assert found.error == pytest.approx(cost(weight - found.weight, damped), rel=1e-4)
     assert (
-        errors[0] > errors[1] > errors[2] >= errors[3]
+        errors[0] > errors[1] > errors[2] >= errors[3] * (1 - 1e-6)  # a float32 sum's order is the processor's
         and errors[2] < (0.97 if refits and span < 96 else 0.999) * errors[0]
     )
     # Converged: no single value has a better neighbour.

@@ -354,7 +354,9 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None, "_single_bytes": None}
+        """What the tokenizer is, without what calls have remembered: equal before and after any use, as the hashes of
+        datasets' cache need it."""
+        return {**self.__dict__, **dict.fromkeys(("_table", "_skip", "_by_id", "_single_bytes"))}
 
     def _changed(self) -> None:
         self._table = self._skip = None
