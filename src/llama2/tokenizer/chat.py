@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama2.errors import TokenizerError
+from llama2.tokenizer import marks
 from llama2.tokenizer.added import TokenMatcher
 from llama2.tokenizer.sandbox import reads_parts, render
 from llama2.tokenizer.special import SpecialTokens
@@ -46,6 +47,7 @@ class ChatTemplates(SpecialTokens):
     """Mixin of both classes: apply_chat_template."""
 
     chat_template: str | dict[str, str] | None
+    _added: dict[str, Any]
     _encode_parts: Callable[[Sequence[str | int]], list[int]]
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
@@ -167,15 +169,24 @@ class ChatTemplates(SpecialTokens):
             batch.data = {name: rows[0] for name, rows in batch.data.items()}
         return batch.convert_to_tensors(tensors)
 
+    @property
+    def special_contents(self) -> list[str]:
+        """The texts that become special tokens."""
+        return [content for content, entry in self._added.items() if entry[1].special]
+
     def _encode_safely(self, renderer: _Renderer, chat: list[Message], text: str, prompt: bool) -> list[int]:
         """Ids of a rendered chat where only the template's own text may become special tokens."""
         markers = [marker for marker in LLAMA2_MARKERS if marker in renderer.source]
-        for message in chat:
-            found = [marker for marker in markers if marker in _text_of(message)]
+        given = [(f"{message['role']} message", message) for message in chat]
+        for what, value in (
+            *given,
+            ("tool", renderer.variables["tools"]),
+            ("document", renderer.variables["documents"]),
+        ):
+            found = [marker for marker in markers if any(marker in text for text in marks.strings(value))]
             if found:
                 raise TokenizerError(
-                    f"a {message['role']} message contains {found[0]!r}, a control marker of this chat format; "
-                    "remove it from the text"
+                    f"a {what} contains {found[0]!r}, a control marker of this chat format; remove it from the text"
                 )
         raw = {content: entry for content, entry in self._added.items() if entry[1].special}
         matcher = TokenMatcher(raw)
@@ -206,23 +217,13 @@ class _Renderer:
         return render(self.source, {"messages": messages, "add_generation_prompt": prompt, **self.variables})
 
     def fragments(self, chat: list[Message], text: str, prompt: bool) -> list[tuple[str, bool]]:
-        """The rendered chat in (text, whether it comes from a message) pieces."""
-        used = self.source + "".join(_text_of(m) for m in chat)
-        marks = [chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used][:2]
-        if len(marks) < 2:
-            raise TokenizerError("safe=True needs two private-use characters that no message contains")
-        opening, closing = marks
-        marked = [{**m, "content": _wrap(m.get("content"), opening, closing)} for m in chat]
-        rendered = self(marked, prompt)
-        if not text.startswith(rendered.replace(opening, "").replace(closing, "")[: len(text)]):
-            raise TokenizerError("safe=True cannot follow this chat template: it changes the text of messages")
-        out, literal, size = [], False, 0
-        for i, piece in enumerate(rendered.replace(closing, opening).split(opening)):
-            piece = piece[: len(text) - size]  # a continued final message ends before the template does
-            literal = i % 2 == 1
-            size += len(piece)
-            out.append((piece, literal))
-        return out
+        """The rendered chat in (text, whether it comes from the request) pieces."""
+        given = [*chat, self.variables["tools"], self.variables["documents"]]
+        pair = marks.unused((self.source, *marks.strings(given)))
+        test = marks.risky(self.tok.special_contents)
+        shown = {name: marks.marked(self.variables[name], pair, test) for name in ("tools", "documents")}
+        with_marks = _Renderer(self.tok, self.source, None, None, self.variables | shown)
+        return marks.split(with_marks([marks.message(m, pair, test) for m in chat], prompt), pair, text)
 
     def answers(self, chat: list[Message], text: str, prompt: bool) -> list[Span]:
         """Character spans of the assistant's answers, each with the special token that ends it."""
@@ -326,24 +327,6 @@ def _as_text(message: Message) -> dict[str, Any]:
 def _text_of(message: Message) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
-
-
-def _wrap(content: Any, opening: str, closing: str) -> Any:
-    """The content with marks inside its outer whitespace, so that a template which strips it does as before."""
-    if isinstance(content, str):
-        core = content.strip()
-        if not core:
-            return content
-        start = content.index(core)
-        return content[:start] + opening + core + closing + content[start + len(core) :]
-    if isinstance(content, list):
-        return [
-            {**part, "text": _wrap(part["text"], opening, closing)}
-            if isinstance(part, dict) and "text" in part
-            else _wrap(part, opening, closing)
-            for part in content
-        ]
-    return content
 
 
 def _tags(source: str) -> set[str]:
