@@ -24,7 +24,8 @@ CALLS = (
 FIELDS = (
     "{% for t in tools or [] %}<{{ t.function.name }}>{{ t.function.description }}"
     "{% for k, v in t.function.parameters.properties.items() %} {{ k }}={{ v.description }}{% endfor %}\n{% endfor %}"
-    "{% for m in messages %}{{ bos_token | default('') }}{{ m.role }} {{ m.name | default('') }} {{ m.tool_call_id | default('') }}"
+    "{% for m in messages %}{{ bos_token | default('') }}{{ m.role }} {{ m.name | default('') }}"
+    " {{ m.tool_call_id | default('') }}"
     "{{ (m.content or '') | trim }}{% for c in m.tool_calls or [] %}<{{ c.id }}>{{ c.function.name }}"
     "{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}"
     "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }};{% endfor %}{% endif %}{% endfor %}{% endfor %}"
