@@ -12,31 +12,33 @@ that --resume goes on from.
 import errno
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from llama2 import lora
-from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, load_config
+from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 from llama2.checkpoint.load import head_follows, resolve_device
 from llama2.checkpoint.packed import packed_layers
-from llama2.checkpoint.peft import CONFIG as ADAPTER_CONFIG
 from llama2.checkpoint.peft import save_adapter
+from llama2.checkpoint.peft_files import CONFIG as ADAPTER_CONFIG
 from llama2.checkpoint.save import replacing
 from llama2.errors import InputError
-from llama2.lora_config import LoraConfig
-from llama2.quantization_config import BitsAndBytesConfig
 from llama2.train import checkpoints
 from llama2.train.chart import loss_chart
 from llama2.train.data import Report, Row, held_out, kind_of, pieces, prepare, prepare_pairs, read, renamed
 from llama2.train.distributed import join
 from llama2.train.labels import Labels, prepare_labelled
-from llama2.train.losses import Preference
 from llama2.train.objectives import Classification, NextToken, Objective, Preferences, packed_rows
+from llama2.train.origin import Origin, check_device, check_place
+from llama2.train.recipe import LENGTH, RATES, Data, Recipe, Result, Task
 from llama2.train.trainer import Trainer, TrainingArguments
+
+__all__ = ["LENGTH", "RATES", "Data", "Finetune", "Recipe", "Result", "Task"]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", ADAPTER_CONFIG)
 SUMMARY, CHART = "finetune.json", "loss.svg"
@@ -45,7 +47,9 @@ SUMMARY, CHART = "finetune.json", "loss.svg"
 class Finetune:
     """One job. `data` is read and checked when the job is made, the model is loaded by `run`."""
 
-    def __init__(self, recipe: Recipe, args: TrainingArguments) -> None:
+    def __init__(self, recipe: Recipe, args: TrainingArguments, tell: Callable[[str], None] | None = None) -> None:
+        """tell: hears what was found in the rows and how the model is computed; without it warnings say what is not as
+        asked for. Raises InputError for whatever can be known to be wrong before a model is loaded."""
         self.recipe, self.args = recipe, args
         self.folder = Path(recipe.output_dir)
         self.ranks = join()
@@ -54,8 +58,19 @@ class Finetune:
         if self.ranks.restarts and not args.resume_from_checkpoint:
             args.resume_from_checkpoint = True
         self._check_folder()
+        place = check_device("cpu" if args.fsdp else self.device, args.fp16 and not args.fsdp)
+        self.origin = Origin(recipe)
+        self.dtype, said = self.origin.dtype(place, args.bf16)
         self.tokenizer = self._tokenizer()
         self.data = self._data()
+        if self.ranks.first:
+            self._tell(tell, said)
+
+    def _tell(self, tell: Callable[[str], None] | None, said: str) -> None:
+        if tell is not None:
+            tell("\n".join([self.data.text(), said]).rstrip())
+        elif remarks := [*self.data.remarks(), *([said] if said else [])]:
+            warnings.warn(f"{self.recipe.data}: {'; '.join(remarks)}", stacklevel=3)
 
     def _check_folder(self) -> None:
         there = checkpoints.found(Path(self.args.output_dir))
@@ -64,6 +79,8 @@ class Finetune:
                 f"{self.args.output_dir} holds {there[-1].name} of an earlier run; go on from it (--resume, "
                 "resume_from_checkpoint=True) or give another folder"
             )
+        check_place(self.folder)
+        check_place(Path(self.args.output_dir or self.folder))
         if Path(self.recipe.model).exists() and Path(self.recipe.model).resolve() == self.folder.resolve():
             raise InputError(f"{self.folder} is the model itself, which would be overwritten; give a new folder")
         held = [path.name for pattern in _WEIGHTS for path in sorted(self.folder.glob(pattern))]
@@ -71,14 +88,7 @@ class Finetune:
             raise InputError(f"{self.folder} holds a model already ({held[0]}); give a new folder")
 
     def _tokenizer(self) -> Any:
-        path, recipe = Path(self.recipe.model), self.recipe
-        if (path / ADAPTER_CONFIG).exists():
-            raise InputError(
-                f"{path} is an adapter; put it into its model first (`llama2 merge-adapter`, or finetune --merge) and "
-                "train that"
-            )
-        single = path.is_file() and path.suffix in (".safetensors", ".bin")
-        tokenizer = AutoTokenizer.from_pretrained(path.parent if single else recipe.model)
+        tokenizer, recipe = self.origin.tokenizer(), self.recipe
         if recipe.chat_template is not None:
             tokenizer.chat_template = recipe.chat_template
         return tokenizer
@@ -87,7 +97,7 @@ class Finetune:
 
     def _data(self) -> Data:
         recipe = self.recipe
-        context = load_config(recipe.model).max_position_embeddings
+        context = self.origin.config.max_position_embeddings
         length = min(LENGTH, context) if recipe.max_length is None else recipe.max_length
         if length > context:
             raise InputError(f"max_length is {length}, beyond the model's context of {context}; lower it")
@@ -137,17 +147,10 @@ class Finetune:
         recipe, labels = self.recipe, self.data.labels
         torch.manual_seed(self.args.seed)  # for the fresh weights of a head, an adapter or a model
         if recipe.fresh:
-            return AutoModelForCausalLM.from_config(load_config(recipe.model), dtype="float32").to(self._place())
-        settings: dict[str, Any] = {"dtype": self._dtype(), "device_map": str(self._place())}
-        if recipe.load_in_4bit:
-            settings["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype="bfloat16",
-            )
-        elif recipe.load_in_8bit:
-            settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+            return AutoModelForCausalLM.from_config(self.origin.config, dtype="float32").to(self._place())
+        settings: dict[str, Any] = {"dtype": self.dtype, "device_map": str(self._place())}
+        if self.origin.packing is not None:
+            settings["quantization_config"] = self.origin.packing_in(self.dtype)
         if labels is None:
             return AutoModelForCausalLM.from_pretrained(recipe.model, **settings)
         names = dict(enumerate(labels.names)) or {0: "LABEL_0"}
@@ -163,13 +166,6 @@ class Finetune:
         if self.args.fsdp:  # the GPU has room for a part alone
             return torch.device("cpu")
         return resolve_device(self.device)
-
-    def _dtype(self) -> str:
-        if self.recipe.dtype != "auto":
-            return self.recipe.dtype
-        if self.recipe.lora is None:
-            return "float32"  # bf16 trains a cast of it and updates float32 copies
-        return "bfloat16" if self.args.bf16 else "auto"
 
     def _set_pad(self, model: Any) -> None:
         """A saved classifier names the token that others pad with."""
@@ -197,12 +193,12 @@ class Finetune:
         model = self._model()
         if recipe.lora is not None:
             lora.add_adapter(model, recipe.lora)
-            if recipe.task == "classify":
-                model.score.requires_grad_(True)
+        if self.origin.lora is not None and recipe.task == "classify":
+            model.score.requires_grad_(True)
         args = self.args
         if self.data.eval_items and args.eval_strategy == "no":
             args.eval_strategy = "epoch"
-        save = None if recipe.lora is None else lambda folder: self._write_adapter(model, folder)
+        save = None if self.origin.lora is None else lambda folder: self._write_adapter(model, folder)
         trainer = Trainer(
             model,
             args,
@@ -216,7 +212,7 @@ class Finetune:
             trainer.train()
             state, finished = trainer.state, not trainer.interrupted
             if finished:
-                with trainer.gathered(every=recipe.lora is None or recipe.merge):
+                with trainer.gathered(every=self.origin.lora is None or recipe.merge):
                     if self.ranks.first:
                         self._write(model)
             result = Result(self.folder, finished, state.step, trainer.steps, time.perf_counter() - begin, state.tokens)
@@ -238,8 +234,8 @@ class Finetune:
 
     def _write(self, model: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.recipe.lora is None or self.recipe.merge:
-            if self.recipe.lora is not None:
+        if self.origin.lora is None or self.recipe.merge:
+            if self.origin.lora is not None:
                 if packed_layers(model):
                     model.dequantize()
                 lora.merge(model)
@@ -250,10 +246,10 @@ class Finetune:
         self.tokenizer.save_pretrained(self.folder)
 
     def _write_adapter(self, model: Any, folder: Path) -> None:
-        assert self.recipe.lora is not None
-        base = Path(self.recipe.model)
-        name = str(base.resolve()) if base.exists() else self.recipe.model
-        save_adapter(model, folder, replace(self.recipe.lora, base_model_name_or_path=name))
+        assert self.origin.lora is not None
+        base = Path(self.origin.base)
+        name = str(base.resolve()) if base.exists() else self.origin.base
+        save_adapter(model, folder, replace(self.origin.lora, base_model_name_or_path=name))
         if self.data.labels is not None:  # the names of the labels, which an adapter's own files leave out
             content = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
             type(model.config).from_dict(content).save_pretrained(folder)

@@ -26,10 +26,11 @@ LENGTH = 1024  # tokens of a row where nothing is said
 class Recipe:
     """What is trained for, which model, on which rows.
 
-    lora: an adapter is trained instead of all weights; packed weights (load_in_4bit: NF4 with double quantisation as
-    QLoRA, load_in_8bit) need one. merge: the result is the whole model with the adapter in its weights. fresh: new
-    random weights of the model's configuration. dtype: of the weights while they train; auto is float32 for all
-    weights, and what they are stored in beneath an adapter. max_length: tokens of a row, by default 1024 or the model's
+    model: a model, or the folder of an adapter, which is then trained on. lora: a new adapter is trained instead of all
+    weights; packed weights (load_in_4bit: NF4 with double quantisation as QLoRA, load_in_8bit) need an adapter. merge:
+    the result is the whole model with the adapter in its weights. fresh: new random weights of the model's
+    configuration. dtype: of the weights while they train; auto is float32 for all weights, and beneath an adapter what
+    they are stored in, or on a CPU what it computes fast. max_length: tokens of a row, by default 1024 or the model's
     context. packing: several rows in one of max_length, none seeing another; by default for pretraining. eval_data:
     rows to measure on, or eval_split, a share of the training rows that is held out. split, data_config, data_dir: of a
     data set of the hub. columns: the name of a column here -> its name in the rows.
@@ -70,12 +71,8 @@ class Recipe:
             raise InputError(f"task is {self.task!r}; it must be one of {', '.join(get_args(Task))}")
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("load_in_4bit and load_in_8bit are both set; set one of them")
-        if (self.load_in_4bit or self.load_in_8bit) and self.lora is None:
-            raise InputError("packed weights cannot be trained themselves; train an adapter on them (lora_r=16)")
-        if self.merge and self.lora is None:
-            raise InputError("merge is for an adapter, and all weights are trained; leave it out")
-        if self.fresh and (self.lora is not None or self.task != "pretrain"):
-            raise InputError("fresh weights are for pretraining all weights; leave fresh, or the adapter, out")
+        if self.fresh and self.task != "pretrain":
+            raise InputError("fresh weights are for pretraining all weights; leave fresh out")
         if self.max_length is not None and self.max_length < 2:
             raise InputError(f"max_length is {self.max_length}; it must be at least 2")
         if self.eval_data is not None and self.eval_split is not None:
@@ -112,6 +109,10 @@ class Data:
         elif self.labels is not None:
             found.append("regression: the labels are numbers")
         return "\n".join(found)
+
+    def remarks(self) -> list[str]:
+        """What both reports say of rows that are not used as they are."""
+        return self.report.remarks() + ([] if self.eval_report is None else self.eval_report.remarks())
 
 
 @dataclass
