@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llama2 import cpu
 from llama2.cache import Cache, KVCache
 from llama2.checkpoint.gguf_weights import GgufCheckpoint
+from llama2.checkpoint.packing import warn_of_packing
 from llama2.checkpoint.peft import read_adapter
 from llama2.config import LlamaConfig
 from llama2.doors import door
@@ -327,6 +328,7 @@ class NativeModel:
 
         Raises as `checkpoint.peft.read_adapter`, and InputError where there is an adapter of that name.
         """
+        warn_of_packing(Path(folder), self.config)
         self.weights.add_adapter(name, read_adapter(folder, self.config).plain)
         self.adapter = name
 

@@ -32,6 +32,7 @@ from llama2.checkpoint.imatrix import read_imatrix
 from llama2.checkpoint.merge import MergedCheckpoint
 from llama2.checkpoint.meta_write import MetaTarget
 from llama2.checkpoint.packed import unpacked
+from llama2.checkpoint.packing import RepackedCheckpoint, read_packing
 from llama2.checkpoint.pages import fetch, release
 from llama2.checkpoint.peft import read_adapter
 from llama2.checkpoint.pooled import PooledCheckpoint
@@ -179,7 +180,10 @@ def _merged(source: Checkpoint, adapter: str, options: Options) -> Checkpoint:
             f"{source.path} is quantised ({', '.join(quantised)}), and weights with an adapter in them are not: say "
             "with dtype what to store them as; what the adapter leaves alone and is of that type stays as it is"
         )
-    return MergedCheckpoint(source, read_adapter(locate_all(adapter).path, source.config))
+    folder = locate_all(adapter).path
+    packing = read_packing(folder)
+    packed = source if packing is None else RepackedCheckpoint(source, packing)
+    return MergedCheckpoint(packed, read_adapter(folder, source.config))
 
 
 def _check_target(source: Checkpoint, path: Path, options: Options) -> None:

@@ -17,6 +17,7 @@ from llama2.checkpoint.config_repair import known_ids
 from llama2.checkpoint.covered import not_weights
 from llama2.checkpoint.hf import HfCheckpoint
 from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
+from llama2.checkpoint.packing import read_packing
 from llama2.checkpoint.pages import release
 from llama2.checkpoint.peft import load_adapter
 from llama2.checkpoint.peft_files import HEADS, adapted_base
@@ -87,6 +88,8 @@ def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
             kwargs.pop(key, None)
         kwargs.setdefault("revision", found.revision)
         wants_info = kwargs.pop("output_loading_info", False)
+        if not any(kwargs.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")):
+            kwargs["quantization_config"] = read_packing(place.path)
         with head_follows():
             model, info = loaded(cls, found.base, *args, **{**found.labels, **kwargs}, output_loading_info=True)
         lost = [name for name in info["missing_keys"] if name.partition(".")[0] in HEADS and name not in found.heads]

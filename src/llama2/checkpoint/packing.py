@@ -5,6 +5,7 @@ model in the same way.
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,16 @@ def write_packing(folder: Path, content: Mapping[str, Any] | None) -> None:
 def read_packing(folder: Path) -> QuantizationConfig | None:
     """How the model beneath an adapter is to be packed; None for an adapter that was trained on plain weights."""
     return parse(read_json(folder / PACKING)) if (folder / PACKING).is_file() else None
+
+
+def warn_of_packing(folder: Path, config: Any) -> None:
+    """Warns where an adapter that was trained on packed weights is put on others."""
+    if read_packing(folder) is not None and getattr(config, "quantization_config", None) is None:
+        warnings.warn(
+            f"{folder} was trained on packed weights (QLoRA) and is put on plain ones, where its answers are worse: "
+            f"load the folder itself, or the model with quantization_config as in its {PACKING}",
+            stacklevel=3,
+        )
 
 
 class RepackedCheckpoint(SeenCheckpoint):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from llama2 import lora
 from llama2.architecture import EMBEDDING, HEAD, parameter_shapes
 from llama2.checkpoint.packed import plain
+from llama2.checkpoint.packing import warn_of_packing, write_packing
 from llama2.checkpoint.peft_files import (
     CONFIG,
     HEADS,
@@ -302,6 +303,7 @@ def load_adapter(model: Any, folder: str | Path, name: str = "default") -> LoraC
     `read_adapter`, and InputError where the name is taken.
     """
     adapter = read_adapter(folder, model.config, classifier=any(hasattr(model, head) for head in HEADS))
+    warn_of_packing(Path(folder), model.config)
     return attach(model, adapter, name)
 
 
@@ -413,6 +415,7 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig | None
     if classifier := hasattr(model, "score"):
         tensors[SCORE] = model.get_parameter(SCORE)
     write_adapter(folder, config, tensors, "SEQ_CLS" if classifier else "CAUSAL_LM")
+    write_packing(Path(folder), getattr(getattr(model, "config", None), "quantization_config", None))
 
 
 def _held_parameters(model: Any) -> dict[str, Tensor]:

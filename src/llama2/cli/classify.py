@@ -101,6 +101,7 @@ def _kind(config: Any) -> str:
 def _load(options: Options) -> tuple[Any, Any]:
     from llama2.auto import AutoModelForSequenceClassification
     from llama2.checkpoint.load import head_follows
+    from llama2.checkpoint.packing import read_packing
     from llama2.checkpoint.peft import load_adapter
     from llama2.checkpoint.peft_files import classifier_labels, read_config
 
@@ -114,10 +115,11 @@ def _load(options: Options) -> tuple[Any, Any]:
                 f"{options.adapter} is no adapter of a classifier: it has no head (`llama2 finetune classify` makes it)"
             )
     own = folder is not None and any(folder.glob("tokenizer*"))
+    packed = {} if folder is None else {"quantization_config": read_packing(folder)}
     tokenizer = load_tokenizer(str(folder) if own else path)
     with head_follows():  # or there is none, which is an error below
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=options.dtype, device_map=options.device, output_loading_info=True, **labels
+            path, dtype=options.dtype, device_map=options.device, output_loading_info=True, **labels, **packed
         )
     if folder is not None:
         load_adapter(model, folder)

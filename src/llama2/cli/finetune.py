@@ -46,9 +46,15 @@ class Adapter:
     merge: bool = option(False, "write the whole model with the adapter in its weights, instead of the adapter")
 
     @property
+    def describes(self) -> bool:
+        """Whether a flag says what the adapter is, and not only what it is for."""
+        own = [f for f in fields(Adapter) if f.name not in ("merge", "load_in_4bit", "load_in_8bit")]
+        return any(getattr(self, f.name) != f.default for f in own)
+
+    @property
     def lora(self) -> "LoraConfig | None":
-        """The adapter that the flags describe."""
-        if all(getattr(self, f.name) == f.default for f in fields(Adapter) if f.name != "merge"):
+        """The adapter that the flags ask for."""
+        if not (self.describes or self.load_in_4bit or self.load_in_8bit):
             return None
         from llama2.lora_config import LoraConfig
 
@@ -199,9 +205,7 @@ def run(options: Common) -> int:
     from llama2.train.finetune import Finetune
 
     recipe, args = recipe_of(options), arguments(options)
-    job = Finetune(recipe, args)
-    if job.ranks.first and not options.quiet:
-        terminal.notice(job.data.text())
+    job = Finetune(recipe, args, _silent if options.quiet else terminal.notice)
     with progress(options, job.ranks.first) as report:
         result = job.run(report)
     if job.ranks.first and not result.finished:
@@ -216,6 +220,10 @@ def run(options: Common) -> int:
     return 0 if result.finished else 130
 
 
+def _silent(_: str) -> None:
+    """Takes what is not to be told."""
+
+
 def recipe_of(options: Common) -> "Recipe":
     """The recipe that the flags describe. Raises InputError for a wrong number of paths."""
     from llama2.train.finetune import Recipe
@@ -227,13 +235,28 @@ def recipe_of(options: Common) -> "Recipe":
             f"paths were given: {', '.join(paths) or 'none'}"
         )
     settings = {f.name: getattr(options, f.name) for f in fields(Recipe) if hasattr(options, f.name)}
-    settings |= {"model": paths[0], "data": paths[1], "output_dir": paths[2], "lora": options.lora}
+    settings |= {"model": paths[0], "data": paths[1], "output_dir": paths[2]}
+    settings["lora"] = None if _continues(options) and not options.describes else options.lora
     if "labels" in settings:
         settings["labels"] = tuple(part.strip() for part in (settings["labels"] or "").split(",") if part.strip())
+    if options.bf16 and trains_adapter(options):  # an adapter is float32 on weights loaded as bfloat16
+        settings["dtype"] = "bfloat16"
     settings["columns"] = _columns(options.columns or "")
     if settings.get("chat_template"):
         settings["chat_template"] = _template(settings["chat_template"])
     return Recipe(**settings)
+
+
+def trains_adapter(options: Common) -> bool:
+    """Whether flags ask for an adapter, or MODEL is one that is trained on."""
+    return options.lora is not None or _continues(options)
+
+
+def _continues(options: Common) -> bool:
+    """Whether MODEL is an adapter."""
+    from llama2.checkpoint.peft_files import is_adapter
+
+    return bool(options.paths) and is_adapter(Path(options.paths[0]))
 
 
 def arguments(options: Common, checkpoint_dir: str | None = None) -> "TrainingArguments":
@@ -246,10 +269,10 @@ def arguments(options: Common, checkpoint_dir: str | None = None) -> "TrainingAr
     settings = {name: value for name, value in given.items() if name in known}
     whole, adapter = RATES[options.task]
     if options.learning_rate is None:
-        settings["learning_rate"] = whole if options.lora is None else adapter
+        settings["learning_rate"] = adapter if trains_adapter(options) else whole
     settings["output_dir"] = checkpoint_dir or options.output_dir or (options.paths or ("",))[-1]
     settings["per_device_eval_batch_size"] = options.batch_size
-    settings["bf16"] = options.bf16 and options.lora is None  # an adapter is float32 on weights loaded as bfloat16
+    settings["bf16"] = options.bf16 and not trains_adapter(options)
     settings["fsdp"] = options.fsdp or ""
     settings["eval_on_start"] = options.eval_data is not None or options.eval_split is not None
     return TrainingArguments(**settings)
@@ -307,6 +330,6 @@ def _use(job: "Finetune", folder: Path) -> str:
     command = "classify" if job.recipe.task == "classify" else "chat" if job.tokenizer.chat_template else "generate"
     if command == "classify":
         return shlex.join(["llama2", "classify", str(folder)])
-    whole = job.recipe.lora is None or job.recipe.merge
-    model = [str(folder)] if whole else [job.recipe.model, "--adapter", str(folder)]
+    whole = job.origin.lora is None or job.recipe.merge
+    model = [str(folder)] if whole else [job.origin.base, "--adapter", str(folder)]
     return shlex.join(["llama2", command, "-m", *model])

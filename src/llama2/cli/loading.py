@@ -113,13 +113,28 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
     if options.adapter is None:
         return load_model(path, options), tokenizer
     from llama2.auto import load_config
+    from llama2.checkpoint.packing import read_packing
     from llama2.checkpoint.peft import read_adapter
 
     folder = adapter_folder(options.adapter)
     # What is wrong with the adapter is told before the model is loaded.
     layered = read_adapter(folder, load_config(path)).layered
-    model = load_model(path, options if layered else replace(options, runner="torch"))
+    packing = read_packing(folder)
+    plain = options if layered else replace(options, runner="torch")
+    model = load_model(path, plain) if packing is None else _packed_model(path, options, packing)
     return _adapted(model, folder, options.runner if layered else "torch"), tokenizer
+
+
+def _packed_model(path: str, options: RunOptions, packing: Any) -> "LlamaForCausalLM | NativeModel":
+    """The model packed as it was when the adapter was trained: on other weights its answers would be worse."""
+    from llama2.auto import AutoModelForCausalLM
+
+    terminal.notice("llama2: the weights are packed as they were when the adapter was trained (QLoRA)")
+    settings = {"dtype": options.dtype, "device_map": options.device, "quantization_config": packing}
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation=options.attn_implementation, **settings
+    )
+    return model
 
 
 def adapter_folder(name: str, revision: str | None = None) -> Path:
@@ -136,19 +151,39 @@ def _adapted(model: "LlamaForCausalLM | NativeModel", folder: Path, runner: str)
 
     if not isinstance(model, NativeModel):
         if runner == "torch" or why_not(model):
-            from llama2.checkpoint.merge import merge_into
-            from llama2.checkpoint.packed import packed_layers
-            from llama2.checkpoint.peft import load_adapter, read_adapter
-
-            if packed_layers(model):
-                load_adapter(model, folder)
-                return model
-            merge_into(model, read_adapter(folder, model.config))
-            kind = str(model.dtype).removeprefix("torch.")
-            terminal.notice(f"llama2: for torch the adapter was merged into the weights (float32 sums, kept as {kind})")
-            return model
-        model = NativeModel.from_module(model)
+            return _adapted_for_torch(model, folder)
+        model = _native(model, runner)
     model.load_adapter(folder)
+    return model
+
+
+def _native(model: "LlamaForCausalLM", runner: str) -> "NativeModel":
+    """The model on the native engine; unpacked where that has no kernels for its packed linears."""
+    from llama2.native import NativeModel
+
+    try:
+        return NativeModel.from_module(model)
+    except InputError as error:
+        if runner == "native" or getattr(model.config, "quantization_config", None) is None:
+            raise
+        terminal.notice(f"llama2: the packed weights are unpacked again: {error}")
+        packed, model = model.config.quantization_config, model.dequantize()
+        made = NativeModel.from_module(model)
+        setattr(made.config, "quantization_config", packed)  # noqa: B010 - what these weights hold is what packing left of them
+        return made
+
+
+def _adapted_for_torch(model: "LlamaForCausalLM", folder: Path) -> "LlamaForCausalLM":
+    from llama2.checkpoint.merge import merge_into
+    from llama2.checkpoint.packed import packed_layers
+    from llama2.checkpoint.peft import load_adapter, read_adapter
+
+    if packed_layers(model):
+        load_adapter(model, folder)
+        return model
+    merge_into(model, read_adapter(folder, model.config))
+    kind = str(model.dtype).removeprefix("torch.")
+    terminal.notice(f"llama2: for torch the adapter was merged into the weights (float32 sums, kept as {kind})")
     return model
 
 

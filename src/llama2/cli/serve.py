@@ -395,6 +395,7 @@ def open_model(
 
 
 def _add_adapter(engine: Any, adapter: str) -> None:
+    from llama2.checkpoint.packing import warn_of_packing
     from llama2.checkpoint.peft import read_adapter
 
     name, sign, folder = adapter.partition("=")
@@ -405,4 +406,6 @@ def _add_adapter(engine: Any, adapter: str) -> None:
         raise InputError(
             "adapters for each request need the native engine, and torch runs this model; merge one instead"
         )
-    weights.add_adapter(name.strip(), read_adapter(adapter_folder(folder.strip()), engine.model.config).plain)
+    place = adapter_folder(folder.strip())
+    warn_of_packing(place, engine.model.config)
+    weights.add_adapter(name.strip(), read_adapter(place, engine.model.config).plain)

@@ -94,10 +94,8 @@ def _train(root: Path) -> int:
     recipe = finetune.recipe_of(options)
     args = finetune.arguments(options, str(root / "checkpoints"))
     args.resume_from_checkpoint = True
-    job = Finetune(recipe, args)
+    job = Finetune(recipe, args, lambda said: print(said, file=sys.stderr))
     first = job.ranks.first
-    if first:
-        print(job.data.text(), file=sys.stderr)
     with finetune.progress(options, first) as report:
         result = job.run(report)
     if first and not result.finished:

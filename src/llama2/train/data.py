@@ -61,15 +61,17 @@ class Report:
         first = f"{self.rows:,} rows ({kinds}), {self.tokens:,} tokens, {self.targets:,} of them targets"
         return "\n".join([first, *self.remarks(shown)])
 
+    def cut(self, shown: int = 5) -> str:
+        """A line on the answers that are cut, or ""."""
+        if not self.truncated:
+            return ""
+        longest = "" if self.max_length is None else f" of {self.max_length:,} tokens (max_length)"
+        rows = _some(self.truncated, shown)
+        return f"{len(self.truncated):,} answers are cut at the longest length{longest}: rows {rows}"
+
     def remarks(self, shown: int = 5) -> list[str]:
         """The lines on what is cut, left out, changed or not used; none where every row is used as it is."""
-        lines = []
-        if self.truncated:
-            longest = "" if self.max_length is None else f" of {self.max_length:,} tokens (max_length)"
-            lines.append(
-                f"{len(self.truncated):,} answers are cut at the longest length{longest}: rows "
-                f"{_some(self.truncated, shown)}"
-            )
+        lines = [said] if (said := self.cut(shown)) else []
         by_problem: dict[str, list[int]] = {}
         for row, problem in self.problems.items():
             by_problem.setdefault(problem, []).append(row)

@@ -48,8 +48,8 @@ class Finetune:
     """One job. `data` is read and checked when the job is made, the model is loaded by `run`."""
 
     def __init__(self, recipe: Recipe, args: TrainingArguments, tell: Callable[[str], None] | None = None) -> None:
-        """tell: hears what was found in the rows and how the model is computed; without it warnings say what is not as
-        asked for. Raises InputError for whatever can be known to be wrong before a model is loaded."""
+        """tell: hears what was found in the rows (`data.text()`) and how the model is computed; without it a warning
+        says where answers are cut. Raises InputError for whatever can be known to be wrong before a model is loaded."""
         self.recipe, self.args = recipe, args
         self.folder = Path(recipe.output_dir)
         self.ranks = join()
@@ -69,8 +69,8 @@ class Finetune:
     def _tell(self, tell: Callable[[str], None] | None, said: str) -> None:
         if tell is not None:
             tell("\n".join([self.data.text(), said]).rstrip())
-        elif remarks := [*self.data.remarks(), *([said] if said else [])]:
-            warnings.warn(f"{self.recipe.data}: {'; '.join(remarks)}", stacklevel=3)
+        elif lines := [*self.data.cuts(), *([said] if said else [])]:
+            warnings.warn(f"{self.recipe.data}: {'; '.join(lines)}", stacklevel=3)
 
     def _check_folder(self) -> None:
         there = checkpoints.found(Path(self.args.output_dir))

@@ -12,7 +12,7 @@ from llama2.architecture import parameter_shapes
 from llama2.auto import AutoTokenizer, load_config
 from llama2.checkpoint.load import resolve_device
 from llama2.checkpoint.packing import read_packing
-from llama2.checkpoint.peft_files import is_adapter, read_config, read_fields
+from llama2.checkpoint.peft_files import PICKLE, WEIGHTS, is_adapter, read_config, read_fields
 from llama2.config import LlamaConfig
 from llama2.errors import InputError, Llama2Error
 from llama2.lora_config import LoraConfig
@@ -31,12 +31,17 @@ class Origin:
         self.adapter = Path(recipe.model) if is_adapter(Path(recipe.model)) else None
         self.base, self.lora = recipe.model, recipe.lora
         if self.adapter is not None:
-            self.base, self.lora = self._of_adapter(self.adapter), read_config(self.adapter)
+            self.base = self._of_adapter(self.adapter)
+            self.lora = read_config(self.adapter)
         self.config: LlamaConfig = load_config(self.base)
         self.packing = self._packing()
         self._check()
 
     def _of_adapter(self, folder: Path) -> str:
+        if not any((folder / name).exists() for name in (WEIGHTS, PICKLE)):
+            raise InputError(
+                f"{folder} is an adapter; put it into its model first, or give one with its weights ({WEIGHTS})"
+            )
         if self.recipe.lora is not None:
             raise InputError(
                 f"{folder} is an adapter, which is trained on as it is; leave the settings of a new one out (--lora-r "

@@ -110,9 +110,10 @@ class Data:
             found.append("regression: the labels are numbers")
         return "\n".join(found)
 
-    def remarks(self) -> list[str]:
-        """What both reports say of rows that are not used as they are."""
-        return self.report.remarks() + ([] if self.eval_report is None else self.eval_report.remarks())
+    def cuts(self) -> list[str]:
+        """What both reports say of answers that are cut."""
+        reports = [self.report] if self.eval_report is None else [self.report, self.eval_report]
+        return [said for report in reports if (said := report.cut())]
 
 
 @dataclass
