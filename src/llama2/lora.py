@@ -245,6 +245,17 @@ def names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in layers(model).values() for name in layer.lora_A))
 
 
+def current(model: nn.Module) -> str:
+    """The adapter that is meant where none is named: the one that is active, or the only one.
+
+    Raises InputError where there is none, or where several could be meant."""
+    active = list(dict.fromkeys(name for layer in layers(model).values() for name in layer.active))
+    found = active or names(model)
+    if len(found) != 1:
+        raise InputError(f"the model has {len(found)} adapters ({', '.join(found) or 'none'}); name one of them")
+    return found[0]
+
+
 def set_adapter(model: nn.Module, *active: str) -> None:
     """Makes these adapters, and no others, active and trainable. Raises InputError for one that is not there."""
     there = names(model)

@@ -135,9 +135,12 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
     with torch.no_grad():
         for path, layer in layers.items():
             model.set_submodule(path, plain(layer, dtype or model.dtype))
-    model.config = copy.deepcopy(model.config)
-    del model.config.quantization_config
-    model.base_model.config = model.config
+    before = model.config
+    config = copy.deepcopy(before)
+    del config.quantization_config
+    for module in model.modules():  # those that hold the model's configuration go on with the same one
+        if getattr(module, "config", None) is before:
+            module.config = config
     return model
 
 

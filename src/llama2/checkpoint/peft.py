@@ -397,12 +397,14 @@ def write_adapter(
         file.write((json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
 
-def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig | None = None, name: str = "default") -> None:
-    """Writes the adapter `name` of a model to a folder that peft, and `load_adapter`, read.
+def save_adapter(
+    model: nn.Module, folder: str | Path, config: LoraConfig | None = None, name: str | None = None
+) -> None:
+    """Writes the adapter `name` of a model, else its active one, to a folder that peft, and `load_adapter`, read.
 
     Without its config one is written that names each module, with its rank and scale.
     """
-    tensors = {}
+    tensors, name = {}, lora.current(model) if name is None and lora.names(model) else name or "default"
     for path, layer in lora.layers(model).items():
         if name in layer.lora_A:
             tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = layer.lora_A[name], layer.lora_B[name]
@@ -415,6 +417,9 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig | None
     if classifier := hasattr(model, "score"):
         tensors[SCORE] = model.get_parameter(SCORE)
     write_adapter(folder, config, tensors, "SEQ_CLS" if classifier else "CAUSAL_LM")
+    if classifier:  # the names of the labels, which peft's own files leave out
+        content = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}  # type: ignore[operator, union-attr]
+        LlamaConfig.from_dict(content).save_pretrained(folder)
     write_packing(Path(folder), getattr(getattr(model, "config", None), "quantization_config", None))
 
 

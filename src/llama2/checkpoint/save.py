@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from llama2 import lora
 from llama2.checkpoint import QUANTIZE_CONFIGS
 from llama2.checkpoint.hf import CODES
 from llama2.doors import door
@@ -37,6 +38,7 @@ _UNITS = {
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B|)B?\s*", re.IGNORECASE)
 
+_save_adapter = door("checkpoint.peft", "save_adapter", "Writes an adapter.")
 _upload = door("checkpoint.hub", "upload", "Uploads a folder to the hub.")
 
 
@@ -56,7 +58,7 @@ def save_pretrained(
     private: bool | None = None,
     **kwargs: Any,
 ) -> None:
-    """Writes the model as transformers 4.46 and 5.x read it.
+    """Writes the model as transformers 4.46 and 5.x read it; of a model with an adapter the adapter alone, as there.
 
     state_dict: weights to save instead of the model's own. max_shard_size: bytes, or "500MB" (10^6), "5GiB" (2^30);
     a larger tensor gets a file of its own. Tied tensors are written once. safe_serialization=False writes .bin files.
@@ -70,6 +72,11 @@ def save_pretrained(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"save_directory {str(folder)!r} is a file; give the path of a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    if lora.names(model):
+        _save_adapter(model, folder)
+        if push_to_hub:
+            _upload(folder, repo_id or folder.name, token=token, private=private, commit_message=commit_message)
+        return
     tensors = without_aliases(model.state_dict() if state_dict is None else state_dict)
     shards = plan_shards(tensors, parse_size(max_shard_size))
     stem, suffix = ("model", "safetensors") if safe_serialization else ("pytorch_model", "bin")

@@ -167,9 +167,9 @@ def _native(model: "LlamaForCausalLM", runner: str) -> "NativeModel":
         if runner == "native" or getattr(model.config, "quantization_config", None) is None:
             raise
         terminal.notice(f"llama2: the packed weights are unpacked again: {error}")
-        packed, model = model.config.quantization_config, model.dequantize()
-        made = NativeModel.from_module(model)
-        setattr(made.config, "quantization_config", packed)  # noqa: B010 - what these weights hold is what packing left of them
+        packed = getattr(model.config, "quantization_config", None)
+        made = NativeModel.from_module(model.dequantize())
+        made.config.quantization_config = packed  # what these weights hold is what packing left of them
         return made
 
 

@@ -250,9 +250,6 @@ class Finetune:
         base = Path(self.origin.base)
         name = str(base.resolve()) if base.exists() else self.origin.base
         save_adapter(model, folder, replace(self.origin.lora, base_model_name_or_path=name))
-        if self.data.labels is not None:  # the names of the labels, which an adapter's own files leave out
-            content = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-            type(model.config).from_dict(content).save_pretrained(folder)
 
     def _summarise(self, result: Result, history: Sequence[dict[str, Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
