@@ -217,7 +217,7 @@ class KVCache(Cache):
         layers = self._layers
         if layer_idx < len(layers) and layers[layer_idx].length:
             return layers[layer_idx].length
-        return max((layer.length for layer in layers), default=0)
+        return max([layer.length for layer in layers]) if layers else 0  # a form that torch.compile takes
 
     def get_max_cache_shape(self) -> int | None:
         """None: no limit but memory."""

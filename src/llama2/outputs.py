@@ -1,53 +1,94 @@
 """What forward returns: dataclasses that read as attributes, as a mapping and as a tuple without the absent fields."""
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 
-@dataclass
-class ModelOutput:
-    """Base of every output: `out.logits`, `out["logits"]`, `out[0]`, `out.keys()`; None fields are absent."""
+class ModelOutput(OrderedDict[str, Any]):
+    """Base of every output: `out.logits`, `out["logits"]`, `out[0]`, `out.keys()`; None fields are absent.
 
-    def _present(self) -> dict[str, Any]:
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+    A dict, as libraries ask (transformers' Trainer, accelerate), and a pytree, as torch.export and DDP ask. As
+    accelerate builds outputs again, one mapping or iterable of (name, value) in the place of the first field gives
+    all fields.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        pytree.register_pytree_node(
+            cls,
+            _flatten,
+            partial(_unflatten, cls),
+            flatten_with_keys_fn=_flatten_with_keys,
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        )
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        given = self.__dict__[names[0]]
+        if given is not None and not isinstance(given, Tensor) and (pairs := _pairs(given, names)) is not None:
+            self.__dict__.update({names[0]: None, **pairs})
+        for name in names:
+            if self.__dict__[name] is not None:
+                super().__setitem__(name, self.__dict__[name])
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are present, in order."""
-        return tuple(self._present().values())
+        return tuple(self.values())
 
-    def keys(self) -> list[str]:
-        """Names of the fields that are present, in order."""
-        return list(self._present())
-
-    def values(self) -> list[Any]:
-        """Values of the fields that are present, in order."""
-        return list(self._present().values())
-
-    def items(self) -> list[tuple[str, Any]]:
-        """(name, value) of the fields that are present, in order."""
-        return list(self._present().items())
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The field, or `default` where it is absent."""
-        return self._present().get(name, default)
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         setattr(self, key, value)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._present()
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        names = list(self.__dataclass_fields__)  # type: ignore[attr-defined]
+        if name not in names or len(self.__dict__) < len(names):  # the dataclass fills its fields in
+            return
+        if value is None:
+            super().pop(name, None)
+        elif name in self:
+            super().__setitem__(name, value)
+        else:
+            super().__setitem__(name, value)
+            for later in names[names.index(name) + 1 :]:
+                if later in self:
+                    self.move_to_end(later)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._present())
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"{key!r} cannot be deleted: fields of {type(self).__name__} are set to None")
 
-    def __len__(self) -> int:
-        return len(self._present())
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+
+
+def _pairs(given: Any, names: list[str]) -> dict[str, Any] | None:
+    """Fields given as one mapping or as (name, value) pairs; None where it is neither."""
+    if not isinstance(given, Mapping | Iterable) or isinstance(given, str | tuple):
+        return None
+    items = list(given.items() if isinstance(given, Mapping) else given)
+    if not all(isinstance(item, tuple | list) and len(item) == 2 and item[0] in names for item in items):
+        return None
+    return dict(items)
+
+
+def _flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
+    return list(output.values()), list(output.keys())
+
+
+def _flatten_with_keys(output: ModelOutput) -> tuple[list[tuple[Any, Any]], list[str]]:
+    return [(pytree.MappingKey(name), value) for name, value in output.items()], list(output.keys())
+
+
+def _unflatten(cls: type[ModelOutput], values: Iterable[Any], names: list[str]) -> ModelOutput:
+    return cls(**dict(zip(names, values, strict=True)))
 
 
 @dataclass
