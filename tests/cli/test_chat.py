@@ -62,7 +62,7 @@ def test_second_turn_runs_only_what_is_new(speaker: Speaker, seen: list[int]) ->
     conversation = Conversation(turns=[Turn("Hello")])
     first = render(speaker.tokenizer, conversation.messages)
     ids = torch.tensor([first])
-    said = speaker.model.generate(ids, generation_config=GREEDY)[0, len(first) :].tolist()
+    said = speaker.model.generate(ids, generation_config=GREEDY, runner="torch")[0, len(first) :].tolist()
     seen.clear()
     answer, _ = say(speaker, first)
     assert seen == [len(first), 1, 1, 1, 1, 1] and answer.prefilled == len(first)
@@ -71,7 +71,7 @@ def test_second_turn_runs_only_what_is_new(speaker: Speaker, seen: list[int]) ->
     seen.clear()
     answer, text = say(speaker, second)
     assert seen[0] == answer.prefilled == len("More") + 1
-    assert text == say(Speaker(speaker.model, speaker.tokenizer), second)[1]
+    assert text == say(Speaker(speaker.model, speaker.tokenizer, "torch"), second)[1]
 
 
 def test_same_prompt_again_runs_one_token(speaker: Speaker, seen: list[int]) -> None:
@@ -87,7 +87,7 @@ def test_other_beginning_drops_the_cache_from_there(speaker: Speaker, seen: list
     seen.clear()
     answer, text = say(speaker, speaker.tokenizer.encode("Help me out"))
     assert seen[0] == answer.prefilled == len("p me out")
-    fresh = Speaker(speaker.model, speaker.tokenizer)
+    fresh = Speaker(speaker.model, speaker.tokenizer, "torch")
     assert text == say(fresh, speaker.tokenizer.encode("Help me out"))[1]
 
 
