@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama2.checkpoint.config_repair import repaired
+from llama2.checkpoint.foreign import recognise
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import CheckpointError
@@ -247,6 +248,8 @@ def _sniff_file(path: Path) -> str:
     # safetensors: 8 bytes of header length, then JSON; torch.save: a zip archive, or a bare pickle before 1.6.
     if head[8:9] == b"{" or head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
         return "hf"
+    if (known := recognise(path)) is not None:
+        raise CheckpointError(f"{path} is {known.format}, which is not run here; {known.remedy}")
     raise CheckpointError(
         f"{path} starts with {head[:8]!r}, which is neither GGUF, safetensors nor a PyTorch file; "
         "fetch it again (a Git LFS pointer or an HTML error page is a common cause)"

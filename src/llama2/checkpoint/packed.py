@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llama2.architecture import linear_shapes
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
+from llama2.checkpoint.foreign import described, mlx_settings
 from llama2.checkpoint.hf import CODES
 from llama2.checkpoint.seen import SeenCheckpoint
 from llama2.config import LlamaConfig
@@ -23,6 +24,11 @@ from llama2.quantization_config import GPTQConfig, QuantizationConfig, parse
 def settings_of(config: LlamaConfig, where: Path | str) -> QuantizationConfig | None:
     """The quantisation that a configuration names, or None. Raises CheckpointError for one that is not supported."""
     content = getattr(config, "quantization_config", None)
+    if mlx_settings(vars(config)) is not None and not (content or {}).get("quant_method"):
+        raise CheckpointError(
+            f"{where} is quantised by MLX ({described(vars(config))}), which is not run here; fetch the model that it "
+            "was made from, or in GPTQ, bitsandbytes or GGUF"
+        )
     if content is None:
         return None
     try:

@@ -10,14 +10,18 @@ from typing import Any
 
 from llama2 import checkpoint
 from llama2.auto import load_config
+from llama2.checkpoint.foreign import described, mlx_settings
 from llama2.checkpoint.gguf import GgufFile
-from llama2.checkpoint.source import local_path
+from llama2.checkpoint.source import fetch_files, local_path, revision_of
 from llama2.cli.packing import Packing
 from llama2.config import PRESETS, LlamaConfig
 from llama2.coverage import is_table
 from llama2.errors import CheckpointError, ConfigError
 from llama2.quant.blocks import NAMED, SIZES
 
+COUNTED = ("gptq", "bitsandbytes")  # methods whose weights `Packing` counts
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+WEIGHTS = ("F64", "F32", "F16", "BF16")
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 _SPLITS = {"llama": "SentencePiece BPE", "gpt2": "byte-level BPE"}
 
@@ -47,15 +51,20 @@ class Headers:
     tokenizer: str | None = None
     chat_template: bool = False
     licence: str | None = None
+    quantisation: str | None = None  # the method that a configuration names, with its settings
+    runs: bool = True
+    countable: bool = True  # whether the weights behind the tensors are known
 
     @property
     def parameters(self) -> int:
-        """Weights of the model: those of the file where it was read, else by the sizes."""
+        """Weights of the model: those of the file where it was read and they can be counted, else by the sizes."""
+        if not self.countable:
+            return self.config.num_parameters
         counted = sum(share.parameters for share in self.types.values()) - self.duplicate_head
         return counted if self.types else self.config.num_parameters
 
 
-def read(model: str) -> Headers:
+def read(model: str, revision: str | None = None) -> Headers:
     """The headers of a path, the configuration of a hub id, or a preset ("7b"). Raises CheckpointError, ConfigError."""
     if not Path(model).exists():
         try:
@@ -66,10 +75,51 @@ def read(model: str) -> Headers:
         path = local_path(model)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; `info` also knows the presets {', '.join(PRESETS)}") from error
+    hub = revision_of(model, revision)
     if path is None:
-        return Headers(model, "hub repository (configuration only; no weights were fetched)", load_config(model))
+        place = fetch_files(model, hub, "config")
+        if place.is_file():
+            return _gguf(place)
+        headers = Headers(model, "hub repository (configuration only; no weights were fetched)", load_config(place))
+        _quantised(headers, place)
+        return _sized(headers, place)
     gguf = checkpoint.find_gguf(path)
     return _gguf(gguf) if gguf is not None else _folder(path)
+
+
+def _quantised(headers: Headers, folder: Path) -> None:
+    """Notes the quantisation that the folder's configuration names."""
+    fields = _fields(folder)
+    headers.quantisation = described(fields)
+    method = (fields.get("quantization_config") or {}).get("quant_method")
+    if headers.quantisation is not None:
+        headers.countable = method in COUNTED and mlx_settings(fields) is None
+        headers.runs = headers.countable or str(method).endswith("auto-round")
+
+
+def _sized(headers: Headers, folder: Path) -> Headers:
+    """The headers, where the configuration says every size; the defaults of a class are no facts of this model.
+
+    Raises CheckpointError where it does not.
+    """
+    fields = _fields(folder)
+    if fields and (lost := [key for key in _SIZES if fields.get(key) is None]):
+        raise CheckpointError(
+            f"config.json of {headers.name} does not say {', '.join(lost)}, and no weights are there to tell; its size "
+            "is not known"
+        )
+    return headers
+
+
+def _fields(folder: Path) -> dict[str, Any]:
+    """The content of config.json, and of the file that ModelOpt puts beside it; {} where there is none."""
+    if not (folder / "config.json").exists():
+        return {}
+    fields = checkpoint.read_config(folder / "config.json")
+    if fields.get("quantization_config") is None and (folder / "hf_quant_config.json").exists():
+        inner = checkpoint.read_json(folder / "hf_quant_config.json").get("quantization") or {}
+        fields["quantization_config"] = {"quant_method": "modelopt", "format": inner.get("quant_algo"), **inner}
+    return fields
 
 
 def _gguf(path: Path) -> Headers:
@@ -108,6 +158,9 @@ def _folder(path: Path) -> Headers:
     config = load_config(folder)
     files = _safetensors(path)
     headers = Headers(path.resolve().name, f"safetensors, {len(files)} file(s)", config)
+    _quantised(headers, folder)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        return _adapter(folder, headers)
     if not files:
         return _opened(path, headers)
     head = 0
@@ -120,6 +173,8 @@ def _folder(path: Path) -> Headers:
         if not is_table(name):
             start, end = entry["data_offsets"]
             kind, count = packing.share(name, end - start) or (entry["dtype"], math.prod(entry["shape"]))
+            if entry["dtype"] not in WEIGHTS and packing.share(name, end - start) is None:
+                headers.countable = False  # codes of a method that is not known here
             headers.types.setdefault(kind, Share()).add(count, end - start)
             head += count if name == "lm_head.weight" else 0
     headers.duplicate_head = head if config.tie_word_embeddings else 0
@@ -137,8 +192,10 @@ def _safetensors(path: Path) -> list[Path]:
         if alone := sorted(path.glob("gptq_model-*bit-*g.safetensors")):
             return alone
         index = next(path.glob("gptq_model-*bit-*g.safetensors.index.json"), index)
+    if not index.exists() and (named := sorted(path.glob("output*.safetensors"))):
+        return named  # as ExLlamaV2 names them
     if not index.exists():
-        return []
+        return sorted(path.glob("weights.*.safetensors"))  # as MLX did
     names = sorted({str(name) for name in (checkpoint.read_json(index).get("weight_map") or {}).values()})
     for name in names:
         if not (path / name).exists():
@@ -182,6 +239,21 @@ def _opened(path: Path, headers: Headers) -> Headers:
     files = sorted(path.glob(pattern)) if path.is_dir() else [path]
     headers.format, headers.file_bytes = f"{kind}, {len(files)} file(s)", sum(file.stat().st_size for file in files)
     return _described(headers, path if path.is_dir() else path.parent)
+
+
+def _adapter(folder: Path, headers: Headers) -> Headers:
+    """A folder that holds an adapter; the configuration is that of its model, as far as that is here."""
+    said = checkpoint.read_json(folder / "adapter_config.json")
+    headers.format = (
+        f"{said.get('peft_type')} adapter of {said.get('base_model_name_or_path')}, r {said.get('r')}, "
+        f"alpha {said.get('lora_alpha')}"
+    )
+    weights = folder / "adapter_model.safetensors"
+    for entry in _safetensors_header(weights).values() if weights.exists() else ():
+        start, end = entry["data_offsets"]
+        headers.types.setdefault(entry["dtype"], Share()).add(math.prod(entry["shape"]), end - start)
+    headers.file_bytes = weights.stat().st_size if weights.exists() else 0
+    return _described(headers, folder)
 
 
 def _described(headers: Headers, folder: Path) -> Headers:

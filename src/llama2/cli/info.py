@@ -1,10 +1,12 @@
 """`llama2 info`: what a model is and what it needs, from headers alone."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from llama2.checkpoint.foreign import Foreign, recognise
 from llama2.cli.args import option
-from llama2.cli.headers import Headers, main_type, read
+from llama2.cli.headers import WEIGHTS, Headers, main_type, read
 from llama2.cli.loading import ModelOptions, model_path
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
@@ -32,13 +34,29 @@ def run(options: Options) -> int:
     """Runs the command."""
     if len(options.file) + (options.model is not None) > 1:
         raise InputError(f"info describes one model, but {[*options.file, options.model or '']} were given; give one")
-    headers = read(model_path(options.file[0] if options.file else options.model))
+    path = model_path(options.file[0] if options.file else options.model)
+    if Path(path).is_file() and (known := recognise(Path(path))) is not None:
+        return _show_foreign(Path(path), known, options.json)
+    headers = read(path, options.revision)
     if options.json:
         import json
 
         print(json.dumps(as_dict(headers), indent=2))
     else:
         print(as_text(headers))
+    return 0
+
+
+def _show_foreign(path: Path, known: Foreign, as_json: bool) -> int:
+    """What is known of a file that is not run here."""
+    facts = {"format": f"{known.format}, {size(path.stat().st_size)}", **known.facts, "not run here": known.remedy}
+    if as_json:
+        import json
+
+        facts = {"name": path.name, **facts, "format": known.format, "file_bytes": str(path.stat().st_size)}
+        print(json.dumps(facts, indent=2))
+    else:
+        print("\n".join([path.name, *_rows(facts)]))
     return 0
 
 
@@ -68,6 +86,7 @@ def as_dict(headers: Headers) -> dict[str, Any]:
         "tokenizer": headers.tokenizer,
         "chat_template": headers.chat_template,
         "licence": headers.licence,
+        "quantisation": headers.quantisation,
         "weight_bytes": weight_bytes(headers),
         "kv_bytes_per_token": config.kv_bytes_per_token(),
         "kv_bytes_full_context": config.kv_bytes_per_token() * config.max_position_embeddings,
@@ -89,7 +108,7 @@ def as_text(headers: Headers) -> str:
     context = config.max_position_embeddings
     cache = {"per token": f"{per_token:,} bytes", f"{context:,} tokens": f"{size(per_token * context)}"}
     lines += ["", "KV cache in 16 bits", *_rows(cache)]
-    if headers.types and headers.parameters != config.num_parameters:
+    if headers.types and headers.countable and headers.parameters != config.num_parameters:
         lines += ["", f"note: by its configuration the model has {config.num_parameters:,} parameters"]
     return "\n".join(lines)
 
@@ -103,10 +122,12 @@ def _about(headers: Headers) -> dict[str, str]:
     rope = {key: value for key, value in config.rope_parameters.items() if key not in ("rope_type", "rope_theta")}
     rope_text = f"RoPE {config.rope_parameters['rope_type']}, base {config.rope_theta:g}"
     about = {"format": headers.format}
+    if headers.quantisation is not None:
+        about["quantisation"] = headers.quantisation + ("" if headers.runs else ": not run here")
     if headers.types:
         about["format"] += f", {size(headers.file_bytes)}, mostly {main_type(headers)}, {bits:.2f} bits a weight"
     about |= {
-        "parameters": f"{headers.parameters:,}",
+        "parameters": f"{headers.parameters:,}" + ("" if headers.countable else " by the configuration"),
         "architecture": f"Llama: {config.num_hidden_layers} layers, width {config.hidden_size}, "
         f"feed-forward {config.intermediate_size}, {heads}",
         "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tie_word_embeddings else 'separate'} head",
@@ -122,7 +143,8 @@ def _about(headers: Headers) -> dict[str, str]:
 def _tensor_table(headers: Headers) -> list[str]:
     lines = [f"  {'type':<18}{'tensors':>8}{'weights':>18}{'bytes':>18}"]
     for kind, share in sorted(headers.types.items(), key=lambda item: -item[1].bytes):
-        lines.append(f"  {kind:<18}{share.tensors:>8,}{share.parameters:>18,}{share.bytes:>18,}")
+        weights = f"{share.parameters:,}" if headers.countable or kind in WEIGHTS else "-"
+        lines.append(f"  {kind:<18}{share.tensors:>8,}{weights:>18}{share.bytes:>18,}")
     return lines
 
 
