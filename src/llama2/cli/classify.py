@@ -11,6 +11,7 @@ from typing import Any, Literal
 from llama2.cli import terminal
 from llama2.cli.args import option
 from llama2.cli.loading import adapter_folder, load_tokenizer, local_model
+from llama2.cli.meter import Waiting
 from llama2.errors import InputError
 
 
@@ -42,7 +43,8 @@ def run(options: Options) -> int:
     if not 0 < options.threshold < 1:
         raise InputError(f"--threshold is {options.threshold}; it must lie between 0 and 1")
     rows = _rows(options) if len(options.paths) == 2 else None
-    classifier = Classifier(options)
+    with Waiting(f"loading {options.paths[0]}"):
+        classifier = Classifier(options)
     if rows is None:
         _talk(classifier)
     else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama2.cli import terminal
 from llama2.cli.args import option
+from llama2.cli.meter import Waiting
 from llama2.errors import InputError
 
 if TYPE_CHECKING:
@@ -108,10 +109,16 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
     The tokenizer comes first: what is wrong with a path or a tokenizer is told before torch is imported. Building it in
     a thread meanwhile gains nothing (2.4 s against 2.5 s in all, within the noise): both hold the interpreter's lock.
     """
-    tokenizer = load_tokenizer(model_path(options.model), options.revision)
-    path = local_model(options.model, options.revision)
+    name = model_path(options.model)
+    with Waiting(f"loading {name}"):
+        tokenizer = load_tokenizer(name, options.revision)
+        return _loaded(local_model(name, options.revision), options), tokenizer
+
+
+def _loaded(path: str, options: RunOptions) -> "LlamaForCausalLM | NativeModel":
+    """The model of a local path, with its adapter."""
     if options.adapter is None:
-        return load_model(path, options), tokenizer
+        return load_model(path, options)
     from llama2.auto import load_config
     from llama2.checkpoint.packing import read_packing
     from llama2.checkpoint.peft import read_adapter
@@ -122,7 +129,7 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
     packing = read_packing(folder)
     plain = options if layered else replace(options, runner="torch")
     model = load_model(path, plain) if packing is None else _packed_model(path, options, packing)
-    return _adapted(model, folder, options.runner if layered else "torch"), tokenizer
+    return _adapted(model, folder, options.runner if layered else "torch")
 
 
 def _packed_model(path: str, options: RunOptions, packing: Any) -> "LlamaForCausalLM | NativeModel":

@@ -1,91 +1,136 @@
-"""Progress bars on standard error where that is a terminal: of bytes with their rate, of layers, of training steps."""
+"""Progress on standard error: bars where that is a terminal, elsewhere a line every few seconds.
 
+with Meter("converting") as meter: ...     bytes, with their rate
+with Layers("quantising") as layers: ...   layers
+with Steps("sft", every=10) as steps: ...  steps of a training, each `every` of them a line
+with Waiting("loading NAME"): ...          what cannot say how far it is
+"""
+
+import sys
+import threading
+import time
 from types import TracebackType
 from typing import Any, Self
 
+INTERVAL = 5.0  # seconds between two lines where there is no terminal
 
-class Meter:
-    """A context whose value is called with (bytes done, bytes in all, what comes next)."""
+
+class Waiting:
+    """A context that prints a line every INTERVAL seconds where standard error is no terminal: how long it has taken,
+    and how far it is where `said` was told. Short work prints nothing."""
 
     def __init__(self, verb: str, quiet: bool = False) -> None:
-        self.verb, self.quiet = verb, quiet
+        self.verb, self.quiet, self._said = verb, quiet, ""
+        self._end, self._began = threading.Event(), time.perf_counter()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self._began = time.perf_counter()
+        if not self.quiet and not sys.stderr.isatty():
+            self._thread = threading.Thread(target=self._tell, daemon=True)
+            self._thread.start()
+        return self
+
+    def say(self, text: str) -> None:
+        """What the next lines tell beside the time."""
+        self._said = text
+
+    def _tell(self) -> None:
+        while not self._end.wait(INTERVAL):
+            seconds = time.perf_counter() - self._began
+            shown = f"{self._said}, " if self._said else ""
+            print(f"llama2: {self.verb}: {shown}{seconds:.0f} s so far", file=sys.stderr, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+class _Bar:
+    """What the bars share: a context whose value is called with (done, in all, what comes next)."""
+
+    def __init__(self, verb: str, quiet: bool = False) -> None:
+        self.verb, self.quiet, self._lines = verb, quiet, Waiting(verb, quiet)
 
     def __enter__(self) -> Self:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.progress import TransferSpeedColumn as Speed
+        from rich.progress import Progress, TextColumn
 
         console = Console(stderr=True)
         self._bar: Any = Progress(
             TextColumn(self.verb),
-            BarColumn(),
-            DownloadColumn(),
-            Speed(),
-            TimeRemainingColumn(),
+            *self._columns(),
             TextColumn("{task.fields[item]}"),
             console=console,
             transient=True,
             disable=self.quiet or not console.is_terminal,
         )
         self._bar.start()
+        self._lines.__enter__()
         self._task: Any = None
         return self
 
-    def __call__(self, done: int, total: int, item: str) -> None:
-        if self._task is None:  # what an earlier run has written does not count towards the rate
+    def _columns(self) -> list[Any]:
+        raise NotImplementedError
+
+    def _said(self, done: float, total: float, item: str) -> str:
+        raise NotImplementedError
+
+    def __call__(self, done: float, total: float, item: str) -> None:
+        if self._task is None:  # what an earlier run has done does not count towards the rate
             self._task = self._bar.add_task("", total=total, completed=done, item=item)
         self._bar.update(self._task, completed=done, total=total, item=item)
+        self._lines.say(self._said(done, total, item))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._lines.__exit__(kind, error, trace)
         self._bar.stop()
 
 
-class Layers:
-    """As Meter, called with (layers done, layers in all, what is under way)."""
+class Meter(_Bar):
+    """Called with (bytes done, bytes in all, what comes next)."""
 
-    def __init__(self, verb: str, quiet: bool = False) -> None:
-        self.verb, self.quiet = verb, quiet
+    def _columns(self) -> list[Any]:
+        from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    def __enter__(self) -> Self:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        return [BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
 
-        console = Console(stderr=True)
-        columns = (TextColumn(self.verb), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bar: Any = Progress(
-            *columns,
-            TextColumn("{task.fields[item]}"),
-            console=console,
-            transient=True,
-            disable=self.quiet or not console.is_terminal,
-        )
-        self._bar.start()
-        self._task: Any = None
-        return self
+    def _said(self, done: float, total: float, item: str) -> str:
+        share = 100 * done / total if total else 100
+        return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB ({share:.0f} %){f', {item}' if item else ''}"
 
-    def __call__(self, done: float, total: int, item: str) -> None:
-        if self._task is None:  # layers of an earlier run do not count towards the rate
-            self._task = self._bar.add_task("", total=total, completed=done, item=item)
-        self._bar.update(self._task, completed=done, total=total, item=item)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+class Layers(_Bar):
+    """Called with (layers done, layers in all, what is under way)."""
+
+    def _columns(self) -> list[Any]:
+        from rich.progress import BarColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        return [BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+
+    def _said(self, done: float, total: float, item: str) -> str:
+        return f"{done:.1f} of {total} layers, {item}"
 
 
 class Steps:
-    """A context whose value hears of the steps of a training: a bar on a terminal, else a line every few steps."""
+    """A context whose value hears of the steps of a training: a bar on a terminal, else a line every few steps; and a
+    line every INTERVAL seconds until the first, while model and rows are loaded."""
 
     def __init__(self, verb: str, every: int) -> None:
         self.verb, self.every = verb, every
+        self._loading: Waiting | None = Waiting(f"{verb}: loading")
 
     def __enter__(self) -> Self:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        if self._loading is not None:
+            self._loading.__enter__()
         self._console = Console(stderr=True, highlight=False)
         columns = (TextColumn(self.verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar: Any = Progress(
@@ -100,6 +145,7 @@ class Steps:
         return self
 
     def __call__(self, entry: dict[str, Any]) -> None:
+        self._loaded()
         if "eval_loss" in entry:
             values = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
             found = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
@@ -117,4 +163,10 @@ class Steps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._loaded()
         self._bar.stop()
+
+    def _loaded(self) -> None:
+        if self._loading is not None:
+            self._loading.__exit__(None, None, None)
+            self._loading = None

@@ -1,0 +1,85 @@
+"""Progress where standard error is no terminal: a line every few seconds, and none of short work."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli.conftest import Run
+
+from llama2.checkpoint import convert as engine
+from llama2.cli import loading, meter
+
+FAST = 0.05
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter, "INTERVAL", FAST)
+
+
+@pytest.mark.usefixtures("fast")
+def test_lines_of_bytes_and_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    with meter.Meter("converting") as told:
+        told(1.5e9, 3e9, "model.norm.weight")
+        time.sleep(4 * FAST)
+    err = capsys.readouterr().err
+    assert "llama2: converting: 1.50 of 3.00 GB (50 %), model.norm.weight, 0 s so far\n" in err
+    assert err.count("\n") >= 2
+    with meter.Layers("quantising") as layers:
+        layers(3.5, 32, "layer 3")
+        time.sleep(2 * FAST)
+    assert "llama2: quantising: 3.5 of 32 layers, layer 3, 0 s so far" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fast")
+def test_what_cannot_say_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with meter.Waiting("loading who/tiny"):
+        time.sleep(3 * FAST)
+    assert "llama2: loading who/tiny: 0 s so far" in capsys.readouterr().err
+    time.sleep(3 * FAST)
+    assert capsys.readouterr().err == ""  # nothing after the end
+    with meter.Steps("sft", 1) as steps:
+        time.sleep(3 * FAST)
+        steps({"step": 1, "steps": 2, "loss": 1.0, "tokens_per_second": 5.0})
+        time.sleep(3 * FAST)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "llama2: sft: loading: 0 s so far" and lines[-1].startswith("step 1 of 2: loss 1.0000")
+
+
+def test_short_and_quiet_work_says_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with meter.Meter("converting") as told:
+        told(1, 2, "x")
+    monkeypatch.setattr(meter, "INTERVAL", FAST)
+    with meter.Meter("converting", quiet=True) as told:
+        told(1, 2, "x")
+        time.sleep(3 * FAST)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("fast")
+def test_commands_that_take_long(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversion (one slow tensor is enough) and loading."""
+    write, model = engine.HfTarget.write, loading.load_model
+
+    def slow(self: Any, name: str, *args: Any) -> None:
+        time.sleep(4 * FAST if name.endswith("embed_tokens.weight") else 0)
+        write(self, name, *args)
+
+    def slow_model(*args: Any) -> Any:
+        time.sleep(4 * FAST)
+        return model(*args)
+
+    monkeypatch.setattr(engine.HfTarget, "write", slow)
+    code, _, err = run("convert", checkpoint, tmp_path / "out")
+    assert code == 0 and "llama2: converting: 0.00 of 0.00 GB" in err and "model.embed_tokens.weight" in err
+    monkeypatch.setattr(loading, "load_model", slow_model)
+    code, _, err = run("generate", "-m", checkpoint, "Hi", "--max-new-tokens", "1", "--runner", "torch")
+    assert code == 0 and f"llama2: loading {checkpoint}: 0 s so far" in err
+
+
+def test_the_thread_ends_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), meter.Waiting("loading"):
+        torch.zeros(1).item() / 0
+    assert "so far" not in capsys.readouterr().err
