@@ -113,3 +113,20 @@ def test_mistakes(
     names["LABELLED"] = write(tmp_path / "labelled.jsonl", [{"text": "x", "label": "z"}])
     code, _, err = run("classify", *(names.get(word, word) for word in words))
     assert code == 2 and said in err, err
+
+
+def test_an_adapter_without_a_head_is_refused(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    """Its head would be drawn at each run: random labels, different each time, and exit code 0."""
+    from checkpoint.adapter_files import tensors_for, write_adapter
+
+    from llama2 import AutoConfig
+
+    tensors = tensors_for(AutoConfig.from_pretrained(checkpoint), ("q_proj", "v_proj"))
+    folder = write_adapter(tmp_path / "adapter", tensors, base_model_name_or_path=str(checkpoint), task_type="SEQ_CLS")
+    data = write(tmp_path / "rows.jsonl", ROWS["single"])
+    code, out, err = run("classify", folder, data)
+    assert code == 2 and out == "" and "without score.weight" in err and "random" in err
+    code, out, err = run("classify", checkpoint, data, "--adapter", folder)
+    assert code == 2 and out == "" and "has no head" in err
+    code, out, err = run("classify", checkpoint, data)
+    assert code == 2 and "has no classifier's head" in err
