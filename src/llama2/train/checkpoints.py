@@ -2,14 +2,19 @@
 
 A checkpoint is a folder checkpoint-STEP. It is written beside its place, every file synced, with a manifest of sizes
 and hashes, and then renamed. The newest one whose files match its manifest is the one that a run resumes from.
+
+The manifest names the run, so that several may share a folder: a run removes no checkpoint but its own, and the newest
+is the last of the run that began last.
 """
 
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,22 +24,41 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
+def new_run() -> str:
+    """What a run is called in its checkpoints; a later one has a greater name."""
+    return f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+
+
+def run_of(checkpoint: Path) -> str:
+    """The run that wrote a checkpoint; "" where it does not say."""
+    try:
+        found: str = json.loads((checkpoint / MANIFEST).read_text()).get("run", "")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return found
+
+
 @contextmanager
-def writing(folder: Path, step: int) -> Iterator[Path]:
-    """A new folder that becomes `folder`/checkpoint-`step` when the block ends without an error."""
+def writing(folder: Path, step: int, run: str = "") -> Iterator[Path]:
+    """A new folder that becomes `folder`/checkpoint-`step` when the block ends without an error.
+
+    One of that name is replaced where it is of the same run; another run's is kept under another name, with a warning.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     target, made = folder / f"checkpoint-{step}", Path(tempfile.mkdtemp(dir=folder, prefix=".checkpoint-"))
     try:
         yield made
         files = sorted(path for path in made.rglob("*") if path.is_file())
         content = {str(p.relative_to(made)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-        (made / MANIFEST).write_text(json.dumps({"step": step, "files": content}, indent=2) + "\n")
+        (made / MANIFEST).write_text(json.dumps({"step": step, "run": run, "files": content}, indent=2) + "\n")
         folders = [path for path in made.rglob("*") if path.is_dir()]
         for path in (*files, made / MANIFEST, *folders, made):
             _sync(path)
         made.chmod(0o755)
-        if target.exists():
+        if target.exists() and run_of(target) == run:
             shutil.rmtree(target)
+        elif target.exists():
+            _set_aside(target)
         made.rename(target)
         _sync(folder)
     except BaseException:
@@ -42,10 +66,17 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
         raise
 
 
+def _set_aside(checkpoint: Path) -> None:
+    names = (checkpoint.with_name(f"{checkpoint.name}-earlier-{count}") for count in range(1, 10_000))
+    place = next(name for name in names if not name.exists())
+    warnings.warn(f"{checkpoint} is of another run and is kept as {place.name}", stacklevel=5)
+    checkpoint.rename(place)
+
+
 def found(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, damaged ones too."""
+    """The checkpoints of all runs in a folder, oldest first, damaged ones too."""
     there = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(there, key=step_of)
+    return sorted(there, key=lambda checkpoint: (run_of(checkpoint), step_of(checkpoint)))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -80,9 +111,10 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def prune(folder: Path, keep: int, spare: Path | None = None) -> None:
-    """Removes all but the newest `keep` checkpoints, and never `spare`."""
-    for checkpoint in found(folder)[: -keep or None] if keep else []:
+def prune(folder: Path, keep: int, spare: Path | None = None, run: str = "") -> None:
+    """Removes all but the newest `keep` checkpoints of a run, and never `spare`."""
+    own = [checkpoint for checkpoint in found(folder) if run_of(checkpoint) == run]
+    for checkpoint in own[: -keep or None] if keep else []:
         if checkpoint != spare:
             shutil.rmtree(checkpoint)
 

@@ -57,6 +57,7 @@ class Saving:
     _outside: bool
     _save_model: Callable[[Path], Any] | None
     _stop: bool
+    run: str = ""  # which run's checkpoints are this one's
 
     # -- how long ------------------------------------------------------------------------------------------------
 
@@ -199,7 +200,7 @@ class Saving:
         if self.state.best_global_step is not None:
             self.state.best_model_checkpoint = str(self.folder / f"checkpoint-{self.state.best_global_step}")
         with ExitStack() as stack:
-            made = ranks.told(lambda: stack.enter_context(checkpoints.writing(self.folder, step)))
+            made = ranks.told(lambda: stack.enter_context(checkpoints.writing(self.folder, step, self.run)))
             states.write(made, self.updates, ranks, state=not self.args.save_only_model)
             if ranks.first:
                 self._write_state(made)
@@ -212,7 +213,8 @@ class Saving:
             ranks.wait()
         if self.args.save_total_limit and ranks.first:
             best = self.state.best_model_checkpoint
-            checkpoints.prune(self.folder, self.args.save_total_limit, None if best is None else Path(best))
+            spare = None if best is None else Path(best)
+            checkpoints.prune(self.folder, self.args.save_total_limit, spare, self.run)
         ranks.wait()
         place = self.folder / f"checkpoint-{step}"
         self._push_checkpoint(place)
@@ -236,7 +238,7 @@ class Saving:
         """What has to be the same for a run to be the same, and how many steps it was to take."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         found = {"rows": len(self.rows), "batch": self.batch, "seed": seed, "steps": self.steps}
-        return {**found, "content": self._content, "adapter": _adapter(self.network)}
+        return {**found, "content": self._content, "adapter": _adapter(self.network), "objective": _settings(self)}
 
     @cached_property
     def _content(self) -> str:
@@ -245,6 +247,7 @@ class Saving:
     def _resume(self, wanted: bool | str | None) -> None:
         wanted = wanted or self.ranks.restarts > 0
         place = self.ranks.told(lambda: self._chosen(wanted))
+        self.run = self.ranks.told(checkpoints.new_run) if place is None else checkpoints.run_of(place)
         if place is None:
             return
         if not place.is_dir():
@@ -253,7 +256,7 @@ class Saving:
             )
         content = json.loads((place / STATE).read_text())
         self._keep_batch(content)
-        self._check_identity(place, content["run"], ("rows", "batch", "seed", "content"))
+        self._check_identity(place, content["run"], ("rows", "batch", "seed", "content", "objective"))
         if not states.resumable(place):
             raise InputError(f"{place} was written with save_only_model, so nothing can go on from it; load its model")
         weights, moments = states.read(place, self.updates)
@@ -286,13 +289,11 @@ class Saving:
     def _check_identity(self, place: Path, there: dict[str, Any], names: Sequence[str]) -> None:
         """Raises InputError for a checkpoint of other rows, seeds or adapters. A run may become longer."""
         here = self._identity()
-        different = [name for name in names if name in there and there[name] != here[name]]
-        if different:
-            told = {"content": "the rows", "adapter": "the adapter's ranks and scales"}
-            what = ", ".join(told.get(name, f"{name} ({there[name]}, not {here[name]})") for name in different)
+        told = [said for name in names if name in there for said in _differences(name, there[name], here[name])]
+        if told:
             raise InputError(
-                f"{place} is of another run: it differs in {what}; give the same data, batch size, seed and adapter, "
-                "or another output_dir"
+                f"{place} is of another run: it differs in {', '.join(told)}; give the same data, batch size, seed, "
+                "adapter and objective, or another output_dir"
             )
 
     def _chosen(self, wanted: bool | str) -> Path | None:
@@ -376,12 +377,39 @@ def _feed(into: Any, value: Any) -> None:
         )
 
 
-def _adapter(model: Any) -> str:
-    """A hash of ranks, scales and dropouts of the active adapters; "" without any."""
+def _adapter(model: Any) -> dict[str, Any]:
+    """What the active adapters are: ranks, scales, dropouts, and a hash of which module has which; {} without any."""
     found = [
-        (path, name, len(layer.lora_A[name]), layer.scaling[name], layer.dropout[name])
+        (path, name, len(layer.lora_A[name]), layer.scaling[name] * len(layer.lora_A[name]), layer.dropout[name])
         for path, layer in lora.layers(model).items()
         for name in layer.active
         if name in layer.lora_A
     ]
-    return hashlib.blake2b(repr(sorted(found)).encode(), digest_size=8).hexdigest() if found else ""
+    if not found:
+        return {}
+    ranks, alphas, dropouts = (sorted({one[place] for one in found}) for place in (2, 3, 4))
+    which = hashlib.blake2b(repr(sorted(found)).encode(), digest_size=8).hexdigest()
+    return {"r": ranks, "lora_alpha": alphas, "lora_dropout": dropouts, "modules": which}
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
+    """The numbers and names that an objective has for settings."""
+    objective = trainer.objective
+    held = {name: value for name, value in vars(objective).items() if not name.startswith("_")} if objective else {}
+    plain = {name: value for name, value in held.items() if isinstance(value, str | int | float | bool)}
+    return {"kind of training": type(objective).__name__, **plain} if objective else {}
+
+
+def _differences(name: str, there: Any, here: Any) -> list[str]:
+    """What is another in a checkpoint than here, in words."""
+    if there == here or type(there) is not type(here):
+        return []
+    if isinstance(there, dict):
+        keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        shown = [key for key in keys if key != "modules"] or keys
+        return [f"{key} ({_shown(there.get(key))}, not {_shown(here.get(key))})" for key in shown]
+    return ["the rows"] if name == "content" else [f"{name} ({there}, not {here})"]
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)

@@ -312,7 +312,8 @@ class Trainer(Loop):
         """The last checkpoint, the figures of the run, and the best weights where these are wanted."""
         there = self.ranks.told(lambda: checkpoints.found(self.folder))
         saves = self.args.save_strategy not in ("no", "best") or self._ends
-        if saves and not (there and any(checkpoints.step_of(p) == self.state.global_step for p in there[-1:])):
+        own = [checkpoints.step_of(place) for place in there if checkpoints.run_of(place) == self.run]
+        if saves and own[-1:] != [self.state.global_step]:
             self.save()
         done = self.state.global_step - first
         loss = sum(self._losses_of_call) / max(done, 1)
