@@ -343,9 +343,11 @@ def test_uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str,
     assert run.push_to_hub("done", revision="main") == "https://address"
     last = calls[-1][1]
     assert last["token"] == "secret" and last["commit_message"] == "done" and last["revision"] == "main"
-    assert "model.safetensors" in last["files"] and not any("checkpoint" in name for name in last["files"])
-    with pytest.warns(UserWarning, match="push_to_hub: no effect has tags"):
-        run.push_to_hub(tags=["x"])
+    assert {"model.safetensors", "README.md"} <= set(last["files"])
+    assert not any("checkpoint" in name for name in last["files"])
+    with pytest.warns(UserWarning, match="blocking=False has no effect"):
+        run.push_to_hub(blocking=False, tags=["x"], license="llama2")
+    assert 'license: "llama2"' in (tmp_path / "out" / "README.md").read_text()
     run.save_model()
     assert calls[-1][1]["commit_message"] == "Model save"
 

@@ -3,6 +3,7 @@
 Losses are those of transformers 5.23 for the same weights, rows and arguments, recorded.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from llama2 import InputError, LlamaForCausalLM, LlamaForSequenceClassification
 from llama2.train import hooks
 from llama2.train.arguments import TrainingArguments
 from llama2.train.callbacks import EVENTS, TrainerCallback
+from llama2.train.data import Example, Pair
+from llama2.train.objectives import Preferences
 from llama2.train.trainer import Trainer
 
 ROWS = [{"input_ids": (ids := tiny_ids(1, 6, i)[0].tolist()), "labels": ids} for i in range(7)]
@@ -412,3 +415,34 @@ def test_a_second_call_trains_again(tmp_path: Path) -> None:
     again = found.train()
     assert again.global_step == 4 and again.training_loss == pytest.approx(4.210838, abs=1e-3)
     assert [entry["step"] for entry in found.state.log_history if "loss" in entry] == [2, 4]
+
+
+def test_strategies_that_measure_nothing_are_refused(tmp_path: Path) -> None:
+    """transformers refuses it too: eval_strategy without eval_dataset."""
+    with pytest.raises(InputError, match="eval_strategy is 'epoch', and there are no rows to measure on"):
+        Trainer(tiny_model(torch.float32), arguments(tmp_path, eval_strategy="epoch"), train_dataset=ROWS)
+    pair = Pair(Example([1, 2], [-100, 2]), Example([1, 3], [-100, 3]))
+    with pytest.raises(InputError, match="compute_metrics is given, and Preferences has no predictions"):
+        Trainer(tiny_model(torch.float32), arguments(tmp_path), objective=Preferences(), rows=[pair],
+                compute_metrics=accuracy)  # fmt: skip
+
+
+def test_what_scripts_write_at_their_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(tmp_path)
+    metrics = dict(found.output.metrics)
+    with found.args.main_process_first(desc="rows"):
+        metrics["train_samples"] = len(ROWS)
+    found.log_metrics("train", metrics)
+    found.save_metrics("train", metrics)
+    found.save_metrics("eval", found.evaluate())
+    found.save_state()
+    found.create_model_card(finetuned_from="we/base", tags=["x"], dataset="cups", tasks="text-generation")
+    assert "***** train metrics *****" in capsys.readouterr().out
+    every = json.loads((tmp_path / "all_results.json").read_text())
+    assert every["train_samples"] == 7 and "eval_loss" in every and (tmp_path / "eval_results.json").exists()
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
+    card = (tmp_path / "README.md").read_text()
+    assert 'base_model: "we/base"' in card and "on cups." in card and "- eval_loss: " in card
+    assert found.get_num_trainable_parameters() == sum(p.numel() for p in found.model.parameters())
+    assert found.tokenizer is None and found.args.parallel_mode.value == "not_parallel" and found.args.should_save
+    assert found.args.get_process_log_level() == 30 and found.args.world_size == 1

@@ -3,11 +3,14 @@
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -24,6 +27,13 @@ HUB = ("end", "every_save", "checkpoint", "all_checkpoints")
 Strategy = Literal["no", "steps", "epoch"]
 SaveStrategy = Literal["no", "steps", "epoch", "best"]
 OptionalFlag = bool | None
+
+
+class ParallelMode(StrEnum):
+    """How many processes train."""
+
+    NOT_PARALLEL = "not_parallel"
+    DISTRIBUTED = "distributed"
 
 
 @dataclass
@@ -384,6 +394,42 @@ class TrainingArguments:
     def n_gpu(self) -> int:
         """GPUs of this process."""
         return int(self.device.type == "cuda")
+
+    @property
+    def parallel_mode(self) -> "ParallelMode":
+        """Whether torchrun has started several processes."""
+        return ParallelMode.NOT_PARALLEL if self.world_size == 1 else ParallelMode.DISTRIBUTED
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        import torch.distributed as dist
+
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def process_index(self) -> int:
+        """This process among them."""
+        import torch.distributed as dist
+
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+    @property
+    def should_save(self) -> bool:
+        """Whether this process writes."""
+        return self.process_index == 0
+
+    should_log = should_save
+
+    def get_process_log_level(self) -> int:
+        """A level of Python's logging: log_level, "passive" is WARNING."""
+        level = logging.getLevelName(self.log_level.upper())
+        return level if isinstance(level, int) else logging.WARNING
+
+    @contextmanager
+    def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
+        """Within it nothing waits: rows are encoded in memory, by each process for itself."""
+        yield
 
     @property
     def better(self) -> str:

@@ -51,7 +51,7 @@ REFUSED = {
         ("_save", "_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state", "_save_scaler", "_save_tpu",
          "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler",
          "_load_best_model", "_load_callback_state", "_rotate_checkpoints", "_sorted_checkpoints", "_get_output_dir",
-         "_push_from_checkpoint", "_finish_current_push", "_issue_warnings_after_load", "create_model_card",
+         "_push_from_checkpoint", "_finish_current_push", "_issue_warnings_after_load",
          "init_hf_repo", "_tune_save_checkpoint"), _FILES),
     **dict.fromkeys(
         ("_get_dataloader", "_remove_unused_columns", "_set_signature_columns_if_needed", "_prepare_dataset",

@@ -7,6 +7,7 @@ import array
 import hashlib
 import json
 import random
+import shutil
 import signal
 import tempfile
 import threading
@@ -29,13 +30,14 @@ from llama2.train import checkpoints, states
 from llama2.train.callbacks import Callbacks, TrainerControl, TrainerState
 from llama2.train.distributed import Ranks, Root, gathered, local
 from llama2.train.optim import AdamW
+from llama2.train.results import CARD, Results
 
 LOG, STATE, OUTSIDE = "log.jsonl", "trainer_state.json", "optimizer.pt"
 _upload = door("checkpoint.hub", "upload", "Uploads a folder to the hub.")
 _create = door("checkpoint.hub", "create", "Makes a repository of the hub, where there is none.")
 
 
-class Saving:
+class Saving(Results):
     """The part of a trainer that writes and reads."""
 
     model: Any
@@ -131,18 +133,18 @@ class Saving:
         private: bool | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """Uploads the model, or its adapter, and the tokenizer to hub_model_id; returns the address of the commit.
-
-        The upload is always waited for. Keywords of the model's card have no effect, since none is written.
+        """Uploads the model, or its adapter, the tokenizer and a model card to hub_model_id; returns the address of
+        the commit. The other keywords are the card's: see `create_model_card`.
         """
-        if not blocking or kwargs:
-            named = ", ".join([*kwargs, *([] if blocking else ["blocking=False"])])
-            warnings.warn(f"push_to_hub: no effect has {named}: no card is written, and uploads wait", stacklevel=2)
+        if not blocking:
+            warnings.warn("push_to_hub: blocking=False has no effect: uploads are waited for", stacklevel=2)
         self._call("on_push_begin")
         address = None
+        self.create_model_card(**kwargs)
         with tempfile.TemporaryDirectory() as name:
             self.save_model(name, _internal_call=True)
             if self.ranks.first:
+                shutil.copy(Path(self.args.output_dir) / CARD, name)
                 address = self._pushed(Path(name), commit_message or "End of training", token, revision, private)
         self.ranks.wait()
         return address

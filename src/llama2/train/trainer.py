@@ -34,8 +34,9 @@ from llama2.train.heap import kept
 from llama2.train.hooks import Hooks
 from llama2.train.layer import fused
 from llama2.train.loop import Loop, Rates
-from llama2.train.objectives import Objective, keep_reference
+from llama2.train.objectives import Classification, NextToken, Objective, keep_reference
 from llama2.train.optim import AdamW
+from llama2.train.results import Results
 from llama2.train.saving import LOG, Saving
 from llama2.train.schedules import PLATEAU, check
 from llama2.train.trackers import TRACKERS
@@ -99,7 +100,7 @@ class Trainer(Loop):
     ) -> None:
         for name in others:
             raise InputError(f"Trainer has no {name!r}; {_INSTEAD.get(name, 'leave it out')}")
-        hooks.check_overrides(type(self), (Trainer, Loop, Hooks, Saving))
+        hooks.check_overrides(type(self), (Trainer, Loop, Hooks, Saving, Results))
         self.args = args = TrainingArguments("tmp_trainer") if args is None else args
         if (model is None) == (model_init is None):
             raise InputError("give a model or model_init, one of them")
@@ -177,10 +178,17 @@ class Trainer(Loop):
             raise InputError("there is nothing to train on; pass train_dataset=, or an objective and its rows")
         if not self.rows and self.train_dataset is not None and not self.eval_rows:
             raise InputError("there are no rows to train on")
-        if args.eval_strategy != "no" and args.load_best_model_at_end and not self.eval_rows:
-            raise InputError("load_best_model_at_end needs rows to measure on (eval_dataset)")
-        if (args.lr_scheduler_type == PLATEAU or args.save_strategy == "best") and not self.eval_rows:
-            raise InputError(f"{args.lr_scheduler_type!r} and what is best need rows to measure on (eval_dataset)")
+        if args.eval_strategy != "no" and not self.eval_rows:
+            raise InputError(
+                f"eval_strategy is {args.eval_strategy!r}, and there are no rows to measure on; pass eval_dataset=, or "
+                "leave eval_strategy and eval_steps out"
+            )
+        own = self.objective is None or isinstance(self.objective, NextToken | Classification)
+        if self.compute_metrics is not None and not own:
+            raise InputError(
+                f"compute_metrics is given, and {type(self.objective).__name__} has no predictions to measure; its own "
+                "measures are logged: leave it out"
+            )
         if self._given[0] is not None and (self.optimizer_cls_and_kwargs is not None or self.model_init is not None):
             raise InputError(
                 "optimizers holds an optimiser of another model than model_init makes, or there is "
@@ -328,6 +336,11 @@ class Trainer(Loop):
             sink.close()
         self._sinks = []
         return TrainOutput(self.state.global_step, loss, metrics)
+
+    @property
+    def tokenizer(self) -> Any:
+        """processing_class, under its old name."""
+        return self.processing_class
 
     @property
     def interrupted(self) -> bool:
