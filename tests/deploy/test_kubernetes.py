@@ -84,7 +84,7 @@ def test_kubectl_puts_them_together(tmp_path: Path) -> None:
     if kubectl is None:
         pytest.skip("needs kubectl on the PATH")
     shutil.copytree(FOLDER, tmp_path / "k")
-    (tmp_path / "k" / "keys.txt").write_text("alice:secret\n")
+    (tmp_path / "k" / "keys.txt").write_text("alice: secret\n")
     done = subprocess.run([kubectl, "kustomize", tmp_path / "k"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     kinds = [document["kind"] for document in yaml.safe_load_all(done.stdout)]

@@ -75,6 +75,10 @@ class Keys:
                 name, colon, key = text.partition(":")
                 named = colon and key[:1].isspace() and key.strip() and not name.rstrip().count(" ")
                 found.append(_digest(key if named else text, f"{file}:{i + 1}"))
+                if colon and not named:
+                    logger.warning(
+                        "%s:%d: the colon belongs to the key; a name is `NAME: KEY`, with a space", file, i + 1
+                    )
         if not found:
             raise InputError(f"{file} holds no key; write one a line, or leave the option out")
         self._from_file, self._stamp, self._trouble = found, stamp, ""
