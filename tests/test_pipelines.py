@@ -11,6 +11,7 @@ from tiny import tiny_config
 
 from llama2 import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, pipeline
 from llama2.errors import InputError
+from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, LlamaTokenizerFast
 
 SPECIAL = ("<pad>", "<end>", "<user>", "<assistant>")
 TEMPLATE = (
@@ -186,6 +187,60 @@ def test_batch_without_a_pad_token(folder: Path) -> None:
     assert len(pipe(["one"])) == 1
     with pytest.raises(InputError, match="no pad token"):
         pipe(["one", "two"])
+
+
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ({"return_full_text": False}, {}),
+        ({"return_tensors": True}, {}),
+        ({"return_text": True}, {}),
+        ({"return_type": 1}, {}),
+        ({"skip_special_tokens": False, "clean_up_tokenization_spaces": True}, {}),
+        ({"prefix": "x", "add_special_tokens": False}, {}),
+        ({"truncation": True, "handle_long_generation": "hole"}, {}),
+        ({"stop_sequence": "e"}, {}),
+        ({"do_sample": True, "seed": 3, "num_return_sequences": 2, "temperature": 0.7}, {}),
+        ({"tokenizer_encode_kwargs": {"add_special_tokens": False}, "num_workers": 0}, {}),
+        ({"return_full_text": False}, {"return_tensors": True}),  # what the call asks for wins over its like
+        ({"return_full_text": False}, {"return_full_text": True}),
+    ],
+)
+def test_options_of_calls_are_options_of_the_construction(
+    folder: Path, generator: Any, options: dict[str, Any], call: dict[str, Any]
+) -> None:
+    pipe = pipeline("text-generation", model=folder, max_new_tokens=5, **options)
+    whole = {**options, **call} if not set(call) - set(options) else call
+    assert pipe("one", **call) == generator("one", max_new_tokens=5, **whole)
+
+
+def test_options_for_chats(folder: Path, generator: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    template = "{{ tools|tojson }}{{ documents }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    pipe = pipeline("text-generation", model=folder, tools=tools, documents=["d"], max_new_tokens=2)
+    pipe.tokenizer.chat_template = template
+    (found,) = pipe([{"role": "user", "content": "Hi"}], return_tensors=True)
+    text = pipe.tokenizer.decode(found["generated_token_ids"][:-2])
+    assert "look" in text and "['d']" in text and text.endswith("Hi")
+
+
+def test_a_rendered_chat_gets_no_second_bos(folder: Path, tokenizer_model: Path) -> None:
+    tokenizer = LlamaTokenizerFast(tokenizer_model, chat_template=LLAMA2_CHAT_TEMPLATE)
+    torch.manual_seed(0)
+    network = LlamaForCausalLM(tiny_config(vocab_size=32000)).eval()
+    pipe = pipeline("text-generation", model=network, tokenizer=tokenizer)
+    chat = [{"role": "user", "content": "Hi"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+    for given in (rendered, [rendered]):
+        found = pipe(given, return_tensors=True, max_new_tokens=1)
+        ids = (found[0][0] if isinstance(given, list) else found[0])["generated_token_ids"]
+        assert ids[:-1] == tokenizer.apply_chat_template(chat)
+
+
+@pytest.mark.parametrize("task", ["text-generation", "text-classification"])
+def test_an_unknown_option_is_refused_at_once(folder: Path, task: str) -> None:
+    with pytest.raises(InputError, match="retrun_full_text"):
+        pipeline(task, model="nowhere", retrun_full_text=False)  # said before anything is loaded
 
 
 # -- text-classification -----------------------------------------------------------------------------------------

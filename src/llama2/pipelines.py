@@ -6,6 +6,7 @@ generator([{"role": "user", "content": "Hi"}])              # [{"generated_text"
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 from llama2.checkpoint.load import resolve_device
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
+from llama2.generation_config import DEFAULTS
+from llama2.keywords import NO_EFFECT
+from llama2.request import CALL_ARGUMENTS
 
 Record = dict[str, Any]
 DEFAULT_NEW_TOKENS = 256  # where neither the call nor the model says a length, as transformers 5.x
@@ -35,6 +39,23 @@ class Pipeline:
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 1, **defaults: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self._defaults = _checked_batch_size(batch_size), defaults
+        self.check(defaults)
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """Raises InputError for a keyword that no call knows."""
+        unknown = sorted(set(options) - cls._options())
+        if unknown:
+            raise InputError(f"{cls.task} does not know {', '.join(map(repr, unknown))}; {cls._takes()}")
+
+    @classmethod
+    def _options(cls) -> set[str]:
+        """Every keyword of a call."""
+        raise NotImplementedError
+
+    @classmethod
+    def _takes(cls) -> str:
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -65,44 +86,72 @@ class TextGenerationPipeline(Pipeline):
 
     task = "text-generation"
 
-    def __call__(
+    @classmethod
+    def _options(cls) -> set[str]:
+        own = {name for name, value in signature(cls._run).parameters.items() if value.kind is value.KEYWORD_ONLY}
+        return {*own, *DEFAULTS, *CALL_ARGUMENTS, *NO_EFFECT["generate"], "generation_config", "num_workers"}
+
+    @classmethod
+    def _takes(cls) -> str:
+        return "it takes the options of its calls and the settings of generate()"
+
+    def __call__(self, text_inputs: Any, **options: Any) -> Any:
+        """A list of {"generated_text"} (or, with return_tensors, {"generated_token_ids"}) for one input, one such list
+        an input for several. An input is a text, or a chat: a list of {"role", "content"}, whose result is the chat
+        with the answer behind it, or with return_full_text=False the answer's text.
+
+        Options, here or at construction: return_full_text, return_tensors, return_text, return_type,
+        clean_up_tokenization_spaces, skip_special_tokens, continue_final_message, prefix, add_special_tokens,
+        truncation, stop_sequence, batch_size, and for chats tools and documents. Other keywords are those of
+        `generate()`; without any length 256 new tokens come. A chat that ends with the assistant is continued unless
+        continue_final_message=False. truncation=True cuts a prompt on the left, so that it and the new tokens fit the
+        context.
+        """
+        returns = ("return_full_text", "return_tensors", "return_text", "return_type")
+        asked = any(options.get(name) is not None for name in returns)
+        defaults = {k: v for k, v in self._defaults.items() if not (asked and k in returns)}
+        options = {**defaults, **options}
+        options.pop("num_workers", None)  # rows are made in this process
+        return self._run(text_inputs, **options)
+
+    def _run(
         self,
         text_inputs: Any,
         *,
         return_full_text: bool | None = None,
         return_tensors: bool | None = None,
         return_text: bool | None = None,
+        return_type: Any = None,
         clean_up_tokenization_spaces: bool | None = None,
         skip_special_tokens: bool = True,
         continue_final_message: bool | None = None,
         prefix: str = "",
         add_special_tokens: bool = True,
         truncation: bool = False,
+        handle_long_generation: str | None = None,
         stop_sequence: str | Sequence[str] | None = None,
         batch_size: int | None = None,
+        tools: Any = None,
+        documents: Any = None,
+        tokenizer_encode_kwargs: dict[str, Any] | None = None,
         **generate_kwargs: Any,
     ) -> Any:
-        """A list of {"generated_text"} (or, with return_tensors, {"generated_token_ids"}) for one input, one such list
-        an input for several. An input is a text, or a chat: a list of {"role", "content"}, whose result is the chat
-        with the answer behind it, or with return_full_text=False the answer's text.
-
-        Other keywords are those of `generate()`; without any length 256 new tokens come. A chat that ends with the
-        assistant is continued unless continue_final_message=False. truncation=True cuts a prompt on the left, so that
-        it and the new tokens fit the context.
-        """
         if isinstance(text_inputs, Iterator):
             call = {
                 key: value for key, value in locals().items() if key not in ("self", "text_inputs", "generate_kwargs")
             }
-            return (self(one, **call, **generate_kwargs) for one in text_inputs)
+            return (self._run(one, **call, **generate_kwargs) for one in text_inputs)
+        return_full_text, return_tensors = _returned(return_type, return_full_text, return_tensors)
         if return_text is not None and (return_full_text is not None or return_tensors is not None):
             raise InputError("return_text excludes return_full_text and return_tensors; give one of them")
         if return_full_text is not None and return_tensors is not None:
             raise InputError("return_full_text and return_tensors exclude each other; give one of them")
         inputs, single = _as_list(text_inputs)
-        settings = self._settings({**self._defaults, **generate_kwargs}, stop_sequence)
-        prompts = [self._encode(one, prefix, add_special_tokens, continue_final_message) for one in inputs]
-        if truncation:
+        settings = self._settings(dict(generate_kwargs), stop_sequence)
+        chat: dict[str, Any] = {"tools": tools, "documents": documents}
+        encode = {"add_special_tokens": add_special_tokens, **(tokenizer_encode_kwargs or {})}
+        prompts = [self._encode(one, prefix, encode, continue_final_message, chat) for one in inputs]
+        if truncation or _holes(handle_long_generation):
             prompts = [self._cut(ids, settings) for ids in prompts]
 
         def record(given: Any, prompt: list[int], new: list[int]) -> Record:
@@ -134,14 +183,21 @@ class TextGenerationPipeline(Pipeline):
             kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         return kwargs
 
-    def _encode(self, given: Any, prefix: str, add_special_tokens: bool, continue_final: bool | None) -> list[int]:
+    def _encode(
+        self, given: Any, prefix: str, options: dict[str, Any], continue_final: bool | None, chat: dict[str, Any]
+    ) -> list[int]:
         if is_chat(given):
             continues = _continues(given, continue_final)
             ids: list[int] = self.tokenizer.apply_chat_template(
-                given, add_generation_prompt=not continues, continue_final_message=continues, return_dict=False
+                given,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                return_dict=False,
+                **{name: value for name, value in chat.items() if value is not None},
             )
         elif isinstance(given, str):
-            ids = self.tokenizer(prefix + given, add_special_tokens=add_special_tokens)["input_ids"]
+            # without a prefix the very object: a rendered chat knows that it has its BOS
+            ids = self.tokenizer(prefix + given if prefix else given, **options)["input_ids"]
         else:
             raise InputError(
                 f"an input is a {type(given).__name__}; give a text, a chat (a list of dicts with 'role' and "
@@ -195,6 +251,14 @@ class TextClassificationPipeline(Pipeline):
 
     task = "text-classification"
 
+    @classmethod
+    def _options(cls) -> set[str]:
+        return {*_TOKENIZER_OPTIONS, "top_k", "function_to_apply", "batch_size", "return_all_scores", "num_workers"}
+
+    @classmethod
+    def _takes(cls) -> str:
+        return "it takes top_k, function_to_apply, batch_size and the tokenizer's " + ", ".join(_TOKENIZER_OPTIONS)
+
     def __call__(self, inputs: Any, *, batch_size: int | None = None, **kwargs: Any) -> Any:
         """[{"label", "score"}] for a text, and one {"label", "score"} a text for a list.
 
@@ -204,16 +268,16 @@ class TextClassificationPipeline(Pipeline):
         tokenizer's.
         """
         options = {**self._defaults, **kwargs}
+        options.pop("num_workers", None)
+        if (every := options.pop("return_all_scores", None)) is not None:  # the name before top_k
+            options.setdefault("top_k", None if every else 1)
         legacy = "top_k" not in options
         top_k, function = options.pop("top_k", 1), options.pop("function_to_apply", None)
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
             raise InputError(f"top_k is {top_k!r}; give the number of labels to return, or None for all of them")
         unknown = sorted(set(options) - set(_TOKENIZER_OPTIONS))
         if unknown:
-            raise InputError(
-                f"text-classification does not know {', '.join(map(repr, unknown))}; it takes top_k, "
-                f"function_to_apply, batch_size and the tokenizer's {', '.join(_TOKENIZER_OPTIONS)}"
-            )
+            raise InputError(f"{self.task} does not know {', '.join(map(repr, unknown))}; {self._takes()}")
         if isinstance(inputs, Iterator):
             return (self(one, batch_size=batch_size, **kwargs) for one in inputs)
         single = isinstance(inputs, str | Mapping)
@@ -263,6 +327,23 @@ class TextClassificationPipeline(Pipeline):
         names = self.model.config.id2label
         ordered = sorted(range(len(scores)), key=lambda i: -scores[i])
         return [{"label": names[i], "score": scores[i]} for i in ordered[:top_k]]
+
+
+def _returned(kind: Any, full: bool | None, tensors: bool | None) -> tuple[bool | None, bool | None]:
+    """(return_full_text, return_tensors) of transformers' ReturnType: 0 tensors, 1 new text, 2 full text."""
+    if kind is None:
+        return full, tensors
+    number = getattr(kind, "value", kind)
+    if number not in (0, 1, 2):
+        raise InputError(f"return_type is {kind!r}; it must be 0 (tensors), 1 (new text) or 2 (full text)")
+    return (None, True) if number == 0 else (number == 2, None)
+
+
+def _holes(handle: str | None) -> bool:
+    """Whether a prompt that is too long is cut, under transformers' name for that."""
+    if handle not in (None, "hole"):
+        raise InputError(f"handle_long_generation is {handle!r}; it must be None or 'hole'")
+    return handle == "hole"
 
 
 def is_chat(value: Any) -> bool:
@@ -339,6 +420,7 @@ def pipeline(
         raise InputError(f"framework is {framework!r}; there is only 'pt' (PyTorch)")
     if device is not None and device_map is not None:
         raise InputError(f"device {device!r} and device_map {device_map!r} are both given; give one of them")
+    kind.check(kwargs)
     place = _device(device)
     hub = {name: value for name, value in (("revision", revision), ("token", token)) if value is not None}
     path = model if isinstance(model, str | Path) else None

@@ -309,12 +309,6 @@ def _lengths(model: Any, config: GenerationConfig, context: int) -> int:
             stacklevel=5,
         )
     least = config.value("min_length") - context if config.min_new_tokens is None else config.min_new_tokens
-    if config.min_new_tokens is not None and config.value("min_length") > 0:
-        warnings.warn(
-            f"min_new_tokens ({config.min_new_tokens}) and min_length ({config.min_length}) are both given; "
-            "min_new_tokens counts",
-            stacklevel=5,
-        )
     if least > new:
         warnings.warn(f"the least length asks for {least} new tokens but there are at most {new}", stacklevel=5)
     return int(new)

@@ -16,6 +16,7 @@ from llama2.tokenizer.contract import PreTrainedTokenizer
 from llama2.tokenizer.encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from llama2.tokenizer.fast import LlamaTokenizerFast, PreTrainedTokenizerFast
 from llama2.tokenizer.gguf import from_gguf
+from llama2.tokenizer.infilling import CodeLlamaTokenizer, CodeLlamaTokenizerFast
 from llama2.tokenizer.slow import LlamaTokenizer
 from llama2.tokenizer.stream import StreamDecoder
 
@@ -25,6 +26,8 @@ __all__ = [
     "BatchEncoding",
     "CharSpan",
     "ChatPrompt",
+    "CodeLlamaTokenizer",
+    "CodeLlamaTokenizerFast",
     "Encoding",
     "LlamaTokenizer",
     "LlamaTokenizerFast",

@@ -134,11 +134,19 @@ class Files(SpecialTokens):
         if init_inputs:
             raise TokenizerError("from_pretrained takes one path or id; pass everything else by keyword")
         arguments = inspect.signature(cls.__init__).parameters
-        known = {*inspect.signature(cls._setup).parameters, *arguments, "legacy", "add_prefix_space"} - _INTERNAL
+        makers = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
+        known = {name for maker in makers for name in inspect.signature(maker).parameters}
+        known = {*known, *inspect.signature(cls._setup).parameters, "legacy", "add_prefix_space"} - _INTERNAL
         files = find_files(pretrained_model_name_or_path, kwargs)
         wanted = cls._class_of(files)
         if wanted is not cls and kwargs.pop("_from_auto", False):
             return wanted.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if issubclass(wanted, cls) and hasattr(wanted, "prefix_id") and not hasattr(cls, "prefix_id"):
+            warnings.warn(
+                f"the folder is {wanted.__name__}'s; {cls.__name__} takes its <FILL_ME> for text. Load it with that "
+                "class or with AutoTokenizer",
+                stacklevel=2,
+            )
         settings = read_settings(files, known)
         kwargs = {k: v for k, v in kwargs.items() if k not in _SETTLED}
         style = cls._style(files, kwargs)
@@ -274,6 +282,13 @@ class Files(SpecialTokens):
         known = self._added.get(token or "")
         return token if known is None else {"__type": "AddedToken", **known[1].to_dict()}
 
+    def _saved_class(self) -> str:
+        """The name by which transformers finds the class: the slow one's, where there is one."""
+        if self._prefix is None:
+            return "PreTrainedTokenizerFast"
+        name = next(c.__name__ for c in type(self).__mro__ if c.__module__.startswith("llama2."))
+        return "LlamaTokenizer" if name == "PreTrainedTokenizerFast" else name.removesuffix("Fast")
+
     def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
             **self._extra,
@@ -285,7 +300,7 @@ class Files(SpecialTokens):
             "model_input_names": self.model_input_names,
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
-            "tokenizer_class": "LlamaTokenizer" if self._prefix is not None else "PreTrainedTokenizerFast",
+            "tokenizer_class": self._saved_class(),
         }
         for name in NAMES:
             if self._special.get(name) is not None or name == "pad_token":
@@ -318,7 +333,19 @@ class Files(SpecialTokens):
         return found
 
 
-_INTERNAL = {"self", "tokens", "ends", "template", "extra", "unknown", "max_len", "prefix", "kwargs", "from_slow"}
+_INTERNAL = {
+    "self",
+    "args",
+    "tokens",
+    "ends",
+    "template",
+    "extra",
+    "unknown",
+    "max_len",
+    "prefix",
+    "kwargs",
+    "from_slow",
+}
 _UPLOAD = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
 
 
