@@ -219,7 +219,7 @@ def test_hidden_states_and_attentions() -> None:
     assert (model.lm_head(out.hidden_states[-1]) - plain.logits).abs().max() < FLOAT64
     assert [tuple(a.shape) for a in out.attentions] == [(2, 4, 7, 7)] * 2
     assert (out.attentions[0].sum(-1) - 1).abs().max() < FLOAT64
-    assert plain.keys() == ["logits", "past_key_values"]
+    assert list(plain.keys()) == ["logits", "past_key_values"]
     as_tuple = model(ids, return_dict=False)
     assert torch.equal(as_tuple[0], plain[0])
 
