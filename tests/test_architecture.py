@@ -56,6 +56,7 @@ UPWARD_DOORS = {
     ("config", "checkpoint.hub", "upload_file"),
     ("generation_config", "checkpoint.hub", "upload_file"),
     ("generation_config", "checkpoint.source", "settings_file"),
+    ("companions", "checkpoint.transformers_model", "to_transformers"),
     *(
         ("companions", "checkpoint.adapters", name)
         for name in (

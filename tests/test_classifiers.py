@@ -28,7 +28,7 @@ def _model(kind: Any) -> Any:
 
 def test_token_classification_has_the_values_of_transformers() -> None:
     out = _model(LlamaForTokenClassification)(tiny_ids(2, 6), labels=LABELS)
-    assert out.keys() == ["loss", "logits"] and out.logits.shape == (2, 6, 3)
+    assert list(out.keys()) == ["loss", "logits"] and out.logits.shape == (2, 6, 3)
     assert out.loss.item() == pytest.approx(2.0602662563323975, abs=1e-5)
     expected = [2.599628885930981, -2.8379781138362583, -2.9613941384431914]
     assert out.logits[0, 0].tolist() == pytest.approx(expected, abs=1e-5)
@@ -39,7 +39,7 @@ def test_question_answering_has_the_values_of_transformers() -> None:
     out = _model(LlamaForQuestionAnswering)(
         tiny_ids(2, 6), start_positions=torch.tensor([1, 9]), end_positions=torch.tensor([[4], [2]])
     )
-    assert out.keys() == ["loss", "start_logits", "end_logits"]
+    assert list(out.keys()) == ["loss", "start_logits", "end_logits"]
     assert out.loss.item() == pytest.approx(3.5507237012787884, abs=1e-5)
     assert out.start_logits[0, :2].tolist() == pytest.approx([1.741449964062065, -1.355841524956416], abs=1e-5)
     assert out.end_logits[0, :2].tolist() == pytest.approx([0.4788759554345109, -4.07263953568298], abs=1e-5)

@@ -253,3 +253,31 @@ def test_the_networks_linears_are_torchs_own() -> None:
     model = tiny_model(torch.float32)
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert len(linears) == 15 and all(type(m) is torch.nn.Linear for m in linears)
+
+
+def test_a_folder_of_transformers_trainer_without_a_configuration(tmp_path: Any) -> None:
+    tiny_model(torch.float32).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "training_args.bin").touch()
+    with pytest.raises(llama2.CheckpointError, match=r"save_pretrained\(folder\).*to_transformers"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "training_args.bin").unlink()
+    with pytest.raises(llama2.CheckpointError, match="must hold it"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_to_transformers_shares_the_parameters(tied: bool) -> None:
+    pytest.importorskip("transformers", reason="make parity installs transformers")
+    model = tiny_model(torch.float64, tie_word_embeddings=tied)
+    theirs = model.to_transformers()
+    assert type(theirs).__module__.startswith("transformers.") and type(theirs).__name__ == "LlamaForCausalLM"
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=0, atol=1e-4)  # norms in float32
+    own = dict(model.named_parameters())
+    assert all(p is own[name] for name, p in theirs.named_parameters())
+    with torch.no_grad():
+        theirs.model.norm.weight.mul_(2)
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=0, atol=1e-4)  # norms in float32
+    model.add_adapter(LoraConfig())
+    with pytest.raises(InputError, match="adapters"):
+        model.to_transformers()

@@ -42,6 +42,9 @@ class Companions:
     delete_adapter = door("checkpoint.adapters", "delete_adapter", "Forgets adapters.")
     active_adapters = door("checkpoint.adapters", "active_adapters", "Names of the active adapters.")
     get_adapter_state_dict = door("checkpoint.adapters", "get_adapter_state_dict", "Tensors of one adapter.")
+    to_transformers = door(
+        "checkpoint.transformers_model", "to_transformers", "transformers' model over the same parameters."
+    )
 
     @classmethod
     def can_generate(cls) -> bool:

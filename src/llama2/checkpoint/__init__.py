@@ -115,7 +115,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; the folder of a checkpoint must hold it") from error
+        remedy = "the folder of a checkpoint must hold it"
+        if (path.parent / "training_args.bin").exists() and path.name == "config.json":
+            remedy = (
+                "transformers' Trainer writes none beside a model that is not of its own class: copy the base model's "
+                "into the folder, or save with trainer.model.save_pretrained(folder), or train model.to_transformers()"
+            )
+        raise CheckpointError(f"{path} does not exist; {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); fetch or save the file again") from error
     if not isinstance(content, dict):
