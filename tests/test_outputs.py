@@ -27,6 +27,11 @@ def test_a_dict_and_a_tuple() -> None:
     assert [value for name, value in out.items() if name not in ("loss", "past_key_values")] == [LOGITS]
 
 
+def test_the_order_is_that_of_the_fields() -> None:
+    full = CausalLMOutputWithPast(LOSS, LOGITS, "cache", (LOGITS,), (LOSS,))
+    assert list(full) == ["loss", "logits", "past_key_values", "hidden_states", "attentions"] and full[2] == "cache"
+
+
 def test_fields_that_are_set_later_keep_their_place() -> None:
     out = CausalLMOutputWithPast(logits=LOGITS)
     out.loss = LOSS

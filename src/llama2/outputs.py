@@ -33,6 +33,7 @@ class ModelOutput(OrderedDict[str, Any]):
         given = self.__dict__[names[0]]
         if given is not None and not isinstance(given, Tensor) and (pairs := _pairs(given, names)) is not None:
             self.__dict__.update({names[0]: None, **pairs})
+        self.clear()  # the last field is there already
         for name in names:
             if self.__dict__[name] is not None:
                 super().__setitem__(name, self.__dict__[name])
