@@ -351,3 +351,12 @@ def test_save_pretrained_takes_the_keywords_of_a_model(keyword: str, tmp_path: P
     assert LlamaConfig.from_pretrained(tmp_path) == tiny_config()
     with pytest.raises(InputError, match="'foo'"):
         tiny_config().save_pretrained(tmp_path, foo=1)
+
+
+def test_rope_settings_that_change_nothing() -> None:
+    """5.x keeps both keys beside a type that does not use them; another share of the head would change the answers."""
+    extra = {"partial_rotary_factor": 1.0, "original_max_position_embeddings": 16}
+    assert tiny_config(rope_parameters={**LINEAR, "rope_theta": 7.0, **extra}).rope_parameters["factor"] == 2.0
+    for kind in ({"rope_type": "default"}, LINEAR):
+        with pytest.raises(ConfigError, match="partial_rotary_factor is 0.5"):
+            tiny_config(rope_parameters={**kind, "partial_rotary_factor": 0.5})

@@ -138,6 +138,23 @@ def test_minus_one_and_a_wide_eps() -> None:
     assert LlamaForCausalLM(config).model.embed_tokens.padding_idx is None
 
 
+def test_torchscript_traces() -> None:
+    """config.torchscript: tuples come out, caches too, as torch.jit.trace needs; the trace gives the same logits."""
+    model, ids = tiny_model(torchscript=True), tiny_ids(2, 6)
+    assert model.config.use_return_dict is False and isinstance(model(ids)[1], tuple)
+    assert isinstance(model(ids, return_dict=True).logits, torch.Tensor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, (ids, torch.ones_like(ids)))
+    other = tiny_ids(2, 6, seed=5)
+    assert torch.allclose(traced(other, torch.ones_like(other))[0], model(other)[0], atol=1e-12)
+
+
+def test_loading_where_there_is_no_room(folder: Path) -> None:
+    with torch.device("meta"), pytest.raises(RuntimeError, match="outside of that context"):
+        LlamaForCausalLM.from_pretrained(folder)
+
+
 # -- layers that are computed again -----------------------------------------------------------------------------------
 
 

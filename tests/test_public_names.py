@@ -11,6 +11,7 @@ from llama2 import processors, sampling, stopping
 
 NAMES = [
     "BaseStreamer",
+    "Cache",
     "EosTokenCriteria",
     "LlamaForQuestionAnswering",
     "LlamaForTokenClassification",

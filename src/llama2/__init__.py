@@ -22,7 +22,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "PreTrainedTokenizer",
         "PreTrainedTokenizerFast",
     ),
-    "cache": ("DynamicCache", "KVCache", "StaticCache"),
+    "cache": ("Cache", "DynamicCache", "KVCache", "StaticCache"),
     "model": ("LlamaForCausalLM", "LlamaModel"),
     "classifiers": ("LlamaForQuestionAnswering", "LlamaForSequenceClassification", "LlamaForTokenClassification"),
     "pretrained": ("PreTrainedModel",),

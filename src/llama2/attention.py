@@ -157,7 +157,7 @@ def sdpa(
         is_causal=mask.causal and allowed is None,
         dropout_p=dropout,
         scale=scale,
-        enable_gqa=groups > 1,
+        enable_gqa=bool(groups > 1),  # torch.jit.trace makes tensors of sizes
     )
     return out, None
 

@@ -25,6 +25,21 @@ class Companions:
     _hf_peft_config_loaded: bool = False  # adapters inside the model, not peft's wrapper around it
     _auto_class: ClassVar[str | None] = None
     supports_gradient_checkpointing: ClassVar[bool] = True
+    # What the classes can do, as transformers' own tests and libraries that build on them ask.
+    _is_stateful: ClassVar[bool] = False  # nothing but the cache is carried from step to step
+    _is_composite: ClassVar[bool] = False
+    _supports_sdpa: ClassVar[bool] = True
+    _supports_flash_attn: ClassVar[bool] = True
+    _supports_flash_attn_2: ClassVar[bool] = True
+    _supports_flex_attn: ClassVar[bool] = False
+    _supports_attention_backend: ClassVar[bool] = False
+    _supports_cache_class: ClassVar[bool] = True
+    _supports_static_cache: ClassVar[bool] = True
+    _supports_quantized_cache: ClassVar[bool] = False  # of quanto or HQQ; the native engine has one of its own
+    _can_compile_fullgraph: ClassVar[bool] = True
+    _keep_in_fp32_modules_strict: ClassVar[list[str] | None] = None
+    _keys_to_ignore_on_load_missing: ClassVar[list[str] | None] = None
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str] | None] = None
     is_parallelizable: ClassVar[bool] = False  # over devices, by `parallelize()`
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
     # Whether forward divides its loss by num_items_in_batch: transformers' Trainer then does not divide it again.
@@ -45,6 +60,10 @@ class Companions:
     to_transformers = door(
         "checkpoint.transformers_model", "to_transformers", "transformers' model over the same parameters."
     )
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
 
     @classmethod
     def can_generate(cls) -> bool:

@@ -28,6 +28,7 @@ _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
 # Fields of every Hugging Face configuration, which a file names only where they differ.
 _BASE: dict[str, Any] = {
     "return_dict": True,
+    "torchscript": False,
     "output_hidden_states": False,
     "output_attentions": False,
     "is_encoder_decoder": False,
@@ -123,6 +124,7 @@ class LlamaConfig:
         self.architectures: list[str] | None = extra.pop("architectures", None)
         self.name_or_path: str = extra.pop("name_or_path", extra.pop("_name_or_path", ""))
         self.return_dict: bool = extra.pop("return_dict", True)
+        self.torchscript: bool = extra.pop("torchscript", False)
         self.output_hidden_states: bool = extra.pop("output_hidden_states", False)
         self.output_attentions: bool = extra.pop("output_attentions", False)
         self.problem_type: str | None = extra.pop("problem_type", None)
@@ -224,8 +226,8 @@ class LlamaConfig:
 
     @property
     def use_return_dict(self) -> bool:
-        """`return_dict` under its name in 4.x."""
-        return self.return_dict
+        """Whether forward returns an output object by itself: not for torch.jit.trace, which knows tuples only."""
+        return self.return_dict and not self.torchscript
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
         """The configuration of the model that reads and writes text: this one."""

@@ -6,7 +6,8 @@ A message gives the value, the bound it broke and the remedy. Each class also de
     Llama2Error
     |- ConfigError            (ValueError)    a configuration that cannot work
     |- InputError             (ValueError)    a wrong argument: shapes, ids, generation settings, prompts
-    |  '- TokenizerError                      text, ids or tokenizer settings that cannot be encoded or decoded
+    |  |- TokenizerError                      text, ids or tokenizer settings that cannot be encoded or decoded
+    |  '- DeviceError        (RuntimeError)  a device on which the call makes no sense
     |- CheckpointError        (OSError)       a file that is missing, truncated, malformed or of a foreign kind
     |  '- MismatchError       (RuntimeError)  the tensors do not fit the configuration
     '- MissingDependencyError (ImportError)   an optional package, compiler or device that this call needs
@@ -27,6 +28,10 @@ class InputError(Llama2Error, ValueError):
 
 class TokenizerError(InputError):
     """Text, ids or settings that a tokenizer cannot handle."""
+
+
+class DeviceError(InputError, RuntimeError):
+    """A device on which the call makes no sense."""
 
 
 class CheckpointError(Llama2Error, OSError):

@@ -84,7 +84,7 @@ class LlamaModel(PreTrainedModel):
         if use_cache and self.training and self.gradient_checkpointing:
             use_cache = False  # recomputing a layer would append its keys twice
         x_BTD = self._embed(input_ids, inputs_embeds)
-        legacy = isinstance(past_key_values, tuple)
+        legacy = isinstance(past_key_values, tuple) or config.torchscript
         cache = (
             DynamicCache.from_legacy_cache(past_key_values) if isinstance(past_key_values, tuple) else past_key_values
         )
@@ -194,7 +194,7 @@ class LlamaModel(PreTrainedModel):
 
 
 def as_dict(config: LlamaConfig, return_dict: bool | None) -> bool:
-    return config.return_dict if return_dict is None else return_dict
+    return config.use_return_dict if return_dict is None else return_dict
 
 
 def causal_lm_loss(

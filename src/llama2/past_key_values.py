@@ -11,8 +11,8 @@ from llama2.native import NativeCache, NativeRunner, row_count
 from llama2.runner import Runner
 
 
-def given_cache(cache: Any, config: GenerationConfig, rows: int, context: int, embeds: bool) -> Any:
-    """The caller's `past_key_values` as a cache, None for none. `embeds`: the prompt came as embeddings.
+def given_cache(cache: Any, config: GenerationConfig, rows: int, context: int) -> Any:
+    """The caller's `past_key_values` as a cache, None for none.
 
     Raises InputError where it cannot be that of `rows` rows and a prompt of `context` columns.
     """
@@ -23,8 +23,6 @@ def given_cache(cache: Any, config: GenerationConfig, rows: int, context: int, e
     if isinstance(cache, tuple | list):
         cache = DynamicCache.from_legacy_cache(cache)
     held = cache.get_seq_length()
-    if held and embeds:
-        raise InputError("inputs_embeds cannot continue a cache; give the whole sequence as input_ids")
     if held > context:
         raise InputError(
             f"past_key_values holds {held} tokens but the prompt has {context}; give the whole sequence as input_ids, "

@@ -443,7 +443,7 @@ def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
         raise InputError(
             "prefill_chunk_size splits the prompt; output_attentions and output_hidden_states need it whole"
         )
-    given = given_cache(call.past_key_values, config, rows, context, call.inputs_embeds is not None)
+    given = given_cache(call.past_key_values, config, rows, context)
     runner = _runner(call, model, config, given, mask)
     cache = cache_to_run(given, runner, config, rows, context + new, context, full_mask)
     # With embeddings only there are no prompt ids for a penalty or a length to count.

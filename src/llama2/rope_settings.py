@@ -15,7 +15,7 @@ from llama2.plain import plain
 DEFAULT_THETA = 10000.0
 ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # type -> (required, optional) settings
     "default": ((), ()),
-    "linear": (("factor",), ()),
+    "linear": (("factor",), ("original_max_position_embeddings",)),  # which 5.x leaves in; it changes nothing
     "dynamic": (("factor",), ("original_max_position_embeddings",)),
     "yarn": (
         ("factor",),
@@ -103,7 +103,11 @@ def validate_rope(settings: Mapping[str, Any]) -> None:
     missing = [key for key in required if key not in settings]
     if missing:
         raise ConfigError(f"rope_type {kind!r} needs {', '.join(missing)}; got {dict(settings)}")
-    unknown = set(settings) - {"rope_type", "rope_theta", *required, *optional}
+    if settings.get("partial_rotary_factor", 1) != 1:
+        raise ConfigError(
+            f"partial_rotary_factor is {settings['partial_rotary_factor']!r}; a Llama model rotates whole heads (1.0)"
+        )
+    unknown = set(settings) - {"rope_type", "rope_theta", "partial_rotary_factor", *required, *optional}
     if unknown and kind != "default":
         raise ConfigError(f"rope_type {kind!r} does not use {', '.join(sorted(unknown))}; remove or rename them")
     for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):

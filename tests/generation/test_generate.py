@@ -465,3 +465,14 @@ def test_nothing_is_left_behind() -> None:
     generate(model, inputs, config, num_beams=2)
     assert (config.to_dict(), model.generation_config.to_dict()) == before
     assert torch.is_grad_enabled() and inputs.tolist() == [[1]]
+
+
+def test_embeddings_continue_a_cache() -> None:
+    """Prompt and answer as embeddings, with the cache of the first call: the tokens of a run without a break."""
+    model, ids = tiny_model(), tiny_ids(2, 6)
+    embed = model.get_input_embeddings()
+    whole = generate(model, inputs_embeds=embed(ids), max_new_tokens=6)
+    first = generate(model, inputs_embeds=embed(ids), max_new_tokens=3, return_dict_in_generate=True)
+    longer = torch.cat((embed(ids), embed(first.sequences)), dim=1)
+    rest = generate(model, inputs_embeds=longer, past_key_values=first.past_key_values, max_new_tokens=3)
+    assert torch.cat((first.sequences, rest), dim=1).tolist() == whole.tolist()

@@ -31,7 +31,7 @@ from llama2.classifiers import (
 )
 from llama2.config import LlamaConfig
 from llama2.coverage import Coverage, cover, listed
-from llama2.errors import CheckpointError, InputError, MismatchError
+from llama2.errors import CheckpointError, DeviceError, InputError, MismatchError
 from llama2.generation_config import GenerationConfig
 from llama2.keywords import drop, refuse_unknown
 from llama2.model import LlamaForCausalLM, LlamaModel
@@ -248,7 +248,13 @@ def resolve_dtype(dtype: Any, torch_dtype: Any = None) -> torch.dtype | None:
 def resolve_device(device_map: Any) -> torch.device:
     """The one device that a device_map names. Raises InputError for maps over several devices."""
     if device_map is None:
-        return torch.get_default_device()
+        device = torch.get_default_device()
+        if device.type == "meta":
+            raise DeviceError(
+                "from_pretrained under torch.device('meta') has nowhere to put the weights; call it outside of that "
+                "context. A model without weights is Class(config) inside of it"
+            )
+        return device
     if isinstance(device_map, Mapping):
         places = {str(place) for place in device_map.values()}
         if len(places) != 1:
