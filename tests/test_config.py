@@ -360,3 +360,16 @@ def test_rope_settings_that_change_nothing() -> None:
     for kind in ({"rope_type": "default"}, LINEAR):
         with pytest.raises(ConfigError, match="partial_rotary_factor is 0.5"):
             tiny_config(rope_parameters={**kind, "partial_rotary_factor": 0.5})
+
+
+def test_the_dynamic_type_stretches_behind_max_position_embeddings() -> None:
+    """As transformers 4.46 and 5.x, which look at no original_max_position_embeddings there."""
+    from llama2.rope import rope_frequencies
+
+    plain = tiny_config(rope_scaling={"rope_type": "dynamic", "factor": 10.0})
+    noted = tiny_config(
+        rope_scaling={"rope_type": "dynamic", "factor": 10.0, "original_max_position_embeddings": 16384}
+    )
+    for length in (60, 96):
+        assert torch.equal(rope_frequencies(noted, length), rope_frequencies(plain, length))
+    assert not torch.equal(rope_frequencies(noted, 60), rope_frequencies(noted, 96))

@@ -400,6 +400,11 @@ class StaticCache(Cache):
         self._lengths[layer_idx] = min(end, self.max_cache_len)
         return keys, values
 
+    @property
+    def layers(self) -> list[_Layer]:
+        """The buffers of each layer, all of their positions: `cache.layers[0].keys` (B, K, max_cache_len, E)."""
+        return [_Layer(keys, values) for keys, values in zip(self.key_cache, self.value_cache, strict=True)]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions written by this process (a replayed graph does not count)."""
         return self._lengths[layer_idx]

@@ -58,7 +58,7 @@ def attention_scaling(settings: dict[str, Any]) -> float:
 
 
 def _dynamic_base(settings: dict[str, Any], config: LlamaConfig, seq_len: int | None) -> float:
-    trained = settings.get("original_max_position_embeddings", config.max_position_embeddings)
+    trained = config.max_position_embeddings  # an original_max_position_embeddings beside it is not looked at, as in HF
     length = max(seq_len or trained, trained)
     width, factor = config.head_dim, settings["factor"]
     stretched: float = settings["rope_theta"] * (factor * length / trained - (factor - 1)) ** (width / (width - 2))
@@ -148,10 +148,7 @@ class LlamaRotaryEmbedding(nn.Module):
         seq_len = None
         if self.config.rope_parameters["rope_type"] == "dynamic":
             seq_len = int(position_ids.max()) + 1
-            trained = self.config.rope_parameters.get(
-                "original_max_position_embeddings", self.config.max_position_embeddings
-            )
-            seq_len = None if seq_len <= trained else seq_len
+            seq_len = None if seq_len <= self.config.max_position_embeddings else seq_len
         # autocast would take the angles down to bfloat16, three digits for a position of 4,000.
         with torch.autocast(x.device.type, enabled=False):
             angles = position_ids[..., None].to(dtype) * self._frequencies(x.device, dtype, seq_len)

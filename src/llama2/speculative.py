@@ -122,8 +122,6 @@ def _check(request: Request) -> None:
         raise InputError("assisted decoding takes back tokens, which needs use_cache=True and the dynamic cache")
     if config.guidance_scale not in (None, 1):
         raise InputError("guidance_scale does not work with assisted decoding; leave one of them out")
-    if config.value("output_attentions") or config.value("output_hidden_states"):
-        raise InputError("assisted decoding keeps no attentions or hidden states; leave the assistant out for them")
     if request.offset:
         raise InputError("assisted decoding needs the prompt as input_ids, not as inputs_embeds")
 
@@ -134,15 +132,18 @@ class _Writer:
     def __init__(self, request: Request, put: Callable[[Tensor], None] | None) -> None:
         self.request, self.put, self.length, self.done = request, put, request.width, False
 
-    def processed(self, logits_V: Tensor) -> Tensor:
-        """Scores (1, V) of the next token; kept, if the caller asked, together with the logits."""
+    def processed(self, logits_V: Tensor, place: int | None = None) -> Tensor:
+        """Scores (1, V) of the next token; kept, if the caller asked, with the logits and the rest of the step.
+
+        place: which of the tokens that were fed it follows, None for the prompt's.
+        """
         request = self.request
         raw = logits_V[None].to(promoted(logits_V.dtype))
         scores: Tensor = request.processors(request.ids[:, : self.length], raw)
         invalid = ~scores.amax(-1).isfinite()
         if bool(invalid):
             raise invalid_logits(raw, scores, invalid, self.length - request.width + 1)
-        request.record.add(request.runner, raw, scores)
+        request.record.add(request.runner, raw, scores, place)
         return scores
 
     def write(self, token: Tensor) -> None:
@@ -191,7 +192,7 @@ def speculate(request: Request, drafter: Drafter, put: Callable[[Tensor], None] 
         for i, logits_V in enumerate(logits_TV):
             draft = drafts[i : i + 1] if i < len(drafts) else None
             q_V = None if draft is None or drawn_from is None else drawn_from[i]
-            token, right = _choose(request, writer.processed(logits_V), draft, q_V)
+            token, right = _choose(request, writer.processed(logits_V, i), draft, q_V)
             writer.write(token)
             if not right or writer.done:
                 break

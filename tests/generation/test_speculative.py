@@ -108,3 +108,27 @@ def test_refusals() -> None:
     ):
         with pytest.raises(InputError, match=says):
             generate(model, **{"inputs": START, "assistant_model": chain(*PATH), **kwargs})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("kind", ["assistant", "lookup"])
+def test_attentions_and_hidden_states_are_those_of_plain_decoding(kind: str) -> None:
+    """One entry a token: the prompt's first, then (layers x (1, H, 1, S)) and (layers + 1 x (1, 1, D)) as without."""
+    model, ids = tiny_model(), tiny_ids(1, 5).repeat(1, 2)
+    drafts: dict[str, Any] = {"assistant": {"assistant_model": tiny_model(seed=1)}, "lookup": {}}[kind]
+    if kind == "lookup":
+        drafts = {"prompt_lookup_num_tokens": 3}
+    kept = ("attentions", "hidden_states", "scores", "logits")
+    kwargs = {"max_new_tokens": 6, "return_dict_in_generate": True, **{f"output_{name}": True for name in kept}}
+    plain, fast = generate(model, ids, **kwargs), generate(model, ids, **kwargs, **drafts)
+    assert plain.sequences.tolist() == fast.sequences.tolist()
+    for name in ("attentions", "hidden_states"):
+        for want, got in zip(plain[name], fast[name], strict=True):
+            for a, b in zip(want, got, strict=True):
+                assert a.shape == b.shape and torch.allclose(a, b, atol=1e-10)
+
+
+def test_static_caches_show_their_layers() -> None:
+    out = generate(
+        tiny_model(), tiny_ids(2, 4), max_new_tokens=3, cache_implementation="static", return_dict_in_generate=True
+    )
+    assert out.past_key_values.layers[0].keys.shape == (2, 2, 7, 16) and len(out.past_key_values.layers) == 2

@@ -130,12 +130,14 @@ def _adapt_common(part: Any) -> None:
         mixin.check_training_gradient_checkpointing = without_base
 
 
-def _declining(**fields: Any) -> Any:
-    """LlamaConfig where upstream tries hidden_size=0: a class declines that by NotImplementedError, ours by its own."""
-    try:
-        return llama2.LlamaConfig(**fields)
-    except llama2.ConfigError as error:
-        raise NotImplementedError from error
+class _Declining(llama2.LlamaConfig):
+    """Where upstream tries hidden_size=0: it takes NotImplementedError for a refusal, ours is a ConfigError."""
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except llama2.ConfigError as error:
+            raise NotImplementedError from error
 
 
 def config_steps(self: Any) -> None:
@@ -145,7 +147,7 @@ def config_steps(self: Any) -> None:
     steps = [n for n in dir(type(self)) if n.startswith(("create_and_test_config_", "check_config_"))]
     failed = []
     for name in steps:
-        self.config_class = _declining if name.endswith("common_properties") else llama2.LlamaConfig
+        self.config_class = _Declining if name.endswith("common_properties") else llama2.LlamaConfig
         try:
             getattr(self, name)()
         except Exception as error:

@@ -16,7 +16,7 @@ def inverse_frequencies(config: LlamaConfig, length: int | None = None) -> Float
     settings, width = config.rope_parameters, config.head_dim
     kind, base = settings["rope_type"], float(settings["rope_theta"])
     if kind == "dynamic":
-        trained = settings.get("original_max_position_embeddings", config.max_position_embeddings)
+        trained = config.max_position_embeddings
         grown = max(length or trained, trained)
         base *= (settings["factor"] * grown / trained - (settings["factor"] - 1)) ** (width / (width - 2))
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
