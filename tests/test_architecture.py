@@ -22,7 +22,7 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("checkpoint", "plain_network", "sampling"), 10),
     **dict.fromkeys(("native", "shortlist", "graphs", "prepared"), 11),
     "runner": 12,
-    "past_key_values": 13,
+    **dict.fromkeys(("past_key_values", "records"), 13),
     "request": 14,
     **dict.fromkeys(("beam", "speculative"), 15),
     "generate": 16,

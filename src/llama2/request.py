@@ -19,12 +19,12 @@ from llama2.errors import InputError
 from llama2.generation_config import CACHE_ALIASES, DEFAULTS, GenerationConfig, as_list
 from llama2.keywords import drop
 from llama2.native import NATIVE_CACHES, NativeCache, NativeModel, NativeRunner
-from llama2.outputs import ModelOutput
 from llama2.past_key_values import cache_to_run, given_cache
 from llama2.plain import plain
 from llama2.prepared import PreparedRunner, arguments_of
 from llama2.processors import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
-from llama2.runner import Runner, TorchRunner, make_runner
+from llama2.records import Record
+from llama2.runner import Runner, make_runner
 from llama2.sampling import Prompt, Sampler, build_processors, row_seeds
 from llama2.stopping import EosTokenCriteria, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 
@@ -40,77 +40,6 @@ CALL_ARGUMENTS = (
     "generator",
     "runner",
 )
-
-
-@dataclass
-class GenerateDecoderOnlyOutput(ModelOutput):
-    """sequences (rows, L) with the prompt; per step: scores and logits (rows, V), attentions, hidden_states."""
-
-    sequences: Tensor | None = None
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
-    hidden_states: tuple[Any, ...] | None = None
-    past_key_values: Any = None
-
-
-@dataclass
-class GenerateBeamDecoderOnlyOutput(ModelOutput):
-    """As above, with sequences_scores (rows,) and beam_indices (rows, new tokens), -1 behind the end."""
-
-    sequences: Tensor | None = None
-    sequences_scores: Tensor | None = None
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
-    beam_indices: Tensor | None = None
-    attentions: tuple[Any, ...] | None = None
-    hidden_states: tuple[Any, ...] | None = None
-    past_key_values: Any = None
-
-
-@dataclass
-class Record:
-    """What the caller asked to keep of each step."""
-
-    scores: list[Tensor] | None = None
-    logits: list[Tensor] | None = None
-    attentions: list[Any] | None = None
-    hidden_states: list[Any] | None = None
-
-    @classmethod
-    def of(cls, config: GenerationConfig) -> "Record":
-        """Empty lists for what `config` asks for."""
-        wanted = config.value("return_dict_in_generate")
-        names = ("scores", "logits", "attentions", "hidden_states")
-        return cls(**{name: [] for name in names if wanted and getattr(config, f"output_{name}")})
-
-    def add(self, runner: Runner, logits: Tensor, scores: Tensor, place: int | None = None) -> None:
-        """Keeps one step; of attentions and hidden states those of the new token `place`, None for all of them."""
-        if self.scores is not None:
-            self.scores.append(scores)
-        if self.logits is not None:
-            self.logits.append(logits)
-        if isinstance(runner, TorchRunner | PreparedRunner):
-            if self.attentions is not None:
-                self.attentions.append(_rows_at(runner.attentions, place))
-            if self.hidden_states is not None:
-                self.hidden_states.append(
-                    runner.hidden_states
-                    if place is None or runner.hidden_states is None
-                    else tuple(x_BTD[:, place : place + 1] for x_BTD in runner.hidden_states)
-                )
-
-    def fields(self) -> dict[str, tuple[Any, ...]]:
-        """What was kept, as the fields of an output."""
-        return {name: tuple(kept) for name, kept in vars(self).items() if kept is not None}
-
-
-def _rows_at(weights: tuple[Tensor, ...] | None, place: int | None) -> tuple[Tensor, ...] | None:
-    """What new token `place` of T attended to, (B, H, 1, S - its followers) a layer; all of it for None."""
-    if weights is None or place is None:
-        return weights
-    behind = weights[0].shape[2] - 1 - place
-    return tuple(w_BHTS[:, :, place : place + 1, : w_BHTS.shape[3] - behind] for w_BHTS in weights)
 
 
 @dataclass
