@@ -279,6 +279,20 @@ def test_other_rows_or_another_scale_are_another_run(tmp_path: Path) -> None:
         made(tmp_path / "alpha", model=adapted(8), max_steps=9).train(resume_from_checkpoint=True)
 
 
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="output_dir .*file/out' cannot be written"):
+        made(tmp_path / "file" / "out")
+
+
+def test_a_run_goes_on_in_another_folder(tmp_path: Path) -> None:
+    made(tmp_path / "a", save_steps=3).train()
+    again = made(tmp_path / "new" / "b")
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    logged = (tmp_path / "new" / "b" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
+
+
 def test_the_log_of_an_interval_goes_on(tmp_path: Path) -> None:
     straight = made(tmp_path / "a", logging_steps=4, max_steps=8, save_steps=2)
     straight.train()

@@ -102,6 +102,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # kind, and arguments of two r
     "preferences": ("dpo", SHARD),
     "classifier": ("classifier", SHARD),
     "bytes": ("plain", {"optim": "adamw_8bit"}),
+    "hooked": ("hooked", {}),
+    "hooked, accumulated": ("hooked", HALVES),
     "seeds": ("seeds", {}),  # an adapter that each rank makes otherwise
 }
 

@@ -254,6 +254,8 @@ class Loop(Hooks, Saving):
         """Gradients of training_step over the batches of a step."""
         batches = self._next_batches()
         items = self._all_items(batches)
+        if idle := not batches:  # of the last step of an epoch: ranks run in step
+            batches = [self._inputs(self._rows_of(self.place)[:1])]
         self.current_gradient_accumulation_steps = len(batches)
         given = (items,) if accepts(self.training_step, "num_items_in_batch") else ()
         total, tokens = 0.0, 0
@@ -265,6 +267,10 @@ class Loop(Hooks, Saving):
             total += float(self.training_step(self.model, inputs, *given))
             if number + 1 < len(batches):
                 self._call("on_substep_end")
+        if idle:
+            total, tokens = 0.0, 0
+            for parameter in self.updates.parameters.values():
+                parameter.grad = None if parameter.grad is None else torch.zeros_like(parameter.grad)
         total, tokens, stop = self.ranks.sums([total / self.ranks.world, tokens, self._stop])  # type: ignore[assignment]
         self._agreed = self._agreed or stop > 0
         self.ranks.add_gradients(self.updates.parameters.values())

@@ -76,6 +76,15 @@ class Saving(Results):
     def _call(self, event: str, **given: Any) -> None:
         raise NotImplementedError
 
+    def _check_folder(self) -> None:
+        """Raises InputError where nothing could be written, before anything is trained."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise InputError(f"output_dir {str(self.folder)!r} cannot be written ({error}); give another") from error
+
     # -- models --------------------------------------------------------------------------------------------------
 
     def gathered(self, every: bool = True) -> AbstractContextManager[None]:
@@ -274,6 +283,7 @@ class Saving(Results):
         if self.args.restore_callback_states_from_checkpoint:
             self.callbacks.restore(self.state.stateful_callbacks)
         if self.ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)  # the checkpoint may be of another folder
             with replacing(self.folder / LOG) as file:  # without the steps that are taken again
                 file.write("".join(json.dumps(entry) + "\n" for entry in self.state.log_history).encode())
 

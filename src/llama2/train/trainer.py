@@ -174,6 +174,7 @@ class Trainer(Loop):
 
     def _check(self) -> None:
         args = self.args
+        self.ranks.told(self._check_folder)
         if self.objective is None and self.data_collator is None and not self.eval_rows:
             raise InputError("there is nothing to train on; pass train_dataset=, or an objective and its rows")
         if not self.rows and self.train_dataset is not None and not self.eval_rows:
