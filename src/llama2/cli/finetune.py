@@ -104,7 +104,7 @@ class Saving:
     save_steps: int = option(500, "a checkpoint every N steps")
     keep: int = option(2, "checkpoints at a time")
     logging_steps: int = option(10, "a line of log.jsonl every N steps")
-    report_to: Literal["none", "tensorboard"] = option("none", "besides log.jsonl")
+    report_to: Literal["none", "all", "tensorboard", "wandb", "mlflow", "trackio"] = option("none", "besides log.jsonl")
     resume: bool = option(False, "go on from the newest checkpoint of the folder")
     quiet: bool = option(False, "no progress, no report of the rows")
     json: bool = option(False, "the result as JSON")
