@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,22 @@ def test_added_tokens_without_an_embedding_are_left_out(llama2_folder: Path, tmp
     assert keys["tokenizer.ggml.padding_token_id"] == 32000
     with pytest.raises(CheckpointError, match="has 32000 tokens, the model only 31000"):
         gguf_keys(tmp_path / "folder", 31000, chat=False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_order_of_pairs_of_one_piece_says_nothing(llama2_folder: Path, tmp_path: Path, news_text: str) -> None:
+    """transformers 5 lists ("▁t", "h") before ("▁", "th"), and ("▁▁", "▁▁") before ("▁", "▁▁▁")."""
+    shutil.copytree(llama2_folder, tmp_path / "folder")
+    document = json.loads((tmp_path / "folder/tokenizer.json").read_text())
+    merges = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in document["model"]["merges"]]
+    groups = groupby(merges, key="".join)
+    turned = [pair for _, pairs in groups for pair in sorted(pairs, key=lambda pair: -len(pair[0]))]
+    assert turned != merges
+    document["model"]["merges"] = turned
+    (tmp_path / "folder/tokenizer.json").write_text(json.dumps(document))
+    before, after = load(tmp_path / "folder"), from_gguf(gguf_keys(tmp_path / "folder", 32000, chat=False))
+    for text in texts(news_text):
+        assert after(text).input_ids == before(text).input_ids, text
 
 
 def test_merges_that_no_sentencepiece_model_has_are_told(llama2_folder: Path, tmp_path: Path) -> None:

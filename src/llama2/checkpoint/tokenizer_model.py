@@ -2,7 +2,8 @@
 
 SentencePiece joins the pair whose piece has the highest score, the leftmost of equals; a tokenizer.json lists for each
 piece every pair that makes it, in the order of the scores. So the piece of an earlier merge gets a higher score, and
-pieces whose merges are interleaved get the same.
+pieces whose merges are interleaved get the same. Which of the pairs that make one piece comes first differs between
+transformers 4, 5 and this library.
 """
 
 import warnings
@@ -29,7 +30,8 @@ def rebuild(folder: Path, tokenizer: Any) -> SentencePieceModel | None:
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     scores = _scores(pieces, [left + right for left, right in merges])
     made = SentencePieceModel(tuple(pieces), tuple(scores), tuple(_types(pieces, model, tokenizer)))
-    if made.merges() != merges:
+    # Only which pairs there are: the order of those that make one piece differs between programs, and says nothing.
+    if set(made.merges()) != set(merges):
         warnings.warn(
             f"{folder}/tokenizer.json has merges that no SentencePiece model has; with the rebuilt one rare words may "
             "be cut into other tokens",
