@@ -181,6 +181,7 @@ def paths_of(path: Path) -> list[Callable[[], Any]]:
     ]
     if cpu.available():
         ways += [lambda: NativeModel.from_gguf(path), lambda: cpu.CpuWeights.from_gguf(GgufFile(path))]
+        ways += [lambda: cpu.write_packed(GgufFile(path))]
     return ways
 
 

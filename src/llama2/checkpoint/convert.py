@@ -32,7 +32,6 @@ from llama2.checkpoint.imatrix import read_imatrix
 from llama2.checkpoint.merge import MergedCheckpoint
 from llama2.checkpoint.meta_write import MetaTarget
 from llama2.checkpoint.packed import unpacked
-from llama2.checkpoint.packing import RepackedCheckpoint, read_packing
 from llama2.checkpoint.pages import fetch, release
 from llama2.checkpoint.peft import read_adapter
 from llama2.checkpoint.pooled import PooledCheckpoint
@@ -98,7 +97,7 @@ def convert(
     path = Path(target)
     _check_target(opened, path, options)
     if options.adapter is not None:
-        opened = _merged(opened, options.adapter, options)
+        opened = MergedCheckpoint(opened, read_adapter(locate_all(options.adapter).path, opened.config))
     if options.kv_heads is not None:
         opened = PooledCheckpoint(opened, options.kv_heads)
     return write(make_target(opened, path.name, options), opened, path, options, progress)
@@ -171,19 +170,6 @@ def gguf_type(wanted: str) -> str | None:
         choices = ", ".join(("keep", *_FLOATS, *(name.lower() for name in FILE_TYPES if name not in _DENSE)))
         raise InputError(f"dtype {wanted!r} cannot be written to GGUF; it is one of {choices}")
     return kind
-
-
-def _merged(source: Checkpoint, adapter: str, options: Options) -> Checkpoint:
-    quantised = sorted({kind for _, kind in source.tensors.values()} - set(DTYPES))
-    if options.to == "gguf" and options.dtype == "keep" and quantised:
-        raise InputError(
-            f"{source.path} is quantised ({', '.join(quantised)}), and weights with an adapter in them are not: say "
-            "with dtype what to store them as; what the adapter leaves alone and is of that type stays as it is"
-        )
-    folder = locate_all(adapter).path
-    packing = read_packing(folder)
-    packed = source if packing is None else RepackedCheckpoint(source, packing)
-    return MergedCheckpoint(packed, read_adapter(folder, source.config))
 
 
 def _check_target(source: Checkpoint, path: Path, options: Options) -> None:

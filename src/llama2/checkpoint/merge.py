@@ -64,6 +64,13 @@ class MergedCheckpoint(SeenCheckpoint):
             found[name] = Stored(shape, kind if kind in CODES.values() else "F32")
         return found
 
+    def kept_type(self, name: str) -> str:
+        """Of sums with quantised weights what the rest of the model is read in: float32 would double it."""
+        there = self.source.tensors.get(name)
+        if name in self._changed and there is not None and there.type not in CODES.values():
+            return CODES[getattr(torch, self.source.auto_dtype)]
+        return super().kept_type(name)
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self._changed and name in self.source.tensors:
             return self.source.read(name, dtype)

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.compiled import make_pool, native
-from llama2.cpu.reader import BlockMatrix, GgufSource, block_matrices
+from llama2.cpu.reader import BlockMatrix, GgufSource, block_matrices, check_coverage
 from llama2.errors import CheckpointError, InputError
 from llama2.quant.blocks import SIZES
 
@@ -119,8 +119,10 @@ def write(source: GgufSource, progress: Progress | None = None, threads: int | N
 
     The file is written beside under another name, synced and renamed; on any error, Ctrl-C included, nothing is left.
     `progress` is called with (bytes done, bytes in all, name of the matrix). Memory: 20 MB, whatever the model's size.
-    Raises InputError where there is nothing to pack, too little room, or another process packs the same file.
+    Raises InputError where there is nothing to pack, too little room, or another process packs the same file;
+    MismatchError where the tensors are not those of the configuration.
     """
+    check_coverage(source)
     path = packed_path(source)
     header = _describe(source)
     places = _places(source, _data_start(header))

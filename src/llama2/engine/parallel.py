@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2.checkpoint import Stored
+from llama2.checkpoint.covered import covered
 from llama2.checkpoint.load import DTYPES, fill, match, resolve_dtype
 from llama2.checkpoint.packed import settings_of
 from llama2.checkpoint.source import open_source
@@ -84,8 +85,7 @@ class Shares:
 
     def __init__(self, source: Any, config: LlamaConfig, place: Place) -> None:
         self._source, self._config, self._place = source, config, place
-        prefix = "" if any(name.startswith("model.") for name in source.tensors) else "model."
-        self._names = {(name if name == _HEAD else prefix + name): name for name in source.tensors}
+        self._names = {name: name for name in source.tensors}
         if _HEAD not in self._names and config.tie_word_embeddings:
             self._names[_HEAD] = self._names[_EMBEDDING]
         whole = source.tensors
@@ -188,6 +188,7 @@ def load_part(
     config = source.config
     if settings_of(config, Path(path)) is not None:
         raise InputError(f"{path} is packed, and packed linears are not shared out; dequantise it, or serve it whole")
+    source = covered(source)
     with torch.device("meta"):
         model = PartOfLlama(part_of(config, place.size))
         model.place, model.neighbours = place, neighbours
