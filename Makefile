@@ -23,7 +23,7 @@ PROMPT ?= Explain in two sentences why the sky is blue.
 
 PEERS_ROOT ?= $(CURDIR)/$(VENV)-peers
 
-.PHONY: demo test check check-native format peers parity parity-446 parity-bitsandbytes parity-peft triton-check page ray \
+.PHONY: demo test check check-native format peers parity parity-446 parity-bitsandbytes parity-peft triton-check page ray fuzz \
   bench bench-train gpu-check clean
 
 $(BIN)/python:
@@ -127,6 +127,11 @@ page: .make/page
 
 ray: .make/ray
 	$(BIN)/python -m pytest -m slow tests/serve/test_ray.py
+
+FUZZ ?= 20000
+SEED ?= 0
+fuzz: .make/test
+	LLAMA2_FUZZ=$(FUZZ) LLAMA2_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/serve/test_fuzz.py -o timeout=36000
 
 .make/bench: .make/parity
 	$(PIP) 'llama-cpp-python[server]==0.3.36'

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -208,6 +209,7 @@ def run(options: Options) -> int:
     from llama2.serve.life import Life
     from llama2.serve.proof import STACK
 
+    sys.setswitchinterval(0.001)  # a step of the engine takes the interpreter's lock often: see docs/LOG.md
     threading.stack_size(4 * STACK)  # of every thread from here on: see serve/proof.py
     life = Life(options.drain_delay or 0.0, 25.0 if options.shutdown_timeout is None else options.shutdown_timeout)
     host = options.host or ("0.0.0.0" if container else "127.0.0.1")

@@ -1,6 +1,7 @@
 """From the bytes of a body to a checked model, or a refusal that names the field, the value and the bound."""
 
 import difflib
+import re
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -10,6 +11,7 @@ from llama2.serve.refusal import Refusal
 
 MAX_DEPTH = 64  # of JSON: no schema or message needs more, and nothing behind this bound recurses further
 Text = Annotated[str, Field(max_length=4_000_000)]
+_STRUCTURE = re.compile(rb'["\[\]{}]')
 Texts = Annotated[list[Text], Field(fail_fast=True)]
 M = TypeVar("M", bound="Body")
 
@@ -52,10 +54,11 @@ def read(model: type[M], data: bytes, unknown: str = "refuse") -> M:
 
 def check_depth(data: bytes) -> None:
     """Raises Refusal for brackets nested deeper than MAX_DEPTH; text in strings counts for nothing."""
-    depth, at, end = 0, 0, len(data)
+    depth = at = 0
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
-    while at < end:
+    while (found := _STRUCTURE.search(data, at)) is not None:
+        at = found.start()
         byte = data[at]
         if byte == 0x22:  # a string: to its closing quote
             at = _closing_quote(data, at + 1)
