@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.utils.data import DataLoader
 
-from llama2 import InputError, LlamaForCausalLM, LlamaForSequenceClassification
+from llama2 import (
+    InputError,
+    LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
 from llama2.train import hooks
 from llama2.train.arguments import TrainingArguments
 from llama2.train.callbacks import EVENTS, TrainerCallback
@@ -446,3 +452,45 @@ def test_what_scripts_write_at_their_end(tmp_path: Path, capsys: pytest.CaptureF
     assert found.get_num_trainable_parameters() == sum(p.numel() for p in found.model.parameters())
     assert found.tokenizer is None and found.args.parallel_mode.value == "not_parallel" and found.args.should_save
     assert found.args.get_process_log_level() == 30 and found.args.world_size == 1
+
+
+class Line(torch.nn.Module):
+    """A model that is none of the library's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(2, 1)
+
+    def forward(self, x: Any, labels: Any = None) -> dict[str, Any]:
+        found = self.line(x).squeeze(-1)
+        return {"loss": ((found - labels) ** 2).mean(), "logits": found}
+
+
+@pytest.mark.parametrize("kind", ["tokens", "answers", "any"])
+def test_models_with_a_loss_of_their_own(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    model: Any = Line()
+    rows: list[dict[str, Any]] = [{"x": [0.5, 1.0], "labels": 1.0, "note": "text"}] * 4
+    if kind == "tokens":
+        model = LlamaForTokenClassification(tiny_config(num_labels=3))
+        rows = [{"input_ids": [1, 2, 3, 4], "labels": [0, 1, 2, -100]}] * 4
+    if kind == "answers":
+        model = LlamaForQuestionAnswering(tiny_config())
+        rows = [{"input_ids": [1, 2, 3, 4], "start_positions": 1, "end_positions": 2}] * 4
+    args = arguments(tmp_path, learning_rate=1e-2, max_steps=8, save_strategy="steps")
+    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * before
+    predicted = trainer.predict(rows)
+    assert predicted.metrics["test_loss"] < 0.9 * before
+    assert len(predicted.label_ids) == (2 if kind == "answers" else 4)
+    assert (tmp_path / "checkpoint-8" / "model.safetensors").exists()
+
+
+def test_a_trainer_that_only_measures(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_model(torch.float32), arguments(tmp_path))
+    assert trainer.predict(ROWS[:2]).predictions.shape == (2, 6, 97)
+    assert trainer.evaluate(ROWS[:2])["eval_loss"] == pytest.approx(6.64409, abs=2e-4)
+    with pytest.raises(InputError, match="there are no rows to train on; pass train_dataset="):
+        trainer.train()

@@ -110,12 +110,13 @@ class Trainer(Loop):
         self.compute_loss_func, self.compute_metrics = compute_loss_func, compute_metrics
         self.preprocess_logits_for_metrics, self.data_collator = preprocess_logits_for_metrics, data_collator
         self.optimizer_cls_and_kwargs, self.model_init = optimizer_cls_and_kwargs, model_init
-        self.label_names = ["labels"] if args.label_names is None else list(args.label_names)
         self._given, self._save_model, self._report = tuple(optimizers), save, report
         self.folder, self.ranks = Path(args.output_dir or ""), join()
         self._stop = self._agreed = self.is_in_train = False
         self._peft_config, self._narrow = peft_config, _narrow(args)
         self._take(self.call_model_init() if model is None else model)
+        own = ["start_positions", "end_positions"] if hasattr(self.network, "qa_outputs") else ["labels"]
+        self.label_names = own if args.label_names is None else list(args.label_names)
         self._encode(objective, rows, eval_rows, train_dataset, eval_dataset)
         self._check()
         self.state, self.control = TrainerState(), TrainerControl()
@@ -165,7 +166,7 @@ class Trainer(Loop):
         if eval_dataset is not None:
             eval_rows = self.encoder.sets(eval_dataset)
         self.eval_rows: Any = eval_rows
-        self.objective = self.encoder.objective
+        self.objective, self.data_collator = self.encoder.objective, self.encoder.collator
         self.train_dataset = self.rows if train_dataset is None else train_dataset
 
     def _encoder(self, objective: Objective | None) -> Encoder:
@@ -175,10 +176,8 @@ class Trainer(Loop):
     def _check(self) -> None:
         args = self.args
         self.ranks.told(self._check_folder)
-        if self.objective is None and self.data_collator is None and not self.eval_rows:
-            raise InputError("there is nothing to train on; pass train_dataset=, or an objective and its rows")
-        if not self.rows and self.train_dataset is not None and not self.eval_rows:
-            raise InputError("there are no rows to train on")
+        if self.objective is not None and not self.rows and not self.eval_rows:
+            raise InputError("there are no rows to train on; pass rows=, or train_dataset=")
         if args.eval_strategy != "no" and not self.eval_rows:
             raise InputError(
                 f"eval_strategy is {args.eval_strategy!r}, and there are no rows to measure on; pass eval_dataset=, or "
@@ -406,7 +405,9 @@ class Trainer(Loop):
                 raise InputError(f"there is no set {dataset!r} among the trainer's eval_dataset")
             return self.eval_rows[dataset], self._inputs
         if dataset is not None:
-            return self.encoder.measured(dataset, self._inputs)
+            found = self.encoder.measured(dataset, self._inputs)
+            self.objective = self.objective or self.encoder.objective
+            return found
         if not self.eval_rows:
             raise InputError("there are no rows to measure on; pass eval_dataset=")
         return self.eval_rows, self._inputs
