@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llama2"
 ROWS: dict[str, int] = {
     **dict.fromkeys(("errors", "doors", "plain", "recompute"), 0),
     **dict.fromkeys(("keywords", "presets", "rope_settings", "seeds", "text_file"), 1),
+    **dict.fromkeys(("hf_argument_parser",), 2),
     **dict.fromkeys(("config", "generation_config", "compiled"), 2),
     **dict.fromkeys(("tokenizer", "quantization_config", "lora_config"), 3),
     **dict.fromkeys(("architecture", "rope", "cache", "outputs", "quant", "linear"), 4),

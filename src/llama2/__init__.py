@@ -79,6 +79,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "streamers": ("AsyncTextIteratorStreamer", "BaseStreamer", "TextIteratorStreamer", "TextStreamer"),
     "pipelines": ("TextClassificationPipeline", "TextGenerationPipeline", "pipeline"),
     "seeds": ("set_seed",),
+    "hf_argument_parser": ("HfArgumentParser",),
     "outputs": ("ModelOutput",),
     "lora_config": ("LoraConfig", "TaskType"),
     "engine.engine": ("Engine",),
