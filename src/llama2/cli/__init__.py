@@ -90,6 +90,7 @@ def _run(words: list[str]) -> int:
     module, rest = import_module(COMMANDS[name][0]), words[1:]
     try:
         if tasks := getattr(module, "TASKS", None):
+            rest = module.words(rest)
             task = rest[0] if rest else ""
             if task in ("-h", "--help"):
                 print(_tasks(name, module.SUMMARY))

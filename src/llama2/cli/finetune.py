@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from llama2.cli import terminal
 from llama2.cli.args import option
 from llama2.cli.meter import Steps
+from llama2.cli.recipes import NAMES, expanded, set_values
 from llama2.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,13 +21,7 @@ if TYPE_CHECKING:
     from llama2.train.trainer import TrainingArguments
 
 # Flag -> field of TrainingArguments, where the two are called differently.
-_ARGUMENTS = {
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "schedule": "lr_scheduler_type",
-    "keep": "save_total_limit",
-    "resume": "resume_from_checkpoint",
-}
+_ARGUMENTS = {flag: field for field, flag in NAMES.items() if flag not in ("model", "data", "data_config", "split")}
 LORA_RANK = 16
 
 
@@ -84,6 +79,11 @@ class Training:
     weight_decay: float = option(0.0, "of matrices, each step")
     max_grad_norm: float = option(1.0, "gradients beyond this norm are scaled down, 0: never")
     seed: int = option(42, "order of the rows, fresh weights, dropout")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "of the weights while they train; auto is float32, and beneath an adapter what they are stored in, or on a CPU "
+        "what it computes fast",
+    )
     bf16: bool = option(False, "compute in bfloat16; weights that are trained keep float32 copies")
     fp16: bool = option(False, "compute in float16 with scaled losses, on CUDA alone")
     optim: Literal["adamw_torch", "adamw_8bit"] = option("adamw_torch", "adamw_8bit keeps its moments in bytes")
@@ -91,6 +91,9 @@ class Training:
     fsdp: Literal["full_shard"] | None = option(None, "under torchrun: each process holds a part of each weight "
                                                 "(default: all hold them whole)", metavar="full_shard")  # fmt: skip
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one", metavar="DEVICE")
+    set: tuple[str, ...] = option((), "any other field of TrainingArguments; may be repeated", metavar="NAME=VALUE")
+    config: str | None = option(None, "flags from a .yaml or .json file, or the finetune.json of a run; those that are "
+                                "given beside it win", metavar="FILE")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,11 @@ SUMMARY = {
 }
 
 
+def words(given: Sequence[str]) -> list[str]:
+    """The words of the command line, with those of a recipe's file among them."""
+    return expanded(given, TASKS)
+
+
 def bound_caches() -> None:
     """Torch and oneDNN each keep what they made for 1,024 shapes of products, half a megabyte a shape and more for wide
     ones: rows of many lengths fill gigabytes. Both read their bound at the first product of the process.
@@ -239,7 +247,9 @@ def recipe_of(options: Common) -> "Recipe":
     settings["lora"] = None if _continues(options) and not options.describes else options.lora
     if "labels" in settings:
         settings["labels"] = tuple(part.strip() for part in (settings["labels"] or "").split(",") if part.strip())
-    if options.bf16 and trains_adapter(options):  # an adapter is float32 on weights loaded as bfloat16
+    if (
+        options.bf16 and options.dtype == "auto" and trains_adapter(options)
+    ):  # an adapter is float32 on weights loaded as bfloat16
         settings["dtype"] = "bfloat16"
     settings["columns"] = _columns(options.columns or "")
     if settings.get("chat_template"):
@@ -275,7 +285,7 @@ def arguments(options: Common, checkpoint_dir: str | None = None) -> "TrainingAr
     settings["bf16"] = options.bf16 and not trains_adapter(options)
     settings["fsdp"] = options.fsdp or ""
     settings["eval_on_start"] = options.eval_data is not None or options.eval_split is not None
-    return TrainingArguments(**settings)
+    return TrainingArguments(**settings, **set_values(options.set, lambda name: name in known - set(settings)))
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -294,6 +304,8 @@ def _modules(names: str) -> tuple[str, ...] | str:
 
 
 def _template(name: str) -> str:
+    if "{" in name:  # the template itself, of a finetune.json
+        return name
     if name == "llama2":
         from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE
 

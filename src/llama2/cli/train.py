@@ -13,12 +13,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llama2.cli import explain, finetune
 from llama2.cli.args import option, parse
+from llama2.cli.recipes import words_of
 from llama2.errors import InputError, Llama2Error
 
 _TRAIN, _EVAL = ("train", "training"), ("validation", "eval", "test")
@@ -135,7 +136,7 @@ def _options(root: Path) -> finetune.Common:
         raise InputError("no model is given; set the hyperparameter model (a hub id), or pass a channel called model")
     model = named[0] if named else str(channels / "model")
     cls = finetune.TASKS[task]
-    words = _words(cls, given)
+    words = words_of(cls, given, "the hyperparameter ")
     options = parse(cls, f"llama2 train (task {task})", words)
     return replace(options, paths=(model, str(_rows(there, wanted)), str(root / "model")))
 
@@ -175,25 +176,6 @@ def _plain(value: Any) -> str:
     except ValueError:
         return value
     return inner if isinstance(inner, str) else value
-
-
-def _words(cls: type[finetune.Common], given: Mapping[str, str]) -> list[str]:
-    """The words of the command line that say the same. A switch has a value here: true or false."""
-    defaults = {f.name: f.default for f in fields(cls)}
-    words = []
-    for name, value in given.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(defaults.get(name), bool) or (name == "packing" and name in defaults):
-            if value.lower() not in ("true", "false"):
-                raise InputError(f"the hyperparameter {name} is {value!r}; it must be true or false")
-            on = value.lower() == "true"
-            if name == "packing" or defaults[name]:
-                words.append(flag if on else f"--no-{flag[2:]}")
-            elif on:
-                words.append(flag)
-        else:
-            words.append(f"{flag}={value}")
-    return words
 
 
 def _rows(channel: Path, wanted: str | None) -> Path:

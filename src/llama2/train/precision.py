@@ -29,7 +29,7 @@ def beneath_adapter(stored: str | torch.dtype, device: str) -> tuple[str, str]:
         return name_of(kept), ""
     return name_of(best), (
         f"the weights are stored in {name_of(kept)} and compute in {name_of(best)}, which this processor does many "
-        "times faster (--dtype says otherwise)"
+        "times faster (dtype, --dtype choose another)"
     )
 
 
