@@ -51,6 +51,7 @@ NO_TORCH = (
     "doors.py",
 )
 UPWARD_DOORS = {
+    ("checkpoint", "quantize.on_load", "quantized"),
     ("native", "generate", "generate"),
     ("config", "auto", "load_config"),
     ("config", "auto", "load_fields"),

@@ -158,7 +158,10 @@ def test_base_model_takes_the_packed_layers(folder: Path, config: Any, tmp_path:
         ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
         ({"quantization_config": 5}, "quantization_config is 5"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "set exactly one"),
-        ({"quantization_config": GPTQConfig(bits=4, dataset=["a text"])}, "rounds without calibration"),
+        (
+            {"quantization_config": GPTQConfig(bits=4, dataset=["a text"])},
+            "no tokenizer, and from_pretrained rounds without calibration",
+        ),
         ({"load_in_8bit": True, "quantization_config": WAYS["int8"]}, "one setting"),
     ],
 )

@@ -246,3 +246,20 @@ def test_answers_that_are_cut_are_told_in_python_too(base: Path, tmp_path: Path)
         UserWarning, match=r"1 answers are cut at the longest length of 40 tokens \(max_length\): rows 0"
     ):
         job(base, tmp_path / "out", [{"prompt": "a", "completion": "b" * 100}, *ROWS])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of models on the CPU")
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_float16_model_in_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: bool) -> None:
+    """What is trained becomes float32; weights beneath an adapter what the processor does fast. A warning says so."""
+    monkeypatch.setattr(precision, "best_of_processor", lambda: torch.bfloat16)
+    model = tiny_model(torch.float16)
+    if adapted:
+        lora.add_adapter(model, LoraConfig(r=2))
+    wanted = "bfloat16" if adapted else "float32"
+    with pytest.warns(UserWarning, match=f"the weights are float16, .* they are {wanted} from now on"):
+        trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2,
+                          save_strategy="no"), train_dataset=[{"input_ids": [1, 2, 3]}])  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert str(model.dtype) == f"torch.{wanted}" and losses and losses[0] == losses[0]

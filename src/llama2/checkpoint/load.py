@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,13 +32,14 @@ from llama2.classifiers import (
 )
 from llama2.config import LlamaConfig
 from llama2.coverage import Coverage, cover, listed
+from llama2.doors import door
 from llama2.errors import CheckpointError, DeviceError, InputError, MismatchError
 from llama2.generation_config import GenerationConfig
 from llama2.keywords import drop, refuse_unknown
 from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.pretrained import PreTrainedModel
 from llama2.quant.methods import layer_class
-from llama2.quantization_config import QuantizationConfig
+from llama2.quantization_config import GPTQConfig, QuantizationConfig
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -69,6 +71,22 @@ def head_follows() -> Iterator[None]:
         yield
 
 
+_quantized = door("quantize.on_load", "quantized", "Quantises a checkpoint with calibration.")
+
+
+def _calibrated(given: Any) -> GPTQConfig | None:
+    """The settings of a quantisation that needs texts to calibrate on; None for any other."""
+    if given is None:
+        return None
+    config = asked_for(given, False, False)
+    return config if isinstance(config, GPTQConfig) and config.dataset is not None else None
+
+
+def _named(made: Any, name: str) -> None:
+    model = made[0] if isinstance(made, tuple) else made
+    model.name_or_path = model.config.name_or_path = name
+
+
 def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
     """`load` that takes the folder, or the hub id, of an adapter too: the model that it is for, with the adapter
     attached."""
@@ -81,6 +99,13 @@ def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
         hub = split_hub_options(dict(kwargs))
         chosen = {key: kwargs[key] for key in ("use_safetensors", "gguf_file") if key in kwargs}
         place = locate(pretrained_model_name_or_path, hub, **chosen)
+        if (given := _calibrated(kwargs.get("quantization_config"))) is not None:
+            with tempfile.TemporaryDirectory() as folder:  # mapped files stay readable when their names are gone
+                made = Path(folder) / "gptq"
+                _quantized(place.path, given, made)
+                model = loaded(cls, made, *args, **{**kwargs, "quantization_config": None})
+            _named(model, str(place))
+            return model
         found = adapted_base(place.path)
         if found is None:
             return load(cls, place, *args, **kwargs)
@@ -255,6 +280,7 @@ def resolve_device(device_map: Any) -> torch.device:
                 "context. A model without weights is Class(config) inside of it"
             )
         return device
+    mapped = dict(device_map) if isinstance(device_map, Mapping) else None
     if isinstance(device_map, Mapping):
         places = {str(place) for place in device_map.values()}
         if len(places) != 1:
@@ -265,6 +291,8 @@ def resolve_device(device_map: Any) -> torch.device:
         device_map = next(iter(device_map.values()))
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device_map, int) and not torch.cuda.is_available():  # torch knows no number without accelerators
+        device_map = f"cuda:{device_map}"
     try:
         device = torch.device(device_map)
     except (RuntimeError, TypeError) as error:
@@ -272,6 +300,11 @@ def resolve_device(device_map: Any) -> torch.device:
             f"device_map is {device_map!r}; give 'auto', 'cpu', 'cuda', a device number or {{'': device}}"
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
+        if mapped:  # how single-GPU scripts say "on the accelerator": it runs where there is none, as with "auto"
+            warnings.warn(
+                f"device_map is {mapped!r} and torch sees no CUDA device; the model is on the CPU", stacklevel=4
+            )
+            return torch.device("cpu")
         raise InputError(f"device_map is {device_map!r} but torch sees no CUDA device; give device_map='cpu' or 'auto'")
     return device
 

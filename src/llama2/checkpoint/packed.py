@@ -44,10 +44,10 @@ def asked_for(given: Any, load_in_4bit: bool, load_in_8bit: bool) -> Quantizatio
     if given is None and not (load_in_4bit or load_in_8bit):
         return None
     config = parse({"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit} if given is None else given)
-    if isinstance(config, GPTQConfig) and config.dataset is not None:
+    if isinstance(config, GPTQConfig) and config.dataset is not None and config.tokenizer is None:
         raise InputError(
-            "from_pretrained rounds without calibration, and GPTQConfig has a dataset to calibrate on; make files with "
-            "`llama2 quantize SRC DST --data FILE` and load those, or leave dataset out"
+            "GPTQConfig has a dataset to calibrate on and no tokenizer, and from_pretrained rounds without calibration "
+            "otherwise; give GPTQConfig(tokenizer=...) too, or leave dataset out"
         )
     return config
 
