@@ -36,6 +36,7 @@ from llama2.train.layer import fused
 from llama2.train.loop import Loop, Rates
 from llama2.train.objectives import Classification, NextToken, Objective, keep_reference
 from llama2.train.optim import AdamW
+from llama2.train.precision import suit_processor
 from llama2.train.results import Results
 from llama2.train.saving import LOG, Saving
 from llama2.train.schedules import PLATEAU, check
@@ -150,6 +151,7 @@ class Trainer(Loop):
         first = next(self.network.parameters())
         if first.device.type == "cpu" and not self.args.fsdp and not self.args.use_cpu and torch.cuda.is_available():
             self.network.to(f"cuda:{self.ranks.local}")
+        suit_processor(self.network)
         if self.args.tf32 is not None:
             if torch.cuda.is_available():
                 torch.backends.cuda.matmul.allow_tf32 = self.args.tf32
