@@ -1,5 +1,6 @@
 """merge-adapter: merged = attached, in memory that does not grow, and nothing half-written."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ from tiny import tiny_ids, tiny_model
 from tolerance import FLOAT32
 
 import llama2.checkpoint as checkpoint
-from llama2 import AutoModelForCausalLM, CheckpointError, cpu
+from llama2 import AutoModelForCausalLM, BitsAndBytesConfig, CheckpointError, cpu
 from llama2.checkpoint import convert as engine
 from llama2.checkpoint.convert import Options, convert
 from llama2.checkpoint.merge import MergedCheckpoint, merge_into
+from llama2.checkpoint.packing import write_packing
 from llama2.checkpoint.peft import read_adapter
 from llama2.errors import MismatchError
 from llama2.native import NativeModel
+from llama2.quantize.job import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer")
 PARTS = ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")
@@ -104,6 +107,41 @@ def test_a_quantised_base(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert (after.read(name) - want.read(name)).abs().max() < 0.05
     untouched = "model.layers.0.mlp.gate_proj.weight"
     assert torch.equal(after.raw(untouched).rows, before.raw(untouched).rows)
+
+
+def test_the_folder_of_an_adapter_is_its_model_with_it(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """As from_pretrained takes it, convert and quantize do."""
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    convert(base, tmp_path / "want", Options(adapter=str(adapter)))
+    convert(adapter, tmp_path / "out", Options())
+    got, want = (checkpoint.open(tmp_path / name) for name in ("out", "want"))
+    assert all(torch.equal(got.read(name), want.read(name)) for name in want.tensors)
+    quantize(adapter, tmp_path / "q.gguf", "gguf:q8_0", eval_tokens=0, calibrate=False)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (checkpoint.open(tmp_path / "q.gguf").read(name) - want.read(name)).abs().max() < 0.05
+
+
+def test_an_adapter_of_packed_weights_is_merged_into_such(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """QLoRA: what was measured is the packed base with the adapter; what merging gives is that."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    convert(base, tmp_path / "plain", Options(adapter=str(adapter), dtype="float32"))
+    write_packing(adapter, nf4.to_dict())
+    want = AutoModelForCausalLM.from_pretrained(adapter, dtype="float32")
+    want = want(tiny_ids()).logits
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4).save_pretrained(tmp_path / "packed")
+    for name, source, settings in (
+        ("folder", adapter, {}),
+        ("both", base, {"adapter": str(adapter)}),
+        ("packed", tmp_path / "packed", {"adapter": str(adapter)}),
+    ):
+        convert(source, tmp_path / f"{name}-out", Options(dtype="float32", **settings))
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-out")(tiny_ids()).logits
+        assert (found - want).abs().max() < 1e-3 * want.abs().max(), name
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(tiny_ids()).logits
+    assert (plain - want).abs().max() > 0.01 * want.abs().max()
 
 
 def test_a_float_gguf_base_keeps_its_type(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -29,11 +29,10 @@ from llama2.checkpoint.gguf_write import GgufTarget
 from llama2.checkpoint.hf import DTYPES
 from llama2.checkpoint.hf_write import HfTarget
 from llama2.checkpoint.imatrix import read_imatrix
-from llama2.checkpoint.merge import MergedCheckpoint
+from llama2.checkpoint.merge import MergedCheckpoint, open_merged, with_adapter
 from llama2.checkpoint.meta_write import MetaTarget
 from llama2.checkpoint.packed import unpacked
 from llama2.checkpoint.pages import fetch, release
-from llama2.checkpoint.peft import read_adapter
 from llama2.checkpoint.pooled import PooledCheckpoint
 from llama2.checkpoint.save import parse_size, replacing
 from llama2.checkpoint.source import Located, locate_all, open_source
@@ -89,15 +88,16 @@ def convert(
 ) -> Result:
     """Converts `source` (path, hub id or open checkpoint) to the new folder, or GGUF file, `target`.
 
+    The folder or hub id of an adapter means its model with the adapter merged.
     progress(bytes done, bytes in all, tensor) is called before each tensor. An interrupted conversion with the same
     arguments is continued. Raises InputError for arguments that cannot be, CheckpointError for a source that is
     damaged, a target that exists, or a full disk. The source is never written to.
     """
-    opened = covered(unpacked(source if isinstance(source, Checkpoint) else open_source(locate_all(source), {})))
+    opened = covered(unpacked(source)) if isinstance(source, Checkpoint) else open_merged(source)
     path = Path(target)
     _check_target(opened, path, options)
     if options.adapter is not None:
-        opened = MergedCheckpoint(opened, read_adapter(locate_all(options.adapter).path, opened.config))
+        opened = with_adapter(opened, locate_all(options.adapter).path)
     if options.kv_heads is not None:
         opened = PooledCheckpoint(opened, options.kv_heads)
     return write(make_target(opened, path.name, options), opened, path, options, progress)

@@ -16,9 +16,14 @@ from torch import Tensor, nn
 from llama2 import lora
 from llama2.architecture import EMBEDDING, HEAD
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
+from llama2.checkpoint.covered import covered
 from llama2.checkpoint.hf import CODES
-from llama2.checkpoint.peft import Adapter, attach
+from llama2.checkpoint.packed import unpacked
+from llama2.checkpoint.packing import RepackedCheckpoint, read_packing
+from llama2.checkpoint.peft import Adapter, attach, read_adapter
+from llama2.checkpoint.peft_files import adapted_base
 from llama2.checkpoint.seen import SeenCheckpoint
+from llama2.checkpoint.source import Located, local_path, locate_all, open_source
 from llama2.config import LlamaConfig
 
 
@@ -27,6 +32,26 @@ def merge_into(model: nn.Module, adapter: Adapter) -> None:
     name = "merged"
     attach(model, adapter, name)
     lora.merge(model)
+
+
+def open_merged(source: str | Path | Located) -> Checkpoint:
+    """A path or hub id as `covered` shows it, packed linears unpacked; an adapter's as its model with the adapter
+    merged."""
+    place = locate_all(source)
+    found = adapted_base(place.path)
+    if found is None:
+        return covered(unpacked(open_source(place, {})))
+    base = locate_all(found.base, found.revision) if local_path(found.base) is None else locate_all(found.base)
+    return with_adapter(covered(unpacked(open_source(base, {}))), place.path)
+
+
+def with_adapter(source: Checkpoint, folder: Path) -> Checkpoint:
+    """The checkpoint with the adapter of a folder merged, into weights that are packed as they were in its training."""
+    stored, adapter = source, read_adapter(folder, source.config)
+    while isinstance(stored, SeenCheckpoint):
+        stored = stored.source
+    packing = None if hasattr(stored.config, "quantization_config") else read_packing(folder)
+    return MergedCheckpoint(source if packing is None else RepackedCheckpoint(source, packing), adapter)
 
 
 class MergedCheckpoint(SeenCheckpoint):

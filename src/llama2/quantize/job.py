@@ -20,13 +20,11 @@ from torch import Tensor
 from llama2.architecture import linear_shapes
 from llama2.auto import AutoTokenizer
 from llama2.checkpoint import Checkpoint, convert
-from llama2.checkpoint.covered import covered
 from llama2.checkpoint.gguf_write import GgufTarget
 from llama2.checkpoint.hf import DTYPES, map_safetensors
 from llama2.checkpoint.hf_write import HfTarget
-from llama2.checkpoint.packed import unpacked
+from llama2.checkpoint.merge import open_merged
 from llama2.checkpoint.save import parse_size
-from llama2.checkpoint.source import locate_all, open_source
 from llama2.errors import CheckpointError, InputError, Llama2Error
 from llama2.quant.solve import Hessian
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
@@ -82,7 +80,7 @@ class Job:
         progress: Progress | None,
     ) -> None:
         self.name, self.path, self.options = str(source), Path(target), options
-        self.source = covered(unpacked(open_source(locate_all(source), {})))
+        self.source = open_merged(source)
         self.config = self.source.config
         self.progress = progress or (lambda done, total, what: None)
         self._check_target()
