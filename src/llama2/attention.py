@@ -96,9 +96,15 @@ def _padding(mask: Tensor | None, length: int, positions: int) -> Tensor | None:
             "it must cover both"
         )
     keep = mask != 0
-    if bool(keep.all()):
+    if not traced(keep) and bool(keep.all()):
         return None
     return torch.nn.functional.pad(keep, (0, positions - keep.shape[1])) if keep.shape[1] < positions else keep
+
+
+def traced(x: Tensor) -> bool:
+    """Whether no value of x can be looked at: torch.compile, torch.export and torch.jit.trace record what is done with
+    any, and a meta tensor has none."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta
 
 
 def _causal(new_tokens: int, cached: int, positions: int, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from llama2.config import LlamaConfig
@@ -51,7 +52,8 @@ class _Layer:
                 f"the cache holds batch x heads {tuple(self._keys.shape[:2])} but got {tuple(keys.shape[:2])}; "
                 "use a new cache for another batch"
             )
-        if torch.is_grad_enabled() and (keys.requires_grad or self._keys.requires_grad):
+        graph = torch.is_grad_enabled() and (keys.requires_grad or self._keys.requires_grad)
+        if graph or torch.compiler.is_compiling():
             # Writing in place would break the graph that the earlier tokens still need.
             self._keys, self._values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
         else:
@@ -61,7 +63,9 @@ class _Layer:
         self.length = new
 
     def _make_room(self, needed: int) -> None:
-        if needed <= self._keys.shape[2]:
+        # What was made in inference mode may not be written to outside of it.
+        stale = self._keys.is_inference() and not torch.is_inference_mode_enabled()
+        if needed <= self._keys.shape[2] and not stale:
             return
         room = needed + max(_FIRST_ROOM, self.length)
         self._keys, self._values = (_grown(x, room, self.length) for x in (self._keys, self._values))
@@ -367,8 +371,9 @@ class StaticCache(Cache):
             raise InputError(f"batch_size {self.batch_size} and max_cache_len {self.max_cache_len} must be at least 1")
         shape = (self.batch_size, config.num_key_value_heads, self.max_cache_len, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.key_cache = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.value_cache = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        with torch.inference_mode(False):  # or calls outside of inference mode could not write to them
+            self.key_cache = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+            self.value_cache = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self._lengths = [0] * config.num_hidden_layers
 
     @classmethod
@@ -444,3 +449,40 @@ class StaticCache(Cache):
 
     def __len__(self) -> int:
         return len(self.key_cache)
+
+
+# -- pytrees: torch.export, torch.func and torch.compile take caches apart into tensors -----------------------------
+
+
+def _parts_of(cache: Any) -> tuple[list[Any], Any]:
+    lengths = tuple(cache._lengths) if isinstance(cache, StaticCache) else None
+    return [list(cache.key_cache), list(cache.value_cache)], lengths
+
+
+def _named_parts_of(cache: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    parts, lengths = _parts_of(cache)
+    return [(pytree.GetAttrKey(name), part) for name, part in zip(("key_cache", "value_cache"), parts)], lengths
+
+
+def _growing(parts: Iterable[Any], lengths: Any) -> KVCache:
+    keys, values = parts
+    cache = KVCache()
+    cache.layers = [_Layer(*pair) for pair in zip(keys, values, strict=True)]
+    return cache
+
+
+def _static(parts: Iterable[Any], lengths: Any) -> StaticCache:
+    keys, values = parts
+    cache = StaticCache.over(keys, values)
+    cache._lengths = list(lengths)
+    return cache
+
+
+for _kind, _made in ((KVCache, _growing), (StaticCache, _static)):
+    pytree.register_pytree_node(
+        _kind,
+        _parts_of,
+        _made,
+        serialized_type_name=f"llama2.cache.{_kind.__name__}",
+        flatten_with_keys_fn=_named_parts_of,
+    )

@@ -5,7 +5,6 @@ in promote(x.dtype, float32), so that a float64 model is truly float64 and a flo
 """
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,10 +14,9 @@ from llama2.config import LlamaConfig
 from llama2.errors import InputError
 
 
-@cache
 def promoted(dtype: torch.dtype) -> torch.dtype:
     """The dtype norms, softmax and rotations are computed in: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype is torch.float64 else torch.float32
 
 
 def rope_frequencies(config: LlamaConfig, seq_len: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
