@@ -3,13 +3,16 @@
     python bench/generate.py                  SmolLM2-135M, the real Q4_1 file
     python bench/generate.py --tokens 200     so many new tokens a turn
     python bench/generate.py --only greedy cli
+    python bench/generate.py --only predicate   what looking for changes of a torch model costs, and nothing else
 
-One process, in turns: the engine alone (feed and argmax), then generate() greedy, sampled (temperature 0.6, top_p 0.9,
-top_k 50, with a seed and without), sampled with a repetition penalty, the command line's loop writing text to a pipe,
-and llama.cpp's own high level (llama-cpp-python 0.3.36, create_completion with stream=True) greedy and sampled. A rate
-counts from the first new token to the last; end tokens are forbidden or ignored, so that all write as many. Prints
-medians of the rates, of the ratios to the engine's turn just before, and of eight prompts at once to eight sequences in
-the engine; the last line is JSON.
+One process, in turns: the engine alone (feed and argmax), then generate() greedy, sampled (temperature 0.6, top_p
+0.9, top_k 50, with a seed and without), sampled with a repetition penalty, the command line's loop writing text to a
+pipe, and llama.cpp's own high level (llama-cpp-python 0.3.36, create_completion with stream=True) greedy and sampled.
+A rate counts from the first new token to the last; end tokens are forbidden or ignored, so that all write as many.
+"predicate" loads the file as a torch model in bfloat16 and takes, in turns, the processor time of
+plain_network.difference (run once a call of generate()) and the wall time of a decoded token on the native engine:
+the share is that of a token if every call wrote one only. Prints medians of the rates, of the ratios to the engine's
+turn just before, and of eight prompts at once to eight sequences in the engine; the last line is JSON.
 """
 
 import argparse
@@ -26,11 +29,12 @@ import numpy as np
 import torch
 from native_gguf import smollm2
 
-from llama2.auto import AutoTokenizer
+from llama2.auto import AutoModelForCausalLM, AutoTokenizer
 from llama2.cli.speaker import Speaker
 from llama2.cpu import CpuRunner, PagedCache
 from llama2.generation_config import GenerationConfig
 from llama2.native import NativeModel
+from llama2.plain_network import difference
 from llama2.streamers import BaseStreamer
 
 PROMPT = "The history of the lighthouse begins on a hill above the sea, where"
@@ -145,12 +149,38 @@ def subjects(bench: Bench) -> dict[str, tuple[str, Callable[[], float]]]:
     }
 
 
+def predicate(path: Path, rounds: int, tokens: int) -> dict[str, float]:
+    """Microseconds of the predicate and of a token, medians of interleaved rounds, and the share of each call."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(path)(PROMPT)["input_ids"]])
+    looked: list[float] = []
+    decoded: list[float] = []
+    for _ in range(rounds):
+        began = time.process_time()
+        for _ in range(20):
+            difference(model)
+        looked.append((time.process_time() - began) / 20)
+        times = Times()
+        model.generate(ids, max_new_tokens=tokens, eos_token_id=NO_END, streamer=times, do_sample=False)
+        decoded.append(1 / times.rate(skip=1))
+    once, token = statistics.median(looked), statistics.median(decoded)
+    return {
+        "predicate us": round(1e6 * once, 1),
+        "token us": round(1e6 * token, 1),
+        "share of a token": round(once / token, 4),
+        f"share, {tokens} tokens a call": round(once / token / tokens, 6),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--only", nargs="*", default=[""], help="beginnings of names")
     args = parser.parse_args()
+    if args.only == ["predicate"]:
+        print(json.dumps(predicate(smollm2(), args.rounds, args.tokens)))
+        return
     bench = Bench(smollm2(), args.tokens)
     chosen = {n: s for n, s in subjects(bench).items() if any(n.startswith(part) for part in args.only)}
     beside = {"engine": bench.engine, "engine of 8": lambda: bench.engine(8)}
