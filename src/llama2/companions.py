@@ -121,7 +121,9 @@ class Companions:
             inputs["past_key_values"] = past_key_values
         if cache_position is not None:
             inputs["cache_position"] = cache_position
-        return inputs | {"attention_mask": attention_mask, "use_cache": use_cache} | kwargs
+        if use_cache is not None:
+            inputs["use_cache"] = use_cache
+        return inputs | {"attention_mask": attention_mask} | kwargs
 
 
 def prepares_by_itself(model: Any) -> bool:
