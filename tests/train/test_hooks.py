@@ -20,6 +20,8 @@ from llama2 import (
     LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
+    LoraConfig,
+    lora,
 )
 from llama2.train import hooks
 from llama2.train.arguments import TrainingArguments
@@ -282,6 +284,20 @@ def test_a_forward_pass_of_ones_own_is_trained(tmp_path: Path) -> None:
     trainer = Trainer(model, arguments(tmp_path), train_dataset=ROWS)
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(2 * PLAIN[0], abs=4e-4)
+
+
+def test_a_head_that_is_not_plain_is_trained_as_it_is(tmp_path: Path) -> None:
+    model = tiny_model(torch.float32)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=ROWS)
+    trainer.train()
+    assert losses(trainer)[0] < 0.9 * PLAIN[0]
+    adapted = tiny_model(torch.float32)
+    lora.add_adapter(adapted, LoraConfig(r=2, target_modules=("lm_head", "q_proj")))
+    trainer = Trainer(adapted, arguments(tmp_path, learning_rate=1e-2), train_dataset=ROWS)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(PLAIN[0], abs=2e-4) and losses(trainer)[2] < PLAIN[0]
+    assert bool(adapted.lm_head.lora_B["default"].any())
 
 
 def _scaled(outputs: Any) -> Any:

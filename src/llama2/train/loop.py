@@ -385,7 +385,14 @@ class Rates:
 
 
 def _plain(model: Any) -> bool:
-    """Whether a model's forward pass is the library's own, which objectives may go past."""
+    """Whether a model's forward pass and head are the library's own, which objectives may go past."""
     own = (LlamaForCausalLM.forward, *(kind.forward for kind in CLASSIFIERS))
-    hooked = model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model)
-    return type(model).forward in own and not hooked
+    head = getattr(model, "lm_head", None)
+    if type(model).forward not in own or (head is not None and type(head) is not torch.nn.Linear):
+        return False
+    return not any(_changed(module) for module in (model, head) if module is not None)
+
+
+def _changed(module: torch.nn.Module) -> bool:
+    """Whether hooks, or a forward of its own, make a module compute something else."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
