@@ -245,10 +245,15 @@ def given(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.filterwarnings("ignore:.*have no effect here", "ignore:the loaded.*", "ignore:.*newly initialised")
+@pytest.mark.filterwarnings(
+    "ignore:.*have no effect here",
+    "ignore:the packed weights are unpacked",
+    "ignore:the loaded.*",
+    "ignore:.*newly initialised",
+)
 def test_a_guides_script_runs_as_it_stands(name: str, given: dict[str, Any]) -> None:
     if name == "dpo":
-        run(SFT, **{**given, "final": (tuned := given["final"] + "-sft")})
+        run(SFT, **{**given, "out": given["out"] + "-sft", "final": (tuned := given["final"] + "-sft")})
         given["tuned"] = tuned
     found = run(SCRIPTS[name], **given)
     losses = found["losses"]
