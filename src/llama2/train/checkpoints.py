@@ -42,7 +42,7 @@ def run_of(checkpoint: Path) -> str:
 def writing(folder: Path, step: int, run: str = "") -> Iterator[Path]:
     """A new folder that becomes `folder`/checkpoint-`step` when the block ends without an error.
 
-    One of that name is replaced where it is of the same run; another run's is kept under another name, with a warning.
+    One of that name is replaced where it is of the same run; another run's is kept as checkpoint-`step`-earlier-1.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target, made = folder / f"checkpoint-{step}", Path(tempfile.mkdtemp(dir=folder, prefix=".checkpoint-"))
@@ -68,9 +68,7 @@ def writing(folder: Path, step: int, run: str = "") -> Iterator[Path]:
 
 def _set_aside(checkpoint: Path) -> None:
     names = (checkpoint.with_name(f"{checkpoint.name}-earlier-{count}") for count in range(1, 10_000))
-    place = next(name for name in names if not name.exists())
-    warnings.warn(f"{checkpoint} is of another run and is kept as {place.name}", stacklevel=5)
-    checkpoint.rename(place)
+    checkpoint.rename(next(name for name in names if not name.exists()))
 
 
 def found(folder: Path) -> list[Path]:
