@@ -159,7 +159,8 @@ class PeftModel(nn.Module):
     ) -> Any:
         """The model with the acting adapters, or those of adapter_names, in its weights.
 
-        Packed weights are unpacked first, which a warning says: the sum would not fit into them. With safe_merge
+        Packed weights are unpacked first, since the sum would not fit into them. A warning says so, unless they were
+        packed only because the adapter's folder says that it was trained on such. With safe_merge
         InputError is raised for an adapter that holds NaN or inf.
         """
         model = self.get_base_model()
@@ -170,11 +171,12 @@ class PeftModel(nn.Module):
                 if not all(layer.delta(name).isfinite().all() for name in layer.active):
                     raise InputError(f"the adapter of {path} holds NaN or inf, so the model would too; train it again")
         if packed_layers(model):
-            warnings.warn(
-                f"the packed weights are unpacked to {model.dtype}, since an adapter does not fit into them; the model "
-                "grows by that",
-                stacklevel=2,
-            )
+            if not model.__dict__.get("_packed_for_adapter"):
+                warnings.warn(
+                    f"the packed weights are unpacked to {model.dtype}, since an adapter does not fit into them; the "
+                    "model grows by that",
+                    stacklevel=2,
+                )
             model.dequantize()
         lora.merge(model)
         self.peft_config.clear()

@@ -113,8 +113,9 @@ def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
             kwargs.pop(key, None)
         kwargs.setdefault("revision", found.revision)
         wants_info = kwargs.pop("output_loading_info", False)
+        noted = None
         if not any(kwargs.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")):
-            kwargs["quantization_config"] = read_packing(place.path)
+            kwargs["quantization_config"] = noted = read_packing(place.path)
         with head_follows():
             model, info = loaded(cls, found.base, *args, **{**found.labels, **kwargs}, output_loading_info=True)
         lost = [name for name in info["missing_keys"] if name.partition(".")[0] in HEADS and name not in found.heads]
@@ -124,6 +125,7 @@ def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
                 "would be random. Give the adapter that was trained with a head (`llama2 finetune classify` makes one)"
             )
         load_adapter(model, place.path)
+        model.__dict__["_packed_for_adapter"] = noted is not None
         info["missing_keys"] = [name for name in info["missing_keys"] if name not in found.heads]
         return (model, info) if wants_info else model
 
