@@ -399,7 +399,7 @@ def native_weights(model: Any) -> cpu.CpuWeights | None:
     if _unsuited(model):
         return None
     if reason := difference(model):
-        warn_once(model, reason, _TORCH_RUNS, stacklevel=5)
+        warn_once(model, reason, _TORCH_RUNS, stacklevel=9)
         return None
     stamp = _stamp(model)
     held = _HELD.get(model)
@@ -414,7 +414,7 @@ def native_weights(model: Any) -> cpu.CpuWeights | None:
     elif held.weights is not None:
         held.weights.refresh()
     if held.weights is None:
-        warn_once(model, held.reason, _TORCH_RUNS, stacklevel=5)
+        warn_once(model, held.reason, _TORCH_RUNS, stacklevel=9)
     return held.weights
 
 

@@ -83,8 +83,9 @@ class PreTrainedModel(Companions, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter."""
-        return next(self.parameters()).device
+        """Device of the first parameter; of parameters that accelerate has offloaded, where it brings them to run."""
+        first = next(self.parameters()).device
+        return first if first.type != "meta" else _execution_device(self) or first
 
     @property
     def dtype(self) -> torch.dtype:
@@ -302,6 +303,17 @@ class PreTrainedModel(Companions, nn.Module):
         """Switches to "eager", "sdpa" or "flash_attention_2"."""
         check_available(attn_implementation)
         self.config._attn_implementation = attn_implementation
+
+
+def _execution_device(model: nn.Module) -> torch.device | None:
+    """Where the first of accelerate's hooks puts a module's parameters for its forward."""
+    for module in model.modules():
+        hook = vars(module).get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):  # a SequentialHook has several
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return None
 
 
 def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -420,6 +420,39 @@ def test_pretraining_tp_and_reordered_weights_call_what_is_hooked() -> None:
     assert seen == ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "lm_head"]
 
 
+class Fetching:
+    """What accelerate's offloading does to a module: no weights between calls, a forward that fetches them."""
+
+    execution_device = "cpu"
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.forward = module, module.forward
+        self.kept = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+        module._hf_hook, module.forward = self, self  # type: ignore[assignment]
+        self.place(torch.device("meta"))
+
+    def place(self, device: torch.device) -> None:
+        for name, value in self.kept.items():
+            self.module._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.place(torch.device("cpu"))
+        out = self.forward(*args, **kwargs)
+        self.place(torch.device("meta"))
+        return out
+
+
+def test_offloaded_weights() -> None:
+    model = tiny_model(torch.float32)
+    before = answer(model)
+    for module in list(model.modules()):
+        if list(module.parameters(recurse=False)):
+            Fetching(module)
+    assert {p.device.type for p in model.parameters()} == {"meta"} and model.device == torch.device("cpu")
+    with warned("forward was replaced"):
+        assert answer(model) == before
+
+
 def test_reasons_are_of_ours() -> None:
     assert difference(nn.Linear(2, 2)).startswith("the model is a torch.nn.modules.linear.Linear")
     assert difference(tiny_model(torch.float32).model) == ""
