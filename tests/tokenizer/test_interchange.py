@@ -32,7 +32,32 @@ def test_special_tokens_with_flags(tok: Any) -> None:
     assert [str(token) for token in tok.all_special_tokens_extended] == tok.all_special_tokens
     assert tok.sanitize_special_tokens() == 0
     tok.additional_special_tokens = None
-    assert tok.additional_special_tokens == []
+    assert tok.additional_special_tokens is None and tok.extra_special_tokens == []
+    tok.additional_special_tokens_ids = [2]
+    assert tok.additional_special_tokens == tok.extra_special_tokens == ["</s>"]
+    assert tok.add_special_tokens({"extra_special_tokens": ["<y>"]}, replace_extra_special_tokens=False) == 1
+    assert tok.extra_special_tokens_ids == [2, 32001] and tok.backend in ("sentencepiece", "tokenizers")
+
+
+def test_keywords_of_calls(tok: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert tok("a", padding="max_length", max_length=4) == tok("a", pad_to_max_length=True, max_length=4)
+    for _ in range(2):
+        assert tok("a", max_target_length=3)["input_ids"] == [1, 263]
+        assert tok.decode([263], use_source_tokenizer=False) == "a" == tok.batch_decode([[263]])[0]
+    said = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
+    assert len(said) == 2 and "max_target_length" in said[0] and "use_source_tokenizer" in said[1]
+
+
+def test_both_sides_of_a_token(spm: Any) -> None:
+    """transformers' test_special_token_special_word, in all modes."""
+    for cls in (LlamaTokenizer, LlamaTokenizerFast):
+        tok = cls(spm, legacy=False)
+        tok.add_tokens([AddedToken("<REPR_END>", rstrip=True, lstrip=True)])
+        assert tok.encode("<REPR_END>inform", add_special_tokens=False) == [32000, 262, 689]
+        assert tok.encode(" <REPR_END>inform", add_special_tokens=False) == [32000, 262, 689]
+        assert tok.encode("a  <REPR_END> b", add_special_tokens=False) == [263, 32000, 29890]
+    assert LlamaTokenizer(spm, legacy=False).sp_model.encode("<s>>", out_type=str) == ["<", "s", ">>"]
+    assert LlamaTokenizer(spm).sp_model.encode("<s>>", out_type=str) == ["▁<", "s", ">>"]
 
 
 def test_truncate_sequences(tok: Any) -> None:

@@ -1,7 +1,7 @@
 """The contract that both tokenizers keep: one call API over one primitive, "these texts as segments of ids"."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama2.errors import TokenizerError
@@ -78,6 +78,7 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         return_length: bool = False,
         verbose: bool = True,
         split_special_tokens: bool | None = None,
+        **other: Any,
     ) -> BatchEncoding:
         """Encode a text or a batch: `input_ids`, `attention_mask` and the columns asked for.
 
@@ -85,8 +86,11 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         as further rows with `overflow_to_sample_mapping`. `text_target` becomes `labels`.
         """
         options = dict(locals())
-        for name in ("self", "text", "text_pair", "text_target", "text_pair_target"):
+        for name in ("self", "text", "text_pair", "text_target", "text_pair_target", "other"):
             del options[name]
+        if other.pop("pad_to_max_length", False) and padding is False:  # the old name of padding="max_length"
+            options["padding"] = "max_length"
+        self._no_effect(other)
         if text is None and text_target is None:
             raise TokenizerError(f"nothing to encode: text is None; pass {ACCEPTED}")
         if text_target is None:
@@ -124,9 +128,14 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         pair: str | None = None,
         add_special_tokens: bool = False,
         split_special_tokens: bool | None = None,
+        **other: Any,
     ) -> list[str]:
         """The pieces of a text, e.g. ["▁Hello", "▁world"]; with a pair, those of both."""
-        enc = self(text, pair, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens)
+        options: dict[str, Any] = {
+            "add_special_tokens": add_special_tokens,
+            "split_special_tokens": split_special_tokens,
+        }
+        enc = self(text, pair, **options, **other)
         return [self._id_token(i) for i in enc["input_ids"]]
 
     def prepare_for_model(self, ids: list[int], pair_ids: list[int] | None = None, **kwargs: Any) -> BatchEncoding:
@@ -134,6 +143,12 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         call = Call(self, "", None if pair_ids is None else "", **kwargs)
         call.given = [(Segment(list(ids)), None if pair_ids is None else Segment(list(pair_ids)))]
         return call.run()
+
+    def _no_effect(self, names: Mapping[str, Any]) -> None:
+        """One warning for keywords that transformers accepts and that change nothing here."""
+        if names:
+            told = ", ".join(sorted(names))
+            self._warn(f"no effect: {told}", f"{told}: no effect on a Llama tokenizer")
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:
@@ -225,8 +240,13 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
         spaces_between_special_tokens: bool = False,
+        **other: Any,
     ) -> Any:
-        """The text of ids (int, list, array or tensor); a list of texts for a list of lists."""
+        """The text of ids (int, list, array or tensor); a list of texts for a list of lists.
+
+        An id beyond the vocabulary, as a padded embedding has, gives nothing.
+        """
+        self._no_effect(other)
         ids = to_list(token_ids)
         if ids and isinstance(ids[0], (list, tuple)):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
@@ -249,10 +269,15 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         return " ".join(self._pieces.decode(part) for part in parts if part)
 
     def batch_decode(
-        self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+        self,
+        sequences: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **options: Any,
     ) -> list[str]:
-        """The text of each row."""
-        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in to_list(sequences)]
+        """The text of each row; keywords as for decode."""
+        rows = to_list(sequences)
+        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces, **options) for row in rows]
 
     def stream_decoder(
         self, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None

@@ -41,6 +41,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
     """
 
     is_fast = True
+    backend = "tokenizers"
     padding_side = "left"
     truncation_side = "right"
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012

@@ -22,6 +22,7 @@ class Interchange(Files):
     """Mixin of both classes."""
 
     pad_token_type_id = 0
+    backend: ClassVar[str]  # "sentencepiece" or "tokenizers": transformers 5's word for is_fast
     init_inputs: ClassVar[tuple[Any, ...]] = ()
 
     def get_vocab(self) -> dict[str, int]:
@@ -44,6 +45,11 @@ class Interchange(Files):
         for name, value in self.special_tokens_map.items():
             found[name] = self._with_flags(value) if isinstance(value, str) else [*map(self._with_flags, value)]
         return found
+
+    @property
+    def _special_tokens_map(self) -> dict[str, Any]:
+        """Read by libraries of transformers' family: every role, None where it is not set."""
+        return {**dict.fromkeys(NAMES), **self.special_tokens_map_extended}
 
     @property
     def all_special_tokens_extended(self) -> list[AddedToken]:

@@ -51,11 +51,13 @@ def fit(token: AddedToken, prefix: Prefix | None) -> AddedToken:
     Added tokens are found anywhere in a text, inside words too. Behind a normaliser that puts "▁" in front of each
     stretch they would be found at the start of words only, so they are looked up in the raw text. Under "first" the
     leading space is doubled once for the whole text, which asks for tokens to be found behind the normaliser; one that
-    itself starts with a space would be changed by it and stays in front.
+    itself starts with a space would be changed by it and stays in front, and so does one that takes the spaces on both
+    sides, which must not be doubled before.
     """
     if prefix is None:
         return token
-    return replace(token, normalized=prefix == "first" and not token.content.startswith(SPACES))
+    stays = token.content.startswith(SPACES) or (token.lstrip and token.rstrip)
+    return replace(token, normalized=prefix == "first" and not stays)
 
 
 def components(prefix: Prefix) -> dict[str, Any]:

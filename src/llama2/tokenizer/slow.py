@@ -24,6 +24,7 @@ class LlamaTokenizer(PreTrainedTokenizer):
     vocab_file: path of tokenizer.model (or a parsed SentencePieceModel). Other arguments as in `transformers`.
     """
 
+    backend = "sentencepiece"
     padding_side = "right"
     truncation_side = "right"
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012 - the name and type users of HF read
@@ -75,8 +76,8 @@ class LlamaTokenizer(PreTrainedTokenizer):
 
     @property
     def sp_model(self) -> Any:
-        """The `sentencepiece.SentencePieceProcessor`."""
-        return self._encoder.processor(self._vocab.add_dummy_prefix)
+        """The `sentencepiece.SentencePieceProcessor`; with legacy=False the one without a dummy space."""
+        return self._encoder.processor(self._prefix == "every")
 
     @property
     def _encoder(self) -> SentencePieceEncoder:

@@ -101,19 +101,44 @@ class SpecialTokens:
             self._register([token])
 
     @property
-    def additional_special_tokens(self) -> list[str]:
-        """Special tokens without a role of their own."""
-        return list(self._additional)
+    def additional_special_tokens(self) -> list[str] | None:
+        """Special tokens without a role of their own; None after they were set to None."""
+        return list(self._additional) if self._additional or not self._additional_off else None
 
     @additional_special_tokens.setter
     def additional_special_tokens(self, tokens: Sequence[TokenLike] | None) -> None:
         self._additional = []
         self.add_special_tokens({"additional_special_tokens": list(tokens or ())})
+        self._additional_off = tokens is None
+
+    _additional_off = False
 
     @property
     def additional_special_tokens_ids(self) -> list[int]:
-        """Their ids."""
+        """Their ids; assign ids that the vocabulary has."""
         return [i for i in map(self._token_id, self._additional) if i is not None]
+
+    @additional_special_tokens_ids.setter
+    def additional_special_tokens_ids(self, ids: Sequence[int]) -> None:
+        self.additional_special_tokens = [self._id_token(i) for i in ids]
+
+    @property
+    def extra_special_tokens(self) -> list[str]:
+        """The name of transformers 5 for `additional_special_tokens`."""
+        return list(self._additional)
+
+    @extra_special_tokens.setter
+    def extra_special_tokens(self, tokens: Sequence[TokenLike] | None) -> None:
+        self.additional_special_tokens = list(tokens or ())
+
+    @property
+    def extra_special_tokens_ids(self) -> list[int]:
+        """Their ids; assign ids that the vocabulary has."""
+        return self.additional_special_tokens_ids
+
+    @extra_special_tokens_ids.setter
+    def extra_special_tokens_ids(self, ids: Sequence[int]) -> None:
+        self.additional_special_tokens_ids = ids
 
     @property
     def special_tokens_map(self) -> dict[str, str | list[str]]:
@@ -173,9 +198,15 @@ class SpecialTokens:
         self,
         special_tokens_dict: dict[str, Any],
         replace_additional_special_tokens: bool = True,
+        replace_extra_special_tokens: bool | None = None,
     ) -> int:
-        """Give roles their tokens ({"pad_token": "<pad>"}), adding those that are new; the number of new ids."""
+        """Give roles their tokens ({"pad_token": "<pad>"}), adding those that are new; the number of new ids.
+
+        replace_extra_special_tokens is transformers 5's name of replace_additional_special_tokens.
+        """
         added = 0
+        if replace_extra_special_tokens is not None:
+            replace_additional_special_tokens = replace_extra_special_tokens
         for name, value in special_tokens_dict.items():
             if name in ("additional_special_tokens", "extra_special_tokens"):
                 tokens = [self._as_added(t, True) for t in value or ()]
