@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peer_count import RAN
-from peer_environment import llama2, transformers
+from peer_environment import V5, llama2, transformers
 from peer_replace import OURS
 
 ASSUMED = {
@@ -155,38 +155,23 @@ def _attributes() -> None:
         _where_absent(base, name, Assumed(name, value))
     for name, value in ASSUMED_OF_CONFIG.items():
         _where_absent(config, name, Assumed(f"config.{name}", value))
-    for name, value in {"pad_token_type_id": 0, "init_inputs": (), "deprecation_warnings": {}}.items():
-        _where_absent(llama2.tokenizer.PreTrainedTokenizer, name, Bridged(f"tokenizer.{name}", value))
+    _where_absent(llama2.tokenizer.PreTrainedTokenizer, "deprecation_warnings", Bridged("deprecation_warnings", {}))
 
 
-def _tokenizer_keywords() -> None:
-    known = {*inspect.signature(llama2.tokenizer.files.Files._setup).parameters, "prefix"}
-    for cls in (llama2.LlamaTokenizer, llama2.LlamaTokenizerFast):
+def _chat_template() -> None:
+    """5.x returns a BatchEncoding by default; this library returns ids, as 4.46."""
+    owner = next(cls for cls in llama2.LlamaTokenizer.__mro__ if "apply_chat_template" in vars(cls))
+    real = owner.apply_chat_template
 
-        def init(self: Any, *args: Any, _real: Any = cls.__init__, **kwargs: Any) -> None:
-            taken = known | set(inspect.signature(_real).parameters)
-            for name in set(kwargs) - taken:
-                try:
-                    _real(self, *args, **{k: v for k, v in kwargs.items() if k in taken or k == name})
-                except (TypeError, llama2.Llama2Error):
-                    bridge(f"tokenizer keyword {name}=")
-                    del kwargs[name]
-            _real(self, *args, **kwargs)
+    @functools.wraps(real)
+    def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "return_dict" not in kwargs and kwargs.get("tokenize", True):
+            bridge("apply_chat_template(return_dict=True) by default")
+            kwargs["return_dict"] = True
+        return real(self, *args, **kwargs)
 
-        cls.__init__ = functools.update_wrapper(init, cls.__init__)
-    owner = next(cls for cls in llama2.LlamaTokenizer.__mro__ if "__call__" in vars(cls))
-    real_call, parameters = owner.__call__, inspect.signature(owner.__call__).parameters
-
-    @functools.wraps(real_call)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for name in ("max_target_length", "pad_to_max_length", "foo"):
-            if name in kwargs and name not in parameters:
-                bridge(f"tokenizer(..., {name}=)")
-                if kwargs.pop(name) and name == "pad_to_max_length":
-                    kwargs["padding"] = "max_length"
-        return real_call(self, *args, **kwargs)
-
-    owner.__call__ = call
+    if V5:
+        owner.apply_chat_template = apply
 
 
 def _keywords() -> None:
@@ -364,7 +349,7 @@ def always() -> None:
 def install() -> None:
     """All differences; after the counters, before any test module is imported."""
     _attributes()
-    _tokenizer_keywords()
+    _chat_template()
     _keywords()
     _generate()
     if hasattr(llama2.request, "_mask"):

@@ -15,6 +15,7 @@ TOKENIZERS: dict[str, tuple[bool | None, bool]] = {  # (legacy, whether special 
     "meta-llama/Llama-2-7b-hf": (True, False),
     "hf-internal-testing/llama-tokenizer-non-normalized": (None, False),
     "hf-internal-testing/llama-code-tokenizer": (None, False),
+    "meta-llama/Meta-Llama-3-8B": (True, False),  # a stand-in: what its tests ask holds of any tokenizer
 }
 MODELS = [
     "hf-internal-testing/tiny-random-gpt2",

@@ -201,6 +201,12 @@ RULES = [
         "5",
     ),
     Rule(
+        r"LlamaTokenizationTest::test_integration$",
+        "by design",
+        "asserts 5.x's spaces around special tokens; 4.46 and Meta have others (docs/differences.md)",
+        "5",
+    ),
+    Rule(
         r"GenerationConfigTest::test_(kwarg_init|save_load_config)",
         "5.x only",
         "asserts that unset fields read None, as only 5.x has it",
