@@ -155,7 +155,6 @@ def _attributes() -> None:
         _where_absent(base, name, Assumed(name, value))
     for name, value in ASSUMED_OF_CONFIG.items():
         _where_absent(config, name, Assumed(f"config.{name}", value))
-    _where_absent(llama2.tokenizer.PreTrainedTokenizer, "deprecation_warnings", Bridged("deprecation_warnings", {}))
 
 
 def _chat_template() -> None:

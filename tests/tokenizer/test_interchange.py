@@ -39,6 +39,16 @@ def test_special_tokens_with_flags(tok: Any) -> None:
     assert tok.extra_special_tokens_ids == [2, 32001] and tok.backend in ("sentencepiece", "tokenizers")
 
 
+def test_padding_to_no_length(tok: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As both versions of transformers: nothing is padded, and that is said; again after the notes are cleared."""
+    for _ in range(2):
+        assert tok("a", padding="max_length")["input_ids"] == [1, 263]
+    assert sum("nothing is padded" in record.getMessage() for record in caplog.records) == 1
+    tok.deprecation_warnings = {}
+    tok("a", padding="max_length")
+    assert sum("nothing is padded" in record.getMessage() for record in caplog.records) == 2
+
+
 def test_keywords_of_calls(tok: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert tok("a", padding="max_length", max_length=4) == tok("a", pad_to_max_length=True, max_length=4)
     for _ in range(2):

@@ -101,8 +101,7 @@ def _sizes(a: int, b: int | None, room: int, strategy: Truncation) -> tuple[int,
 def target_length(longest: int, padding: Padding, max_length: int | None, multiple: int | None) -> int:
     """The length that rows are padded to."""
     length = max_length if padding == "max_length" else longest
-    if length is None:
-        raise TokenizerError("padding='max_length' needs max_length: this tokenizer has no finite model_max_length")
+    assert length is not None, "the caller leaves padding='max_length' without a length alone"
     return -(-length // multiple) * multiple if multiple else length
 
 

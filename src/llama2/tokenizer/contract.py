@@ -217,6 +217,11 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
             return None
         if max_length is None and self.model_max_length < VERY_LARGE:
             max_length = self.model_max_length
+        if padding == "max_length" and max_length is None:
+            self._warn(
+                "no length", "padding='max_length' without max_length, and the model has none: nothing is padded"
+            )
+            return None
         length = batching.target_length(max(map(len, rows)), padding, max_length, multiple)
         if self.pad_token_id is None:
             raise TokenizerError(

@@ -47,6 +47,15 @@ class Interchange(Files):
         return found
 
     @property
+    def deprecation_warnings(self) -> dict[str, bool]:
+        """What was warned of already; assign {} to hear it again."""
+        return dict.fromkeys(self._warned, True)
+
+    @deprecation_warnings.setter
+    def deprecation_warnings(self, names: dict[str, bool]) -> None:
+        self._warned = {name for name, said in names.items() if said}
+
+    @property
     def _special_tokens_map(self) -> dict[str, Any]:
         """Read by libraries of transformers' family: every role, None where it is not set."""
         return {**dict.fromkeys(NAMES), **self.special_tokens_map_extended}
