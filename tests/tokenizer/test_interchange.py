@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from llama2 import AutoTokenizer
@@ -37,6 +38,13 @@ def test_special_tokens_with_flags(tok: Any) -> None:
     assert tok.additional_special_tokens == tok.extra_special_tokens == ["</s>"]
     assert tok.add_special_tokens({"extra_special_tokens": ["<y>"]}, replace_extra_special_tokens=False) == 1
     assert tok.extra_special_tokens_ids == [2, 32001] and tok.backend in ("sentencepiece", "tokenizers")
+
+
+def test_added_tokens_of_the_tokenizers_package(tok: Any) -> None:
+    flags = {"lstrip": True, "special": True, "normalized": False}
+    theirs = tokenizers.AddedToken("<x>", **flags)
+    assert AddedToken("<x>", **flags) == theirs and AddedToken("<x>") != theirs and AddedToken("<x>") != "<x>"
+    assert tok.add_tokens([theirs]) == 1 and theirs in tok.added_tokens_decoder.values()
 
 
 def test_padding_to_no_length(tok: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 from llama2.errors import TokenizerError
 
+_FIELDS = ("content", "single_word", "lstrip", "rstrip", "special", "normalized")
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class AddedToken:
     """One added token.
 
@@ -35,6 +37,15 @@ class AddedToken:
 
     def __str__(self) -> str:
         return self.content
+
+    def __eq__(self, other: object) -> bool:
+        """Also to an AddedToken of the `tokenizers` package, which transformers hands out."""
+        if not all(hasattr(other, name) for name in _FIELDS):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in _FIELDS)
+
+    def __hash__(self) -> int:
+        return hash(self.content)
 
     def replaced_by(self, again: "AddedToken") -> "AddedToken":
         """This token after it is added `again`: with the new flags, but special once and for all."""
@@ -69,9 +80,8 @@ def as_added_token(token: "str | dict[str, Any] | AddedToken", special: bool = F
     if isinstance(token, str):
         return AddedToken(token, special=special)
     # an AddedToken of the `tokenizers` package
-    names = ("content", "single_word", "lstrip", "rstrip", "special", "normalized")
-    if all(hasattr(token, name) for name in names):
-        return AddedToken(**{name: getattr(token, name) for name in names})
+    if all(hasattr(token, name) for name in _FIELDS):
+        return AddedToken(**{name: getattr(token, name) for name in _FIELDS})
     raise TokenizerError(f"a token is a str or an AddedToken, got {type(token).__name__} {token!r}")
 
 
