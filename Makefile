@@ -4,6 +4,7 @@
 # make parity   the comparisons with transformers and gguf (installs them)
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
 # make parity-bitsandbytes  packed weights and files beside bitsandbytes, in an environment of its own
+# make interop  peft, TRL, accelerate, transformers, lm-eval, torchao, bitsandbytes, datasets on these classes, each in an environment of its own
 # make peers    the test suites of transformers and PEFT on these classes (T446=, T5=, PEFT=: tests/peers/README.md)
 # make triton-check  the GPU kernels of packed weights in Triton's interpreter, in an environment of its own
 # make parity-peft  adapters beside peft, training steps beside trl, in an environment of its own
@@ -23,7 +24,7 @@ PROMPT ?= Explain in two sentences why the sky is blue.
 
 PEERS_ROOT ?= $(CURDIR)/$(VENV)-peers
 
-.PHONY: demo test check check-native format peers parity parity-446 parity-bitsandbytes parity-peft triton-check page ray fuzz \
+.PHONY: demo test check check-native format peers interop parity parity-446 parity-bitsandbytes parity-peft triton-check page ray fuzz \
   bench bench-train gpu-check clean
 
 $(BIN)/python:
@@ -72,6 +73,28 @@ parity: .make/parity
 peers: .make/test
 	PEERS_ROOT=$(PEERS_ROOT) PYTHON=$(PYTHON) T446=$(T446) T5=$(T5) PEFT=$(PEFT) tests/peers/setup.sh
 	PEERS_ROOT=$(PEERS_ROOT) PROJECT=$(CURDIR) PEER_STRICT=$(PEER_STRICT) $(PYTHON) tests/peers/suites.py $(SUITES)
+
+# Each library in an environment of its own, with what this library needs beside it; INTEROP="peft trl" makes some.
+INTEROP ?= accelerate bitsandbytes datasets lm_eval peft torch torchao transformers trl
+INTEROP_BASE := torch numpy safetensors sentencepiece tokenizers jinja2 huggingface_hub rich
+INTEROP_accelerate := accelerate
+INTEROP_bitsandbytes := bitsandbytes==0.50.2 transformers>=5.23
+INTEROP_datasets := datasets
+INTEROP_lm_eval := lm-eval transformers>=5.23 accelerate
+INTEROP_peft := peft==0.21.2 transformers>=5.23 accelerate
+INTEROP_torchao := torchao==0.18.0
+INTEROP_transformers := transformers>=5.23 accelerate
+INTEROP_trl := trl==1.16.0 peft==0.21.2 transformers>=5.23 accelerate datasets
+
+.make/interop-%: constraints.txt
+	@mkdir -p .make
+	$(PYTHON) -m venv $(VENV)-interop/$*
+	$(VENV)-interop/$*/bin/python -m pip install -q -c constraints.txt $(INTEROP_BASE)
+	$(if $(INTEROP_$*),$(VENV)-interop/$*/bin/python -m pip install -q -c constraints.txt $(foreach package,$(INTEROP_$*),'$(package)'))
+	@touch $@
+
+interop: .make/test $(foreach library,$(INTEROP),.make/interop-$(library))
+	LLAMA2_INTEROP=$(CURDIR)/$(VENV)-interop $(BIN)/python -m pytest -m parity tests/interop
 
 # 4.46 and 5.x want different tokenizers and hub packages.
 .make/parity-446: constraints.txt
@@ -178,4 +201,4 @@ gpu-check: .make/demo
 	$(BIN)/python bench/gpu.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes $(VENV)-peft $(VENV)-triton $(VENV)-peers .make build dist
+	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes $(VENV)-peft $(VENV)-triton $(VENV)-peers $(VENV)-interop .make build dist

@@ -43,6 +43,10 @@ def test_labels_of_the_signature() -> None:
     kinds = [p.kind for p in inspect.signature(LlamaForCausalLM.forward).parameters.values()]
     assert inspect.Parameter.VAR_KEYWORD in kinds and LlamaForCausalLM.accepts_loss_kwargs
     assert not llama2.LlamaForSequenceClassification.accepts_loss_kwargs
+    assert (
+        LlamaForCausalLM.loss_type == "ForCausalLM"
+    )  # its Trainer then counts labels[..., 1:], as its models' loss does
+    assert llama2.LlamaForSequenceClassification.loss_type == "ForSequenceClassification"
 
 
 def test_forward_takes_what_transformers_takes() -> None:
@@ -281,3 +285,16 @@ def test_to_transformers_shares_the_parameters(tied: bool) -> None:
     model.add_adapter(LoraConfig())
     with pytest.raises(InputError, match="adapters"):
         model.to_transformers()
+
+
+class Hook:
+    """As accelerate's AlignDevicesHook."""
+
+    execution_device = "cpu"
+
+
+def test_the_device_of_an_offloaded_model() -> None:
+    model = tiny_model(torch.float32).to("meta")
+    assert model.device.type == "meta"
+    model.model.norm._hf_hook = Hook()
+    assert model.device == torch.device("cpu")

@@ -3,7 +3,7 @@
 Shapes as in `layers`: B batch, T tokens, D model.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from llama2.rope import promoted
 
 class LlamaForSequenceClassification(PreTrainedModel):
     """LlamaModel with a linear classifier on the last real token of each row."""
+
+    loss_type: ClassVar[str | None] = "ForSequenceClassification"
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -117,6 +119,8 @@ class LlamaForSequenceClassification(PreTrainedModel):
 class LlamaForTokenClassification(PreTrainedModel):
     """LlamaModel with a linear classifier on every token."""
 
+    loss_type: ClassVar[str | None] = "ForTokenClassification"
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         config = self.config
@@ -160,6 +164,8 @@ class LlamaForTokenClassification(PreTrainedModel):
 
 class LlamaForQuestionAnswering(PreTrainedModel):
     """LlamaModel with two scores a token: that the answer begins, and that it ends there."""
+
+    loss_type: ClassVar[str | None] = "ForQuestionAnswering"
 
     base_model_prefix = "transformer"
 

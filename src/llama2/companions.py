@@ -44,6 +44,8 @@ class Companions:
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
     # Whether forward divides its loss by num_items_in_batch: transformers' Trainer then does not divide it again.
     accepts_loss_kwargs: ClassVar[bool] = False
+    # The name of the loss in transformers, whose Trainer counts targets by it: labels[..., 1:] for "ForCausalLM".
+    loss_type: ClassVar[str | None] = None
     framework: ClassVar[str] = "pt"
     model_tags: list[str] | None = None
     hf_device_map: dict[str, Any]  # set where a device map was given: accelerate asks whether there is one

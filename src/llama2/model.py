@@ -220,6 +220,7 @@ class LlamaForCausalLM(PreTrainedModel):
 
     _tied_weights_keys: ClassVar[dict[str, str] | None] = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs: ClassVar[bool] = True
+    loss_type: ClassVar[str | None] = "ForCausalLM"
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
