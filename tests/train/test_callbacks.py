@@ -275,7 +275,7 @@ def test_other_rows_or_another_scale_are_another_run(tmp_path: Path) -> None:
         return model
 
     made(tmp_path / "alpha", model=adapted(4)).train()
-    with pytest.raises(InputError, match="it differs in the adapter's ranks and scales"):
+    with pytest.raises(InputError, match="it differs in .*lora_alpha"):
         made(tmp_path / "alpha", model=adapted(8), max_steps=9).train(resume_from_checkpoint=True)
 
 
