@@ -40,7 +40,9 @@ def cache_to_run(
     if not config.value("use_cache"):
         return None
     if given is None:
-        return runner.new_cache(config.cache_implementation, rows, length)
+        kind = config.cache_implementation
+        # The last token that is made never enters the cache; transformers' static caches have no room for it either.
+        return runner.new_cache(kind, rows, length - 1 if kind == "static" else length)
     cache = given
     if isinstance(runner, NativeRunner):
         cache = runner.adopt(given, rows, length, mask)

@@ -131,4 +131,4 @@ def test_static_caches_show_their_layers() -> None:
     out = generate(
         tiny_model(), tiny_ids(2, 4), max_new_tokens=3, cache_implementation="static", return_dict_in_generate=True
     )
-    assert out.past_key_values.layers[0].keys.shape == (2, 2, 7, 16) and len(out.past_key_values.layers) == 2
+    assert out.past_key_values.layers[0].keys.shape == (2, 2, 6, 16) and len(out.past_key_values.layers) == 2
