@@ -1,4 +1,4 @@
-"""lm-eval's HFLM over these models and tokenizers: log-likelihoods and generation."""
+"""lm-eval's HFLM over these models: log-likelihoods and generation; it asks for transformers' tokenizer class."""
 
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,6 @@ def case_tiny(folder: Path) -> None:
     _check(byte_model(), byte_tokenizer(folder).to_transformers())
 
 
-def case_own_tokenizer(folder: Path) -> None:
-    _check(byte_model(), byte_tokenizer(folder))
-
-
 def case_demo_model(folder: Path) -> None:
-    _check(*demo())
+    model, tokenizer = demo()
+    _check(model, tokenizer.to_transformers())
