@@ -502,7 +502,11 @@ def test_conflicting_dtypes(saved: Path) -> None:
 @pytest.mark.parametrize("device_map", [None, "cpu", "auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
 def test_device_maps(saved: Path, device_map: Any) -> None:
     expected = "cuda" if device_map == "auto" and torch.cuda.is_available() else "cpu"
-    assert LlamaForCausalLM.from_pretrained(saved, device_map=device_map).device.type == expected
+    model = LlamaForCausalLM.from_pretrained(saved, device_map=device_map)
+    assert model.device.type == expected
+    # As transformers: the map stands on the model where one was asked for.
+    place = "cpu" if model.device.index is None else model.device.index
+    assert getattr(model, "hf_device_map", None) == (None if device_map is None else {"": place})
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,16 @@ def test_reference_free() -> None:
     assert float(dpo_loss(c, r).loss) == pytest.approx((math.log1p(math.exp(-0.2)) + math.log1p(math.exp(0.1))) / 2)
 
 
-@pytest.mark.parametrize("given", [{"kind": "other"}, {"beta": 0.0}, {"beta": math.nan}, {"label_smoothing": 0.5}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kind": "other"},
+        {"beta": 0.0},
+        {"beta": math.nan},
+        {"label_smoothing": 0.5},
+        {"kind": "ipo", "label_smoothing": 0.1},
+    ],
+)
 def test_refused(given: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=str(next(iter(given.values())))):
         dpo_loss(torch.zeros(1), torch.zeros(1), **given)

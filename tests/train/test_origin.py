@@ -263,3 +263,8 @@ def test_a_float16_model_in_a_trainer(tmp_path: Path, monkeypatch: pytest.Monkey
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert str(model.dtype) == f"torch.{wanted}" and losses and losses[0] == losses[0]
+
+
+def test_a_loss_without_label_smoothing_refuses_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="label_smoothing is 0.1, which ipo does not have; use sigmoid or robust"):
+        Recipe(task="dpo", model="m", data="d", output_dir=str(tmp_path), loss_type="ipo", label_smoothing=0.1)

@@ -216,6 +216,8 @@ def from_pretrained(
         pack(model, weights, report.found, wanted, chosen)
     fill(model, weights, report, chosen, device)
     model.generation_config = _generation_config(generation_config, source, settings)
+    if device_map is not None:
+        model.hf_device_map = {"": str(device) if device.index is None else device.index}
     model.eval()
     return (model, info(report)) if output_loading_info else model
 

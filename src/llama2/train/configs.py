@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 from llama2.errors import InputError
 from llama2.train.arguments import OptionalFlag, TrainingArguments
+from llama2.train.preference import check_preference
 
 Truncation = Literal["keep_start", "keep_end"]
-DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust")
 _SHARED_NO_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "trust_remote_code": ("remote code never runs", ()),
     "router_aux_loss_coef": ("a Llama model has no experts", ()),
@@ -174,18 +174,12 @@ class DPOConfig(TuningArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         kinds = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        if len(kinds) != 1 or kinds[0] not in DPO_LOSSES:
-            raise InputError(f"loss_type is {self.loss_type!r}; it must be one of {', '.join(DPO_LOSSES)}")
+        if len(kinds) != 1:
+            raise InputError(f"loss_type is {self.loss_type!r}; one loss is supported: give its name")
+        check_preference(kinds[0], self.beta, self.label_smoothing)
         self.loss_type = kinds[0]
         if self.loss_weights is not None and list(self.loss_weights) != [1.0]:
             raise InputError(f"loss_weights is {self.loss_weights!r}; there is one loss: leave it out")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise InputError(f"label_smoothing is {self.label_smoothing!r}; it must lie in [0, 0.5)")
-        if self.label_smoothing and self.loss_type in ("ipo", "hinge"):
-            raise InputError(
-                f"label_smoothing is {self.label_smoothing!r}, which {self.loss_type} does not have; use sigmoid or "
-                "robust, or leave it at 0"
-            )
         self._refuse(
             model_adapter_name="train the adapter that is active",
             ref_adapter_name="the reference is the model as it is now; give ref_model for another",

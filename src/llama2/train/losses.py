@@ -3,16 +3,16 @@
 N targets, D width of the model, V vocabulary.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llama2.compiled import kernels, pool
-from llama2.errors import InputError
 from llama2.rope import promoted
 from llama2.train.data import IGNORED
+from llama2.train.preference import Preference, check_preference
 from llama2.train.products import add_transposed, sum_of_products
 
 CHUNK_BYTES = 48 << 20  # of logits
@@ -122,8 +122,6 @@ class _LogProbs(torch.autograd.Function):
 
 # -- preferences -------------------------------------------------------------------------------------------------
 
-Preference = Literal["sigmoid", "ipo", "hinge", "robust"]
-
 
 class PreferenceLoss(NamedTuple):
     """Mean loss, and what is logged: the rewards beta * (log pi - log ref) of both answers (pairs,)."""
@@ -155,12 +153,7 @@ def dpo_loss(
 
     References left at 0 make it reference-free. Raises InputError for a bad kind, beta or label_smoothing.
     """
-    if kind not in get_args(Preference):
-        raise InputError(f"the loss is {kind!r}; it must be one of {', '.join(get_args(Preference))}")
-    if not beta > 0:
-        raise InputError(f"beta is {beta!r}; it must be above 0 (0.1 is usual)")
-    if not 0 <= label_smoothing < 0.5:
-        raise InputError(f"label_smoothing is {label_smoothing!r}; it must lie in [0, 0.5)")
+    check_preference(kind, beta, label_smoothing)
     up, down = chosen - reference_chosen, rejected - reference_rejected
     d = up - down
     if kind == "sigmoid":

@@ -18,8 +18,9 @@ from llama2.errors import InputError
 from llama2.quant.linear import PackedLinear
 from llama2.train.data import IGNORED, Example, Pair
 from llama2.train.layer import fuses
-from llama2.train.losses import Preference, dpo_loss, head_loss, targets, token_log_probs
+from llama2.train.losses import dpo_loss, head_loss, targets, token_log_probs
 from llama2.train.packing import Packed, bins, pack
+from llama2.train.preference import Preference
 from llama2.train.reference import Start, is_fresh, without_dropout
 
 Batch = dict[str, Any]

@@ -9,7 +9,7 @@ from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
 from llama2.train.data import Report
 from llama2.train.labels import Labels
-from llama2.train.losses import Preference
+from llama2.train.preference import Preference, check_preference
 
 Task = Literal["sft", "dpo", "classify", "pretrain"]
 # Peak learning rates where none is given: of all weights, and of an adapter.
@@ -79,6 +79,7 @@ class Recipe:
             raise InputError("eval_data and eval_split are both given; give one of them")
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold is {self.threshold}; it must lie between 0 and 1")
+        check_preference(self.loss_type, self.beta, self.label_smoothing)
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise InputError(f"output_dir {self.output_dir!r} is a file; give the path of a folder")
 
