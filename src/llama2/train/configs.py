@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from llama2.errors import InputError
 from llama2.train.arguments import OptionalFlag, TrainingArguments
-from llama2.train.preference import check_preference
+from llama2.train.preference import Preference, check_preference
 
 Truncation = Literal["keep_start", "keep_end"]
 _SHARED_NO_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -175,7 +175,7 @@ class DPOConfig(TuningArguments):
         super().__post_init__()
         kinds = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         if len(kinds) != 1:
-            raise InputError(f"loss_type is {self.loss_type!r}; one loss is supported: give its name")
+            raise InputError(f"loss_type is {self.loss_type!r}; it must be one of {', '.join(get_args(Preference))}")
         check_preference(kinds[0], self.beta, self.label_smoothing)
         self.loss_type = kinds[0]
         if self.loss_weights is not None and list(self.loss_weights) != [1.0]:

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from llama2.errors import InputError
 
-Preference = Literal["sigmoid", "robust", "hinge", "ipo"]
+Preference = Literal["sigmoid", "ipo", "hinge", "robust"]
 _SMOOTHED = ("sigmoid", "robust")  # the losses that have label smoothing
 
 
