@@ -1,5 +1,6 @@
 """What one key may have: its share of a full house, its tokens a minute, and a true time to wait."""
 
+import socket
 import threading
 import time
 from typing import Any
@@ -97,6 +98,12 @@ def test_one_key_cannot_starve_another(serve: Serve) -> None:
     assert served.quiet(60)
 
 
+def read_to_the_end(sock: socket.socket) -> None:
+    """Takes what the server sends until the connection ends."""
+    while sock.recv(65536):
+        pass
+
+
 def test_who_is_refused_is_told_when_to_come_back(serve: Serve) -> None:
     served = serve(keys=Keys(["a", "b"]), max_requests_per_key=2, tokens_per_minute=6000)
     socks = [opened(served, "a", LONG) for _ in range(2)]
@@ -107,13 +114,16 @@ def test_who_is_refused_is_told_when_to_come_back(serve: Serve) -> None:
     wait = int(reply.headers["retry-after"])
     assert ask(served, "b", {"prompt": "x", "max_tokens": 1}).status == 200
     end = time.monotonic() + wait + 1
-    for sock in socks:
-        threading.Thread(target=lambda s=sock: [0 for _ in iter(lambda: s.recv(65536), b"")], daemon=True).start()
+    readers = [threading.Thread(target=read_to_the_end, args=(sock,)) for sock in socks]
+    for reader in readers:
+        reader.start()
     while len(served.service.sessions) == 2 and time.monotonic() < end + 5:
         time.sleep(0.01)
     assert len(served.service.sessions) < 2  # there was room by then
     assert served.quiet(60)
-    for sock in socks:
+    for sock, reader in zip(socks, readers, strict=True):
+        sock.shutdown(socket.SHUT_RDWR)  # wakes the reader, which close() does not
+        reader.join()
         sock.close()
     served.service.rate.charge(next(iter(served.service.rate._held)), 60_000)
     refused = [ask(served, key, {"prompt": "x", "max_tokens": 1}) for key in ("a", "b")]
