@@ -227,7 +227,8 @@ def test_templates_that_loop_do_not_stop_the_server(serve: Serve) -> None:
             thread.start()
         began = time.monotonic()
         reply = post(served.port, "/v1/chat/completions", body)
-        assert reply.status == 400 and reply.json["error"]["code"] == "request_too_costly"
+        # The deadline of the check, or the template's own count of steps: the processor's speed says which comes first.
+        assert reply.status == 400 and reply.json["error"]["code"] in ("request_too_costly", "template_error")
         for thread in threads:
             thread.join()
         assert time.monotonic() - began < 30
