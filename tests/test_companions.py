@@ -53,8 +53,6 @@ def test_forward_takes_what_transformers_takes() -> None:
     model = tiny_model(torch.float32)
     shifted = torch.nn.functional.pad(IDS[:, 1:], (0, 1), value=-100)
     torch.testing.assert_close(model(IDS, shift_labels=shifted).loss, model(IDS, labels=IDS).loss)
-    with pytest.warns(UserWarning, match="cu_seq_lens_q has no effect"):
-        model(IDS, cu_seq_lens_q=torch.tensor([0, 8]))
     with pytest.raises(InputError, match="attn_mask"):
         model(IDS, attn_mask=None)
 

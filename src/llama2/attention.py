@@ -8,13 +8,14 @@ Shapes: B batch, T new tokens, S cached positions, H query heads, K key-value he
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama2.documents import within
 from llama2.errors import InputError, MissingDependencyError
 from llama2.rope import promoted
 
@@ -28,11 +29,13 @@ class Mask:
     allowed: (B | 1, 1, T, S) or broadcastable, bool (True = sees) or additive float; None where `causal` says it all.
     causal: the new tokens are the last T of the S positions and see themselves and what is before them.
     padding: (B, S) bool, True = a real token; None where every position is real. Read by flash_attention_2.
+    documents: (B | 1, T), the document of each token of packed rows, see `documents`; None where each row is one.
     """
 
     allowed: Tensor | None
     causal: bool
     padding: Tensor | None = None
+    documents: Tensor | None = None
 
 
 def make_mask(
@@ -43,13 +46,17 @@ def make_mask(
     device: torch.device,
     cache_position: Tensor | None = None,
     implementation: str = "sdpa",
+    documents: Tensor | None = None,
 ) -> Mask:
     """The mask of one forward pass, shared by all layers.
 
     attention_mask: None, 2D (B, cached + new_tokens) with 1 = keep, or 4D (B | 1, 1, T, S) taken as it is (bool, or
     additive float). `positions` is S; `cache_position` (T,) is given for a static cache, whose tail is empty.
-    Raises InputError for any other shape or dtype.
+    documents (B | 1, T) keep packed rows apart. Raises InputError for any other shape or dtype, for documents beside
+    a 4D mask, and for documents behind cached tokens.
     """
+    if documents is not None:
+        return _packed_mask(attention_mask, documents, new_tokens, positions, implementation)
     if attention_mask is not None and attention_mask.dim() == 4:
         return _given_mask(attention_mask, new_tokens, positions, implementation)
     padding = _padding(attention_mask, cached + new_tokens, positions)
@@ -67,6 +74,25 @@ def make_mask(
     if padding is not None:
         allowed = allowed & padding.to(device)[:, None, None, :]
     return Mask(allowed, causal=new_tokens > 1, padding=padding)
+
+
+def _packed_mask(
+    attention_mask: Tensor | None, documents: Tensor, new_tokens: int, positions: int, implementation: str
+) -> Mask:
+    if attention_mask is not None and attention_mask.dim() == 4:
+        raise InputError("a 4D attention_mask says who sees whom; leave out cu_seq_lens_q and seq_idx, or the mask")
+    if positions != new_tokens:
+        raise InputError(
+            f"packed rows begin with an empty cache that grows; this one has {positions} places for {new_tokens} new "
+            "tokens; run each document by itself to go on"
+        )
+    padding = _padding(attention_mask, new_tokens, positions)
+    if implementation == "flash_attention_2":
+        return Mask(None, causal=True, padding=padding, documents=documents)
+    allowed = within(documents)
+    if padding is not None:
+        allowed = allowed & padding.to(documents.device)[:, None, None, :]
+    return Mask(allowed, causal=True, padding=padding, documents=documents)
 
 
 def _given_mask(mask: Tensor, new_tokens: int, positions: int, implementation: str) -> Mask:
@@ -196,12 +222,12 @@ def flash_attention_2(
 def flash_rows(
     kernel: FlashKernel, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Runs `kernel` on the whole batch, or row by row on the real tokens where some are padding."""
-    if mask.padding is None:
+    """Runs `kernel` on the whole batch, or on the real tokens of each row, or of each document of packed rows."""
+    if mask.padding is None and mask.documents is None:
         return kernel(q, k, v, mask.causal, scale, dropout)
     out = torch.zeros_like(q)
     new_tokens = q.shape[2]
-    for row, keep in enumerate(mask.padding):
+    for row, keep in _texts(mask, len(q)):
         seen = keep.nonzero().squeeze(-1)
         asked = keep[-new_tokens:].nonzero().squeeze(-1)
         if not len(asked):
@@ -210,6 +236,20 @@ def flash_rows(
         part = kernel(q[one][:, :, asked], k[one][:, :, seen], v[one][:, :, seen], len(asked) > 1, scale, dropout)
         out[one, :, asked] = part
     return out
+
+
+def _texts(mask: Mask, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """Each text's row and which of its positions (S,) it takes."""
+    for row in range(rows):
+        real = None if mask.padding is None else mask.padding[row]
+        if mask.documents is None:
+            assert real is not None
+            yield row, real
+            continue
+        number = mask.documents[row if len(mask.documents) > 1 else 0]
+        for document in number.unique():
+            taken = number == document
+            yield row, taken if real is None else taken & real.to(taken.device)
 
 
 def _flash_kernel() -> FlashKernel:

@@ -11,7 +11,7 @@ from typing import Any
 from llama2.errors import InputError
 
 _ENGINE = "how the step is compiled is decided by the runner; give runner='torch' or runner='plain'"
-_PACKED = "documents of a packed row are kept apart by a 4D attention_mask"
+_PACKED = "generate() takes one prompt a row; pad prompts on the left"
 _LOADING = "weights are mapped from the file and assigned, whatever the settings"
 _ONE_DEVICE = "the model is on one device"
 _KERNELS = "kernels are this library's own"
@@ -55,11 +55,8 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "adapter_kwargs": "the adapter's own configuration decides",
     },
     "forward": {
-        "cu_seq_lens_q": _PACKED,
-        "cu_seq_lens_k": _PACKED,
-        "max_length_q": _INTERNAL,
+        "max_length_q": _INTERNAL,  # follows from cu_seq_lens_q
         "max_length_k": _INTERNAL,
-        "seq_idx": _PACKED,
         "head_mask": "heads are not pruned",
         "cross_attn_head_mask": _ENCODER,
         "encoder_hidden_states": _ENCODER,
@@ -70,6 +67,9 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "sliding_window": "a Llama model attends to everything before",
     },
     "generate": {
+        "cu_seq_lens_q": _PACKED,
+        "cu_seq_lens_k": _PACKED,
+        "seq_idx": _PACKED,
         "low_memory": "beams are kept in one batch",
         "logits_to_keep": "generate() needs the last position only",
         "num_logits_to_keep": "generate() needs the last position only",

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from llama2.attention import Mask, make_mask
+from llama2.attention import Mask, make_mask, traced
 from llama2.cache import DynamicCache, LayerPlaces, StaticCache
 from llama2.config import LlamaConfig
+from llama2.documents import by_lengths, by_positions, positions_within
 from llama2.errors import InputError
 from llama2.keywords import without_effect
 from llama2.layers import (
@@ -72,11 +73,11 @@ class LlamaModel(PreTrainedModel):
         input_ids (B, T), or inputs_embeds (B, T, D). attention_mask: 2D (B, cached + T), 1 = keep; or 4D, see
         `attention.make_mask`. position_ids (B | 1, T) default to the places after the cache. past_key_values: a cache,
         or a tuple of (keys, values) per layer, in which case a tuple comes back. output_attentions computes this call
-        with the eager implementation, which alone has the weights. Raises InputError for shapes that do not fit.
-        Other keywords are those of transformers that have no effect here, see `keywords`.
+        with the eager implementation, which alone has the weights. Rows that hold several documents keep them apart
+        where cu_seq_lens_q or seq_idx says so, or where position_ids begin again at 0 (without attention_mask and
+        past_key_values), see `documents`. Raises InputError for shapes that do not fit. Other keywords are those of
+        transformers that have no effect here, see `keywords`.
         """
-        if kwargs:
-            without_effect("forward", kwargs)
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -84,6 +85,14 @@ class LlamaModel(PreTrainedModel):
         if use_cache and self.training and self.gradient_checkpointing:
             use_cache = False  # recomputing a layer would append its keys twice
         x_BTD = self._embed(input_ids, inputs_embeds)
+        documents = None
+        if kwargs:
+            documents = by_lengths(kwargs, *x_BTD.shape[:2], x_BTD.device)
+            without_effect("forward", kwargs)
+        if documents is not None and position_ids is None:
+            position_ids = positions_within(documents)
+        elif position_ids is not None and x_BTD.shape[1] > 1 and attention_mask is None and past_key_values is None:
+            documents = by_positions(position_ids, traced(x_BTD)) if documents is None else documents
         legacy = isinstance(past_key_values, tuple) or config.torchscript
         cache = (
             DynamicCache.from_legacy_cache(past_key_values) if isinstance(past_key_values, tuple) else past_key_values
@@ -92,7 +101,7 @@ class LlamaModel(PreTrainedModel):
             cache = DynamicCache()
         implementation = "eager" if output_attentions else self.attn_implementation
         mask, position_ids, cache_position = self._places(
-            x_BTD, attention_mask, position_ids, cache, cache_position, implementation
+            x_BTD, attention_mask, position_ids, cache, cache_position, implementation, documents
         )
         cos, sin = self.rotary_emb(x_BTD, position_ids)
         rotation = (cos[:, None], sin[:, None])
@@ -149,6 +158,7 @@ class LlamaModel(PreTrainedModel):
         cache: Cache | None,
         cache_position: Tensor | None,
         implementation: str,
+        documents: Tensor | None,
     ) -> tuple[Mask, Tensor, Tensor | None]:
         """The mask, the positions (B | 1, T), and for a static cache where to write."""
         new_tokens, device = x_BTD.shape[1], x_BTD.device
@@ -172,7 +182,9 @@ class LlamaModel(PreTrainedModel):
                 torch.arange(cached, cached + new_tokens, device=device) if cache_position is None else cache_position
             )
             position_ids = place[None]
-        mask = make_mask(attention_mask, new_tokens, cached, positions, device, cache_position, implementation)
+        mask = make_mask(
+            attention_mask, new_tokens, cached, positions, device, cache_position, implementation, documents
+        )
         return mask, position_ids, cache_position
 
     def _layer_places(self, cache: Cache | None) -> LayerPlaces | None:
@@ -283,8 +295,6 @@ class LlamaForCausalLM(PreTrainedModel):
         its name in transformers 4.46.
         """
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
-        if kwargs:
-            without_effect("forward", kwargs)
         hidden = self.model(
             input_ids,
             attention_mask,
@@ -296,6 +306,7 @@ class LlamaForCausalLM(PreTrainedModel):
             output_hidden_states,
             True,
             cache_position,
+            **kwargs,
         )
         x_BTD, keep = hidden.last_hidden_state, _kept(logits_to_keep, num_logits_to_keep)
         logits_BTV = split_output(self.lm_head, x_BTD if keep is None else x_BTD[:, keep], self.config.pretraining_tp)

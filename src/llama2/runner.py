@@ -102,6 +102,8 @@ class TorchRunner:
             self._prepacked = True
             if not difference(self.model):
                 self.model.prepack()  # from the first single token on it pays; before, it would delay the first token
+        if mask_BS is None and cache is None:
+            mask_BS = torch.ones_like(tokens[..., 0] if tokens.dim() == 3 else tokens, dtype=torch.bool)  # one document
         output = self.model(
             **{"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens},
             attention_mask=mask_BS,

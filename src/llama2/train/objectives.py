@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama2 import lora
+from llama2.documents import within
 from llama2.errors import InputError
 from llama2.quant.linear import PackedLinear
 from llama2.train.data import IGNORED, Example, Pair
@@ -56,6 +57,12 @@ def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
 
+def places(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Positions of rows as one tensor (B, longest); they go on through the padding, which is no document of its own."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *range(row[-1] + 1, row[-1] + 1 + longest - len(row))] for row in rows])
+
+
 def head_of(model: Any) -> Tensor:
     """The head's weight (V, D). Raises InputError where it is adapted or packed: its product is not a plain one."""
     head = model.get_output_embeddings()
@@ -73,12 +80,7 @@ def isolated(starts: Sequence[Sequence[int]], lengths: Sequence[int], longest: i
         document[row, list(begins[1:])] = 1
         document[row] = document[row].cumsum(0)
         document[row, length:] = -1  # padding sees itself, so that no row of the softmax is empty
-    return _within(document)
-
-
-def _within(document_BT: Tensor) -> Tensor:
-    """The mask (B, 1, T, T) of tokens that see what is before them in their own document, given its number."""
-    return (document_BT[:, :, None] == document_BT[:, None, :]).tril()[:, None]
+    return within(document)
 
 
 def hidden_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -114,7 +116,7 @@ def one_row(
     fill = -int(lengths_B.sum()) % 64
     positions = torch.cat((positions_BT[real], torch.arange(fill)))
     labels = F.pad(labels_BT[real], (0, fill), value=IGNORED).masked_fill(positions == 0, IGNORED)
-    ids, mask = F.pad(ids_BT[real], (0, fill)), _within((positions == 0).cumsum(0)[None])
+    ids, mask = F.pad(ids_BT[real], (0, fill)), within((positions == 0).cumsum(0)[None])
     return ids[None], labels[None], positions[None], mask
 
 
@@ -131,7 +133,7 @@ class NextToken:
         return {
             "input_ids": padded([item.input_ids for item in items], 0),
             "labels": padded([item.labels for item in items], IGNORED),
-            "position_ids": padded([item.position_ids for item in items], 0),
+            "position_ids": places([item.position_ids for item in items]),
             "lengths": torch.tensor(lengths),
             "attention_mask": isolated([item.starts for item in items], lengths, max(lengths)),
         }
@@ -190,7 +192,7 @@ class Preferences:
         return {
             "input_ids": padded([e.input_ids for e in examples], 0),
             "labels": padded([e.labels for e in examples], IGNORED),
-            "position_ids": padded([range(len(e.input_ids)) for e in examples], 0),
+            "position_ids": places([range(len(e.input_ids)) for e in examples]),
             "lengths": torch.tensor([len(e.input_ids) for e in examples]),
             "attention_mask": None,
         }
@@ -275,7 +277,7 @@ class Classification:
         return {
             "input_ids": padded(ids, 0),
             "labels": padded([[IGNORED] * len(row) for row in ids], IGNORED),
-            "position_ids": padded([range(len(row)) for row in ids], 0),
+            "position_ids": places([range(len(row)) for row in ids]),
             "lengths": torch.tensor([len(row) for row in ids]),
             "attention_mask": None,
             "wanted": torch.tensor([item[1] for item in items]),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from llama2.errors import InputError
 from llama2.train.data import IGNORED, Example, Pair, Report, prepare_pairs
-from llama2.train.objectives import Batch, Loss, last_of, padded
+from llama2.train.objectives import Batch, Loss, last_of, padded, places
 
 _IDS = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"),
         ("input_ids_chosen", "input_ids_rejected"))  # fmt: skip
@@ -43,7 +43,7 @@ class Rewards:
         return {
             "input_ids": padded(ids, 0),
             "labels": padded([[IGNORED] * len(row) for row in ids], IGNORED),
-            "position_ids": padded([range(len(row)) for row in ids], 0),
+            "position_ids": places([range(len(row)) for row in ids]),
             "lengths": torch.tensor([len(row) for row in ids]),
             "attention_mask": None,
             "margins": torch.tensor([item.margin for item in items]),
