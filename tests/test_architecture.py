@@ -14,7 +14,7 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("hf_argument_parser",), 2),
     **dict.fromkeys(("config", "generation_config", "compiled"), 2),
     **dict.fromkeys(("tokenizer", "quantization_config", "lora_config"), 3),
-    **dict.fromkeys(("architecture", "rope", "cache", "outputs", "quant", "linear"), 4),
+    **dict.fromkeys(("architecture", "documents", "rope", "cache", "outputs", "quant", "linear"), 4),
     **dict.fromkeys(("attention", "companions", "coverage"), 5),
     "pretrained": 6,
     **dict.fromkeys(("layers", "lora"), 7),

@@ -87,7 +87,7 @@ class LlamaModel(PreTrainedModel):
         x_BTD = self._embed(input_ids, inputs_embeds)
         documents = None
         if kwargs:
-            documents = by_lengths(kwargs, *x_BTD.shape[:2], x_BTD.device)
+            documents = by_lengths(kwargs, x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
             without_effect("forward", kwargs)
         if documents is not None and position_ids is None:
             position_ids = positions_within(documents)
