@@ -10,7 +10,15 @@ import torch
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch import nn
 
-from llama2 import AutoModelForCausalLM, GenerationConfig, InputError, LlamaConfig, LlamaForCausalLM
+from llama2 import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    InputError,
+    Llama2Error,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 
 class TheirConfig:
@@ -33,6 +41,28 @@ def test_attention_is_that_of_the_configuration() -> None:
     assert LlamaForCausalLM(tiny_config(attn_implementation="eager")).config._attn_implementation == "eager"
     model.set_attn_implementation(attn_implementation="sdpa")
     assert config._attn_implementation == "sdpa"
+
+
+def test_attention_by_parts_of_a_model(tmp_path: Path) -> None:
+    """transformers 5 takes a dict of a model's parts wherever it takes a name; "" is the model itself."""
+    eager = {"": "eager"}
+    tiny_model().save_pretrained(tmp_path)
+    assert LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=eager).attn_implementation == "eager"
+    assert AutoConfig.from_pretrained(tmp_path, attn_implementation=eager)._attn_implementation == "eager"
+    model = AutoModelForCausalLM.from_config(tiny_config(attn_implementation=eager))
+    assert model.attn_implementation == model.config._attn_implementation == "eager"
+    model.set_attn_implementation({"": "sdpa"})
+    assert model.attn_implementation == "sdpa"
+    with pytest.warns(UserWarning, match="'text_config', 'vision_config' too, and a Llama model has no such part"):
+        model.set_attn_implementation({"text_config": "eager", "vision_config": "eager"})
+    assert model.attn_implementation == "sdpa"
+    model.set_attn_implementation({})
+    for unknown in ("sdpaa", {"": "sdpaa"}):
+        with pytest.raises(Llama2Error, match="'sdpaa'; it must be one of eager"):
+            model.set_attn_implementation(unknown)
+        assert model.attn_implementation == "sdpa"
+        with pytest.raises(Llama2Error, match="'sdpaa'; it must be one of eager"):
+            LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=unknown)
 
 
 @pytest.mark.parametrize("make", [LlamaForCausalLM, LlamaForCausalLM.from_config, LlamaForCausalLM._from_config])

@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -113,9 +114,29 @@ class LlamaConfig:
         self._set_common(kwargs)
         self.validate()
 
+    @property
+    def _attn_implementation(self) -> str | None:
+        """How attention is computed; None until a model or its user says."""
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | Mapping[str, str] | None) -> None:
+        """A name, or one for each part of a model as transformers 5 takes it: "" is the model as a whole."""
+        if isinstance(value, Mapping):
+            if parts := [part for part in value if part]:
+                warnings.warn(
+                    f"attn_implementation is for {', '.join(map(repr, parts))} too, and a Llama model has no such "
+                    "part; only the entry '' has an effect",
+                    stacklevel=3,
+                )
+            before: str | None = getattr(self, "_attn_implementation_internal", None)
+            self._attn_implementation_internal = value.get("", before)
+        else:
+            self._attn_implementation_internal = value
+
     def _set_common(self, extra: dict[str, Any]) -> None:
         """The fields every Hugging Face configuration has, then whatever else was given."""
-        self._attn_implementation: str | None = extra.pop("attn_implementation", None)
+        self._attn_implementation = extra.pop("attn_implementation", None)
         for written_only_by_others in ("model_type", "transformers_version"):
             extra.pop(written_only_by_others, None)
         torch_dtype = extra.pop("torch_dtype", None)

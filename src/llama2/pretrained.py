@@ -5,7 +5,7 @@ Loading, saving and generating live higher up; their methods here are doors.
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, Self
 
@@ -16,7 +16,7 @@ from llama2.attention import check_available
 from llama2.companions import Companions
 from llama2.config import LlamaConfig
 from llama2.doors import door
-from llama2.errors import InputError
+from llama2.errors import InputError, Llama2Error
 from llama2.generation_config import GenerationConfig
 
 
@@ -69,7 +69,11 @@ class PreTrainedModel(Companions, nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: LlamaConfig, dtype: torch.dtype | None = None, *, attn_implementation: str | None = None
+        cls,
+        config: LlamaConfig,
+        dtype: torch.dtype | None = None,
+        *,
+        attn_implementation: str | Mapping[str, str] | None = None,
     ) -> Self:
         """A model with fresh weights, in `dtype` or torch's default, and a configuration of its own."""
         config = copy.deepcopy(LlamaConfig.of(config))
@@ -299,10 +303,15 @@ class PreTrainedModel(Companions, nn.Module):
         """How attention is computed: that of the configuration, which the model and the one inside it share."""
         return self.config._attn_implementation or "sdpa"
 
-    def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Switches to "eager", "sdpa" or "flash_attention_2"."""
-        check_available(attn_implementation)
+    def set_attn_implementation(self, attn_implementation: str | Mapping[str, str]) -> None:
+        """Switches to "eager", "sdpa" or "flash_attention_2"; a dict of parts holds it under ""."""
+        before = self.config._attn_implementation
         self.config._attn_implementation = attn_implementation
+        try:
+            check_available(self.attn_implementation)
+        except Llama2Error:
+            self.config._attn_implementation = before
+            raise
 
 
 def _execution_device(model: nn.Module) -> torch.device | None:

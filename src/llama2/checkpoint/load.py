@@ -141,7 +141,7 @@ def from_pretrained(
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
     device_map: Any = None,
-    attn_implementation: str | None = None,
+    attn_implementation: str | Mapping[str, str] | None = None,
     output_loading_info: bool = False,
     ignore_mismatched_sizes: bool = False,
     use_safetensors: bool | None = None,
@@ -233,7 +233,7 @@ def from_config_named(
     *,
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
-    attn_implementation: str | None = None,
+    attn_implementation: str | Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> Any:
     """A model with fresh weights in `dtype`, else in the dtype the configuration names, else in torch's default."""
@@ -316,7 +316,7 @@ def resolve_device(device_map: Any) -> torch.device:
 def _configure(
     given: LlamaConfig | str | Path | None,
     source: Checkpoint | None,
-    attn_implementation: str | None,
+    attn_implementation: str | Mapping[str, str] | None,
     overrides: dict[str, Any],
 ) -> LlamaConfig:
     """A configuration of the model's own: the one given, or the checkpoint's, with the keywords on top."""

@@ -238,6 +238,10 @@ def override(config: LlamaConfig, fields: Mapping[str, Any]) -> LlamaConfig:
     if {"num_labels", "id2label"} & set(fields):
         stored.pop("id2label", None)
         stored.pop("label2id", None)
-    changed: LlamaConfig = type(config).from_dict(stored, **fields)
-    changed._attn_implementation = fields.get("attn_implementation") or config._attn_implementation
+    rest = {key: value for key, value in fields.items() if key != "attn_implementation"}
+    changed: LlamaConfig = type(config).from_dict(stored, **rest)
+    changed._attn_implementation = config._attn_implementation
+    if fields.get("attn_implementation") is not None:
+        changed._attn_implementation = fields["attn_implementation"]
+        changed.validate()
     return changed
