@@ -36,7 +36,7 @@ HEADS = {
 # peft's fields that have no meaning here, with the values that leave them so.
 _WITHOUT = {
     **dict.fromkeys(
-        ("peft_type", "auto_mapping", "revision", "peft_version", "inference_mode", "megatron_config",
+        ("peft_type", "auto_mapping", "peft_version", "inference_mode", "megatron_config",
          "loftq_config", "runtime_config", "qalora_group_size", "ensure_weight_tying", "megatron_core"), "ignored"
     ),
     **dict.fromkeys(
@@ -76,7 +76,8 @@ class LoraConfig:
     modules whose path ends in a match another r or alpha. modules_to_save: modules that are trained whole and go into
     the adapter; task_type SEQ_CLS adds a classifier's head. bias: which biases are trained with it, "none", "all" or
     "lora_only" (of the adapted linears). init_lora_weights: True (A uniform, B zero), "gaussian" (A normal) or False
-    (B random too, so that the adapter changes something at once). The defaults are peft's for Llama.
+    (B random too, so that the adapter changes something at once). revision: of base_model_name_or_path, a hub id. The
+    defaults are peft's for Llama.
     """
 
     r: int = 8
@@ -90,6 +91,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
+    revision: str | None = None
     task_type: str | None = None
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()

@@ -1,5 +1,6 @@
 """Hub ids over a cache as huggingface_hub lays it out, without a network: models--OWNER--NAME/{refs,snapshots}."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,33 @@ def test_revisions(snapshot: Make, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "leave --revision out" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="who/tiny"):
         LlamaForCausalLM.from_pretrained("who/tiny", revision="v2")
+
+
+def test_finetuning_a_revision(snapshot: Make, tmp_path: Path) -> None:
+    """What is trained is that revision, and the adapter says so: loading it, and training on it, take it again."""
+    fill(snapshot("who/tiny"))
+    old = fill(snapshot("who/tiny", "v1", "b" * 40), seed=3)
+    (tmp_path / "rows.jsonl").write_text('{"text": "red sky"}\n' * 4)
+    common = ["--max-steps", "1", "--quiet", "--learning-rate", "1e-9", "--device", "cpu"]
+    words = ["finetune", "sft", "who/tiny", str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "--lora-r", "2"]
+    assert main([*words, "--revision", "v1", *common]) == 0
+    settings = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("who/tiny", "v1")
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(trained(tiny_ids()).logits, old)
+    shutil.copytree(tmp_path / "out", snapshot("me/adapter", "v7"), dirs_exist_ok=True)
+    words[2], words[4:] = "me/adapter", [str(tmp_path / "more"), "--revision", "v7"]
+    assert main([*words, *common]) == 0
+    assert json.loads((tmp_path / "more/adapter_config.json").read_text())["revision"] == "v1"
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "more")(tiny_ids()).logits, old)
+
+
+def test_sharding_a_revision(snapshot: Make, tmp_path: Path) -> None:
+    fill(snapshot("who/tiny"))
+    old = fill(snapshot("who/tiny", "v1", "b" * 40), seed=3)
+    out = tmp_path / "out"
+    assert main(["shard", "who/tiny", str(out), "--size", "1MB", "--revision", "v1", "--quiet"]) == 0
+    assert torch.equal(LlamaForCausalLM.from_pretrained(out)(tiny_ids()).logits, old)
 
 
 def test_metas_own_repositories(snapshot: Make, tmp_path: Path) -> None:

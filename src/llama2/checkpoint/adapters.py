@@ -21,7 +21,7 @@ from llama2.lora_config import LoraConfig
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _NAMES = {field.name for field in fields(LoraConfig)}
 # Fields of peft's LoraConfig that say nothing about the adapter's values.
-_SAID = {"task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode", "revision", "runtime_config"}
+_SAID = {"task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config"}
 
 
 def as_lora_config(config: Any) -> LoraConfig:

@@ -54,7 +54,6 @@ _WRITTEN = {
     "init_lora_weights": True,
     "layers_pattern": None,
     "modules_to_save": None,
-    "revision": None,
 }
 
 

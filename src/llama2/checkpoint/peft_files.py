@@ -108,6 +108,7 @@ def _parse(fields: Mapping[str, Any]) -> LoraConfig:
     layers = fields.get("layers_to_transform")
     return LoraConfig(
         r=fields["r"],
+        revision=fields.get("revision"),
         lora_alpha=fields["lora_alpha"],
         target_modules=targets if isinstance(targets, str) else tuple(map(str, targets)),
         exclude_modules=excluded if isinstance(excluded, str) else tuple(map(str, excluded)),

@@ -32,6 +32,12 @@ def option(
     return made
 
 
+def revision_option(what: str, besides: str = "") -> str | None:
+    """--revision of every command: which version of the hub id that `what` may be."""
+    text = f"branch, tag or commit of {what}, a hub id{besides} (default: its main branch)"
+    return option(None, text, metavar="NAME")
+
+
 def parse(cls: type[T], prog: str, argv: Sequence[str]) -> T:
     """An instance of the dataclass from the words of a command line. Raises InputError; --help raises SystemExit(0)."""
     parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama2.cli import terminal
-from llama2.cli.args import option
+from llama2.cli.args import option, revision_option
 from llama2.cli.loading import adapter_folder, load_tokenizer, local_model
 from llama2.cli.meter import Waiting
 from llama2.errors import InputError
@@ -32,7 +32,7 @@ class Options:
     max_length: int | None = option(None, "tokens of a text, at most (default: the model's context)")
     batch_size: int = option(16, "texts at once")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "number format of the weights")
-    revision: str | None = option(None, "branch, tag or commit of MODEL, a hub id", metavar="NAME")
+    revision: str | None = revision_option("MODEL")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one", metavar="DEVICE")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llama2.cli.args import option
+from llama2.cli.args import option, revision_option
 from llama2.cli.meter import Meter
 from llama2.errors import InputError
 
@@ -27,7 +27,7 @@ class Options:
     imatrix: str | None = option(None, "importance matrix (a file of llama-imatrix) for the block types "
                                  "of gguf", metavar="FILE")  # fmt: skip
     chat: bool = option(False, "add Llama 2's chat template (Meta folders named *-chat get it anyway)")
-    revision: str | None = option(None, "branch, tag or commit of SRC, a hub id", metavar="NAME")
+    revision: str | None = revision_option("SRC")
     quiet: bool = option(False, "no progress bar")
 
 

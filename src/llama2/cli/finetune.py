@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llama2.cli import terminal
-from llama2.cli.args import option
+from llama2.cli.args import option, revision_option
 from llama2.cli.meter import Steps
 from llama2.cli.recipes import NAMES, expanded, set_values
 from llama2.errors import InputError
@@ -122,6 +122,7 @@ class Common(Adapter, Training, Saving):
     paths: tuple[str, ...] = option((), "the model (a folder, a file or a hub id), the rows (.jsonl, .json, .csv, "
                                     ".tsv, .parquet, .txt, a folder, or the id of a data set), the new folder",
                                     metavar="MODEL DATA OUT", positional=True)  # fmt: skip
+    revision: str | None = revision_option("MODEL")
     max_length: int | None = option(None, "tokens of a row, at most (default: 1024, or the context if it is less)")
     split: str = option("train", "part of a data set, of a folder, or of a .json file with several lists")
     columns: str | None = option(None, "columns that are called otherwise in DATA: prompt=question,chosen=response_j",
@@ -264,9 +265,9 @@ def trains_adapter(options: Common) -> bool:
 
 def _continues(options: Common) -> bool:
     """Whether MODEL is an adapter."""
-    from llama2.checkpoint.peft_files import is_adapter
+    from llama2.train.origin import adapter_of
 
-    return bool(options.paths) and is_adapter(Path(options.paths[0]))
+    return bool(options.paths) and adapter_of(options.paths[0], options.revision) is not None
 
 
 def arguments(options: Common, checkpoint_dir: str | None = None) -> "TrainingArguments":
@@ -343,5 +344,6 @@ def _use(job: "Finetune", folder: Path) -> str:
     if command == "classify":
         return shlex.join(["llama2", "classify", str(folder)])
     whole = job.origin.lora is None or job.recipe.merge
-    model = [str(folder)] if whole else [job.origin.base, "--adapter", str(folder)]
+    version = ["--revision", job.origin.hub["revision"]] if job.origin.hub else []
+    model = [str(folder)] if whole else [job.origin.base, *version, "--adapter", str(folder)]
     return shlex.join(["llama2", command, "-m", *model])

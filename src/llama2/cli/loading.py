@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama2.cli import terminal
-from llama2.cli.args import option
+from llama2.cli.args import option, revision_option
 from llama2.cli.meter import Waiting
 from llama2.errors import InputError
 
@@ -34,7 +34,7 @@ class ModelOptions:
         alias="-m",
         metavar="MODEL",
     )
-    revision: str | None = option(None, "branch, tag or commit of a hub id (default: its main branch)", metavar="NAME")
+    revision: str | None = revision_option("MODEL")
 
 
 @dataclass(frozen=True, kw_only=True)

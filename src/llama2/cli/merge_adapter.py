@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from llama2.cli.args import option
+from llama2.cli.args import option, revision_option
 from llama2.cli.convert import convert
 from llama2.errors import InputError
 
@@ -21,7 +21,7 @@ class Options:
     dtype: str = option("keep", "keep, float16, bfloat16, float32, or a block type for gguf, as in convert",
                         metavar="TYPE")  # fmt: skip
     shard_size: str = option("5GB", "largest file of --to hf, such as 500MB or 5GiB", metavar="SIZE")
-    revision: str | None = option(None, "branch, tag or commit of BASE, a hub id", metavar="NAME")
+    revision: str | None = revision_option("BASE")
     quiet: bool = option(False, "no progress bar")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama2.cli.args import option
+from llama2.cli.args import option, revision_option
 from llama2.cli.meter import Layers
 from llama2.errors import InputError
 
@@ -88,7 +88,7 @@ class Options(Calibration, Gptq):
     eval: str | None = option(None, "text for the perplexity before and after (default: the end of the calibration "
                               "text)", metavar="FILE")  # fmt: skip
     eval_tokens: int = option(4096, "tokens of it, 0: none")
-    revision: str | None = option(None, "branch, tag or commit of SRC, a hub id", metavar="NAME")
+    revision: str | None = revision_option("SRC")
     json: bool = option(False, "the report as JSON instead of tables")
     quiet: bool = option(False, "no progress bar")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from llama2.cli import parallel, terminal
-from llama2.cli.args import option
+from llama2.cli.args import option, revision_option
 from llama2.cli.loading import RunOptions, adapter_folder, load, load_model, local_model, model_path
 from llama2.errors import InputError, Llama2Error, MissingDependencyError
 
@@ -70,7 +70,7 @@ class Options(EngineOptions, RunOptions):
     )
     port: int | None = option(None, "the port (default: 8000, on SageMaker 8080); 0 takes a free one")
     served_model_name: tuple[str, ...] = option((), "the model's name for clients; may be given several times")
-    revision: str | None = option(None, "the version of the model, told by /info")
+    revision: str | None = revision_option("MODEL", besides=", told by /info")
     lora_adapters: tuple[str, ...] = option(
         (), "an adapter that requests can choose by name; may be given several times", metavar="NAME=FOLDER"
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llama2.cli.args import option
+from llama2.cli.args import option, revision_option
 from llama2.cli.convert import convert
 from llama2.errors import InputError
 
@@ -13,6 +13,7 @@ class Options:
 
     paths: tuple[str, ...] = option((), "the checkpoint and the new folder", metavar="SRC DST", positional=True)
     size: str | None = option(None, "largest file, such as 500MB or 5GiB", metavar="SIZE")
+    revision: str | None = revision_option("SRC")
     quiet: bool = option(False, "no progress bar")
 
 
@@ -20,4 +21,4 @@ def run(options: Options) -> int:
     """Runs the command."""
     if len(options.paths) != 2 or options.size is None:
         raise InputError("shard needs a source, a target and --size, such as `llama2 shard SRC DST --size 2GB`")
-    return convert(*options.paths, to="hf", shard_size=options.size, quiet=options.quiet)
+    return convert(*options.paths, to="hf", shard_size=options.size, revision=options.revision, quiet=options.quiet)

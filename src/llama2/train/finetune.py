@@ -27,6 +27,7 @@ from llama2.checkpoint.packed import packed_layers
 from llama2.checkpoint.peft import save_adapter
 from llama2.checkpoint.peft_files import CONFIG as ADAPTER_CONFIG
 from llama2.checkpoint.save import replacing
+from llama2.checkpoint.source import revision_of
 from llama2.errors import InputError
 from llama2.train import checkpoints
 from llama2.train.chart import loss_chart
@@ -149,6 +150,7 @@ class Finetune:
         if recipe.fresh:
             return AutoModelForCausalLM.from_config(self.origin.config, dtype="float32").to(self._place())
         settings: dict[str, Any] = {"dtype": self.dtype, "device_map": str(self._place())}
+        settings |= revision_of(recipe.model, recipe.revision)
         if self.origin.packing is not None:
             settings["quantization_config"] = self.origin.packing_in(self.dtype)
         if labels is None:
@@ -249,7 +251,8 @@ class Finetune:
         assert self.origin.lora is not None
         base = Path(self.origin.base)
         name = str(base.resolve()) if base.exists() else self.origin.base
-        save_adapter(model, folder, replace(self.origin.lora, base_model_name_or_path=name))
+        written = replace(self.origin.lora, base_model_name_or_path=name, revision=self.origin.hub.get("revision"))
+        save_adapter(model, folder, written)
 
     def _summarise(self, result: Result, history: Sequence[dict[str, Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

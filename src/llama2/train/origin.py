@@ -13,6 +13,7 @@ from llama2.auto import AutoTokenizer, load_config
 from llama2.checkpoint.load import resolve_device
 from llama2.checkpoint.packing import read_packing
 from llama2.checkpoint.peft_files import PICKLE, WEIGHTS, is_adapter, read_config, read_fields
+from llama2.checkpoint.source import fetch_files, local_path, locate_all, revision_of
 from llama2.config import LlamaConfig
 from llama2.errors import InputError, Llama2Error
 from llama2.lora_config import LoraConfig
@@ -24,16 +25,20 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 class Origin:
-    """MODEL of a recipe. adapter: its folder, where MODEL is one; base: the model itself, or the adapter's."""
+    """MODEL of a recipe. adapter: its folder, where MODEL is one; base: the model itself, or the adapter's; hub: the
+    revision of the base, as from_pretrained takes it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.adapter = Path(recipe.model) if is_adapter(Path(recipe.model)) else None
+        self.adapter = adapter_of(recipe.model, recipe.revision)
         self.base, self.lora = recipe.model, recipe.lora
+        self.hub: dict[str, Any] = {**revision_of(recipe.model, recipe.revision)}
         if self.adapter is not None:
             self.base = self._of_adapter(self.adapter)
             self.lora = read_config(self.adapter)
-        self.config: LlamaConfig = load_config(self.base)
+            stored = None if local_path(self.base) is not None else self.lora.revision
+            self.hub = {**revision_of(self.base, stored)}
+        self.config: LlamaConfig = load_config(self.base, **self.hub)
         self.packing = self._packing()
         self._check()
 
@@ -98,7 +103,7 @@ class Origin:
         if own is not None and any((own / name).exists() for name in _TOKENIZERS):
             return AutoTokenizer.from_pretrained(own)
         single = path.is_file() and path.suffix in (".safetensors", ".bin")
-        return AutoTokenizer.from_pretrained(path.parent if single else self.base)
+        return AutoTokenizer.from_pretrained(path.parent if single else self.base, **self.hub)
 
     def dtype(self, device: torch.device, bf16: bool) -> tuple[str, str]:
         """What the weights are loaded in, and a sentence on it where that is not what they are stored in, or ""."""
@@ -115,6 +120,17 @@ class Origin:
             return checkpoint.open(self.base).auto_dtype
         except Llama2Error:  # a hub id: its weights are not here yet
             return "float32"
+
+
+def adapter_of(model: str, revision: str | None) -> Path | None:
+    """The folder of MODEL where it is an adapter, fetched where it is the hub id of one; None for anything else."""
+    hub = revision_of(model, revision)
+    if local_path(model) is not None:
+        return Path(model) if is_adapter(Path(model)) else None
+    if not is_adapter(fetch_files(model, hub, "config")):  # a repository without its weights
+        return None
+    folder = locate_all(model, revision).path
+    return folder if is_adapter(folder) else None
 
 
 def _check_targets(config: LoraConfig, model: LlamaConfig) -> None:

@@ -26,20 +26,22 @@ LENGTH = 1024  # tokens of a row where nothing is said
 class Recipe:
     """What is trained for, which model, on which rows.
 
-    model: a model, or the folder of an adapter, which is then trained on. lora: a new adapter is trained instead of all
-    weights; packed weights (load_in_4bit: NF4 with double quantisation as QLoRA, load_in_8bit) need an adapter. merge:
-    the result is the whole model with the adapter in its weights. fresh: new random weights of the model's
-    configuration. dtype: of the weights while they train; auto is float32 for all weights, and beneath an adapter what
-    they are stored in, or on a CPU what it computes fast. max_length: tokens of a row, by default 1024 or the model's
-    context. packing: several rows in one of max_length, none seeing another; by default for pretraining. eval_data:
-    rows to measure on, or eval_split, a share of the training rows that is held out. split, data_config, data_dir: of a
-    data set of the hub. columns: the name of a column here -> its name in the rows.
+    model: a model, or an adapter, which is then trained on; revision: branch, tag or commit, of a hub id. lora: a new
+    adapter is trained instead of all weights; packed weights (load_in_4bit: NF4 with double quantisation as QLoRA,
+    load_in_8bit) need an adapter. merge: the result is the whole model with the adapter in its weights. fresh: new
+    random weights of the model's configuration. dtype: of the weights while they train; auto is float32 for all
+    weights, and beneath an adapter what they are stored in, or on a CPU what it computes fast. max_length: tokens of a
+    row, by default 1024 or the model's context. packing: several rows in one of max_length, none seeing another; by
+    default for pretraining. eval_data: rows to measure on, or eval_split, a share of the training rows that is held
+    out. split, data_config, data_dir: of a data set of the hub. columns: the name of a column here -> its name in the
+    rows.
     """
 
     task: Task
     model: str
     data: str
     output_dir: str
+    revision: str | None = None
     lora: LoraConfig | None = None
     load_in_4bit: bool = False
     load_in_8bit: bool = False
