@@ -10,6 +10,9 @@ from enum import StrEnum
 from typing import Any
 
 from llama2.errors import InputError
+from llama2.pattern import check as pattern_check
+from llama2.pattern import ends as pattern_ends
+from llama2.pattern import fullmatch
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BIASES = ("none", "all", "lora_only")
@@ -113,10 +116,7 @@ class LoraConfig:
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, known))}")
         listed = (self.target_modules, self.exclude_modules)
         for pattern in (*self.rank_pattern, *self.alpha_pattern, *(p for p in listed if isinstance(p, str))):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(f"{pattern!r} is not a pattern: {error}") from error
+            pattern_check(pattern)
         if self.layers_to_transform and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             raise InputError(
                 f"layers_to_transform is {list(self.layers_to_transform)} and target_modules one pattern for whole "
@@ -173,14 +173,14 @@ class LoraConfig:
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if pattern_ends(pattern, module):
             return value
     return default
 
 
 def _listed(modules: tuple[str, ...] | str, module: str) -> bool:
     if isinstance(modules, str):
-        return re.fullmatch(modules, module) is not None
+        return fullmatch(modules, module)
     return any(module == one or module.endswith(f".{one}") for one in modules)
 
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 
 from llama2.config import DTYPES
 from llama2.errors import InputError
+from llama2.pattern import check as check_pattern
+from llama2.pattern import match
 
 
 def dtype_name(dtype: Any, what: str) -> str:
@@ -135,9 +137,9 @@ class GPTQConfig(QuantizationConfig):
     def __post_init__(self) -> None:
         for pattern in self.dynamic or {}:
             try:
-                re.compile(_pattern(pattern))
-            except re.error as error:
-                raise InputError(f"dynamic has {pattern!r}, which is no pattern: {error}") from error
+                check_pattern(_pattern(pattern))
+            except InputError as error:
+                raise InputError(f"dynamic: {error}") from error
         if self.bits not in (2, 3, 4, 8):
             raise InputError(f"bits is {self.bits!r}; GPTQ files hold 2, 3, 4 or 8")
         if not isinstance(self.group_size, int) or (self.group_size != -1 and self.group_size < 1):
@@ -171,7 +173,7 @@ class GPTQConfig(QuantizationConfig):
     def _rule(self, module: str) -> tuple[bool, Mapping[str, Any]]:
         """Whether the linear is quantised at all, and what differs for it."""
         for pattern, changes in (self.dynamic or {}).items():
-            if re.match(_pattern(pattern), module):
+            if match(_pattern(pattern), module):
                 return not pattern.startswith("-:"), changes or {}
         return True, {}
 

@@ -139,7 +139,7 @@ def test_the_first_pattern_counts_and_matches_from_the_beginning() -> None:
     config = GPTQConfig(dynamic={"-:model.layers.0": {}, "+:.*up_proj": {"bits": 8}, "up_proj": {"bits": 2}})
     assert config.skips("model.layers.0.mlp.up_proj") and not config.skips("model.layers.1.mlp.up_proj")
     assert config.at("model.layers.1.mlp.up_proj").bits == 8 and config.at("model.layers.1.mlp.gate_proj").bits == 4
-    with pytest.raises(InputError, match="no pattern"):
+    with pytest.raises(InputError, match="is not a pattern"):
         GPTQConfig(dynamic={"+:(": {}})
 
 

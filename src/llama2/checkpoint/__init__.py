@@ -5,7 +5,6 @@ Opening reads headers only and checks every size against the file before any wei
 `llama2.checkpoint.gguf.read_metadata` serves the tokenizer without it.
 """
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import CheckpointError
 from llama2.quantization_config import completed
+from llama2.text_file import LISTING_BYTES, SETTINGS_BYTES, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -112,21 +112,13 @@ class Checkpoint(ABC):
 
 def read_json(path: Path) -> dict[str, Any]:
     """One JSON object from a file of the checkpoint; raises CheckpointError where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        remedy = "the folder of a checkpoint must hold it"
-        if (path.parent / "training_args.bin").exists() and path.name == "config.json":
-            remedy = (
-                "transformers' Trainer writes none beside a model that is not of its own class: copy the base model's "
-                "into the folder, or save with trainer.model.save_pretrained(folder), or train model.to_transformers()"
-            )
-        raise CheckpointError(f"{path} does not exist; {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch or save the file again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object; fetch the file again")
-    return content
+    remedy = "the folder of a checkpoint must hold it"
+    if (path.parent / "training_args.bin").exists() and path.name == "config.json":
+        remedy = (
+            "transformers' Trainer writes none beside a model that is not of its own class: copy the base model's "
+            "into the folder, or save with trainer.model.save_pretrained(folder), or train model.to_transformers()"
+        )
+    return read_object(path, path.name, most=LISTING_BYTES if "index" in path.name else SETTINGS_BYTES, remedy=remedy)
 
 
 _PART = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")

@@ -9,22 +9,20 @@ import json
 import math
 import mmap
 import os
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_config, read_json
+from llama2.checkpoint import Checkpoint, RawTensor, Stored, pickles, read_config, read_json
 from llama2.checkpoint.wrapped import inner_dict, plain_names, without_wrappers
 from llama2.config import LlamaConfig
 from llama2.coverage import is_table
 from llama2.errors import CheckpointError
+from llama2.text_file import opened
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -187,44 +185,30 @@ def find_files(folder: Path, use_safetensors: bool | None = None, variant: str |
 
 def is_safetensors(path: Path) -> bool:
     """Whether the file begins as a safetensors file does: a header length, then JSON."""
-    with path.open("rb") as file:
+    with _found(path) as file:
         return file.read(9)[8:] == b"{"
+
+
+def _found(path: Path) -> IO[bytes]:
+    try:
+        return opened(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{path} does not exist; fetch or save the checkpoint again") from error
 
 
 def load_bin(path: Path, *, weights_only: bool = True) -> Mapping[str, Tensor]:
     """A state dict that torch.save wrote, mapped where the format allows; CheckpointError for anything else."""
-    with path.open("rb") as file:
-        head = file.read(16)
-    zipped = head[:2] == b"PK"
-    if zipped and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is truncated: its {path.stat().st_size} bytes have no end; fetch it again")
-    if not zipped and head[:1] != b"\x80":
-        raise CheckpointError(
-            f"{path} starts with {head!r}, which no PyTorch file does; fetch it again (a Git LFS pointer or an HTML "
-            "error page is a common cause)"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is a pickle that is not a plain state dict: opening it would run code that it names, so it was "
-            "not opened. Fetch the weights from a source you trust; from Python, weights_only=False runs it"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or malformed ({str(error).splitlines()[0]}); fetch it again"
-        ) from error
-    content = inner_dict(content, path)
-    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
+    content = inner_dict(pickles.load(path, weights_only=weights_only), path)
+    named = isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
+    if not named or not all(isinstance(t, Tensor) for t in content.values()):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors; it is not a checkpoint")
-    return content
+    found: Mapping[str, Tensor] = content
+    return found
 
 
 def map_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file as a view of the file, mapped copy-on-write; all offsets are checked first."""
-    with path.open("rb") as file:
+    with _found(path) as file:
         size = os.fstat(file.fileno()).st_size
         header_end, header = _read_header(path, file.read(8), size)
         entries = _check_entries(path, _parse_header(path, file.read(header)), size - header_end)

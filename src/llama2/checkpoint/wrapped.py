@@ -17,10 +17,10 @@ _ANYWHERE = ("_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "_checkp
 
 def inner_dict(content: Any, where: Path) -> Any:
     """The dict of tensors in what torch.save wrote: the content itself, or what is wrapped in it, which is told."""
-    taken = []
+    taken: list[str] = []
     while isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
         key = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if key is None:
+        if key is None or len(taken) == 8:  # a pickled dict may hold itself
             return content
         taken.append(key)
         content = content[key]

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from llama2.errors import CheckpointError, MissingDependencyError, TokenizerError
+from llama2.text_file import LISTING_BYTES, read_object
 from llama2.tokenizer.added import AddedToken, as_added_token, content_of
 from llama2.tokenizer.batching import check_side
 from llama2.tokenizer.prefix import Prefix, recognise
-from llama2.tokenizer.reading import TEMPLATE, TEMPLATE_JSON, TEMPLATES, find_files, read_json, read_settings
+from llama2.tokenizer.reading import TEMPLATE, TEMPLATE_JSON, TEMPLATES, find_files, read_settings
 from llama2.tokenizer.special import NAMES, SpecialTokens
 from llama2.tokenizer.spm import SentencePieceModel
 from llama2.tokenizer.stream import PieceTable
@@ -169,7 +170,8 @@ class Files(SpecialTokens):
 
         Names of other families' classes (GPT2Tokenizer, TokenizersBackend) stand for `PreTrainedTokenizerFast`.
         """
-        name = read_json(files["config"]).get("tokenizer_class") if "config" in files else None
+        config = read_object(files["config"], "tokenizer_config.json") if "config" in files else {}
+        name = config.get("tokenizer_class")
         if not name:
             return cls
         plain = str(name).removesuffix("Fast")
@@ -192,7 +194,7 @@ class Files(SpecialTokens):
             return {}
         if kwargs.get("add_prefix_space") is not None or "vocab_file" not in files:
             return {}
-        document = read_json(files["tokenizer_file"])
+        document = read_object(files["tokenizer_file"], "tokenizer.json", most=LISTING_BYTES)
         prefix = recognise(document.get("normalizer"), document.get("pre_tokenizer"))
         return {} if prefix is None else {"prefix": prefix}
 

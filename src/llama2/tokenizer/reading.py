@@ -1,11 +1,11 @@
 """Tokenizer folders read: which files there are, and the constructor arguments that they hold."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from llama2.errors import CheckpointError, MissingDependencyError, TokenizerError
+from llama2.text_file import TEMPLATE_BYTES, read_object, read_utf8
 from llama2.tokenizer.added import AddedToken, as_added_token, content_of
 from llama2.tokenizer.special import NAMES
 
@@ -79,25 +79,14 @@ def _snapshot(repo_id: str, subfolder: str, hub: dict[str, Any]) -> Path:
         raise CheckpointError(f"{missing} ({cause}). Check the spelling and the network, or pass a folder") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file; CheckpointError otherwise."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
-
-
 def read_settings(files: dict[str, Path], known: Collection[str]) -> dict[str, Any]:
     """Constructor arguments from the JSON files; `known` names them, the rest is kept under "extra".
 
     A null, or an empty token, never beats a value. Of two values that of special_tokens_map.json counts, except where
     tokenizer_config.json lists its added tokens: then the map is only there for older readers.
     """
-    config = read_json(files["config"]) if "config" in files else {}
-    tokens_map = read_json(files["tokens_map"]) if "tokens_map" in files else {}
+    config = read_object(files["config"], "tokenizer_config.json") if "config" in files else {}
+    tokens_map = read_object(files["tokens_map"], "special_tokens_map.json") if "tokens_map" in files else {}
     config = _merged(config, {k: v for k, v in tokens_map.items() if k in _SPECIAL or k == "extra_special_tokens"})
     template = _template(files, config.pop("chat_template", None))
     tokens = {name: _token(config.pop(name)) for name in NAMES if name in config}
@@ -108,7 +97,7 @@ def read_settings(files: dict[str, Path], known: Collection[str]) -> dict[str, A
         config.update({k: v if isinstance(v, str) else v["content"] for k, v in named.items()})
     extra = {k: v for k, v in config.items() if k not in known and k not in _FOREIGN and k != "sp_model_kwargs"}
     if "added" in files and "added_tokens_decoder" not in settings:
-        entries = read_json(files["added"])
+        entries = read_object(files["added"], "added_tokens.json")
         special = {content_of(token) for name in NAMES if (token := tokens.get(name))}
         special |= {content_of(token) for token in settings.get("additional_special_tokens") or ()}
         settings["added_tokens_decoder"] = {
@@ -140,11 +129,11 @@ def _token(entry: Any) -> Any:
 
 def _template(files: dict[str, Path], in_config: Any) -> str | dict[str, str] | None:
     """Files of templates count before the one in the configuration, as in transformers 5."""
-    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(_others(files))}
+    found = {path.stem: read_utf8(path, most=TEMPLATE_BYTES) for path in sorted(_others(files))}
     if "template" in files:
-        found = {"default": files["template"].read_text(encoding="utf-8"), **found}
+        found = {"default": read_utf8(files["template"], most=TEMPLATE_BYTES), **found}
     if "template_json" in files and in_config is None:
-        in_config = read_json(files["template_json"]).get("chat_template")
+        in_config = read_object(files["template_json"], TEMPLATE_JSON).get("chat_template")
     if isinstance(in_config, list):
         in_config = {entry["name"]: entry["template"] for entry in in_config}
     if found:

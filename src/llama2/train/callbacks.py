@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from llama2.errors import InputError
+from llama2.errors import CheckpointError, InputError
+from llama2.schema import ANY, FLAG, NUMBER, Schema, check, either, maybe, real, several, table, text, whole
+from llama2.text_file import LISTING_BYTES, read_object
 
 
 @dataclass
@@ -90,7 +92,7 @@ class TrainerState:
     @classmethod
     def load_from_json(cls, json_path: str | Path) -> Self:
         """The state of a trainer_state.json."""
-        return cls.of(json.loads(Path(json_path).read_text()))
+        return cls.of(read_stored(Path(json_path)))
 
     def compute_steps(self, args: Any, max_steps: int) -> None:
         """Sets how often to log, to measure and to save; a number below 1 is a share of max_steps."""
@@ -98,6 +100,35 @@ class TrainerState:
         for name in ("logging_steps", "eval_steps", "save_steps"):
             every = getattr(args, name)
             setattr(self, name, math.ceil(max_steps * every) if every is not None and every < 1 else every)
+
+
+_COUNT, _EVERY = whole(0, 2**62), real(0, 1e15)
+# What trainer_state.json holds, of this state and of the run besides.
+_STORED: Schema = {
+    **dict.fromkeys(("global_step", "num_input_tokens_seen", "max_steps", "num_train_epochs", "place"), _COUNT),
+    **dict.fromkeys(("step", "tokens"), _COUNT),
+    **dict.fromkeys(("best_global_step", "best_step", "train_batch_size"), maybe(_COUNT)),
+    **dict.fromkeys(("logging_steps", "save_steps", "total_flos", "epoch"), _EVERY),
+    "eval_steps": maybe(_EVERY),
+    "best_metric": maybe(NUMBER),
+    **dict.fromkeys(("best_model_checkpoint", "trial_name"), maybe(text())),
+    **dict.fromkeys(("log_history", "history"), several(table(ANY, 100_000), 10_000_000)),
+    **dict.fromkeys(("is_local_process_zero", "is_world_process_zero", "is_hyper_param_search"), FLAG),
+    "trial_params": maybe(table(ANY, 10_000)),
+    "interval": table(NUMBER, 10_000),
+    "stateful_callbacks": table(either(table(ANY, 100), several(table(ANY, 100), 1000)), 1000),
+    "run": table(ANY, 100),
+    "ranks": whole(1, 65536),
+    "scale": real(0, 1e30),
+    "plateau": maybe(table(ANY, 100)),
+}
+
+
+def read_stored(path: Path) -> dict[str, Any]:
+    """The content of a trainer_state.json. Raises CheckpointError where it is malformed."""
+    content = read_object(path, path.name, most=LISTING_BYTES)
+    check(content, _STORED, path)
+    return content
 
 
 @dataclass
@@ -284,7 +315,10 @@ class Callbacks:
         for name, kept in states.items():
             mine = [callback for callback in self.all if type(callback).__name__ == name]
             for callback, state in zip(mine, kept if isinstance(kept, list) else [kept], strict=False):
+                check(state, {"args": table(ANY, 1000), "attributes": table(ANY, 1000)}, f"the state of {name}")
                 for key, value in {**state.get("args", {}), **state.get("attributes", {})}.items():
+                    if hasattr(type(callback), key) and callable(getattr(type(callback), key)):
+                        raise CheckpointError(f"the state of {name} has {key!r}, which is a method; it is damaged")
                     setattr(callback, key, value)
 
 

@@ -20,6 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llama2.errors import CheckpointError
+from llama2.text_file import LISTING_BYTES, read_object
+
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -32,10 +35,10 @@ def new_run() -> str:
 def run_of(checkpoint: Path) -> str:
     """The run that wrote a checkpoint; "" where it does not say."""
     try:
-        found: str = json.loads((checkpoint / MANIFEST).read_text()).get("run", "")
-    except (OSError, ValueError, AttributeError):
+        found = read_object(checkpoint / MANIFEST, MANIFEST, most=LISTING_BYTES).get("run", "")
+    except CheckpointError:
         return ""
-    return found
+    return found if isinstance(found, str) else ""
 
 
 @contextmanager
@@ -86,8 +89,10 @@ def step_of(checkpoint: Path) -> int:
 def problem(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or ""."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        files = read_object(checkpoint / MANIFEST, MANIFEST, most=LISTING_BYTES)["files"]
         for name, wanted in files.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"its manifest names {name!r}, which is not in it"
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -95,7 +100,7 @@ def problem(checkpoint: Path) -> str:
                 return f"{name} has {path.stat().st_size} bytes, not {wanted['bytes']}"
             if _sha256(path) != wanted["sha256"]:
                 return f"the content of {name} has changed"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error!r})"
     return ""
 

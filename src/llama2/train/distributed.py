@@ -234,11 +234,14 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a tensor that every rank has whole."""
     if not isinstance(like, DTensor):
         return whole
-    # As FSDP shards: ceil(rows / ranks) rows each, the last ranks fewer or none.
     mesh = like.device_mesh
-    size = -(-len(whole) // mesh.size())
-    begin = mesh.get_local_rank() * size
-    return whole[min(begin, len(whole)) : min(begin + size, len(whole))]
+    start, stop = (first_row(len(whole), mesh.get_local_rank() + i, mesh.size()) for i in (0, 1))
+    return whole[start:stop]
+
+
+def first_row(rows: int, rank: int, ranks: int) -> int:
+    """Where a rank's part begins, as FSDP shards: ceil(rows / ranks) rows each, the last ranks fewer or none."""
+    return min(rank * -(-rows // ranks), rows)
 
 
 @contextmanager

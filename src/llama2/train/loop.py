@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from llama2.errors import InputError
+from llama2.errors import CheckpointError, InputError
 from llama2.model import LlamaForCausalLM
 from llama2.train.callbacks import plan_epoch, plan_step
 from llama2.train.encoding import CLASSIFIERS, Encoder
@@ -364,7 +364,9 @@ class Loop(Hooks, Saving):
 
     def _load_plateau(self, content: dict[str, Any] | None) -> None:
         if self._plateau is not None and content is not None:
-            content = dict(content)
+            content, known = dict(content), {*self._plateau.state_dict(), "rate"}
+            if content.keys() != known or type(content["rate"]) is not float:
+                raise CheckpointError(f"the plateau of trainer_state.json is not {sorted(known)}; it is damaged")
             self._plateau.optimizer.param_groups[0]["lr"] = content.pop("rate")
             self._plateau.load_state_dict(content)
 

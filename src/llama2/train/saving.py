@@ -21,18 +21,26 @@ from typing import Any
 
 import torch
 
-from llama2 import lora
+from llama2 import lora, schema
+from llama2.checkpoint import pickles
 from llama2.checkpoint.peft import save_adapter
 from llama2.checkpoint.save import replacing, write_safetensors
 from llama2.doors import door
-from llama2.errors import InputError
-from llama2.train import checkpoints, states
-from llama2.train.callbacks import Callbacks, TrainerControl, TrainerState
+from llama2.errors import CheckpointError, InputError
+from llama2.train import checkpoints, states, trees
+from llama2.train.callbacks import Callbacks, TrainerControl, TrainerState, read_stored
 from llama2.train.distributed import Ranks, Root, gathered, local
 from llama2.train.optim import AdamW
 from llama2.train.results import CARD, Results
 
-LOG, STATE, OUTSIDE = "log.jsonl", "trainer_state.json", "optimizer.pt"
+LOG, STATE, OUTSIDE = "log.jsonl", "trainer_state.json", "optimizer_state"
+_OLD_OUTSIDE = "optimizer.pt"  # of earlier versions
+_RUN: schema.Schema = {
+    **dict.fromkeys(("rows", "batch", "steps"), schema.whole(1, 2**62)),
+    "seed": schema.whole(0, 2**63 - 1),
+    "content": schema.text(),
+    **dict.fromkeys(("adapter", "objective"), schema.table(schema.ANY, 1000)),
+}
 _upload = door("checkpoint.hub", "upload", "Uploads a folder to the hub.")
 _create = door("checkpoint.hub", "create", "Makes a repository of the hub, where there is none.")
 
@@ -240,7 +248,7 @@ class Saving(Results):
         (made / STATE).write_text(json.dumps(content, default=str) + "\n")
         if self._outside and not self.args.save_only_model:
             scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
-            torch.save({"optimizer": self.updates.inner.state_dict(), "scheduler": scheduler}, made / OUTSIDE)
+            trees.write(made, OUTSIDE, {"optimizer": self.updates.inner.state_dict(), "scheduler": scheduler})
 
     def _plateau_state(self) -> dict[str, Any] | None:
         raise NotImplementedError
@@ -265,7 +273,8 @@ class Saving(Results):
             raise InputError(
                 f"rank {self.ranks.rank} does not see {place}; output_dir must be a folder of all machines"
             )
-        content = json.loads((place / STATE).read_text())
+        content = read_stored(place / STATE)
+        schema.check(content.get("run", {"batch": None}), _RUN, place / STATE)
         self._keep_batch(content)
         self._check_identity(place, content["run"], ("rows", "batch", "seed", "content", "objective"))
         if not states.resumable(place):
@@ -291,9 +300,16 @@ class Saving(Results):
         raise NotImplementedError
 
     def _load_outside(self, place: Path) -> None:
-        if not (place / OUTSIDE).exists():
-            raise InputError(f"{place} has no {OUTSIDE}: it is of a run without an optimiser of your own; leave it out")
-        content = torch.load(place / OUTSIDE, weights_only=True)
+        if (place / f"{OUTSIDE}.json").exists():
+            content = trees.read(place, OUTSIDE)
+        elif (place / _OLD_OUTSIDE).exists():
+            content = pickles.load(place / _OLD_OUTSIDE)
+        else:
+            raise InputError(
+                f"{place} has no {OUTSIDE}.json: it is of a run without an optimiser of your own; leave it out"
+            )
+        if not isinstance(content, dict) or not content.keys() >= {"optimizer", "scheduler"}:
+            raise CheckpointError(f"{place} holds no optimiser and scheduler of yours; it is damaged")
         self.updates.inner.load_state_dict(content["optimizer"])
         if content["scheduler"] is not None and self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(content["scheduler"])

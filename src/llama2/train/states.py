@@ -1,23 +1,21 @@
-"""What a checkpoint holds of weights and optimiser: safetensors files, or parts written by every rank (torch's DCP).
+"""What a checkpoint holds of weights and optimiser: safetensors files, or parts written by every rank
+(`shards`).
 
 Either is read by any number of ranks, sharded or not. Names are those of the parameters; the optimiser's have the
 moment before them: exp_avg.model.norm.weight.
 """
 
-import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from llama2.checkpoint.hf import map_safetensors
 from llama2.checkpoint.save import write_safetensors
 from llama2.errors import InputError
-from llama2.train.distributed import Ranks, as_sharded, local, part_of
+from llama2.train import old_shards, shards
+from llama2.train.distributed import Ranks, as_sharded, first_row, part_of
 from llama2.train.optim import AdamW
 
 WEIGHTS, OPTIMIZER, SHARDS = "trainable.safetensors", "optimizer.safetensors", "shards"
@@ -34,7 +32,7 @@ def write(folder: Path, optimizer: AdamW, ranks: Ranks, state: bool = True) -> N
         content = {_WEIGHT + name: p.detach() for name, p in parameters.items()}
         for key, value in held.items():
             content[_STATE + key] = as_sharded(value, _like(_STATE + key, optimizer, value))
-        dcp.save(content, storage_writer=dcp.FileSystemWriter(folder / SHARDS))
+        shards.write(folder / SHARDS, content, ranks)
     elif ranks.first:
         with (folder / WEIGHTS).open("wb") as file:
             write_safetensors(file, dict(parameters))
@@ -81,14 +79,19 @@ def _match_copies(weights: States, states: States, optimizer: AdamW) -> None:
             weights[name] = master
 
 
-# -- the two formats ---------------------------------------------------------------------------------------------
+# -- the formats -------------------------------------------------------------------------------------------------
+
+
+def _sharded(place: Path) -> dict[str, shards.Stored]:
+    """What a checkpoint whose ranks wrote their own parts holds."""
+    folder = place / SHARDS
+    return old_shards.read(folder) if (folder / old_shards.METADATA).exists() else shards.read(folder)
 
 
 def _shapes(place: Path) -> dict[str, tuple[int, ...]]:
     """Of everything that a checkpoint holds, by its name with the prefix."""
     if (place / SHARDS).is_dir():
-        metadata = dcp.FileSystemReader(place / SHARDS).read_metadata().state_dict_metadata
-        return {name: tuple(m.size) for name, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
+        return {name: stored.shape for name, stored in _sharded(place).items()}
     return {name: tuple(tensor.shape) for name, tensor in _files(place).items()}
 
 
@@ -106,19 +109,17 @@ def _whole(place: Path, names: list[str], optimizer: AdamW) -> States:
 
 
 def _from_shards(place: Path, names: list[str], optimizer: AdamW) -> States:
-    """From the parts of any number of ranks."""
-    reader = dcp.FileSystemReader(place / SHARDS)
-    metadata, into = reader.read_metadata().state_dict_metadata, States()
+    """From the parts of any number of ranks, this rank's rows."""
+    stored, found = _sharded(place), States()
     for full in names:
-        entry = metadata[full]
-        assert isinstance(entry, TensorStorageMetadata)
         like = _like(full, optimizer, torch.empty(0))
-        size = local(like).shape if isinstance(like, DTensor) else entry.size
-        into[full] = as_sharded(torch.empty(size, dtype=entry.properties.dtype, device=like.device), like)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
-        dcp.load(into, storage_reader=reader, no_dist=not dist.is_initialized())
-    return {name: local(value) for name, value in into.items()}
+        if isinstance(like, DTensor):
+            mesh, rows = like.device_mesh, like.shape[0]
+            start, stop = (first_row(rows, mesh.get_local_rank() + i, mesh.size()) for i in (0, 1))
+            found[full] = stored[full].rows(start, stop).to(like.device)
+        else:
+            found[full] = stored[full].whole()
+    return found
 
 
 def _like(full: str, optimizer: AdamW, otherwise: Tensor) -> Tensor:

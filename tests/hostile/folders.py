@@ -1,0 +1,303 @@
+"""Every kind of folder and file that the library reads, made small, and what reads each: for attacks on the readers."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from bytewise import write_tokenizer
+from checkpoint.adapter_files import tensors_for, write_adapter
+from safetensors.torch import load_file
+from tiny import tiny_config, tiny_model
+
+import llama2.checkpoint as checkpoint
+from llama2 import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    GPTQConfig,
+    LoraConfig,
+    Trainer,
+    TrainingArguments,
+    cpu,
+    lora,
+)
+from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.imatrix import from_importance, read_imatrix, write_imatrix
+from llama2.checkpoint.peft import load_adapter, read_adapter
+from llama2.checkpoint.peft_files import read_config
+from llama2.cli import headers
+from llama2.errors import Llama2Error
+from llama2.native import NativeModel
+from llama2.tokenizer import LlamaTokenizer
+from llama2.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
+from llama2.train import checkpoints, readers
+from llama2.train.rows import objective_for
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 256,
+}  # fmt: skip
+MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+ROWS: list[Any] = [{"input_ids": [1 + i, 2, 3, 4]} for i in range(4)]
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+class Attempts:
+    """What readers raised: the library's own errors are right, anything else is a fault."""
+
+    def __init__(self) -> None:
+        self.refused: list[str] = []
+        self.faults: list[BaseException] = []
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except Llama2Error as error:
+            self.refused.append(str(error))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of Rust is no Exception
+            self.faults.append(error)
+
+
+def read_model(folder: Path, tries: Attempts) -> None:
+    with tries.attempt():
+        source = checkpoint.open(folder)
+        for name in source.tensors:
+            source.read(name)
+        assert source.generation_settings is None or source.auto_dtype
+    with tries.attempt():
+        AutoConfig.from_pretrained(folder).to_json_string()
+    with tries.attempt():
+        headers.main_type(headers.read(str(folder)))
+    with tries.attempt():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
+    if folder.is_dir() and (folder / "generation_config.json").exists():
+        with tries.attempt():
+            GenerationConfig.from_pretrained(folder).validate()
+
+
+def read_tokenizer(folder: Path, tries: Attempts) -> None:
+    with tries.attempt():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.decode(tokenizer.encode("Hello wörld </s> 12"))
+        if tokenizer.chat_template is not None:
+            tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    if (folder / "tokenizer.model").exists():
+        with tries.attempt():
+            slow = LlamaTokenizer.from_pretrained(folder)
+            slow.decode(slow.encode("Hello wörld </s> 12"))
+
+
+def read_gguf(file: Path, tries: Attempts) -> None:
+    with tries.attempt():
+        model = NativeModel.from_gguf(file, threads=1)
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
+    read_tokenizer(file, tries)
+    read_model(file, tries)
+
+
+def read_adapter_folder(folder: Path, tries: Attempts) -> None:
+    with tries.attempt():
+        read_adapter(folder, tiny_config(**SIZES))
+    with tries.attempt():
+        load_adapter(tiny_model(torch.float32, **SIZES), folder)
+    with tries.attempt():
+        read_config(folder)
+    with tries.attempt():
+        headers.read(str(folder))
+
+
+def read_run(folder: Path, tries: Attempts) -> None:
+    """Goes on from the folder's checkpoint, whose manifest is made to fit what was planted."""
+    place = folder / "checkpoint-1"
+    with tries.attempt():
+        checkpoints.newest(folder)
+    with tries.attempt(), suppress(ValueError, TypeError, KeyError, OSError, AttributeError):  # where that is planted
+        manifest = json.loads((place / checkpoints.MANIFEST).read_bytes())
+        for file in place.rglob("*"):
+            if file.is_file() and file.name != checkpoints.MANIFEST:
+                entry = {"bytes": file.stat().st_size, "sha256": checkpoints._sha256(file)}
+                manifest["files"][str(file.relative_to(place))] = entry
+        (place / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    with tries.attempt():
+        run(folder, "outside" in folder.name, resume_from_checkpoint=True).train()
+
+
+def read_rows(file: Path, tries: Attempts) -> None:
+    with tries.attempt():
+        rows = readers.read(file)
+        objective_for(tiny_model(torch.float32, **SIZES), rows, AutoTokenizer.from_pretrained(file.parent))
+
+
+def read_sums(file: Path, tries: Attempts) -> None:
+    with tries.attempt():
+        read_imatrix(file).importance()
+
+
+# -- making ------------------------------------------------------------------------------------------------------
+
+
+def model(folder: Path, **given: Any) -> Any:
+    made = tiny_model(torch.float32, **SIZES)
+    made.generation_config = GenerationConfig(max_new_tokens=4, do_sample=False)
+    made.save_pretrained(folder, **given)
+    write_tokenizer(folder)
+    return made
+
+
+def sharded(folder: Path) -> None:
+    model(folder, max_shard_size="30KB")
+
+
+def bin_folder(folder: Path) -> None:
+    model(folder, safe_serialization=False)
+
+
+def meta(folder: Path) -> None:
+    model(folder.parent / "plain")
+    spm(folder.parent / "plain")
+    (folder.parent / "plain" / "tokenizer.json").unlink()
+    convert(folder.parent / "plain", folder, Options(to="meta", shards=1))
+
+
+def packed_folder(folder: Path, config: Any) -> None:
+    model(folder.parent / "plain")
+    AutoModelForCausalLM.from_pretrained(folder.parent / "plain", quantization_config=config).save_pretrained(folder)
+
+
+def gguf(folder: Path) -> None:
+    model(folder.parent / "plain")
+    folder.mkdir()
+    convert(folder.parent / "plain", folder / "model.gguf", Options(to="gguf", dtype="q8_0"))
+    cpu.packed.write(checkpoint.gguf.GgufFile(folder / "model.gguf"))
+
+
+def adapter(folder: Path, **changes: Any) -> None:
+    model(folder.parent / "plain")
+    tensors = tensors_for(tiny_config(**SIZES), ("q_proj", "v_proj"))
+    write_adapter(folder, tensors, base_model_name_or_path=str(folder.parent / "plain"), **changes)
+
+
+def pickled_adapter(folder: Path) -> None:
+    adapter(folder, target_modules=r".*\.(q|v)_proj", rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 8})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def spm(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁Helowrd", "▁H", "el", "lo", "▁w"]
+    kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (len(pieces) - 259)]
+    scores = [-float(i) for i in range(len(pieces))]
+    (folder / "tokenizer.model").write_bytes(SentencePieceModel(tuple(pieces), tuple(scores), tuple(kinds)).to_bytes())
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}, "add_bos_token": True,
+                "added_tokens_decoder": {"0": {"content": "<unk>", "special": True}}, "model_max_length": 4096,
+                "chat_template": [{"name": "default", "template": "{{ messages[0].content }}"}]}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "</s>"}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": len(pieces)}))
+
+
+def templates(folder: Path) -> None:
+    folder.mkdir()
+    write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content | trim }}{% endfor %}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ messages | length }}")
+
+
+def run(folder: Path, outside: bool = False, **settings: Any) -> Trainer:
+    torch.manual_seed(0)
+    network = tiny_model(torch.float32, **SIZES)
+    lora.add_adapter(network, LoraConfig(r=2))
+    args = TrainingArguments(output_dir=str(folder), max_steps=1, save_steps=1, per_device_train_batch_size=4,
+                             **settings)  # fmt: skip
+    given: dict[str, Any] = {}
+    if outside:
+        weights = [p for p in network.parameters() if p.requires_grad]
+        given["optimizers"] = (torch.optim.Adam(weights, lr=1e-3), None)
+    return Trainer(model=network, args=args, train_dataset=ROWS, **given)
+
+
+def rows(folder: Path) -> None:
+    write_tokenizer(folder)
+    chat = {"messages": [*MESSAGES, {"role": "assistant", "content": "yes"}]}
+    (folder / "rows.jsonl").write_text("\n".join([json.dumps(chat)] * 3))
+    (folder / "rows.json").write_text(json.dumps([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2))
+    (folder / "rows.csv").write_text('instruction,output\n"a, b",c\nd,e\n')
+
+
+def imatrix(folder: Path) -> None:
+    folder.mkdir()
+    sums = {"model.layers.0.self_attn.q_proj.weight": torch.rand(64), "lm_head.weight": torch.rand(64)}
+    for name in ("i.dat", "i.gguf"):
+        write_imatrix(folder / name, from_importance(sums, 64, 32, "words.txt"))
+
+
+def each(suffixes: tuple[str, ...], read: Callable[[Path, Attempts], None]) -> Callable[[Path, Attempts], None]:
+    """Reads each file of a folder that ends so."""
+
+    def reader(folder: Path, tries: Attempts) -> None:
+        for file in sorted(folder.iterdir()):
+            if file.name.endswith(suffixes):
+                read(file, tries)
+
+    return reader
+
+
+def both(folder: Path, tries: Attempts) -> None:
+    read_model(folder, tries)
+    read_tokenizer(folder, tries)
+
+
+Make = Callable[[Path], Any]
+KINDS: dict[str, tuple[Make, Callable[[Path, Attempts], None]]] = {
+    "safetensors": (model, both),
+    "sharded": (sharded, read_model),
+    "bin": (bin_folder, read_model),
+    "meta": (meta, both),
+    "gptq": (lambda folder: packed_folder(folder, GPTQConfig(group_size=32)), read_model),
+    "nf4": (
+        lambda folder: packed_folder(folder, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
+        read_model,
+    ),
+    "gguf": (gguf, each((".gguf",), read_gguf)),
+    "adapter": (adapter, read_adapter_folder),
+    "adapter_bin": (pickled_adapter, read_adapter_folder),
+    "spm": (spm, read_tokenizer),
+    "templates": (templates, read_tokenizer),
+    "run": (lambda folder: run(folder).train(), read_run),
+    "run_outside": (lambda folder: run(folder, outside=True).train(), read_run),
+    "rows": (lambda folder: (folder.mkdir(), rows(folder)), each((".jsonl", "rows.json", ".csv"), read_rows)),
+    "imatrix": (imatrix, each((".dat", ".gguf"), read_sums)),
+}
+
+
+def make(kind: str, folder: Path) -> Path:
+    """A new folder of a kind."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        KINDS[kind][0](folder)
+    return folder
+
+
+def visit(kind: str, folder: Path) -> Attempts:
+    """Everything that reads such a folder, and what it raised."""
+    tries = Attempts()
+    KINDS[kind][1](folder, tries)
+    return tries
