@@ -127,7 +127,13 @@ def test_generate_takes_one_prompt_a_row() -> None:
 
 def test_generate_reads_a_prompt_as_one_document_with_and_without_a_cache() -> None:
     model = tiny_model(torch.float32).eval()
-    settings = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    settings = {
+        "max_new_tokens": 2,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "runner": "torch",
+    }
     cached, without = (model.generate(IDS, position_ids=POSITIONS, use_cache=use, **settings) for use in (True, False))
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(without.logits), rtol=0, atol=1e-5)
 
