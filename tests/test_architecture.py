@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llama2"
 # Row of each module or family; a module imports lower rows, its own family, and nothing else of ours.
 ROWS: dict[str, int] = {
     "errors": -1,
-    **dict.fromkeys(("doors", "plain", "recompute", "text_file"), 0),
-    **dict.fromkeys(("keywords", "presets", "rope_settings", "seeds", "schema", "pattern"), 1),
+    **dict.fromkeys(("availability", "doors", "plain", "recompute", "text_file"), 0),
+    **dict.fromkeys(("keywords", "logging", "presets", "rope_settings", "seeds", "schema", "pattern"), 1),
     **dict.fromkeys(("hf_argument_parser",), 2),
     **dict.fromkeys(("config", "generation_config", "compiled"), 2),
     **dict.fromkeys(("tokenizer", "quantization_config", "lora_config"), 3),

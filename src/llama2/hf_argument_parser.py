@@ -12,11 +12,12 @@ import typing
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from llama2.errors import InputError
-from llama2.text_file import read_object
+from llama2.errors import InputError, MissingDependencyError
+from llama2.text_file import read_object, read_utf8
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
@@ -137,12 +138,35 @@ class HfArgumentParser(ArgumentParser):
 
     def parse_yaml_file(self, yaml_file: str | Path, allow_extra_keys: bool = False) -> tuple[Any, ...]:
         """As `parse_dict`, from a YAML file."""
-        import yaml  # type: ignore[import-untyped]
+        return self.parse_dict(read_options(Path(yaml_file)), allow_extra_keys)
 
-        content = yaml.safe_load(Path(yaml_file).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise InputError(f"{yaml_file} holds a {type(content).__name__}; it must be a mapping of fields")
-        return self.parse_dict(content, allow_extra_keys)
+
+def read_options(file: Path) -> dict[str, Any]:
+    """The names and values of a .json file, or of a YAML file by any other name. Raises InputError for what is none,
+    and MissingDependencyError where YAML cannot be read."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; give a .yaml or .json file of options")
+    content = _parsed(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is no object of names and values; write lines such as `lora_r: 16`")
+    return content
+
+
+def _parsed(file: Path) -> Any:
+    text = read_utf8(file, "utf-8-sig")
+    if file.suffix.lower() == ".json":
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{file} is not JSON ({error}); correct it") from error
+    try:
+        yaml: Any = import_module("yaml")
+    except ImportError as error:
+        raise MissingDependencyError("options in YAML need pyyaml: pip install pyyaml, or use .json") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{file} is not YAML ({error}); correct it") from error
 
 
 def _without_option(words: list[str], flag: str) -> list[str]:

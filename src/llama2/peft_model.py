@@ -11,18 +11,21 @@ As in peft, `model.base_model.model` is the model itself, and its parameters are
 """
 
 import warnings
+from abc import ABC
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llama2 import lora
 from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 from llama2.checkpoint.packed import packed_layers
-from llama2.checkpoint.peft import load_adapter, save_adapter
+from llama2.checkpoint.peft import adapter_tensors, load_adapter, save_adapter
+from llama2.checkpoint.peft_files import PREFIX, read_config
 from llama2.checkpoint.source import locate, split_hub_options
 from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
@@ -317,3 +320,63 @@ class AutoPeftModelForSequenceClassification(_AutoPeft):
     """AutoPeftModelForSequenceClassification.from_pretrained(adapter)."""
 
     _auto = AutoModelForSequenceClassification
+
+
+class PeftConfig(ABC):  # noqa: B024  # LoraConfig is registered below, and the only one
+    """PeftConfig.from_pretrained(adapter): the configuration of an adapter, which is a LoraConfig."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LoraConfig:
+        """The LoraConfig of a folder or a hub id. Raises CheckpointError for another kind of adapter."""
+        hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+        _warn_of(**kwargs)
+        place = locate(pretrained_model_name_or_path, split_hub_options(hub)).path
+        return read_config(place)
+
+
+PeftConfig.register(LoraConfig)
+
+
+def get_peft_model_state_dict(
+    model: Any, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **kwargs: Any
+) -> dict[str, Tensor]:
+    """The tensors of an adapter as its file names them, "base_model.model....lora_A.weight".
+
+    state_dict: a state_dict of the model whose values take the place of the model's own.
+    """
+    _warn_of(**kwargs)
+    tensors = adapter_tensors(_inside(model), adapter_name)
+    names = {id(tensor): name for name, tensor in model.named_parameters()}
+    given = state_dict or {}
+    return {PREFIX + name: given.get(names[id(tensor)], tensor) for name, tensor in tensors.items()}
+
+
+class Loaded(NamedTuple):
+    """What a state dict lacked, and what of it has no place."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def set_peft_model_state_dict(
+    model: Any, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default", **kwargs: Any
+) -> Loaded:
+    """Copies the tensors of an adapter, named as in its file, into that of the model. Raises InputError for a shape."""
+    _warn_of(**kwargs)
+    there = {PREFIX + name: tensor for name, tensor in adapter_tensors(_inside(model), adapter_name).items()}
+    with torch.no_grad():
+        for name in there.keys() & peft_model_state_dict.keys():
+            given = peft_model_state_dict[name]
+            if given.shape != there[name].shape:
+                raise InputError(
+                    f"{name} has shape {tuple(given.shape)}, but {tuple(there[name].shape)} in the model; its adapter "
+                    "has another r, or is of another model"
+                )
+            there[name].copy_(given)
+    return Loaded(
+        sorted(there.keys() - peft_model_state_dict.keys()), sorted(peft_model_state_dict.keys() - there.keys())
+    )
+
+
+def _inside(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -341,3 +341,6 @@ def readable_index_errors(input_ids: Tensor, vocab_size: int) -> Iterator[None]:
             f"input_ids contains {worst} but ids run from 0 to {vocab_size - 1}; after adding tokens call "
             "model.resize_token_embeddings(len(tokenizer)), and give labels, not inputs, the value -100"
         ) from error
+
+
+LlamaPreTrainedModel = PreTrainedModel  # its name in type hints of scripts for transformers

@@ -13,6 +13,7 @@ from torch import Tensor
 from llama2 import lora
 from llama2.checkpoint.hub import HubOptions, fetch
 from llama2.checkpoint.peft import load_adapter as read_into
+from llama2.checkpoint.peft import low_rank_tensors
 from llama2.checkpoint.source import local_path, split_hub_options
 from llama2.errors import InputError
 from llama2.keywords import refuse_unknown
@@ -145,13 +146,4 @@ def get_adapter_state_dict(model: Any, adapter_name: str | None = None) -> dict[
     """The tensors of one adapter (default: the first active one) under peft's names, "...q_proj.lora_A.weight"."""
     _some(model)
     name = adapter_name or next(iter(active_adapters(model)), lora.names(model)[0])
-    if name not in lora.names(model):
-        raise InputError(f"there is no adapter {name!r}; there are {', '.join(lora.names(model))}")
-    found: dict[str, Tensor] = {}
-    for path, layer in lora.layers(model).items():
-        if name in layer.lora_A:
-            found[f"{path}.lora_A.weight"] = layer.lora_A[name].detach()
-            found[f"{path}.lora_B.weight"] = layer.lora_B[name].detach()
-            if name in layer.lora_magnitude_vector:
-                found[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name].detach()
-    return found
+    return {key: tensor.detach() for key, tensor in low_rank_tensors(model, name).items()}

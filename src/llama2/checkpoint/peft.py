@@ -403,7 +403,20 @@ def save_adapter(
 
     Without its config one is written that names each module, with its rank and scale.
     """
-    tensors, name = {}, lora.current(model) if name is None and lora.names(model) else name or "default"
+    name = lora.current(model) if name is None and lora.names(model) else name or "default"
+    tensors = adapter_tensors(model, name)
+    config = config or _config_of(model, name)
+    classifier = hasattr(model, "score")
+    write_adapter(folder, config, tensors, "SEQ_CLS" if classifier else "CAUSAL_LM")
+    if classifier:  # the names of the labels, which peft's own files leave out
+        content = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}  # type: ignore[operator, union-attr]
+        LlamaConfig.from_dict(content).save_pretrained(folder)
+    write_packing(Path(folder), getattr(getattr(model, "config", None), "quantization_config", None))
+
+
+def low_rank_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """A, B and lengths of one adapter, the model's own tensors, under peft's names "...q_proj.lora_A.weight"."""
+    tensors: dict[str, Tensor] = {}
     for path, layer in lora.layers(model).items():
         if name in layer.lora_A:
             tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = layer.lora_A[name], layer.lora_B[name]
@@ -411,15 +424,16 @@ def save_adapter(
             tensors[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name]
     if not tensors:
         raise InputError(f"the model has no adapter {name!r}; there are {', '.join(lora.names(model)) or 'none'}")
-    config = config or _config_of(model, name)
-    tensors |= _held_parameters(model)
-    if classifier := hasattr(model, "score"):
+    return tensors
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """All that the file of an adapter holds, by name behind PREFIX: its pairs, parameters kept whole, and the head of a
+    classifier. They are the model's own tensors. Raises InputError for an adapter that is not there."""
+    tensors = low_rank_tensors(model, name) | _held_parameters(model)
+    if hasattr(model, "score"):
         tensors[SCORE] = model.get_parameter(SCORE)
-    write_adapter(folder, config, tensors, "SEQ_CLS" if classifier else "CAUSAL_LM")
-    if classifier:  # the names of the labels, which peft's own files leave out
-        content = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}  # type: ignore[operator, union-attr]
-        LlamaConfig.from_dict(content).save_pretrained(folder)
-    write_packing(Path(folder), getattr(getattr(model, "config", None), "quantization_config", None))
+    return tensors
 
 
 def _held_parameters(model: Any) -> dict[str, Tensor]:

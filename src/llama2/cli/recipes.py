@@ -6,13 +6,12 @@ Names are those of the flags, or of TrainingArguments and Recipe; what the comma
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from llama2.cli.args import parse
-from llama2.errors import InputError, MissingDependencyError
-from llama2.text_file import read_utf8
+from llama2.errors import InputError
+from llama2.hf_argument_parser import read_options
 
 # Field of TrainingArguments, or of TRL's scripts -> flag, where the two are called differently.
 NAMES = {
@@ -80,9 +79,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
         raise InputError(
             f"{file} does not exist; --config takes a .yaml or .json file, such as the finetune.json of a run"
         )
-    content = _parsed(file)
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is no object of names and values; write lines such as `lora_r: 16`")
+    content = read_options(file)
     if isinstance(content.get("recipe"), dict):  # a finetune.json
         content = {**_arguments(content.get("arguments") or {}), **_chosen(content["recipe"])}
     found = {str(name).replace("-", "_"): value for name, value in content.items()}
@@ -91,23 +88,6 @@ def read_recipe(file: Path) -> dict[str, Any]:
     if isinstance(adapter, dict):
         found |= _adapter(file, adapter)
     return found
-
-
-def _parsed(file: Path) -> Any:
-    text = read_utf8(file, "utf-8-sig")
-    if file.suffix.lower() == ".json":
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{file} is not JSON ({error}); correct it") from error
-    try:
-        yaml: Any = import_module("yaml")
-    except ImportError as error:
-        raise MissingDependencyError("recipes in YAML need pyyaml: pip install pyyaml, or use .json") from error
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{file} is not YAML ({error}); correct it") from error
 
 
 def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
