@@ -80,8 +80,8 @@ def test_every_number_has_its_bound_in_one_table() -> None:
         ("learning_rate", math.inf, "a number, above 0"),
         ("learning_rate", True, "a number, above 0"),
         ("logging_steps", 2.5, "a share of the steps below 1, a whole number of steps from 1 on"),
-        ("logging_steps", 0, "above 0"),
-        ("eval_steps", -1, "above 0"),
+        ("logging_steps", -1, "at least 0"),
+        ("eval_steps", -1, "at least 0"),
         ("save_steps", 1.5, "a whole number of steps from 1 on"),
         ("warmup_steps", -1, "at least 0"),
         ("warmup_ratio", 5, "at least 0 and at most 1"),
@@ -119,6 +119,17 @@ def test_texts_of_numbers_are_read() -> None:
         made(bf16="no")
     with pytest.raises(InputError, match="lr_scheduler_kwargs is 'x', which is no JSON"):
         made(lr_scheduler_kwargs="x")
+
+
+def test_no_step_at_all() -> None:
+    """As in transformers: saving every 0 steps is never, measuring every 0 steps is as often as logging."""
+    assert made(save_steps=0).save_steps == 0 and made(eval_steps=0).eval_strategy == "no"
+    assert made(eval_strategy="steps", eval_steps=0, logging_steps=7).eval_steps == 7
+    assert made(logging_steps=0, logging_strategy="no").logging_steps == 0
+    with pytest.raises(InputError, match="logging_steps is 0 and logging_strategy is 'steps'"):
+        made(logging_steps=0)
+    with pytest.raises(InputError, match="eval_steps and logging_steps are 0"):
+        made(logging_steps=0, logging_strategy="no", eval_strategy="steps")
 
 
 def test_shares_of_the_steps() -> None:

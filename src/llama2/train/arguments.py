@@ -301,15 +301,19 @@ class TrainingArguments:
 
     def _check_strategies(self) -> None:
         if self.eval_strategy is None:
-            self.eval_strategy = "no" if self.eval_steps is None else "steps"
+            self.eval_strategy = "steps" if self.eval_steps else "no"
         for name, known in (("eval_strategy", Strategy), ("save_strategy", SaveStrategy),
                             ("logging_strategy", Strategy)):  # fmt: skip
             if getattr(self, name) is False:  # what YAML makes of no
                 setattr(self, name, "no")
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(known))}")
-        if self.eval_strategy == "steps" and self.eval_steps is None:
+        if self.eval_strategy == "steps" and not self.eval_steps:
             self.eval_steps = self.logging_steps
+        if self.logging_strategy == "steps" and not self.logging_steps:
+            raise InputError("logging_steps is 0 and logging_strategy is 'steps'; give a number of steps, or 'no'")
+        if self.eval_strategy == "steps" and not self.eval_steps:
+            raise InputError("eval_strategy is 'steps', and eval_steps and logging_steps are 0; give eval_steps")
         self.do_eval = self.do_eval or self.eval_strategy != "no"
 
     def _check_best(self) -> None:

@@ -68,7 +68,7 @@ def _number(value: Any) -> int | float | None:
 
 
 _COUNT, _AT_LEAST_0 = Number(1, whole=True), Number(0)
-_EVERY = Number(0, open=True, share=True)
+_EVERY = Number(0, share=True)  # 0: never
 
 NUMBERS: dict[str, Number] = {
     "per_device_train_batch_size": _COUNT,
