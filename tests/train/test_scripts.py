@@ -20,6 +20,7 @@ from llama2 import (
     PeftConfig,
     ScriptArguments,
     SFTConfig,
+    SFTTrainer,
     TrlParser,
     get_kbit_device_map,
     get_peft_config,
@@ -195,3 +196,29 @@ def test_a_model_gets_a_chat_format(tmp_path: Path) -> None:
     assert LlamaConfig.from_pretrained(tmp_path / "m").eos_token_id == end
     with pytest.raises(InputError, match="format is 'alpaca'"):
         setup_chat_format(model, tok, "alpaca")
+
+
+def test_a_trainer_reads_an_endless_stream(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tok = AutoTokenizer.from_pretrained(tmp_path)
+    tok.pad_token = tok.eos_token
+    rows = [{"asked": f"{i} and {i}", "told": str(2 * i)} for i in range(9)]
+
+    def text(row: dict[str, str]) -> str:
+        return f"{row['asked']}? {row['told']}"
+
+    made = {"formatting_func": text, "seq_length": 32}
+    args = SFTConfig(str(tmp_path / "out"), max_steps=4, per_device_train_batch_size=2, logging_steps=1, save_steps=0,
+                     learning_rate=1e-2, report_to="none")  # fmt: skip
+    trainer = SFTTrainer(
+        tiny_model(torch.float32, vocab_size=260),
+        args,
+        train_dataset=ConstantLengthDataset(tok, rows, infinite=True, **made),
+        eval_dataset=ConstantLengthDataset(tok, rows, **made),
+        processing_class=tok,
+        formatting_func=text,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * before
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-4"]
