@@ -29,6 +29,14 @@ adam_beta2: 0.95
 """
 
 
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models are folders here: what is none is a hub id, and is asked for whether it is an adapter."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "other"):
+        (tmp_path / name).mkdir()
+
+
 def options(*given: str) -> Any:
     task, *rest = words(given)
     return parse(TASKS[task], "llama2 finetune", rest)
