@@ -63,9 +63,9 @@ def test_slow_equals_fast_around_added_tokens(tokenizer_model: Path, random_text
         assert tok.add_tokens(AddedToken("zyword", single_word=True)) == 1
         assert tok.add_tokens(AddedToken("<lr>", lstrip=True, rstrip=True, special=True)) == 1
     slow, fast = pair
-    rng = random.Random(7)
+    rng = random.Random(f"7 {options}")  # other texts for each
     texts = []
-    for i in range(600):
+    for i in range(150):
         parts = [rng.choice([*SPECIALS, " ", "  ", "▁", random_texts[rng.randrange(10_000)]]) for _ in range(i % 7)]
         texts.append("".join(parts))
     for split in (False, True):
@@ -79,21 +79,50 @@ def test_slow_equals_fast_around_added_tokens(tokenizer_model: Path, random_text
         assert slow(texts, split_special_tokens=split)["input_ids"] == b["input_ids"]
 
 
+def test_words_and_spaces_around_added_tokens_are_those_of_unicode(tokenizer_model: Path) -> None:
+    """Marks belong to words, superscripts and signs do not; the separators of ASCII are no white space."""
+    pair = [LlamaTokenizer(tokenizer_model), LlamaTokenizerFast(tokenizer_model)]
+    for tok in pair:
+        tok.add_tokens(AddedToken("zyword", single_word=True))
+        tok.add_tokens(AddedToken("<lr>", lstrip=True, rstrip=True, special=True))
+    signs = [
+        "\u0301",
+        "\u00b2",
+        "\u2160",
+        "\u0903",
+        "\u203f",
+        "\u200d",
+        "\u24b6",
+        "\u00bd",
+        "\u20ac",
+        "\x1c",
+        "\x85",
+        "\u3000",
+    ]
+    texts = [text for sign in signs for text in (f"e{sign}zyword", f"zyword{sign}e", f"a{sign}<lr>{sign}b")]
+    slow, fast = (tok(texts, return_offsets_mapping=True) for tok in pair)
+    for i, text in enumerate(texts):
+        assert slow["input_ids"][i] == fast["input_ids"][i], ascii(text)
+        assert slow["offset_mapping"][i] == fast["offset_mapping"][i], ascii(text)
+
+
 def test_many_added_tokens_stay_fast(tokenizer_model: Path) -> None:
-    """The work for a text does not grow with the number of tokens: 10,000 against 200 within a factor of five."""
-    text = "some plain words <token7> and more " * 200
+    """The work for a text does not grow with the number of tokens: fifty times as many cost less than five times."""
+    text = "some plain words <token7> and more " * 50
     for cls in (LlamaTokenizer, LlamaTokenizerFast):
         few, many = cls(tokenizer_model), cls(tokenizer_model)
         few.add_tokens([f"<token{i}>" for i in range(200)], special_tokens=True)
         many.add_tokens([f"<token{i}>" for i in range(10_000)], special_tokens=True)
         assert few.encode(text) == many.encode(text)
-        assert _seconds(many, text) < 5 * _seconds(few, text)
+        slow, fast = ([], [])  # one after the other, so that both meet the same processor
+        for _ in range(5):
+            slow.append(_seconds(many, text))
+            fast.append(_seconds(few, text))
+        assert min(slow) < 5 * min(fast)
 
 
 def _seconds(tok: Any, text: str) -> float:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        tok.encode(text)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    """Of the processor, for this thread: what else runs does not count."""
+    start = time.thread_time()
+    tok.encode(text)
+    return time.thread_time() - start

@@ -5,12 +5,17 @@ longest match; tokens with `normalized=False` are looked up in the raw text, the
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llama2.errors import TokenizerError
 
+# Unicode's White_Space: Python's own set has the separators U+001C to U+001F as well.
+_WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+_JOINERS = "\u200c\u200d"
+_LETTERS_IN_SHAPES = re.compile("[\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]")
 _FIELDS = ("content", "single_word", "lstrip", "rstrip", "special", "normalized")
 
 
@@ -137,9 +142,9 @@ class TokenMatcher:
             if token.single_word and not _stands_alone(text, start, stop):
                 continue
             if token.lstrip:
-                start = max(done, len(text[:start].rstrip()))
+                start = max(done, len(text[:start].rstrip(_WHITE)))
             if token.rstrip:
-                stop = len(text) - len(text[stop:].lstrip())
+                stop = len(text) - len(text[stop:].lstrip(_WHITE))
             if done < start:
                 yield None, done, start
             yield token_id, start, stop
@@ -150,4 +155,12 @@ class TokenMatcher:
 
 def _stands_alone(text: str, start: int, stop: int) -> bool:
     before, after = text[start - 1 : start], text[stop : stop + 1]
-    return not (re.match(r"\w", before) or re.match(r"\w", after))
+    return not (_in_a_word(before) or _in_a_word(after))
+
+
+def _in_a_word(char: str) -> bool:
+    """Unicode's word characters (UTS #18, annex C), as in `tokenizers`; Python's lack marks and have superscripts."""
+    if not char:
+        return False
+    kind = unicodedata.category(char)
+    return kind[0] in "LM" or kind in ("Nd", "Nl", "Pc") or char in _JOINERS or bool(_LETTERS_IN_SHAPES.match(char))
