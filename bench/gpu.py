@@ -41,12 +41,14 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device: str) -> LlamaF
     return model
 
 
-def parity(device: str, implementations: list[str], dtypes: list[torch.dtype]) -> list[dict[str, Any]]:
+def parity(
+    device: str, implementations: list[str], dtypes: list[torch.dtype], width: int = 512
+) -> list[dict[str, Any]]:
     """Logits of every implementation and dtype against float64 eager, with and without padding, whole and cached."""
     config = LlamaConfig.preset(
         "tiny",
-        hidden_size=512,
-        intermediate_size=1376,
+        hidden_size=width,
+        intermediate_size=width * 43 // 16,
         num_attention_heads=8,
         num_key_value_heads=2,
         num_hidden_layers=4,

@@ -1,13 +1,41 @@
 """What tests share: where data lives, and skips with a reason where it is absent."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LLAMA2_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+def one_processor(worker: str) -> None:
+    """Gives this process, and those that it starts, one processor: the worker of pytest-xdist of this name, as "gw1".
+
+    Tiny models gain nothing from threads, and teams that wait by spinning take the processors from each other. Tests
+    of threads name their number. Before torch is imported, since OpenMP reads its settings once.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    one_processor(os.environ["PYTEST_XDIST_WORKER"])
+
+# The same examples at each run, and no bound on their time: the processor may be slow.
+settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: no collection of garbage need look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """The map of the house, held by the syntax trees: imports point downward, and files and functions stay readable."""
 
 import ast
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -91,10 +93,23 @@ def family(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported(tree: ast.AST, path: Path) -> list[str]:
-    """Absolute names of every module imported anywhere in the file."""
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Every node of the file's tree, the module first."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget() -> Iterator[None]:
+    """A million nodes would slow every collection of garbage in the tests that follow."""
+    yield
+    nodes.cache_clear()
+
+
+def imported(found: list[ast.AST], path: Path) -> list[str]:
+    """Absolute names of every module that these nodes import."""
     names = []
-    for node in ast.walk(tree):
+    for node in found:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -108,9 +123,9 @@ def imported(tree: ast.AST, path: Path) -> list[str]:
 def test_imports_point_downward(path: Path) -> None:
     if path == PACKAGE / "__init__.py":
         return
-    tree, own = ast.parse(path.read_text()), family(path)
+    own = family(path)
     assert own in ROWS, f"{own} has no row; give it one in ROWS"
-    for name in imported(tree, path):
+    for name in imported(nodes(path), path):
         assert name.split(".")[0] not in ("transformers", "peft", "trl", "llama_cpp"), f"{path} imports {name}"
         if name.startswith("llama2."):
             other = name.split(".")[1]
@@ -123,10 +138,9 @@ def test_own_imports_stand_at_the_top(path: Path) -> None:
     """Inside a function only third-party packages that are slow or optional, and commands in cli/."""
     if family(path) in ("cli", "__init__"):
         return
-    tree = ast.parse(path.read_text())
-    for function in ast.walk(tree):
+    for function in nodes(path):
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-            inner = [name for name in imported(function, path) if name.startswith("llama2")]
+            inner = [name for name in imported(list(ast.walk(function)), path) if name.startswith("llama2")]
             assert not inner, f"{path.name}:{function.lineno} {function.name} imports {inner} inside"
 
 
@@ -135,8 +149,7 @@ def test_no_torch_at_import(part: str) -> None:
     files = [f for f in FILES if f.relative_to(PACKAGE).parts[0] == part]
     assert files
     for path in files:
-        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = [name for node in top for name in imported(node, path)]
+        names = imported(list(nodes(path)[0].body), path)  # type: ignore[attr-defined]
         assert not [n for n in names if n.split(".")[0] == "torch"], f"{path} imports torch"
 
 
@@ -145,7 +158,7 @@ def test_every_upward_door_is_listed() -> None:
     upward = set()
     for path in FILES:
         own = family(path)
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "door":
                 module, name = (arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant))
                 if ROWS[module.split(".")[0]] > ROWS[own]:
@@ -157,7 +170,7 @@ def test_every_upward_door_is_listed() -> None:
 def test_budgets(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= MAX_FILE, f"{path.name} has more than {MAX_FILE} lines"
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= MAX_FUNCTION, f"{path.name}: {node.name} has {length} lines"
@@ -173,5 +186,5 @@ def test_environment_is_read_in_the_command_line_only() -> None:
     """And where torchrun's variables are."""
     for path in FILES:
         if family(path) != "cli" and path != PACKAGE / "train" / "distributed.py":
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in nodes(path):
                 assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")), path

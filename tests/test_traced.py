@@ -31,9 +31,16 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("changes", [VARIANTS[name] for name in STATIC], ids=STATIC)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_compiled_as_one_graph(changes: dict[str, Any], attention: str) -> None:
+SHORT = {"num_hidden_layers": 1}  # a tracer runs every layer anew, seconds each
+TRACED = [
+    *(pytest.param("sdpa", VARIANTS[name] | (SHORT if VARIANTS[name] else {}), id=f"sdpa-{name}") for name in STATIC),
+    *(pytest.param("eager", VARIANTS[name] | SHORT, id=f"eager-{name}",
+                   marks=() if name in ("gqa", "yarn") else pytest.mark.slow) for name in STATIC),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("attention", "changes"), TRACED)
+def test_compiled_as_one_graph(attention: str, changes: dict[str, Any]) -> None:
     model = tiny_model(torch.float32, **changes)
     model.set_attn_implementation(attention)
     ids, mask = padded()
@@ -46,7 +53,7 @@ def test_compiled_as_one_graph(changes: dict[str, Any], attention: str) -> None:
 
 
 def test_compiled_steps_over_a_cache() -> None:
-    model = tiny_model(torch.float32)
+    model = tiny_model(torch.float32, **SHORT)
     ids, mask = padded(2, 12)
     run = torch.compile(model.forward, fullgraph=True, backend="eager")
     cache = DynamicCache()
@@ -61,11 +68,11 @@ def test_compiled_steps_over_a_cache() -> None:
             apart = (out.logits - wanted[:, start:end]) * mask[:, start:end, None]
             assert apart.abs().max() < FLOAT32 * wanted.abs().max()
             start = end
-        assert len(cache.to_legacy_cache()) == 2 and cache[0][0].shape[2] == 12
+        assert len(cache.to_legacy_cache()) == 1 and cache[0][0].shape[2] == 12
 
 
 def test_compiled_training_step() -> None:
-    model = tiny_model(torch.float32).train()
+    model = tiny_model(torch.float32, **SHORT).train()
     twin = copy.deepcopy(model)
     ids, mask = padded(left=False)
     torch.compile(model.forward, fullgraph=True, backend="aot_eager")(
@@ -76,10 +83,16 @@ def test_compiled_training_step() -> None:
         assert (ours.grad - theirs.grad).norm() < FLOAT32 * theirs.grad.norm()  # type: ignore[operator, union-attr]
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize(
+    ("strict", "use_cache"),
+    [
+        (False, True),
+        (True, False),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in ((False,) * 2, (True,) * 2)),
+    ],
+)
 def test_exported(strict: bool, use_cache: bool, tmp_path: Path) -> None:
-    model = tiny_model(torch.float32)
+    model = tiny_model(torch.float32, **SHORT)
     ids, mask = padded()
     batch, tokens = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("tokens", min=2, max=64)
     sizes = {0: batch, 1: tokens}
@@ -102,7 +115,9 @@ def test_exported(strict: bool, use_cache: bool, tmp_path: Path) -> None:
             assert ("past_key_values" in found) == use_cache
             if use_cache:
                 assert found.past_key_values.get_seq_length() == shape[1]
-    assert (model(ids).logits - tiny_model(torch.float32)(ids).logits).abs().max() == 0  # tracing left nothing behind
+    assert (
+        model(ids).logits - tiny_model(torch.float32, **SHORT)(ids).logits
+    ).abs().max() == 0  # tracing left nothing behind
 
 
 def test_exported_with_a_cache_as_input() -> None:

@@ -49,6 +49,18 @@ def get(port: int, path: str, **headers: str) -> Reply:
     return call(port, "GET", path, None, headers)
 
 
+def rest(sock: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    found = b""
+    try:
+        while part := sock.recv(65536):
+            found += part
+    except ConnectionResetError:
+        pass
+    sock.close()
+    return found
+
+
 def begin(port: int, path: str, body: Any, size: int = 65536, **headers: str) -> socket.socket:
     """Sends a request and gives the open socket, with a receive buffer of `size` bytes."""
     sock = socket.socket()

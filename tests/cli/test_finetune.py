@@ -2,9 +2,7 @@
 
 import errno
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from cli.conftest import Run
 
 from llama2 import AutoModelForCausalLM, AutoTokenizer, InputError, LoraConfig, TrainingArguments
+from llama2.cli.meter import Steps
 from llama2.train import checkpoints, states
 from llama2.train.finetune import Finetune, Recipe
 
@@ -143,35 +142,39 @@ def test_text_from_nothing(run: Run, checkpoint: Path, tmp_path: Path) -> None:
 # -- interruption ------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(checkpoint: Path, chats: Path, tmp_path: Path) -> None:
-    words = ["finetune", "sft", str(checkpoint), str(chats), "--lora-r", "4", *QUICK, "--max-steps", "60"]
-    words += ["--logging-steps", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    run: Run, checkpoint: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(out: str) -> list[str]:
+        flags = [*QUICK, "--lora-r", "4", "--logging-steps", "1", "--output-dir", str(tmp_path / out)]
+        return ["finetune", "sft", str(checkpoint), str(chats), *flags]
 
-    def start(out: str, *more: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "llama2.cli", *words, "--output-dir", str(tmp_path / out), *more]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    told = Steps.__call__
 
-    with start("cut") as child:
-        assert child.stderr is not None
-        while "step 3 of" not in child.stderr.readline():
-            assert child.poll() is None
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=120)
-    assert child.returncode == 130 and "which is saved; go on with" in err and err.strip().endswith("--resume")
-    stopped = checkpoints.step_of(checkpoints.found(tmp_path / "cut")[-1])
-    assert 3 <= stopped < 60 and not (tmp_path / "cut" / "adapter_config.json").exists()
-    for out, more in (("cut", ["--resume"]), ("straight", [])):
-        with start(out, *more) as child:
-            _, err = child.communicate(timeout=240)
-        assert child.returncode == 0, err
+    def interrupted(steps: Steps, entry: dict[str, Any]) -> None:
+        told(steps, entry)
+        if entry["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, "__call__", interrupted)
+        patch.setattr(sys, "argv", ["llama2", *words("cut")])
+        code, _, err = run(*words("cut"))
+    assert code == 130 and "stopped at step 3 of 12, which is saved; go on with\n  llama2 finetune sft" in err
+    again = err.splitlines()[-1].split()
+    assert again == ["llama2", *words("cut"), "--resume"]
+    assert [checkpoints.step_of(p) for p in checkpoints.found(tmp_path / "cut")] == [3]
+    assert not (tmp_path / "cut" / "adapter_config.json").exists()
+    for command in (again[1:], words("straight")):
+        code, _, err = run(*command)
+        assert code == 0, err
     files = [(tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("cut", "straight")]
     assert files[0] == files[1]
     logs = [
         [json.loads(line)["loss"] for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
         for out in ("cut", "straight")
     ]
-    assert logs[0] == logs[1] and len(logs[0]) == 60
+    assert logs[0] == logs[1] and len(logs[0]) == 12
 
 
 def test_a_full_disk_keeps_what_was_saved(checkpoint: Path, chats: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,4 +1,7 @@
-"""One process of tests/engine/test_parallel.py: `torchrun ... parallel_worker.py FOLDER` compares with one process."""
+"""One process of tests/engine/test_parallel.py: compares with one process.
+
+torchrun ... parallel_worker.py FOLDER, or each process with parallel_worker.py FOLDER STORE RANK SIZE
+"""
 
 import sys
 from pathlib import Path
@@ -33,8 +36,8 @@ def logits_of(runner: object, pages: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def main(folder: Path) -> None:
-    place = join(CPU)
+def main(folder: Path, *given: str) -> None:
+    place = join(CPU, given[0], *map(int, given[1:])) if given else join(CPU)
     model = load_part(folder, place, "float32")
     held = sum(p.numel() for p in model.parameters())
     if place.rank:
@@ -58,4 +61,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,22 +19,40 @@ WORKER = Path(__file__).with_name("parallel_worker.py")
 needs_gloo = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
 
-def torchrun(size: int, *words: Any) -> "subprocess.CompletedProcess[str]":
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *words]
-    return subprocess.run(
-        [str(w) for w in argv], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def made(folder: Path, variant: str) -> Path:
+    tiny_model(torch.float32, **{"max_position_embeddings": 128, **VARIANTS[variant]}).save_pretrained(folder)
+    return folder
 
 
 @needs_gloo
-@pytest.mark.parametrize(
-    ("variant", "size"),
-    [("gqa", 2), pytest.param("biases", 4, marks=pytest.mark.slow), pytest.param("tied", 2, marks=pytest.mark.slow)],
-)
-def test_equals_one_process(tmp_path: Path, variant: str, size: int) -> None:
-    """gqa: two key-value heads shared out; biases with four processes: each of the two heads is held twice."""
-    tiny_model(torch.float32, **{"max_position_embeddings": 128, **VARIANTS[variant]}).save_pretrained(tmp_path)
-    done = torchrun(size, WORKER, tmp_path)
+def test_equals_one_process(tmp_path: Path) -> None:
+    """Two key-value heads shared out; the processes meet through a file, as those of --tensor-parallel do."""
+    words = [sys.executable, str(WORKER), str(made(tmp_path / "model", "gqa")), f"file://{tmp_path / 'store'}"]
+    processes = [
+        subprocess.Popen(
+            [*words, str(rank), "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0] and "equal" in said[0][0], said
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "size"), [("gqa", 2), ("biases", 4), ("tied", 2)])
+def test_equals_one_process_under_torchrun(tmp_path: Path, variant: str, size: int) -> None:
+    """Biases with four processes: each of the two key-value heads is held twice."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(WORKER)]
+    words = [*words, str(made(tmp_path, variant))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]
 
 

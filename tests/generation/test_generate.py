@@ -128,7 +128,7 @@ def test_processors_and_prefixes_act() -> None:
         ({"prefill_chunk_size": 2, "output_attentions": True}, "whole"),
         ({"suppress_tokens": list(range(12))}, "every token is forbidden"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),  # objects have addresses in their names
 )
 def test_refused(kwargs: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):

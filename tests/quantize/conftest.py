@@ -32,7 +32,7 @@ class Letters:
         return self("".join(f"<{m['role']}>{m['content']}" for m in chat))["input_ids"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def letters() -> Letters:
     return Letters()
 

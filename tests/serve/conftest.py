@@ -1,6 +1,7 @@
 """A server on loopback over a tiny random model with a byte-level tokenizer."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +55,14 @@ class Served:
     """A running server: its address, service and engine."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, policy: Any, keys: Any, engine: dict[str, Any], bounds: Any = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        policy: Any,
+        keys: Any,
+        engine: dict[str, Any],
+        bounds: Any = None,
+        pace: float = 0.0,
     ) -> None:
         import uvicorn  # the extra may be absent: see `extra`
 
@@ -65,6 +73,8 @@ class Served:
         from llama2.serve.service import Service
 
         self.engine = Engine(model, tokenizer, **{"cache_tokens": 16384, **engine})
+        if pace:
+            self._slow_down(pace)
         self.service = Service(policy, keys, Life())
         self.service.open(self.engine, limits.bounds(self.engine, limits.Wanted()))
         protocol = guarded(bounds or Connections(stall_timeout=policy.stall_timeout))
@@ -79,10 +89,25 @@ class Served:
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
+    def _slow_down(self, seconds: float) -> None:
+        """A step takes at least so long, so that a long answer is one on any processor."""
+        step: Any = self.engine.runner.step
+
+        def slow(*given: Any) -> Any:
+            time.sleep(seconds)
+            return step(*given)
+
+        self.engine.runner.step = slow  # type: ignore[method-assign]
+
     def _run(self) -> None:
         asyncio.run(self.server.serve())
 
-    def quiet(self, seconds: float = 20) -> bool:
+    def send_little(self) -> None:
+        """The system takes few bytes of an answer that nobody reads, where else it may take megabytes."""
+        for sock in self.server.servers[0].sockets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # those that it accepts are like it
+
+    def quiet(self, seconds: float = 120) -> bool:
         """Whether nothing runs and no page is held, within some seconds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -112,14 +137,16 @@ def tiny_parts(tiny_folder: Path) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def serve(tiny_parts: tuple[Any, Any]) -> Iterator[Serve]:
-    """serve(policy fields, keys=..., engine={...}) starts a server of its own."""
+    """serve(policy fields, keys=..., engine={...}, pace=seconds of a step) starts a server of its own."""
     running: list[Served] = []
 
     from llama2.serve.service import Policy
 
-    def start(keys: Any = None, engine: dict[str, Any] | None = None, bounds: Any = None, **policy: Any) -> Served:
+    def start(
+        keys: Any = None, engine: dict[str, Any] | None = None, bounds: Any = None, pace: float = 0.0, **policy: Any
+    ) -> Served:
         chosen = Policy(**{"names": ("tiny",), **policy})
-        running.append(Served(*tiny_parts, chosen, keys, engine or {}, bounds))
+        running.append(Served(*tiny_parts, chosen, keys, engine or {}, bounds, pace))
         return running[-1]
 
     yield start

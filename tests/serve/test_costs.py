@@ -20,7 +20,7 @@ pytest.importorskip("llguidance", reason="serving needs the extra `serve`")
 from pydantic import ValidationError
 from serve.conftest import Serve, Served
 from serve.test_faults import start
-from wire import begin, get, post
+from wire import begin, get, post, rest
 
 from llama2.errors import InputError
 from llama2.serve import offline
@@ -403,18 +403,6 @@ def connect(port: int, data: bytes = b"", size: int = 65536) -> socket.socket:
     sock.connect(("127.0.0.1", port))
     sock.sendall(data)
     return sock
-
-
-def rest(sock: socket.socket) -> bytes:
-    """What comes until the server closes."""
-    found = b""
-    try:
-        while part := sock.recv(65536):
-            found += part
-    except ConnectionResetError:
-        pass
-    sock.close()
-    return found
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"

@@ -1,6 +1,7 @@
 """What the columns of a row mean, on three tokenizers: every shape, every column that any row may have, refusals."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,25 @@ def byte_level(tmp_path: Path) -> Any:
     return AutoTokenizer.from_pretrained(tmp_path)
 
 
-@pytest.fixture(params=["llama2", "bytes", "smollm2"])
-def tok(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+@pytest.fixture(scope="module", params=["llama2", "bytes", "smollm2"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     if request.param == "bytes":
-        write_tokenizer(tmp_path)
-        return AutoTokenizer.from_pretrained(tmp_path)
+        folder = tmp_path_factory.mktemp("bytes")
+        write_tokenizer(folder)
+        return AutoTokenizer.from_pretrained(folder)
     if request.param == "smollm2":
         return AutoTokenizer.from_pretrained(request.getfixturevalue("smollm2"))
     made = AutoTokenizer.from_pretrained(request.getfixturevalue("tokenizer_model"))
     made.chat_template = LLAMA2_CHAT_TEMPLATE
     return made
+
+
+@pytest.fixture
+def tok(loaded: Any) -> Iterator[Any]:
+    """A tokenizer whose template a test may change."""
+    template = loaded.chat_template
+    yield loaded
+    loaded.chat_template = template
 
 
 def learnt(example: Example, tok: Any) -> str:

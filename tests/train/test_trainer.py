@@ -306,19 +306,26 @@ run.train()
 
 def test_killed_and_terminated_runs_leave_whole_checkpoints(tmp_path: Path) -> None:
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    for number, wait in ((signal.SIGKILL, 7), (signal.SIGTERM, 5)):
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path), *paths]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as child:
-            assert child.stdout is not None
-            for _ in range(wait):
-                line = child.stdout.readline()
-            child.send_signal(number)
-            child.wait(60)
-        assert line.strip().isdigit()
-        newest = checkpoints.newest(tmp_path)
-        assert newest is not None and not checkpoints.problem(newest)
-        if number == signal.SIGTERM:
-            assert child.returncode == 0 and checkpoints.step_of(newest) >= int(line)
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), *paths]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as child:
+        assert child.stdout is not None
+        lines = [child.stdout.readline() for _ in range(7)]
+        child.kill()
+    assert all(line.strip().isdigit() for line in lines), lines
+    newest = checkpoints.newest(tmp_path)
+    assert newest is not None and not checkpoints.problem(newest)
+    killed = checkpoints.step_of(newest)
+    run = trainer(tmp_path, max_steps=int(1e6), save_steps=3, resume_from_checkpoint=True)
+
+    def report(entry: dict[str, Any]) -> None:
+        if entry["step"] == killed + 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    run._report = report
+    run.train()
+    newest = checkpoints.newest(tmp_path)
+    assert newest is not None and not checkpoints.problem(newest)
+    assert run.interrupted and checkpoints.step_of(newest) == killed + 5
 
 
 def test_a_damaged_checkpoint_is_skipped(tmp_path: Path) -> None:
