@@ -218,3 +218,10 @@ def test_double_bos_is_reported_once(tok: Any, caplog: pytest.LogCaptureFixture)
         tok("<s> Hello")
         tok("<s> Hello")
     assert len([r for r in caplog.records if "second one" in r.message]) == 1
+
+
+def test_ids_of_a_padded_vocabulary_have_no_piece(fast: Any, slow: Any, smollm2: Any) -> None:
+    for tok in (fast, slow, smollm2):
+        beyond = len(tok) + 7
+        assert tok.convert_ids_to_tokens(beyond) is None and tok.convert_ids_to_tokens(-1) is None
+        assert tok.convert_ids_to_tokens([beyond, tok.eos_token_id]) == [None, tok.eos_token]

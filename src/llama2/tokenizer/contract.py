@@ -341,11 +341,15 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
     _skip: frozenset[int] | None = None
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """The piece of an id, or the pieces of a list: "▁Hello", "<0x0A>"."""
+        """The piece of an id, or the pieces of a list: "▁Hello", "<0x0A>"; None for an id without one, as a model's
+        vocabulary that is padded has."""
         values = to_list(ids)
         if isinstance(ids, int) or getattr(ids, "ndim", None) == 0:
-            return self._id_token(values[0])
-        return [self._id_token(i) for i in values if not (skip_special_tokens and i in self._skippable)]
+            return self._piece(values[0])
+        return [self._piece(i) for i in values if not (skip_special_tokens and i in self._skippable)]
+
+    def _piece(self, token_id: int) -> str | None:
+        return self._id_token(token_id) if token_id >= 0 and self._has_piece(token_id) else None
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """The id of a piece, or those of a list; an unknown piece gives the id of the unknown token, if any."""
