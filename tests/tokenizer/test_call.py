@@ -1,10 +1,12 @@
 """The call API, special tokens and added tokens: worked examples, the same on both classes."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llama2 import AutoTokenizer
 from llama2.errors import InputError, TokenizerError
 from llama2.tokenizer import AddedToken, LlamaTokenizer, LlamaTokenizerFast
 
@@ -220,8 +222,8 @@ def test_double_bos_is_reported_once(tok: Any, caplog: pytest.LogCaptureFixture)
     assert len([r for r in caplog.records if "second one" in r.message]) == 1
 
 
-def test_ids_of_a_padded_vocabulary_have_no_piece(fast: Any, slow: Any, smollm2: Any) -> None:
-    for tok in (fast, slow, smollm2):
+def test_ids_of_a_padded_vocabulary_have_no_piece(fast: Any, slow: Any, smollm2: Path) -> None:
+    for tok in (fast, slow, AutoTokenizer.from_pretrained(smollm2)):
         beyond = len(tok) + 7
         assert tok.convert_ids_to_tokens(beyond) is None and tok.convert_ids_to_tokens(-1) is None
         assert tok.convert_ids_to_tokens([beyond, tok.eos_token_id]) == [None, tok.eos_token]

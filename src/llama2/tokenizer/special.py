@@ -72,6 +72,9 @@ class SpecialTokens:
     def _token_id(self, token: str) -> int | None:
         raise NotImplementedError
 
+    def _has_piece(self, token_id: int) -> bool:
+        raise NotImplementedError
+
     def _id_token(self, token_id: int) -> str:
         raise NotImplementedError
 
