@@ -132,6 +132,10 @@ class PreTrainedModel(Companions, nn.Module):
         self.apply(self._init_weights)
         self.tie_weights()
 
+    def post_init(self) -> None:
+        """The last line of a subclass's constructor for transformers: draws the weights of what it has added."""
+        self.init_weights()
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""
         embedding: nn.Embedding = self.base_model.embed_tokens  # type: ignore[assignment]

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from llama2.checkpoint import Checkpoint, Stored
 from llama2.checkpoint.config_repair import known_ids
 from llama2.checkpoint.covered import not_weights
+from llama2.checkpoint.fresh import draw, not_of_the_network
 from llama2.checkpoint.hf import HfCheckpoint
 from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
 from llama2.checkpoint.packing import read_packing
@@ -168,7 +169,7 @@ def from_pretrained(
     `weights.Renamed`; generation_config stands in the place of the checkpoint's. With output_loading_info a dict of
     missing_keys, unexpected_keys, mismatched_keys and error_msgs comes back too.
 
-    A missing classifier head is drawn anew with a warning, and so are tensors of another shape with
+    A missing head, and what a subclass adds, are drawn anew with a warning, and so are tensors of another shape with
     ignore_mismatched_sizes. Every other parameter must be filled and every tensor used: MismatchError lists both.
     """
     hub = split_hub_options(kwargs)
@@ -395,8 +396,7 @@ def _judge(
     model: PreTrainedModel, stored: Mapping[str, Stored], report: Coverage, ignore_mismatched_sizes: bool
 ) -> None:
     """Raises MismatchError for everything that is neither filled, used nor excused; warns of fresh weights."""
-    # The head of a task: a checkpoint of the base model has none yet.
-    excused = {name for name in report.missing if name.partition(".")[0] in HEADS}
+    excused = not_of_the_network(model, report.missing)
     # A file that says it is a causal model and has no head is damaged, or tied without saying so.
     if "LlamaForCausalLM" not in (model.config.architectures or ()):
         excused.add("lm_head.weight")
@@ -438,12 +438,7 @@ def _check_tied(
 def fill(model: PreTrainedModel, weights: Weights, report: Coverage, dtype: torch.dtype, device: torch.device) -> None:
     """Gives every meta parameter the stored tensor (no copy where dtype and device allow), or fresh values."""
     fresh = [*report.missing, *(entry[0] for entry in report.mismatched)]
-    for module_name in dict.fromkeys(name.rpartition(".")[0] for name in fresh):
-        module = model.get_submodule(module_name)
-        module.to_empty(device=device, recurse=False).to(dtype)
-        for parameter in module.parameters(recurse=False):
-            nn.init.ones_(parameter)  # norms; what _init_weights knows it draws over
-        model._init_weights(module)
+    draw(model, fresh, dtype, device)
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
