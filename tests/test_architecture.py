@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llama2"
 ROWS: dict[str, int] = {
     "errors": -1,
     **dict.fromkeys(("availability", "doors", "plain", "recompute", "text_file"), 0),
-    **dict.fromkeys(("keywords", "logging", "presets", "rope_settings", "seeds", "schema", "pattern"), 1),
+    **dict.fromkeys(("keywords", "logging", "presets", "rope_settings", "seeds", "schema", "pattern", "files"), 1),
     **dict.fromkeys(("hf_argument_parser",), 2),
     **dict.fromkeys(("config", "generation_config", "compiled"), 2),
     **dict.fromkeys(("tokenizer", "quantization_config", "lora_config"), 3),
@@ -49,6 +49,7 @@ NO_TORCH = (
     "plain.py",
     "presets.py",
     "rope_settings.py",
+    "files.py",
     "text_file.py",
     "schema.py",
     "pattern.py",

@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Self
 
 from llama2.doors import door
 from llama2.errors import ConfigError
+from llama2.files import write_text
 from llama2.keywords import drop, refuse_unknown
 from llama2.plain import plain
 from llama2.presets import COMMON, PRESETS
 from llama2.rope_settings import agreed_rope, normalise_rope, scaling_of, validate_rope
-from llama2.text_file import read_object, write_text
+from llama2.text_file import read_object
 
 HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "tanh", "sigmoid")
 DTYPES = ("float16", "bfloat16", "float32", "float64")

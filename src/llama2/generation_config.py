@@ -17,9 +17,10 @@ from typing import Any, Self
 
 from llama2.doors import door
 from llama2.errors import InputError
+from llama2.files import write_text
 from llama2.keywords import drop, refuse_unknown
 from llama2.plain import plain
-from llama2.text_file import read_object, write_text
+from llama2.text_file import read_object
 
 # Defaults of transformers 4.46 and 5.x (the values that take effect there).
 DEFAULTS: dict[str, Any] = {

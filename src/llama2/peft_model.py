@@ -28,6 +28,7 @@ from llama2.checkpoint.peft import adapter_tensors, load_adapter, save_adapter
 from llama2.checkpoint.peft_files import PREFIX, read_config
 from llama2.checkpoint.source import locate, split_hub_options
 from llama2.errors import InputError
+from llama2.files import saving
 from llama2.lora_config import LoraConfig
 from llama2.quant.linear import PackedLinear
 
@@ -206,9 +207,10 @@ class PeftModel(nn.Module):
         if not is_main_process:
             return
         there = lora.names(self.get_base_model())
-        for name in there if selected_adapters is None else selected_adapters:
-            folder = Path(save_directory) / ("" if name == "default" else name)
-            save_adapter(self.get_base_model(), folder, self.peft_config.get(name), name)
+        with saving(save_directory) as save:
+            for name in there if selected_adapters is None else selected_adapters:
+                folder = save.stage / ("" if name == "default" else name)
+                save_adapter(self.get_base_model(), folder, self.peft_config.get(name), name)
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> None:
         """Loads an adapter from a folder or a hub id; it acts from now on, and is trained where that is said."""

@@ -1,4 +1,4 @@
-"""Text files: those that people give, and the small JSON files of settings that are read and written.
+"""Text files: those that people give, and the small JSON files of settings.
 
 What a stranger may have made is read here and nowhere else: a regular file, no larger than a bound, JSON no deeper than
 a bound, and names that stay in their folder. Every fault is one CheckpointError.
@@ -9,7 +9,6 @@ import os
 import re
 import reprlib
 import stat
-import tempfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -168,26 +167,3 @@ def _closing_quote(data: bytes, at: int) -> int:
         if (at - slashes) % 2:
             return at
         at += 1
-
-
-# -- writing -----------------------------------------------------------------------------------------------------
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file whole or not at all: to a temporary file beside it, synced, then renamed. Makes its folder."""
-    target = Path(path)
-    if target.parent.exists() and not target.parent.is_dir():
-        raise InputError(f"{str(target.parent)!r} is a file; give the path of a folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=target.parent, prefix=f".{target.name}-", delete=False, encoding="utf-8"
-    ) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise

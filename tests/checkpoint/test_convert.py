@@ -256,12 +256,12 @@ def progress(done, total, name):
     if calls == {call}:
         os.kill(os.getpid(), signal.SIGKILL)
 if {rename}:
-    replace = os.replace
+    rename = os.rename
     def die(a, b):
-        replace(a, b)
+        rename(a, b)
         if str(b).endswith(("safetensors", "pth", "gguf")):
             os.kill(os.getpid(), signal.SIGKILL)
-    os.replace = die
+    os.rename = die
 engine.convert({source!r}, {target!r}, engine.Options(**{options!r}), progress)
 """
 

@@ -227,7 +227,7 @@ def test_a_full_disk_keeps_what_was_saved(checkpoint: Path, chats: Path, tmp_pat
         (["finetune", "sft", "MODEL", "DATA", "DATA"], "is a file; give the path of a folder"),
         (["finetune", "sft", "MODEL", "DATA", "MODEL"], "is the model itself, which would be overwritten"),
         (["finetune", "sft", "MODEL", "DATA", "MODEL", "--resume"], "is the model itself, which would be overwritten"),
-        (["finetune", "sft", "MODEL", "DATA", "ADAPTER"], "holds a model already (adapter_config.json)"),
+        (["finetune", "sft", "MODEL", "DATA", "ADAPTER"], "holds adapter_config.json already"),
     ],
 )  # fmt: skip
 def test_mistakes(run: Run, checkpoint: Path, chats: Path, tmp_path: Path, words: list[str], said: str) -> None:

@@ -1,6 +1,7 @@
 """`llama2 serve` and `llama2 batch`: options from the environment, refusals, and a file of requests."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -181,6 +182,41 @@ def test_batch_refuses_lines_that_are_none(run: Run, checkpoint: Path, tmp_path:
     source.write_text(line + "\n" + ('{"prompt": "x", "custom_id": "line-9"}\n' if not message else ""))
     code, _, err = run("batch", "-m", checkpoint, source, tmp_path / "out.jsonl")
     assert code == 2 and (message or "is there twice") in err and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        b"precious notes, and no line feed",
+        b"a line\nprecious",
+        b'{"custom_id": "a", "url": "/v1/completions", "body": {}}\n',
+        b'{"custom_id": "a", "response": 1, "error": null}\n{"my": "not',
+    ],
+)
+def test_batch_leaves_a_file_that_is_not_its_own_as_it_is(
+    run: Run, checkpoint: Path, tmp_path: Path, held: bytes
+) -> None:
+    pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "x"}\n')
+    target.write_bytes(held)
+    code, _, err = run("batch", "-m", checkpoint, source, target)
+    assert code == 2 and "is no answer of `llama2 batch`; give another output file, or --overwrite" in err
+    assert target.read_bytes() == held
+    assert run("batch", "-m", checkpoint, source, source)[0] == 2 and source.read_text() == '{"prompt": "x"}\n'
+
+
+def test_batch_waits_for_nobody(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    """Another process has the lock of OUT."""
+    pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+    source, lock = tmp_path / "in.jsonl", tmp_path / ".out.jsonl.lock"
+    source.write_text('{"prompt": "x"}\n')
+    lock.write_text('{"pid": 77, "machine": "here", "since": "today"}')
+    with lock.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        code, _, err = run("batch", "-m", checkpoint, source, tmp_path / "out.jsonl")
+    assert code == 2 and "is being written by process 77 on 'here', since 'today'" in err
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_serving_over_tls_on_sagemakers_terms(checkpoint: Path, tmp_path: Path) -> None:

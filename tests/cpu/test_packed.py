@@ -188,19 +188,21 @@ def test_room_is_looked_for_first(gguf: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match=r"needs [\d,]+ bytes and .* has 1,000 free"):
         cpu.write_packed(GgufFile(gguf))
-    assert not list(gguf.parent.glob("*.part"))
+    assert not list(gguf.parent.glob(".*")) and not beside(gguf).exists()
 
 
 def test_one_writer_at_a_time_and_leftovers_are_taken_over(gguf: Path) -> None:
-    part = beside(gguf).with_name(beside(gguf).name + ".part")
+    name = beside(gguf).name
+    part, lock = gguf.with_name(f".{name}-{'0' * 16}.tmp"), gguf.with_name(f".{name}.lock")
     part.write_bytes(b"left by a killed process" * 1_000_000)
-    with part.open("rb") as other:
+    lock.touch()
+    with lock.open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process writes"):
+        with pytest.raises(InputError, match="is being written by another process"):
             cpu.write_packed(GgufFile(gguf))
         assert part.exists()
     cpu.write_packed(GgufFile(gguf))
-    assert not part.exists()
+    assert not part.exists() and not lock.exists()
     cpu.PackedFile(beside(gguf), GgufFile(gguf)).verify()
 
 

@@ -386,10 +386,10 @@ def test_half_a_surrogate_pair_in_an_id_ends_no_batch(served: Served, tmp_path: 
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"custom_id": "\\ud800", "body": {"inputs": 1}}\n{"custom_id": "é", "body": {"inputs": 2}}\n')
     lines = offline.read_lines(source)
-    with target.open("a", encoding="utf-8") as out:
+    with target.open("wb") as out:
         app = make_app(served.service)
         assert asyncio.run(offline.run(app, lines, out, 2, lambda done, total: None)) == (2, 2)
-    assert offline.answered(target) == {"\ud800", "é"}
+    assert offline.answered(target) == ({"\ud800", "é"}, target.stat().st_size)
     assert "é" in target.read_text(encoding="utf-8")
 
 

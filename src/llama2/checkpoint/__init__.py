@@ -18,6 +18,7 @@ from llama2.checkpoint.foreign import recognise
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import CheckpointError
+from llama2.files import settle
 from llama2.quantization_config import completed
 from llama2.text_file import LISTING_BYTES, SETTINGS_BYTES, read_object
 
@@ -179,6 +180,7 @@ def open(
         path = path / gguf_file
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder, a .safetensors, .bin or .gguf file")
+    settle(path if path.is_dir() else path.parent)
     if path.is_dir():
         path, kind = _sniff_folder(path)
     else:

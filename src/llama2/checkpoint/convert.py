@@ -10,7 +10,6 @@ the files are renamed, last of all the one without which no reader takes the fol
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -34,11 +33,12 @@ from llama2.checkpoint.meta_write import MetaTarget
 from llama2.checkpoint.packed import unpacked
 from llama2.checkpoint.pages import fetch, release
 from llama2.checkpoint.pooled import PooledCheckpoint
-from llama2.checkpoint.save import parse_size, replacing
+from llama2.checkpoint.save import parse_size
 from llama2.checkpoint.source import Located, locate_all, open_source
 from llama2.checkpoint.target import Appender, Target
 from llama2.checkpoint.tokenizer_files import gguf_keys, write_folder, write_model
 from llama2.errors import CheckpointError, InputError
+from llama2.files import is_leftover, locked, rename, sync_tree, write_text
 
 FORMATS = ("hf", "meta", "gguf")
 SYNC_BYTES = 1 << 30  # written between two entries of the journal
@@ -106,7 +106,8 @@ def convert(
 def write(target: Target, source: Checkpoint, path: Path, options: Options, progress: Progress | None = None) -> Result:
     """Writes `source` by `target` to `path`, or goes on with it; the options say how, and are part of its identity."""
     try:
-        return _Run(target, source, path, options).go(progress)
+        with locked(path):
+            return _Run(target, source, path, options).go(progress)
     except OSError as error:
         if error.errno == errno.EFBIG:
             raise CheckpointError(
@@ -224,8 +225,7 @@ class _Run:
             hidden = self.small / name
             hidden = hidden if hidden.exists() else self.part(name)
             if hidden.exists():
-                os.replace(hidden, self.folder / name)
-        _sync_folder(self.folder)
+                rename(hidden, self.folder / name)
         shutil.rmtree(self.small, ignore_errors=True)
         self.journal.unlink()
         return Result(self.path, self.target.format, state["bytes"], resumed)
@@ -248,8 +248,8 @@ class _Run:
         return state
 
     def _strangers(self) -> list[Path]:
-        ours = {self.part(file) for file in self.target.files} | {self.small}
-        return [file for file in self.path.iterdir() if file not in ours]
+        ours = {self.part(file) for file in self.target.files} | {self.small, self.path / ".lock"}
+        return [file for file in self.path.iterdir() if file not in ours and not is_leftover(file)]
 
     def _check_space(self, have: int) -> None:
         place = self.folder.absolute()
@@ -316,7 +316,7 @@ class _Run:
             "sizes": [file.size for file in out] if done else [0] * len(out),
             "target": self.target.state,
         }
-        _write_json(self.journal, state)
+        write_text(self.journal, json.dumps(state))
 
     def _finish(self, out: Sequence[Appender]) -> dict[str, Any]:
         """The other small files, all hashes, and the journal entry after which only renaming is left."""
@@ -325,10 +325,8 @@ class _Run:
         sums = {name: file.hexdigest() for name, file in zip(self.target.files, out, strict=True)}
         sums |= {name: sha256(self.small / name) for name in small}
         manifest = SUMS if last is not None else f"{self.path.name}.sha256"
-        (self.small / manifest).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
-        for path in self.small.iterdir():
-            with path.open("rb") as opened:
-                os.fsync(opened.fileno())
+        write_text(self.small / manifest, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+        sync_tree(self.small)
         final = last or self.path.name
         order = [name for name in (*self.target.files, *small, manifest) if name != final] + [final]
         state = {
@@ -337,7 +335,7 @@ class _Run:
             "sizes": [file.size for file in out],
             "bytes": sum(file.size for file in out),
         }
-        _write_json(self.journal, state)
+        write_text(self.journal, json.dumps(state))
         return state
 
 
@@ -384,28 +382,13 @@ def _stats(home: Path) -> list[tuple[str, int, int]]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _write_json(path: Path, content: Any) -> None:
-    with replacing(path) as file:
-        file.write(json.dumps(content).encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def add_sums(manifest: Path, files: Sequence[Path]) -> None:
     """Lists files in a manifest, in the place of older entries of theirs."""
     names = {file.name for file in files}
     lines = [line for line in manifest.read_text().splitlines() if line.split("  ", 1)[1] not in names]
     lines += [f"{sha256(file)}  {file.name}" for file in files]
     ordered = sorted(lines, key=lambda line: line.split("  ", 1)[1])
-    with replacing(manifest) as opened:
-        opened.write("".join(f"{line}\n" for line in ordered).encode())
+    write_text(manifest, "".join(f"{line}\n" for line in ordered))
 
 
 # -- checking it -------------------------------------------------------------------------------------------------

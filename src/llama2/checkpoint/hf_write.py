@@ -9,6 +9,7 @@ import torch
 from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.save import index_text, plan_shards, safetensors_header, shard_names
 from llama2.checkpoint.target import Appender, Target, row_blocks
+from llama2.files import write_bytes
 from llama2.generation_config import GenerationConfig
 
 
@@ -50,7 +51,7 @@ class HfTarget(Target):
 
     def describe(self, folder: Path) -> str:
         if len(self.files) > 1:
-            (folder / "model.safetensors.index.json").write_bytes(index_text(self._tensors, self._shards))
+            write_bytes(folder / "model.safetensors.index.json", index_text(self._tensors, self._shards))
         settings = self._generation
         made = GenerationConfig.from_model_config(self.config) if settings is None else None
         generation = GenerationConfig.from_dict(settings) if made is None and settings is not None else made

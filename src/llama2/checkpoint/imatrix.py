@@ -15,8 +15,8 @@ from torch import Tensor
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.gguf_write import ALIGNMENT, container_head
 from llama2.checkpoint.names import gguf_to_hf, hf_to_gguf
-from llama2.checkpoint.save import replacing
 from llama2.errors import CheckpointError, InputError
+from llama2.files import write_bytes
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -151,9 +151,7 @@ class _Dat:
 
 def write_imatrix(path: str | Path, imatrix: Imatrix) -> None:
     """Writes the file that the name asks for: .dat the older format, all others GGUF."""
-    path = Path(path)
-    with replacing(path) as file:
-        file.write(_dat(imatrix) if path.suffix == ".dat" else _gguf(imatrix))
+    write_bytes(path, _dat(imatrix) if Path(path).suffix == ".dat" else _gguf(imatrix))
 
 
 def _gguf(imatrix: Imatrix) -> bytes:

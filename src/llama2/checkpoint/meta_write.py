@@ -25,6 +25,7 @@ from llama2.checkpoint.names import hf_to_meta, meta_axis, rotated_heads, to_pai
 from llama2.checkpoint.target import Appender, Target, row_blocks
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
+from llama2.files import write_text
 
 _STORAGES: dict[torch.dtype, Any] = {
     torch.float64: torch.DoubleStorage,
@@ -119,10 +120,10 @@ class MetaTarget(Target):
     def describe(self, folder: Path) -> str:
         fields = self.config.to_diff_dict()
         dtype = str(self._dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
-        (folder / SIDECAR).write_text(json.dumps({**fields, "dtype": dtype, "torch_dtype": dtype}, indent=2) + "\n")
+        write_text(folder / SIDECAR, json.dumps({**fields, "dtype": dtype, "torch_dtype": dtype}, indent=2) + "\n")
         if self._generation is not None:
-            (folder / "generation_config.json").write_text(json.dumps(self._generation, indent=2) + "\n")
-        (folder / "params.json").write_text(json.dumps(self._params) + "\n")
+            write_text(folder / "generation_config.json", json.dumps(self._generation, indent=2) + "\n")
+        write_text(folder / "params.json", json.dumps(self._params) + "\n")
         return "params.json"
 
     @property

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_json
 from llama2.checkpoint.hf import CODES
-from llama2.checkpoint.save import replacing
 from llama2.checkpoint.seen import SeenCheckpoint
+from llama2.files import saving, write_text
 from llama2.quant.methods import layer_class
 from llama2.quantization_config import QuantizationConfig, parse
 
@@ -30,10 +30,10 @@ def write_packing(folder: Path, content: Mapping[str, Any] | None) -> None:
     Models that are stored packed (GPTQ) are so wherever the adapter is loaded, and need no note.
     """
     if content is None or content.get("quant_method") != "bitsandbytes":
-        (folder / PACKING).unlink(missing_ok=True)
+        with saving(folder) as save:
+            save.remove([PACKING])
         return
-    with replacing(folder / PACKING) as file:
-        file.write((json.dumps(dict(content), indent=2, sort_keys=True) + "\n").encode())
+    write_text(folder / PACKING, json.dumps(dict(content), indent=2, sort_keys=True) + "\n")
 
 
 def read_packing(folder: Path) -> QuantizationConfig | None:

@@ -36,9 +36,10 @@ from llama2.checkpoint.peft_files import (
     read_parts,
     token_indices,
 )
-from llama2.checkpoint.save import replacing, write_safetensors
+from llama2.checkpoint.save import write_safetensors
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
+from llama2.files import replacing, saving, write_text
 from llama2.lora_config import LINEARS, LoraConfig
 from llama2.quant.linear import PackedLinear
 
@@ -373,12 +374,8 @@ def write_adapter(
 ) -> None:
     """Writes an adapter as peft does, for peft to load. tensors: by name behind PREFIX, as in its files.
 
-    task: peft's task_type, SEQ_CLS for a classifier. Each file takes the place of an earlier one only when it is whole.
+    task: peft's task_type, SEQ_CLS for a classifier. Both files take the place of earlier ones together, when whole.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS) as file:
-        write_safetensors(file, {PREFIX + name: tensor.detach().cpu() for name, tensor in tensors.items()})
     fields = {**_WRITTEN, **vars(config), "task_type": task, "inference_mode": True}
     saved = {name.rpartition(".")[0].rpartition(".")[2] for name in tensors if name.endswith(".weight")}
     saved -= {"lora_A", "lora_B"}
@@ -392,8 +389,10 @@ def write_adapter(
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
     fields["layers_to_transform"] = fields["layers_to_transform"] or None
     fields["exclude_modules"] = fields["exclude_modules"] or None
-    with replacing(folder / CONFIG) as file:
-        file.write((json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
+    with saving(folder) as save:
+        with replacing(save.stage / WEIGHTS) as file:
+            write_safetensors(file, {PREFIX + name: tensor.detach().cpu() for name, tensor in tensors.items()})
+        write_text(save.stage / CONFIG, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def save_adapter(
@@ -407,11 +406,12 @@ def save_adapter(
     tensors = adapter_tensors(model, name)
     config = config or _config_of(model, name)
     classifier = hasattr(model, "score")
-    write_adapter(folder, config, tensors, "SEQ_CLS" if classifier else "CAUSAL_LM")
-    if classifier:  # the names of the labels, which peft's own files leave out
-        content = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}  # type: ignore[operator, union-attr]
-        LlamaConfig.from_dict(content).save_pretrained(folder)
-    write_packing(Path(folder), getattr(getattr(model, "config", None), "quantization_config", None))
+    with saving(folder) as save:
+        write_adapter(save.stage, config, tensors, "SEQ_CLS" if classifier else "CAUSAL_LM")
+        if classifier:  # the names of the labels, which peft's own files leave out
+            content = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}  # type: ignore[operator, union-attr]
+            LlamaConfig.from_dict(content).save_pretrained(save.stage)
+        write_packing(save.stage, getattr(getattr(model, "config", None), "quantization_config", None))
 
 
 def low_rank_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:

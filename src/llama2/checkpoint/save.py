@@ -1,7 +1,7 @@
 """save_pretrained: config.json, generation_config.json and safetensors (or .bin) shards, tensor by tensor.
 
-Nothing is written in place. Every file goes to a temporary name beside its target, is synced, and all are renamed at
-the end, so an interrupted save leaves the previous checkpoint whole, even the one that the model is mapped from.
+Nothing is written in place: an interrupted save leaves the previous checkpoint whole (`files.saving`), even the one
+that the model is mapped from.
 """
 
 import json
@@ -9,8 +9,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +21,7 @@ from llama2.checkpoint import QUANTIZE_CONFIGS
 from llama2.checkpoint.hf import CODES
 from llama2.doors import door
 from llama2.errors import InputError, Llama2Error
+from llama2.files import Save, replacing, saving, write_bytes, write_text
 from llama2.keywords import drop, refuse_unknown
 from llama2.pretrained import PreTrainedModel
 
@@ -62,16 +62,14 @@ def save_pretrained(
 
     state_dict: weights to save instead of the model's own. max_shard_size: bytes, or "500MB" (10^6), "5GiB" (2^30);
     a larger tensor gets a file of its own. Tied tensors are written once. safe_serialization=False writes .bin files.
-    Shards of an earlier save are removed. Only the main process writes. Raises InputError for a bad argument.
+    All files get their names together, or none does. Shards of an earlier save are removed. Only the main process
+    writes. Raises InputError for a bad argument.
     """
     drop("save_pretrained", kwargs, stacklevel=4)
     refuse_unknown("save_pretrained", kwargs)
     if not is_main_process:
         return
     folder = Path(save_directory)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"save_directory {str(folder)!r} is a file; give the path of a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     if lora.names(model):
         _save_adapter(model, folder)
         if push_to_hub:
@@ -84,20 +82,19 @@ def save_pretrained(
 
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
-    model.config.save_pretrained(folder)
-    save_quantize_config(folder, getattr(model.config, "quantization_config", None))
-    if model.get_output_embeddings() is not None:
-        _save_generation_config(model, folder)
-    with ExitStack() as stack:
+    write = write_safetensors if safe_serialization else _write_bin
+    with saving(folder) as save:
+        model.config.save_pretrained(save.stage)
+        save_quantize_config(save, getattr(model.config, "quantization_config", None))
+        if model.get_output_embeddings() is not None:
+            _save_generation_config(model, save.stage)
         for name, shard in zip(names, shards, strict=True):
-            file = stack.enter_context(replacing(folder / name))
-            write = write_safetensors if safe_serialization else _write_bin
-            write(file, {key: tensors[key] for key in shard})
-        index = f"{stem}.{suffix}.index{'' if variant is None else '.' + variant}.json"
+            with replacing(save.stage / name) as file:
+                write(file, {key: tensors[key] for key in shard})
         if len(shards) > 1:
-            with_index = stack.enter_context(replacing(folder / index))
-            with_index.write(index_text(tensors, dict(zip(names, shards, strict=True))))
-    _remove_stale(folder, {*names, *([index] if len(shards) > 1 else [])}, variant, safe_serialization)
+            index = f"{stem}.{suffix}.index{'' if variant is None else '.' + variant}.json"
+            write_bytes(save.stage / index, index_text(tensors, dict(zip(names, shards, strict=True))))
+        save.remove(_stale(save.there(), variant, safe_serialization))
     if push_to_hub:
         _upload(folder, repo_id or folder.name, token=token, private=private, commit_message=commit_message)
 
@@ -188,24 +185,6 @@ def index_text(tensors: Mapping[str, Tensor], shards: Mapping[str, list[str]]) -
 # -- files -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """A temporary file beside `target` that is synced and takes its place when the block ends without an error."""
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def safetensors_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
     """What stands before the data of these tensors (meta ones will do), and the order in which their data follows.
 
@@ -245,17 +224,14 @@ def _write_bin(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
     torch.save({n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in plain.items()}, file)
 
 
-def save_quantize_config(folder: Path, content: Mapping[str, Any] | None) -> None:
+def save_quantize_config(save: Save, content: Mapping[str, Any] | None) -> None:
     """Writes quantize_config.json, in which AutoGPTQ and GPTQModel look first, from config.json's quantization_config.
 
-    Removes one of an earlier save where the model is of another method or not quantised: it would be believed.
+    One of an earlier save is removed where the model is of another method or not quantised: it would be believed.
     """
+    save.remove(QUANTIZE_CONFIGS)
     if content is not None and content.get("quant_method") == "gptq":
-        with replacing(folder / QUANTIZE_CONFIGS[0]) as file:
-            file.write((json.dumps(content, indent=2) + "\n").encode())
-        return
-    for name in QUANTIZE_CONFIGS:
-        (folder / name).unlink(missing_ok=True)
+        write_text(save.stage / QUANTIZE_CONFIGS[0], json.dumps(content, indent=2) + "\n")
 
 
 def _save_generation_config(model: PreTrainedModel, folder: Path) -> None:
@@ -264,12 +240,12 @@ def _save_generation_config(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
     except Llama2Error as error:
         warnings.warn(f"generation_config.json is saved although it is not consistent: {error}", stacklevel=4)
-        with replacing(folder / "generation_config.json") as file:
-            file.write((json.dumps(model.generation_config.to_dict(), indent=2, sort_keys=True) + "\n").encode())
+        content = json.dumps(model.generation_config.to_dict(), indent=2, sort_keys=True)
+        write_text(folder / "generation_config.json", content + "\n")
 
 
-def _remove_stale(folder: Path, written: set[str], variant: str | None, safetensors: bool) -> None:
-    """Removes what an earlier save left of the same variant: loaders would take it for a part, or prefer it."""
+def _stale(names: Iterable[str], variant: str | None, safetensors: bool) -> list[str]:
+    """What an earlier save left of the same variant: loaders would take it for a part, or prefer it."""
     infix = "" if variant is None else re.escape("." + variant)
     families = [("model", "safetensors")] if safetensors else [("model", "safetensors"), ("pytorch_model", "bin")]
     stale = re.compile(
@@ -278,6 +254,4 @@ def _remove_stale(folder: Path, written: set[str], variant: str | None, safetens
             for stem, suffix in families
         )
     )
-    for path in folder.iterdir():
-        if path.name not in written and stale.fullmatch(path.name):
-            path.unlink()
+    return [name for name in names if stale.fullmatch(name)]

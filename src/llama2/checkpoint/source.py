@@ -18,6 +18,7 @@ import llama2.checkpoint as checkpoint
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
+from llama2.files import settle
 from llama2.keywords import drop
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
@@ -40,6 +41,7 @@ def local_path(name: str | Path, subfolder: str = "") -> Path | None:
     if path.exists():
         path = path / subfolder
         if path.exists():
+            settle(path if path.is_dir() else path.parent)
             return path
         raise CheckpointError(f"{path} does not exist; check `subfolder`")
     text = str(name)
@@ -174,8 +176,10 @@ def settings_file(name: str | Path, file: str, kwargs: dict[str, Any]) -> Path:
     """
     hub = split_hub_options(kwargs)
     if Path(name).is_file():
+        settle(Path(name).parent)
         return Path(name)
     if Path(name).is_dir() or isinstance(name, Path) or str(name).endswith(_FILE_SUFFIXES):
+        settle(Path(name) / hub.get("subfolder", ""))
         return Path(name) / hub.get("subfolder", "") / file
     return fetch_files(name, hub, "config", file)
 

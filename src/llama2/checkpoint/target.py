@@ -5,7 +5,6 @@ memory stays at a few blocks whatever the model's size.
 """
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.pages import pass_on
 from llama2.config import LlamaConfig
+from llama2.files import grown, sync
 
 BLOCK_BYTES = 16 << 20  # of float32 or stored rows; larger blocks were not faster
 WINDOW_BYTES = 16 << 20  # written between two calls of `pass_on`
@@ -33,8 +33,7 @@ class Appender:
         """Opens `path` new (size 0), or cut back to `size` bytes, whose hash is taken first."""
         self.path, self.size, self._pool = path, size, pool
         self._digest, self._pending = hashlib.sha256(), deque[Future[None]]()
-        self._file = path.open("r+b" if size else "wb")
-        self._file.truncate(size)
+        self._file = grown(path, size)
         left = size
         while left:
             piece = self._file.read(min(left, BLOCK_BYTES))
@@ -67,8 +66,7 @@ class Appender:
 
     def sync(self) -> None:
         """Returns when every byte so far is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file)
 
     def close(self) -> None:
         """Closes the file; what was written stays."""

@@ -1,6 +1,5 @@
 """The tokenizer that goes with a converted checkpoint: files for a folder, keys for a GGUF file."""
 
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from llama2.checkpoint import read_json
 from llama2.checkpoint.tokenizer_model import rebuild
 from llama2.errors import CheckpointError, InputError
+from llama2.files import copy, write_bytes
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, from_gguf, load
 from llama2.tokenizer.gguf import byte_level_name
 from llama2.tokenizer.spm import CONTROL, NORMAL, UNUSED, USER_DEFINED, SentencePieceModel
@@ -34,7 +34,7 @@ def write_folder(source: Source, folder: Path, chat: bool) -> None:
     if isinstance(source, Path) and not chat and (source / "tokenizer.json").exists():
         for name in _FILES:
             if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
+                copy(source / name, folder / name)
         return
     tokenizer = from_gguf(source) if isinstance(source, Mapping) else load(source)
     if chat:
@@ -49,11 +49,11 @@ def write_model(source: Source, folder: Path) -> None:
         return
     made = rebuild(source, load(source)) if isinstance(source, Path) and not _has_model(source) else None
     if isinstance(source, Path) and _has_model(source):
-        shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+        copy(source / "tokenizer.model", folder / "tokenizer.model")
     elif isinstance(source, Mapping) and source.get("tokenizer.ggml.model") == "llama":
         from_gguf(source).save_vocabulary(folder)
     elif made is not None:
-        (folder / "tokenizer.model").write_bytes(made.to_bytes())
+        write_bytes(folder / "tokenizer.model", made.to_bytes())
     else:
         warnings.warn(
             "the tokenizer has no tokenizer.model form (it is byte-level BPE, or was saved without it); the folder is "

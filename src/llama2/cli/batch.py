@@ -10,6 +10,7 @@ from llama2.cli.args import option
 from llama2.cli.loading import RunOptions, model_path
 from llama2.cli.serve import EngineOptions, need_server, open_model
 from llama2.errors import InputError
+from llama2.files import grown, locked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Options(EngineOptions, RunOptions):
     chat_template: str | None = option(
         None, "a file with a Jinja template, or llama2 (default: the one the model ships)", metavar="FILE"
     )
+    overwrite: bool = option(False, "begin anew, and lose what OUT.jsonl holds")
     quiet: bool = option(False, "no progress")
 
 
@@ -33,20 +35,23 @@ def run(options: Options) -> int:
     need_server()
     from llama2.serve import offline
 
-    source, target = map(Path, options.paths)
+    source, target = Path(options.paths[0]), Path(options.paths[1]).resolve()
     lines = offline.read_lines(source)
-    known = offline.answered(target)
-    rest = [line for line in lines if line.id not in known]
-    if len(rest) < len(lines):
-        terminal.notice(f"llama2: {len(lines) - len(rest)} of {len(lines)} lines are answered already")
-    done, refused = _answer(options, rest, target) if rest else (0, 0)
+    if target.exists() and target.samefile(source):
+        raise InputError(f"{target} is the file of the requests; give another one for the answers")
+    with locked(target):
+        known, size = (set[str](), 0) if options.overwrite else offline.answered(target)
+        rest = [line for line in lines if line.id not in known]
+        if len(rest) < len(lines):
+            terminal.notice(f"llama2: {len(lines) - len(rest)} of {len(lines)} lines are answered already")
+        done, refused = _answer(options, rest, target, size) if rest else (0, 0)
     terminal.notice(
         f"llama2: {done} lines answered in {target}" + (f", {refused} of them with an error" if refused else "")
     )
     return 1 if refused else 0
 
 
-def _answer(options: Options, lines: list[Any], target: Path) -> tuple[int, int]:
+def _answer(options: Options, lines: list[Any], target: Path, size: int) -> tuple[int, int]:
     import asyncio
 
     from llama2.serve import offline
@@ -68,7 +73,8 @@ def _answer(options: Options, lines: list[Any], target: Path) -> tuple[int, int]
         options, options.chat_template, (), service, 1 << 30, (lambda text: None) if options.quiet else terminal.notice
     )
     try:
-        with target.open("a", encoding="utf-8") as out:
+        with grown(target, size) as out:
+            out.seek(size)
             progress = _progress(options.quiet)
             at_once = 2 * service.engine.scheduler.width
             return asyncio.run(offline.run(make_app(service), lines, out, at_once, progress))

@@ -28,6 +28,7 @@ class Options:
     text_column: str | None = option(None, "the column of the text (default: text)", metavar="NAME")
     label_column: str | None = option(None, "the column of the label, if there is one (default: label)", metavar="NAME")
     output: str | None = option(None, "where the JSON lines go (default: the standard output)", metavar="FILE")
+    overwrite: bool = option(False, "where FILE of --output exists, lose what it holds")
     threshold: float = option(0.5, "probability from which a text has a label, of several")
     max_length: int | None = option(None, "tokens of a text, at most (default: the model's context)")
     batch_size: int = option(16, "texts at once")
@@ -42,6 +43,8 @@ def run(options: Options) -> int:
         raise InputError(f"classify needs a classifier and at most one file, but {len(options.paths)} paths were given")
     if not 0 < options.threshold < 1:
         raise InputError(f"--threshold is {options.threshold}; it must lie between 0 and 1")
+    if options.output is not None and Path(options.output).exists() and not options.overwrite:
+        raise InputError(f"--output {options.output} exists; give another file, or --overwrite to lose what it holds")
     rows = _rows(options) if len(options.paths) == 2 else None
     with Waiting(f"loading {options.paths[0]}"):
         classifier = Classifier(options)
@@ -152,7 +155,7 @@ def _rows(options: Options) -> list[dict[str, Any]]:
 
 
 def _label(classifier: Classifier, rows: Sequence[dict[str, Any]], options: Options) -> None:
-    from llama2.checkpoint.save import replacing
+    from llama2.files import replacing
 
     agreed = []
     with nullcontext(None) if options.output is None else replacing(Path(options.output)) as file:

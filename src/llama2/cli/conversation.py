@@ -7,6 +7,7 @@ from typing import Any
 
 from llama2.cli.args import option
 from llama2.errors import InputError
+from llama2.files import write_text
 
 Message = dict[str, str]
 
@@ -83,8 +84,10 @@ class Conversation:
         return ids, dropped
 
     def save(self, path: Path) -> None:
-        """Writes the messages as JSON."""
-        path.write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        """Writes the messages as JSON. Raises InputError where another file than a saved conversation is there."""
+        if path.exists():
+            Conversation.load(path)
+        write_text(path, json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Conversation":

@@ -21,6 +21,7 @@ from llama2.cli import explain, finetune
 from llama2.cli.args import option, parse
 from llama2.cli.recipes import words_of
 from llama2.errors import InputError, Llama2Error
+from llama2.files import write_text
 
 _TRAIN, _EVAL = ("train", "training"), ("validation", "eval", "test")
 _MODEL = ("model", "model_id", "model_name_or_path")
@@ -81,7 +82,7 @@ def _launcher(root: Path) -> list[str]:
 def _fail(root: Path, said: str) -> None:
     try:
         (root / "output").mkdir(parents=True, exist_ok=True)
-        (root / "output" / "failure").write_text(said[:_LONGEST], encoding="utf-8")
+        write_text(root / "output" / "failure", said[:_LONGEST])
     except OSError as error:  # the error itself must not be lost behind this one
         print(f"llama2: output/failure could not be written: {explain(error)}", file=sys.stderr)
 

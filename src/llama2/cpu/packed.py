@@ -10,7 +10,6 @@ it. It names the source (size, time of change, a digest of its header and of sam
 digest of what packing itself does to a fixed pattern: a file of another layout is another file.
 """
 
-import fcntl
 import hashlib
 import json
 import mmap
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from llama2.compiled import make_pool, native
 from llama2.cpu.reader import BlockMatrix, GgufSource, block_matrices, check_coverage
 from llama2.errors import CheckpointError, InputError
+from llama2.files import locked, replacing
 from llama2.quant.blocks import SIZES
 
 SUFFIX = ".packed"
@@ -124,6 +124,8 @@ def write(source: GgufSource, progress: Progress | None = None, threads: int | N
     """
     check_coverage(source)
     path = packed_path(source)
+    if path.is_file() and not _begins(path):
+        raise InputError(f"{path} is no packed file; nothing but one is replaced: move it away first")
     header = _describe(source)
     places = _places(source, _data_start(header))
     if not places:
@@ -133,32 +135,17 @@ def write(source: GgufSource, progress: Progress | None = None, threads: int | N
     size, free = _end(places), shutil.disk_usage(path.parent).free
     if size > free:
         raise InputError(f"{path} needs {size:,} bytes and {path.parent} has {free:,} free; make room there")
-    part = path.with_name(path.name + ".part")
-    with _locked(part) as file:
-        try:
-            _fill(file, source, header, places, make_pool(threads), progress)
-            if _describe(source) != header:
-                raise CheckpointError(f"{source.path} changed while it was packed; pack it again")
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    _sync_folder(path.parent)
+    with locked(path), replacing(path, _WRITE) as file:
+        _fill(file, source, header, places, make_pool(threads), progress)
+        if _describe(source) != header:
+            raise CheckpointError(f"{source.path} changed while it was packed; pack it again")
     return path
 
 
-def _locked(part: Path) -> IO[bytes]:
-    """The file under its temporary name, empty, for this process alone. What a killed one left is taken over."""
-    file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=_WRITE)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file.fileno()), part.stat()):
-            raise FileNotFoundError(f"{part} was renamed between its opening and its locking")
-    except (BlockingIOError, FileNotFoundError) as error:
-        file.close()
-        raise InputError(f"another process writes {part} at this moment; wait for it") from error
-    file.truncate(0)
-    return file
+def _begins(path: Path) -> bool:
+    """Whether a file begins as packed ones do."""
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def _fill(
@@ -182,8 +169,6 @@ def _fill(
         checksums[name] = f"{check:08x}"
     file.seek(0)
     file.write(_header_bytes(header, checksums))
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _pieces(place: _Place, pool: Any) -> Iterator[memoryview]:
@@ -315,12 +300,3 @@ def _advise(data: mmap.mmap, name: str) -> None:
     if hasattr(mmap, name):
         with suppress(OSError):
             data.madvise(getattr(mmap, name))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the new name last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

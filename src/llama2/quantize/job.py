@@ -26,6 +26,7 @@ from llama2.checkpoint.hf_write import HfTarget
 from llama2.checkpoint.merge import open_merged
 from llama2.checkpoint.save import parse_size
 from llama2.errors import CheckpointError, InputError, Llama2Error
+from llama2.files import locked, write_text
 from llama2.quant.solve import Hessian
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
 from llama2.quantize import measure
@@ -63,7 +64,9 @@ def quantize(
     is called in the same way again. Raises InputError for arguments that cannot be, CheckpointError for a damaged
     source, a target that exists, an interrupted job of another call, or a disk that is too small.
     """
-    return Job(source, target, Options(method=method, **options), data, held_out, tokenizer, progress).run()
+    settings = Options(method=method, **options)
+    with locked(target):
+        return Job(source, target, settings, data, held_out, tokenizer, progress).run()
 
 
 class Job:
@@ -416,7 +419,7 @@ class PackedTarget(HfTarget):
 
     def describe(self, folder: Path) -> str:
         if isinstance(self._settings, GPTQConfig):
-            (folder / "quantize_config.json").write_text(json.dumps(self._settings.to_dict(), indent=2) + "\n")
+            write_text(folder / "quantize_config.json", json.dumps(self._settings.to_dict(), indent=2) + "\n")
         return super().describe(folder)
 
 

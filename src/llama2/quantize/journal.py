@@ -10,7 +10,6 @@ Every entry of the journal is written when what it speaks of is on the disk.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llama2.checkpoint.save import replacing, write_safetensors
+from llama2.checkpoint.save import write_safetensors
 from llama2.errors import CheckpointError
+from llama2.files import rename, replacing, write_text
 
 _NAMES = {
     "source": "the source has changed, or is another one",
@@ -65,9 +65,7 @@ class Journal:
     def record(self, **changes: Any) -> None:
         """Notes changes of the state, durably."""
         self.state |= changes
-        with replacing(self._file) as file:
-            file.write(json.dumps(self.state).encode())
-        sync_folder(self.folder)
+        write_text(self._file, json.dumps(self.state))
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes a safetensors file of the folder."""
@@ -79,25 +77,15 @@ class Journal:
         result = self.folder / "result"
         if result.exists() and (result / target.name).exists():  # a GGUF file and what is beside it
             for file in sorted(result.iterdir(), key=lambda file: file.name == target.name):
-                os.replace(file, target.parent / file.name)
+                rename(file, target.parent / file.name)
         elif result.exists():
-            os.replace(result, target)
-        sync_folder(target.parent)
+            rename(result, target)
         shutil.rmtree(self.folder)
 
 
 def layer_file(index: int) -> str:
     """The file of one layer."""
     return f"layer-{index:05d}.safetensors"
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama2.files import write_text
 from llama2.quantize.layer import GROUPS
 
 
@@ -48,8 +49,8 @@ class Report:
 
     def write(self, json_file: Path, picture: Path) -> None:
         """Writes both files."""
-        json_file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        picture.write_text(draw(self.linears, f"{self.method}, {Path(self.source).name}"), encoding="utf-8")
+        write_text(json_file, json.dumps(asdict(self), indent=2) + "\n")
+        write_text(picture, draw(self.linears, f"{self.method}, {Path(self.source).name}"))
 
     def by_layer(self) -> list[dict[str, float]]:
         """For each layer {linear: error}: of the outputs where there was calibration, else of the weights."""

@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from llama2.files import grown, sync
+
 
 class States:
     """A matrix (sequences, T, width) on the disk, read and written a few sequences at a time.
@@ -17,10 +19,10 @@ class States:
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, new: bool = False) -> None:
         """Opens the file, or makes it (`new`), with the size that the shape needs."""
         self.path, self.shape, self.dtype = path, shape, dtype
-        self._file = path.open("w+b" if new else "r+b", buffering=0)
         self._stride = shape[1] * shape[2] * dtype.itemsize
-        if new:
-            self._file.truncate(shape[0] * self._stride)
+        size = shape[0] * self._stride
+        self._file = grown(path, 0 if new else size)
+        self._file.truncate(size)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Sequences start to stop, (stop - start, T, width)."""
@@ -42,7 +44,7 @@ class States:
 
     def sync(self) -> None:
         """Returns when every write is on the disk."""
-        os.fsync(self._file.fileno())
+        sync(self._file)
 
     def __enter__(self) -> Self:
         return self

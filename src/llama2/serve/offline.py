@@ -7,17 +7,18 @@ output already is not asked again.
 
 import asyncio
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from starlette.types import ASGIApp, Message
 
 from llama2.errors import CheckpointError, InputError
+from llama2.files import sync
 
 ROUTES = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "inputs": "/generate"}
+_BEGIN = b'{"custom_id": "'  # of every line of the output
 URLS = (*ROUTES.values(), "/v1/embeddings")
 
 
@@ -69,22 +70,33 @@ def _line(text: str, number: int, path: Path) -> Line:
     return Line(str(content.get("custom_id", f"line-{number}")), url, own)
 
 
-def answered(path: Path) -> set[str]:
-    """Ids whose answers a file holds. A last line that was cut off in writing is removed. Raises CheckpointError."""
-    if not path.exists():
-        return set()
-    with path.open("r+b") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
+def answered(path: Path) -> tuple[set[str], int]:
+    """Ids whose answers a file holds, and the bytes of its whole lines: the last may have been cut off in writing.
+
+    Nothing is changed. Raises CheckpointError for anything that `llama2 batch` has not written.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
     found = set()
     for number, text in enumerate(content[:whole].splitlines(), 1):
         try:
-            found.add(str(json.loads(text)["custom_id"]))
-        except (ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{path}:{number} is no answer of `llama2 batch`; give another output file") from None
-    return found
+            line = json.loads(text)
+            found.add(str(line["custom_id"]))
+            ours = "response" in line and "error" in line
+        except (ValueError, KeyError, TypeError, RecursionError):
+            ours = False
+        if not ours:
+            raise _foreign(f"{path}:{number}")
+    cut = content[whole:]
+    if cut[: len(_BEGIN)] != _BEGIN[: len(cut)]:
+        raise _foreign(f"{path}: its end, without a line feed,")
+    return found, whole
+
+
+def _foreign(place: str) -> CheckpointError:
+    return CheckpointError(
+        f"{place} is no answer of `llama2 batch`; give another output file, or --overwrite to lose what is there"
+    )
 
 
 async def answer(app: ASGIApp, line: Line) -> dict[str, Any]:
@@ -130,7 +142,7 @@ def written(result: dict[str, Any]) -> str:
 
 
 async def run(
-    app: ASGIApp, lines: list[Line], out: TextIO, at_once: int, progress: Callable[[int, int], None]
+    app: ASGIApp, lines: list[Line], out: IO[bytes], at_once: int, progress: Callable[[int, int], None]
 ) -> tuple[int, int]:
     """Answers all lines, `at_once` at a time, and appends them to `out`; (answered, of these refused)."""
     pending: set[asyncio.Task[dict[str, Any]]] = set()
@@ -145,10 +157,9 @@ async def run(
             finished, pending = await asyncio.wait(pending, return_when="FIRST_COMPLETED")
             for task in finished:
                 result = task.result()
-                out.write(written(result) + "\n")
+                out.write((written(result) + "\n").encode())
                 done, refused = done + 1, refused + (result["error"] is not None)
-            out.flush()
-            os.fsync(out.fileno())
+            sync(out)
             progress(done, len(lines))
     finally:
         for task in pending:

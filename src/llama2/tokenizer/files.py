@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from llama2.errors import CheckpointError, MissingDependencyError, TokenizerError
+from llama2.files import saving, write_bytes, write_text
 from llama2.text_file import LISTING_BYTES, read_object
 from llama2.tokenizer.added import AddedToken, as_added_token, content_of
 from llama2.tokenizer.batching import check_side
@@ -214,7 +215,7 @@ class Files(SpecialTokens):
             )
         data = self._spm.to_bytes() if self._spm else Path(self.vocab_file or "").read_bytes()
         path = folder / f"{filename_prefix + '-' if filename_prefix else ''}tokenizer.model"
-        path.write_bytes(data)
+        write_bytes(path, data)
         return (str(path),)
 
     def save_pretrained(
@@ -232,30 +233,29 @@ class Files(SpecialTokens):
         legacy_format True leaves tokenizer.json out, False writes it alone with the settings. The chat template goes
         into tokenizer_config.json, which every version of transformers reads; save_jinja_files=True writes
         chat_template.jinja and additional_chat_templates/ instead, as transformers 5 does. push_to_hub=True uploads
-        the files, to repo_id= or to the folder's name. Returns the paths.
+        the files, to repo_id= or to the folder's name. Returns the paths. All files get their names together, or none.
         """
         folder = Path(save_directory)
         if folder.is_file():
             raise TokenizerError(f"{folder} is a file; save_pretrained needs a folder")
-        folder.mkdir(parents=True, exist_ok=True)
         start = f"{filename_prefix}-" if filename_prefix else ""
         config = self._config()
-        _remove_templates(folder, start)  # an older file would win over the template in tokenizer_config.json
-        templates = _write_templates(folder, start, config.pop("chat_template", None)) if save_jinja_files else []
-        written = [
-            _write(folder / f"{start}tokenizer_config.json", config),
-            _write(folder / f"{start}special_tokens_map.json", self._tokens_map()),
-            *templates,
-        ]
-        late = {t.content: i for i, t in self.added_tokens_decoder.items() if i >= self.vocab_size}  # type: ignore[attr-defined]
-        if late:
-            written.append(_write(folder / f"{start}added_tokens.json", late))
-        else:
-            (folder / f"{start}added_tokens.json").unlink(missing_ok=True)
-        if legacy_format is not False and (self._spm is not None or self.vocab_file is not None):
-            written += self.save_vocabulary(folder, filename_prefix)
+        templates = _templates(start, config.pop("chat_template", None)) if save_jinja_files else {}
+        contents = {f"{start}tokenizer_config.json": config, f"{start}special_tokens_map.json": self._tokens_map()}
+        if late := {t.content: i for i, t in self.added_tokens_decoder.items() if i >= self.vocab_size}:  # type: ignore[attr-defined]
+            contents[f"{start}added_tokens.json"] = late
         if not legacy_format:
-            written.append(_write(folder / f"{start}tokenizer.json", self._tokenizer_json()))
+            contents[f"{start}tokenizer.json"] = self._tokenizer_json()
+        models: tuple[str, ...] = ()
+        with saving(folder) as save:
+            if legacy_format is not False and (self._spm is not None or self.vocab_file is not None):
+                models = self.save_vocabulary(save.stage, filename_prefix)
+            for name, text in templates.items():
+                write_text(save.stage / name, text)
+            for name, content in contents.items():
+                write_text(save.stage / name, _json(name, content))
+            save.remove([*_older_templates(save.folder, start), f"{start}added_tokens.json"])
+        written = [str(folder / name) for name in (*contents, *templates, *(Path(model).name for model in models))]
         if push_to_hub:
             _upload(folder, hub.pop("repo_id", folder.name), written, **hub)
         elif hub:
@@ -384,27 +384,23 @@ def _upload(folder: Path, repo_id: str, files: Any, **hub: Any) -> str:
     )
 
 
-def _remove_templates(folder: Path, start: str) -> None:
-    for name in (TEMPLATE, TEMPLATE_JSON):
-        (folder / (start + name)).unlink(missing_ok=True)
-    for path in (folder / (start + TEMPLATES)).glob("*.jinja"):
-        path.unlink()
+def _older_templates(folder: Path, start: str) -> list[str]:
+    """Templates of an earlier save, which would win over the one in tokenizer_config.json."""
+    more = [path.relative_to(folder).as_posix() for path in (folder / (start + TEMPLATES)).glob("*.jinja")]
+    return [start + TEMPLATE, start + TEMPLATE_JSON, *more]
 
 
-def _write_templates(folder: Path, start: str, templates: Any) -> list[str]:
+def _templates(start: str, templates: Any) -> dict[str, str]:
     """chat_template.jinja for the default template, additional_chat_templates/NAME.jinja for each other one."""
     if isinstance(templates, str):
         templates = [{"name": "default", "template": templates}]
-    written = []
+    found = {}
     for entry in templates or ():
         name = entry["name"]
         if Path(name).name != name or not name.strip("."):
             raise TokenizerError(f"a chat template is called {name!r}, which cannot be a file's name; rename it")
-        path = folder / (start + TEMPLATE) if name == "default" else folder / (start + TEMPLATES) / f"{name}.jinja"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(entry["template"], encoding="utf-8")
-        written.append(str(path))
-    return written
+        found[start + TEMPLATE if name == "default" else f"{start}{TEMPLATES}/{name}.jinja"] = entry["template"]
+    return found
 
 
 def _post_processor(old: dict[str, Any] | None, template: Template) -> dict[str, Any] | None:
@@ -417,8 +413,7 @@ def _post_processor(old: dict[str, Any] | None, template: Template) -> dict[str,
     return {"type": "Sequence", "processors": parts}
 
 
-def _write(path: Path, value: dict[str, Any]) -> str:
+def _json(name: str, value: dict[str, Any]) -> str:
     # no indentation in tokenizer.json: it has no reader but parsers, and json is ten times as slow with it
-    indent = None if path.name.endswith("tokenizer.json") else 2
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
-    return str(path)
+    indent = None if name.endswith("tokenizer.json") else 2
+    return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"

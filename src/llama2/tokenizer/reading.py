@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import CheckpointError, MissingDependencyError, TokenizerError
+from llama2.files import settle
 from llama2.text_file import TEMPLATE_BYTES, read_object, read_utf8
 from llama2.tokenizer.added import AddedToken, as_added_token, content_of
 from llama2.tokenizer.special import NAMES
@@ -35,6 +36,7 @@ def find_files(path_or_id: str | Path, kwargs: dict[str, Any]) -> dict[str, Path
         if path.suffix == ".gguf":
             raise TokenizerError(f"{path} is a GGUF file: use AutoTokenizer, or tokenizer.from_gguf on its metadata")
         return {"tokenizer_file" if path.suffix == ".json" else "vocab_file": path}
+    settle(path / subfolder)
     folder = beside(path / subfolder) if path.is_dir() else _snapshot(str(path_or_id), subfolder, hub)
     roles = {
         "vocab_file": "tokenizer.model",

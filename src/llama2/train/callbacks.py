@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from llama2.errors import CheckpointError, InputError
+from llama2.files import write_text
 from llama2.schema import ANY, FLAG, NUMBER, Schema, check, either, maybe, real, several, table, text, whole
 from llama2.text_file import LISTING_BYTES, read_object
 
@@ -87,7 +88,7 @@ class TrainerState:
 
     def save_to_json(self, json_path: str | Path) -> None:
         """Writes the state as JSON."""
-        Path(json_path).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+        write_text(json_path, json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def load_from_json(cls, json_path: str | Path) -> Self:

@@ -4,27 +4,28 @@ A checkpoint is a folder checkpoint-STEP. It is written beside its place, every 
 and hashes, and then renamed. The newest one whose files match its manifest is the one that a run resumes from.
 
 The manifest names the run, so that several may share a folder: a run removes no checkpoint but its own, and the newest
-is the last of the run that began last.
+is the last of the run that began last. One process at a time writes there (`files.locked`).
 """
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llama2.errors import CheckpointError
+from llama2.files import rename, sync_tree, write_text
 from llama2.text_file import LISTING_BYTES, read_object
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_BEGUN, _GONE = ".checkpoint-new-", ".checkpoint-gone-"
 
 
 def new_run() -> str:
@@ -48,30 +49,41 @@ def writing(folder: Path, step: int, run: str = "") -> Iterator[Path]:
     One of that name is replaced where it is of the same run; another run's is kept as checkpoint-`step`-earlier-1.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target, made = folder / f"checkpoint-{step}", Path(tempfile.mkdtemp(dir=folder, prefix=".checkpoint-"))
+    target, made = folder / f"checkpoint-{step}", folder / f"{_BEGUN}{secrets.token_hex(8)}"
+    made.mkdir()
     try:
         yield made
         files = sorted(path for path in made.rglob("*") if path.is_file())
         content = {str(p.relative_to(made)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-        (made / MANIFEST).write_text(json.dumps({"step": step, "run": run, "files": content}, indent=2) + "\n")
-        folders = [path for path in made.rglob("*") if path.is_dir()]
-        for path in (*files, made / MANIFEST, *folders, made):
-            _sync(path)
-        made.chmod(0o755)
-        if target.exists() and run_of(target) == run:
-            shutil.rmtree(target)
-        elif target.exists():
-            _set_aside(target)
-        made.rename(target)
-        _sync(folder)
+        sync_tree(made)
+        write_text(made / MANIFEST, json.dumps({"step": step, "run": run, "files": content}, indent=2) + "\n")
+        _place(made, target, run)
     except BaseException:
+        if made.exists() and not target.exists() and not problem(made):
+            _place(made, target, run)  # whole, and the one that it replaces is gone
         shutil.rmtree(made, ignore_errors=True)
         raise
 
 
+def _place(made: Path, target: Path, run: str) -> None:
+    """Gives a whole checkpoint its name. Where that is interrupted, `sweep` goes on with it."""
+    if target.exists() and run_of(target) == run:
+        _remove(target)
+    elif target.exists():
+        _set_aside(target)
+    rename(made, target)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint: it loses its name at once, so that no half of one is seen."""
+    gone = checkpoint.with_name(f"{_GONE}{secrets.token_hex(8)}")
+    rename(checkpoint, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def _set_aside(checkpoint: Path) -> None:
     names = (checkpoint.with_name(f"{checkpoint.name}-earlier-{count}") for count in range(1, 10_000))
-    checkpoint.rename(next(name for name in names if not name.exists()))
+    rename(checkpoint, next(name for name in names if not name.exists()))
 
 
 def found(folder: Path) -> list[Path]:
@@ -119,23 +131,20 @@ def prune(folder: Path, keep: int, spare: Path | None = None, run: str = "") -> 
     own = [checkpoint for checkpoint in found(folder) if run_of(checkpoint) == run]
     for checkpoint in own[: -keep or None] if keep else []:
         if checkpoint != spare:
-            shutil.rmtree(checkpoint)
+            _remove(checkpoint)
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a run that was killed had begun to write."""
-    for begun in folder.glob(".checkpoint-*"):
-        shutil.rmtree(begun, ignore_errors=True)
+    """Removes what a run that was killed had begun to write or to remove. What only lacks its name gets it."""
+    for left in folder.glob(".checkpoint-*"):
+        step: Any = -1
+        if left.name.startswith(_BEGUN) and not problem(left):
+            step = read_object(left / MANIFEST, MANIFEST, most=LISTING_BYTES).get("step")
+        if type(step) is int and step >= 0 and not (folder / f"checkpoint-{step}").exists():
+            rename(left, folder / f"checkpoint-{step}")
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from llama2.checkpoint.load import head_follows, resolve_device
 from llama2.checkpoint.packed import packed_layers
 from llama2.checkpoint.peft import save_adapter
 from llama2.checkpoint.peft_files import CONFIG as ADAPTER_CONFIG
-from llama2.checkpoint.save import replacing
 from llama2.checkpoint.source import revision_of
 from llama2.errors import InputError
+from llama2.files import locked, saving, write_text
 from llama2.train import checkpoints
 from llama2.train.chart import loss_chart
 from llama2.train.data import Report, Row, held_out, kind_of, pieces, prepare, prepare_pairs, read, renamed
@@ -41,8 +42,9 @@ from llama2.train.trainer import Trainer, TrainingArguments
 
 __all__ = ["LENGTH", "RATES", "Data", "Finetune", "Recipe", "Result", "Task"]
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", ADAPTER_CONFIG)
 SUMMARY, CHART = "finetune.json", "loss.svg"
+# What a run would replace, or what would be taken for a part of its result.
+_WRITTEN = ("*.safetensors", "*.bin", "*.gguf", ADAPTER_CONFIG, "config.json", "tokenizer*", SUMMARY, CHART)
 
 
 class Finetune:
@@ -84,9 +86,10 @@ class Finetune:
         check_place(Path(self.args.output_dir or self.folder))
         if Path(self.recipe.model).exists() and Path(self.recipe.model).resolve() == self.folder.resolve():
             raise InputError(f"{self.folder} is the model itself, which would be overwritten; give a new folder")
-        held = [path.name for pattern in _WEIGHTS for path in sorted(self.folder.glob(pattern))]
-        if held and not self.args.resume_from_checkpoint:
-            raise InputError(f"{self.folder} holds a model already ({held[0]}); give a new folder")
+        held = [path.name for pattern in _WRITTEN for path in sorted(self.folder.glob(pattern))]
+        ours = self.args.resume_from_checkpoint and (there or (self.folder / SUMMARY).exists())
+        if held and not ours:
+            raise InputError(f"{self.folder} holds {held[0]} already, of a model or another run; give a new folder")
 
     def _tokenizer(self) -> Any:
         tokenizer, recipe = self.origin.tokenizer(), self.recipe
@@ -189,8 +192,13 @@ class Finetune:
     def run(self, report: Callable[[dict[str, Any]], None] | None = None) -> Result:
         """Trains to the end, or to a signal, which leaves a checkpoint. report: hears of every step.
 
-        Raises InputError where the disk is full, with what is kept.
+        Raises InputError where the disk is full, with what is kept, and where another process writes into the folder.
         """
+        with ExitStack() as stack:
+            self.ranks.told(lambda: stack.enter_context(locked(self.folder)))
+            return self._run(report)
+
+    def _run(self, report: Callable[[dict[str, Any]], None] | None) -> Result:
         begin, recipe = time.perf_counter(), self.recipe
         model = self._model()
         if recipe.lora is not None:
@@ -235,17 +243,18 @@ class Finetune:
         return result
 
     def _write(self, model: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.origin.lora is None or self.recipe.merge:
-            if self.origin.lora is not None:
-                if packed_layers(model):
-                    model.dequantize()
-                lora.merge(model)
-            (self.folder / ADAPTER_CONFIG).unlink(missing_ok=True)
-            model.save_pretrained(self.folder)
-        else:
-            self._write_adapter(model, self.folder)
-        self.tokenizer.save_pretrained(self.folder)
+        whole = self.origin.lora is None or self.recipe.merge
+        if whole and self.origin.lora is not None:
+            if packed_layers(model):
+                model.dequantize()
+            lora.merge(model)
+        with saving(self.folder) as save:
+            if whole:
+                save.remove([ADAPTER_CONFIG])
+                model.save_pretrained(save.stage)
+            else:
+                self._write_adapter(model, save.stage)
+            self.tokenizer.save_pretrained(save.stage)
 
     def _write_adapter(self, model: Any, folder: Path) -> None:
         assert self.origin.lora is not None
@@ -255,7 +264,6 @@ class Finetune:
         save_adapter(model, folder, written)
 
     def _summarise(self, result: Result, history: Sequence[dict[str, Any]]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         content = {
             "recipe": asdict(self.recipe),
             "arguments": asdict(self.args),
@@ -263,11 +271,10 @@ class Finetune:
             "labels": self.data.labels and asdict(self.data.labels),
             "result": {**asdict(result), "folder": str(result.folder)},
         }
-        with replacing(self.folder / SUMMARY) as file:
-            file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
-        if picture := loss_chart(history):
-            with replacing(self.folder / CHART) as file:
-                file.write(picture.encode())
+        with saving(self.folder) as save:
+            write_text(save.stage / SUMMARY, json.dumps(content, indent=2, default=str) + "\n")
+            if picture := loss_chart(history):
+                write_text(save.stage / CHART, picture)
 
 
 def _measured(entry: dict[str, Any]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from llama2.checkpoint.save import replacing
+from llama2.files import write_text
 from llama2.train.callbacks import TrainerState
 from llama2.train.distributed import Ranks
 
@@ -77,9 +77,7 @@ class Results:
         if measured:
             values = {name: value for name, value in measured[-1].items() if name.startswith("eval_")}
             lines += ["## Measured", "", *(f"- {name}: {value:.4g}" for name, value in values.items()), ""]
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        with replacing(Path(self.args.output_dir) / CARD) as file:
-            file.write("\n".join(lines).encode())
+        write_text(Path(self.args.output_dir) / CARD, "\n".join(lines))
 
 
 def _listed(value: str | Sequence[str] | None) -> list[str]:
@@ -97,6 +95,4 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write((json.dumps(dict(content), indent=4, sort_keys=True, default=float) + "\n").encode())
+    write_text(path, json.dumps(dict(content), indent=4, sort_keys=True, default=float) + "\n")

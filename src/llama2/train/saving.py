@@ -7,7 +7,6 @@ import array
 import hashlib
 import json
 import random
-import shutil
 import signal
 import tempfile
 import threading
@@ -21,10 +20,10 @@ from typing import Any
 
 import torch
 
-from llama2 import lora, schema
+from llama2 import files, lora, schema
 from llama2.checkpoint import pickles
 from llama2.checkpoint.peft import save_adapter
-from llama2.checkpoint.save import replacing, write_safetensors
+from llama2.checkpoint.save import write_safetensors
 from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
 from llama2.train import checkpoints, states, trees
@@ -109,8 +108,8 @@ class Saving(Results):
         folder, adapted = Path(output_dir or self.args.output_dir), bool(lora.names(self.network))
         with self.gathered(every=not adapted):
             if self.ranks.first:
-                folder.mkdir(parents=True, exist_ok=True)
-                self._write_model(folder, adapted)
+                with files.saving(folder) as save:
+                    self._write_model(save.stage, adapted)
         self.ranks.wait()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
@@ -123,7 +122,7 @@ class Saving(Results):
         elif hasattr(self.network, "save_pretrained"):
             self.network.save_pretrained(folder, safe_serialization=self.args.save_safetensors)
         else:
-            with replacing(folder / "model.safetensors") as file:
+            with files.replacing(folder / "model.safetensors") as file:
                 write_safetensors(file, self.network.state_dict())
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -161,7 +160,7 @@ class Saving(Results):
         with tempfile.TemporaryDirectory() as name:
             self.save_model(name, _internal_call=True)
             if self.ranks.first:
-                shutil.copy(Path(self.args.output_dir) / CARD, name)
+                files.copy(Path(self.args.output_dir) / CARD, Path(name) / CARD)
                 address = self._pushed(Path(name), commit_message or "End of training", token, revision, private)
         self.ranks.wait()
         return address
@@ -198,6 +197,13 @@ class Saving(Results):
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One run at a time writes into a folder: rank 0 has its lock."""
+        with ExitStack() as stack:
+            self.ranks.told(lambda: stack.enter_context(files.locked(self.folder)))
+            yield
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -245,7 +251,7 @@ class Saving(Results):
         self.state.stateful_callbacks = {**self.callbacks.states(), "TrainerControl": self.control.state()}
         content = {**asdict(self.state), "run": self._identity(), "ranks": self.ranks.world, "scale": self.scale}
         content |= {"place": self.place, "plateau": self._plateau_state()}
-        (made / STATE).write_text(json.dumps(content, default=str) + "\n")
+        files.write_text(made / STATE, json.dumps(content, default=str) + "\n")
         if self._outside and not self.args.save_only_model:
             scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
             trees.write(made, OUTSIDE, {"optimizer": self.updates.inner.state_dict(), "scheduler": scheduler})
@@ -292,9 +298,8 @@ class Saving(Results):
         if self.args.restore_callback_states_from_checkpoint:
             self.callbacks.restore(self.state.stateful_callbacks)
         if self.ranks.first:
-            self.folder.mkdir(parents=True, exist_ok=True)  # the checkpoint may be of another folder
-            with replacing(self.folder / LOG) as file:  # without the steps that are taken again
-                file.write("".join(json.dumps(entry) + "\n" for entry in self.state.log_history).encode())
+            # The checkpoint may be of another folder; without the steps that are taken again.
+            files.write_text(self.folder / LOG, "".join(json.dumps(entry) + "\n" for entry in self.state.log_history))
 
     def _load_plateau(self, content: dict[str, Any] | None) -> None:
         raise NotImplementedError

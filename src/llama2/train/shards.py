@@ -20,6 +20,7 @@ from llama2 import schema
 from llama2.checkpoint.hf import CODES, DTYPES, map_safetensors
 from llama2.checkpoint.save import write_safetensors
 from llama2.errors import CheckpointError
+from llama2.files import replacing, write_text
 from llama2.text_file import LISTING_BYTES, inside, read_object
 from llama2.train.distributed import Ranks, first_row, local
 
@@ -76,14 +77,13 @@ def write(folder: Path, content: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Writes this rank's rows of `content`, and what is not sharded with rank 0. All ranks call it."""
     folder.mkdir(exist_ok=True)
     mine = {name: local(t).detach() for name, t in content.items() if ranks.first or isinstance(t, DTensor)}
-    with (folder / _file(ranks.rank)).open("wb") as file:
+    with replacing(folder / _file(ranks.rank)) as file:
         write_safetensors(file, mine)
     if ranks.first:
         tensors = {
             name: {"dtype": CODES[t.dtype], "shape": list(t.shape), "starts": _starts(t)} for name, t in content.items()
         }
-        text = json.dumps({"ranks": ranks.world, "tensors": tensors}) + "\n"
-        (folder / INDEX).write_text(text, encoding="utf-8")
+        write_text(folder / INDEX, json.dumps({"ranks": ranks.world, "tensors": tensors}) + "\n")
 
 
 def _file(rank: int) -> str:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from llama2.checkpoint.hf import map_safetensors
 from llama2.checkpoint.save import write_safetensors
 from llama2.errors import InputError
+from llama2.files import replacing
 from llama2.train import old_shards, shards
 from llama2.train.distributed import Ranks, as_sharded, first_row, part_of
 from llama2.train.optim import AdamW
@@ -34,10 +35,10 @@ def write(folder: Path, optimizer: AdamW, ranks: Ranks, state: bool = True) -> N
             content[_STATE + key] = as_sharded(value, _like(_STATE + key, optimizer, value))
         shards.write(folder / SHARDS, content, ranks)
     elif ranks.first:
-        with (folder / WEIGHTS).open("wb") as file:
+        with replacing(folder / WEIGHTS) as file:
             write_safetensors(file, dict(parameters))
         if state:
-            with (folder / OPTIMIZER).open("wb") as file:
+            with replacing(folder / OPTIMIZER) as file:
                 write_safetensors(file, held)
 
 

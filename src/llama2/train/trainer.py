@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from llama2 import lora
 from llama2.errors import InputError
+from llama2.files import appending
 from llama2.lora_config import LoraConfig
 from llama2.train import checkpoints, hooks
 from llama2.train.arguments import TrainingArguments
@@ -263,8 +264,12 @@ class Trainer(Loop):
         """
         if not self.rows and not hooks.overridden(self, ("get_train_dataloader",), Loop):
             raise InputError("there are no rows to train on; pass train_dataset=")
-        self._begin(self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint)
-        self._ignored_keys = ignore_keys_for_eval
+        with self._alone():
+            return self._train(resume_from_checkpoint, ignore_keys_for_eval)
+
+    def _train(self, wanted: bool | str | None, ignored: list[str] | None) -> TrainOutput:
+        self._begin(self.args.resume_from_checkpoint if wanted is None else wanted)
+        self._ignored_keys = ignored
         if self.args.gradient_checkpointing:
             self.network.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         first, begin = self.state.global_step, time.perf_counter()
@@ -469,8 +474,8 @@ class Trainer(Loop):
         if self.ranks.first:
             if "train_runtime" not in entry:  # the file holds steps and measurements alone
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with (self.folder / LOG).open("a") as file:
-                    file.write(json.dumps(entry, default=float) + "\n")
+                with appending(self.folder / LOG) as file:
+                    file.write((json.dumps(entry, default=float) + "\n").encode())
             for sink in self._sinks:
                 sink.write(entry)
         self._call("on_log", logs=logs)

@@ -16,6 +16,7 @@ from torch import Tensor
 from llama2.checkpoint.hf import map_safetensors
 from llama2.checkpoint.save import write_safetensors
 from llama2.errors import CheckpointError, InputError
+from llama2.files import replacing, write_text
 from llama2.plain import plain
 from llama2.text_file import LISTING_BYTES, read_object, shown
 
@@ -26,9 +27,9 @@ def write(folder: Path, name: str, tree: Any) -> None:
     """Writes NAME.json and NAME.safetensors. Raises InputError for what a tree cannot hold: an object of a class."""
     tensors: dict[str, Tensor] = {}
     content = _node(tree, tensors, name)
-    with (folder / f"{name}.safetensors").open("wb") as file:
+    with replacing(folder / f"{name}.safetensors") as file:
         write_safetensors(file, tensors)
-    (folder / f"{name}.json").write_text(json.dumps({"tree": content}) + "\n", encoding="utf-8")
+    write_text(folder / f"{name}.json", json.dumps({"tree": content}) + "\n")
 
 
 def _node(value: Any, tensors: dict[str, Tensor], place: str, depth: int = 0) -> Any:
