@@ -236,3 +236,19 @@ def test_wrong_input_is_refused() -> None:
     module.config.hidden_size = 128
     with pytest.raises(MismatchError, match="expected"):
         cpu.CpuWeights.from_module(module)
+
+
+def test_a_sequence_that_a_step_runs_with_is_refused_to_other_threads() -> None:
+    run, cache = runner(model("gqa"))
+    sequence, other = cache.sequence(), cache.sequence()
+    run.feed(sequence, [1, 2, 3])
+    view = cache.view([(sequence, 1), (other, 1)])
+    told = "is in a step of another thread; give each thread a sequence of its own"
+    with cache.view([(sequence, 1)]).held():  # as a step of another thread holds it
+        for use in (lambda: run.feed(sequence, [4]), lambda: run.step([4, 5], [3, 0], view), lambda: sequence.crop(1),
+                    sequence.free, lambda: sequence.copy_of(other), lambda: cache.view([(sequence, 1)])):  # fmt: skip
+            with pytest.raises(InputError, match=told):
+                use()
+    assert sequence.length == 3 and other.length == 0
+    run.step([4, 5], [3, 0], view)
+    assert sequence.length == 4 and other.length == 1

@@ -328,6 +328,23 @@ def test_killed_and_terminated_runs_leave_whole_checkpoints(tmp_path: Path) -> N
     assert run.interrupted and checkpoints.step_of(newest) == killed + 5
 
 
+def test_a_hangup_ends_a_run_as_sigterm_does_unless_it_is_ignored(tmp_path: Path) -> None:
+    run, before = trainer(tmp_path), signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, number, stops in (
+            (signal.SIG_DFL, signal.SIGTERM, True),
+            (signal.SIG_DFL, signal.SIGHUP, True),
+            (signal.SIG_IGN, signal.SIGHUP, False),
+        ):
+            signal.signal(signal.SIGHUP, handler)
+            run._stop = False
+            with run._signals():
+                os.kill(os.getpid(), number)
+            assert run._stop == stops
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_damaged_checkpoint_is_skipped(tmp_path: Path) -> None:
     trainer(tmp_path, save_steps=2).train()
     newest = tmp_path / "checkpoint-6" / "optimizer.safetensors"

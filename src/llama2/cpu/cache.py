@@ -1,6 +1,8 @@
 """Keys and values in pages of 16 positions, shared out among sequences."""
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,19 +15,28 @@ from llama2.errors import InputError
 
 PAGE = 16
 KvDtype = Literal["float32", "bfloat16", "int8"]
+_ELSEWHERE = "the sequence is in a step of another thread; give each thread a sequence of its own"
 KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
 
 
 class Sequence:
-    """One text in the cache: its pages in order and how many positions of them are filled."""
+    """One text in the cache: its pages in order and how many positions of them are filled.
+
+    One thread at a time may use it: while a step runs with it, every other use raises InputError."""
 
     def __init__(self, cache: "PagedCache") -> None:
         self.cache = cache
         self.pages: list[int] = []
         self.length = 0
+        self._running = threading.Lock()
+
+    def _check_idle(self) -> None:
+        if self._running.locked():
+            raise InputError(_ELSEWHERE)
 
     def crop(self, length: int) -> None:
         """Forgets all but the first `length` positions."""
+        self._check_idle()
         if not 0 <= length <= self.length:
             raise InputError(f"cannot keep {length} positions of a sequence that has {self.length}")
         self.length = length
@@ -73,6 +84,7 @@ class Sequence:
 
     def _reserve(self, length: int) -> None:
         """Pages of its own for positions self.length .. length."""
+        self._check_idle()
         first = self.length // PAGE
         if first < len(self.pages) and self.cache._owners[self.pages[first]] > 1:
             own = self.cache._take()
@@ -96,6 +108,20 @@ class CacheView:
     tables: NDArray[np.int32]
     last: NDArray[np.int32]  # the last token of each sequence, starts[1:] - 1
     counts: tuple[tuple[Sequence, int], ...] = ()  # new tokens of each sequence
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The sequences belong to one step. Raises InputError where one is in a step of another thread."""
+        taken: list[Sequence] = []
+        try:
+            for sequence, _ in self.counts:
+                if not sequence._running.acquire(blocking=False):
+                    raise InputError(_ELSEWHERE)
+                taken.append(sequence)
+            yield
+        finally:
+            for sequence in taken:
+                sequence._running.release()
 
     def commit(self) -> None:
         """Counts the new tokens as cached; called by the runner once they are. A view of bare pages has nothing to."""

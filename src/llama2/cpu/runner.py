@@ -50,28 +50,32 @@ class CpuRunner:
         tokens, positions: int (T,), the new tokens of view's sequences one after the other and their RoPE positions.
         rows: the tokens to give logits for (ascending where T is over CHUNK); None: the last one of every sequence.
         adapters: for every sequence the name of one of `weights.adapters`, or None; None: no sequence has one.
-        An interrupt (Ctrl-C) ends the call within one layer and leaves the sequences as they were.
+        An interrupt (Ctrl-C) ends the call within one layer and leaves the sequences as they were. Arrays are copied
+        before they are checked. Raises InputError where a sequence is in a step of another thread.
         """
         ids = _ints(tokens, "tokens")
         places = _ints(positions, "positions")
         wanted = view.last if rows is None else _ints(rows, "rows")
         chosen = None if adapters is None else self._chosen(adapters, view)
         logits = np.empty((len(wanted), self.weights.config.vocab_size), np.float32)
-        try:
-            for first, last, sequences, arrays in _pieces(ids, places, view, wanted):
-                self._runner.step(
-                    self.weights.model,
-                    view.cache.handle,
-                    *arrays,
-                    self.weights.frequencies(int(places.max()) + 1) if self.weights.dynamic else self.weights.inv_freq,
-                    self.weights.rope_scale,
-                    logits[first:last],
-                    chosen if chosen is None else chosen[sequences],
-                )
-        except ValueError as error:  # refused before anything was computed: say it with the remedy
-            self._explain(ids, places, view, wanted)
-            raise InputError(f"{error}") from error
-        view.commit()
+        with view.held():
+            try:
+                for first, last, sequences, arrays in _pieces(ids, places, view, wanted):
+                    self._runner.step(
+                        self.weights.model,
+                        view.cache.handle,
+                        *arrays,
+                        self.weights.frequencies(int(places.max()) + 1)
+                        if self.weights.dynamic
+                        else self.weights.inv_freq,
+                        self.weights.rope_scale,
+                        logits[first:last],
+                        chosen if chosen is None else chosen[sequences],
+                    )
+            except ValueError as error:  # refused before anything was computed: say it with the remedy
+                self._explain(ids, places, view, wanted)
+                raise InputError(f"{error}") from error
+            view.commit()
         return logits
 
     def feed(self, sequence: Sequence, tokens: SequenceOf[int], adapter: str | None = None) -> NDArray[np.float32]:

@@ -210,7 +210,10 @@ class Saving(Results):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {s: signal.signal(s, lambda *_: self.stop()) for s in (signal.SIGTERM, signal.SIGINT)}
+        ends = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup asks for
+            ends.append(signal.SIGHUP)
+        before = {s: signal.signal(s, lambda *_: self.stop()) for s in ends}
         try:
             yield
         finally:

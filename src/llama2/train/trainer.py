@@ -255,7 +255,7 @@ class Trainer(Loop):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Trains to the end, or to a signal (SIGTERM, Ctrl-C), which saves first.
+        """Trains to the end, or to a signal (SIGTERM, SIGHUP, Ctrl-C), which saves first.
 
         With resume_from_checkpoint=True, here or in the arguments, the newest whole checkpoint of output_dir is taken
         up, if there is one; a path names one. A run that torchrun has started again does so unasked. Without, a second
