@@ -104,8 +104,6 @@ def test_what_is_missing_of_the_network_is_still_refused(base: Path, tmp_path: P
 def test_a_parameter_without_a_beginning_is_refused_by_name(base: Path) -> None:
     with (
         pytest.warns(UserWarning, match="newly initialised"),
-        pytest.raises(
-            CheckpointError, match=r"direction.0 of Steered is in no checkpoint.*ParameterList a reset"
-        ),
+        pytest.raises(CheckpointError, match=r"direction.0 of Steered is in no checkpoint.*ParameterList a reset"),
     ):
         Steered.from_pretrained(base)
