@@ -103,6 +103,21 @@ class Tuner(Trainer):
             given.chat_template = read_utf8(Path(path))
         return given
 
+    def _construct(self, model: Any, config: Any, data: tuple[Any, Any], tokenizer: Any, peft_config: Any,
+               data_collator: Any = None, **rest: Any) -> None:  # fmt: skip
+        """The Trainer over a model that is set up. data: the sets that are trained on and measured."""
+        tokenizer = self._tokenizer(tokenizer, model, config)
+        peft_config = None if lora.names(_inner(model)) else peft_config
+        super().__init__(model, config, data_collator, *data, tokenizer, peft_config=peft_config, **rest)
+
+    def _refuse(self, why: str, **given: Any) -> None:
+        """Raises InputError for arguments that this trainer has no use for."""
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(
+                    f"{name} is not supported by {type(self).__name__}{why}: leave it out, or override compute_loss"
+                )
+
     def _encoder(self, objective: Objective | None) -> Encoder:
         return self.ENCODER(self.network, self.processing_class, self.data_collator, self.args, objective)
 
@@ -154,20 +169,19 @@ class SFTTrainer(Tuner):
             if compute_loss_func is not None:
                 raise InputError("loss_type is 'dft', and there is compute_loss_func too; give one of them")
             compute_loss_func = dft_loss
-        super().__init__(
+        self._construct(
             model,
             config,
+            (train_dataset, eval_dataset),
+            processing_class or tokenizer,
+            peft_config,
             data_collator,
-            train_dataset,
-            eval_dataset,
-            self._tokenizer(processing_class or tokenizer, model, config),
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            peft_config=None if lora.names(_inner(model)) else peft_config,
         )
 
     def _encoder(self, objective: Objective | None) -> Encoder:
@@ -201,26 +215,23 @@ class DPOTrainer(Tuner):
         preprocess_logits_for_metrics: Callable[..., Any] | None = None,
         **old: Any,
     ) -> None:
-        for name, given in (("data_collator", data_collator), ("compute_metrics", compute_metrics),
-                            ("preprocess_logits_for_metrics", preprocess_logits_for_metrics)):  # fmt: skip
-            if given is not None:
-                raise InputError(
-                    f"{name} is not supported by DPOTrainer, whose loss needs no whole logits; rewards, accuracies and "
-                    "margins are logged: leave it out, or override compute_loss"
-                )
+        self._refuse(
+            ", whose loss needs no whole logits; rewards, accuracies and margins are logged",
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
         config, model = self._set_up(model, args, old, quantization_config, peft_config)
         self._reference = self._frozen(ref_model, model, config)
-        super().__init__(
+        self._construct(
             model,
             config,
-            None,
-            train_dataset,
-            eval_dataset,
-            self._tokenizer(processing_class or tokenizer, model, config),
+            (train_dataset, eval_dataset),
+            processing_class or tokenizer,
+            peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            peft_config=None if lora.names(_inner(model)) else peft_config,
         )
 
     def _frozen(self, ref_model: Any, model: Any, config: DPOConfig) -> Any:
@@ -265,29 +276,26 @@ class RewardTrainer(Tuner):
         tokenizer: Any = None,
         **old: Any,
     ) -> None:
-        for name, given in (("data_collator", data_collator), ("compute_metrics", compute_metrics),
-                            ("preprocess_logits_for_metrics", preprocess_logits_for_metrics)):  # fmt: skip
-            if given is not None:
-                raise InputError(
-                    f"{name} is not supported by RewardTrainer; accuracy, margin and rewards are logged: leave it out, "
-                    "or override compute_loss"
-                )
+        self._refuse(
+            "; accuracy, margin and rewards are logged",
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
         config, model = self._set_up(model, args, old, quantization_config, peft_config)
         if model.config.num_labels != 1:
             raise InputError(
                 f"the model has {model.config.num_labels} labels, and a reward is one number; load it with num_labels=1"
             )
-        super().__init__(
+        self._construct(
             model,
             config,
-            None,
-            train_dataset,
-            eval_dataset,
-            self._tokenizer(processing_class or tokenizer, model, config),
+            (train_dataset, eval_dataset),
+            processing_class or tokenizer,
+            peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            peft_config=None if lora.names(_inner(model)) else peft_config,
         )
 
     def _loaded(self, model: str | Path, config: TuningArguments, quantization: Any, peft_config: Any) -> Any:
