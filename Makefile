@@ -154,7 +154,7 @@ ray: .make/ray
 FUZZ ?= 20000
 SEED ?= 0
 fuzz: .make/test
-	LLAMA2_FUZZ=$(FUZZ) LLAMA2_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/serve/test_fuzz.py -o timeout=36000
+	LLAMA2_FUZZ=$(FUZZ) LLAMA2_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/serve/test_fuzz.py tests/hostile/test_fuzz_files.py -o timeout=36000
 
 .make/bench: .make/parity
 	$(PIP) 'llama-cpp-python[server]==0.3.36'

@@ -11,9 +11,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llama2"
 
 # Row of each module or family; a module imports lower rows, its own family, and nothing else of ours.
 ROWS: dict[str, int] = {
-    "errors": -1,
-    **dict.fromkeys(("availability", "doors", "plain", "recompute", "text_file"), 0),
-    **dict.fromkeys(("keywords", "logging", "presets", "rope_settings", "seeds", "schema", "pattern", "files"), 1),
+    "errors": -2,
+    "text_file": -1,
+    **dict.fromkeys(("availability", "doors", "plain", "recompute", "schema", "pattern", "files"), 0),
+    **dict.fromkeys(("keywords", "logging", "presets", "rope_settings", "config_fields", "seeds"), 1),
     **dict.fromkeys(("hf_argument_parser",), 2),
     **dict.fromkeys(("config", "generation_config", "compiled"), 2),
     **dict.fromkeys(("tokenizer", "quantization_config", "lora_config"), 3),
@@ -52,6 +53,7 @@ NO_TORCH = (
     "files.py",
     "text_file.py",
     "schema.py",
+    "config_fields.py",
     "pattern.py",
     "errors.py",
     "doors.py",

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from llama2.config_fields import MOST, SCHEMA
 from llama2.doors import door
 from llama2.errors import ConfigError
 from llama2.files import write_text
@@ -21,7 +22,8 @@ from llama2.keywords import drop, refuse_unknown
 from llama2.plain import plain
 from llama2.presets import COMMON, PRESETS
 from llama2.rope_settings import agreed_rope, normalise_rope, scaling_of, validate_rope
-from llama2.text_file import read_object
+from llama2.schema import check, check_names
+from llama2.text_file import read_object, shown
 
 HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "tanh", "sigmoid")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -153,9 +155,12 @@ class LlamaConfig:
         self.is_encoder_decoder: bool = extra.pop("is_encoder_decoder", False)
         self.chunk_size_feed_forward: int = extra.pop("chunk_size_feed_forward", 0)
         self._set_labels(extra.pop("num_labels", None), extra.pop("id2label", None), extra.pop("label2id", None))
-        for key, value in extra.items():
-            if not key.startswith("_"):  # another library's own state
-                setattr(self, key, value)
+        own = {
+            key: value for key, value in extra.items() if not key.startswith("_")
+        }  # the rest is other libraries' state
+        check_names(type(self), own, "a configuration", ConfigError)
+        for key, value in own.items():
+            setattr(self, key, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         value = plain(value)
@@ -221,7 +226,7 @@ class LlamaConfig:
         if name == "auto":
             name = None
         if name is not None and name not in DTYPES:
-            raise ConfigError(f"dtype is {value!r}; it must be one of {', '.join(DTYPES)}")
+            raise ConfigError(f"dtype is {shown(value)}; it must be one of {', '.join(DTYPES)}")
         self._dtype_name = name
 
     @property
@@ -275,19 +280,12 @@ class LlamaConfig:
 
     def validate(self) -> None:
         """Raises ConfigError for the first value that cannot work. Run again when a model is built."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "pretraining_tp",
-        ):
+        for name in MOST:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
+                raise ConfigError(f"{name} is {shown(value)}; it must be an integer of at least 1")
+            if value > MOST[name]:
+                raise ConfigError(f"{name} is {value}; it must be an integer of at least 1 and at most {MOST[name]}")
         self._validate_heads()
         self._validate_ranges()
         validate_rope(self.rope_parameters)
@@ -373,6 +371,7 @@ class LlamaConfig:
         if return_unused_kwargs:
             unused = {key: value for key, value in overrides.items() if not hasattr(cls(), key)}
         fields = {**config_dict, **{key: value for key, value in overrides.items() if key not in unused}}
+        check_fields(fields)
         kind = fields.get("model_type", "llama")
         if kind != "llama":
             raise ConfigError(
@@ -481,3 +480,12 @@ def _same_default_head_dim(fields: Mapping[str, Any]) -> bool:
     """Whether a stored head_dim only repeats hidden_size // heads (transformers writes it always)."""
     head_dim, hidden, heads = (fields.get(key) for key in ("head_dim", "hidden_size", "num_attention_heads"))
     return bool(head_dim and hidden and heads and head_dim * heads == hidden)
+
+
+def check_fields(fields: Mapping[str, Any], where: str | Path = "") -> None:
+    """Raises ConfigError for a field of a config.json of another type than it has, or that would hide a method."""
+    check({key: plain(value) for key, value in fields.items()}, SCHEMA, where, ConfigError)
+    try:
+        check_names(LlamaConfig, (key for key in fields if not key.startswith("_")), "config.json", ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if str(where) else str(error)) from None

@@ -20,6 +20,7 @@ from llama2.errors import InputError
 from llama2.files import write_text
 from llama2.keywords import drop, refuse_unknown
 from llama2.plain import plain
+from llama2.schema import FLAG, NUMBER, Schema, check, check_names, either, maybe, real, several, text, whole
 from llama2.text_file import read_object
 
 # Defaults of transformers 4.46 and 5.x (the values that take effect there).
@@ -127,6 +128,26 @@ _MAY_BE_NONE = {name for name, value in DEFAULTS.items() if value is None} | {
 _FILE = "generation_config.json"
 _NOT_SAVED = ("transformers_version", "_from_model_config", "generation_kwargs")
 
+_IDS = maybe(either(whole(-(2**31)), several(whole(-(2**31)), 10_000)))
+_SCALAR = maybe(either(FLAG, NUMBER))
+_OBJECTS = ("cache_config", "constraints", "force_words_ids", "sequence_bias", "watermarking_config", "dola_layers")
+_SCHEMA: Schema = {  # what a generation_config.json may hold; whether it can work is `problems`' affair
+    **{name: _SCALAR for name in DEFAULTS if name not in _OBJECTS},
+    **{name: _IDS for name in DEFAULTS if name.endswith("_token_id")},
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), maybe(several(whole(-1), 1_000_000))),
+    "early_stopping": either(FLAG, text(16), maybe(whole())),
+    "stop_strings": maybe(either(text(), several(text(), 10_000))),
+    "bad_words_ids": maybe(several(several(whole(), 10_000), 100_000)),
+    "exponential_decay_length_penalty": maybe(several(real(), 2)),
+    **dict.fromkeys(("cache_implementation", "num_assistant_tokens_schedule"), maybe(text(100))),
+}  # fmt: skip
+
+
+def check_fields(fields: Mapping[str, Any], where: Path) -> None:
+    """Raises InputError for a field of a generation_config.json of another type than it has, or that hides a method."""
+    check(fields, _SCHEMA, where, InputError)
+    check_names(GenerationConfig, fields, str(where), InputError)
+
 
 class GenerationConfig:
     """Settings of `generate()`; keywords are the fields of DEFAULTS, None means not given, unknown ones are kept."""
@@ -134,6 +155,7 @@ class GenerationConfig:
     def __init__(self, **kwargs: Any) -> None:
         for name in _NOT_SAVED:
             kwargs.pop(name, None)
+        check_names(type(self), kwargs, "a generation configuration", InputError)
         vars(self).update({name: plain(value) for name, value in kwargs.items() if value is not None})
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -180,7 +202,9 @@ class GenerationConfig:
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Self:
         """Settings from the content of a generation_config.json; keywords override its entries."""
-        return cls(**{**config_dict, **overrides})
+        fields = {**config_dict, **overrides}
+        check_names(cls, fields, "a generation configuration", InputError)
+        return cls(**fields)
 
     @classmethod
     def from_pretrained(
@@ -196,7 +220,9 @@ class GenerationConfig:
         return_unused_kwargs a pair: the settings, and the keywords that are no field. Raises CheckpointError.
         """
         name = config_file_name or _FILE
-        content = read_object(_settings_file(path, name, kwargs), name)
+        file = _settings_file(path, name, kwargs)
+        content = read_object(file, name)
+        check_fields(content, file)
         unused = {}
         if return_unused_kwargs:
             unused = {key: kwargs.pop(key) for key in list(kwargs) if key not in DEFAULTS and key not in content}

@@ -13,6 +13,8 @@ from llama2.config import DTYPES
 from llama2.errors import InputError
 from llama2.pattern import check as check_pattern
 from llama2.pattern import match
+from llama2.schema import ANY, FLAG, Kind, Schema, check, either, maybe, real, several, table, text, whole
+from llama2.text_file import shown
 
 
 def dtype_name(dtype: Any, what: str) -> str:
@@ -38,6 +40,23 @@ def completed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**named, "quant_method": named.get("quant_method") or method}
 
 
+_BYTES_NAME = maybe(either(text(64), Kind("a dtype", lambda value: type(value).__name__ == "dtype")))
+_SCHEMA: Schema = {
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit", "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight",
+                     "bnb_4bit_use_double_quant", "desc_act", "static_groups", "sym", "true_sequential", "lm_head"),
+                    maybe(FLAG)),
+    **dict.fromkeys(("llm_int8_threshold", "damp_percent"), real(-1e9, 1e9)),
+    "llm_int8_skip_modules": maybe(several(text(), 10_000)),
+    **dict.fromkeys(("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"), _BYTES_NAME),
+    "bnb_4bit_quant_type": text(64),
+    **dict.fromkeys(("format", "checkpoint_format"), maybe(text(64))),
+    "bits": whole(1, 64),
+    "group_size": whole(-1, 2**31 - 1),
+    "dynamic": maybe(table(maybe(table(ANY, 100)), 10_000)),
+    "extra_config": maybe(table(table(ANY, 100), 100_000)),
+}  # fmt: skip
+
+
 class QuantizationConfig:
     """What the methods share: JSON in both directions, and which linears are packed."""
 
@@ -51,6 +70,7 @@ class QuantizationConfig:
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """The settings of a config.json. Entries of other programs are left out. Raises InputError for a bad value."""
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        check(content, _SCHEMA, "quantization_config", InputError)
         return cls(**{key: value for key, value in content.items() if key in known})
 
     def at(self, module: str) -> Self:
@@ -181,6 +201,7 @@ class GPTQConfig(QuantizationConfig):
         """As QuantizationConfig.at."""
         _, changes = self._rule(module)
         known = {f.name for f in fields(self)} - {"dynamic", "tokenizer", "dataset"}
+        check(changes, _SCHEMA, f"dynamic of {module}", InputError)
         return replace(self, **{key: value for key, value in changes.items() if key in known}) if changes else self
 
     def skips(self, module: str) -> bool:
@@ -205,7 +226,9 @@ def _auto_round(content: Mapping[str, Any]) -> GPTQConfig:
         )
     older = "gptq" in packing and "gptqmodel" not in packing
     dynamic: dict[str, Mapping[str, Any]] = {}
+    check(content, _SCHEMA, "quantization_config", InputError)
     for name, changes in (content.get("extra_config") or {}).items():
+        check(changes, {"bits": maybe(whole(0, 64))}, f"extra_config of {shown(name)}", InputError)
         plain = int(changes.get("bits") or 0) >= 16
         pattern = f"{re.escape(name)}$" if re.fullmatch(r"[\w.]+", name) else name  # a layer's name, or a pattern
         dynamic[f"{'-' if plain else '+'}:.*?{pattern}"] = changes
@@ -223,15 +246,15 @@ def parse(content: Any) -> QuantizationConfig:
     if hasattr(content, "to_dict"):  # a class of transformers
         content = content.to_dict()
     if not isinstance(content, Mapping):
-        raise InputError(f"quantization_config is {content!r}; give a BitsAndBytesConfig, a GPTQConfig or a dict")
+        raise InputError(f"quantization_config is {shown(content)}; give a BitsAndBytesConfig, a GPTQConfig or a dict")
     method = content.get("quant_method")
     if method is None and (content.get("load_in_4bit") or content.get("load_in_8bit")):
         method = "bitsandbytes"
-    if method in ("auto-round", "intel/auto-round"):
+    if isinstance(method, str) and method in ("auto-round", "intel/auto-round"):
         return _auto_round(content)
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise InputError(
-            f"the quantisation method is {method!r}; {', '.join(_METHODS)} and GGUF files are supported: quantise the "
-            "unquantised checkpoint again, or fetch it in one of these"
+            f"the quantisation method is {shown(method)}; {', '.join(_METHODS)} and GGUF files are supported: quantise "
+            "the unquantised checkpoint again, or fetch it in one of these"
         )
     return _METHODS[method].from_dict(content)

@@ -4,13 +4,14 @@ Three spellings are in use: `rope_theta` beside `rope_scaling` with "type" (tran
 and one `rope_parameters` with the base inside (5.x). Files that are written hold the old and the new one.
 """
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from llama2.errors import ConfigError
 from llama2.plain import plain
+from llama2.schema import FLAG, Schema, check, real, text
+from llama2.text_file import shown
 
 DEFAULT_THETA = 10000.0
 ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # type -> (required, optional) settings
@@ -32,6 +33,13 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # type -> (re
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
 }
 
+_POSITIVE = real(1e-30, 1e30)
+_SCHEMA: Schema = {
+    **dict.fromkeys(("type", "rope_type"), text(64)),
+    **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), real(-1e6, 1e6)),
+    "truncate": FLAG,
+}
+
 
 def normalise_rope(settings: Mapping[str, Any] | None, theta: float) -> dict[str, Any]:
     """RoPE settings of any spelling as one dict {"rope_type", "rope_theta", ...}; the argument is not changed.
@@ -41,6 +49,7 @@ def normalise_rope(settings: Mapping[str, Any] | None, theta: float) -> dict[str
     if settings is not None and not isinstance(settings, Mapping):
         raise ConfigError(f"rope_scaling is {settings!r}; give a dict such as {{'rope_type': 'linear', 'factor': 2.0}}")
     given = {key: plain(value) for key, value in (settings or {}).items() if value is not None}
+    check(given, _SCHEMA, "the rope settings", ConfigError)
     kind = given.pop("type", None)
     kind = given.pop("rope_type", kind)
     theta = given.pop("rope_theta", plain(theta))
@@ -97,8 +106,8 @@ def validate_rope(settings: Mapping[str, Any]) -> None:
     kind, theta = settings["rope_type"], settings["rope_theta"]
     if kind not in ROPE_KEYS:
         raise ConfigError(f"rope_type is {kind!r}; it must be one of {', '.join(ROPE_KEYS)}")
-    if not isinstance(theta, int | float) or not math.isfinite(theta) or theta <= 0:
-        raise ConfigError(f"rope_theta is {theta!r}; it must be a positive number (Llama 2 has 10000.0)")
+    if not _POSITIVE.holds(theta):
+        raise ConfigError(f"rope_theta is {shown(theta)}; it must be a positive number (Llama 2 has 10000.0)")
     required, optional = ROPE_KEYS[kind]
     missing = [key for key in required if key not in settings]
     if missing:
@@ -112,8 +121,8 @@ def validate_rope(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"rope_type {kind!r} does not use {', '.join(sorted(unknown))}; remove or rename them")
     for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         value = settings.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"rope setting {key} is {value!r}; it must be a positive number")
+        if not _POSITIVE.holds(value):
+            raise ConfigError(f"rope setting {key} is {shown(value)}; it must be a positive number")
     if settings.get("factor", 1) < 1:
         raise ConfigError(f"rope factor is {settings['factor']}; it must be at least 1 (it stretches the context)")
     low, high = settings.get("low_freq_factor", 0), settings.get("high_freq_factor", 1)

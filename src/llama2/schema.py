@@ -4,8 +4,9 @@ A reader writes its schema as a table {key: kind}; `check` runs before anything 
 library only.
 """
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,3 +99,13 @@ def check(
         if key in fields and not kind.holds(fields[key]):
             place = f"{where}: " if str(where) else ""
             raise error(f"{place}{key} is {shown(fields[key])}; it must be {kind.words}")
+
+
+def check_names(owner: type, names: Iterable[str], what: str, error: type[Llama2Error]) -> None:
+    """Raises `error` for a name that would take the place of a method, or of what an object works out, if it were set
+    on an object of this class."""
+    for name in names:
+        held = inspect.getattr_static(owner, name, None)
+        fixed = isinstance(held, property) and held.fset is None
+        if name == "self" or fixed or callable(held) or isinstance(held, classmethod | staticmethod):
+            raise error(f"{shown(name)} is what {owner.__name__} calls something of its own; it is no field of {what}")

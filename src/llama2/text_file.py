@@ -18,7 +18,6 @@ SETTINGS_BYTES = 16_000_000  # config.json and its like; the largest in use, wit
 LISTING_BYTES = 128_000_000  # an index of shards, tokenizer.json: as long as a model has tensors or tokens
 TEMPLATE_BYTES = 1_000_000  # the longest chat template in use has 25 kB
 MAX_DEPTH = 64  # of JSON: no file in use has 20, and nothing behind this bound recurses further
-_STRUCTURE = re.compile(rb'["\[\]{}]')
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -112,8 +111,6 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 def parse_json(data: bytes, where: str | Path) -> Any:
     """The value of JSON in UTF-8. Raises CheckpointError for what is none, or deeper than MAX_DEPTH."""
-    if nested_deeper(data, MAX_DEPTH):
-        raise CheckpointError(f"{where} is JSON nested deeper than {MAX_DEPTH} levels; no such file is")
     try:
         text = data.decode("utf-8")
         content = json.loads(text)
@@ -121,6 +118,8 @@ def parse_json(data: bytes, where: str | Path) -> Any:
             json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON ({error}); fetch or save the file again") from error
+    if isinstance(content, list | dict) and _deeper(content, MAX_DEPTH):
+        raise CheckpointError(f"{where} is JSON nested deeper than {MAX_DEPTH} levels; no such file is")
     return content
 
 
@@ -136,34 +135,12 @@ def read_object(path: str | Path, name: str, most: int = SETTINGS_BYTES, remedy:
     return content
 
 
-def nested_deeper(data: bytes, most: int) -> bool:
-    """Whether the brackets of JSON are nested deeper than `most` levels; text in strings counts for nothing."""
-    depth = at = 0
-    if data.count(b"[") + data.count(b"{") <= most:
-        return False
-    while (found := _STRUCTURE.search(data, at)) is not None:
-        at = found.start()
-        byte = data[at]
-        if byte == 0x22:  # a string: to its closing quote
-            at = _closing_quote(data, at + 1)
-        elif byte in (0x5B, 0x7B):
-            depth += 1
-            if depth > most:
-                return True
-        else:
-            depth -= 1
-        at += 1
-    return False
-
-
-def _closing_quote(data: bytes, at: int) -> int:
-    while True:
-        at = data.find(b'"', at)
-        if at < 0:
-            return len(data)
-        slashes = at - 1
-        while data[slashes] == 0x5C:
-            slashes -= 1
-        if (at - slashes) % 2:
-            return at
-        at += 1
+def _deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects are nested deeper than `most` levels."""
+    level = [value]
+    for _ in range(most + 1):
+        inner = [value for held in level for value in (held.values() if isinstance(held, dict) else held)]
+        level = [value for value in inner if isinstance(value, list | dict)]
+        if not level:
+            return False
+    return True

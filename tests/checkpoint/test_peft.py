@@ -176,7 +176,7 @@ def test_tensors_that_have_no_place(tmp_path: Path, tensors: dict[str, torch.Ten
         ({"init_lora_weights": "pissa"}, "'pissa', which changes the base weights"),
         ({"r": 0}, "r is 0"),
         ({"r": "4"}, "r is '4'"),
-        ({"rank_pattern": {"q_proj": True}}, "r is True"),
+        ({"rank_pattern": {"q_proj": True}}, "rank_pattern is {'q_proj': True}"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"alpha_pattern": {"(": 1}}, "not a pattern"),
         ({"target_modules": "("}, "not a pattern"),

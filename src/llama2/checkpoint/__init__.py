@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama2.checkpoint.config_repair import repaired
+from llama2.checkpoint.directory import MAX_TENSORS, found
 from llama2.checkpoint.foreign import recognise
-from llama2.config import LlamaConfig
+from llama2.config import LlamaConfig, check_fields
 from llama2.doors import door
 from llama2.errors import CheckpointError
 from llama2.files import settle
+from llama2.generation_config import check_fields as check_generation
 from llama2.quantization_config import completed
-from llama2.text_file import LISTING_BYTES, SETTINGS_BYTES, read_object
+from llama2.schema import check, table, text
+from llama2.text_file import LISTING_BYTES, SETTINGS_BYTES, inside, read_object, shown
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +125,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, path.name, most=LISTING_BYTES if "index" in path.name else SETTINGS_BYTES, remedy=remedy)
 
 
+def read_index(index: Path) -> tuple[dict[str, str], list[Path]]:
+    """The weight_map of an index of shards, and the files that it names. Raises CheckpointError where one is missing,
+    or would lie elsewhere than beside the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; fetch or save the checkpoint again")
+    check({"weight_map": weight_map}, {"weight_map": table(text(), MAX_TENSORS)}, index)
+    files = [inside(index.parent, name, index) for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.exists():
+            raise CheckpointError(
+                f"{index} names the shard {shown(file.name)}, which is missing; fetch the checkpoint again"
+            )
+    return weight_map, files
+
+
+def read_generation(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's generation_config.json; None where there is none."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return None
+    content = read_json(file)
+    check_generation(content, file)
+    return content
+
+
 _PART = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 # Where AutoGPTQ put the settings of a quantised folder before config.json had them, in the order in which it looks.
 QUANTIZE_CONFIGS = ("quantize_config.json", "quant_config.json")
@@ -134,7 +163,9 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises CheckpointError where it is missing, no JSON object, or of another architecture than Llama.
     """
     fields = read_json(file)
+    check_fields({"architectures": fields.get("architectures")}, file)
     _refuse_foreign(fields, file)
+    check_fields(fields, file)
     fields = repaired(fields, file)
     if fields.get("quantization_config") is None:
         for name in QUANTIZE_CONFIGS:
@@ -149,8 +180,8 @@ def _refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
     named = kind if kind is not None else next((c for c in classes if not str(c).startswith("Llama")), "llama")
     if named != "llama":
         raise CheckpointError(
-            f"{where} describes a {named!r} model (architectures {classes}), but this library runs 'llama' only; "
-            "load that checkpoint with a library for its architecture"
+            f"{where} describes a {shown(named)} model (architectures {shown(classes)}), but this library runs "
+            "'llama' only; load that checkpoint with a library for its architecture"
         )
 
 
@@ -198,11 +229,8 @@ def find_gguf(path: Path) -> Path | None:
     if path.is_dir():
         models = [] if (path / "config.json").exists() else gguf_models(path)
         return models[0] if len(models) == 1 else None
-    try:
-        with path.open("rb") as file:
-            return path if file.read(4) == b"GGUF" else None
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file") from error
+    with found(path) as file:
+        return path if file.read(4) == b"GGUF" else None
 
 
 def gguf_models(folder: Path) -> list[Path]:
@@ -241,7 +269,7 @@ def _sniff_folder(folder: Path) -> tuple[Path, str]:
 
 
 def _sniff_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with found(path) as file:
         head = file.read(16)
     if head[:4] == b"GGUF":
         return "gguf"

@@ -44,7 +44,7 @@ def known_ids(fields: Mapping[str, Any], vocab_size: int, where: Path | str) -> 
 
 def _known_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = settings.get("rope_type", settings.get("type"))
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         return dict(settings)
     required, optional = ROPE_KEYS[kind]
     known = {"type", "rope_type", "rope_theta", *required, *optional}

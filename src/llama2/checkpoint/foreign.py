@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama2.checkpoint.directory import found
+
 _GGML = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt", b"algg": "ggla"}
 _LLAMA2C = b"24ka"
 # What programs call their methods, where that is not what a config.json says.
@@ -31,11 +33,11 @@ class Foreign:
 
 def recognise(path: Path) -> Foreign | None:
     """What a file is, if it is legacy GGML or llama2.c; None for anything else."""
-    with path.open("rb") as file:
+    with found(path) as file:
         head = file.read(64)
     if head[:4] in _GGML:
         return _ggml(head)
-    if head[:4] == _LLAMA2C and len(head) >= 36:
+    if head[:4] == _LLAMA2C and len(head) > 36:
         version, *sizes = struct.unpack_from("<8i", head, 4)
         return _llama2c(f"llama2.c version {version}", [*sizes[:5], abs(sizes[5]), sizes[6]], head[36] == 1)
     return _bare_llama2c(head, path.stat().st_size)

@@ -21,11 +21,14 @@ from llama2.checkpoint import split_parts
 from llama2.checkpoint.gguf_config import config_from
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError
+from llama2.text_file import opened, shown
 
 # GGUF value type -> struct code; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
+MAX_KEYS = 200_000  # and tensors
+MAX_ITEMS = 2**24  # of all arrays together: tokens, scores, types and merges of the largest vocabulary are two millions
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,8 @@ class _Part:
 
     def _read_keys(self, reader: "_Reader", count: int) -> dict[str, Any]:
         reader.require(count, 13, "keys")
+        if count > MAX_KEYS:
+            raise CheckpointError(f"{self.path} announces {count} keys; at most {MAX_KEYS} are read")
         metadata: dict[str, Any] = {}
         for _ in range(count):
             key = reader.string()
@@ -191,6 +196,8 @@ class _Part:
         """The tensor directory by GGUF name."""
         reader = _Reader(self.map, self.path, self._directory)
         reader.require(self._tensor_count, 24, "tensors")
+        if self._tensor_count > MAX_KEYS:
+            raise CheckpointError(f"{self.path} announces {self._tensor_count} tensors; at most {MAX_KEYS} are read")
         found: dict[str, TensorInfo] = {}
         for _ in range(self._tensor_count):
             name, dims = reader.string(), reader.scalar("I")
@@ -215,22 +222,20 @@ class _Part:
 
 def _map(path: Path) -> mmap.mmap:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size < 24:
                 raise CheckpointError(f"{path} has {size} bytes; a GGUF header alone has 24. Fetch the file again")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path} does not exist; give the path of a GGUF file") from error
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{path} is a folder; give the path of the GGUF file in it") from error
 
 
 class _Reader:
     """A cursor over the header that refuses to pass the end of the file."""
 
     def __init__(self, data: mmap.mmap, path: Path, at: int = 0) -> None:
-        self.data, self.path, self.at, self.size = data, path, at, len(data)
+        self.data, self.path, self.at, self.size, self._items = data, path, at, len(data), 0
 
     def require(self, count: int, each: int, what: str) -> None:
         """Raises CheckpointError unless `count` items of at least `each` bytes are left."""
@@ -274,19 +279,29 @@ class _Reader:
             )
         return _SCALARS[kind]
 
+    def _hold(self, count: int, each: int, what: str) -> None:
+        """As `require`, of items that become objects of Python, which are larger than the file's."""
+        self.require(count, each, what)
+        self._items += count
+        if self._items > MAX_ITEMS:
+            raise CheckpointError(
+                f"{self.path} announces {shown(self._items)} items in arrays of its keys up to byte {self.at}; at most "
+                f"{MAX_ITEMS} are read"
+            )
+
     def array(self) -> list[Any]:
         kind, count = self.scalar("I"), self.scalar("Q")
         if kind == _STRING:
             return self._strings(count)
         code = self._code(kind)
         size = struct.calcsize("<" + code)
-        self.require(count, size, "array items")
+        self._hold(count, size, "array items")
         start, self.at = self.at, self.at + count * size
         return list(struct.unpack_from(f"<{count}{code}", self.data, start))
 
     def _strings(self, count: int) -> list[str]:
         # A vocabulary is 50,000 to 200,000 strings: one tight loop over plain bytes, bounds checked once per string.
-        self.require(count, 8, "strings")
+        self._hold(count, 8, "strings")
         data, at, size = self.data, self.at, self.size
         length_at = struct.Struct("<Q").unpack_from
         found: list[str] = []

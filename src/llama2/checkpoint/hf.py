@@ -5,24 +5,22 @@ here and not by the safetensors package, so that tensors are views of one copy-o
 without a copy, and the file never changes) and so that every offset is checked before any byte is touched.
 """
 
-import json
 import math
 import mmap
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama2.checkpoint import Checkpoint, RawTensor, Stored, pickles, read_config, read_json
+from llama2.checkpoint import Checkpoint, RawTensor, Stored, pickles, read_config, read_generation, read_index
+from llama2.checkpoint.directory import found, read_directory
 from llama2.checkpoint.wrapped import inner_dict, plain_names, without_wrappers
 from llama2.config import LlamaConfig
 from llama2.coverage import is_table
 from llama2.errors import CheckpointError
-from llama2.text_file import opened
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -39,7 +37,6 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-_MAX_HEADER = 100_000_000  # the bound of the safetensors package
 _META_NAMES = ("tok_embeddings.weight", "layers.0.attention.wq.weight")
 
 
@@ -70,15 +67,7 @@ class HfCheckpoint(Checkpoint):
         index = self.files[0]
         if index.suffix != ".json":
             return None
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map; fetch or save the checkpoint again")
-        for file in set(map(str, weight_map.values())):
-            if Path(file).name != file:
-                raise CheckpointError(f"{index} points to {file!r}; shards must lie beside their index")
-            if not (self.folder / file).exists():
-                raise CheckpointError(f"{index} names the shard {file!r}, which is missing; fetch the checkpoint again")
-        self.files = sorted({self.folder / file for file in weight_map.values()})
+        weight_map, self.files = read_index(index)
         return {new: self.folder / weight_map[old] for new, old in plain_names(weight_map).items()}
 
     @cached_property
@@ -104,10 +93,10 @@ class HfCheckpoint(Checkpoint):
         if file not in self._shards:
             # By content; but a .safetensors too short to tell is a damaged one, and no pickle to be opened.
             if is_safetensors(file) or file.suffix == ".safetensors":
-                found: Mapping[str, Tensor] = map_safetensors(file)
+                tensors: Mapping[str, Tensor] = map_safetensors(file)
             else:
-                found = load_bin(file, weights_only=self._weights_only)
-            self._shards[file] = without_wrappers(found, file)
+                tensors = load_bin(file, weights_only=self._weights_only)
+            self._shards[file] = without_wrappers(tensors, file)
         return self._shards[file]
 
     @cached_property
@@ -124,8 +113,7 @@ class HfCheckpoint(Checkpoint):
 
     @property
     def generation_settings(self) -> dict[str, Any] | None:
-        file = self.folder / "generation_config.json"
-        return read_json(file) if file.exists() else None
+        return read_generation(self.folder)
 
     @property
     def tokenizer_source(self) -> Path:
@@ -185,15 +173,8 @@ def find_files(folder: Path, use_safetensors: bool | None = None, variant: str |
 
 def is_safetensors(path: Path) -> bool:
     """Whether the file begins as a safetensors file does: a header length, then JSON."""
-    with _found(path) as file:
+    with found(path) as file:
         return file.read(9)[8:] == b"{"
-
-
-def _found(path: Path) -> IO[bytes]:
-    try:
-        return opened(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path} does not exist; fetch or save the checkpoint again") from error
 
 
 def load_bin(path: Path, *, weights_only: bool = True) -> Mapping[str, Tensor]:
@@ -208,14 +189,12 @@ def load_bin(path: Path, *, weights_only: bool = True) -> Mapping[str, Tensor]:
 
 def map_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file as a view of the file, mapped copy-on-write; all offsets are checked first."""
-    with _found(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        header_end, header = _read_header(path, file.read(8), size)
-        entries = _check_entries(path, _parse_header(path, file.read(header)), size - header_end)
+    with found(path) as file:
+        header_end, entries = read_directory(path, file)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
-    for name, dtype, shape, start, end in entries:
-        count, at = math.prod(shape), header_end + start
+    for name, code, shape, start, end in entries:
+        dtype, count, at = DTYPES[code], math.prod(shape), header_end + start
         if count == 0:
             tensors[name] = torch.empty(shape, dtype=dtype)
         elif at % dtype.itemsize == 0:
@@ -224,61 +203,3 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
             copied = torch.frombuffer(data, dtype=torch.uint8, count=end - start, offset=at).clone()
             tensors[name] = copied.view(dtype).view(shape)
     return tensors
-
-
-def _read_header(path: Path, head: bytes, size: int) -> tuple[int, int]:
-    length = int.from_bytes(head, "little")
-    if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
-        raise CheckpointError(
-            f"{path} is truncated or not safetensors: its header of {length} bytes does not fit its {size} bytes; "
-            "fetch the file again"
-        )
-    return 8 + length, length
-
-
-def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a malformed safetensors header ({error}); fetch the file again") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the safetensors header is a JSON {type(header).__name__}; fetch the file again")
-    header.pop("__metadata__", None)
-    return header
-
-
-_Entry = tuple[str, torch.dtype, tuple[int, ...], int, int]
-
-
-def _check_entries(path: Path, header: dict[str, Any], data_size: int) -> list[_Entry]:
-    """The directory with every dtype, shape and extent verified: tensors tile the data without gap or overlap."""
-    entries: list[_Entry] = []
-    for name, entry in header.items():
-        try:
-            code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            numbers = [*shape, start, end]
-        except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path}: the entry of tensor {name!r} is malformed ({error!r})") from error
-        if not all(type(n) is int and n >= 0 for n in numbers):
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {shape} and offsets {start}, {end}; none may be < 0"
-            )
-        if code not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} has dtype {code!r}; supported are {', '.join(DTYPES)}")
-        if end - start != math.prod(shape) * DTYPES[code].itemsize:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} of {code} and shape {shape} needs {math.prod(shape) * DTYPES[code].itemsize} "
-                f"bytes, its offsets span {end - start}; the file is malformed, fetch it again"
-            )
-        entries.append((name, DTYPES[code], tuple(shape), start, end))
-    at = 0
-    for name, _, _, start, end in sorted(entries, key=lambda e: e[3:]):
-        if start != at:
-            raise CheckpointError(f"{path}: tensor {name!r} starts at byte {start}, the one before ends at {at}")
-        at = end
-    if at != data_size:
-        raise CheckpointError(
-            f"{path} is {'truncated' if at > data_size else 'malformed'}: its tensors take {at} bytes, the file holds "
-            f"{data_size} after the header; fetch the file again"
-        )
-    return entries

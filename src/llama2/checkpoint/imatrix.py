@@ -17,6 +17,7 @@ from llama2.checkpoint.gguf_write import ALIGNMENT, container_head
 from llama2.checkpoint.names import gguf_to_hf, hf_to_gguf
 from llama2.errors import CheckpointError, InputError
 from llama2.files import write_bytes
+from llama2.text_file import LISTING_BYTES, opened, read_bytes
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -63,8 +64,10 @@ def read_imatrix(path: str | Path) -> Imatrix:
     that are negative or not finite."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             magic = file.read(4)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); give a file that llama-imatrix made"
@@ -102,7 +105,7 @@ def _from_gguf(path: Path) -> Imatrix:
 
 
 def _from_dat(path: Path) -> Imatrix:
-    data = path.read_bytes()
+    data = read_bytes(path, LISTING_BYTES)
     reader = _Dat(data, path)
     entries = reader.number("entries", 1)
     sums: dict[str, Tensor] = {}

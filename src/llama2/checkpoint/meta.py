@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from llama2.architecture import EMBEDDING, HEAD, parameter_shapes
-from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_json
+from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_generation, read_json
+from llama2.checkpoint.directory import found
 from llama2.checkpoint.hf import CODES, load_bin
 from llama2.checkpoint.names import meta_axis, meta_to_hf, rotated_heads, to_half_split
 from llama2.checkpoint.wrapped import without_wrappers
 from llama2.config import LlamaConfig
 from llama2.coverage import cover, is_table
 from llama2.errors import CheckpointError, MismatchError
+from llama2.schema import FLAG, Schema, check, maybe, real, whole
 from llama2.tokenizer.reading import beside
 
 # What Meta's params.json cannot say (context, special ids, tied head) is kept beside it by our writer.
@@ -118,8 +120,7 @@ class MetaCheckpoint(Checkpoint):
 
     @property
     def generation_settings(self) -> dict[str, Any] | None:
-        file = self.path / "generation_config.json"
-        return read_json(file) if file.exists() else None
+        return read_generation(self.path)
 
     @property
     def tokenizer_source(self) -> Path:
@@ -194,7 +195,7 @@ def find_shards(folder: Path) -> list[Path]:
 def _check_order(files: list[Path]) -> None:
     """torch.save names the folder inside a .pth after the file: shards that were renamed or copied are told by it."""
     for file in files if len(files) > 1 else []:
-        with file.open("rb") as opened:
+        with found(file) as opened:
             head = opened.read(64)
         made = re.match(rb"(consolidated\.\d+)/", head[30:]) if head[:2] == b"PK" else None
         if made is not None and made[1].decode() != file.stem:
@@ -239,7 +240,22 @@ def read_params(path: Path) -> dict[str, Any]:
     """The content of params.json; some releases nest it under "model"."""
     params = read_json(path)
     inner = params.get("model")
-    return inner if isinstance(inner, dict) else params
+    params = inner if isinstance(inner, dict) else params
+    check(params, _SCHEMA, path)
+    return params
+
+
+_SIZE = maybe(whole(1, 2**24))
+_SCHEMA: Schema = {
+    **dict.fromkeys(("dim", "n_heads", "n_kv_heads", "n_layers", "multiple_of"), _SIZE),
+    "vocab_size": maybe(whole(-1, 2**24)),
+    "max_seq_len": maybe(whole(1, 2**31 - 1)),
+    **dict.fromkeys(
+        ("ffn_dim_multiplier", "rope_theta", "rope_scaling_factor", "high_freq_factor"), maybe(real(0, 1e12))
+    ),
+    "norm_eps": real(0, 1),
+    "use_scaled_rope": maybe(FLAG),
+}
 
 
 def _whole(params: Mapping[str, Any], key: str, where: Path, default: int | None = None) -> int:

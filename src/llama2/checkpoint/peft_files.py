@@ -22,6 +22,8 @@ from llama2.checkpoint import read_json
 from llama2.checkpoint.hf import load_bin, map_safetensors
 from llama2.errors import CheckpointError
 from llama2.lora_config import LoraConfig
+from llama2.schema import FLAG, Schema, check, either, maybe, real, several, table, text, whole
+from llama2.text_file import linked_inside
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -52,6 +54,26 @@ _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the other
 _UNMERGEABLE = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "CPT",
                 "XLORA", "CARTRIDGE")  # fmt: skip
 
+_NAMES, _LAYERS = several(text(), 10_000), whole(0, 100_000)
+_ROWS = several(whole(), 10_000_000)
+_SCHEMA: Schema = {
+    "peft_type": text(100),
+    **dict.fromkeys(("task_type", "revision", "base_model_name_or_path", "bias"), maybe(text())),
+    "r": whole(1, 100_000),
+    "lora_alpha": real(-1e9, 1e9),
+    "lora_dropout": maybe(real(0, 1)),
+    "target_modules": maybe(either(text(10_000), _NAMES)),
+    "exclude_modules": maybe(either(text(10_000), _NAMES)),
+    "modules_to_save": maybe(_NAMES),
+    "layers_to_transform": maybe(either(_LAYERS, several(_LAYERS, 100_000))),
+    "layers_pattern": maybe(either(text(), _NAMES)),
+    "rank_pattern": maybe(table(whole(1, 100_000), 10_000)),
+    "alpha_pattern": maybe(table(real(-1e9, 1e9), 10_000)),
+    "trainable_token_indices": maybe(either(_ROWS, table(_ROWS, 100))),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"), maybe(FLAG)),
+    "init_lora_weights": maybe(either(FLAG, text(100))),
+}
+
 
 @dataclass
 class Parts:
@@ -67,7 +89,8 @@ class Parts:
 
 def read_fields(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises CheckpointError for another kind of adapter than LoRA and DoRA."""
-    where, fields = folder / CONFIG, read_json(folder / CONFIG)
+    where, fields = folder / CONFIG, read_json(linked_inside(folder / CONFIG, folder))
+    check(fields, _SCHEMA, where)
     kind = fields.get("peft_type")
     if kind != "LORA":
         remedy = (
@@ -142,9 +165,9 @@ def token_indices(folder: Path, fields: Mapping[str, Any], parameter: str) -> li
 def read_tensors(folder: Path) -> Mapping[str, Tensor]:
     """The adapter's tensors by the names of its file, views of the mapped file."""
     if (folder / WEIGHTS).exists():
-        return map_safetensors(folder / WEIGHTS)
+        return map_safetensors(linked_inside(folder / WEIGHTS, folder))
     if (folder / PICKLE).exists():
-        return load_bin(folder / PICKLE)
+        return load_bin(linked_inside(folder / PICKLE, folder))
     raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {PICKLE}; fetch or save the adapter again")
 
 

@@ -20,6 +20,7 @@ from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
 from llama2.files import settle
 from llama2.keywords import drop
+from llama2.text_file import shown
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 _HUB_ID = re.compile(
@@ -37,7 +38,15 @@ _list_gguf = door("checkpoint.hub", "only_gguf", "The one GGUF model of a reposi
 
 def local_path(name: str | Path, subfolder: str = "") -> Path | None:
     """The path if it exists, None if it can only be a hub id; raises CheckpointError if it can be neither."""
-    path = Path(name).expanduser()
+    if len(str(name)) > 4096 or "\0" in str(name):
+        raise CheckpointError(
+            f"{shown(str(name))} is no path and no hub id; give the path of a checkpoint folder or file"
+        )
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a part of it is too long, or ~ of nobody
+        raise CheckpointError(f"{shown(str(name))} is no path that could be: {error}") from error
     if path.exists():
         path = path / subfolder
         if path.exists():

@@ -1,6 +1,5 @@
 """What a model file says of itself, from its headers alone: no weight is read, and torch is imported for .bin only."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -10,6 +9,7 @@ from typing import Any
 
 from llama2 import checkpoint
 from llama2.auto import load_config
+from llama2.checkpoint.directory import found, read_directory
 from llama2.checkpoint.foreign import described, mlx_settings
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.source import fetch_files, local_path, revision_of
@@ -18,6 +18,7 @@ from llama2.config import PRESETS, LlamaConfig
 from llama2.coverage import is_table
 from llama2.errors import CheckpointError, ConfigError
 from llama2.quant.blocks import NAMED, SIZES
+from llama2.text_file import opened
 
 COUNTED = ("gptq", "bitsandbytes")  # methods whose weights `Packing` counts
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -196,35 +197,14 @@ def _safetensors(path: Path) -> list[Path]:
         return named  # as ExLlamaV2 names them
     if not index.exists():
         return sorted(path.glob("weights.*.safetensors"))  # as MLX did
-    names = sorted({str(name) for name in (checkpoint.read_json(index).get("weight_map") or {}).values()})
-    for name in names:
-        if not (path / name).exists():
-            raise CheckpointError(f"{index} names the shard {name!r}, which is missing; fetch the checkpoint again")
-    return [path / name for name in names]
+    return checkpoint.read_index(index)[1]
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{path} is truncated or not safetensors: its header of {length} bytes does not fit its {size} bytes; "
-                "fetch the file again"
-            )
-        text = file.read(length)
-    try:
-        header: dict[str, Any] = json.loads(text)
-        header.pop("__metadata__", None)
-        needed = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a malformed safetensors header ({error!r}); fetch the file again") from error
-    if 8 + length + needed != size:
-        kind = "truncated" if 8 + length + needed > size else "malformed"
-        raise CheckpointError(
-            f"{path} is {kind}: its tensors end at byte {8 + length + needed}, the file at byte {size}; fetch it again"
-        )
-    return header
+def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The directory of a file, of dtypes that are not run here too."""
+    with found(path) as file:
+        entries = read_directory(path, file, readable=False)[1]
+    return {e.name: {"dtype": e.dtype, "shape": e.shape, "data_offsets": (e.start, e.end)} for e in entries}
 
 
 def _opened(path: Path, headers: Headers) -> Headers:
@@ -274,9 +254,10 @@ def _licence(folder: Path) -> str | None:
     """What the model card says, else the first licence file's name."""
     card = folder / "README.md"
     if card.exists():
-        front = card.read_text(encoding="utf-8", errors="replace")[:4000]
-        if found := re.search(r"^license:\s*(\S.*)$", front, re.MULTILINE):
-            return found[1].strip().strip("\"'")
+        with opened(card) as file:
+            front = file.read(4000).decode("utf-8", errors="replace")
+        if said := re.search(r"^license:\s*(\S.*)$", front, re.MULTILINE):
+            return said[1].strip().strip("\"'")
     files = sorted(file.name for file in folder.glob("LICEN[SC]E*"))
     return files[0] if files else None
 

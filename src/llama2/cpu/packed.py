@@ -14,6 +14,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import struct
 import sys
@@ -34,6 +35,8 @@ from llama2.cpu.reader import BlockMatrix, GgufSource, block_matrices, check_cov
 from llama2.errors import CheckpointError, InputError
 from llama2.files import locked, replacing
 from llama2.quant.blocks import SIZES
+from llama2.schema import Kind, check, table
+from llama2.text_file import opened, parse_json
 
 SUFFIX = ".packed"
 _MAGIC, _VERSION = b"L2PACKED", 1
@@ -56,6 +59,10 @@ class _Place:
     @property
     def size(self) -> int:
         return -(-self.matrix.shape[0] // 16) * self.tile
+
+
+_HEX = re.compile(r"[0-9a-f]{8}")
+_CHECKSUM = Kind("eight hexadecimal digits", lambda value: isinstance(value, str) and _HEX.fullmatch(value) is not None)
 
 
 class PackedFile:
@@ -198,7 +205,7 @@ def _data_start(header: dict[str, Any]) -> int:
 
 def _open(path: Path) -> tuple[mmap.mmap, dict[str, Any]]:
     """The map of a packed file, and its header where that is whole."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         if os.fstat(file.fileno()).st_size < _FIXED.size + 32:
             raise CheckpointError(f"{path} is too short to be a packed file")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -210,7 +217,7 @@ def _open(path: Path) -> tuple[mmap.mmap, dict[str, Any]]:
     end = _FIXED.size + length
     if end + 32 > len(data) or hashlib.sha256(data[:end]).digest() != data[end : end + 32]:
         raise CheckpointError(f"{path} has a damaged header")
-    stored = json.loads(data[_FIXED.size : end])
+    stored = parse_json(data[_FIXED.size : end], f"the header of {path}")
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path} has a header that is no table")
     return data, stored
@@ -227,6 +234,7 @@ def _compare(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> dict
     for key, reason in reasons.items():
         if stored.get(key) != wanted[key]:
             raise CheckpointError(f"{path} {reason}")
+    check(stored, {"crc32": table(_CHECKSUM, 1_000_000)}, path)
     found: dict[str, str] = stored.get("crc32", {})
     if set(found) != {name for name, *_ in wanted["matrices"]}:
         raise CheckpointError(f"{path} lacks checksums of its matrices")

@@ -1,15 +1,17 @@
 """From the bytes of a body to a checked model, or a refusal that names the field, the value and the bound."""
 
 import difflib
+import re
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from llama2.serve.refusal import Refusal
-from llama2.text_file import MAX_DEPTH, nested_deeper
 
+MAX_DEPTH = 64  # of JSON: no schema or message needs more, and nothing behind this bound recurses further
 Text = Annotated[str, Field(max_length=4_000_000)]
+_STRUCTURE = re.compile(rb'["\[\]{}]')
 Texts = Annotated[list[Text], Field(fail_fast=True)]
 M = TypeVar("M", bound="Body")
 
@@ -52,8 +54,34 @@ def read(model: type[M], data: bytes, unknown: str = "refuse") -> M:
 
 def check_depth(data: bytes) -> None:
     """Raises Refusal for brackets nested deeper than MAX_DEPTH; text in strings counts for nothing."""
-    if nested_deeper(data, MAX_DEPTH):
-        raise Refusal("malformed", f"the JSON is nested deeper than {MAX_DEPTH} levels; flatten it")
+    depth = at = 0
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+        return
+    while (found := _STRUCTURE.search(data, at)) is not None:
+        at = found.start()
+        byte = data[at]
+        if byte == 0x22:  # a string: to its closing quote
+            at = _closing_quote(data, at + 1)
+        elif byte in (0x5B, 0x7B):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise Refusal("malformed", f"the JSON is nested deeper than {MAX_DEPTH} levels; flatten it")
+        elif byte in (0x5D, 0x7D):
+            depth -= 1
+        at += 1
+
+
+def _closing_quote(data: bytes, at: int) -> int:
+    while True:
+        at = data.find(b'"', at)
+        if at < 0:
+            return len(data)
+        slashes = at - 1
+        while data[slashes] == 0x5C:
+            slashes -= 1
+        if (at - 1 - slashes) % 2 == 0:
+            return at
+        at += 1
 
 
 def _refusal(problem: Any) -> Refusal:

@@ -6,7 +6,7 @@ The path of `LlamaTokenizer`, and of `LlamaTokenizerFast` for models whose segme
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from llama2.errors import TokenizerError
+from llama2.errors import CheckpointError, TokenizerError
 from llama2.tokenizer.added import TokenMatcher
 from llama2.tokenizer.encoding import Segment, Span
 from llama2.tokenizer.prefix import SPACES, Prefix, normalize, surrogate_message
@@ -35,7 +35,11 @@ class SentencePieceEncoder:
             import sentencepiece
 
             data = self._model.to_bytes(add_dummy_prefix=dummy_prefix)
-            self._processors[dummy_prefix] = sentencepiece.SentencePieceProcessor(model_proto=data, **self._options)
+            try:
+                made = sentencepiece.SentencePieceProcessor(model_proto=data, **self._options)
+            except (RuntimeError, TypeError) as error:
+                raise CheckpointError(f"sentencepiece refuses this tokenizer.model: {error}; fetch it again") from error
+            self._processors[dummy_prefix] = made
         return self._processors[dummy_prefix]
 
     # -- ids -----------------------------------------------------------------------------------------------------

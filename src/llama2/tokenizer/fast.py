@@ -1,6 +1,7 @@
 """LlamaTokenizerFast: the `tokenizers` package encodes; also the class for byte-level BPE (Llama 3, SmolLM2)."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import tokenizers
 from tokenizers import models
 
 from llama2.errors import CheckpointError, TokenizerError
+from llama2.text_file import LISTING_BYTES, read_bytes, shown
 from llama2.tokenizer.added import AddedToken, TokenMatcher
 from llama2.tokenizer.contract import PreTrainedTokenizer
 from llama2.tokenizer.convert import add_to_backend, backend_from_spm, state_of
@@ -370,9 +372,18 @@ def _from_rust(token: Any) -> AddedToken:
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise CheckpointError(f"no tokenizer at {path}; give the path of a tokenizer.json file")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer.json: {error}") from error
+        data = read_bytes(path, LISTING_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"no tokenizer at {path}; give the path of a tokenizer.json file") from error
+    if _LONG.search(data):
+        raise CheckpointError(f"{path} has a text of more than a million bytes; no tokenizer does")
+    try:
+        return tokenizers.Tokenizer.from_buffer(data)
+    except BaseException as error:  # the Rust side raises plain Exception, and a panic is not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{path} is not a tokenizer.json: {shown(str(error))}") from error
+
+
+_LONG = re.compile(rb'"[^"]{1000000}')

@@ -16,7 +16,7 @@ from llama2.text_file import LISTING_BYTES, read_object
 from llama2.tokenizer.added import AddedToken, as_added_token, content_of
 from llama2.tokenizer.batching import check_side
 from llama2.tokenizer.prefix import Prefix, recognise
-from llama2.tokenizer.reading import TEMPLATE, TEMPLATE_JSON, TEMPLATES, find_files, read_settings
+from llama2.tokenizer.reading import TEMPLATE, TEMPLATE_JSON, TEMPLATES, find_files, read_config, read_settings
 from llama2.tokenizer.special import NAMES, SpecialTokens
 from llama2.tokenizer.spm import SentencePieceModel
 from llama2.tokenizer.stream import PieceTable
@@ -171,7 +171,7 @@ class Files(SpecialTokens):
 
         Names of other families' classes (GPT2Tokenizer, TokenizersBackend) stand for `PreTrainedTokenizerFast`.
         """
-        config = read_object(files["config"], "tokenizer_config.json") if "config" in files else {}
+        config = read_config(files)
         name = config.get("tokenizer_class")
         if not name:
             return cls

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import CheckpointError, TokenizerError
+from llama2.text_file import LISTING_BYTES, read_bytes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _BPE = 2
+MAX_PIECE = 4096  # characters; Llama 2's longest has 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,12 @@ class SentencePieceModel:
     @classmethod
     def from_file(cls, path: str | Path) -> "SentencePieceModel":
         """Read `path`. CheckpointError where it is missing, empty or no SentencePiece model."""
-        path = Path(path)
-        if not path.is_file():
-            raise CheckpointError(f"no SentencePiece model at {path}; give the path of a tokenizer.model file")
         try:
-            return cls.from_bytes(path.read_bytes())
+            return cls.from_bytes(read_bytes(path, LISTING_BYTES))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointError(
+                f"no SentencePiece model at {path}; give the path of a tokenizer.model file"
+            ) from error
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
 
@@ -197,8 +200,8 @@ def _parse(data: bytes) -> SentencePieceModel:
             types.append(kind)
         elif number in specs and isinstance(value, bytes):
             specs[number].update(_fields(value))
-    if not pieces:
-        raise IndexError("no pieces")
+    if not pieces or len(pieces) > 2**24 or max(map(len, pieces)) > MAX_PIECE:
+        raise IndexError(f"{len(pieces)} pieces, the longest of {max(map(len, pieces), default=0)} characters")
     trainer, normalizer = specs[2], specs[3]
     name = normalizer.get(1, b"")
     return SentencePieceModel(

@@ -318,9 +318,12 @@ class Saving(Results):
             )
         if not isinstance(content, dict) or not content.keys() >= {"optimizer", "scheduler"}:
             raise CheckpointError(f"{place} holds no optimiser and scheduler of yours; it is damaged")
-        self.updates.inner.load_state_dict(content["optimizer"])
-        if content["scheduler"] is not None and self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(content["scheduler"])
+        try:
+            self.updates.inner.load_state_dict(content["optimizer"])
+            if content["scheduler"] is not None and self.lr_scheduler is not None:
+                self.lr_scheduler.load_state_dict(content["scheduler"])
+        except Exception as error:  # whatever a foreign optimiser makes of a state that is not its own
+            raise CheckpointError(f"the optimiser does not take its state from {place}: {error!r}") from error
 
     def _check_identity(self, place: Path, there: dict[str, Any], names: Sequence[str]) -> None:
         """Raises InputError for a checkpoint of other rows, seeds or adapters. A run may become longer."""
