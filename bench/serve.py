@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from decode import default_model
+from demo import default_model
 
 TEXT = (
     "time year people way day man thing woman life child world school state family student group "

