@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from demo import default_model
+
 PROMPT = "The capital of France is"
 PROMPT_IDS = [504, 3575, 282, 4649, 314]
 
@@ -32,8 +34,6 @@ print(out[0, -1].item(), flush=True)
 THEIRS = """
 import logging, os, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from demo import default_model
 folder, file, given = {folder!r}, {file!r}, {given!r}
 if given is None:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)

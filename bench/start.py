@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from demo import default_model
+
 from llama2.checkpoint.gguf import GgufFile
 from llama2.cpu import write_packed
 
@@ -37,8 +39,6 @@ token = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()
 """
 THEIRS = """
 from llama_cpp import Llama
-
-from demo import default_model
 model = Llama({path!r}, n_threads={threads}, n_threads_batch={threads}, verbose=False)
 token = next(model.generate(model.tokenize({prompt!r}.encode()), temp=0.0))
 """
