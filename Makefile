@@ -153,8 +153,11 @@ ray: .make/ray
 
 FUZZ ?= 20000
 SEED ?= 0
+KILLS ?= 200
 fuzz: .make/test
 	LLAMA2_FUZZ=$(FUZZ) LLAMA2_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/serve/test_fuzz.py tests/hostile/test_fuzz_files.py -o timeout=36000
+	LLAMA2_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_interruptions.py -o timeout=36000
+	LLAMA2_KILLS=$(KILLS) LLAMA2_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -m slow tests/test_kills.py -o timeout=36000
 
 .make/bench: .make/parity
 	$(PIP) 'llama-cpp-python[server]==0.3.36'

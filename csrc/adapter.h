@@ -1,5 +1,6 @@
 // LoRA adapters: low-rank additions to the linears of a model, chosen per sequence in a step.
 #pragma once
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -23,6 +24,12 @@ class Adapter {
   const LowRank* all() const { return all_.data(); }  // [layer][part]; rank 0 where nothing is added
   int64_t rank() const { return rank_; }              // the largest
   int64_t bytes() const { return bytes_; }
+
+  struct Count : std::atomic<int> {  // of a copy it begins anew
+    Count() : std::atomic<int>(0) {}
+    Count(const Count&) : std::atomic<int>(0) {}
+  };
+  mutable Count steps;  // that run with it
 
  private:
   uint8_t* take(int64_t bytes);  // zeroed, one matrix behind the other in the order a step reads them

@@ -47,7 +47,8 @@ struct PyMatrix {
   Matrix m;
   std::shared_ptr<uint8_t> memory;  // packed weights
   std::vector<std::shared_ptr<uint8_t>> shared;  // tables and orders, which other matrices may share
-  nb::object owner, bias;           // what the data and the bias belong to, when not to us
+  nb::object owner;                 // what the data belong to, when not to us
+  std::vector<nb::object> biases;   // every one that was set: a model may have been made with an earlier one
 };
 
 const Kernels* isa(const std::string& name) {
@@ -89,6 +90,10 @@ class Arena {
   int64_t at_ = 0, size_ = 0;
 };
 
+// The caller's thread is not the only one that may write into an array: what is checked is a copy, and the copy is used.
+std::vector<int32_t> copied(const int32_t* data, size_t size) { return std::vector<int32_t>(data, data + size); }
+std::vector<int32_t> copied(const Ints& array) { return copied(array.data(), array.size()); }
+
 // A matrix of GGUF blocks, checked: what `pack` and `pack_tiles` read.
 struct Blocks {
   Blocks(Bytes raw, int type_id, int64_t rows_, int64_t cols_, const std::optional<Ints>& row_map) : rows(rows_), cols(cols_) {
@@ -98,7 +103,8 @@ struct Blocks {
     from = raw.data();
     if (!row_map) return;
     require(static_cast<int64_t>(row_map->size()) == rows, "row_map has " + str(row_map->size()) + " entries for " + str(rows) + " rows");
-    map = row_map->data();
+    map_ = copied(*row_map);
+    map = map_.data();
     for (int64_t i = 0; i < rows; ++i) require(map[i] >= 0 && map[i] < rows, "row_map[" + str(i) + "] = " + str(map[i]) + " is outside 0.." + str(rows - 1));
   }
 
@@ -141,6 +147,9 @@ struct Blocks {
   int64_t rows, cols;
   const uint8_t* from;
   const int32_t* map = nullptr;
+
+ private:
+  std::vector<int32_t> map_;
 };
 
 PyMatrix pack(Arena& arena, Pool& pool, Bytes raw, int type_id, int64_t rows, int64_t cols, std::optional<Ints> row_map) {
@@ -237,9 +246,11 @@ PyMatrix pack_groups(Arena& arena, Pool& pool, Bytes codes, Halves scales, Bytes
   s.scales = scales.data();
   s.zeros = zeros.data();
   if (bits == 4) require_nibbles(s.codes, n);
+  std::vector<int32_t> columns;
   if (order) {
     require(static_cast<int64_t>(order->size()) == cols, "order has " + str(order->size()) + " entries for " + str(cols) + " columns");
-    s.order = order->data();
+    columns = copied(*order);
+    s.order = columns.data();
     std::vector<bool> seen(cols);
     for (int64_t i = 0; i < cols; ++i) {
       if (s.order[i] < 0 || s.order[i] >= cols || seen[s.order[i]])
@@ -280,6 +291,7 @@ PyMatrix view(nb::ndarray<nb::ndim<2>, nb::device::cpu, nb::ro> a, bool bfloat16
 
 struct PyModel {
   Model m;
+  std::atomic<int> steps{0};  // that run
   std::vector<nb::object> keep;
 };
 
@@ -313,6 +325,7 @@ PyModel* make_model(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t wid
 
 void add_layer(PyModel& p, nb::object norm1, nb::object q, nb::object k, nb::object v, nb::object o, nb::object norm2,
                nb::object gate, nb::object up, nb::object down) {
+  require(p.steps == 0, "the model runs in another thread; add layers before");
   Model& m = p.m;
   int64_t A = m.heads * m.width, KV = m.kv_heads * m.width;
   Layer l;
@@ -345,6 +358,7 @@ void set_low_rank(Adapter& adapter, int64_t layer, const std::string& name, cons
   int64_t in = adapter.in(static_cast<Part>(part)), out = adapter.out(static_cast<Part>(part));
   require(a.m.cols == in && b.m.rows == out && a.m.rows == b.m.cols,
           "A is " + str(a.m.rows) + " x " + str(a.m.cols) + " and B " + str(b.m.rows) + " x " + str(b.m.cols) + ", rank x " + str(in) + " and " + str(out) + " x rank expected");
+  require(adapter.steps == 0, "the adapter runs in another thread; set it before");
   require(std::isfinite(scale), "the scale is not a finite number");
   require(adapter.all()[layer * PARTS + part].rank == 0, "it is given twice");
   adapter.set(layer, static_cast<Part>(part), a.m, b.m, scale);
@@ -360,7 +374,7 @@ KvCache* make_cache(const std::string& dtype, int64_t layers, int64_t heads, int
 
 // Refuses a layer, a table of pages, or keys and values (heads, positions, width) that do not fit the cache.
 template <class Array>
-void check_positions(const KvCache& c, int64_t layer, const Ints& table, int64_t past, const Array& keys, const Array& values) {
+void check_positions(const KvCache& c, int64_t layer, const std::vector<int32_t>& table, int64_t past, const Array& keys, const Array& values) {
   require(layer >= 0 && layer < c.layers(), "layer " + str(layer) + " is outside the cache's " + str(c.layers()));
   for (const Array* a : {&keys, &values})
     require(static_cast<int64_t>(a->shape(0)) == c.shape().heads && static_cast<int64_t>(a->shape(2)) == c.shape().width && a->shape(1) == keys.shape(1),
@@ -372,15 +386,17 @@ void check_positions(const KvCache& c, int64_t layer, const Ints& table, int64_t
 }
 
 void read_cache(const KvCache& c, int64_t layer, Ints table, Out3 keys, Out3 values) {
-  check_positions(c, layer, table, 0, keys, values);
+  std::vector<int32_t> pages = copied(table);
+  check_positions(c, layer, pages, 0, keys, values);
   nb::gil_scoped_release free;
-  c.read(layer, table.data(), static_cast<int64_t>(keys.shape(1)), keys.data(), values.data());
+  c.read(layer, pages.data(), static_cast<int64_t>(keys.shape(1)), keys.data(), values.data());
 }
 
 void write_cache(KvCache& c, int64_t layer, Ints table, int64_t past, In3 keys, In3 values) {
-  check_positions(c, layer, table, past, keys, values);
+  std::vector<int32_t> pages = copied(table);
+  check_positions(c, layer, pages, past, keys, values);
   nb::gil_scoped_release free;
-  c.write(layer, table.data(), past, static_cast<int64_t>(keys.shape(1)), keys.data(), values.data());
+  c.write(layer, pages.data(), past, static_cast<int64_t>(keys.shape(1)), keys.data(), values.data());
 }
 
 void copy_page_from(KvCache& c, const KvCache& other, int64_t from, int64_t to) {
@@ -415,6 +431,23 @@ void check_batch(const Model& m, const KvCache& c, const Batch& b) {
     require(b.out_rows[i] >= 0 && b.out_rows[i] < b.tokens, "logits row " + str(b.out_rows[i]) + " is outside the step's " + str(b.tokens) + " tokens");
 }
 
+// While one of these lives neither the model nor an adapter of the step can be changed.
+class Running {
+ public:
+  Running(PyModel& model, const std::vector<const Adapter*>& adapters) : model_(model), adapters_(adapters) { count(1); }
+  ~Running() { count(-1); }
+  Running(const Running&) = delete;
+
+ private:
+  void count(int by) const {
+    model_.steps += by;
+    for (const Adapter* adapter : adapters_)
+      if (adapter) adapter->steps += by;
+  }
+  PyModel& model_;
+  const std::vector<const Adapter*>& adapters_;
+};
+
 class PyRunner {
  public:
   PyRunner(Pool& pool, const std::string& isa_name, bool exact) : kernels_(isa(isa_name)), runner_(kernels_, &pool, exact) {}
@@ -431,13 +464,16 @@ class PyRunner {
     require(static_cast<int64_t>(tables.shape(0)) == b.sequences, "one page table for every sequence");
     require(static_cast<int64_t>(inv_freq.size()) == model.m.width / 2, "inv_freq has half a head's width");
     require(static_cast<int64_t>(logits.shape(0)) == b.rows && (b.rows == 0 || static_cast<int64_t>(logits.shape(1)) == model.m.vocab), "logits is rows x vocabulary");
-    b.ids = ids.data();
-    b.positions = positions.data();
-    b.starts = starts.data();
-    b.past = past.data();
-    b.tables = tables.data();
-    b.out_rows = rows.data();
-    b.inv_freq = inv_freq.data();
+    const std::vector<int32_t> own_ids = copied(ids), own_positions = copied(positions), own_starts = copied(starts);
+    const std::vector<int32_t> own_past = copied(past), own_tables = copied(tables.data(), tables.size()), own_rows = copied(rows);
+    const std::vector<float> own_freq(inv_freq.data(), inv_freq.data() + inv_freq.size());
+    b.ids = own_ids.data();
+    b.positions = own_positions.data();
+    b.starts = own_starts.data();
+    b.past = own_past.data();
+    b.tables = own_tables.data();
+    b.out_rows = own_rows.data();
+    b.inv_freq = own_freq.data();
     b.rope_scale = rope_scale;
     b.logits = logits.data();
     check_batch(model.m, cache, b);
@@ -451,6 +487,7 @@ class PyRunner {
       b.adapters = chosen.data();
     }
     bool pending = false;
+    const Running running(model, chosen);
     {
       nb::gil_scoped_release free;
       std::lock_guard<std::mutex> one(busy_);
@@ -526,8 +563,9 @@ void attend(Pool& pool, const std::string& isa_name, KvCache& cache, int64_t lay
   require(group > 0 && across == group * kv.heads * width, "q has a multiple of the kv heads");
   require(out.shape(0) == q.shape(0) && out.shape(1) == q.shape(1), "out is shaped as q");
   require(past >= 0 && asked <= end && (end + PAGE - 1) / PAGE <= static_cast<int64_t>(table.size()), "the table is too short");
-  const int32_t* pages = table.data();
-  for (int64_t i = 0; i < static_cast<int64_t>(table.size()); ++i)
+  const std::vector<int32_t> own = copied(table);
+  const int32_t* pages = own.data();
+  for (int64_t i = 0; i < static_cast<int64_t>(own.size()); ++i)
     require(pages[i] >= 0 && pages[i] < cache.pages(), "page " + str(pages[i]) + " is outside the cache of " + str(cache.pages()) + " pages");
   int64_t scratch = attention_scratch(width);
   std::vector<float> memory(pool.size() * scratch);
@@ -631,7 +669,7 @@ NB_MODULE(_native, m) {
       .def("set_bias", [](PyMatrix& p, nb::object bias) {
         Floats a = nb::cast<Floats>(bias);
         require(static_cast<int64_t>(a.size()) == p.m.rows, "a bias of " + str(a.size()) + " values for " + str(p.m.rows) + " rows");
-        p.bias = bias;
+        p.biases.push_back(bias);
         p.m.bias = a.data();
       });
   nb::class_<PyModel>(m, "Model")

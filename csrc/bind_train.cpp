@@ -137,8 +137,9 @@ Shapes shapes_of(const Tensor& q, const Tensor& k, const Tensor& v, const Floats
   require(static_cast<int64_t>(cos.size()) == s.tokens * s.texts.width && cos.size() == sin.size(), "cos and sin are [token][width]");
   int64_t before = 0;
   for (size_t i = 0; i < ends.size(); ++i) {
-    require(ends.data()[i] > before, "texts end one after the other");
-    s.ends.push_back(before = ends.data()[i]);
+    const int64_t end = ends.data()[i];  // read once: another thread may write there
+    require(end > before, "texts end one after the other");
+    s.ends.push_back(before = end);
   }
   require(before == s.tokens, "the last text ends with the last token");
   return s;
@@ -190,13 +191,14 @@ void log_probs(Pool& pool, Tensor logits, Longs targets, std::optional<Floats> f
   require(rows > 0 && logits.ndim() == 2 && static_cast<int64_t>(logits.shape(0)) == rows && logits.shape(1) > 0, "logits are [row][vocabulary], one target a row");
   int64_t vocabulary = static_cast<int64_t>(logits.shape(1));
   require(static_cast<int64_t>(found.size()) == rows && (!factors || static_cast<int64_t>(factors->size()) == rows), "one result and one factor a row");
-  for (int64_t i = 0; i < rows; ++i) require(targets.data()[i] >= 0 && targets.data()[i] < vocabulary, "a target outside the vocabulary");
+  const std::vector<int64_t> own(targets.data(), targets.data() + rows);  // another thread may write into the array
+  for (int64_t target : own) require(target >= 0 && target < vocabulary, "a target outside the vocabulary");
   Real t = real_of(logits);
   uint8_t* at = static_cast<uint8_t*>(logits.data());
   pieces(pool, rows, 1, [&](int64_t a, int64_t b, int) {
     std::vector<float> scratch(factors ? vocabulary + 16 : 0);
     for (int64_t r = a; r < b; ++r)
-      found.data()[r] = kernels().log_prob(t, at + r * vocabulary * real_bytes(t), vocabulary, targets.data()[r], factors ? factors->data() + r : nullptr, scratch.data());
+      found.data()[r] = kernels().log_prob(t, at + r * vocabulary * real_bytes(t), vocabulary, own[r], factors ? factors->data() + r : nullptr, scratch.data());
   });
 }
 

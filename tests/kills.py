@@ -9,6 +9,7 @@ falls depends on the machine, which is what is wanted of it.
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -23,6 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+IMPORTS = (
+    *(f"llama2.cli.{name}" for name in ("batch", "convert", "finetune", "merge_adapter", "pack", "quantize", "serve")),
+    *("llama2.engine", "llama2.quantize.job", "llama2.serve.app", "llama2.serve.offline", "llama2.train.finetune"),
+)
+
 Bits = dict[str, Any]
 
 
@@ -34,6 +40,7 @@ class Count:
     kills: int = 0
     ended_before: int = 0  # the moment came after the end
     refused: int = 0  # of two at once, one by the other's lock
+    length: float = 0.0  # seconds of an undisturbed run
     faults: list[str] = field(default_factory=list)
 
 
@@ -105,6 +112,8 @@ def prepare(place: Path) -> None:
     from llama2.checkpoint.peft import save_adapter
     from llama2.cli import main
 
+    for name in IMPORTS:
+        importlib.import_module(name)
     torch.set_num_threads(1)  # a thread of torch's would be lost in a fork
     convert.SYNC_BYTES, target.BLOCK_BYTES = 1 << 14, 1 << 12
     sizes: dict[str, Any] = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "bos_token_id": None,
@@ -201,7 +210,7 @@ def rounds(place: Path, name: str, kills: int, seed: int) -> Count:
         log = place / f"{name}.calm.log"
         code = end(start(command.words(calm), log))
         assert code == 0, (name, code, log.read_text()[-2000:])
-        length = time.perf_counter() - began
+        length = count.length = time.perf_counter() - began
     wanted = command.bits(calm)
     while count.kills < kills and count.rounds < 4 * kills and len(count.faults) < 10:
         chance = random.Random(f"{seed}/{name}/{count.rounds}")
@@ -223,7 +232,8 @@ def run(names: list[str], kills: int, seed: int, place: Path) -> dict[str, Count
         count = found[name] = rounds(place, name, kills, seed)
         print(
             f"{name}: {count.kills} kills in {count.rounds} rounds, {count.refused} refused by a lock, "
-            f"{count.ended_before} ended before, {len(count.faults)} faults, {time.perf_counter() - began:.0f} s",
+            f"{count.ended_before} ended before, {len(count.faults)} faults, {time.perf_counter() - began:.0f} s "
+            f"({count.length:.1f} s a calm run)",
             flush=True,
         )
         for fault in count.faults:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -252,3 +255,64 @@ def test_a_sequence_that_a_step_runs_with_is_refused_to_other_threads() -> None:
     assert sequence.length == 3 and other.length == 0
     run.step([4, 5], [3, 0], view)
     assert sequence.length == 4 and other.length == 1
+
+
+def test_arrays_that_another_thread_changes_during_a_step_end_no_process() -> None:
+    """What is checked is a copy: a step gives its logits, or refuses what it copied."""
+    run, cache = runner(model("mqa, biases"))
+    engine, weights = run._runner, run.weights
+    sequence = cache.sequence()
+    view = cache.view([(sequence, 40)])
+    ids, positions = np.arange(40, dtype=np.int32), np.arange(40, dtype=np.int32)
+    starts, past, tables, rows = view.starts.copy(), view.past.copy(), view.tables.copy(), np.array([39], np.int32)
+    logits, done = np.empty((1, 131), np.float32), threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            for array in (ids, starts, past, tables, rows):
+                array[-1] ^= 0x5000_0000
+                time.sleep(0.0002)  # lets the step begin, or go on, with a wrong value
+                array[-1] ^= 0x5000_0000
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    ended = []
+    try:
+        for _ in range(60):
+            try:
+                engine.step(weights.model, cache.handle, ids, positions, starts, past, tables, rows, weights.inv_freq,
+                            weights.rope_scale, logits, None)  # fmt: skip
+                ended.append(bool(np.isfinite(logits).all()))
+            except ValueError as error:
+                assert re.search("outside|runs from|negative|needs", str(error))
+    finally:
+        done.set()
+        changing.join()
+    assert all(ended)
+
+
+def test_a_model_that_runs_is_not_changed() -> None:
+    run, cache = runner(model("gqa"))
+    weights, sequence, told = run.weights, cache.sequence(), []
+    norm = np.ones(96, np.float32)
+
+    def change() -> None:
+        while not done.is_set():
+            try:
+                weights.model.add_layer(*[norm] * 9)
+            except (ValueError, RuntimeError, TypeError) as error:
+                told.append(str(error))
+
+    done = threading.Event()
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        for _ in range(500):
+            if any("runs in another thread" in text for text in told):
+                break
+            run.feed(sequence, [1] * 100)
+            sequence.free()
+    finally:
+        done.set()
+        changing.join()
+    assert any("the model runs in another thread; add layers before" in text for text in told)
