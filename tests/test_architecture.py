@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llama2"
 ROWS: dict[str, int] = {
     "errors": -2,
     "text_file": -1,
-    **dict.fromkeys(("availability", "doors", "plain", "recompute", "schema", "pattern", "files"), 0),
+    **dict.fromkeys(("availability", "doors", "plain", "recompute", "schema", "pattern", "mapping", "files"), 0),
     **dict.fromkeys(("keywords", "logging", "presets", "rope_settings", "config_fields", "seeds"), 1),
     **dict.fromkeys(("hf_argument_parser",), 2),
     **dict.fromkeys(("config", "generation_config", "compiled"), 2),
@@ -53,6 +53,7 @@ NO_TORCH = (
     "files.py",
     "text_file.py",
     "schema.py",
+    "mapping.py",
     "config_fields.py",
     "pattern.py",
     "errors.py",

@@ -43,7 +43,6 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "offload_folder": f"{_LOADING}: nothing is offloaded",
         "offload_state_dict": f"{_LOADING}: nothing is offloaded",
         "offload_buffers": f"{_LOADING}: nothing is offloaded",
-        "disable_mmap": _LOADING,
         "tp_plan": f"{_ONE_DEVICE}; `llama2 serve` and `llama2 finetune` run on several with torchrun",
         "tp_size": _ONE_DEVICE,
         "device_mesh": _ONE_DEVICE,

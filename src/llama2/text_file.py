@@ -29,7 +29,7 @@ def opened(path: str | Path) -> IO[bytes]:
     may not be read or is no regular file: a folder, a device, a FIFO (opening one could wait for ever)."""
     descriptor = -1
     try:
-        _refuse_irregular(path, os.stat(path).st_mode)
+        check_regular(path)
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
         _refuse_irregular(path, os.fstat(descriptor).st_mode)
         return os.fdopen(descriptor, "rb")
@@ -42,6 +42,11 @@ def opened(path: str | Path) -> IO[bytes]:
             raise
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{shown(path)} cannot be read: {reason}") from error
+
+
+def check_regular(path: str | Path) -> None:
+    """Raises as `opened`, without opening the file."""
+    _refuse_irregular(path, os.stat(path).st_mode)
 
 
 def _refuse_irregular(path: str | Path, mode: int) -> None:

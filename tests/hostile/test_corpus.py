@@ -14,7 +14,7 @@ import torch
 from hostile.folders import make, visit
 
 import llama2.checkpoint as checkpoint
-from llama2 import AutoTokenizer, GenerationConfig, LlamaConfig
+from llama2 import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, mapping
 from llama2.checkpoint import directory
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.hf import load_bin, map_safetensors
@@ -113,6 +113,7 @@ TOKENIZERS: list[tuple[dict[str, Any], str]] = [
     ({"bos_token": [deep(70)]}, "tokenizer_config.json is JSON nested deeper than 64"),
     ({"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder is {'x'"),
     ({"added_tokens_decoder": {"1": {"content": ["a"]}}}, "added_tokens_decoder is"),
+    ({"added_tokens_decoder": {"1": {"content": "a", "special": None}}}, "added_tokens_decoder is"),
     ({"additional_special_tokens": 3}, "additional_special_tokens is 3"),
     ({"chat_template": 7}, "chat_template is 7"),
     ({"padding_side": ["left"]}, r"padding_side is \['left'\]"),
@@ -178,6 +179,18 @@ def test_names_stay_in_their_folder(tmp_path: Path) -> None:
     blob.touch()
     (snapshot / "model.safetensors").symlink_to("../../blobs/f")
     assert inside(snapshot, "model.safetensors", "index").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "additional_chat_templates/a.jinja"])
+def test_links_out_of_the_folder_are_not_followed(model: Path, tmp_path: Path, name: str) -> None:
+    """A template that is a link to a private file would be shown, saved and uploaded with the model."""
+    folder = copied(model, tmp_path / "m")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/etc/hostname")
+    load = AutoTokenizer.from_pretrained if name.endswith("jinja") else checkpoint.open
+    with pytest.raises(CheckpointError, match=r"is a link to /etc/hostname, outside its folder; put the file itself"):
+        load(folder)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------
@@ -289,6 +302,29 @@ def test_imatrix(tmp_path: Path) -> None:
         (tmp_path / "i.dat").write_bytes(data)
         with pytest.raises(CheckpointError):
             read_imatrix(tmp_path / "i.dat")
+
+
+# -- without maps ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "gguf", "gptq"])
+def test_weights_that_are_read_outlive_their_file(tmp_path: Path, kind: str) -> None:
+    """With disable_mmap a file that is cut afterwards changes nothing; a map would end the process."""
+    folder = make(kind, tmp_path / kind)
+    wanted = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[1, 2, 3]])).logits
+    found = AutoModelForCausalLM.from_pretrained(folder, disable_mmap=True)
+    for file in folder.iterdir():
+        os.truncate(file, 0)
+    assert torch.equal(found(torch.tensor([[1, 2, 3]])).logits, wanted)
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(bytes(100))
+    real = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda d: os.stat_result([*real(d)[:6], 5000, *real(d)[7:]]))
+    said = pytest.raises(CheckpointError, match="was cut to 100 of its 5000 bytes")
+    with mapping.reading_whole(), (tmp_path / "a").open("rb") as file, said:
+        mapping.mapped(file)
 
 
 # -- adapters, Meta's files --------------------------------------------------------------------------------------

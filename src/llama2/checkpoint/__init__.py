@@ -23,7 +23,7 @@ from llama2.files import settle
 from llama2.generation_config import check_fields as check_generation
 from llama2.quantization_config import completed
 from llama2.schema import check, table, text
-from llama2.text_file import LISTING_BYTES, SETTINGS_BYTES, inside, read_object, shown
+from llama2.text_file import LISTING_BYTES, SETTINGS_BYTES, inside, linked_inside, read_object, shown
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +162,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
     Raises CheckpointError where it is missing, no JSON object, or of another architecture than Llama.
     """
-    fields = read_json(file)
+    fields = read_json(linked_inside(file, file.parent))
     check_fields({"architectures": fields.get("architectures")}, file)
     _refuse_foreign(fields, file)
     check_fields(fields, file)

@@ -21,6 +21,7 @@ from llama2.checkpoint import split_parts
 from llama2.checkpoint.gguf_config import config_from
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError
+from llama2.mapping import mapped
 from llama2.text_file import opened, shown
 
 # GGUF value type -> struct code; 8 is a string, 9 an array.
@@ -226,7 +227,7 @@ def _map(path: Path) -> mmap.mmap:
             size = os.fstat(file.fileno()).st_size
             if size < 24:
                 raise CheckpointError(f"{path} has {size} bytes; a GGUF header alone has 24. Fetch the file again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return mapped(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path} does not exist; give the path of a GGUF file") from error
 

@@ -6,7 +6,6 @@ without a copy, and the file never changes) and so that every offset is checked 
 """
 
 import math
-import mmap
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from llama2.checkpoint.wrapped import inner_dict, plain_names, without_wrappers
 from llama2.config import LlamaConfig
 from llama2.coverage import is_table
 from llama2.errors import CheckpointError
+from llama2.mapping import mapped
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -191,7 +191,7 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file as a view of the file, mapped copy-on-write; all offsets are checked first."""
     with found(path) as file:
         header_end, entries = read_directory(path, file)
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = mapped(file)
     tensors = {}
     for name, code, shape, start, end in entries:
         dtype, count, at = DTYPES[code], math.prod(shape), header_end + start

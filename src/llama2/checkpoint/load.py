@@ -37,6 +37,7 @@ from llama2.doors import door
 from llama2.errors import CheckpointError, DeviceError, InputError, MismatchError
 from llama2.generation_config import GenerationConfig
 from llama2.keywords import drop, refuse_unknown
+from llama2.mapping import reading_whole
 from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.pretrained import PreTrainedModel
 from llama2.quant.methods import layer_class
@@ -94,41 +95,45 @@ def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(load)
     def loaded(cls: type[Any], pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
-        if pretrained_model_name_or_path is None:
-            return load(cls, None, *args, **kwargs)
-        drop("hub", kwargs, stacklevel=4)
-        hub = split_hub_options(dict(kwargs))
-        chosen = {key: kwargs[key] for key in ("use_safetensors", "gguf_file") if key in kwargs}
-        place = locate(pretrained_model_name_or_path, hub, **chosen)
-        if (given := _calibrated(kwargs.get("quantization_config"))) is not None:
-            with tempfile.TemporaryDirectory() as folder:  # mapped files stay readable when their names are gone
-                made = Path(folder) / "gptq"
-                _quantized(place.path, given, made)
-                model = loaded(cls, made, *args, **{**kwargs, "quantization_config": None})
-            _named(model, str(place))
-            return model
-        found = adapted_base(place.path)
-        if found is None:
-            return load(cls, place, *args, **kwargs)
-        for key in ("subfolder",) if Path(place.name).expanduser().exists() else ("subfolder", "revision"):
-            kwargs.pop(key, None)
-        kwargs.setdefault("revision", found.revision)
-        wants_info = kwargs.pop("output_loading_info", False)
-        noted = None
-        if not any(kwargs.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")):
-            kwargs["quantization_config"] = noted = read_packing(place.path)
-        with head_follows():
-            model, info = loaded(cls, found.base, *args, **{**found.labels, **kwargs}, output_loading_info=True)
-        lost = [name for name in info["missing_keys"] if name.partition(".")[0] in HEADS and name not in found.heads]
-        if lost:
-            raise MismatchError(
-                f"{place} is an adapter without {lost[0]}, and its model {found.base} has none either: its answers "
-                "would be random. Give the adapter that was trained with a head (`llama2 finetune classify` makes one)"
-            )
-        load_adapter(model, place.path)
-        model.__dict__["_packed_for_adapter"] = noted is not None
-        info["missing_keys"] = [name for name in info["missing_keys"] if name not in found.heads]
-        return (model, info) if wants_info else model
+        with reading_whole(bool(kwargs.pop("disable_mmap", False))):
+            if pretrained_model_name_or_path is None:
+                return load(cls, None, *args, **kwargs)
+            drop("hub", kwargs, stacklevel=4)
+            hub = split_hub_options(dict(kwargs))
+            chosen = {key: kwargs[key] for key in ("use_safetensors", "gguf_file") if key in kwargs}
+            place = locate(pretrained_model_name_or_path, hub, **chosen)
+            if (given := _calibrated(kwargs.get("quantization_config"))) is not None:
+                with tempfile.TemporaryDirectory() as folder:  # mapped files stay readable when their names are gone
+                    made = Path(folder) / "gptq"
+                    _quantized(place.path, given, made)
+                    model = loaded(cls, made, *args, **{**kwargs, "quantization_config": None})
+                _named(model, str(place))
+                return model
+            found = adapted_base(place.path)
+            if found is None:
+                return load(cls, place, *args, **kwargs)
+            for key in ("subfolder",) if Path(place.name).expanduser().exists() else ("subfolder", "revision"):
+                kwargs.pop(key, None)
+            kwargs.setdefault("revision", found.revision)
+            wants_info = kwargs.pop("output_loading_info", False)
+            noted = None
+            if not any(kwargs.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")):
+                kwargs["quantization_config"] = noted = read_packing(place.path)
+            with head_follows():
+                model, info = loaded(cls, found.base, *args, **{**found.labels, **kwargs}, output_loading_info=True)
+            lost = [
+                name for name in info["missing_keys"] if name.partition(".")[0] in HEADS and name not in found.heads
+            ]
+            if lost:
+                raise MismatchError(
+                    f"{place} is an adapter without {lost[0]}, and its model {found.base} has none either: its "
+                    "answers would be random. Give the adapter that was trained with a head (`llama2 finetune "
+                    "classify` makes one)"
+                )
+            load_adapter(model, place.path)
+            model.__dict__["_packed_for_adapter"] = noted is not None
+            info["missing_keys"] = [name for name in info["missing_keys"] if name not in found.heads]
+            return (model, info) if wants_info else model
 
     return loaded
 
@@ -164,9 +169,10 @@ def from_pretrained(
     device ("cpu", "cuda", 0, {"": "cuda:0"}), or "auto" for the GPU where there is one. Hub settings (revision,
     cache_dir, token, local_files_only, force_download, subfolder) have no meaning for a local path. Any other keyword
     must be a field of the configuration and overrides it. A checkpoint of packed linears (GPTQ, bitsandbytes) stays
-    packed; another is quantised as it loads, one matrix at a time, where quantization_config (a BitsAndBytesConfig, or
-    its dict) or load_in_4bit or load_in_8bit says so. key_mapping renames tensors, see
-    `weights.Renamed`; generation_config stands in the place of the checkpoint's. With output_loading_info a dict of
+    packed; another is quantised as it loads, one matrix at a time, where quantization_config (a BitsAndBytesConfig,
+    or its dict) or load_in_4bit or load_in_8bit says so. key_mapping renames tensors, see
+    `weights.Renamed`; generation_config stands in the place of the checkpoint's. disable_mmap=True reads the weights
+    into memory, for files that may be cut while they are mapped. With output_loading_info a dict of
     missing_keys, unexpected_keys, mismatched_keys and error_msgs comes back too.
 
     A missing head, and what a subclass adds, are drawn anew with a warning, and so are tensors of another shape with

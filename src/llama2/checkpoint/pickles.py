@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import CheckpointError
+from llama2.mapping import reads_whole
 from llama2.text_file import opened, shown
 
 MAX_DIRECTORY = 8_000_000  # bytes of the pickle beside the weights: about 200 for each tensor
@@ -40,7 +41,7 @@ def load(path: Path, *, weights_only: bool = True) -> Any:
             )
         if weights_only:
             inspect(file, path)
-        return checked(_loaded(path, path, weights_only, zipped), path.stat().st_size, path)
+        return checked(_loaded(path, path, weights_only, zipped and not reads_whole()), path.stat().st_size, path)
 
 
 def load_part(file: IO[bytes], size: int, where: str) -> Any:

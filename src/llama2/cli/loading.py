@@ -14,6 +14,7 @@ from llama2.cli import terminal
 from llama2.cli.args import option, revision_option
 from llama2.cli.meter import Waiting
 from llama2.errors import InputError
+from llama2.mapping import reading_whole
 
 if TYPE_CHECKING:
     from llama2.model import LlamaForCausalLM
@@ -58,6 +59,10 @@ class RunOptions(ModelOptions):
         "auto",
         "number format of keys and values in the native engine; auto is float32 for float32 weights, else bfloat16; "
         "int8 takes half of bfloat16's memory",
+    )
+
+    no_mmap: bool = option(
+        False, "read the weights into memory instead of mapping their files, which may be cut meanwhile (network disks)"
     )
 
     @property
@@ -110,7 +115,7 @@ def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
     a thread meanwhile gains nothing (2.4 s against 2.5 s in all, within the noise): both hold the interpreter's lock.
     """
     name = model_path(options.model)
-    with Waiting(f"loading {name}"):
+    with Waiting(f"loading {name}"), reading_whole(options.no_mmap):
         tokenizer = load_tokenizer(name, options.revision)
         return _loaded(local_model(name, options.revision), options), tokenizer
 
@@ -197,7 +202,7 @@ def _adapted_for_torch(model: "LlamaForCausalLM", folder: Path) -> "LlamaForCaus
 def load_model(path: str, options: RunOptions) -> "LlamaForCausalLM | NativeModel":
     """The model of a path without an adapter; see `load`."""
     reason = "the native engine is not built, because the install found no C++17 compiler"
-    with _keeping_interrupts():
+    with _keeping_interrupts(), reading_whole(options.no_mmap):
         gguf = _may_stay_packed(path, options)
         if gguf and _engine_takes_it(options):
             from llama2.native import NativeModel

@@ -34,6 +34,7 @@ from llama2.compiled import make_pool, native
 from llama2.cpu.reader import BlockMatrix, GgufSource, block_matrices, check_coverage
 from llama2.errors import CheckpointError, InputError
 from llama2.files import locked, replacing
+from llama2.mapping import mapped
 from llama2.quant.blocks import SIZES
 from llama2.schema import Kind, check, table
 from llama2.text_file import opened, parse_json
@@ -208,7 +209,7 @@ def _open(path: Path) -> tuple[mmap.mmap, dict[str, Any]]:
     with opened(path) as file:
         if os.fstat(file.fileno()).st_size < _FIXED.size + 32:
             raise CheckpointError(f"{path} is too short to be a packed file")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = mapped(file, mmap.ACCESS_READ)
     magic, version, length = _FIXED.unpack_from(data, 0)
     if magic != _MAGIC:
         raise CheckpointError(f"{path} starts with {magic!r}, not {_MAGIC!r}: it is no packed file")

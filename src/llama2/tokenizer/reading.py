@@ -8,7 +8,7 @@ from typing import Any
 from llama2.errors import CheckpointError, MissingDependencyError, TokenizerError
 from llama2.files import settle
 from llama2.schema import ANY, FLAG, Kind, Schema, check, either, maybe, real, several, table, text, whole
-from llama2.text_file import TEMPLATE_BYTES, read_object, read_utf8
+from llama2.text_file import TEMPLATE_BYTES, linked_inside, read_object, read_utf8
 from llama2.tokenizer.added import AddedToken, as_added_token, content_of
 from llama2.tokenizer.special import NAMES
 
@@ -35,9 +35,14 @@ _TOKEN_ID = whole(0, 2**31 - 1)
 def _is_token(value: Any) -> bool:
     """A token as files write it: its text, or an object with it and flags."""
     if isinstance(value, dict):
-        flags = ("single_word", "lstrip", "rstrip", "special", "normalized")
-        known = all(isinstance(value.get(flag), bool | None) for flag in flags)
-        return known and isinstance(value.get("content"), str) and len(value["content"]) <= MAX_TOKEN
+        flags = ("single_word", "lstrip", "rstrip", "special")
+        known = all(isinstance(value.get(flag, False), bool) for flag in flags)
+        return (
+            known
+            and isinstance(value.get("normalized"), bool | None)
+            and isinstance(value.get("content"), str)
+            and len(value["content"]) <= MAX_TOKEN
+        )
     return isinstance(value, str) and len(value) <= MAX_TOKEN
 
 
@@ -90,7 +95,9 @@ def find_files(path_or_id: str | Path, kwargs: dict[str, Any]) -> dict[str, Path
         "template": TEMPLATE,
         "template_json": TEMPLATE_JSON,
     }
-    found = {role: folder / name for role, name in roles.items() if os.path.lexists(folder / name)}
+    found = {
+        role: linked_inside(folder / name, folder) for role, name in roles.items() if os.path.lexists(folder / name)
+    }
     return found | ({"templates": folder / TEMPLATES} if (folder / TEMPLATES).is_dir() else {})
 
 
@@ -202,4 +209,5 @@ def _template(files: dict[str, Path], in_config: Any) -> str | dict[str, str] | 
 
 
 def _others(files: dict[str, Path]) -> list[Path]:
-    return list(files["templates"].glob("*.jinja")) if "templates" in files else []
+    folder = files.get("templates")
+    return [] if folder is None else [linked_inside(path, folder.parent) for path in folder.glob("*.jinja")]

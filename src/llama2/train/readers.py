@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import InputError, MissingDependencyError
-from llama2.text_file import read_utf8
+from llama2.text_file import check_regular, read_utf8
 
 Row = Mapping[str, Any]
 Rows = list[dict[str, Any]]
@@ -38,6 +38,7 @@ def read(source: str | Path, split: str = "train", config: str | None = None, da
         raise InputError(f"{path} is a file or folder here; a configuration and data_dir are for data sets of the hub")
     if path.is_dir():
         return _folder(path, split)
+    check_regular(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path} is no {_listed(READERS)} file; convert it to one of these")
