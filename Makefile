@@ -53,8 +53,10 @@ $(BIN)/python:
 demo: .make/demo
 	$(BIN)/llama2 generate --chat "$(PROMPT)"
 
+# WORKERS=2 makes two processes of it, each with one processor (tests/conftest.py); a file's tests stay together.
+WORKERS ?= 0
 test: .make/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: .make/test
 	$(BIN)/ruff format --check src tests bench examples

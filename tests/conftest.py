@@ -12,13 +12,15 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LLAMA2_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
+# Tiny models gain nothing from torch's threads; tests of threads name their number. OpenMP reads this once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def one_processor(worker: str) -> None:
     """Gives this process, and those that it starts, one processor: the worker of pytest-xdist of this name, as "gw1".
 
-    Tiny models gain nothing from threads, and teams that wait by spinning take the processors from each other. Tests
-    of threads name their number. Before torch is imported, since OpenMP reads its settings once.
+    Teams of threads that wait by spinning, as the native engine's, would take the processors from each other.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})

@@ -185,7 +185,8 @@ def test_paths_with_control_characters_are_logged_escaped(serve: Serve) -> None:
     served = serve()
     listener = logs.start("info", out)
     get(served.port, "/%C2%9B2J%1B%5B")
-    time.sleep(0.05)
+    while "2J" not in out.getvalue():  # the line is written after the answer
+        time.sleep(0.005)
     listener.stop()
     logs.logger.handlers.clear()
     assert "\\u009b" in out.getvalue() and "\x9b" not in out.getvalue()

@@ -253,17 +253,18 @@ def test_logs_are_json_lines_and_never_wait() -> None:
 
 def test_a_drain_waits_then_cuts() -> None:
     async def main() -> None:
-        life, cuts = Life(0.05, 0.1), []
+        life, cuts = Life(0.2, 0.1), []
         with pytest.raises(Refusal, match="being loaded"):
             life.enter()
         life.state = "ready"
         life.enter()
         drain = asyncio.create_task(life.drain(lambda: cuts.append(life.inside) or life.leave()))
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0)
         assert not life.ready
         life.enter()  # load balancers have not noticed yet
         life.leave()
-        await asyncio.sleep(0.06)
+        while life.state == "draining":
+            await asyncio.sleep(0.005)
         with pytest.raises(Refusal, match="shutting down"):
             life.enter()
         await drain

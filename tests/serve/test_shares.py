@@ -1,7 +1,5 @@
 """What one key may have: its share of a full house, its tokens a minute, and a true time to wait."""
 
-import socket
-import threading
 import time
 from typing import Any
 
@@ -83,7 +81,7 @@ def test_tokens_a_minute_and_when_there_are_more() -> None:
 
 
 def test_one_key_cannot_starve_another(serve: Serve) -> None:
-    served = serve(keys=Keys(["greedy", "late"]), engine={"width": 4, "waiting": 64})
+    served = serve(keys=Keys(["greedy", "late"]), engine={"width": 4, "waiting": 64}, pace=0.002)
     many = LONG | {"prompt": ["x"] * 8, "n": 4, "temperature": 1.0}
     socks = [opened(served, "greedy", many) for _ in range(2)]
     while served.engine.running < 4:
@@ -95,36 +93,23 @@ def test_one_key_cannot_starve_another(serve: Serve) -> None:
     assert served.engine.tokens_out - done < 2_000
     for sock in socks:
         sock.close()
-    assert served.quiet(60)
-
-
-def read_to_the_end(sock: socket.socket) -> None:
-    """Takes what the server sends until the connection ends."""
-    while sock.recv(65536):
-        pass
+    assert served.quiet()
 
 
 def test_who_is_refused_is_told_when_to_come_back(serve: Serve) -> None:
-    served = serve(keys=Keys(["a", "b"]), max_requests_per_key=2, tokens_per_minute=6000)
+    pace = 0.005  # no step is shorter, whatever the processor
+    served = serve(keys=Keys(["a", "b"]), max_requests_per_key=2, tokens_per_minute=6000, pace=pace)
     socks = [opened(served, "a", LONG) for _ in range(2)]
-    while len(served.service.sessions) < 2:
+    while served.engine.running < 2 or served.engine.tokens_out < 20:
         time.sleep(0.01)
     reply = ask(served, "a", LONG)
+    left = min(sequence.limit - len(sequence.tokens) for sequence in list(served.engine.scheduler.running))
     assert reply.status == 429 and "of this key" in reply.json["error"]["message"]
-    wait = int(reply.headers["retry-after"])
+    assert int(reply.headers["retry-after"]) >= int(left * pace) >= 1  # by then there is room
     assert ask(served, "b", {"prompt": "x", "max_tokens": 1}).status == 200
-    end = time.monotonic() + wait + 1
-    readers = [threading.Thread(target=read_to_the_end, args=(sock,)) for sock in socks]
-    for reader in readers:
-        reader.start()
-    while len(served.service.sessions) == 2 and time.monotonic() < end + 5:
-        time.sleep(0.01)
-    assert len(served.service.sessions) < 2  # there was room by then
-    assert served.quiet(60)
-    for sock, reader in zip(socks, readers, strict=True):
-        sock.shutdown(socket.SHUT_RDWR)  # wakes the reader, which close() does not
-        reader.join()
+    for sock in socks:
         sock.close()
+    assert served.quiet()
     served.service.rate.charge(next(iter(served.service.rate._held)), 60_000)
     refused = [ask(served, key, {"prompt": "x", "max_tokens": 1}) for key in ("a", "b")]
     late = next(reply for reply in refused if reply.status == 429)
@@ -132,7 +117,7 @@ def test_who_is_refused_is_told_when_to_come_back(serve: Serve) -> None:
 
 
 def test_a_full_queue_of_one_key_is_no_full_queue_for_others(serve: Serve) -> None:
-    served = serve(keys=Keys(["a", "b"]), engine={"width": 2, "waiting": 6})
+    served = serve(keys=Keys(["a", "b"]), engine={"width": 2, "waiting": 6}, pace=0.002)
     socks = [opened(served, "a", LONG) for _ in range(8)]
     while served.engine._count < 8:
         time.sleep(0.01)
@@ -141,5 +126,5 @@ def test_a_full_queue_of_one_key_is_no_full_queue_for_others(serve: Serve) -> No
     assert ask(served, "b", {"prompt": "x", "max_tokens": 2}).status == 200
     for sock in socks:
         sock.close()
-    assert served.quiet(60)
+    assert served.quiet()
     assert not +served.engine._counts
