@@ -26,7 +26,13 @@ from llama2.processors import LogitsProcessorList, UnbatchedClassifierFreeGuidan
 from llama2.records import Record
 from llama2.runner import Runner, make_runner
 from llama2.sampling import Prompt, Sampler, build_processors, row_seeds
-from llama2.stopping import EosTokenCriteria, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from llama2.stopping import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 CALL_ARGUMENTS = (
     "attention_mask",
@@ -217,7 +223,27 @@ def _prompt(model: Any, call: Call, config: GenerationConfig) -> Tensor:
     return ids
 
 
-def _lengths(model: Any, config: GenerationConfig, context: int) -> int:
+def _criterion_length(call: Call, config: GenerationConfig, context: int) -> int | None:
+    """New tokens that a MaxLengthCriteria of the caller allows, at least one; None where there is none.
+
+    As in transformers 5 it takes the place of the one that the settings make.
+    """
+    lengths = [criterion.max_length for criterion in call.stopping_criteria if isinstance(criterion, MaxLengthCriteria)]
+    if not lengths:
+        return None
+    prompt = context if call.inputs_embeds is None or call.inputs is not None else 0  # a criterion counts ids
+    new = max(min(lengths) - prompt, 1)
+    for name, length in (("max_new_tokens", context + (config.max_new_tokens or 0)), ("max_length", config.max_length)):
+        if config.is_set(name) and length != context + new:
+            warnings.warn(
+                f"a MaxLengthCriteria of {min(lengths)} is given, which counts; {name}={getattr(config, name)} has no "
+                "effect",
+                stacklevel=6,
+            )
+    return new
+
+
+def _lengths(model: Any, call: Call, config: GenerationConfig, context: int) -> int:
     """How many new tokens at most, for a prompt of `context` tokens. Raises InputError where there is no room."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if (getattr(model.config, "rope_scaling", None) or {}).get("rope_type") == "dynamic":
@@ -227,7 +253,9 @@ def _lengths(model: Any, config: GenerationConfig, context: int) -> int:
             f"the prompt has {context} tokens but the model's context is {limit} (max_position_embeddings), which "
             "must hold the answer too; shorten the prompt, or load with rope_scaling={'rope_type': 'dynamic', ...}"
         )
-    if config.max_new_tokens is not None:
+    if (given := _criterion_length(call, config, context)) is not None:
+        new = given
+    elif config.max_new_tokens is not None:
         new = config.max_new_tokens
     elif config.is_set("max_length"):
         new = config.value("max_length") - context
@@ -367,7 +395,7 @@ def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
     """Checks a call against the model and lays out its buffers. Raises InputError."""
     prompt = _prompt(model, call, config)
     context = prompt.shape[1] if call.inputs_embeds is None else call.inputs_embeds.shape[1]
-    new = _lengths(model, config, context)
+    new = _lengths(model, call, config, context)
     mask = _mask(call, prompt, config, context)
     positions = _positions(call, mask, context, new, prompt.device)
     beams = config.value("num_beams")

@@ -52,9 +52,13 @@ class PromptLookup:
 class AssistantModel:
     """Proposes what a smaller model with the same vocabulary would write, with the same processors."""
 
-    def __init__(self, runner: Runner, request: Request, count: int, threshold: float | None, schedule: str) -> None:
+    def __init__(
+        self, runner: Runner, request: Request, count: int, threshold: float | None, schedule: str, kept: Any = None
+    ) -> None:
+        """kept: the assistant's settings, whose num_assistant_tokens follows the schedule "heuristic" over calls."""
         self.runner, self.request = runner, request
         self.count, self.threshold, self.schedule = count, threshold, schedule
+        self.kept = kept if schedule == "heuristic" else None
         self.cache = runner.new_cache(None, 1, request.max_length)
 
     def propose(self, ids: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
@@ -88,6 +92,8 @@ class AssistantModel:
         """Two more drafts after a full success, else one less, unless the schedule is constant."""
         if self.schedule != "constant" and proposed:
             self.count = self.count + 2 if accepted == proposed else max(1, self.count - 1)
+            if self.kept is not None:
+                self.kept.num_assistant_tokens = self.count
 
 
 def drafting_model(model: Any, assistant: Any, request: Request, call: Call) -> AssistantModel:
@@ -111,6 +117,7 @@ def drafting_model(model: Any, assistant: Any, request: Request, call: Call) -> 
         setting("num_assistant_tokens"),
         setting("assistant_confidence_threshold") or None,
         setting("num_assistant_tokens_schedule"),
+        own,
     )
 
 

@@ -68,6 +68,17 @@ def test_tiny_model_greedy(source: str, settings: dict[str, Any]) -> None:
     torch.testing.assert_close(got.past_key_values[1][0], want.past_key_values[1][0])
 
 
+@pytest.mark.parametrize(("schedule", "after"), [("heuristic", 7), ("heuristic_transient", 5), ("constant", 5)])
+def test_the_number_of_drafts_outlives_a_call_where_the_schedule_says_so(schedule: str, after: int) -> None:
+    """transformers: "heuristic" is persistent over calls with the same assistant, "heuristic_transient" is not."""
+    model, assistant = tiny_model(), tiny_model()  # the same weights: every draft is right
+    assistant.generation_config.update(
+        num_assistant_tokens=5, num_assistant_tokens_schedule=schedule, assistant_confidence_threshold=0.0
+    )
+    generate(model, tiny_ids(1, 10), max_new_tokens=5, eos_token_id=None, assistant_model=assistant, runner="torch")
+    assert assistant.generation_config.num_assistant_tokens == after
+
+
 def test_left_padding() -> None:
     model, ids = tiny_model(), tiny_ids(1, 10)
     padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), ids), 1)

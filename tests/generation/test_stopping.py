@@ -1,13 +1,17 @@
 """Criteria one by one; stop strings across the borders of tokens."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from generation.fakes import Pieces
+from tiny import tiny_ids, tiny_model
 
 from llama2.errors import InputError
+from llama2.generate import generate
 from llama2.stopping import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -27,6 +31,20 @@ def test_length_time_and_ends() -> None:
     assert MaxTimeCriteria(1.0, initial_timestamp=time.time() - 2)(ROWS).tolist() == [True, True]
     with pytest.raises(InputError, match="positive"):
         MaxTimeCriteria(0)
+
+
+@pytest.mark.parametrize(("settings", "new"), [({}, 30), ({"max_new_tokens": 3}, 30), ({"max_length": 8}, 30)], ids=str)
+def test_a_length_among_the_criteria_counts(settings: dict[str, int], new: int) -> None:
+    """As in transformers 5, where the caller's criterion takes the place of the one made from the settings."""
+    model, ids = tiny_model(max_position_embeddings=64), tiny_ids(1, 5)
+    how: dict[str, Any] = {"eos_token_id": None, "runner": "torch", **settings}
+    with pytest.warns(UserWarning, match="which counts; max_") if settings else nullcontext():
+        out = generate(model, ids, stopping_criteria=[MaxLengthCriteria(5 + new)], **how)
+    assert out.shape[1] == 5 + new
+    assert generate(model, ids, stopping_criteria=[MaxLengthCriteria(2)], eos_token_id=None).shape[1] == 6
+    from_embeddings = model.get_input_embeddings()(ids)
+    out = generate(model, inputs_embeds=from_embeddings, stopping_criteria=[MaxLengthCriteria(4)], eos_token_id=None)
+    assert out.shape[1] == 4
 
 
 def test_a_list_takes_any_callable_and_refuses_nonsense() -> None:
