@@ -87,13 +87,58 @@ def test_update_returns_what_it_does_not_know() -> None:
     ids=str,
 )
 def test_refuses_to_generate_but_never_to_save(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
-    config = GenerationConfig(**fields)
+    config = GenerationConfig.from_dict(fields)
     with pytest.raises(InputError, match=says):
         config.validate()
     if fields.get("temperature") == fields.get("temperature"):
         with pytest.warns(UserWarning, match="saved, but"):
             config.save_pretrained(tmp_path)
         assert GenerationConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"temperature": 0.0}, "do_sample=False"),
+        ({"constraints": ["dummy"], "num_beams": 2}, "does not implement"),
+        ({"do_sample": False, "num_beams": 1, "num_return_sequences": 2}, "do_sample=True"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "at most num_beams"),
+        ({"logits_processor": "foo"}, r"logits_processor is no setting; give it to generate\(\)"),
+        ({"streamer": None}, "streamer is no setting"),
+    ],
+    ids=str,
+)
+def test_refuses_to_be_made(fields: dict[str, Any], says: str) -> None:
+    """As in transformers; what other settings may still allow is left to generate()."""
+    with pytest.raises(InputError, match=says):
+        GenerationConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "idle"),
+    [
+        ({"do_sample": False, "temperature": 0.5}, "temperature"),
+        ({"num_beams": 1, "length_penalty": 2.0}, "length_penalty"),
+        (
+            {"return_dict_in_generate": False, "output_scores": True, "output_logits": True},
+            "output_scores, output_logits",
+        ),
+    ],
+    ids=str,
+)
+def test_says_what_has_no_effect(fields: dict[str, Any], idle: str) -> None:
+    with pytest.warns(UserWarning, match=f"^{idle}.*has no effect"):
+        GenerationConfig(**fields)
+    GenerationConfig(num_return_sequences=2, **{name: value for name, value in fields.items() if value})
+
+
+def test_an_update_says_what_has_no_effect() -> None:
+    """transformers' own case: a value, its default, and None."""
+    config = GenerationConfig(do_sample=False)
+    with pytest.warns(UserWarning, match="temperature has no effect"):
+        config.update(temperature=0.9)
+    config.update(temperature=1.0)
+    config.update(temperature=None)
 
 
 def test_good_settings_pass() -> None:

@@ -116,6 +116,18 @@ _NOT_IMPLEMENTED = {  # field -> remedy
     "cache_config": "leave it out",
 }
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# Arguments of generate() that are objects or belong to one call.
+CALL_ONLY = (
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)
 _BEAMS_ONLY = ("early_stopping", "length_penalty")
 _MAY_BE_NONE = {name for name, value in DEFAULTS.items() if value is None} | {
     *_SAMPLING_ONLY,
@@ -150,13 +162,31 @@ def check_fields(fields: Mapping[str, Any], where: Path) -> None:
 
 
 class GenerationConfig:
-    """Settings of `generate()`; keywords are the fields of DEFAULTS, None means not given, unknown ones are kept."""
+    """Settings of `generate()`; keywords are the fields of DEFAULTS, None means not given, unknown ones are kept.
+
+    Raises InputError for values that cannot work and for arguments of generate() that are no settings, and warns of
+    fields that have no effect beside the others; what is not given may come from the model's settings, and is judged
+    by generate(). What stands in a file is checked where it is used, not before.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
-        for name in _NOT_SAVED:
-            kwargs.pop(name, None)
-        check_names(type(self), kwargs, "a generation configuration", InputError)
-        vars(self).update({name: plain(value) for name, value in kwargs.items() if value is not None})
+        if arguments := [name for name in kwargs if name in CALL_ONLY]:
+            raise InputError(f"{', '.join(arguments)} is no setting; give it to generate() itself")
+        self._fill(kwargs)
+        for problem in self._refused() or self._conflicts(settled=False):
+            raise InputError(problem)
+        self.warn_of_unused(vars(self), stacklevel=3, settled=False)
+
+    @classmethod
+    def _unchecked(cls, fields: Mapping[str, Any]) -> Self:
+        made = cls.__new__(cls)
+        made._fill(fields)
+        return made
+
+    def _fill(self, fields: Mapping[str, Any]) -> None:
+        known = {name: value for name, value in fields.items() if name not in _NOT_SAVED}
+        check_names(type(self), known, "a generation configuration", InputError)
+        vars(self).update({name: plain(value) for name, value in known.items() if value is not None})
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, plain(value))
@@ -202,9 +232,7 @@ class GenerationConfig:
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Self:
         """Settings from the content of a generation_config.json; keywords override its entries."""
-        fields = {**config_dict, **overrides}
-        check_names(cls, fields, "a generation configuration", InputError)
-        return cls(**fields)
+        return cls._unchecked({**config_dict, **overrides})
 
     @classmethod
     def from_pretrained(
@@ -269,14 +297,14 @@ class GenerationConfig:
         if isinstance(settings, cls):
             return settings
         if isinstance(settings, Mapping):
-            return cls(**settings)
+            return cls._unchecked(settings)
         if not hasattr(settings, "to_diff_dict"):
             raise InputError(f"generation_config is a {type(settings).__name__}; give a GenerationConfig")
         fields = settings.to_dict()
         old = str(fields.get("transformers_version", "5")).partition(".")[0] < "5"
         if not old:
             fields = {name: value for name, value in fields.items() if value is not None}
-        return cls(**{name: value for name, value in fields.items() if name in DEFAULTS or not name.startswith("_")})
+        return cls._unchecked({k: v for k, v in fields.items() if k in DEFAULTS or not k.startswith("_")})
 
     @classmethod
     def from_model_config(cls, config: Any) -> Self:
@@ -286,21 +314,25 @@ class GenerationConfig:
             fields["use_cache"] = False
         model_fields = {*fields, "use_cache", "output_attentions", "output_hidden_states"}
         old = {k: v for k, v in vars(config).items() if k in DEFAULTS and k not in model_fields and v != DEFAULTS[k]}
-        return cls(**fields, **old)
+        return cls._unchecked({**fields, **old})
 
     def update(self, defaults_only: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """Sets the fields among `kwargs` (with defaults_only: those not set yet) and returns the rest."""
+        """Sets the fields among `kwargs` (with defaults_only: those not set yet) and returns the rest.
+
+        Warns of those that have no effect beside the others.
+        """
         unused = {}
         for name, value in kwargs.items():
             if name not in DEFAULTS and name not in vars(self):
                 unused[name] = value
             elif not defaults_only or not self.is_set(name):
                 setattr(self, name, copy.deepcopy(value))
+        self.warn_of_unused(kwargs, stacklevel=3, settled=False)
         return unused
 
     def over(self, base: "GenerationConfig") -> Self:
         """A copy of these settings where `base` fills what was not set."""
-        merged = type(self)()
+        merged = type(self)._unchecked({})
         vars(merged).update(copy.deepcopy({k: v for k, v in vars(base).items() if base.is_set(k)}))
         vars(merged).update(copy.deepcopy({k: v for k, v in vars(self).items() if self.is_set(k)}))
         return merged
@@ -309,6 +341,10 @@ class GenerationConfig:
 
     def problems(self) -> list[str]:
         """Why generate() would refuse these settings: value, bound and remedy, one sentence each."""
+        return self._refused() or self._conflicts()
+
+    def _refused(self) -> list[str]:
+        """Values that cannot work whatever the others are."""
         found = [
             f"{name} is {self.value(name)!r}; it must be {bound}"
             for name, (good, bound) in _BOUNDS.items()
@@ -317,11 +353,15 @@ class GenerationConfig:
         for name, remedy in _NOT_IMPLEMENTED.items():
             if self.value(name) != DEFAULTS[name]:
                 found.append(f"{name} is {self.value(name)!r}, which this library does not implement; {remedy}")
-        return found or self._conflicts()
+        return found
 
-    def _conflicts(self) -> list[str]:
+    def _is(self, name: str, value: Any, settled: bool) -> bool:
+        """Whether the field has this value; before the settings are settled, whether it was given."""
+        return bool(self.value(name) == value and (settled or self.is_set(name)))
+
+    def _conflicts(self, settled: bool = True) -> list[str]:
         beams, returned = self.value("num_beams"), self.value("num_return_sequences")
-        if returned > 1 and beams == 1 and not self.value("do_sample"):
+        if returned > 1 and self._is("num_beams", 1, settled) and self._is("do_sample", False, settled):
             return [
                 f"num_return_sequences is {returned} but greedy search has one answer; set do_sample=True or "
                 f"num_beams={returned}"
@@ -335,14 +375,28 @@ class GenerationConfig:
         for problem in self.problems():
             raise InputError(problem)
 
-    def unused(self, given: Mapping[str, Any]) -> list[str]:
-        """Names in `given` that have no effect with these settings, to be warned about."""
+    def unused(self, given: Mapping[str, Any], settled: bool = True) -> list[str]:
+        """Names in `given` that have no effect with these settings, to be warned about.
+
+        settled: whether fields that were not given have their defaults, as in generate(), or may still come.
+        """
         idle: list[str] = []
-        if not self.value("do_sample"):
+        if self._is("do_sample", False, settled):
             idle += [n for n in _SAMPLING_ONLY if given.get(n, DEFAULTS[n]) not in (None, DEFAULTS[n])]
-        if self.value("num_beams") == 1:
+        if self._is("num_beams", 1, settled):
             idle += [n for n in _BEAMS_ONLY if given.get(n, DEFAULTS[n]) not in (None, DEFAULTS[n])]
+        if self._is("return_dict_in_generate", False, settled):
+            idle += [n for n in _RECORDS if given.get(n)]
         return idle
+
+    def warn_of_unused(self, given: Mapping[str, Any], stacklevel: int, settled: bool = True) -> None:
+        """Warns of the names in `given` that have no effect with these settings."""
+        if idle := self.unused(given, settled):
+            warnings.warn(
+                f"{', '.join(idle)} has no effect: sampling filters need do_sample=True, early_stopping and "
+                "length_penalty num_beams above 1, and what is kept of each step return_dict_in_generate=True",
+                stacklevel=stacklevel + 1,
+            )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GenerationConfig) and self.to_dict() == other.to_dict()

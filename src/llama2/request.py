@@ -161,13 +161,7 @@ def settings(model: Any, given: GenerationConfig | None, kwargs: dict[str, Any])
         config.update(max_new_tokens=None)  # the caller's length wins over the one stored with the model
     config.validate()
     _settle(config, explicit)
-    idle = config.unused(asked)
-    if idle:
-        warnings.warn(
-            f"{', '.join(idle)} has no effect: sampling filters need do_sample=True, early_stopping and length_penalty "
-            "need num_beams above 1",
-            stacklevel=4,
-        )
+    config.warn_of_unused(explicit, stacklevel=4)
     return config
 
 

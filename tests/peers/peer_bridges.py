@@ -99,6 +99,14 @@ class Bridged(Assumed):
             obj._warned.clear()
 
 
+class FastByOverflow(type):
+    """4.46 asks by the class what overflow looks like: from both of ours it is further rows, as from its fast one."""
+
+    def __instancecheck__(cls, tokenizer: object) -> bool:
+        bridge("overflow of the slow class as further rows")
+        return True
+
+
 def _where_absent(owner: Any, name: str, value: Any) -> None:
     if not hasattr(owner, name):
         setattr(owner, name, value)

@@ -38,9 +38,7 @@ class SamplingOptions:
             given["do_sample"] = True
         if self.stop:
             given["stop_strings"] = list(self.stop)
-        config = GenerationConfig(**given)
-        config.validate()
-        return config
+        return GenerationConfig(**given)
 
     def _check(self) -> None:
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
