@@ -129,7 +129,7 @@ def test_refuses_to_be_made(fields: dict[str, Any], says: str) -> None:
 def test_says_what_has_no_effect(fields: dict[str, Any], idle: str) -> None:
     with pytest.warns(UserWarning, match=f"^{idle}.*has no effect"):
         GenerationConfig(**fields)
-    GenerationConfig(num_return_sequences=2, **{name: value for name, value in fields.items() if value})
+    GenerationConfig(num_return_sequences=2, **dict(list(fields.items())[1:]))  # the model's settings may allow it
 
 
 def test_an_update_says_what_has_no_effect() -> None:

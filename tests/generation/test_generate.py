@@ -125,7 +125,7 @@ def test_processors_and_prefixes_act() -> None:
         ({"stopping_criteria": [3]}, "not callable"),
         ({"use_cache": False, "past_key_values": DynamicCache()}, "use_cache=True"),
         ({"num_beams": 2, "guidance_scale": 2.0}, "num_beams=1"),
-        ({"prefill_chunk_size": 2, "output_attentions": True}, "whole"),
+        ({"prefill_chunk_size": 2, "output_attentions": True, "return_dict_in_generate": True}, "whole"),
         ({"suppress_tokens": list(range(12))}, "every token is forbidden"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),  # objects have addresses in their names

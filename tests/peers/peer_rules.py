@@ -70,7 +70,7 @@ RULES = [
     ),
     Rule(r"test_(flash_attn|flash_attention)", "hardware", "needs a CUDA GPU with flash-attn"),
     Rule(
-        r"(contrastive|group_beam|constrained_beam|diverse_beam|dola)",
+        r"(contrastive|group_beam|constrained_beam|diverse_beam|dola|diversity_penalty_and_num_bean_groups)",
         "not provided",
         "a decoding method that llama2 says it does not implement",
     ),
