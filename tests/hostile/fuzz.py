@@ -132,6 +132,8 @@ def main() -> None:
     done, slowest = 0, 0.0
     for told in go(options.count, options.seed, options.first, (options.part, options.parts)):
         done, slowest = done + 1, max(slowest, told["seconds"])
+        if done % 500 == 0:
+            print(f"{done} inputs so far, {sum(kinds.values())} faults", flush=True)
         for fault in told["faults"]:
             lines = [line for line in fault.splitlines() if line.strip()]
             kinds[lines[-1][:90]] += 1

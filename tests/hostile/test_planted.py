@@ -191,6 +191,18 @@ def test_a_planted_directory_beside_plain_state_runs_nothing(tmp_path: Path) -> 
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_name_without_a_moment(tmp_path: Path) -> None:
+    """It belongs to no parameter: the run does not train it."""
+    weights = dict(tiny_model(torch.float32, **SIZES).named_parameters())
+    optimizer = AdamW(weights)
+    for name, held in ((states.WEIGHTS, weights), (states.OPTIMIZER, {"odd": torch.zeros(1)})):
+        with (tmp_path / name).open("wb") as file:
+            shards.write_safetensors(file, held)
+    assert states.read(tmp_path, optimizer)[1].keys() == {"odd"}
+    with pytest.raises(trees.InputError, match="has 'odd', which this run does not train"):
+        optimizer.load(states.read(tmp_path, optimizer)[1])
+
+
 # -- state of another optimiser ----------------------------------------------------------------------------------
 
 

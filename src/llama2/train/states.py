@@ -125,6 +125,6 @@ def _from_shards(place: Path, names: list[str], optimizer: AdamW) -> States:
 
 def _like(full: str, optimizer: AdamW, otherwise: Tensor) -> Tensor:
     """What a value is sharded like: the parameter that it belongs to. A step count is not."""
-    name = full.removeprefix(_WEIGHT) if full.startswith(_WEIGHT) else full.removeprefix(_STATE).split(".", 1)[1]
+    name = full.removeprefix(_WEIGHT) if full.startswith(_WEIGHT) else full.removeprefix(_STATE).partition(".")[2]
     step = full.startswith(f"{_STATE}step.")
     return otherwise if step else optimizer.parameters.get(name, otherwise)
