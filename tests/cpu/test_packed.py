@@ -203,6 +203,8 @@ def test_one_writer_at_a_time_and_leftovers_are_taken_over(gguf: Path) -> None:
         assert part.exists()
     cpu.write_packed(GgufFile(gguf))
     assert not part.exists() and not lock.exists()
+    lock.touch()  # of a process that was killed when all was done
+    assert main(["pack", str(gguf), "--quiet"]) == 0 and not lock.exists()
     cpu.PackedFile(beside(gguf), GgufFile(gguf)).verify()
 
 

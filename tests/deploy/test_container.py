@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -41,6 +42,32 @@ def test_what_it_copies_exists_and_the_user_is_not_root() -> None:
     for line in re.findall(r"^COPY (?!--from)(.*)$", FILE.read_text(), re.M):
         for name in line.split()[:-1]:
             assert (FILE.parents[1] / name).exists(), name
+
+
+def test_everything_besides_torch_is_installed_by_hash() -> None:
+    """And the lock has what pyproject.toml asks for, in versions that it takes."""
+    requirements = pytest.importorskip("packaging.requirements")
+    text = FILE.with_name("requirements.lock").read_text()
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+) \\\n +--hash=sha256:[0-9a-f]{64}", text, re.M))
+    assert len(locked) == len(re.findall(r"^[^\s#]", text, re.M)) > 30
+    project = tomllib.loads((FILE.parents[1] / "pyproject.toml").read_text())
+    wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["serve"],
+              *project["build-system"]["requires"]]  # fmt: skip
+    names = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in locked.items()}
+    for line in wanted:
+        one = requirements.Requirement(line)
+        name = re.sub(r"[-_.]+", "-", one.name).lower()
+        assert name == "torch" or one.specifier.contains(names[name]), line
+    installs = re.findall(r"pip install (.*)", FILE.read_text())
+    assert [("--require-hashes" in line, "--no-deps" in line) for line in installs] == [
+        (True, True),
+        (False, False),
+        (False, True),
+    ]
+    assert (
+        installs[1].endswith("-c constraints.txt torch")
+        and re.findall("^FROM (.*?)(?: AS .*)?$", FILE.read_text(), re.M) == ["${BASE}"] * 2
+    )
 
 
 @pytest.mark.parametrize("words", [None, pytest.param(["serve"], marks=pytest.mark.slow)], ids=["default", "sagemaker"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from llama2.cli.args import option
 from llama2.cli.meter import Meter
 from llama2.errors import CheckpointError, InputError
+from llama2.files import locked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +37,16 @@ def run(options: Options) -> int:
             cpu.PackedFile(path, source).verify(meter)
         print(f"{path}: fits {source.path} and every checksum matches")
         return 0
-    try:
-        cpu.PackedFile(path, source)
-        print(f"{path} is there already and fits {source.path}")
-        return 0
-    except (CheckpointError, FileNotFoundError):  # what is missing or does not fit is written anew
-        pass
     began = time.perf_counter()
-    with Meter("packing", options.quiet) as meter:
-        cpu.write_packed(source, meter)
+    with locked(path):
+        try:
+            cpu.PackedFile(path, source)
+            print(f"{path} is there already and fits {source.path}")
+            return 0
+        except (CheckpointError, FileNotFoundError):  # what is missing or does not fit is written anew
+            pass
+        with Meter("packing", options.quiet) as meter:
+            cpu.write_packed(source, meter)
     size, took = path.stat().st_size, time.perf_counter() - began
     print(f"{path}: {size / 1e9:.2f} GB in {took:.1f} s; delete it at any time")
     return 0
