@@ -51,6 +51,14 @@ def test_a_checkpoint_of_the_same_step_is_kept_aside(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-3" / "trainable.safetensors").read_bytes() != before
 
 
+def test_what_was_killed_before_its_first_checkpoint_logs_no_step_twice(tmp_path: Path) -> None:
+    lines = '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n'
+    (tmp_path / "log.jsonl").write_text(lines)
+    trainer(tmp_path, resume_from_checkpoint=True, logging_steps=1).train()
+    found = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in found if "loss" in entry] == [1, 2, 3]
+
+
 def test_training_longer(tmp_path: Path) -> None:
     """The first steps' rows and random numbers are those of a longer run; with a constant rate so are the weights."""
     trainer(tmp_path / "a", max_steps=3, lr_scheduler_type="constant", save_total_limit=2).train()

@@ -277,6 +277,8 @@ class Saving(Results):
         place = self.ranks.told(lambda: self._chosen(wanted))
         self.run = self.ranks.told(checkpoints.new_run) if place is None else checkpoints.run_of(place)
         if place is None:
+            if wanted and self.ranks.first and (self.folder / LOG).exists():
+                files.write_text(self.folder / LOG, "")  # of steps without a checkpoint, which are taken again
             return
         if not place.is_dir():
             raise InputError(
