@@ -34,6 +34,7 @@ from llama2.checkpoint.peft_files import read_config
 from llama2.cli import headers
 from llama2.errors import Llama2Error
 from llama2.native import NativeModel
+from llama2.text_file import read_object
 from llama2.tokenizer import LlamaTokenizer
 from llama2.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
 from llama2.train import checkpoints, readers
@@ -126,7 +127,7 @@ def read_run(folder: Path, tries: Attempts) -> None:
     with tries.attempt():
         checkpoints.newest(folder)
     with tries.attempt(), suppress(ValueError, TypeError, KeyError, OSError, AttributeError):  # where that is planted
-        manifest = json.loads((place / checkpoints.MANIFEST).read_bytes())
+        manifest = read_object(place / checkpoints.MANIFEST, checkpoints.MANIFEST)
         for file in place.rglob("*"):
             if file.is_file() and file.name != checkpoints.MANIFEST:
                 entry = {"bytes": file.stat().st_size, "sha256": checkpoints._sha256(file)}

@@ -336,6 +336,8 @@ CHANGES: list[tuple[str, str, dict[str, Any], str]] = [
     ("adapter", "adapter_config.json", {"rank_pattern": {"(.*)*x": 2**40}}, "rank_pattern is"),
     ("adapter", "adapter_config.json", {"r": 10**400}, "r is 1000"),
     ("adapter", "adapter_config.json", {"trainable_token_indices": {"a": "b"}}, "trainable_token_indices is"),
+    ("run", "checkpoint-1/trainer_state.json", {"run": {}}, r"does not say how many rows a step took \(run, batch\)"),
+    ("run", "checkpoint-1/trainer_state.json", {"global_step": "1"}, "global_step is '1'; it must be a whole number"),
     ("meta", "params.json", {"dim": "64"}, "params.json: dim is '64'"),
     ("meta", "params.json", {"ffn_dim_multiplier": "\u2028"}, "ffn_dim_multiplier is '"),
     ("meta", "params.json", {"n_heads": 2**40}, "n_heads is 1099511627776"),

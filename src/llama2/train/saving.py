@@ -286,6 +286,8 @@ class Saving(Results):
             )
         content = read_stored(place / STATE)
         schema.check(content.get("run", {"batch": None}), _RUN, place / STATE)
+        if "batch" not in content.get("run", {}):
+            raise CheckpointError(f"{place / STATE} does not say how many rows a step took (run, batch); it is damaged")
         self._keep_batch(content)
         self._check_identity(place, content["run"], ("rows", "batch", "seed", "content", "objective"))
         if not states.resumable(place):
