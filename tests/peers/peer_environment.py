@@ -34,6 +34,7 @@ PARTS = [
     "native",
     "outputs",
     "pipelines",
+    "plain_network",
     "pretrained",
     "processors",
     "request",
