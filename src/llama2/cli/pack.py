@@ -3,11 +3,15 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama2.cli.args import option
 from llama2.cli.meter import Meter
 from llama2.errors import CheckpointError, InputError
 from llama2.files import locked
+
+if TYPE_CHECKING:
+    from llama2.checkpoint.gguf import GgufFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +42,25 @@ def run(options: Options) -> int:
         print(f"{path}: fits {source.path} and every checksum matches")
         return 0
     began = time.perf_counter()
+    if _fits(path, source):  # also in a folder that cannot be written
+        return 0
     with locked(path):
-        try:
-            cpu.PackedFile(path, source)
-            print(f"{path} is there already and fits {source.path}")
+        if _fits(path, source):  # another process has just written it
             return 0
-        except (CheckpointError, FileNotFoundError):  # what is missing or does not fit is written anew
-            pass
         with Meter("packing", options.quiet) as meter:
             cpu.write_packed(source, meter)
     size, took = path.stat().st_size, time.perf_counter() - began
     print(f"{path}: {size / 1e9:.2f} GB in {took:.1f} s; delete it at any time")
     return 0
+
+
+def _fits(path: Path, source: "GgufFile") -> bool:
+    """Whether the packed file is there and fits; says so."""
+    from llama2 import cpu
+
+    try:
+        cpu.PackedFile(path, source)
+    except (CheckpointError, FileNotFoundError):  # what is missing or does not fit is written anew
+        return False
+    print(f"{path} is there already and fits {source.path}")
+    return True
