@@ -221,7 +221,7 @@ REFUSED: dict[str, Callable[[LlamaForCausalLM], dict[str, Any]]] = {
     "training": lambda model: (model.train(), {})[1],
     "static cache": lambda model: {"cache_implementation": "static"},
     "no cache": lambda model: {"use_cache": False},
-    "attentions": lambda model: {"output_attentions": True},
+    "attentions": lambda model: {"output_attentions": True, "return_dict_in_generate": True},
     "embeddings": lambda model: {"inputs_embeds": model.get_input_embeddings()(ids_of()), "max_new_tokens": 4},
 }
 

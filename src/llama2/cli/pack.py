@@ -1,5 +1,6 @@
 """`llama2 pack`: keeps a GGUF file's weights beside it as the native engine reads them."""
 
+import errno
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,16 @@ def run(options: Options) -> int:
         print(f"{path}: fits {source.path} and every checksum matches")
         return 0
     began = time.perf_counter()
-    if _fits(path, source):  # also in a folder that cannot be written
-        return 0
-    with locked(path):
-        if _fits(path, source):  # another process has just written it
+    try:
+        with locked(path):
+            if _fits(path, source):
+                return 0
+            with Meter("packing", options.quiet) as meter:
+                cpu.write_packed(source, meter)
+    except OSError as error:  # a folder that cannot be written has no lock, and needs none where the file fits
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and _fits(path, source):
             return 0
-        with Meter("packing", options.quiet) as meter:
-            cpu.write_packed(source, meter)
+        raise
     size, took = path.stat().st_size, time.perf_counter() - began
     print(f"{path}: {size / 1e9:.2f} GB in {took:.1f} s; delete it at any time")
     return 0
