@@ -53,8 +53,8 @@ $(BIN)/python:
 demo: .make/demo
 	$(BIN)/llama2 generate --chat "$(PROMPT)"
 
-# WORKERS=2 makes two processes of it, each with one processor (tests/conftest.py); a file's tests stay together.
-WORKERS ?= 0
+# Two processes, each with one processor (tests/conftest.py); a file's tests stay together. WORKERS=0: this process alone.
+WORKERS ?= 2
 test: .make/test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
