@@ -143,6 +143,21 @@ def read_rows(file: Path, tries: Attempts) -> None:
         objective_for(tiny_model(torch.float32, **SIZES), rows, AutoTokenizer.from_pretrained(file.parent))
 
 
+def read_tables(folder: Path, tries: Attempts) -> None:
+    for source in (folder / "rows.parquet", folder / "saved"):
+        with tries.attempt():
+            assert all(len(row) < 100 for row in readers.read(source))
+
+
+def read_cuts(folder: Path, tries: Attempts) -> None:
+    """The texts that make a pattern try again and again."""
+    read_tokenizer(folder, tries)
+    for text in ("a" * 3000 + "\n!", " " * 3000 + "x1", "a1 " * 1000, "\n" * 2000 + "é" * 2000):
+        with tries.attempt():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer.encode(text)
+
+
 def read_sums(file: Path, tries: Attempts) -> None:
     with tries.attempt():
         read_imatrix(file).importance()
@@ -242,6 +257,33 @@ def rows(folder: Path) -> None:
     (folder / "rows.csv").write_text('instruction,output\n"a, b",c\nd,e\n')
 
 
+def tables(folder: Path) -> None:
+    """Rows as parquet, and as a data set that save_to_disk wrote."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    found = [{"prompt": "a b", "completion": f"c {i}", "label": i % 2} for i in range(8)]
+    folder.mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), folder / "rows.parquet")
+    datasets.disable_progress_bars()
+    kinds = {"prompt": datasets.Value("string"), "completion": datasets.Value("string")}
+    features = datasets.Features({**kinds, "label": datasets.ClassLabel(names=["x", "y"])})
+    datasets.Dataset.from_list(found, features=features).save_to_disk(folder / "saved")
+
+
+def patterns(folder: Path) -> None:
+    """A byte-level tokenizer that cuts by a pattern, as Llama 3's does."""
+    folder.mkdir()
+    write_tokenizer(folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": r"\s+(?!\S)| ?\p{L}+|\p{N}{1,3}|(?i:'s|'t)|[^\s\p{L}]+"},
+             "behavior": "Isolated", "invert": False}  # fmt: skip
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+
+
 def imatrix(folder: Path) -> None:
     folder.mkdir()
     sums = {"model.layers.0.self_attn.q_proj.weight": torch.rand(64), "lm_head.weight": torch.rand(64)}
@@ -284,6 +326,8 @@ KINDS: dict[str, tuple[Make, Callable[[Path, Attempts], None]]] = {
     "run": (lambda folder: run(folder).train(), read_run),
     "run_outside": (lambda folder: run(folder, outside=True).train(), read_run),
     "rows": (lambda folder: (folder.mkdir(), rows(folder)), each((".jsonl", "rows.json", ".csv"), read_rows)),
+    "tables": (tables, read_tables),
+    "patterns": (patterns, read_cuts),
     "imatrix": (imatrix, each((".dat", ".gguf"), read_sums)),
 }
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -86,7 +87,23 @@ def json_file(data: bytes, rng: random.Random) -> bytes:
         value = json.loads(data)
     except ValueError:
         return raw(data, rng)
+    if b'"Regex"' in data and rng.random() < 0.7:
+        return _REGEX.sub(lambda found: b'"Regex": ' + json.dumps(cut(rng)).encode(), data)
     return as_json(changed(value, rng), rng)
+
+
+_REGEX = re.compile(rb'"Regex": "(?:[^"\\]|\\.)*"')
+
+
+def cut(rng: random.Random, depth: int = 0) -> str:
+    """A regular expression that may try for ever."""
+    found = ""
+    for _ in range(rng.randrange(1, 5)):
+        atom = rng.choice(("a", "b", ".", r"\s", r"\S", r"\p{L}", r"\w", "[^b]", r"\n", "(?!x)", r"\1", "$", "é"))
+        if depth < 4 and rng.random() < 0.4:
+            atom = rng.choice(("({})", "(?:{})", "(?={})", "(?!{})", "(?>{})", "(?<={})")).format(cut(rng, depth + 1))
+        found += atom + rng.choice(("", "", "*", "+", "?", "+?", "*+", "{3}", "{1,200}", "{999}", "|"))
+    return found
 
 
 def raw(data: bytes, rng: random.Random) -> bytes:

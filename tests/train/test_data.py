@@ -198,20 +198,6 @@ def test_folders(tmp_path: Path) -> None:
         read(tmp_path / "train.jsonl", "dev")
 
 
-def test_a_data_set_saved_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Found(list[dict[str, Any]]):
-        features = {"text": object()}  # noqa: RUF012
-
-    saved: Any = Found([{"text": "one"}])
-    monkeypatch.setitem(__import__("sys").modules, "datasets", SimpleNamespace(load_from_disk=lambda path: saved))
-    (tmp_path / "state.json").write_text("{}")
-    assert read(tmp_path) == [{"text": "one"}]
-    saved = {"train": Found([{"text": "one"}]), "test": Found([{"text": "two"}])}
-    assert read(tmp_path, "test") == [{"text": "two"}]
-    with pytest.raises(InputError, match="has the splits train, test, not 'dev'"):
-        read(tmp_path, "dev")
-
-
 def test_configurations_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from llama2.errors import InputError, MissingDependencyError
 from llama2.text_file import check_regular, read_utf8
+from llama2.train import tables
 
 Row = Mapping[str, Any]
 Rows = list[dict[str, Any]]
-_SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # what datasets.save_to_disk writes
 _CSV_LIMIT = threading.Lock()
 
 
@@ -136,21 +136,7 @@ def _text(path: Path) -> Rows:
     return [{"text": part.strip()} for part in read_utf8(path, "utf-8-sig").split("\n\n") if part.strip()]
 
 
-def _parquet(path: Path) -> Rows:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependencyError(
-            "parquet files need the package pyarrow: pip install 'llama2[train]', or use .jsonl"
-        ) from error
-    try:
-        rows: Rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path} is no parquet file ({str(error)[:100]}); write it again") from error
-    return rows
-
-
-READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet, ".txt": _text}
+READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": tables.parquet, ".txt": _text}
 
 
 # -- data sets ---------------------------------------------------------------------------------------------------
@@ -158,8 +144,8 @@ READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parqu
 
 def _folder(path: Path, split: str) -> Rows:
     """A folder that save_to_disk wrote, or one that holds one file of rows, or a file for each split."""
-    if any((path / name).is_file() for name in _SAVED):
-        return _saved(path, split)
+    if any((path / name).is_file() for name in tables.SAVED):
+        return tables.saved(path, split)
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
     named = [file for file in files if file.stem.split("-")[0] == split]
     if not named and len(files) == 1 and split == "train":
@@ -170,18 +156,6 @@ def _folder(path: Path, split: str) -> Rows:
             f"{path} is a folder with {len(files)} files of rows ({there}), and none is {split}.*; give one file"
         )
     return [row for file in named for row in read(file)]
-
-
-def _saved(path: Path, split: str) -> Rows:
-    datasets = _datasets(f"{path} is a data set that save_to_disk wrote, which")
-    found = datasets.load_from_disk(str(path))
-    if hasattr(found, "keys"):  # a DatasetDict
-        if split not in found:
-            raise InputError(f"{path} has the splits {', '.join(found)}, not {split!r}; name one of them")
-        found = found[split]
-    else:
-        _check_no_split(path, split)
-    return _with_names(found)
 
 
 def _datasets(why: str) -> Any:

@@ -1,0 +1,121 @@
+"""Parquet files and folders of save_to_disk: their rows, and what a stranger could put into one."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama2.errors import CheckpointError, InputError
+from llama2.train import readers, tables
+
+pyarrow = pytest.importorskip("pyarrow", reason="parquet needs the extra `train`")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+ROWS: list[dict[str, Any]] = [
+    {"text": f"row {i}", "n": i, "tags": ["a"] * i, "chat": [{"role": "user", "content": "é"}], "gone": None}
+    for i in range(5)
+]
+
+
+def written(path: Path, table: Any, **options: Any) -> Path:
+    parquet.write_table(table, path, **options)
+    return path
+
+
+def arrow_folder(folder: Path, table: Any, **info: Any) -> Path:
+    """What save_to_disk writes."""
+    folder.mkdir(parents=True)
+    with pyarrow.ipc.new_stream(str(folder / "data-0.arrow"), table.schema) as out:
+        out.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-0.arrow"}]}))
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_rows_of_both(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist(ROWS)
+    assert readers.read(written(tmp_path / "a.parquet", table, row_group_size=2)) == ROWS
+    assert readers.read(arrow_folder(tmp_path / "a", table)) == ROWS
+    words = table.set_column(0, "text", table["text"].dictionary_encode())  # a categorical of pandas
+    assert readers.read(written(tmp_path / "b.parquet", words)) == ROWS
+
+
+def test_names_of_classes_and_json(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist([{"label": 1, "call": '{"a": 1}'}, {"label": -1, "call": None}])
+    kinds = {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}, "call": {"_type": "Json"}}
+    folder = arrow_folder(tmp_path / "a", table, features=kinds)
+    assert readers.read(folder) == [{"label": "yes", "call": {"a": 1}}, {"label": -1, "call": None}]
+    kinds["label"]["names"] = ["no"]
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match=r"a row is not of the kind that dataset_info.json gives it \(list index"):
+        readers.read(arrow_folder(folder, table, features=kinds))
+
+
+def test_splits(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        arrow_folder(tmp_path / name, pyarrow.Table.from_pylist([{"text": name}]))
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert readers.read(tmp_path, "test") == [{"text": "test"}]
+    with pytest.raises(InputError, match="has the splits train, test, not 'dev'"):
+        readers.read(tmp_path, "dev")
+    with pytest.raises(InputError, match="has no splits, and the split is 'dev'"):
+        readers.read(tmp_path / "train", "dev")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["../x"]}')
+    with pytest.raises(CheckpointError, match=r"points to '../x'; it must be the name of a file beside it"):
+        readers.read(tmp_path, "../x")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../data-0.arrow", 5, None])
+def test_data_files_stay_in_their_folder(tmp_path: Path, name: Any) -> None:
+    folder = arrow_folder(tmp_path / "a", pyarrow.table({"text": ["a"]}))
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(CheckpointError, match=r"points to|_data_files is \["):
+        readers.read(folder)
+
+
+REPEATED = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 10_000), pyarrow.array(["x" * 10_000]))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [REPEATED, pyarrow.nulls(10**7), pyarrow.array([["x" * 1000] * 1000] * 20)],
+    ids=["one text, many times", "nothing, many times", "lists of one text"],
+)
+def test_a_small_file_of_many_values(tmp_path: Path, column: Any) -> None:
+    """Refused before it is read: 100 MB of text, ten million rows, of files of some kilobytes."""
+    path = written(tmp_path / "a.parquet", pyarrow.table({"text": column}), compression="zstd")
+    assert path.stat().st_size < 40_000
+    with pytest.raises(InputError, match=r"would become more than [\d,]+ values and bytes of text, 100 for each"):
+        readers.read(path)
+
+
+def test_arrow_that_says_more_than_it_has(tmp_path: Path) -> None:
+    """An offset beyond its buffer: read as it is, it ends the process with SIGSEGV."""
+    text = pyarrow.array(["aaaa", "bbbb"])
+    offsets = pyarrow.array([0, 2**30, 8], pyarrow.int32()).buffers()[1]
+    wrong = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, text.buffers()[2]])
+    with pytest.raises(InputError, match="is no file of a data set .*1073741824"):
+        readers.read(arrow_folder(tmp_path / "a", pyarrow.table({"text": wrong})))
+    runs = pyarrow.RunEndEncodedArray.from_arrays(pyarrow.array([10**9], pyarrow.int32()), pyarrow.array(["x"]))
+    with pytest.raises(InputError, match="column 'text' is of type 'run_end_encoded"):
+        readers.read(arrow_folder(tmp_path / "b", pyarrow.table({"text": runs})))
+
+
+def test_settings_of_other_types(tmp_path: Path) -> None:
+    folder = arrow_folder(tmp_path / "a", pyarrow.table({"text": ["a"]}))
+    for name, content, said in (
+        ("state.json", "{}", "_data_files is None; it must be a list"),
+        ("state.json", "[" * 5000, "is not valid JSON"),
+        ("dataset_info.json", '{"features": [1]}', r"features is \[1\]; it must be an object"),
+        ("dataset_info.json", '{"features": {"text": {"_type": "Json"}}}', "not of the kind that dataset_info"),
+    ):
+        before = (folder / name).read_text()
+        (folder / name).write_text(content)
+        with pytest.raises((InputError, CheckpointError), match=said):
+            readers.read(folder)
+        (folder / name).write_text(before)
+    with pytest.raises(InputError, match=r"is no parquet file \("):
+        (tmp_path / "x.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
+        tables.parquet(tmp_path / "x.parquet")
