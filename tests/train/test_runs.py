@@ -104,6 +104,18 @@ def test_another_objective_is_another_run(tmp_path: Path) -> None:
         run(0.5, resume_from_checkpoint=True)
 
 
+def test_a_run_killed_behind_its_last_checkpoint_keeps_no_more_than_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step follows after which the oldest would be removed."""
+    with monkeypatch.context() as killed:
+        killed.setattr(checkpoints, "prune", lambda *_: None)
+        trainer(tmp_path, save_total_limit=2).train()
+    assert steps(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    trainer(tmp_path, save_total_limit=2, resume_from_checkpoint=True).train()
+    assert steps(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_checkpoints_of_earlier_versions_name_no_run(tmp_path: Path) -> None:
     first = trainer(tmp_path, save_total_limit=2)
     first.train()

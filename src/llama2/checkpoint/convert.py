@@ -196,6 +196,16 @@ def _check_target(source: Checkpoint, path: Path, options: Options) -> None:
 # -- writing it --------------------------------------------------------------------------------------------------
 
 
+def ended(path: Path, form: str) -> bool:
+    """Whether a conversion to this path was made, to its last rename and without a rest."""
+    made = path if form == "gguf" else path / "config.json"
+    return made.exists() and not _journal(path, form).exists()
+
+
+def _journal(path: Path, form: str) -> Path:
+    return path.with_name(f".{path.name}.convert.json") if form == "gguf" else path / ".convert.json"
+
+
 class _Run:
     """One conversion: places, journal and the loop over the tensors."""
 
@@ -204,7 +214,7 @@ class _Run:
         self.path = path
         self.folder = path.parent if target.format == "gguf" else path
         self.stem = f".{path.name}." if target.format == "gguf" else "."
-        self.journal = self.folder / f"{self.stem}convert.json"
+        self.journal = _journal(path, target.format)
         self.small = self.folder / f"{self.stem}convert.files"
         self.identity = fingerprint(source, options)
 

@@ -32,7 +32,7 @@ from llama2.quantization_config import GPTQConfig, QuantizationConfig
 from llama2.quantize import measure
 from llama2.quantize.calibration import Calibration, calibrate, encode, read_text
 from llama2.quantize.hessian import make_hessian
-from llama2.quantize.journal import Journal, layer_file
+from llama2.quantize.journal import Journal, layer_file, sweep
 from llama2.quantize.layer import GROUPS, Stages, batch_of, norm
 from llama2.quantize.methods import Made, errors, make_method
 from llama2.quantize.options import Options, as_dict
@@ -138,6 +138,7 @@ class Job:
         if gguf != (path.suffix == ".gguf"):
             wanted = "a path that ends in .gguf" if gguf else "the path of a new folder, not one that ends in .gguf"
             raise InputError(f"{self.options.method} is written to {wanted}; the target is {path}")
+        sweep(path)
         if path.exists() and (path.is_file() or any(path.iterdir())):
             raise CheckpointError(f"{path} exists and is not empty; give a new path, nothing is overwritten")
         home = self.source.path if self.source.path.is_dir() else self.source.path.parent
@@ -362,7 +363,7 @@ class Job:
             path = result
             target = PackedTarget(view, parse_size(self.options.shard_size), self.settings)
         layers = self.config.num_hidden_layers
-        if not (path if path.suffix == ".gguf" else path / "config.json").exists():
+        if not convert.ended(path, options.to):
             convert.write(target, view, path, options, lambda done, total, name: self.progress(layers, layers, "files"))
         files = [path] if path.is_file() else list(path.glob("*.safetensors"))
         report.bytes_after = sum(file.stat().st_size for file in files)

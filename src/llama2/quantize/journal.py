@@ -21,6 +21,7 @@ from llama2.checkpoint.save import write_safetensors
 from llama2.errors import CheckpointError
 from llama2.files import rename, replacing, write_text
 
+_JOB = "job.json"
 _NAMES = {
     "source": "the source has changed, or is another one",
     "text": "the calibration text is another one",
@@ -34,8 +35,8 @@ class Journal:
 
     def __init__(self, target: Path, identity: Mapping[str, Any]) -> None:
         """Takes up an interrupted job of the same identity. Raises CheckpointError where there is one of another."""
-        self.folder = target.parent / f".{target.name}.quantize"
-        self._file = self.folder / "job.json"
+        self.folder = _work(target)
+        self._file = self.folder / _JOB
         self.state: dict[str, Any] = {"identity": dict(identity), "layers": 0, "linears": []}
         self.resumed = self._file.exists()
         if self.resumed:
@@ -74,6 +75,7 @@ class Journal:
 
     def finish(self, target: Path) -> None:
         """Moves everything of result/ to the target, last of all what makes it one, and deletes the folder."""
+        self.record(finished=True)
         result = self.folder / "result"
         if result.exists() and (result / target.name).exists():  # a GGUF file and what is beside it
             for file in sorted(result.iterdir(), key=lambda file: file.name == target.name):
@@ -81,6 +83,25 @@ class Journal:
         elif result.exists():
             rename(result, target)
         shutil.rmtree(self.folder)
+
+
+def sweep(target: Path) -> None:
+    """Removes the work folder of a job whose result has become the target, and that ended before it did this itself."""
+    folder = _work(target)
+    if not target.exists() or not folder.is_dir():
+        return
+    try:
+        over = json.loads((folder / _JOB).read_text()).get("finished") is True
+    except FileNotFoundError:
+        over = True
+    except (ValueError, AttributeError):
+        over = False
+    if over:
+        shutil.rmtree(folder)
+
+
+def _work(target: Path) -> Path:
+    return target.parent / f".{target.name}.quantize"
 
 
 def layer_file(index: int) -> str:

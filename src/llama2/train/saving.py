@@ -239,16 +239,19 @@ class Saving(Results):
                     if ranks.first:
                         self._save_model(made)
             ranks.wait()
-        if self.args.save_total_limit and ranks.first:
-            best = self.state.best_model_checkpoint
-            spare = None if best is None else Path(best)
-            checkpoints.prune(self.folder, self.args.save_total_limit, spare, self.run)
+        self._prune()
         ranks.wait()
         place = self.folder / f"checkpoint-{step}"
         self._push_checkpoint(place)
         self._call("on_save")
         self.control.should_save = False
         return place
+
+    def _prune(self) -> None:
+        if self.args.save_total_limit and self.ranks.first:
+            best = self.state.best_global_step
+            spare = None if best is None else self.folder / f"checkpoint-{best}"
+            checkpoints.prune(self.folder, self.args.save_total_limit, spare, self.run)
 
     def _write_state(self, made: Path) -> None:
         self.state.stateful_callbacks = {**self.callbacks.states(), "TrainerControl": self.control.state()}
@@ -307,6 +310,8 @@ class Saving(Results):
         if self.ranks.first:
             # The checkpoint may be of another folder; without the steps that are taken again.
             files.write_text(self.folder / LOG, "".join(json.dumps(entry) + "\n" for entry in self.state.log_history))
+        if wanted is True:
+            self._prune()  # where the run ended between its last checkpoint and this, no other would follow
 
     def _load_plateau(self, content: dict[str, Any] | None) -> None:
         raise NotImplementedError
