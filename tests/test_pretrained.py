@@ -124,6 +124,7 @@ def test_arguments_without_an_effect_warn_once(name: str, folder: Path) -> None:
         warnings.simplefilter("always")
         LlamaForCausalLM.from_pretrained(folder, **{name: WARNS[name]})
     assert [str(w.message).startswith(f"{name} has no effect here") for w in said] == [True]
+    assert said[0].filename == __file__  # the caller's line, through every wrapper of from_pretrained
 
 
 @pytest.mark.parametrize("name", REFUSED)

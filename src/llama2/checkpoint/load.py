@@ -22,7 +22,7 @@ from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, s
 from llama2.checkpoint.packing import read_packing
 from llama2.checkpoint.pages import release
 from llama2.checkpoint.peft import load_adapter
-from llama2.checkpoint.peft_files import HEADS, adapted_base
+from llama2.checkpoint.peft_files import HEADS, AdaptedBase, adapted_base
 from llama2.checkpoint.single_threads import in_single_threads
 from llama2.checkpoint.source import Located, locate, open_source, override, split_hub_options
 from llama2.checkpoint.weights import GivenWeights, Renamed, Rest, Weights
@@ -89,55 +89,69 @@ def _named(made: Any, name: str) -> None:
     model.name_or_path = model.config.name_or_path = name
 
 
-def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
-    """`load` that takes the folder, or the hub id, of an adapter too: the model that it is for, with the adapter
-    attached."""
+def _mapped_or_read(load: Callable[..., Any]) -> Callable[..., Any]:
+    """`load` with disable_mmap=, which reads files into memory in the place of mapping them."""
 
     @functools.wraps(load)
-    def loaded(cls: type[Any], pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
-        with reading_whole(bool(kwargs.pop("disable_mmap", False))):
-            if pretrained_model_name_or_path is None:
-                return load(cls, None, *args, **kwargs)
-            drop("hub", kwargs, stacklevel=4)
-            hub = split_hub_options(dict(kwargs))
-            chosen = {key: kwargs[key] for key in ("use_safetensors", "gguf_file") if key in kwargs}
-            place = locate(pretrained_model_name_or_path, hub, **chosen)
-            if (given := _calibrated(kwargs.get("quantization_config"))) is not None:
-                with tempfile.TemporaryDirectory() as folder:  # mapped files stay readable when their names are gone
-                    made = Path(folder) / "gptq"
-                    _quantized(place.path, given, made)
-                    model = loaded(cls, made, *args, **{**kwargs, "quantization_config": None})
-                _named(model, str(place))
-                return model
-            found = adapted_base(place.path)
-            if found is None:
-                return load(cls, place, *args, **kwargs)
-            for key in ("subfolder",) if Path(place.name).expanduser().exists() else ("subfolder", "revision"):
-                kwargs.pop(key, None)
-            kwargs.setdefault("revision", found.revision)
-            wants_info = kwargs.pop("output_loading_info", False)
-            noted = None
-            if not any(kwargs.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")):
-                kwargs["quantization_config"] = noted = read_packing(place.path)
-            with head_follows():
-                model, info = loaded(cls, found.base, *args, **{**found.labels, **kwargs}, output_loading_info=True)
-            lost = [
-                name for name in info["missing_keys"] if name.partition(".")[0] in HEADS and name not in found.heads
-            ]
-            if lost:
-                raise MismatchError(
-                    f"{place} is an adapter without {lost[0]}, and its model {found.base} has none either: its "
-                    "answers would be random. Give the adapter that was trained with a head (`llama2 finetune "
-                    "classify` makes one)"
-                )
-            load_adapter(model, place.path)
-            model.__dict__["_packed_for_adapter"] = noted is not None
-            info["missing_keys"] = [name for name in info["missing_keys"] if name not in found.heads]
-            return (model, info) if wants_info else model
+    def loaded(*args: Any, disable_mmap: bool = False, **kwargs: Any) -> Any:
+        with reading_whole(bool(disable_mmap)):
+            return load(*args, **kwargs)
 
     return loaded
 
 
+def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
+    """`load` that takes the folder, or the hub id, of an adapter too: the model that it is for, with the adapter
+    attached; and a quantization_config with texts to calibrate on."""
+
+    @functools.wraps(load)
+    def loaded(cls: type[Any], pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
+        if pretrained_model_name_or_path is None:
+            return load(cls, None, *args, **kwargs)
+        drop("hub", kwargs, stacklevel=5)
+        hub = split_hub_options(dict(kwargs))
+        chosen = {key: kwargs[key] for key in ("use_safetensors", "gguf_file") if key in kwargs}
+        place = locate(pretrained_model_name_or_path, hub, **chosen)
+        if (given := _calibrated(kwargs.get("quantization_config"))) is not None:
+            with tempfile.TemporaryDirectory() as folder:  # mapped files stay readable when their names are gone
+                made = Path(folder) / "gptq"
+                _quantized(place.path, given, made)
+                model = loaded(cls, made, *args, **{**kwargs, "quantization_config": None})
+            _named(model, str(place))
+            return model
+        found = adapted_base(place.path)
+        if found is None:
+            return load(cls, place, *args, **kwargs)
+        for key in ("subfolder",) if Path(place.name).expanduser().exists() else ("subfolder", "revision"):
+            kwargs.pop(key, None)
+        return _with_adapter(functools.partial(loaded, cls, found.base, *args), place, found, kwargs)
+
+    return loaded
+
+
+def _with_adapter(load_base: Callable[..., Any], place: Located, found: AdaptedBase, kwargs: dict[str, Any]) -> Any:
+    """The base model with the adapter on it; packed as the adapter's folder remembers, if nothing else is asked for."""
+    kwargs.setdefault("revision", found.revision)
+    wants_info = kwargs.pop("output_loading_info", False)
+    noted = None
+    if not any(kwargs.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")):
+        kwargs["quantization_config"] = noted = read_packing(place.path)
+    with head_follows():
+        model, info = load_base(**{**found.labels, **kwargs}, output_loading_info=True)
+    lost = [name for name in info["missing_keys"] if name.partition(".")[0] in HEADS and name not in found.heads]
+    if lost:
+        raise MismatchError(
+            f"{place} is an adapter without {lost[0]}, and its model {found.base} has none either: its "
+            "answers would be random. Give the adapter that was trained with a head (`llama2 finetune "
+            "classify` makes one)"
+        )
+    load_adapter(model, place.path)
+    model.__dict__["_packed_for_adapter"] = noted is not None
+    info["missing_keys"] = [name for name in info["missing_keys"] if name not in found.heads]
+    return (model, info) if wants_info else model
+
+
+@_mapped_or_read
 @_on_adapters
 def from_pretrained(
     cls: type[Model],
@@ -179,7 +193,7 @@ def from_pretrained(
     ignore_mismatched_sizes. Every other parameter must be filled and every tensor used: MismatchError lists both.
     """
     hub = split_hub_options(kwargs)
-    drop("from_pretrained", kwargs, stacklevel=4)
+    drop("from_pretrained", kwargs, stacklevel=6)
     device = resolve_device(device_map)
     source: Checkpoint | None = None
     if pretrained_model_name_or_path is not None:
@@ -313,7 +327,7 @@ def resolve_device(device_map: Any) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         if mapped:  # how single-GPU scripts say "on the accelerator": it runs where there is none, as with "auto"
             warnings.warn(
-                f"device_map is {mapped!r} and torch sees no CUDA device; the model is on the CPU", stacklevel=4
+                f"device_map is {mapped!r} and torch sees no CUDA device; the model is on the CPU", stacklevel=6
             )
             return torch.device("cpu")
         raise InputError(f"device_map is {device_map!r} but torch sees no CUDA device; give device_map='cpu' or 'auto'")
