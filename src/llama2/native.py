@@ -9,7 +9,7 @@ B rows, T new tokens, S context columns, V vocabulary.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -32,8 +32,22 @@ NATIVE_CACHES = (None, "dynamic", "quantized")  # cache_implementation
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+class _Hidden(NamedTuple):
+    """Columns (n,) of a row that a mask hides, and their keys and values (layers, kv heads, n, width)."""
+
+    columns: np.ndarray
+    parts: tuple[np.ndarray, ...]
+
+    def among(self, chosen: np.ndarray) -> "_Hidden":
+        """Those columns of them that are chosen (n,)."""
+        return _Hidden(self.columns[chosen], tuple(x[:, :, chosen] for x in self.parts))
+
+
 class NativeCache:
     """Keys and values of the rows of one batch in the engine's pages. Columns count padding, pages do not hold it.
+
+    What a mask hides is kept beside the pages: another call may show it again. Padding that the engine ran over itself
+    has no keys and values; `tensors` gives zeros for it.
 
     Inside the library only: callers of generate() get a KVCache that stands for one of these (`cache.Store`).
     """
@@ -51,6 +65,7 @@ class NativeCache:
         self._pages = _pages(weights, rows, columns, dtype)
         self.sequences = [self._pages.sequence() for _ in range(rows)]
         self._real = np.zeros((rows, columns), bool)
+        self._hidden: list[_Hidden | None] = [None] * rows
         self.columns = 0
 
     @property
@@ -81,6 +96,11 @@ class NativeCache:
         self.columns = end
         return view
 
+    def append_padding(self, new: int) -> None:
+        """Counts `new` columns that are padding in every row."""
+        self._real[:, self.columns : self.columns + new] = False
+        self.columns += new
+
     def crop(self, max_length: int) -> None:
         """Keeps the first `max_length` columns, or drops the last -`max_length`."""
         keep = max(max_length if max_length >= 0 else self.columns + max_length, 0)
@@ -88,6 +108,7 @@ class NativeCache:
             self.columns = keep
             for sequence, real in zip(self.sequences, self._real, strict=True):
                 sequence.crop(min(sequence.length, int(real[:keep].sum())))
+            self._hidden = [None if row is None else row.among(row.columns < keep) for row in self._hidden]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i]; copies share their full pages."""
@@ -96,6 +117,7 @@ class NativeCache:
             return self._move(order, self.get_max_cache_shape())
         self.sequences = [old[i].fork() for i in order]
         self._real = self._real[order]
+        self._hidden = [self._hidden[i] for i in order]
         for sequence in old:
             sequence.free()
         return None
@@ -112,33 +134,49 @@ class NativeCache:
             where = torch.from_numpy(np.flatnonzero(real[: self.columns]))
             for part, held in enumerate(sequence.read()):
                 both[:, part, row, :, where] = torch.from_numpy(held).to(both.dtype)
+            if (hidden := self._hidden[row]) is not None:
+                for part, held in enumerate(hidden.parts):
+                    both[:, part, row, :, torch.from_numpy(hidden.columns)] = torch.from_numpy(held).to(both.dtype)
         return [(layer[0], layer[1]) for layer in both]
 
     def fill(self, layers: Sequence[tuple[Tensor, Tensor]], real: np.ndarray | None) -> None:
-        """Takes keys and values (B, K, S, E) of each layer into the empty cache; real (B, S): False leaves out."""
+        """Takes keys and values (B, K, S, E) of each layer into the empty cache; real (B, S): False hides."""
         keys, values = (torch.stack([pair[i].detach() for pair in layers]).float() for i in (0, 1))
         self.columns = keys.shape[3]
-        self._real[:, : self.columns] = True if real is None else real
-        for row, sequence in enumerate(self.sequences):
-            where = np.flatnonzero(self._real[row, : self.columns])
-            sequence.write(*(np.ascontiguousarray(x[:, row].numpy()[:, :, where]) for x in (keys, values)))
+        shown = np.ones((self.rows, self.columns), bool) if real is None else real
+        for row in range(self.rows):
+            self._write(row, np.arange(self.columns), (keys[:, row].numpy(), values[:, row].numpy()), shown[row])
 
     def prepare(self, rows: int, columns: int, mask: np.ndarray | None) -> None:
         """Makes it hold `rows` rows, each of its own repeated, with room for `columns`; columns that `mask` (rows, ...)
-        marks False are padding from now on."""
+        marks False are hidden from now on, and those that it marks True are shown. None shows all."""
         if rows != self.rows or columns > self.get_max_cache_shape():
             room = max(columns, self.get_max_cache_shape())
             self._move([i * self.rows // rows for i in range(rows)], room)
-        if mask is None:
-            return
+        shown = np.ones((self.rows, self.columns), bool) if mask is None else mask[:, : self.columns].astype(bool)
         for row, sequence in enumerate(self.sequences):
-            real, wanted = self._real[row, : self.columns], mask[row, : self.columns]
-            if (real & ~wanted).any():
-                kept = wanted[real]
-                parts = [np.ascontiguousarray(x[:, :, kept]) for x in sequence.read()]
-                sequence.free()
-                sequence.write(*parts)
-                self._real[row, : self.columns] &= wanted
+            real, hidden = self._real[row, : self.columns], self._hidden[row]
+            if np.array_equal(real, shown[row]):
+                continue
+            where, parts = np.flatnonzero(real), tuple(sequence.read())
+            if hidden is not None:
+                where = np.concatenate((where, hidden.columns))
+                parts = tuple(np.concatenate(pair, 2) for pair in zip(parts, hidden.parts, strict=True))
+            if len(lost := np.setdiff1d(np.flatnonzero(shown[row]), where)):
+                raise InputError(
+                    f"column {lost[0]} of row {row} was padding when past_key_values was made, so it holds nothing "
+                    "there, and attention_mask shows it now; give the attention_mask of that call, continued with 1"
+                )
+            order = np.argsort(where)
+            sequence.free()
+            self._write(row, where[order], tuple(x[:, :, order] for x in parts), shown[row])
+
+    def _write(self, row: int, where: np.ndarray, parts: tuple[np.ndarray, ...], shown: np.ndarray) -> None:
+        """Puts keys and values of the columns `where` into the row's empty sequence, or beside it where not shown."""
+        chosen = shown[where]
+        self.sequences[row].write(*(np.ascontiguousarray(x[:, :, chosen]) for x in parts))
+        self._hidden[row] = None if chosen.all() else _Hidden(where, parts).among(~chosen)
+        self._real[row, : self.columns] = shown
 
     def _move(self, order: list[int], columns: int) -> None:
         """Takes the rows `order` into new pages with room for `columns`."""
@@ -155,6 +193,7 @@ class NativeCache:
             self.sequences.append(moved[i])
         self._real = np.zeros((len(order), columns), bool)
         self._real[:, : real.shape[1]] = real[order]
+        self._hidden = [self._hidden[i] for i in order]
 
 
 def _pages(weights: cpu.CpuWeights, rows: int, columns: int, dtype: cpu.KvDtype) -> cpu.PagedCache:
@@ -254,7 +293,7 @@ class NativeRunner:
         real = mask_BS[:, -new:].numpy() != 0
         logits = torch.zeros((rows, kept, self.weights.config.vocab_size))
         if not real.any():
-            cache.columns += new
+            cache.append_padding(new)
             return logits
         asked = np.zeros(ids.shape, bool)
         asked[:, new - kept :] = True

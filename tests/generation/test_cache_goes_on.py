@@ -296,6 +296,67 @@ def test_what_does_not_fit_is_told() -> None:
             turn(model, tiny_ids(2, 20), past_key_values=other, runner="native")
 
 
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "seed": 1}], ids=str
+)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_what_a_mask_hides_can_be_shown_again(runner: str, settings: dict[str, Any], looks: bool) -> None:
+    """A turn that hides a part of the text leaves its keys and values in the cache, as transformers does."""
+    model = tiny_model(torch.float32)
+
+    def three_turns(runner: str) -> list[Any]:
+        made = [turn(model, tiny_ids(2, 12), runner=runner)]
+        for hidden in (slice(3, 7), slice(5, 6), slice(0, 0)):
+            ids, mask = more(made[-1].sequences, torch.ones_like(made[-1].sequences))
+            assert mask is not None
+            mask[0, hidden] = 0
+            if looks:
+                assert made[-1].past_key_values[0][0].shape[2] == made[-1].sequences.shape[1] - 1
+            given = settings if hidden == slice(0, 0) else {}
+            made.append(turn(model, ids, mask, past_key_values=made[-1].past_key_values, runner=runner, **given))
+        return made
+
+    ours, theirs = three_turns(runner), three_turns("torch")
+    assert [turn.sequences.tolist() for turn in ours] == [turn.sequences.tolist() for turn in theirs]
+    for mine, wanted in zip(ours[-1].past_key_values, theirs[-1].past_key_values, strict=True):
+        for a, b in zip(mine, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=FLOAT32)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native engine is not built")
+def test_hidden_columns_are_cut_and_reordered_with_the_others() -> None:
+    model = tiny_model(torch.float32)
+    torch_made = turn(model, tiny_ids(2, 12), runner="torch").past_key_values
+    expected = [[x.clone() for x in pair] for pair in torch_made]
+    mask = torch.ones(2, 18, dtype=torch.long)
+    mask[0, 2:5] = mask[1, 14:16] = 0
+    ids = torch.cat((turn(model, tiny_ids(2, 12), runner="torch").sequences[:, :17], tiny_ids(2, 1)), 1)
+    cache = turn(model, ids, mask, past_key_values=torch_made, max_new_tokens=1, runner="native").past_key_values
+    cache.crop(15)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    for mine, wanted in zip(cache, expected, strict=True):
+        for a, b in zip(mine, wanted, strict=True):
+            assert torch.equal(a, b[[1, 0], :, :15])
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native engine is not built")
+@pytest.mark.parametrize("again", [True, False])
+def test_padding_that_was_never_computed_cannot_be_shown(again: bool) -> None:
+    model = tiny_model(torch.float32)
+    ids, mask = left_padded()
+    first = turn(model, ids, mask, runner="native")
+    ids, _ = more(first.sequences, None)
+    with pytest.raises(InputError, match="column 0 of row 0 was padding"):
+        turn(
+            model,
+            ids,
+            torch.ones_like(ids) if again else None,
+            past_key_values=first.past_key_values,
+            pad_token_id=None,
+        )
+
+
 def test_splits_and_their_sum() -> None:
     model = tiny_model(torch.float32)
     cache = turn(model, tiny_ids(3, 8)).past_key_values
