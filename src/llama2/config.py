@@ -478,8 +478,9 @@ def _default_head_dim(hidden_size: Any, heads: Any) -> int:
 
 def _same_default_head_dim(fields: Mapping[str, Any]) -> bool:
     """Whether a stored head_dim only repeats hidden_size // heads (transformers writes it always)."""
-    head_dim, hidden, heads = (fields.get(key) for key in ("head_dim", "hidden_size", "num_attention_heads"))
-    return bool(head_dim and hidden and heads and head_dim * heads == hidden)
+    head_dim, hidden, heads = (plain(fields.get(key)) for key in ("head_dim", "hidden_size", "num_attention_heads"))
+    known = all(isinstance(size, int) and size for size in (head_dim, hidden, heads))
+    return known and head_dim * heads == hidden
 
 
 def check_fields(fields: Mapping[str, Any], where: str | Path = "") -> None:

@@ -44,6 +44,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
         "num_attention_heads is 1099511627776; .* at most 65536",
     ),
     ({"num_labels": 10_000_000}, "config.json: num_labels is 10000000; it must be a whole number from 0 to 100000"),
+    ({"num_attention_heads": {"a": 1}, "head_dim": 32}, "num_attention_heads is {'a': 1}; it must be an integer"),
     ({"rms_norm_eps": {}}, "config.json: rms_norm_eps is {}; it must be a finite number"),
     ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
     ({"architectures": True}, "config.json: architectures is True; it must be a list"),
