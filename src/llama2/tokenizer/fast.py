@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from llama2.tokenizer.special import TokenLike
 from llama2.tokenizer.spm import SentencePieceModel
 from llama2.tokenizer.stream import EACH_BYTE, PieceTable, gpt2_byte_alphabet
 from llama2.tokenizer.template import BARE, ends_of, template_from_json
+from llama2.tokenizer.trial import Trial, gave_up, is_panic, unknown
 from llama2.tokenizer.words import WordMemory, cuts_hold
 
 
@@ -159,6 +161,8 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             )
         self._tokenizer = backend
         self._literals: dict[bool, tokenizers.Tokenizer] = {}
+        self._trials: dict[int, Trial] = {}
+        self._unknown = unknown(state_of(backend.normalizer), pre) if self._prefix is None else []
         self._added = {i.content: (n, _from_rust(i)) for n, i in backend.get_added_tokens_decoder().items()}
         self._find_anywhere()
         self._size = backend.get_vocab_size(with_added_tokens=False)
@@ -237,6 +241,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             if known is None or entry != known[1]:
                 fresh.append(entry)
         add_to_backend(self._tokenizer, fresh)
+        self._trials = {}
         for token in fresh:
             self._added[token.content] = (self._tokenizer.token_to_id(token.content) or 0, token)
         self._by_id = None
@@ -244,11 +249,18 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
 
     def _changed(self) -> None:
         super()._changed()
-        self._literals = {}
+        self._literals, self._trials = {}, {}
         self._matchers = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_literals": {}, "_memory": None, "_matchers": None, "_exact": None}
+        return {
+            **super().__getstate__(),
+            "_literals": {},
+            "_trials": {},
+            "_memory": None,
+            "_matchers": None,
+            "_exact": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -261,23 +273,19 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             return encoder.ids(texts, keep_special)
         backend = self._tokenizer if keep_special else self._literal(continuing=False)
         memory = self._memory
-        try:
+        with self._encoding(backend, texts):
             if memory is not None and not any(map(self._has_added, texts)):
                 return [memory.ids(text) for text in texts]
             if len(texts) == 1:
                 return [backend.encode(texts[0], add_special_tokens=False).ids]
             return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except (TypeError, UnicodeEncodeError) as error:
-            raise TokenizerError(surrogate_message(texts)) from error
 
     def _encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
         if (encoder := self._encoder) is not None:
             return encoder.segments(texts, keep_special)
         backend = self._tokenizer if keep_special else self._literal(continuing=False)
-        try:
+        with self._encoding(backend, texts):
             rows = backend.encode_batch(texts, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise TokenizerError(surrogate_message(texts)) from error
         words = [row.word_ids if self._prefix is None else _space_words(row.tokens, row.word_ids) for row in rows]
         return [Segment(row.ids, row.offsets, found) for row, found in zip(rows, words)]
 
@@ -305,14 +313,35 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
                 ids.append(part)
             else:
                 continuing = i > 0 and self._prefix in ("first", "metaspace")
-                ids += self._literal(continuing).encode(part, add_special_tokens=False).ids
+                ids += self._literal_ids(continuing, part)
         return ids
 
     def _encode_inside(self, text: str) -> list[int]:
         if (encoder := self._encoder) is not None:
             return encoder.inside(text)
-        ids: list[int] = self._literal(self._prefix is not None).encode(text, add_special_tokens=False).ids
+        return self._literal_ids(self._prefix is not None, text)
+
+    def _literal_ids(self, continuing: bool, text: str) -> list[int]:
+        backend = self._literal(continuing)
+        with self._encoding(backend, [text]):
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    @contextmanager
+    def _encoding(self, backend: tokenizers.Tokenizer, texts: list[str]) -> Iterator[None]:
+        """What the Rust side raises for a text as one error; unknown patterns are tried on the texts first."""
+        if self._unknown:
+            if (trial := self._trials.get(id(backend))) is None:
+                trial = self._trials[id(backend)] = Trial(backend, self._unknown)
+            trial(texts)
+        try:
+            yield
+        except (TypeError, UnicodeEncodeError) as error:
+            raise TokenizerError(surrogate_message(texts)) from error
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise TokenizerError(gave_up(str(error), ", ".join(self._unknown) or "a part of it")) from error
 
     # -- decoding ------------------------------------------------------------------------------------------------
     def _make_table(self) -> PieceTable:
@@ -381,7 +410,7 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(data)
     except BaseException as error:  # the Rust side raises plain Exception, and a panic is not even that
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise CheckpointError(f"{path} is not a tokenizer.json: {shown(str(error))}") from error
 
