@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from llama2 import AutoTokenizer, LlamaForCausalLM
-from llama2.cli import parallel, serve
+from llama2.cli import main, parallel, serve
 from llama2.cli.args import parse
 from llama2.errors import InputError
 
@@ -248,3 +248,21 @@ def test_serving_over_tls_on_sagemakers_terms(checkpoint: Path, tmp_path: Path) 
         finally:
             process.terminate()
             assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("--step-stretch", "0.5", "0 for no bound, or at least 1"),
+        ("--step-stretch", "-1", "at least 0"),
+        ("--max-running-per-key", "0", "at least 1"),
+        ("--header-timeout", "inf", "finite"),
+        ("--port", "99999", "between 0 and 65535"),
+    ],
+)
+def test_numbers_that_bound_nothing_are_refused_before_a_model_is_looked_for(
+    flag: str, value: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "-m", "/no/such/model", flag, value]) == 2
+    error = capsys.readouterr().err
+    assert flag in error and told in error

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 from engine.test_scheduler import SIZE, Simulation, expected, following
 
-from llama2.engine.fairness import Credits
-from llama2.engine.scheduler import Sequence
+from llama2.engine.fairness import Credits, StepTimes
+from llama2.engine.scheduler import Chunk, Sequence
 from llama2.errors import InputError
 
 
@@ -49,7 +49,8 @@ def test_random_steps_of_several_owners_keep_every_invariant(
             gone = rng.choice(list(live))
             simulation.scheduler.finish(gone)
             del live[gone]
-        simulation.step(following)
+        chunks = simulation.step(following)
+        simulation.scheduler.ran(chunks, seconds(chunks) * rng.uniform(0.3, 3.0))
         for each, prompt in list(live.items()):
             assert each.tokens == expected(prompt, len(each.tokens))
             if len(each.tokens) == each.limit:
@@ -157,3 +158,111 @@ def test_credit_is_tokens_and_rounds_give_the_same_to_all() -> None:
     assert credits.first(["b"]) == "b"
     credits.keep(["b", "c"])  # a newcomer is no better off than the best of the others
     assert credits._left["c"] == min(credits._left["b"], 10)
+
+
+class Unchecked(Simulation):
+    """Many pages: what each holds is not looked at after every step."""
+
+    def check(self) -> None:
+        pass
+
+
+def seconds(chunks: list[Chunk]) -> float:
+    """A machine on which a step takes 8 ms, a decoding sequence 1 ms and a token of a prompt half a millisecond."""
+    rows = sum(c.sampled and len(c.tokens) == 1 for c in chunks)
+    return 0.008 + 0.001 * rows + 0.0005 * (sum(len(c.tokens) for c in chunks) - rows)
+
+
+def test_times_of_steps_are_told_apart() -> None:
+    rng, times = random.Random(0), StepTimes()
+    for _ in range(7):
+        times.observe(3, 0, 0.011)
+    assert times.fit() is None and times.room(2, 2.0) is None
+    for _ in range(300):
+        rows, tokens = rng.randrange(1, 64), rng.choice([0, 0, rng.randrange(128)])
+        times.observe(rows, tokens, (0.008 + 0.001 * rows + 0.0005 * tokens) * rng.uniform(0.9, 1.1))
+    assert times.fit() == pytest.approx((0.008, 0.001, 0.0005), rel=0.15)
+    assert times.room(4, 2.0) == pytest.approx((2 * 0.012 - 0.008, 0.001, 0.0005), rel=0.15)
+
+
+def test_times_of_one_kind_of_step_bound_nothing_below_equal_shares() -> None:
+    times = StepTimes()
+    for _ in range(50):
+        times.observe(10, 0, 0.02)
+    room = times.room(10, 2.0)
+    assert room is not None and room[0] >= 10 * room[1]
+
+
+def crowd(stretch: float, others: int) -> tuple[list[float], Counter[str]]:
+    """Seconds between the tokens of one sequence beside another owner's 60, and tokens of both; `others` more owners
+    have one sequence each."""
+    simulation = Unchecked(4000, 512, 64)
+    simulation.scheduler.stretch = stretch
+    for i in range(60):
+        simulation.scheduler.submit(sequence("greedy", 3, 400, i))
+    for i in range(others):
+        simulation.scheduler.submit(sequence(f"other {i}", 3, 400))
+    good, gaps, gap = sequence("good", 3, 400), [], 0.0
+    simulation.scheduler.submit(good)
+    found: Counter[str] = Counter()
+    for _ in range(150):
+        chunks = simulation.step(following)
+        simulation.scheduler.ran(chunks, seconds(chunks))
+        gap += seconds(chunks)
+        if any(c.sequence is good and c.sampled for c in chunks):
+            gaps.append(gap)
+            gap = 0.0
+        for chunk in chunks:
+            found[chunk.sequence.owner] += len(chunk.tokens)
+        for done in [s for s in simulation.scheduler.running if len(s.tokens) == s.limit]:
+            simulation.scheduler.finish(done)
+    return gaps[30:], found
+
+
+@pytest.mark.parametrize("others", [0, 6])
+def test_a_step_is_no_longer_than_twice_what_equal_shares_take(others: int) -> None:
+    fair = 0.008 + 0.001 * (2 + others)
+    wide, _ = crowd(0, others)
+    assert max(wide) > 0.06  # the width alone slows the one down
+    bounded, found = crowd(2.0, others)
+    assert len(bounded) > 100 and max(bounded) < 2.2 * fair
+    assert found["greedy"] > 6 * found["good"]  # what is left goes to whoever has use for it
+    assert all(found[f"other {i}"] >= found["good"] - 5 for i in range(others))
+
+
+def test_every_sequence_of_an_owner_gets_on_in_a_bounded_step() -> None:
+    simulation = Unchecked(4000, 512, 64)
+    greedy = [sequence("greedy", 3, 400, i) for i in range(40)]
+    for each in (*greedy, sequence("good", 3, 400)):
+        simulation.scheduler.submit(each)
+    for _ in range(120):
+        chunks = simulation.step(following)
+        simulation.scheduler.ran(chunks, seconds(chunks))
+    lengths = [len(s.tokens) for s in greedy]
+    assert max(lengths) - min(lengths) <= 6 and min(lengths) > 30
+
+
+def test_a_long_prompt_beside_a_decoding_owner_runs_in_pieces_that_fit() -> None:
+    simulation = Unchecked(4000, 512, 64)
+    simulation.scheduler.submit(sequence("good", 3, 900))
+    for i in range(12):
+        simulation.scheduler.submit(sequence("writer", 250, 2, i))
+    times = []
+    for _ in range(140):
+        chunks = simulation.step(following)
+        simulation.scheduler.ran(chunks, seconds(chunks))
+        times.append(seconds(chunks))
+        for done in [s for s in simulation.scheduler.running if len(s.tokens) == s.limit]:
+            simulation.scheduler.finish(done)
+    assert max(times[40:]) < 2.3 * 0.010
+    assert sum(s.owner == "writer" for s in simulation.scheduler.waiting) < 9  # and they end
+
+
+def test_one_owner_is_not_bounded() -> None:
+    simulation = Unchecked(4000, 512, 64)
+    for i in range(60):
+        simulation.scheduler.submit(sequence("alone", 3, 400, i))
+    for _ in range(30):
+        chunks = simulation.step(following)
+        simulation.scheduler.ran(chunks, seconds(chunks))
+    assert len(chunks) == 60

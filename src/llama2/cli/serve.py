@@ -1,5 +1,6 @@
 """`llama2 serve`: many users at once over HTTP."""
 
+import math
 import os
 import resource
 import sys
@@ -117,6 +118,10 @@ class Options(EngineOptions, RunOptions):
     max_waiting_per_key: int | None = option(None, "answers of one key in the queue at most (default: no bound)")
     max_running_per_key: int | None = option(None, "answers of one key in one step at most (default: no bound)")
     max_cache_per_key: int | None = option(None, "tokens of one key in the cache at most (default: no bound)")
+    step_stretch: float | None = option(
+        None,
+        "time of a step at most where several keys have answers, in that of equal shares; 0 for no bound (default: 2)",
+    )
     tokens_per_minute: int | None = option(
         None, "tokens of prompts and answers of one key in a minute; more get 429 (default: no bound)"
     )
@@ -191,10 +196,27 @@ def _value(name: str, text: str, hint: Any) -> Any:
         raise InputError(f"{name} is {text!r}; it must be {'a whole number' if hint is int else 'a number'}") from None
 
 
+def check_numbers(options: Options) -> None:
+    """Raises InputError for a number of the server's own options that bounds nothing, before anything is loaded."""
+    for name, hint in get_type_hints(Options).items():
+        value = getattr(options, name)
+        if name not in Options.__annotations__ or value is None or not {int, float} & set(get_args(hint)):
+            continue
+        flag = "--" + name.replace("_", "-")
+        least = 1 if int in get_args(hint) and name != "port" else 0
+        most = 65535 if name == "port" else math.inf
+        if not least <= value <= most or math.isinf(value):
+            bound = f"between 0 and {most}" if name == "port" else f"at least {least}, and finite"
+            raise InputError(f"{flag} is {value}; it must be {bound}")
+    if options.step_stretch is not None and 0 < options.step_stretch < 1:
+        raise InputError(f"--step-stretch is {options.step_stretch}; it must be 0 for no bound, or at least 1")
+
+
 def run(options: Options) -> int:
     """Runs the command."""
     environment = os.environ
     options = settled(options, environment)
+    check_numbers(options)
     container = SAGEMAKER_MODEL.is_dir() or any(name.startswith("SAGEMAKER_") for name in environment)
     options = _with_model(options, container)
     _heed(environment)
@@ -360,6 +382,7 @@ def open_model(
     options: RunOptions and EngineOptions. Raises as `load`.
     """
     from llama2.engine.engine import Engine
+    from llama2.engine.fairness import STRETCH
     from llama2.serve import limits
 
     model, tokenizer = loader(options)
@@ -388,6 +411,7 @@ def open_model(
         each_waiting=getattr(options, "max_waiting_per_key", None),
         each_running=getattr(options, "max_running_per_key", None),
         each_tokens=getattr(options, "max_cache_per_key", None),
+        stretch=STRETCH if getattr(options, "step_stretch", None) is None else options.step_stretch,
     )
     for adapter in adapters:
         _add_adapter(engine, adapter)

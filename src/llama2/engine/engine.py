@@ -22,6 +22,7 @@ from llama2.engine.ask import Ask, Completion, EngineBusyError, Event, Finish
 from llama2.engine.blocks import BlockPool
 from llama2.engine.choice import Choice, Picked
 from llama2.engine.draft import UNKNOWN, Drafter, look_up
+from llama2.engine.fairness import STRETCH
 from llama2.engine.runners import PAGE, PlanRunner, make_plan_runner
 from llama2.engine.scheduler import Chunk, Scheduler
 from llama2.engine.scheduler import Sequence as Scheduled
@@ -128,13 +129,15 @@ class Engine:
         each_waiting: int | None = None,
         each_running: int | None = None,
         each_tokens: int | None = None,
+        stretch: float = STRETCH,
     ) -> None:
         """cache_tokens: positions of all requests together that are kept. budget: tokens of one step at most. width:
         requests in one step at most. waiting: requests in the queue at most. kv_cache: dtype of keys and values in the
         native engine. draft: a smaller model that proposes up to `guesses` tokens a step, 4 if None, while few requests
         run; without one `guesses` is what requests look up in their own text. each_waiting, each_running, each_tokens:
-        requests in the queue, requests in a step and positions of the cache of one owner at most. Raises InputError
-        for sizes that hold nothing, and for a draft of another vocabulary."""
+        requests in the queue, requests in a step and positions of the cache of one owner at most. stretch: where
+        several owners have requests, the time of a step at most, in that which equal shares would take; 0 for no bound.
+        Raises InputError for sizes that hold nothing, and for a draft of another vocabulary."""
         if cache_tokens < PAGE:
             raise InputError(f"a cache of {cache_tokens} tokens is less than a page; give at least {PAGE}")
         if guesses is not None and guesses < 0:
@@ -147,7 +150,9 @@ class Engine:
             self.drafter = Drafter(model, draft, self.runner.pages, 4 if guesses is None else guesses, runner, kv_cache)
         self._lookup = 0 if draft is not None or guesses is None else guesses
         each_pages = None if each_tokens is None else max(each_tokens // PAGE, 1)
-        self.scheduler = Scheduler(self.pool, budget, width, each_running=each_running, each_pages=each_pages)
+        self.scheduler = Scheduler(
+            self.pool, budget, width, each_running=each_running, each_pages=each_pages, stretch=stretch
+        )
         self.max_waiting, self.each_waiting = waiting, each_waiting
         self._step_seconds = 0.0  # of the last steps on average
         self._counts: Counter[str] = Counter()  # requests of each owner
@@ -394,8 +399,8 @@ class Engine:
                     self.beat = time.monotonic()
 
     def _step(self) -> None:
-        chunks = self.scheduler.plan()
         self.beat = now = time.monotonic()
+        planned = chunks = self.scheduler.plan()
         for chunk in chunks:
             live = self._live[chunk.sequence]
             live.began = live.began or now
@@ -408,8 +413,6 @@ class Engine:
                 self._end(self._live[chunk.sequence], Event(finish="error", error=error))
             return
         self.steps += 1
-        took = time.monotonic() - now
-        self._step_seconds += (took - self._step_seconds) * (0.1 if self._step_seconds else 1.0)
         for chunk in chunks:
             logits, live = next(rows) if chunk.wanted else None, self._live[chunk.sequence]
             try:
@@ -421,6 +424,9 @@ class Engine:
                     self.scheduler.commit(chunk)
             except Exception as error:  # of a processor or of whoever listens: it ends this request, not the others
                 self._end(live, Event(finish="error", error=error))
+        took = time.monotonic() - now
+        self._step_seconds += (took - self._step_seconds) * (0.1 if self._step_seconds else 1.0)
+        self.scheduler.ran(planned, took)
 
     def _advance(self, chunk: Chunk, logits: Any) -> None:
         """Picks the next token of a sequence, and those that its guesses have foreseen."""

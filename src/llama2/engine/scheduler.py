@@ -1,9 +1,10 @@
-"""Which tokens of which sequences run in the next step: plan, run, commit. Standard library only, no torch.
+"""Which tokens of which sequences run in the next step: plan, run, commit. No torch.
 
     plan    what is decoding comes first, then prompts in chunks, then whoever waits, oldest first; pages are given as
             sequences grow, and when none is left the youngest sequence goes back to the queue (its pages stay
             remembered, so that it usually finds most of them again); of several owners each has its share of places,
-            pages and prompt tokens, and who has more gives way to who has less (see fairness.py)
+            pages and prompt tokens, who has more gives way to who has less, and the step is kept short enough for
+            whoever has little in it (see fairness.py)
     run     somebody else's: the runner computes the plan's tokens
     commit  positions are counted as cached, full pages are remembered, sampled tokens appended
 
@@ -16,7 +17,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from llama2.engine.blocks import BlockPool
-from llama2.engine.fairness import Credits, above, share
+from llama2.engine.fairness import STRETCH, Credits, StepTimes, above, share
 from llama2.errors import InputError
 
 PATIENT = 3  # times that a sequence gives way to another owner's; then it runs to its end
@@ -41,6 +42,7 @@ class Sequence:
     computed: int = 0
     reused: int = 0  # positions that were found in the cache when it was first admitted
     preemptions: int = 0
+    planned: int = 0  # the number of the last step that it was part of
     draft: list[int] = field(default_factory=list)  # guesses to be checked in the next step
     _keys: list[bytes] = field(default_factory=list)
     _admitted: bool = False
@@ -74,7 +76,8 @@ class Scheduler:
 
     budget: tokens of one step at most; beside: tokens of prompts in a step in which others decode, who wait for the
     end of the step; width: sequences in one step at most; each_running, each_pages: sequences in one step and pages of
-    one owner at most.
+    one owner at most; stretch: where there are several owners, the time of a step at most, in that which equal shares
+    of it would take, 0 for no bound.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Scheduler:
         beside: int = 128,
         each_running: int | None = None,
         each_pages: int | None = None,
+        stretch: float = STRETCH,
     ) -> None:
         if budget < 1 or width < 1 or beside < 1:
             raise InputError(
@@ -94,7 +98,9 @@ class Scheduler:
         self.pool, self.budget, self.width, self.beside = pool, budget, width, beside
         self.each_running = width if each_running is None else each_running
         self.each_pages = pool.count if each_pages is None else min(each_pages, pool.count)
-        self.credits = Credits()
+        self.stretch = stretch
+        self.credits, self.times = Credits(), StepTimes()
+        self._step = 0
         self._charged: dict[Sequence, int] = {}  # tokens of the plan that is being made
         self._owners = 1  # that have something to do
         self._most = budget  # tokens of the step that is being planned
@@ -150,11 +156,13 @@ class Scheduler:
         active = dict.fromkeys(s.owner for s in (*self.running, *self.waiting))
         self.credits.keep(active)
         self._owners = len(active)
-        for sequence in list(self.running):
-            if sequence.pending <= 1 and sequence in self.running:
+        self._step += 1
+        rows, prompts = self._bounds()
+        for sequence in self._decoding(rows):
+            if sequence in self.running:
                 crowded |= self._plan_one(sequence, planned)
         if planned:
-            self._most = min(self.budget, self._spent(planned) + self.beside)
+            self._most = min(self.budget, self._spent(planned) + (self.beside if prompts is None else prompts))
         each = self._each(planned)
         crowded |= self._plan_prompts(planned, each)
         if not crowded:
@@ -162,9 +170,57 @@ class Scheduler:
         if each is not None:
             self._plan_prompts(planned, None)  # what some owners did not need
         for chunk in planned.values():
-            self.credits.charge(chunk.sequence.owner, len(chunk.tokens) - self._charged.get(chunk.sequence, 0))
+            self.credits.charge(chunk.sequence.owner, len(chunk.tokens) - self._charged.pop(chunk.sequence, 0))
+            chunk.sequence.planned = self._step
+        for sequence, tokens in self._charged.items():  # thrown out again
+            self.credits.charge(sequence.owner, -tokens)
         self._charged.clear()
         return list(planned.values())
+
+    def ran(self, chunks: SequenceOf[Chunk], seconds: float) -> None:
+        """Takes in how long a step took, from plan to commit."""
+        rows = sum(chunk.sampled and len(chunk.tokens) == 1 + chunk.drafted for chunk in chunks)
+        self.times.observe(rows, sum(len(chunk.tokens) for chunk in chunks) - rows, seconds)
+
+    def _bounds(self) -> tuple[int | None, int | None]:
+        """Decoding sequences and tokens of prompts in this step at most, where several owners share it: what takes
+        `stretch` times as long as if each had as many sequences in it as the one that has fewest. None for no bound."""
+        if self._owners < 2 or not self.stretch:
+            return None, None
+        counts = Counter(s.owner for s in self.running)
+        fair = self._owners * min(counts.values(), default=1)
+        if (found := self.times.room(fair, self.stretch)) is None:
+            return None, None
+        seconds, row, token = found
+        coming = bool(self.waiting) or any(s.pending > 1 for s in self.running)
+        decoding = sum(s.pending <= 1 for s in self.running)
+        rows = max(int((seconds / 2 if coming else seconds) / row), fair)
+        prompts = int((seconds - row * min(rows, decoding)) / token)
+        return rows, min(max(prompts, self._owners), self.beside)
+
+    def _decoding(self, most: int | None) -> list[Sequence]:
+        """Those that decode, in the order of admission; no more than `most`, by the credit of their owner, each owner's
+        in turn."""
+        found = [s for s in self.running if s.pending <= 1]
+        if most is None or len(found) <= most:
+            return found
+        queues: dict[str, deque[Sequence]] = {}
+        for sequence in sorted(found, key=lambda s: s.planned):
+            queues.setdefault(sequence.owner, deque()).append(sequence)
+        chosen: set[Sequence] = set()
+        while len(chosen) < most:
+            owner = self.credits.first(queues)
+            sequence = queues[owner].popleft()
+            if not queues[owner]:
+                del queues[owner]
+            self._charge(sequence, 1)
+            chosen.add(sequence)
+        return [s for s in found if s in chosen]
+
+    def _charge(self, sequence: Sequence, tokens: int) -> None:
+        """Counts tokens of the plan that is being made at once, since they decide who comes next in it."""
+        self.credits.charge(sequence.owner, tokens)
+        self._charged[sequence] = tokens
 
     def _each(self, planned: dict[Sequence, Chunk]) -> int | None:
         """Prompt tokens of one owner in this step; None where there is one owner."""
@@ -337,8 +393,7 @@ class Scheduler:
             self._plan_one(sequence, planned, None if each is None else each - spent[owner])
             tokens = len(planned[sequence].tokens) if sequence in planned else 0
             spent[owner] += tokens
-            self.credits.charge(owner, tokens)  # at once: it decides who comes next in this step
-            self._charged[sequence] = tokens
+            self._charge(sequence, tokens)
 
     def _count(self, owner: str) -> int:
         return sum(s.owner == owner for s in self.running)

@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from llama2.model import LlamaForCausalLM
 from llama2.serve.body import Body, Text, Texts
+from llama2.serve.large import answer
 from llama2.serve.numbers import FIRST_FAULT, Dimensions, Ids
 from llama2.serve.openai_completions import encode
 from llama2.serve.refusal import Refusal
@@ -78,4 +79,4 @@ def _check(row: tuple[int, ...], most: int, vocabulary: int) -> None:
 async def embeddings(call: Call) -> Response:
     """Answers one request."""
     body = await call.read(EmbeddingBody)
-    return JSONResponse(await call.service.embedded(call.owner, embed, call.service, body))
+    return await call.service.embedded(call.owner, answer, embed, call.service, body)

@@ -156,6 +156,7 @@ def main() -> None:
     """Serves requests until the standard input ends."""
     import llguidance
 
+    os.nice(10)  # the engine's threads come first: whoever waits for a constraint waits a little longer
     hello = read(sys.stdin.buffer)
     if hello is None:
         return

@@ -16,6 +16,7 @@ from llama2.serve import sse
 from llama2.serve.body import Body, Text, Texts
 from llama2.serve.chat import prompt_ids
 from llama2.serve.constraint import Constraint, any_json, json_schema
+from llama2.serve.large import answer
 from llama2.serve.numbers import (
     Answers,
     CountPenalty,
@@ -330,7 +331,7 @@ async def tokenize(call: Call) -> Response:
     body = await call.read(GenerateBody)
     _check_bytes(call.service, [body.inputs])
     special = call.service.policy.parse_special
-    return JSONResponse(await call.parse(_pieces, call.service.tokenizer, body.inputs, True, special))
+    return await call.parse(answer, _pieces, call.service.tokenizer, body.inputs, True, special)
 
 
 def _check_bytes(service: Service, texts: list[str]) -> None:
@@ -354,7 +355,7 @@ async def chat_tokenize(call: Call) -> Response:
     """/chat_tokenize: the ids and the text of a rendered conversation."""
     body = await call.read(ChatBody)
     _check_bytes(call.service, [message.text() for message in body.messages])
-    return JSONResponse(await call.parse(_rendered, call.service, body))
+    return await call.parse(answer, _rendered, call.service, body)
 
 
 def _rendered(service: Service, body: ChatBody) -> dict[str, Any]:

@@ -6,7 +6,10 @@ The threads end with the process: none of them can keep it alive.
 """
 
 import asyncio
+import contextlib
 import ctypes
+import os
+import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -15,8 +18,16 @@ from typing import Any, TypeVar
 from llama2.serve.refusal import Refusal
 
 T = TypeVar("T")
+YIELDS = 10  # how nice such work is to the engine's threads, where the system has that for threads
 GRACE = 1.0  # seconds that a task has to end once it was told to
 MAX_LOST = 16  # threads given up that still run; with more of them nothing new is begun
+
+
+def give_way(thread: int = 0) -> None:
+    """Lets a thread of this process, the main one by default, run when those of the engine leave time for it."""
+    if sys.platform == "linux":  # elsewhere the number is one of the whole process
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, YIELDS)
 
 
 class TooLongError(BaseException):
@@ -71,6 +82,7 @@ class _Task:
         self._thread.start()
 
     def _run(self) -> None:
+        give_way(threading.get_native_id())
         try:
             try:
                 self.result = self._task(*self._args)
