@@ -13,7 +13,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llama2"
 ROWS: dict[str, int] = {
     "errors": -2,
     "text_file": -1,
-    **dict.fromkeys(("availability", "doors", "plain", "recompute", "schema", "pattern", "mapping", "files"), 0),
+    **dict.fromkeys(
+        ("availability", "doors", "plain", "recompute", "schema", "pattern", "mapping", "files", "rope_types"), 0
+    ),
     **dict.fromkeys(("keywords", "logging", "presets", "rope_settings", "config_fields", "seeds"), 1),
     **dict.fromkeys(("hf_argument_parser",), 2),
     **dict.fromkeys(("config", "generation_config", "compiled"), 2),
@@ -50,6 +52,7 @@ NO_TORCH = (
     "plain.py",
     "presets.py",
     "rope_settings.py",
+    "rope_types.py",
     "files.py",
     "text_file.py",
     "schema.py",

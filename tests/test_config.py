@@ -13,6 +13,7 @@ import torch
 from tiny import tiny_config
 
 from llama2 import AutoConfig, CheckpointError, ConfigError, InputError, LlamaConfig
+from llama2.rope_types import ROPE_TYPES, attention_scaling, inverse_frequencies
 
 
 def test_defaults_are_those_of_transformers() -> None:
@@ -364,12 +365,53 @@ def test_rope_settings_that_change_nothing() -> None:
 
 def test_the_dynamic_type_stretches_behind_max_position_embeddings() -> None:
     """As transformers 4.46 and 5.x, which look at no original_max_position_embeddings there."""
-    from llama2.rope import rope_frequencies
-
     plain = tiny_config(rope_scaling={"rope_type": "dynamic", "factor": 10.0})
     noted = tiny_config(
         rope_scaling={"rope_type": "dynamic", "factor": 10.0, "original_max_position_embeddings": 16384}
     )
+
+    def frequencies(config: LlamaConfig, length: int) -> torch.Tensor:
+        found: torch.Tensor = inverse_frequencies(config, length, xp=torch, dtype=torch.float32)
+        return found
+
     for length in (60, 96):
-        assert torch.equal(rope_frequencies(noted, length), rope_frequencies(plain, length))
-    assert not torch.equal(rope_frequencies(noted, 60), rope_frequencies(noted, 96))
+        assert torch.equal(frequencies(noted, length), frequencies(plain, length))
+    assert not torch.equal(frequencies(noted, 60), frequencies(noted, 96))
+
+
+TYPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 8.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def test_every_type_has_a_case() -> None:
+    assert set(TYPES) == set(ROPE_TYPES)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_numpy_and_torch_turn_by_the_same_frequencies(kind: str) -> None:
+    config = tiny_config(rope_parameters={"rope_type": kind, "rope_theta": 5e5, **TYPES[kind]})
+    for length in (None, 500):
+        exact = inverse_frequencies(config, length, xp=torch, dtype=torch.float64).numpy()
+        for found in (
+            inverse_frequencies(config, length, xp=np, dtype=np.float32),
+            inverse_frequencies(config, length, xp=torch, dtype=torch.float32).numpy(),
+        ):
+            assert found.dtype == np.float32 and found.shape == (config.head_dim // 2,)
+            np.testing.assert_allclose(found, exact, rtol=1e-6)
+        np.testing.assert_allclose(inverse_frequencies(config, length, xp=np, dtype=np.float64), exact, rtol=1e-14)
+
+
+def test_scales_of_cos_and_sin() -> None:
+    assert attention_scaling({"rope_type": "llama3"}) == 1.0
+    assert attention_scaling({"rope_type": "yarn", "factor": 8.0}) == pytest.approx(1.2079441541679836)  # 0.1 ln 8 + 1
+    assert attention_scaling({"rope_type": "yarn", "factor": 8.0, "attention_factor": 0.7}) == 0.7

@@ -4,7 +4,6 @@ Frequencies are never module state: `model.half()` cannot round them. They are c
 in promote(x.dtype, float32), so that a float64 model is truly float64 and a float16 one still has float32 angles.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -12,84 +11,12 @@ from torch import Tensor, nn
 
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
+from llama2.rope_types import ROPE_TYPES, attention_scaling, inverse_frequencies
 
 
 def promoted(dtype: torch.dtype) -> torch.dtype:
     """The dtype norms, softmax and rotations are computed in: at least float32."""
     return dtype if dtype is torch.float64 else torch.float32
-
-
-def rope_frequencies(config: LlamaConfig, seq_len: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Inverse frequencies (head_dim / 2,) in radians per position, on the CPU.
-
-    `seq_len` matters for the dynamic type only: past the trained context it raises the base (NTK-aware scaling).
-    """
-    settings, width = config.rope_parameters, config.head_dim
-    kind, base = settings["rope_type"], settings["rope_theta"]
-    if kind == "dynamic":
-        base = _dynamic_base(settings, config, seq_len)
-    inv = 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.int64).to(dtype) / width))
-    if kind == "linear":
-        return inv / settings["factor"]
-    if kind == "yarn":
-        return _yarn(inv, settings, config)
-    if kind == "llama3":
-        return _llama3(inv, settings)
-    return inv
-
-
-def attention_scaling(settings: dict[str, Any]) -> float:
-    """What multiplies cos and sin: 1, or YaRN's temperature (Peng et al. 2023, arXiv 2309.00071, eq. 22)."""
-    if settings["rope_type"] != "yarn":
-        return 1.0
-    if "attention_factor" in settings:
-        return float(settings["attention_factor"])
-    factor = settings["factor"]
-
-    def temperature(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    mscale, mscale_all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
-    if mscale and mscale_all_dim:
-        return temperature(mscale) / temperature(mscale_all_dim)
-    return temperature(1.0)
-
-
-def _dynamic_base(settings: dict[str, Any], config: LlamaConfig, seq_len: int | None) -> float:
-    trained = config.max_position_embeddings  # an original_max_position_embeddings beside it is not looked at, as in HF
-    length = max(seq_len or trained, trained)
-    width, factor = config.head_dim, settings["factor"]
-    stretched: float = settings["rope_theta"] * (factor * length / trained - (factor - 1)) ** (width / (width - 2))
-    return stretched
-
-
-def _yarn(inv: Tensor, settings: dict[str, Any], config: LlamaConfig) -> Tensor:
-    """YaRN: high frequencies stay, low ones are interpolated, a linear ramp between."""
-    base, width = settings["rope_theta"], config.head_dim
-    context = settings.get("original_max_position_embeddings", config.max_position_embeddings)
-
-    def turning_dim(turns: float) -> float:
-        return width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = turning_dim(settings.get("beta_fast", 32)), turning_dim(settings.get("beta_slow", 1))
-    if settings.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, width - 1)
-    if low == high:
-        high += 0.001
-    ramp = ((torch.arange(width // 2, dtype=inv.dtype) - low) / (high - low)).clamp(0, 1)
-    return inv / settings["factor"] * ramp + inv * (1 - ramp)
-
-
-def _llama3(inv: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Llama 3.1: wavelengths beyond the trained context are stretched, short ones kept, a smooth band between."""
-    low, high = settings["low_freq_factor"], settings["high_freq_factor"]
-    context, factor = settings["original_max_position_embeddings"], settings["factor"]
-    wavelength = 2 * math.pi / inv
-    smooth = (context / wavelength - low) / (high - low)
-    blended = (1 - smooth) * inv / factor + smooth * inv
-    scaled = torch.where(wavelength > context / low, inv / factor, inv)
-    return torch.where((wavelength <= context / low) & (wavelength >= context / high), blended, scaled)
 
 
 class LlamaRotaryEmbedding(nn.Module):
@@ -108,7 +35,7 @@ class LlamaRotaryEmbedding(nn.Module):
     @property
     def inv_freq(self) -> Tensor:
         """Inverse frequencies in float32 for the trained context, on the CPU; what is assigned is used instead."""
-        return rope_frequencies(self.config) if self._given is None else self._given
+        return self._computed(torch.float32, None) if self._given is None else self._given
 
     @inv_freq.setter
     def inv_freq(self, value: Tensor) -> None:
@@ -123,18 +50,22 @@ class LlamaRotaryEmbedding(nn.Module):
         """What multiplies cos and sin."""
         return attention_scaling(self.config.rope_parameters)
 
+    def _computed(self, dtype: torch.dtype, seq_len: int | None) -> Tensor:
+        found: Tensor = inverse_frequencies(self.config, seq_len, xp=torch, dtype=dtype)
+        return found
+
     def _frequencies(self, device: torch.device, dtype: torch.dtype, seq_len: int | None) -> Tensor:
         if self._given is not None:
             return self._given.to(device, dtype)
         if torch.compiler.is_compiling():
-            return rope_frequencies(self.config, seq_len, dtype).to(device)
+            return self._computed(dtype, seq_len).to(device)
         settings = self.config.rope_parameters
         key = (device, dtype, seq_len, self.config.max_position_embeddings, *settings.items())
         if key not in self._tables:
             if len(self._tables) > 8:
                 self._tables.clear()
             with torch.inference_mode(False):  # a table made in inference mode could not be used for training
-                table = rope_frequencies(self.config, seq_len, dtype).to(device)
+                table = self._computed(dtype, seq_len).to(device)
             if type(table) is not Tensor:  # of a tracing mode
                 return table
             self._tables[key] = table
@@ -144,7 +75,7 @@ class LlamaRotaryEmbedding(nn.Module):
         """cos and sin for each position; `x` gives device and dtype only."""
         dtype = promoted(x.dtype)
         seq_len = None
-        if self.config.rope_parameters["rope_type"] == "dynamic":
+        if ROPE_TYPES[self.config.rope_parameters["rope_type"]].base is not None:
             seq_len = int(position_ids.max()) + 1
             seq_len = None if seq_len <= self.config.max_position_embeddings else seq_len
         # autocast would take the angles down to bfloat16, three digits for a position of 4,000.

@@ -10,29 +10,11 @@ from typing import Any
 
 from llama2.errors import ConfigError
 from llama2.plain import plain
+from llama2.rope_types import ROPE_TYPES
 from llama2.schema import FLAG, Schema, check, real, text
 from llama2.text_file import shown
 
 DEFAULT_THETA = 10000.0
-ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # type -> (required, optional) settings
-    "default": ((), ()),
-    "linear": (("factor",), ("original_max_position_embeddings",)),  # which 5.x leaves in; it changes nothing
-    "dynamic": (("factor",), ("original_max_position_embeddings",)),
-    "yarn": (
-        ("factor",),
-        (
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-        ),
-    ),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
-}
-
 _POSITIVE = real(1e-30, 1e30)
 _SCHEMA: Schema = {
     **dict.fromkeys(("type", "rope_type"), text(64)),
@@ -55,7 +37,7 @@ def normalise_rope(settings: Mapping[str, Any] | None, theta: float) -> dict[str
     theta = given.pop("rope_theta", plain(theta))
     if kind is None:
         if given:
-            raise ConfigError(f"rope settings {dict(given)} name no rope_type; add one of {', '.join(ROPE_KEYS)}")
+            raise ConfigError(f"rope settings {dict(given)} name no rope_type; add one of {', '.join(ROPE_TYPES)}")
         kind = "default"
     return {"rope_type": kind, "rope_theta": theta, **given}
 
@@ -104,19 +86,19 @@ def agreed_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
 def validate_rope(settings: Mapping[str, Any]) -> None:
     """Raises ConfigError for settings that cannot work, naming the bound and the remedy."""
     kind, theta = settings["rope_type"], settings["rope_theta"]
-    if kind not in ROPE_KEYS:
-        raise ConfigError(f"rope_type is {kind!r}; it must be one of {', '.join(ROPE_KEYS)}")
+    if kind not in ROPE_TYPES:
+        raise ConfigError(f"rope_type is {kind!r}; it must be one of {', '.join(ROPE_TYPES)}")
     if not _POSITIVE.holds(theta):
         raise ConfigError(f"rope_theta is {shown(theta)}; it must be a positive number (Llama 2 has 10000.0)")
-    required, optional = ROPE_KEYS[kind]
-    missing = [key for key in required if key not in settings]
+    row = ROPE_TYPES[kind]
+    missing = [key for key in row.required if key not in settings]
     if missing:
         raise ConfigError(f"rope_type {kind!r} needs {', '.join(missing)}; got {dict(settings)}")
     if settings.get("partial_rotary_factor", 1) != 1:
         raise ConfigError(
             f"partial_rotary_factor is {settings['partial_rotary_factor']!r}; a Llama model rotates whole heads (1.0)"
         )
-    unknown = set(settings) - {"rope_type", "rope_theta", "partial_rotary_factor", *required, *optional}
+    unknown = set(settings) - {"rope_type", "rope_theta", "partial_rotary_factor", *row.required, *row.optional}
     if unknown and kind != "default":
         raise ConfigError(f"rope_type {kind!r} does not use {', '.join(sorted(unknown))}; remove or rename them")
     for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
@@ -125,6 +107,5 @@ def validate_rope(settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"rope setting {key} is {shown(value)}; it must be a positive number")
     if settings.get("factor", 1) < 1:
         raise ConfigError(f"rope factor is {settings['factor']}; it must be at least 1 (it stretches the context)")
-    low, high = settings.get("low_freq_factor", 0), settings.get("high_freq_factor", 1)
-    if kind == "llama3" and high <= low:
-        raise ConfigError(f"rope high_freq_factor is {high}; it must exceed low_freq_factor, {low}")
+    if row.check is not None:
+        row.check(settings)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama2.rope_settings import ROPE_KEYS
+from llama2.rope_types import ROPE_TYPES
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SPELLINGS = ("rope_scaling", "rope_parameters")
@@ -44,9 +44,9 @@ def known_ids(fields: Mapping[str, Any], vocab_size: int, where: Path | str) -> 
 
 def _known_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = settings.get("rope_type", settings.get("type"))
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         return dict(settings)
-    required, optional = ROPE_KEYS[kind]
+    required, optional = ROPE_TYPES[kind].required, ROPE_TYPES[kind].optional
     known = {"type", "rope_type", "rope_theta", *required, *optional}
     known |= {key for key, value in _NEUTRAL.items() if settings.get(key, value) != value}  # refused later, by name
     if odd := sorted(set(settings) - known - set(_NEUTRAL)):

@@ -22,7 +22,7 @@ from llama2.config import LlamaConfig
 from llama2.errors import InputError
 from llama2.quant.ggml import BlockType, block_type
 from llama2.quant.ggml_encode import ENCODERS, quantize
-from llama2.rope import attention_scaling
+from llama2.rope_types import attention_scaling
 
 ALIGNMENT = 32
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama2.cpu.adapters import Tensors
 from llama2.cpu.cache import PAGE, CacheView
-from llama2.cpu.frequencies import attention_scaling, inverse_frequencies
+from llama2.rope_types import attention_scaling, inverse_frequencies
 
 
 class ReferenceRunner:
@@ -70,7 +70,7 @@ class ReferenceRunner:
         return out
 
     def _rotation(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        inv = torch.from_numpy(inverse_frequencies(self.config, int(places.max()) + 1))
+        inv = inverse_frequencies(self.config, int(places.max()) + 1, xp=torch, dtype=torch.float32)
         angles = places.float()[:, None] * inv  # float32, as the model's own tables
         scale = attention_scaling(self.config.rope_parameters)
         return angles.cos().to(self.dtype) * scale, angles.sin().to(self.dtype) * scale

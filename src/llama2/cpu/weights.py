@@ -13,12 +13,12 @@ from llama2.compiled import make_pool, native
 from llama2.config import LlamaConfig
 from llama2.cpu.adapters import Tensors, make_adapter
 from llama2.cpu.codes import CodebookWeight, GroupWeight, Int8Weight, PackableWeight
-from llama2.cpu.frequencies import attention_scaling, inverse_frequencies
 from llama2.cpu.reader import PARTS, BlockMatrix, GgufSource, Reader, check_coverage
 from llama2.doors import door
 from llama2.errors import InputError, MismatchError
 from llama2.quant.blocks import SIZES
 from llama2.quant.codebooks import NF4
+from llama2.rope_types import ROPE_TYPES, attention_scaling, inverse_frequencies
 
 _packable = door("cpu.modules", "packable", "The codes of a packed linear, None for a plain one.")
 
@@ -38,8 +38,8 @@ class CpuWeights:
         self.config = config
         self.pool = make_pool(threads)
         self.rope_scale = attention_scaling(config.rope_parameters)
-        self.inv_freq = inverse_frequencies(config)
-        self.dynamic = config.rope_parameters["rope_type"] == "dynamic"
+        self.inv_freq = inverse_frequencies(config, xp=np, dtype=np.float32)
+        self.dynamic = ROPE_TYPES[config.rope_parameters["rope_type"]].base is not None
         self.model: Any = None
         self._arena = native().Arena()
         self._packed: Packed | None = None
@@ -60,7 +60,7 @@ class CpuWeights:
 
     def frequencies(self, length: int) -> NDArray[np.float32]:
         """RoPE frequencies for a sequence of `length`; only the dynamic type depends on it."""
-        return inverse_frequencies(self.config, length) if self.dynamic else self.inv_freq
+        return inverse_frequencies(self.config, length, xp=np, dtype=np.float32) if self.dynamic else self.inv_freq
 
     @classmethod
     def from_gguf(cls, file: GgufSource, threads: int | None = None, packed: Packed | None = None) -> "CpuWeights":
