@@ -59,14 +59,15 @@ test: .make/test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: .make/test
-	$(BIN)/ruff format --check src tests bench examples
-	$(BIN)/ruff check src tests bench examples
+	$(BIN)/ruff format --check src tests bench examples tools
+	$(BIN)/ruff check src tests bench examples tools
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 format: .make/test
-	$(BIN)/ruff check --fix src tests bench examples
-	$(BIN)/ruff format src tests bench examples
+	$(BIN)/python tools/write_stub.py
+	$(BIN)/ruff check --fix src tests bench examples tools
+	$(BIN)/ruff format src tests bench examples tools
 
 parity: .make/parity
 	$(BIN)/python -m pytest -m parity

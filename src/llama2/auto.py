@@ -5,21 +5,42 @@ Nothing here imports torch, or a tokenizer's packages, before a model or a token
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, Unpack, overload
 
 from llama2 import checkpoint
+from llama2.call_options import HUB_DEFAULTS, ConfigOptions, TokenizerOptions, showing
 from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.source import fetch_files, is_field, override, split_hub_options
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import InputError
+from llama2.model_methods import LOAD_DEFAULTS, LoadingInfo, LoadOptions, ModelMethods
 from llama2.text_file import read_object
+
+if TYPE_CHECKING:  # the classes that the Auto classes below name
+    import torch
+
+    from llama2.classifiers import (  # noqa: F401
+        LlamaForQuestionAnswering,
+        LlamaForSequenceClassification,
+        LlamaForTokenClassification,
+    )
+    from llama2.model import LlamaForCausalLM, LlamaModel  # noqa: F401
+    from llama2.tokenizer import PreTrainedTokenizer
+
+Model = TypeVar("Model")
 
 _load_tokenizer = door("tokenizer", "load", "A tokenizer from files.")
 _gguf_tokenizer = door("tokenizer", "from_gguf", "A tokenizer from GGUF metadata.")
 _load_model = door("checkpoint.load", "from_pretrained_named", "A model from files.")
 _params_config = door("checkpoint.meta", "config_of_params", "A configuration from params.json without weights.")
 _new_model = door("checkpoint.load", "from_config_named", "A model with fresh weights.")
+
+
+class AutoTokenizerOptions(TokenizerOptions, total=False):
+    """What AutoTokenizer.from_pretrained takes beside the path."""
+
+    use_fast: bool
 
 
 def load_config(
@@ -86,10 +107,43 @@ class AutoConfig:
     def __init__(self) -> None:
         raise InputError("AutoConfig is not constructed; call AutoConfig.from_pretrained(path)")
 
+    @overload
     @staticmethod
-    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """See `load_config`."""
-        return load_config(pretrained_model_name_or_path, **kwargs)
+    def from_pretrained(
+        pretrained_model_name_or_path: str | Path,
+        *,
+        gguf_file: str | None = None,
+        return_unused_kwargs: Literal[False] = False,
+        **overrides: Unpack[ConfigOptions],
+    ) -> LlamaConfig: ...
+
+    @overload
+    @staticmethod
+    def from_pretrained(
+        pretrained_model_name_or_path: str | Path,
+        *,
+        gguf_file: str | None = None,
+        return_unused_kwargs: Literal[True],
+        **overrides: Any,
+    ) -> tuple[LlamaConfig, dict[str, Any]]: ...
+
+    @staticmethod
+    @showing(ConfigOptions, HUB_DEFAULTS, more=True, doc=LlamaConfig.from_pretrained.__doc__)
+    def from_pretrained(
+        pretrained_model_name_or_path: str | Path,
+        *,
+        gguf_file: str | None = None,
+        return_unused_kwargs: bool = False,
+        **overrides: Any,
+    ) -> LlamaConfig | tuple[LlamaConfig, dict[str, Any]]:
+        """As LlamaConfig.from_pretrained."""
+        loaded: LlamaConfig | tuple[LlamaConfig, dict[str, Any]] = load_config(
+            pretrained_model_name_or_path,
+            gguf_file=gguf_file,
+            return_unused_kwargs=return_unused_kwargs,
+            **overrides,
+        )
+        return loaded
 
     @staticmethod
     def for_model(model_type: str, **kwargs: Any) -> LlamaConfig:
@@ -105,19 +159,41 @@ class AutoTokenizer:
         raise InputError("AutoTokenizer is not constructed; call AutoTokenizer.from_pretrained(path)")
 
     @staticmethod
+    @showing(AutoTokenizerOptions, {**HUB_DEFAULTS, "use_fast": True}, more=True)
     def from_pretrained(
-        pretrained_model_name_or_path: str | Path, *, gguf_file: str | None = None, **kwargs: Any
-    ) -> Any:
-        """A tokenizer from a folder, a tokenizer file, a GGUF file or a hub id; other keywords are the tokenizer's."""
-        path = fetch_files(pretrained_model_name_or_path, split_hub_options(kwargs), "tokenizer", gguf_file)
+        pretrained_model_name_or_path: str | Path,
+        *,
+        gguf_file: str | None = None,
+        **kwargs: Unpack[AutoTokenizerOptions],
+    ) -> "PreTrainedTokenizer":
+        """The tokenizer that the files describe.
+
+        Args:
+            pretrained_model_name_or_path: a folder, a tokenizer.model, a tokenizer.json, a GGUF file, a hub id, or the
+                folder of an adapter, whose base model's tokenizer is taken where it has none.
+            gguf_file: the name of the GGUF file in the folder or repository.
+            use_fast: True gives a LlamaTokenizerFast (Rust), False a LlamaTokenizer (sentencepiece), or the class of
+                the family that the files name.
+            revision, cache_dir, token, local_files_only, force_download, subfolder: settings of the hub.
+            kwargs: arguments of the tokenizer, which win over the files; not given, they are as stored.
+
+        Raises:
+            CheckpointError: there is no tokenizer, or its files are damaged or do not belong together.
+            TokenizerError: an argument that cannot work.
+        """
+        given: dict[str, Any] = dict(kwargs)
+        path = fetch_files(pretrained_model_name_or_path, split_hub_options(given), "tokenizer", gguf_file)
+        tokenizer: PreTrainedTokenizer
         if gguf := checkpoint.find_gguf(path):
-            return _gguf_tokenizer(read_metadata(gguf), **kwargs)
-        if base := _adapted_base(path, "tokenizer*"):
-            return AutoTokenizer.from_pretrained(base, **kwargs)
-        return _load_tokenizer(path, **kwargs)
+            tokenizer = _gguf_tokenizer(read_metadata(gguf), **given)
+        elif base := _adapted_base(path, "tokenizer*"):
+            tokenizer = AutoTokenizer.from_pretrained(base, **given)
+        else:
+            tokenizer = _load_tokenizer(path, **given)
+        return tokenizer
 
 
-class _AutoModel:
+class _AutoModel(Generic[Model]):
     """The two ways to a model; the subclass names the class."""
 
     _class_name: ClassVar[str]
@@ -126,42 +202,102 @@ class _AutoModel:
         name = type(self).__name__
         raise InputError(f"{name} is not constructed; call {name}.from_pretrained(path) or {name}.from_config(config)")
 
+    @overload
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Any:
-        """A model in eval mode; for the arguments see `llama2.checkpoint.load.from_pretrained`."""
-        return _load_model(cls._class_name, pretrained_model_name_or_path, *model_args, **kwargs)
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        output_loading_info: Literal[False] = False,
+        **options: Unpack[LoadOptions],
+    ) -> Model: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        output_loading_info: Literal[True],
+        **options: Unpack[LoadOptions],
+    ) -> tuple[Model, LoadingInfo]: ...
 
     @classmethod
-    def from_config(cls, config: LlamaConfig, **kwargs: Any) -> Any:
-        """A model with fresh weights; dtype=None means the configuration's, else torch's."""
-        return _new_model(cls._class_name, config, **kwargs)
+    @showing(LoadOptions, LOAD_DEFAULTS, more=True, doc=ModelMethods.from_pretrained.__doc__)
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Model | tuple[Model, LoadingInfo]:
+        """As LlamaForCausalLM.from_pretrained: a model in eval mode."""
+        loaded: Model | tuple[Model, LoadingInfo] = _load_model(
+            cls._class_name,
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=output_loading_info,
+            **options,
+        )
+        return loaded
+
+    @classmethod
+    def from_config(
+        cls,
+        config: LlamaConfig,
+        *,
+        dtype: "torch.dtype | str | None" = None,
+        torch_dtype: "torch.dtype | str | None" = None,
+        attn_implementation: str | Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Model:
+        """A model with fresh weights.
+
+        Args:
+            config: a LlamaConfig.
+            dtype, torch_dtype: a torch.dtype or its name; None means the configuration's, else torch's default.
+            attn_implementation: "eager", "sdpa" or "flash_attention_2".
+            kwargs: those of transformers' method that have no effect here.
+
+        Raises:
+            InputError: an unknown keyword, or a dtype that does not exist.
+        """
+        model: Model = _new_model(
+            cls._class_name,
+            config,
+            dtype=dtype,
+            torch_dtype=torch_dtype,
+            attn_implementation=attn_implementation,
+            **kwargs,
+        )
+        return model
 
 
-class AutoModel(_AutoModel):
+class AutoModel(_AutoModel["LlamaModel"]):
     """The model without a head."""
 
     _class_name = "LlamaModel"
 
 
-class AutoModelForCausalLM(_AutoModel):
+class AutoModelForCausalLM(_AutoModel["LlamaForCausalLM"]):
     """The model with a language-model head."""
 
     _class_name = "LlamaForCausalLM"
 
 
-class AutoModelForSequenceClassification(_AutoModel):
+class AutoModelForSequenceClassification(_AutoModel["LlamaForSequenceClassification"]):
     """The model with a classifier on the last token."""
 
     _class_name = "LlamaForSequenceClassification"
 
 
-class AutoModelForTokenClassification(_AutoModel):
+class AutoModelForTokenClassification(_AutoModel["LlamaForTokenClassification"]):
     """The model with a classifier on every token."""
 
     _class_name = "LlamaForTokenClassification"
 
 
-class AutoModelForQuestionAnswering(_AutoModel):
+class AutoModelForQuestionAnswering(_AutoModel["LlamaForQuestionAnswering"]):
     """The model with two scores a token: that an answer begins, and that it ends there."""
 
     _class_name = "LlamaForQuestionAnswering"

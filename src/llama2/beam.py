@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2.records import GenerateBeamDecoderOnlyOutput
+from llama2.outputs import GenerateBeamDecoderOnlyOutput
 from llama2.request import Request
 from llama2.rope import promoted
 from llama2.runner import invalid_logits

@@ -7,23 +7,19 @@ transformers 4.46 and 5.x load our files. What cannot work is refused here, befo
 
 import copy
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from llama2.config_fields import MOST, SCHEMA
-from llama2.doors import door
+from llama2.config_files import ConfigFiles
 from llama2.errors import ConfigError
-from llama2.files import write_text
-from llama2.keywords import drop, refuse_unknown
 from llama2.plain import plain
 from llama2.presets import COMMON, PRESETS
 from llama2.rope_settings import agreed_rope, normalise_rope, scaling_of, validate_rope
 from llama2.schema import check, check_names
-from llama2.text_file import read_object, shown
+from llama2.text_file import shown
 
 HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "tanh", "sigmoid")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -46,7 +42,7 @@ _BASE: dict[str, Any] = {
 }
 
 
-class LlamaConfig:
+class LlamaConfig(ConfigFiles):
     """Sizes and settings of a Llama model, with the fields and defaults of `transformers.LlamaConfig`.
 
     Any further keyword becomes an attribute and is saved. `attn_implementation` is kept aside and never saved.
@@ -352,10 +348,6 @@ class LlamaConfig:
         """The text of config.json, or of every field."""
         return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2) + "\n"
 
-    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """Writes the text of config.json to this file."""
-        write_text(Path(json_file_path), self.to_json_string(use_diff))
-
     def __iter__(self) -> Iterator[str]:
         """The names of the fields: `"num_hidden_layers" in config` asks for one."""
         return iter(self.to_dict())
@@ -399,40 +391,6 @@ class LlamaConfig:
         return made
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads one JSON file. Raises CheckpointError where it is missing or not a JSON object."""
-        made: Self = cls.from_dict(read_object(Path(path), "config.json"))
-        return made
-
-    @classmethod
-    def get_config_dict(cls, path: str | os.PathLike[str], **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The content of a folder's, file's or hub id's configuration, and the keywords that are no hub settings."""
-        content: dict[str, Any] = _load_fields(path, kwargs)
-        return content, kwargs
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """The configuration of a folder, a config.json, a GGUF file or a hub id; keywords override fields.
-
-        With return_unused_kwargs=True a pair: the configuration, and the keywords that are no field of it.
-        """
-        return _load_config(path, cls=cls, **kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Writes `save_directory`/config.json, synced, then renamed; push_to_hub uploads it (repo_id=, token=, ...)."""
-        drop("save_pretrained", kwargs)
-        write_text(Path(save_directory) / "config.json", self.to_json_string())
-        if push_to_hub:
-            _upload_file(Path(save_directory) / "config.json", **kwargs)
-        else:
-            refuse_unknown("save_pretrained", kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
-        """Uploads config.json; token=, private=, commit_message= as for a model."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
-
-    @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
         """A published size: "7b", "13b", "34b", "70b" (each also as "7b-chat", the same sizes), or a small one."""
         key = name.lower().removeprefix("llama-2-").removesuffix("-hf").removesuffix("-chat")
@@ -451,11 +409,6 @@ class LlamaConfig:
 
     def __repr__(self) -> str:
         return f"LlamaConfig {self.to_json_string()}"
-
-
-_load_config = door("auto", "load_config", "LlamaConfig of a path or a hub id.")
-_load_fields = door("auto", "load_fields", "Content of the configuration of a path or a hub id.")
-_upload_file = door("checkpoint.hub", "upload_file", "Uploads one file to the hub.")
 
 
 def _overridden_rope(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

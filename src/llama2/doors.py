@@ -7,9 +7,11 @@ call, and holds no logic. A door also keeps a heavy module out of a start that d
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @cache
@@ -27,3 +29,16 @@ def door(module: str, name: str, doc: str) -> Callable[..., Any]:
     call.__name__ = call.__qualname__ = name
     call.__doc__ = doc
     return call
+
+
+def declares(module: str, name: str) -> Callable[[Function], Function]:
+    """A door whose signature and docstring a declaration gives: a function of which nothing else is used."""
+
+    def decorate(declaration: Function) -> Function:
+        @wraps(declaration)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return _resolve(module, name)(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate

@@ -16,8 +16,8 @@ from torch import Tensor
 from llama2.beam import beam_search
 from llama2.errors import InputError
 from llama2.generation_config import GenerationConfig
+from llama2.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from llama2.processors import LogitsProcessorList
-from llama2.records import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from llama2.request import (
     CALL_ARGUMENTS,
     Call,

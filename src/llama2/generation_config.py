@@ -13,8 +13,9 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack, overload
 
+from llama2.call_options import HUB_DEFAULTS, GenerationFileOptions, GenerationSettings, showing
 from llama2.doors import door
 from llama2.errors import InputError
 from llama2.files import write_text
@@ -138,6 +139,7 @@ _MAY_BE_NONE = {name for name, value in DEFAULTS.items() if value is None} | {
     "assistant_confidence_threshold",
 }
 _FILE = "generation_config.json"
+PathLike = str | os.PathLike[str]
 _NOT_SAVED = ("transformers_version", "_from_model_config", "generation_kwargs")
 
 _IDS = maybe(either(whole(-(2**31)), several(whole(-(2**31)), 10_000)))
@@ -169,7 +171,8 @@ class GenerationConfig:
     by generate(). What stands in a file is checked where it is used, not before.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    @showing(GenerationSettings, DEFAULTS, more=True)
+    def __init__(self, **kwargs: Unpack[GenerationSettings]) -> None:
         if arguments := [name for name in kwargs if name in CALL_ONLY]:
             raise InputError(f"{', '.join(arguments)} is no setting; give it to generate() itself")
         self._fill(kwargs)
@@ -234,18 +237,43 @@ class GenerationConfig:
         """Settings from the content of a generation_config.json; keywords override its entries."""
         return cls._unchecked({**config_dict, **overrides})
 
+    @overload
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path: PathLike,
+        config_file_name: str | None = None,
+        return_unused_kwargs: Literal[False] = False,
+        **kwargs: Unpack[GenerationFileOptions],
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, path: PathLike, config_file_name: str | None = None, *, return_unused_kwargs: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @classmethod
+    @showing(GenerationFileOptions, HUB_DEFAULTS, more=True)
+    def from_pretrained(
+        cls,
+        path: PathLike,
         config_file_name: str | None = None,
         return_unused_kwargs: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The settings in a folder's or hub id's generation_config.json, or in the JSON file itself.
+        """The settings in a generation_config.json.
 
-        Other keywords are hub settings (revision=, token=, cache_dir=, ...) and fields, which override the file's. With
-        return_unused_kwargs a pair: the settings, and the keywords that are no field. Raises CheckpointError.
+        Args:
+            path: a folder, the JSON file itself, or a hub id.
+            config_file_name: the file's name in the folder; generation_config.json where not given.
+            return_unused_kwargs: True gives a pair, the settings and the keywords that are no field.
+            kwargs: settings of the hub (revision, cache_dir, token, local_files_only, force_download, subfolder), and
+                fields, which win over the file's.
+
+        Raises:
+            CheckpointError: there is no such file, or it is damaged.
+            InputError: a field of another type than it has.
         """
         name = config_file_name or _FILE
         file = _settings_file(path, name, kwargs)

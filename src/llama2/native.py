@@ -22,10 +22,10 @@ from llama2.checkpoint.gguf_weights import GgufCheckpoint
 from llama2.checkpoint.packing import warn_of_packing
 from llama2.checkpoint.peft import read_adapter
 from llama2.config import LlamaConfig
-from llama2.doors import door
 from llama2.errors import InputError, Llama2Error
 from llama2.generation_config import GenerationConfig
 from llama2.model import LlamaForCausalLM
+from llama2.model_methods import GenerationMethods
 from llama2.plain_network import difference, warn_once
 
 NATIVE_CACHES = (None, "dynamic", "quantized")  # cache_implementation
@@ -324,7 +324,7 @@ class NativeRunner:
             raise
 
 
-class NativeModel:
+class NativeModel(GenerationMethods):
     """A causal language model that only the native engine holds, for generation on a CPU.
 
     It has what `generate` needs of a model (config, generation_config, device, dtype) and no torch parameters, so a
@@ -334,7 +334,6 @@ class NativeModel:
     device = torch.device("cpu")
     dtype = torch.float32
     training = False
-    generate = door("generate", "generate", "Continues prompts: see llama2.generate.generate.")
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """What every model class of the library has besides its forward: the shared surface of `transformers.PreTrainedModel`.
 
-Loading, saving and generating live higher up; their methods here are doors.
+Loading, saving and generating live higher up: see `model_methods`.
 """
 
 import copy
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from llama2.attention import check_available
 from llama2.companions import Companions
 from llama2.config import LlamaConfig
-from llama2.doors import door
 from llama2.errors import InputError, Llama2Error
 from llama2.generation_config import GenerationConfig
+from llama2.model_methods import ModelMethods
 
 
 class PadTokenizer(Protocol):
@@ -33,7 +33,7 @@ class PadTokenizer(Protocol):
     def __len__(self) -> int: ...
 
 
-class PreTrainedModel(Companions, nn.Module):
+class PreTrainedModel(ModelMethods, Companions, nn.Module):
     """Base of the model classes: configuration, embeddings, precision, checkpointing, loading, saving, generation."""
 
     config_class: ClassVar[type[LlamaConfig]] = LlamaConfig
@@ -53,19 +53,6 @@ class PreTrainedModel(Companions, nn.Module):
         self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
         self.gradient_checkpointing_offload = False
         self.generation_config = GenerationConfig.from_model_config(config)
-
-    # -- doors ---------------------------------------------------------------------------------------------------
-
-    from_pretrained = classmethod(
-        door("checkpoint.load", "from_pretrained", "A model in eval mode from a folder, file or hub id.")
-    )
-    save_pretrained = door("checkpoint.save", "save_pretrained", "Writes config.json and safetensors to a folder.")
-    push_to_hub = door("checkpoint.save", "push_to_hub", "Uploads what save_pretrained writes to the hub.")
-    dequantize = door("checkpoint.packed", "dequantize", "Unpacks packed linears in place; returns the model.")
-    generate = door("generate", "generate", "Continues prompts: see llama2.generate.generate.")
-    compute_transition_scores = door(
-        "generate", "compute_transition_scores", "Log-probability of each generated token."
-    )
 
     @classmethod
     def from_config(

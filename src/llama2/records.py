@@ -1,4 +1,4 @@
-"""What generate() returns beside the ids, and what it keeps of each step for that.
+"""What generate() keeps of each step.
 
 B rows, T new tokens of a step, S positions, H heads, D model, V vocabulary.
 """
@@ -9,35 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from llama2.generation_config import GenerationConfig
-from llama2.outputs import ModelOutput
 from llama2.prepared import PreparedRunner
 from llama2.runner import Runner, TorchRunner
-
-
-@dataclass
-class GenerateDecoderOnlyOutput(ModelOutput):
-    """sequences (rows, L) with the prompt; per step: scores and logits (rows, V), attentions, hidden_states."""
-
-    sequences: Tensor | None = None
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
-    hidden_states: tuple[Any, ...] | None = None
-    past_key_values: Any = None
-
-
-@dataclass
-class GenerateBeamDecoderOnlyOutput(ModelOutput):
-    """As above, with sequences_scores (rows,) and beam_indices (rows, new tokens), -1 behind the end."""
-
-    sequences: Tensor | None = None
-    sequences_scores: Tensor | None = None
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
-    beam_indices: Tensor | None = None
-    attentions: tuple[Any, ...] | None = None
-    hidden_states: tuple[Any, ...] | None = None
-    past_key_values: Any = None
 
 
 @dataclass

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import llama2.checkpoint as checkpoint
+from llama2.call_options import HubSettings
 from llama2.config import LlamaConfig
 from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
@@ -193,7 +194,7 @@ def settings_file(name: str | Path, file: str, kwargs: dict[str, Any]) -> Path:
     return fetch_files(name, hub, "config", file)
 
 
-def revision_of(name: str | Path, revision: str | None) -> dict[str, str]:
+def revision_of(name: str | Path, revision: str | None) -> HubSettings:
     """The hub settings of a revision. Raises InputError for one of a path, which has none."""
     if revision is None:
         return {}

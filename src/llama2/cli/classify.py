@@ -120,7 +120,7 @@ def _load(options: Options) -> tuple[Any, Any]:
                 f"{options.adapter} is no adapter of a classifier: it has no head (`llama2 finetune classify` makes it)"
             )
     own = folder is not None and any(folder.glob("tokenizer*"))
-    packed = {} if folder is None else {"quantization_config": read_packing(folder)}
+    packed: dict[str, Any] = {} if folder is None else {"quantization_config": read_packing(folder)}
     tokenizer = load_tokenizer(str(folder) if own else path)
     with head_follows():  # or there is none, which is an error below
         model, info = AutoModelForSequenceClassification.from_pretrained(

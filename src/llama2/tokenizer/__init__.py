@@ -42,4 +42,6 @@ __all__ = [
 
 def load(path: str | Path, use_fast: bool = True, **kwargs: Any) -> LlamaTokenizer | LlamaTokenizerFast:
     """The tokenizer of a folder, a tokenizer.model, a tokenizer.json or a hub id; keywords as for from_pretrained."""
-    return (LlamaTokenizerFast if use_fast else LlamaTokenizer).from_pretrained(path, _from_auto=True, **kwargs)
+    kind = LlamaTokenizerFast if use_fast else LlamaTokenizer
+    given: dict[str, Any] = {**kwargs, "_from_auto": True}
+    return kind.from_pretrained(path, **given)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 from llama2.errors import TokenizerError
 from llama2.tokenizer import batching
@@ -238,6 +238,26 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         if self._table is None:
             self._table = self._make_table()
         return self._table
+
+    @overload
+    def decode(
+        self,
+        token_ids: int | Sequence[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = False,
+        **other: Any,
+    ) -> str: ...
+
+    @overload
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = False,
+        **other: Any,
+    ) -> Any: ...
 
     def decode(
         self,

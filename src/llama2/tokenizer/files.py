@@ -8,8 +8,9 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
+from llama2.call_options import HUB_DEFAULTS, TokenizerOptions, showing
 from llama2.errors import CheckpointError, MissingDependencyError, TokenizerError
 from llama2.files import saving, write_bytes, write_text
 from llama2.text_file import LISTING_BYTES, read_object
@@ -128,11 +129,23 @@ class Files(SpecialTokens):
 
     # -- reading -------------------------------------------------------------------------------------------------
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *init_inputs: Any, **kwargs: Any) -> Self:
-        """From a folder, a tokenizer.model, a tokenizer.json, or a hub id. Arguments given here win over the files.
+    @showing(TokenizerOptions, HUB_DEFAULTS, more=True)
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *init_inputs: Any, **options: Unpack[TokenizerOptions]
+    ) -> Self:
+        """A tokenizer of this class from files.
 
-        hub arguments: revision, cache_dir, token, local_files_only, force_download, subfolder.
+        Args:
+            pretrained_model_name_or_path: a folder, a tokenizer.model, a tokenizer.json, or a hub id.
+            init_inputs: refused; everything else goes by keyword.
+            options: arguments of the constructor, which win over the files (not given, they are as stored), and
+                settings of the hub: revision, cache_dir, token, local_files_only, force_download, subfolder.
+
+        Raises:
+            CheckpointError: there is no tokenizer.model or tokenizer.json, or the files do not belong together.
+            TokenizerError: an argument that cannot work.
         """
+        kwargs: dict[str, Any] = dict(options)
         if init_inputs:
             raise TokenizerError("from_pretrained takes one path or id; pass everything else by keyword")
         arguments = inspect.signature(cls.__init__).parameters
