@@ -43,14 +43,9 @@ def seeds(home: Path, chosen: list[str] | None) -> dict[str, Path]:
     return {kind: home / kind for kind in names}
 
 
-def resident(what: str) -> int:
-    """Bytes of memory that this process has ("VmRSS") or had at most ("VmHWM")."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{what}:"))
-
-
 def one(number: int, seed: int, kinds: dict[str, Path], work: Path) -> tuple[str, list[str], int]:
     """Input `number`: what was changed, faults, and the memory it took beyond what it may take."""
+    import peak
     from hostile.folders import visit
     from hostile.mutate import mutate
 
@@ -65,10 +60,9 @@ def one(number: int, seed: int, kinds: dict[str, Path], work: Path) -> tuple[str
     file = rng.choice(files)
     what = f"{kind}/{file.relative_to(folder)} {mutate(file, rng)}"
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
+    before = peak.begin()
     faults = ["".join(traceback.format_exception(e, limit=-4)) for e in visit(kind, folder).faults]
-    return what, faults, resident("VmHWM") - before - RESIDENT - A_BYTE * size
+    return what, faults, peak.peak() - before - RESIDENT - A_BYTE * size
 
 
 def child(numbers: range, seed: int, kinds: dict[str, Path], work: Path, out: int) -> None:

@@ -10,6 +10,7 @@ import random
 import time
 from typing import Any
 
+import peak
 import pytest
 from serve.conftest import Serve, Served
 from wire import get, post
@@ -17,6 +18,8 @@ from wire import get, post
 from llama2.errors import InputError
 
 COUNT, SEED = int(os.environ.get("LLAMA2_FUZZ") or 200), int(os.environ.get("LLAMA2_FUZZ_SEED") or 0)
+MOST, A_BYTE = 64 << 20, 256  # of memory that a request may take for a while, and so many times the bytes of its body
+KEPT = 384 << 20  # what all of them may leave: constraints and prompts are kept, the first requests load what they use
 FINE = {200, 400, 404, 408, 413, 415, 422, 424, 429, 501, 504}
 TEXTS = ["", "x", "</s>", "<|end|>", "\0", "\u2028", "\x9b", "é" * 50, "a" * 5000, "[INST]", "{}", "🙂", "tiny", "auto"]
 NUMBERS = [0, 1, -1, 2, 0.5, 1e-300, 3.5e38, 1e308, 2**31, 2**63, 2**64, -(2**63) - 1, 10**400, -0.0, 1e-45]
@@ -89,6 +92,7 @@ def test_no_request_is_a_failure_of_the_server(fuzzed: Served) -> None:
         for path, methods in document["paths"].items()
         if "post" in methods
     ]
+    began_with, most = peak.begin(), 0
     for i in range(COUNT):
         rng = random.Random(f"{SEED}/{i}")
         path, schema = routes[i % len(routes)]
@@ -99,14 +103,20 @@ def test_no_request_is_a_failure_of_the_server(fuzzed: Served) -> None:
         if "parameters" in schema["properties"] and rng.random() < 0.95:
             given = body.get("parameters")
             body["parameters"] = {**(given if isinstance(given, dict) else {}), "max_new_tokens": 2}
-        began = time.monotonic()
-        reply = post(fuzzed.port, path, json.dumps(body).encode())
+        began, before, sent = time.monotonic(), peak.begin(), json.dumps(body).encode()
+        reply = post(fuzzed.port, path, sent)
+        grown = peak.peak() - before
+        most = max(most, grown)
+        assert grown < MOST + A_BYTE * len(sent), (f"{SEED}/{i}", path, body, grown >> 20)
         assert reply.status in FINE, (f"{SEED}/{i}", path, body, reply.content[:500])
         assert time.monotonic() - began < 60, (f"{SEED}/{i}", path, body)
         if "event-stream" in (reply.headers["content-type"] or ""):
             errors = [e for e in reply.events if isinstance(e, dict) and "error" in e]
             assert not [e for e in errors if "internal" in json.dumps(e)], (f"{SEED}/{i}", path, body, errors)
     assert fuzzed.quiet()
+    kept = peak.begin() - began_with
+    print(f"{COUNT} requests: {most >> 20} MB at most for one, {kept >> 20} MB left")
+    assert kept < KEPT
 
 
 def grammar(rng: random.Random) -> tuple[str, str]:
