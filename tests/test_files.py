@@ -159,6 +159,9 @@ def test_a_save_that_was_killed_after_it_was_decided_is_completed_by_whoever_loa
         {"stage": 7},
         {"files": [3]},
         {"files": [""]},
+        {"files": ["out/victim"]},
+        {"files": ["\0"]},
+        {"remove": ["\0"]},
         "no object",
     ],
     ids=str,
@@ -171,6 +174,7 @@ def test_a_planted_journal_reaches_nothing_outside(tmp_path: Path, entry: object
     stage = folder / f".{'a' * 16}.save"
     stage.mkdir(parents=True)
     (folder / "link").symlink_to(victim.parent)
+    (stage / "out").symlink_to(victim.parent)
     whole = {"stage": stage.name, "files": [], "remove": []}
     (folder / JOURNAL).write_text(json.dumps({**whole, **entry} if isinstance(entry, dict) else entry))
     with pytest.raises(CheckpointError, match=r"is no journal of a save into this folder; delete it"):

@@ -358,6 +358,7 @@ def _read_journal(folder: Path) -> tuple[Path, list[str], list[str]]:
         stage, files, removed = content["stage"], content["files"], content["remove"]
         whole = bool(_STAGE.fullmatch(stage)) and not (folder / stage).is_symlink()
         whole = whole and all(_inside(folder, name) for name in [*files, *removed])
+        whole = whole and all(_inside(folder / stage, name) for name in files)
     except (CheckpointError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -368,7 +369,7 @@ def _read_journal(folder: Path) -> tuple[Path, list[str], list[str]]:
 def _inside(folder: Path, name: Any) -> bool:
     parts = Path(name).parts if isinstance(name, str) else ()
     links = any((folder / Path(*parts[:i])).is_symlink() for i in range(1, len(parts)))
-    return bool(parts) and not Path(name).is_absolute() and ".." not in parts and not links
+    return bool(parts) and not Path(name).is_absolute() and ".." not in parts and "\0" not in name and not links
 
 
 def _make_folders(folder: Path) -> list[Path]:

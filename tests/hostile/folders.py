@@ -33,11 +33,13 @@ from llama2.checkpoint.peft import load_adapter, read_adapter
 from llama2.checkpoint.peft_files import read_config
 from llama2.cli import headers
 from llama2.errors import Llama2Error
+from llama2.files import JOURNAL
 from llama2.native import NativeModel
 from llama2.text_file import read_object
 from llama2.tokenizer import LlamaTokenizer
 from llama2.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
-from llama2.train import checkpoints, readers
+from llama2.train import checkpoints, old_shards, readers, shards
+from llama2.train.distributed import Ranks
 from llama2.train.rows import objective_for
 
 SIZES: dict[str, Any] = {
@@ -158,6 +160,13 @@ def read_cuts(folder: Path, tries: Attempts) -> None:
             tokenizer.encode(text)
 
 
+def read_state(folder: Path, tries: Attempts) -> None:
+    for read, place in ((shards.read, "new"), (old_shards.read, "old")):
+        with tries.attempt():
+            for tensor in read(folder / place).values():
+                tensor.whole()
+
+
 def read_sums(file: Path, tries: Attempts) -> None:
     with tries.attempt():
         read_imatrix(file).importance()
@@ -249,11 +258,35 @@ def run(folder: Path, outside: bool = False, **settings: Any) -> Trainer:
     return Trainer(model=network, args=args, train_dataset=ROWS, **given)
 
 
+def journal(folder: Path) -> None:
+    """A folder whose last save was interrupted behind its journal; it names a folder below, and removes a file."""
+    model(folder)
+    stage = ".0123456789abcdef.save"
+    (folder / stage / "below").mkdir(parents=True)
+    for name in ("config.json", "below/notes.txt"):
+        (folder / stage / name).write_bytes((folder / "config.json").read_bytes())
+    content = {"stage": stage, "files": ["below/notes.txt", "config.json"], "remove": ["generation_config.json"]}
+    (folder / JOURNAL).write_text(json.dumps(content))
+
+
+def state(folder: Path) -> None:
+    """What ranks write of a run's state, now and before; not what the model's own parts are."""
+    torch.manual_seed(0)
+    content = {"weights.a": torch.rand(5, 4), "optimizer.exp_avg.a": torch.rand(5, 4).bfloat16(),
+               "optimizer.step.a": torch.tensor(3.0)}  # fmt: skip
+    shards.write(folder / "new", content, Ranks())
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(content, storage_writer=dcp.FileSystemWriter(folder / "old"), no_dist=True)
+
+
 def rows(folder: Path) -> None:
     write_tokenizer(folder)
     chat = {"messages": [*MESSAGES, {"role": "assistant", "content": "yes"}]}
     (folder / "rows.jsonl").write_text("\n".join([json.dumps(chat)] * 3))
     (folder / "rows.json").write_text(json.dumps([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2))
+    (folder / "rows.tsv").write_text("prompt\tcompletion\na\tb\n")
+    (folder / "rows.txt").write_text("one\n\ntwo é\n")
     (folder / "rows.csv").write_text('instruction,output\n"a, b",c\nd,e\n')
 
 
@@ -325,7 +358,12 @@ KINDS: dict[str, tuple[Make, Callable[[Path, Attempts], None]]] = {
     "templates": (templates, read_tokenizer),
     "run": (lambda folder: run(folder).train(), read_run),
     "run_outside": (lambda folder: run(folder, outside=True).train(), read_run),
-    "rows": (lambda folder: (folder.mkdir(), rows(folder)), each((".jsonl", "rows.json", ".csv"), read_rows)),
+    "rows": (
+        lambda folder: (folder.mkdir(), rows(folder)),
+        each((".jsonl", "rows.json", ".csv", ".tsv", ".txt"), read_rows),
+    ),
+    "journal": (journal, read_model),
+    "state": (lambda folder: (folder.mkdir(), state(folder)), read_state),
     "tables": (tables, read_tables),
     "patterns": (patterns, read_cuts),
     "imatrix": (imatrix, each((".dat", ".gguf"), read_sums)),
