@@ -314,6 +314,9 @@ def patterns(folder: Path) -> None:
              "behavior": "Isolated", "invert": False}  # fmt: skip
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+    document["normalizer"] = {"type": "Replace", "pattern": {"Regex": r"\s+$"}, "content": " "}
+    flags = {"special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    document["added_tokens"].append({"id": 260, "content": "a" * 900 + " \n!", **flags})
     (folder / "tokenizer.json").write_text(json.dumps(document))
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bytewise import write_tokenizer
+from bytewise import SPECIAL, _byte_alphabet, write_tokenizer
 
-from llama2 import AutoTokenizer
+from llama2 import AddedToken, AutoTokenizer
 from llama2.errors import TokenizerError
 from llama2.tokenizer import gguf, trial
 from llama2.tokenizer.trial import unknown
@@ -77,6 +77,27 @@ def test_a_pattern_that_tries_for_ever_ends(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(TokenizerError, match=r"'a\*a\*a\*\[xy\]', takes more than 0.3 s of processor time"):
             call("a" * 1000 + "-x")
     assert tokenizer.encode("aaax a", add_special_tokens=False) == wanted
+
+
+@pytest.mark.parametrize("key", ["Regex", "\\u0052egex"])
+def test_a_normaliser_that_meets_the_tokens_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """They are normalised when the file is read; also where the key is written with an escape."""
+    monkeypatch.setattr(trial, "SECONDS", 0.3)
+    cutting(tmp_path, r"\p{L}+")
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["normalizer"] = {"type": "Replace", "pattern": {"Regex": "a*a*a*[xy]"}, "content": "z"}
+    flags = {"special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    text = json.dumps(document).replace('"Regex": "a', f'"{key}": "a')
+    (tmp_path / "tokenizer.json").write_text(text)
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("x") == [len(SPECIAL) + _byte_alphabet().index("z")]
+    with pytest.raises(TokenizerError, match=r"takes more than 0.3 s .* on a text of 902 characters"):
+        AutoTokenizer.from_pretrained(tmp_path).add_tokens([AddedToken("a" * 900 + "-x", normalized=True)])
+    document["added_tokens"].append({"id": 300, "content": "a" * 900 + "-x", **flags})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document).replace('"Regex": "a', f'"{key}": "a'))
+    with pytest.raises(TokenizerError, match=r"'a\*a\*a\*\[xy\]', takes more than 0.3 s .* on the tokens of its file"):
+        AutoTokenizer.from_pretrained(tmp_path)
 
 
 def test_a_pattern_that_gives_up(tmp_path: Path) -> None:

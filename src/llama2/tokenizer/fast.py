@@ -32,7 +32,7 @@ from llama2.tokenizer.special import TokenLike
 from llama2.tokenizer.spm import SentencePieceModel
 from llama2.tokenizer.stream import EACH_BYTE, PieceTable, gpt2_byte_alphabet
 from llama2.tokenizer.template import BARE, ends_of, template_from_json
-from llama2.tokenizer.trial import Trial, gave_up, is_panic, unknown
+from llama2.tokenizer.trial import Trial, checked, gave_up, is_panic, unknown
 from llama2.tokenizer.words import WordMemory, cuts_hold
 
 
@@ -240,7 +240,8 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             entry = token if known is None else known[1].replaced_by(token)
             if known is None or entry != known[1]:
                 fresh.append(entry)
-        add_to_backend(self._tokenizer, fresh)
+        with self._encoding(self._tokenizer, [token.content for token in fresh]):
+            add_to_backend(self._tokenizer, fresh)
         self._trials = {}
         for token in fresh:
             self._added[token.content] = (self._tokenizer.token_to_id(token.content) or 0, token)
@@ -330,9 +331,10 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
     @contextmanager
     def _encoding(self, backend: tokenizers.Tokenizer, texts: list[str]) -> Iterator[None]:
         """What the Rust side raises for a text as one error; unknown patterns are tried on the texts first."""
-        if self._unknown:
+        if self._unknown and texts:
             if (trial := self._trials.get(id(backend))) is None:
-                trial = self._trials[id(backend)] = Trial(backend, self._unknown)
+                special = bool(backend.encode_special_tokens)
+                trial = self._trials[id(backend)] = Trial(backend.to_str(), self._unknown, special)
             trial(texts)
         try:
             yield
@@ -408,7 +410,9 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     if _LONG.search(data):
         raise CheckpointError(f"{path} has a text of more than a million bytes; no tokenizer does")
     try:
-        return tokenizers.Tokenizer.from_buffer(data)
+        return tokenizers.Tokenizer.from_buffer(checked(data))
+    except TokenizerError:
+        raise
     except BaseException as error:  # the Rust side raises plain Exception, and a panic is not even that
         if not isinstance(error, Exception) and not is_panic(error):
             raise

@@ -3,7 +3,8 @@
 The `tokenizers` package cuts texts with Oniguruma, which tries every way in which a pattern can match, ten million at
 each character: minutes and hours in Rust, where nothing stops it. So a pattern that is neither one of those in use nor
 so plain that it cannot try twice first runs in a process of its own (`trier.py`) with a deadline: a text that passes
-there is encoded here, in about the same time, and one that does not is an error.
+there is encoded here, in about the same time, and one that does not is an error. So does a file whose normaliser has
+such a pattern, which meets the file's own tokens when it is read.
 """
 
 import json
@@ -15,6 +16,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,32 @@ _ATOM = re.compile(
 
 def unknown(*states: Any) -> list[str]:
     """The patterns in these parts of a tokenizer.json that are neither known nor plain."""
-    if not hasattr(select, "poll"):  # Windows, where nothing bounds a process so
-        return []
     return [source for state in states for source in _patterns(state) if source not in KNOWN and not _plain(source)]
+
+
+def checked(data: bytes) -> bytes:
+    """The content of a tokenizer.json, as it is to be read. What is no JSON is the reader's affair.
+
+    Raises TokenizerError where a pattern of the normaliser takes too long on the file's own tokens."""
+    try:
+        if b"\\u00" not in data and not any(map(_foreign, _SOURCE.findall(data))):
+            return data  # "Regex" itself may be written with escapes
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    if not isinstance(document, dict) or not (patterns := unknown(document.get("normalizer"))):
+        return data
+    tried = json.dumps(document)  # of keys that are there twice, one
+    with closing(Trial(tried, patterns)) as trial:
+        trial([])
+    return tried.encode()
+
+
+def _foreign(source: bytes) -> bool:
+    return bool(unknown({"Regex": json.loads(source)}))
+
+
+_SOURCE = re.compile(rb'"Regex"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
 def _patterns(state: Any) -> Iterator[str]:
@@ -84,8 +109,9 @@ def _plain(source: str) -> bool:
 class Trial:
     """The process for one backend, started anew where this is another process than the one that started it."""
 
-    def __init__(self, backend: Any, patterns: Sequence[str]) -> None:
-        self._document, self._special = backend.to_str(), bool(backend.encode_special_tokens)
+    def __init__(self, document: str, patterns: Sequence[str], special: bool = False) -> None:
+        """document: a tokenizer.json in one line. special: whether special tokens are text."""
+        self._document, self._special = document, special
         self._patterns = shown(patterns[0])
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
@@ -100,7 +126,7 @@ class Trial:
         if said:
             raise TokenizerError(gave_up(said, self._patterns))
         if said is None:
-            self._close()
+            self.close()
             raise TokenizerError(
                 f"a pattern of tokenizer.json, {self._patterns}, takes more than {seconds:.1f} s of processor time, or "
                 f"more than {trier.MEMORY >> 20} MiB, on a text of {max(map(len, texts), default=0):,} characters; "
@@ -135,14 +161,19 @@ class Trial:
             process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, encoding="utf-8")
             self._process, self._stop = process, weakref.finalize(self, _end, process)
             assert process.stdin is not None
-            process.stdin.write(f"{self._document}\n{json.dumps(self._special)}\n")
+            seconds = SECONDS * (1 + len(self._document) / CHARACTERS / 10)
+            process.stdin.write(f"{json.dumps({'seconds': seconds, 'special': self._special})}\n{self._document}\n")
             process.stdin.flush()
-            if self._answer(process, SECONDS * (1 + len(self._document) / CHARACTERS)) is None:
-                self._close()
-                raise TokenizerError("the process that tries the patterns of tokenizer.json could not be started")
+            if self._answer(process, seconds) is None:
+                self.close()
+                raise TokenizerError(
+                    f"a pattern of tokenizer.json, {self._patterns}, takes more than {seconds:.1f} s of processor time "
+                    "on the tokens of its file, or the process that tries it could not be started; correct the file"
+                )
         return self._process
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Ends the process; the next call starts it anew."""
         if self._stop is not None:
             self._stop()
         self._process = self._stop = None

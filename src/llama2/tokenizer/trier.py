@@ -1,8 +1,8 @@
 """A tokenizer that tries texts where its patterns can harm nobody: a process of its own (`trial.py` starts it).
 
-It imports nothing of this package. Each line in is JSON; the first is a tokenizer.json, each that follows
-{"seconds", "texts"}. Each line out is "" where all texts were encoded, or what the Rust side panicked with. Beyond the
-seconds of processor time, or the memory, the process ends without a line.
+It imports nothing of this package. Each line in is JSON: {"seconds", "special"}, a tokenizer.json, and then any number
+of {"seconds", "texts"}. Each line out is "" where the file was read, or all texts were encoded, or what the Rust side
+said against it. Beyond the seconds of processor time, or the memory, the process ends without a line.
 """
 
 import json
@@ -17,8 +17,11 @@ def main() -> None:
     """Answers until there is no line left."""
     import tokenizers
 
+    asked = json.loads(sys.stdin.readline())
+    signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
     backend = tokenizers.Tokenizer.from_str(sys.stdin.readline())
-    backend.encode_special_tokens = json.loads(sys.stdin.readline())
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    backend.encode_special_tokens = asked["special"]
     if sys.platform == "linux":
         with open("/proc/self/statm", encoding="ascii") as file:
             most = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
