@@ -46,7 +46,7 @@ $(BIN)/python:
 	@touch $@ .make/demo
 
 .make/parity: .make/test
-	$(PIP) 'transformers>=5.23' 'accelerate>=1.2' 'protobuf>=5' 'gguf>=0.17' 'openai>=3' aiohttp 'prometheus-client>=0.20' 'kubernetes-validate>=1.30'
+	$(PIP) 'transformers>=5.23' 'accelerate>=1.2' 'protobuf>=5' 'gguf>=0.17' 'openai>=3' aiohttp 'prometheus-client>=0.20' 'kubernetes-validate>=1.30' 'xllamacpp>=2026.10'
 	$(PIP) --no-deps 'text-generation>=0.7'  # its bound on huggingface-hub predates transformers 5
 	@touch $@
 

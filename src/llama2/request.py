@@ -170,8 +170,6 @@ def _settle(config: GenerationConfig, explicit: dict[str, Any]) -> None:
     for winner, loser in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
         if explicit.get(winner) is not None and explicit.get(loser) is not None:
             warnings.warn(f"{winner} and {loser} are both given; {winner} counts", stacklevel=5)
-    if config.min_new_tokens is not None:
-        config.update(min_length=0)
     if negative := [i for i in as_list(config.eos_token_id) if i < 0]:
         warnings.warn(
             f"eos_token_id holds {negative}, which no token has: no row ends there, only at the length", stacklevel=5

@@ -123,7 +123,7 @@ def test_rope_settings_pass_through_gguf(tmp_path: Path, rope: str) -> None:
         ({"attention_factor": 1.5}, 1.5 / 1.1386294, 1.5),
         ({"attention_factor": 1.0}, 1.0 / 1.1386294, 1.0),
         ({"attention_factor": 1.1386294361119891}, None, None),
-        ({"mscale": 1.0, "mscale_all_dim": 0.5}, 1 / 1.0693147, 1.0648217),
+        ({"mscale": 1.0, "mscale_all_dim": 0.5}, 1 / 1.0693147, 1.138629436 / 1.069314718),
         ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1 / 1.1386294, 1.0),
     ],
 )
@@ -136,10 +136,24 @@ def test_yarns_attention_factor_passes_through_gguf(
     key = read_metadata(tmp_path / "x.gguf").get("llama.rope.scaling.attn_factor")
     assert key == (None if stored is None else pytest.approx(stored, rel=1e-6))
     found = checkpoint.open(tmp_path / "x.gguf").config.rope_scaling
-    assert found == {**rope, **({} if back is None else {"attention_factor": pytest.approx(back, rel=1e-5)})}
+    assert found == {**rope, **({} if back is None else {"attention_factor": pytest.approx(back, rel=5e-7)})}
     before, after = (LlamaForCausalLM.from_pretrained(path) for path in (source, tmp_path / "x.gguf"))
     with torch.no_grad():
         assert torch.allclose(before(tiny_ids()).logits.float(), after(tiny_ids()).logits.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_yarns_betas_are_written_and_told(tmp_path: Path) -> None:
+    """llama.cpp's loader reads them of other architectures alone (test_rope_in_llama_cpp.py)."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    source = save(tmp_path / "hf", rope_scaling={**rope, "beta_fast": 16.0, "beta_slow": 2.0})
+    with pytest.warns(
+        UserWarning, match="beta_fast and beta_slow .*run it there with --yarn-beta-fast 16 --yarn-beta-slow 2,"
+    ):
+        convert(source, tmp_path / "x.gguf", Options("gguf"))
+    found = checkpoint.open(tmp_path / "x.gguf").config.rope_scaling
+    assert found == {**rope, "beta_fast": 16.0, "beta_slow": 2.0}
+    save(tmp_path / "quiet", rope_scaling={**rope, "beta_fast": 32.0, "beta_slow": 1.0})  # the defaults
+    convert(tmp_path / "quiet", tmp_path / "quiet.gguf", Options("gguf"))
 
 
 def test_biases_and_head_width(tmp_path: Path) -> None:

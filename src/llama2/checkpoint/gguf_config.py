@@ -223,7 +223,7 @@ def _rope_scaling(file: Header, keys: _Keys, head_dim: int, context: int) -> dic
         scale /= yarn_attention(factor, multiplier)
     scale *= keys.number(_YARN_ATTENTION[0], 1.0) * keys.number(_YARN_ATTENTION[1], 1.0)
     if abs(scale - yarn_attention(factor)) > 1e-6 * scale:
-        settings["attention_factor"] = float(f"{scale:.6g}")
+        settings["attention_factor"] = float(f"{scale:.7g}")
     return settings
 
 

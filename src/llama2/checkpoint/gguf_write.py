@@ -5,6 +5,7 @@ Keys and types: llama.cpp, docs/gguf.md and gguf-py/gguf/constants.py.
 
 import math
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,9 +216,7 @@ def architecture(config: LlamaConfig) -> dict[str, Any]:
         if kind == "yarn":
             original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
             keys["llama.rope.scaling.original_context_length"] = original
-            for ours in ("beta_fast", "beta_slow"):
-                if ours in rope:
-                    keys[f"llama.rope.scaling.yarn_{ours}"] = float(rope[ours])
+            keys |= _yarn_betas(rope)
             if rope.get("truncate") is False:
                 raise InputError("GGUF has no key for yarn's truncate=False; convert to hf instead")
             scale, own = attention_scaling(rope), yarn_attention(rope["factor"])
@@ -226,6 +225,20 @@ def architecture(config: LlamaConfig) -> dict[str, Any]:
     elif kind not in ("default", "llama3"):
         raise InputError(f"GGUF names no RoPE scaling {kind!r}; default, linear, yarn and llama3 are written")
     return keys
+
+
+def _yarn_betas(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of yarn's betas where they are given; warns that llama.cpp reads none of a Llama model."""
+    given = {name: float(rope[name]) for name in ("beta_fast", "beta_slow") if name in rope}
+    odd = {name: value for name, value in given.items() if value != {"beta_fast": 32.0, "beta_slow": 1.0}[name]}
+    if odd:
+        flags = " ".join(f"--yarn-{name.replace('_', '-')} {value:g}" for name, value in odd.items())
+        warnings.warn(
+            f"llama.cpp does not read yarn's {' and '.join(odd)} from the file of a Llama model; run it there with "
+            f"{flags}, or its answers are wrong",
+            stacklevel=6,
+        )
+    return {f"llama.rope.scaling.yarn_{name}": value for name, value in given.items()}
 
 
 def rope_divisors(config: LlamaConfig) -> list[float] | None:
