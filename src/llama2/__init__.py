@@ -157,6 +157,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "errors": (
         "CheckpointError",
         "ConfigError",
+        "ContextLengthError",
         "InputError",
         "Llama2Error",
         "MismatchError",

@@ -7,6 +7,7 @@ A message gives the value, the bound it broke and the remedy. Each class also de
     |- ConfigError            (ValueError)    a configuration that cannot work
     |- InputError             (ValueError)    a wrong argument: shapes, ids, generation settings, prompts
     |  |- TokenizerError                      text, ids or tokenizer settings that cannot be encoded or decoded
+    |  |- ContextLengthError                  a prompt, with its answer, that the context or the cache cannot hold
     |  '- DeviceError        (RuntimeError)  a device on which the call makes no sense
     |- CheckpointError        (OSError)       a file that is missing, truncated, malformed or of a foreign kind
     |  '- MismatchError       (RuntimeError)  the tensors do not fit the configuration
@@ -28,6 +29,17 @@ class InputError(Llama2Error, ValueError):
 
 class TokenizerError(InputError):
     """Text, ids or settings that a tokenizer cannot handle."""
+
+
+class ContextLengthError(InputError):
+    """A prompt, with its answer, of `needed` tokens where `limit` fit."""
+
+    def __init__(self, message: str, needed: int, limit: int) -> None:
+        super().__init__(message)
+        self.needed, self.limit = needed, limit
+
+    def __reduce__(self) -> tuple[type["ContextLengthError"], tuple[str, int, int]]:
+        return type(self), (str(self), self.needed, self.limit)
 
 
 class DeviceError(InputError, RuntimeError):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama2 import cpu
 from llama2.cache import KVCache
-from llama2.errors import InputError
+from llama2.errors import ContextLengthError, InputError
 from llama2.generation_config import CACHE_ALIASES, DEFAULTS, GenerationConfig, as_list
 from llama2.keywords import drop
 from llama2.native import NATIVE_CACHES, NativeCache, NativeModel, NativeRunner
@@ -241,9 +241,11 @@ def _lengths(model: Any, call: Call, config: GenerationConfig, context: int) -> 
     if (getattr(model.config, "rope_scaling", None) or {}).get("rope_type") == "dynamic":
         limit = None  # stretches by itself
     if limit is not None and context >= limit:
-        raise InputError(
+        raise ContextLengthError(
             f"the prompt has {context} tokens but the model's context is {limit} (max_position_embeddings), which "
-            "must hold the answer too; shorten the prompt, or load with rope_scaling={'rope_type': 'dynamic', ...}"
+            "must hold the answer too; shorten the prompt, or load with rope_scaling={'rope_type': 'dynamic', ...}",
+            context + 1,
+            limit,
         )
     if (given := _criterion_length(call, config, context)) is not None:
         new = given

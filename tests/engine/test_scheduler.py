@@ -1,5 +1,6 @@
 """The scheduler against a simulated cache: what every page holds is known, so sharing it wrongly is seen."""
 
+import pickle
 import random
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from llama2.engine.blocks import BlockPool
 from llama2.engine.scheduler import Chunk, Scheduler, Sequence
-from llama2.errors import InputError
+from llama2.errors import ContextLengthError, InputError
 
 SIZE = 4
 
@@ -243,3 +244,13 @@ def test_a_long_prompt_runs_in_small_parts_while_others_decode() -> None:
         for chunk in plan:
             scheduler.commit(chunk, [5] if chunk.sampled else ())
     assert sizes == [6] * 6 + [4]
+
+
+def test_what_cannot_fit_says_how_much_is_needed_and_how_much_fits() -> None:
+    scheduler = Scheduler(BlockPool(4, SIZE))
+    with pytest.raises(ContextLengthError) as error:
+        scheduler.check(Sequence([1, 2, 3], 30))
+    assert (error.value.needed, error.value.limit) == (30, 4 * SIZE + 1)
+    scheduler.check(Sequence([1, 2, 3], error.value.limit))  # the bound itself fits
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (str(again), again.needed, again.limit) == (str(error.value), 30, 4 * SIZE + 1)

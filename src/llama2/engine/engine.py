@@ -27,7 +27,7 @@ from llama2.engine.runners import PAGE, PlanRunner, make_plan_runner
 from llama2.engine.scheduler import Chunk, Scheduler
 from llama2.engine.scheduler import Sequence as Scheduled
 from llama2.engine.text import StopText
-from llama2.errors import InputError
+from llama2.errors import ContextLengthError, InputError
 from llama2.generation_config import GenerationConfig
 from llama2.request import settings
 
@@ -330,8 +330,10 @@ class Engine:
         if new is None and ask.config.is_set("max_length"):
             new = ask.config.value("max_length") - held
         if held >= most:
-            raise InputError(
-                f"the prompt has {held} tokens, but context and cache hold {most} together with the answer; shorten it"
+            raise ContextLengthError(
+                f"the prompt has {held} tokens, but context and cache hold {most} together with the answer; shorten it",
+                held + 1,
+                most,
             )
         return most if new is None else held + new
 
@@ -340,9 +342,11 @@ class Engine:
         if bad := [token for token in ask.prompt if not 0 <= token < size]:
             raise InputError(f"the prompt contains id {bad[0]} but ids run from 0 to {size - 1}; is the tokenizer its?")
         if sequence.limit > self.limit:
-            raise InputError(
+            raise ContextLengthError(
                 f"{len(ask.prompt)} prompt and {sequence.limit - len(ask.prompt)} new tokens exceed the context of "
-                f"{self.limit}; ask for fewer new tokens"
+                f"{self.limit}; ask for fewer new tokens",
+                sequence.limit,
+                self.limit,
             )
         if ask.adapter is not None:
             weights = getattr(self.runner, "weights", None)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from llama2.engine.blocks import BlockPool
 from llama2.engine.fairness import STRETCH, Credits, StepTimes, above, share
-from llama2.errors import InputError
+from llama2.errors import ContextLengthError, InputError
 
 PATIENT = 3  # times that a sequence gives way to another owner's; then it runs to its end
 SCORED_AT_ONCE = 64  # tokens of a chunk whose logits are all wanted: they are rows of a whole vocabulary
@@ -114,17 +114,21 @@ class Scheduler:
         return self.each_pages * self.pool.size
 
     def check(self, sequence: Sequence) -> None:
-        """Raises InputError for a sequence that is empty or could never fit."""
+        """Raises InputError for a sequence that is empty, ContextLengthError for one that could never fit."""
         if not sequence.tokens:
             raise InputError("a sequence needs at least one token, such as the BOS token")
         if sequence.limit <= len(sequence.tokens):
-            raise InputError(
-                f"a limit of {sequence.limit} tokens leaves no room behind a prompt of {len(sequence.tokens)}"
+            raise ContextLengthError(
+                f"a limit of {sequence.limit} tokens leaves no room behind a prompt of {len(sequence.tokens)}",
+                len(sequence.tokens) + 1,
+                sequence.limit,
             )
         if sequence.limit - 1 > self.capacity():  # the last token is never computed
-            raise InputError(
+            raise ContextLengthError(
                 f"{sequence.limit} tokens do not fit the cache of {self.capacity()}; ask for fewer new tokens, or make "
-                "the cache larger"
+                "the cache larger",
+                sequence.limit,
+                self.capacity() + 1,
             )
 
     def submit(self, sequence: Sequence) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llama2.errors import ContextLengthError, InputError, TokenizerError
+
 Dialect = Literal["openai", "tgi"]
 
 
@@ -45,6 +47,17 @@ KINDS: Mapping[str, Kind] = {
     "deadline": Kind(504, "server_error", "deadline_exceeded", 504, "incomplete_generation"),
     "internal": Kind(500, "server_error", "internal_error", 500, "incomplete_generation"),
 }
+
+_ERRORS: dict[type[InputError], str] = {  # the first that fits
+    ContextLengthError: "context",
+    TokenizerError: "template",
+    InputError: "validation",
+}
+
+
+def kind_of(error: InputError) -> str:
+    """The kind of a refusal for one of the library's errors."""
+    return next(kind for cls, kind in _ERRORS.items() if isinstance(error, cls))
 
 
 class Refusal(Exception):

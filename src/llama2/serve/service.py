@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from llama2.engine.engine import Engine
-from llama2.errors import InputError, TokenizerError
+from llama2.errors import InputError
 from llama2.serve import body
 from llama2.serve.budget import Budget
 from llama2.serve.constraint import Compiler, Constraint
@@ -20,7 +20,7 @@ from llama2.serve.keys import Keys
 from llama2.serve.life import Life
 from llama2.serve.metrics import Metrics
 from llama2.serve.quota import Places, Rate
-from llama2.serve.refusal import Dialect, Refusal
+from llama2.serve.refusal import Dialect, Refusal, kind_of
 from llama2.serve.request import Bounds, Generation
 from llama2.serve.session import Mailbox, Session, Times
 from llama2.serve.work import Workers
@@ -302,10 +302,8 @@ def refusing(task: Callable[..., T], *args: Any) -> T:
     """Runs a task. Raises Refusal for the library's own errors."""
     try:
         return task(*args)
-    except TokenizerError as error:
-        raise Refusal("template", str(error)) from None
     except InputError as error:
-        raise Refusal("validation", str(error)) from None
+        raise Refusal(kind_of(error), str(error)) from None
 
 
 def _check(service: Service, generation: Generation) -> None:

@@ -13,7 +13,7 @@ from llama2.engine.choice import Picked
 from llama2.engine.engine import Ask, Engine, EngineBusyError, Event, Finish
 from llama2.errors import InputError, Llama2Error
 from llama2.serve.constraint import ConstraintError
-from llama2.serve.refusal import Refusal
+from llama2.serve.refusal import Refusal, kind_of
 
 Told = tuple[int, Event]
 PING_AFTER = 15.0
@@ -81,8 +81,7 @@ class Session:
             raise Refusal("busy", str(error), retry_after=error.retry_after) from None
         except InputError as error:
             self.close()
-            kind = "context" if "tokens" in str(error) else "validation"
-            raise Refusal(kind, str(error)) from None
+            raise Refusal(kind_of(error), str(error)) from None
 
     def arrive(self, index: int, event: Event) -> None:
         """Called in the event loop for each event."""
