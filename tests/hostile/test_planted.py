@@ -111,6 +111,10 @@ def test_state_of_one_rank_comes_back(tmp_path: Path, written: str) -> None:
         assert torch.equal(found[name].whole(), tensor) and found[name].dtype == tensor.dtype
     assert torch.equal(found["weights.a"].rows(1, 4), content()["weights.a"][1:4])
     assert not list((tmp_path / "shards").glob("*.metadata")) or written == "old"
+    if written == "old":
+        next((tmp_path / "shards").glob("*.distcp")).unlink()
+        with pytest.raises(CheckpointError, match=r"\.distcp does not exist"):
+            found["weights.a"].whole()
 
 
 def two_ranks(folder: Path) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2.checkpoint import pickles
+from llama2.checkpoint import directory, pickles
 from llama2.checkpoint.hf import DTYPES
 from llama2.errors import CheckpointError
 from llama2.schema import check, several, text, whole
-from llama2.text_file import LISTING_BYTES, inside, opened, read_bytes
+from llama2.text_file import LISTING_BYTES, inside, read_bytes
 from llama2.train.shards import Stored
 
 METADATA = ".metadata"
@@ -126,7 +126,7 @@ def _reader(folder: Path, place: dict[str, Any]) -> Callable[[], Tensor]:
 
     def read() -> Tensor:
         path = inside(folder, place["relative_path"], folder / METADATA)
-        with opened(path) as file:
+        with directory.found(path) as file:
             file.seek(place["offset"])
             data = file.read(min(place["length"], path.stat().st_size))
         found = pickles.load_part(io.BytesIO(data), len(data), f"{path} from byte {place['offset']}")
