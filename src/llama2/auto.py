@@ -13,9 +13,10 @@ from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.source import fetch_files, is_field, override, split_hub_options
 from llama2.config import LlamaConfig
 from llama2.doors import door
-from llama2.errors import InputError
+from llama2.errors import CheckpointError, InputError
 from llama2.model_methods import LOAD_DEFAULTS, LoadingInfo, LoadOptions, ModelMethods
-from llama2.text_file import read_object
+from llama2.schema import check, maybe, text
+from llama2.text_file import read_object, shown
 
 if TYPE_CHECKING:  # the classes that the Auto classes below name
     import torch
@@ -68,10 +69,10 @@ def load_config(
 
 def _stored_config(path: str | Path, hub: Mapping[str, Any], gguf_file: str | None) -> LlamaConfig:
     local = fetch_files(path, hub, "config", gguf_file)
+    if not checkpoint.find_gguf(local):
+        local = _base_files(local, "config.json", "config") or local
     if gguf := checkpoint.find_gguf(local):
         return GgufFile(gguf).config
-    if base := _adapted_base(local, "config.json"):
-        return _stored_config(base, {}, None)
     if (local / "params.json").exists() and not (local / "config.json").exists():
         if any(local.glob("consolidated.*.pth")):
             return checkpoint.open(local).config  # what params.json leaves to the tensors is taken from them
@@ -93,12 +94,30 @@ def load_fields(path: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
     return _stored_config(path, hub, gguf_file).to_dict()
 
 
+def _base_files(local: Path, own: str, kind: str) -> Path | None:
+    """The folder of an adapter's model, where the adapter's has no such files itself; None for any other folder.
+
+    Raises CheckpointError where that is an adapter's folder again, which could be this one."""
+    base = _adapted_base(local, own)
+    if base is None:
+        return None
+    found = fetch_files(base, {}, kind)
+    if _adapted_base(found, own) is not None:
+        raise CheckpointError(
+            f"{local / 'adapter_config.json'} names {shown(base)} as its model, which is the folder of an adapter too; "
+            "give the model itself"
+        )
+    return found
+
+
 def _adapted_base(local: Path, own: str) -> str | None:
     """The model of an adapter's folder that has no files of this pattern itself; None for any other folder."""
-    if not (local / "adapter_config.json").is_file() or any(local.glob(own)):
+    file = local / "adapter_config.json"
+    if not file.is_file() or any(local.glob(own)):
         return None
-    base = read_object(local / "adapter_config.json", "adapter_config.json").get("base_model_name_or_path")
-    return str(base) if base else None
+    base = read_object(file, "adapter_config.json").get("base_model_name_or_path")
+    check({"base_model_name_or_path": base}, {"base_model_name_or_path": maybe(text())}, file)
+    return base or None
 
 
 class AutoConfig:
@@ -186,7 +205,7 @@ class AutoTokenizer:
         tokenizer: PreTrainedTokenizer
         if gguf := checkpoint.find_gguf(path):
             tokenizer = _gguf_tokenizer(read_metadata(gguf), **given)
-        elif base := _adapted_base(path, "tokenizer*"):
+        elif base := _base_files(path, "tokenizer*", "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(base, **given)
         else:
             tokenizer = _load_tokenizer(path, **given)

@@ -14,7 +14,7 @@ import torch
 from hostile.folders import make, visit
 
 import llama2.checkpoint as checkpoint
-from llama2 import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, mapping
+from llama2 import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, mapping
 from llama2.checkpoint import directory
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.hf import load_bin, map_safetensors
@@ -354,3 +354,17 @@ def test_other_settings(tmp_path: Path, kind: str, name: str, changes: dict[str,
     assert not tries.faults
     with pytest.raises(InputError, match=said):
         raise InputError("\n".join(tries.refused))
+
+
+def test_an_adapter_of_itself(tmp_path: Path) -> None:
+    folder = make("adapter", tmp_path / "adapter")
+    edited(folder / "adapter_config.json", base_model_name_or_path=str(folder))
+    for load in (AutoConfig.from_pretrained, AutoTokenizer.from_pretrained):
+        with pytest.raises(CheckpointError, match="as its model, which is the folder of an adapter too"):
+            load(folder)
+    with pytest.raises(CheckpointError, match="malformed safetensors header"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    edited(folder / "adapter_config.json", base_model_name_or_path=5)
+    for load in (AutoConfig.from_pretrained, AutoTokenizer.from_pretrained):
+        with pytest.raises(CheckpointError, match="base_model_name_or_path is 5; it must be a text"):
+            load(folder)
