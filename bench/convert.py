@@ -29,8 +29,8 @@ from llama2.checkpoint.names import hf_to_meta, meta_axis
 
 CONVERT = """
 import sys
-from llama2.checkpoint.convert import Options, convert
-convert({source!r}, {target!r}, Options({to!r}, shards={shards}))
+from llama2.checkpoint.convert import ConversionSettings, convert
+convert({source!r}, {target!r}, ConversionSettings({to!r}, shards={shards}))
 """
 
 

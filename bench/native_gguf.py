@@ -26,7 +26,7 @@ import numpy as np
 from regime import Regime
 
 from llama2.checkpoint.gguf import GgufFile
-from llama2.cpu import KV_DTYPES, PAGE, CpuRunner, CpuWeights, KvDtype, PagedCache, Sequence
+from llama2.cpu import KV_DTYPES, PAGE, CachedSequence, CpuRunner, CpuWeights, KvDtype, PagedCache
 
 SEVEN_B = {"hidden": 4096, "layers": 32, "heads": 32, "ffn": 11008, "vocab": 32000}
 
@@ -170,7 +170,7 @@ class Bench:
             self.unit("decode llama.cpp", theirs, count, size)
         sequence.free()
 
-    def fill(self, context: int) -> Sequence:
+    def fill(self, context: int) -> CachedSequence:
         """A sequence of `context` positions: the first 256 are computed, the others are copies of their pages."""
         sequence, first = self.cache.sequence(), min(context, 256)
         self.runner.feed(sequence, self.tokens(first))

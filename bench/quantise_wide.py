@@ -26,7 +26,7 @@ from llama2.quant.ggml import TYPES, dequantize
 from llama2.quant.grids import IntegerGrid
 from llama2.quant.solve import Hessian
 from llama2.quantize.methods import BlockMethod, GgufMethod, GptqMethod, errors
-from llama2.quantize.options import Options
+from llama2.quantize.options import QuantizationSettings
 
 PLANE = 64
 
@@ -73,14 +73,18 @@ def rows_of(weight: Tensor, hessian: Tensor) -> dict[str, Tensor]:
         found[f"{kind}, llama.cpp"] = ggml_rows(weight, kind, None)
         found[f"{kind}, llama.cpp, importance"] = ggml_rows(weight, kind, importance)
         for name, solve in (("importance", False), ("--solve", True)):
-            method = GgufMethod(Options(method=f"gguf:{kind}", solve=solve), lambda _, kind=kind: TYPES[kind])
+            method = GgufMethod(
+                QuantizationSettings(method=f"gguf:{kind}", solve=solve), lambda _, kind=kind: TYPES[kind]
+            )
             found[f"{kind}, ours, {name}"] = method.make("x", weight, hessian).weight
     found["4 bits, groups of 128, rounded"] = rounded(weight, 128)
     for search in (False, True):
-        options = Options(method="gptq", group_size=128, mse=search)
+        options = QuantizationSettings(method="gptq", group_size=128, mse=search)
         made = GptqMethod(GPTQConfig(bits=4, group_size=128), options).make("x", weight, hessian)
         found[f"GPTQ, groups of 128, ours{'' if search else ', --no-mse'}"] = made.weight
-    nf4 = BlockMethod(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), Options(method="nf4"))
+    nf4 = BlockMethod(
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), QuantizationSettings(method="nf4")
+    )
     found["NF4, ours and bitsandbytes"] = nf4.make("x", weight, None).weight
     found["NF4, ours, --calibrate"] = nf4.make("x", weight, hessian).weight
     return found

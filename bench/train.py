@@ -88,7 +88,7 @@ def ours(args: argparse.Namespace, rows: list[Row]) -> None:
 
     from llama2 import LlamaForCausalLM, LoraConfig, Trainer, TrainingArguments, lora
     from llama2.quantization_config import BitsAndBytesConfig
-    from llama2.train.data import Example, Pair
+    from llama2.train.data import EncodedPair, Example
     from llama2.train.objectives import NextToken, Preferences
     from llama2.train.packing import pack
 
@@ -108,7 +108,7 @@ def ours(args: argparse.Namespace, rows: list[Row]) -> None:
     )  # fmt: skip
     if args.mode == "dpo":
         items: list[Any] = [
-            Pair(*(Example([*row["prompt"], *row[a]], [-100] * len(row["prompt"]) + row[a])
+            EncodedPair(*(Example([*row["prompt"], *row[a]], [-100] * len(row["prompt"]) + row[a])
                    for a in ("chosen", "rejected")))
             for row in rows
         ]  # fmt: skip

@@ -19,7 +19,7 @@ from tiny import tiny_config, tiny_ids, tiny_model
 
 from llama2 import LlamaForSequenceClassification, lora
 from llama2.lora_config import LoraConfig
-from llama2.train.data import Example, Pair
+from llama2.train.data import EncodedPair, Example
 from llama2.train.distributed import join, leave
 from llama2.train.objectives import Classification, NextToken, Preferences, packed_rows
 from llama2.train.trainer import Trainer, TrainingArguments
@@ -58,7 +58,7 @@ def made(folder: Path, kind: str = "plain", **changes: Any) -> Trainer:
         lora.add_adapter(model, LoraConfig(r=2, target_modules="all-linear"))
     examples = [Example(ids, [-100, -100, *ids[2:]]) for ids in texts]
     if kind == "dpo":
-        pairs = [Pair(a, Example(a.input_ids[:-1], a.labels[:-1])) for a in examples]
+        pairs = [EncodedPair(a, Example(a.input_ids[:-1], a.labels[:-1])) for a in examples]
         return Trainer(model, args, objective=Preferences(), rows=pairs, eval_rows=pairs[:3])
     rows = packed_rows(examples, None)
     chosen = Hooked if kind == "hooked" else Trainer

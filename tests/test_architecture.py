@@ -199,3 +199,65 @@ def test_environment_is_read_in_the_command_line_only() -> None:
         if family(path) != "cli" and path != PACKAGE / "train" / "distributed.py":
             for node in nodes(path):
                 assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")), path
+
+
+# Names of transformers, which it and TRL read on our classes too, and of torch, which classes of ours have as well.
+PRIVATE_ELSEWHERE = {"_attn_implementation", "_hf_peft_config_loaded", "_init_weights"} | {
+    "_buffers", "_modules", "_parameters", "_version",
+}  # fmt: skip
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def defined(path: Path) -> set[str]:
+    """Private names that the module gives: to functions, classes, variables, fields, and attributes of self or cls."""
+    names: set[str] = set()
+    for node in nodes(path):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and own(node.value):
+            names.add(node.attr)
+    return {name for name in names if private(name)}
+
+
+def own(value: ast.expr) -> bool:
+    """self, cls or super()."""
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
+        return value.func.id == "super"
+    return isinstance(value, ast.Name) and value.id in ("self", "cls")
+
+
+@cache
+def private_names() -> set[str]:
+    """Every private name of the package; another one belongs to another library."""
+    return {name for path in FILES for name in defined(path)} - PRIVATE_ELSEWHERE
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_module_reaches_into_the_private_parts_of_another(path: Path) -> None:
+    """Neither by import, nor as an attribute of something that is not self, nor through getattr with its name."""
+    theirs = private_names() - defined(path)
+    for node in nodes(path):
+        reached: list[str] = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llama2"):
+            reached = [alias.name for alias in node.names if private(alias.name)]
+        elif isinstance(node, ast.Attribute) and not own(node.value):
+            reached = [node.attr] if node.attr in theirs else []
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
+            texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            reached = [text for text in texts if text in theirs and not own(node.args[0])]
+        assert not reached, f"{path.name}:{node.lineno} reaches for {reached}; make it public"  # type: ignore[attr-defined]
+
+
+def test_one_name_is_one_class() -> None:
+    """A reader, and an import, finds one class behind each public name."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}

@@ -11,7 +11,7 @@ from bytewise import write_tokenizer
 from tiny import tiny_model
 
 from llama2 import AutoModelForCausalLM, AutoTokenizer, LoraConfig, lora
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -27,7 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tiny_model(torch.float32, vocab_size=264, max_position_embeddings=256)
     model.save_pretrained(folder)
     write_tokenizer(folder)
-    convert(folder, tmp_path / "model.gguf", Options(to="gguf"))
+    convert(folder, tmp_path / "model.gguf", ConversionSettings(to="gguf"))
     torch.manual_seed(0)
     lora.add_adapter(model, LoraConfig(r=4, target_modules="all-linear"))
     model.save_pretrained(tmp_path / "adapter-folder")

@@ -21,7 +21,7 @@ from tiny import random_adapter, tiny_model
 
 from llama2 import AutoModelForCausalLM, AutoTokenizer, LoraConfig, cpu
 from llama2.checkpoint import convert as engine
-from llama2.checkpoint.convert import Options, convert, verify
+from llama2.checkpoint.convert import ConversionSettings, convert, verify
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.peft import load_adapter, save_adapter
 from llama2.errors import Llama2Error
@@ -159,7 +159,7 @@ def _source(folder: Path) -> Path:
 
 
 def _converted(source: Path, out: Path, **options: Any) -> Path:
-    convert(source, out, Options(**options))
+    convert(source, out, ConversionSettings(**options))
     return out
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import llama2
-from llama2.call_options import ConfigOptions, GenerationSettings, Stored, TokenizerOptions
+from llama2.call_options import AsStored, ConfigOptions, GenerationSettings, TokenizerOptions
 from llama2.checkpoint import load, packed, save
 from llama2.checkpoint.source import HUB_OPTIONS
 from llama2.generate import compute_transition_scores, generate
@@ -93,7 +93,7 @@ def test_from_pretrained_of_models_shows_every_parameter() -> None:
     own = [name for name in real if name not in ("cls", "model_args", "kwargs")]
     for name in own:
         assert declared[name].default == real[name].default, name
-    fields = {name for name, parameter in declared.items() if isinstance(parameter.default, Stored)}
+    fields = {name for name, parameter in declared.items() if isinstance(parameter.default, AsStored)}
     assert set(declared) == {*own, *HUB_OPTIONS, *fields, "model_args", "kwargs", "disable_mmap"}
     assert fields == set(ConfigOptions.__annotations__) - set(HUB_OPTIONS)
     assert all(hasattr(llama2.LlamaConfig(), name) for name in fields)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 
-class Stored:
+class AsStored:
     """Stands in a signature for a default that the files of the model or of the tokenizer give."""
 
     def __repr__(self) -> str:
         return "<as stored>"
 
 
-STORED = Stored()
+STORED = AsStored()
 
 
 class TokenText(Protocol):

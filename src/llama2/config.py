@@ -252,6 +252,10 @@ class LlamaConfig(ConfigFiles):
         """Whether forward returns an output object by itself: not for torch.jit.trace, which knows tuples only."""
         return self.return_dict and not self.torchscript
 
+    def keep_head_dim(self) -> None:
+        """head_dim is from now on what it is, also where it is not hidden_size / num_attention_heads."""
+        self._default_head_dim = False
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
         """The configuration of the model that reads and writes text: this one."""
         return self

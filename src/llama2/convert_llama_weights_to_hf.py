@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.llama_version is not None:
         source.config.max_position_embeddings = CONTEXTS[options.llama_version]
     with Meter("converting") as meter:
-        engine.convert(source, target, engine.Options("hf", chat=options.instruct or None), meter)
+        engine.convert(source, target, engine.ConversionSettings("hf", chat=options.instruct or None), meter)
     print(f"{target}: {source.config.max_position_embeddings} tokens of context, weights as {source.auto_dtype}")
     return 0
 

@@ -20,7 +20,7 @@ from llama2.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOut
 from llama2.processors import LogitsProcessorList
 from llama2.request import (
     CALL_ARGUMENTS,
-    Call,
+    GenerateArguments,
     Request,
     prepare,
     settings,
@@ -119,12 +119,12 @@ def _handing_back(request: Request) -> Iterator[Step]:
         request.hand_back()
 
 
-def _call(inputs: Tensor | None, kwargs: dict[str, Any], **more: Any) -> Call:
+def _call(inputs: Tensor | None, kwargs: dict[str, Any], **more: Any) -> GenerateArguments:
     given = kwargs.pop("input_ids", None)
     if given is not None and inputs is not None:
         raise InputError("inputs and input_ids are the same argument and both are given; give one")
     extra = {name: kwargs.pop(name) for name in list(kwargs) if name not in CALL_ARGUMENTS}
-    return Call(inputs=inputs if given is None else given, extra=extra, **more, **kwargs)
+    return GenerateArguments(inputs=inputs if given is None else given, extra=extra, **more, **kwargs)
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def _check_streamer(streamer: BaseStreamer, request: Request) -> None:
 
 
 def _run(
-    model: Any, request: Request, call: Call, assistant_model: Any, streamer: BaseStreamer | None
+    model: Any, request: Request, call: GenerateArguments, assistant_model: Any, streamer: BaseStreamer | None
 ) -> GenerateOutput:
     config = request.config
     lookup = config.prompt_lookup_num_tokens

@@ -182,7 +182,7 @@ class NativeCache:
         """Takes the rows `order` into new pages with room for `columns`."""
         old, real = self.sequences, self._real
         self._pages = _pages(self._weights, len(order), columns, self._pages.dtype)
-        moved: dict[int, cpu.Sequence] = {}
+        moved: dict[int, cpu.CachedSequence] = {}
         self.sequences = []
         for i in order:
             if i in moved:

@@ -118,7 +118,7 @@ class Request:
 
 
 @dataclass
-class Call:
+class GenerateArguments:
     """The arguments of generate() that are not settings."""
 
     inputs: Tensor | None = None
@@ -183,7 +183,7 @@ def _settle(config: GenerationConfig, explicit: dict[str, Any]) -> None:
         config.update(cache_implementation=CACHE_ALIASES[kind])
 
 
-def _prompt(model: Any, call: Call, config: GenerationConfig) -> Tensor:
+def _prompt(model: Any, call: GenerateArguments, config: GenerationConfig) -> Tensor:
     """ids (B, P) on the model's device, checked; P may be 0 where the prompt is embeddings."""
     ids, embeds, device = call.inputs, call.inputs_embeds, model.device
     if ids is None and embeds is not None:
@@ -215,7 +215,7 @@ def _prompt(model: Any, call: Call, config: GenerationConfig) -> Tensor:
     return ids
 
 
-def _criterion_length(call: Call, config: GenerationConfig, context: int) -> int | None:
+def _criterion_length(call: GenerateArguments, config: GenerationConfig, context: int) -> int | None:
     """New tokens that a MaxLengthCriteria of the caller allows, at least one; None where there is none.
 
     As in transformers 5 it takes the place of the one that the settings make.
@@ -235,7 +235,7 @@ def _criterion_length(call: Call, config: GenerationConfig, context: int) -> int
     return new
 
 
-def _lengths(model: Any, call: Call, config: GenerationConfig, context: int) -> int:
+def _lengths(model: Any, call: GenerateArguments, config: GenerationConfig, context: int) -> int:
     """How many new tokens at most, for a prompt of `context` tokens. Raises InputError where there is no room."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if (getattr(model.config, "rope_scaling", None) or {}).get("rope_type") == "dynamic":
@@ -277,7 +277,7 @@ def _lengths(model: Any, call: Call, config: GenerationConfig, context: int) -> 
     return int(new)
 
 
-def _mask(call: Call, ids: Tensor, config: GenerationConfig, context: int) -> Tensor | None:
+def _mask(call: GenerateArguments, ids: Tensor, config: GenerationConfig, context: int) -> Tensor | None:
     """Which prompt tokens are real, bool (B, context), or None where all are."""
     pad, mask = config.pad_token_id, call.attention_mask
     if mask is None:
@@ -306,7 +306,7 @@ def _mask(call: Call, ids: Tensor, config: GenerationConfig, context: int) -> Te
     return mask
 
 
-def _positions(call: Call, mask: Tensor | None, context: int, new: int, device: torch.device) -> Tensor:
+def _positions(call: GenerateArguments, mask: Tensor | None, context: int, new: int, device: torch.device) -> Tensor:
     """Positions of prompt and new tokens (B | 1, context + new)."""
     if call.position_ids is not None:
         start = call.position_ids.to(device)
@@ -321,7 +321,7 @@ def _positions(call: Call, mask: Tensor | None, context: int, new: int, device: 
     return torch.cat((start, start[:, -1:] + torch.arange(1, new + 1, device=device)), dim=1)
 
 
-def _runner(call: Call, model: Any, config: GenerationConfig, given: Any, mask: Tensor | None) -> Runner:
+def _runner(call: GenerateArguments, model: Any, config: GenerationConfig, given: Any, mask: Tensor | None) -> Runner:
     """The runner of this call: torch also where the native engine cannot go on from the caller's cache."""
     attentions, hidden_states = config.value("output_attentions"), config.value("output_hidden_states")
     needs_torch = _needs_torch(call, config, mask)
@@ -334,7 +334,7 @@ def _runner(call: Call, model: Any, config: GenerationConfig, given: Any, mask: 
     return make_runner(call.runner, model, needs_torch=reason, extra=call.extra)
 
 
-def _needs_torch(call: Call, config: GenerationConfig, mask: Tensor | None) -> str:
+def _needs_torch(call: GenerateArguments, config: GenerationConfig, mask: Tensor | None) -> str:
     """What of this call the native engine cannot do, or ""."""
     if mask is not None and not bool(mask[:, -1].all()):
         return "padding on the right"
@@ -345,7 +345,7 @@ def _needs_torch(call: Call, config: GenerationConfig, mask: Tensor | None) -> s
     return ""
 
 
-def _criteria(call: Call, config: GenerationConfig) -> StoppingCriteriaList:
+def _criteria(call: GenerateArguments, config: GenerationConfig) -> StoppingCriteriaList:
     """Everything but the maximal length and the end ids, which the loop checks itself."""
     criteria = StoppingCriteriaList()
     if config.max_time is not None:
@@ -362,7 +362,7 @@ def _criteria(call: Call, config: GenerationConfig) -> StoppingCriteriaList:
     return criteria
 
 
-def _guidance(model: Any, call: Call, config: GenerationConfig) -> Any:
+def _guidance(model: Any, call: GenerateArguments, config: GenerationConfig) -> Any:
     scale = config.guidance_scale
     if scale is None or scale == 1:
         if call.negative_prompt_ids is not None:
@@ -379,13 +379,13 @@ def _guidance(model: Any, call: Call, config: GenerationConfig) -> Any:
     return UnbatchedClassifierFreeGuidanceLogitsProcessor(scale, model, ids, mask, config.value("use_cache"))
 
 
-def _alone(call: Call, runner: Runner, busy: bool) -> AbstractContextManager[None]:
+def _alone(call: GenerateArguments, runner: Runner, busy: bool) -> AbstractContextManager[None]:
     """torch without threads where the engine has its own, unless there is nothing to do or it is the caller's code."""
     theirs = call.logits_processor or call.stopping_criteria or call.prefix_allowed_tokens_fn
     return cpu.OneOpenMpThread() if isinstance(runner, NativeRunner) and busy and not theirs else nullcontext()
 
 
-def prepare(model: Any, call: Call, config: GenerationConfig) -> Request:
+def prepare(model: Any, call: GenerateArguments, config: GenerationConfig) -> Request:
     """Checks a call against the model and lays out its buffers. Raises InputError."""
     prompt = _prompt(model, call, config)
     context = prompt.shape[1] if call.inputs_embeds is None else call.inputs_embeds.shape[1]

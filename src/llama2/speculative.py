@@ -13,12 +13,12 @@ from torch import Tensor
 from llama2.cache import DynamicCache
 from llama2.errors import InputError
 from llama2.native import NativeCache
-from llama2.request import Call, Request
+from llama2.request import GenerateArguments, Request
 from llama2.rope import promoted
 from llama2.runner import Runner, invalid_logits, make_runner
 
 
-class Drafter(Protocol):
+class DraftSource(Protocol):
     """Where drafts come from."""
 
     def propose(self, ids: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
@@ -96,7 +96,7 @@ class AssistantModel:
                 self.kept.num_assistant_tokens = self.count
 
 
-def drafting_model(model: Any, assistant: Any, request: Request, call: Call) -> AssistantModel:
+def drafting_model(model: Any, assistant: Any, request: Request, call: GenerateArguments) -> AssistantModel:
     """The drafter around `assistant`. Raises InputError where its vocabulary or tokenizer differs."""
     if call.assistant_tokenizer is not None and call.assistant_tokenizer is not call.tokenizer:
         raise InputError(
@@ -183,7 +183,7 @@ def _choose(request: Request, scores: Tensor, draft: Tensor | None, q_V: Tensor 
 
 
 @torch.no_grad()
-def speculate(request: Request, drafter: Drafter, put: Callable[[Tensor], None] | None = None) -> int:
+def speculate(request: Request, drafter: DraftSource, put: Callable[[Tensor], None] | None = None) -> int:
     """Fills `request.ids` and returns how many columns of it are used; `put` hears each new token (1,).
 
     Raises InputError for more than one row, without a dynamic cache, and where no token can be picked.

@@ -18,7 +18,7 @@ class StreamingTokenizer(Protocol):
     def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
 
 
-class Decoder(Protocol):
+class IncrementalDecoder(Protocol):
     """Ids in, pieces of text out."""
 
     def put(self, ids: int | Iterable[int]) -> str: ...
@@ -89,7 +89,7 @@ class TextStreamer(BaseStreamer):
     def _restart(self) -> None:
         self._next_is_prompt = True
         make = getattr(self.tokenizer, "stream_decoder", None)
-        self._decoder: Decoder = (
+        self._decoder: IncrementalDecoder = (
             WindowDecoder(self.tokenizer, **self.decode_kwargs) if make is None else make(**self.decode_kwargs)
         )
 

@@ -21,7 +21,7 @@ import llama2.checkpoint as checkpoint
 from llama2 import LlamaForCausalLM
 from llama2.checkpoint import convert as engine
 from llama2.checkpoint import target as target_module
-from llama2.checkpoint.convert import Options, convert, verify
+from llama2.checkpoint.convert import ConversionSettings, convert, verify
 from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.pooled import PooledCheckpoint
 from llama2.checkpoint.tokenizer_files import gguf_keys, write_folder
@@ -75,10 +75,10 @@ def test_hf_meta_hf(tmp_path: Path, shape: str) -> None:
     before = tree(source)
     for shards in (1, 2, 8):
         meta, back = tmp_path / f"meta{shards}", tmp_path / f"back{shards}"
-        convert(source, meta, Options("meta", shards=shards))
+        convert(source, meta, ConversionSettings("meta", shards=shards))
         assert len(list(meta.glob("consolidated.*.pth"))) == shards
         same(source, meta)
-        convert(meta, back, Options("hf", shard_size=60_000))
+        convert(meta, back, ConversionSettings("hf", shard_size=60_000))
         assert len(list(back.glob("*.safetensors"))) > 1
         same(source, back)
         assert checkpoint.open(back).config.to_dict() == checkpoint.open(source).config.to_dict()
@@ -88,11 +88,11 @@ def test_hf_meta_hf(tmp_path: Path, shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_hf_gguf_hf(tmp_path: Path, shape: str) -> None:
     source = save(tmp_path / "hf", shape)
-    convert(source, tmp_path / "x.gguf", Options("gguf"))
-    convert(tmp_path / "x.gguf", tmp_path / "back", Options("hf"))
+    convert(source, tmp_path / "x.gguf", ConversionSettings("gguf"))
+    convert(tmp_path / "x.gguf", tmp_path / "back", ConversionSettings("hf"))
     same(source, tmp_path / "back")
-    convert(tmp_path / "x.gguf", tmp_path / "meta", Options("meta", shards=2))
-    convert(tmp_path / "meta", tmp_path / "y.gguf", Options("gguf"))
+    convert(tmp_path / "x.gguf", tmp_path / "meta", ConversionSettings("meta", shards=2))
+    convert(tmp_path / "meta", tmp_path / "y.gguf", ConversionSettings("gguf"))
     same(tmp_path / "x.gguf", tmp_path / "y.gguf")
 
 
@@ -111,8 +111,8 @@ def test_rope_settings_pass_through_gguf(tmp_path: Path, rope: str) -> None:
         },
     }
     source = save(tmp_path / "hf", rope_scaling=settings[rope])
-    convert(source, tmp_path / "x.gguf", Options("gguf"))
-    convert(tmp_path / "x.gguf", tmp_path / "back", Options())
+    convert(source, tmp_path / "x.gguf", ConversionSettings("gguf"))
+    convert(tmp_path / "x.gguf", tmp_path / "back", ConversionSettings())
     same(source, tmp_path / "back")
 
 
@@ -132,7 +132,7 @@ def test_yarns_attention_factor_passes_through_gguf(
 ) -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
     source = save(tmp_path / "hf", rope_scaling={**rope, **settings})
-    convert(source, tmp_path / "x.gguf", Options("gguf"))
+    convert(source, tmp_path / "x.gguf", ConversionSettings("gguf"))
     key = read_metadata(tmp_path / "x.gguf").get("llama.rope.scaling.attn_factor")
     assert key == (None if stored is None else pytest.approx(stored, rel=1e-6))
     found = checkpoint.open(tmp_path / "x.gguf").config.rope_scaling
@@ -149,27 +149,27 @@ def test_yarns_betas_are_written_and_told(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match="beta_fast and beta_slow .*run it there with --yarn-beta-fast 16 --yarn-beta-slow 2,"
     ):
-        convert(source, tmp_path / "x.gguf", Options("gguf"))
+        convert(source, tmp_path / "x.gguf", ConversionSettings("gguf"))
     found = checkpoint.open(tmp_path / "x.gguf").config.rope_scaling
     assert found == {**rope, "beta_fast": 16.0, "beta_slow": 2.0}
     save(tmp_path / "quiet", rope_scaling={**rope, "beta_fast": 32.0, "beta_slow": 1.0})  # the defaults
-    convert(tmp_path / "quiet", tmp_path / "quiet.gguf", Options("gguf"))
+    convert(tmp_path / "quiet", tmp_path / "quiet.gguf", ConversionSettings("gguf"))
 
 
 def test_biases_and_head_width(tmp_path: Path) -> None:
     source = save(tmp_path / "hf", attention_bias=True, mlp_bias=True, head_dim=24)
-    convert(source, tmp_path / "x.gguf", Options("gguf"))
-    convert(tmp_path / "x.gguf", tmp_path / "back", Options())
+    convert(source, tmp_path / "x.gguf", ConversionSettings("gguf"))
+    convert(tmp_path / "x.gguf", tmp_path / "back", ConversionSettings())
     same(source, tmp_path / "back")
     with pytest.raises(InputError, match="no place for .*bias"):
-        convert(source, tmp_path / "meta", Options("meta"))
+        convert(source, tmp_path / "meta", ConversionSettings("meta"))
     assert not (tmp_path / "meta").exists()
 
 
 def test_meta_files_are_plain_torch_archives(tmp_path: Path) -> None:
     """Python's zip checks every checksum; torch maps the tensors, whose data starts at multiples of 64."""
     source = save(tmp_path / "hf")
-    convert(source, tmp_path / "meta", Options("meta", shards=2))
+    convert(source, tmp_path / "meta", ConversionSettings("meta", shards=2))
     file = tmp_path / "meta" / "consolidated.01.pth"
     with zipfile.ZipFile(file) as archive:
         assert archive.testzip() is None
@@ -190,19 +190,19 @@ def test_meta_files_are_plain_torch_archives(tmp_path: Path) -> None:
 
 def test_dtypes(tmp_path: Path) -> None:
     source = save(tmp_path / "hf", "70b")
-    convert(source, tmp_path / "half", Options(dtype="float16"))
+    convert(source, tmp_path / "half", ConversionSettings(dtype="float16"))
     half = checkpoint.open(tmp_path / "half")
     assert half.config.dtype is torch.float16
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(half.read(name), checkpoint.open(source).read(name).half())
-    convert(source, tmp_path / "x.gguf", Options("gguf", dtype="q8_0"))
+    convert(source, tmp_path / "x.gguf", ConversionSettings("gguf", dtype="q8_0"))
     file = checkpoint.open(tmp_path / "x.gguf")
     assert file.tensors[name].type == "Q8_0" and file.tensors["model.norm.weight"].type == "F32"
     error = (file.read(name) - checkpoint.open(source).read(name)).abs().max()
     assert 0 < error < 1.5 / 127 / 2  # half a step; the weights are below 1.5
-    convert(tmp_path / "x.gguf", tmp_path / "y.gguf", Options("gguf"))  # packed rows are copied
+    convert(tmp_path / "x.gguf", tmp_path / "y.gguf", ConversionSettings("gguf"))  # packed rows are copied
     same(tmp_path / "x.gguf", tmp_path / "y.gguf")
-    convert(source, tmp_path / "k.gguf", Options("gguf", dtype="q4_k"))  # 64 columns: no super-block fits
+    convert(source, tmp_path / "k.gguf", ConversionSettings("gguf", dtype="q4_k"))  # 64 columns: no super-block fits
     assert checkpoint.open(tmp_path / "k.gguf").tensors[name].type == "Q5_0"
 
 
@@ -211,20 +211,20 @@ def test_a_tied_head_must_be_the_embedding(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     with pytest.raises(MismatchError, match="ties lm_head.weight"):
-        convert(source, tmp_path / "out", Options())
+        convert(source, tmp_path / "out", ConversionSettings())
     assert not (tmp_path / "out").exists()
     model = LlamaForCausalLM.from_pretrained(source, tie_word_embeddings=False)
     state = {**model.state_dict(), "lm_head.weight": model.model.embed_tokens.weight.detach().clone()}
     model.save_pretrained(tmp_path / "equal", state_dict=state)
     (tmp_path / "equal" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     assert "lm_head.weight" in checkpoint.open(tmp_path / "equal").tensors
-    convert(tmp_path / "equal", tmp_path / "once", Options())
+    convert(tmp_path / "equal", tmp_path / "once", ConversionSettings())
     assert set(checkpoint.open(tmp_path / "once").tensors) == set(state) - {"lm_head.weight"}
 
 
 def test_pooled_heads_are_means(tmp_path: Path) -> None:
     source = save(tmp_path / "hf", "mha")
-    convert(source, tmp_path / "pooled", Options(kv_heads=2))
+    convert(source, tmp_path / "pooled", ConversionSettings(kv_heads=2))
     ours, theirs = checkpoint.open(source), checkpoint.open(tmp_path / "pooled")
     assert theirs.config.num_key_value_heads == 2 and theirs.config.num_attention_heads == 8
     for letter in "kv":
@@ -238,7 +238,7 @@ def test_pooled_heads_are_means(tmp_path: Path) -> None:
             torch.testing.assert_close(pooled[8 * head : 8 * head + 8].float(), mean, rtol=1e-3, atol=1e-4)
     LlamaForCausalLM.from_pretrained(tmp_path / "pooled")(tiny_ids())
     with pytest.raises(InputError, match="8 key and value heads cannot be pooled to 3"):
-        convert(source, tmp_path / "three", Options(kv_heads=3))
+        convert(source, tmp_path / "three", ConversionSettings(kv_heads=3))
 
 
 def test_equal_heads_pool_to_the_same_model(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_equal_heads_pool_to_the_same_model(tmp_path: Path) -> None:
     full = LlamaForCausalLM(tiny_config(**SHAPES["mha"]))
     full.load_state_dict(state)
     full.save_pretrained(tmp_path / "mha")
-    convert(tmp_path / "mha", tmp_path / "gqa", Options(kv_heads=2))
+    convert(tmp_path / "mha", tmp_path / "gqa", ConversionSettings(kv_heads=2))
     pooled = LlamaForCausalLM.from_pretrained(tmp_path / "gqa")
     for name, tensor in pooled.state_dict().items():
         torch.testing.assert_close(tensor, grouped.state_dict()[name], rtol=0, atol=1e-6)
@@ -276,7 +276,7 @@ if {rename}:
         if str(b).endswith(("safetensors", "pth", "gguf")):
             os.kill(os.getpid(), signal.SIGKILL)
     os.rename = die
-engine.convert({source!r}, {target!r}, engine.Options(**{options!r}), progress)
+engine.convert({source!r}, {target!r}, engine.ConversionSettings(**{options!r}), progress)
 """
 
 
@@ -293,7 +293,7 @@ engine.convert({source!r}, {target!r}, engine.Options(**{options!r}), progress)
 def test_kill_and_resume(tmp_path: Path, options: dict[str, Any], target: str, call: int, rename: bool) -> None:
     source, path, whole = save(tmp_path / "hf"), tmp_path / target, tmp_path / "whole" / target
     (tmp_path / "whole").mkdir()
-    convert(source, whole, Options(**options))
+    convert(source, whole, ConversionSettings(**options))
     script = KILLED.format(source=str(source), target=str(path), options=options, call=call, rename=rename)
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120)
     assert ran.returncode == -signal.SIGKILL, ran.stderr
@@ -305,8 +305,8 @@ def test_kill_and_resume(tmp_path: Path, options: dict[str, Any], target: str, c
             checkpoint.open(path)
     if not rename:
         with pytest.raises(CheckpointError, match="another source or with other options"):
-            convert(source, path, Options(**{**options, "dtype": "float32"}))
-    result = convert(source, path, Options(**options))
+            convert(source, path, ConversionSettings(**{**options, "dtype": "float32"}))
+    result = convert(source, path, ConversionSettings(**options))
     assert result.resumed_bytes > 20_000
     verify(path)
     if path.is_dir():
@@ -330,9 +330,9 @@ def test_full_disk_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr(target_module.Appender, "write", limited)
         with pytest.raises(CheckpointError, match=r"disk of .* is full; free some space and give the same command"):
-            convert(source, path, Options())
+            convert(source, path, ConversionSettings())
     assert not (path / "config.json").exists()
-    assert convert(source, path, Options()).resumed_bytes > 20_000
+    assert convert(source, path, ConversionSettings()).resumed_bytes > 20_000
     same(source, path)
 
 
@@ -356,7 +356,7 @@ def test_space_is_checked_before_the_first_byte(tmp_path: Path, monkeypatch: pyt
     source = save(tmp_path / "hf")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(CheckpointError, match="GB free"):
-        convert(source, tmp_path / "out", Options())
+        convert(source, tmp_path / "out", ConversionSettings())
     assert not (tmp_path / "out").exists()
 
 
@@ -369,10 +369,10 @@ def test_a_changed_source_is_not_continued(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(source, path, Options(), stop)
+        convert(source, path, ConversionSettings(), stop)
     tiny_model(DTYPES["gqa"], seed=7, **SHAPES["gqa"]).save_pretrained(source)
     with pytest.raises(CheckpointError, match="interrupted conversion of another source"):
-        convert(source, path, Options())
+        convert(source, path, ConversionSettings())
 
 
 def test_a_file_beside_its_source_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,8 +385,8 @@ def test_a_file_beside_its_source_is_continued(tmp_path: Path, monkeypatch: pyte
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(source, source / "x.gguf", Options("gguf"), stop)
-    assert convert(source, source / "x.gguf", Options("gguf")).resumed_bytes > 20_000
+        convert(source, source / "x.gguf", ConversionSettings("gguf"), stop)
+    assert convert(source, source / "x.gguf", ConversionSettings("gguf")).resumed_bytes > 20_000
     assert verify(source / "x.gguf") == ["x.gguf"]
 
 
@@ -395,19 +395,19 @@ def test_targets_that_are_taken(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="not empty"):
-        convert(source, tmp_path / "taken", Options())
+        convert(source, tmp_path / "taken", ConversionSettings())
     (tmp_path / "x.gguf").write_text("mine")
     with pytest.raises(CheckpointError, match="exists"):
-        convert(source, tmp_path / "x.gguf", Options("gguf"))
+        convert(source, tmp_path / "x.gguf", ConversionSettings("gguf"))
     for target, options, match in (
-        (source, Options(), "is the source"),
-        (tmp_path / "x", Options("gguf"), "ends in .gguf"),
-        (tmp_path / "x", Options("onnx"), "not one of hf, meta, gguf"),
-        (tmp_path / "x", Options(shards=2), "Meta's format"),
-        (tmp_path / "x", Options("meta", shard_size="1GB"), "is for hf"),
-        (tmp_path / "x", Options("meta", shards=3), "do not divide into 3 shards"),
-        (tmp_path / "x", Options(dtype="q4_0"), "need --to gguf"),
-        (tmp_path / "x.gg.gguf", Options("gguf", dtype="iq2_s"), "cannot be written"),
+        (source, ConversionSettings(), "is the source"),
+        (tmp_path / "x", ConversionSettings("gguf"), "ends in .gguf"),
+        (tmp_path / "x", ConversionSettings("onnx"), "not one of hf, meta, gguf"),
+        (tmp_path / "x", ConversionSettings(shards=2), "Meta's format"),
+        (tmp_path / "x", ConversionSettings("meta", shard_size="1GB"), "is for hf"),
+        (tmp_path / "x", ConversionSettings("meta", shards=3), "do not divide into 3 shards"),
+        (tmp_path / "x", ConversionSettings(dtype="q4_0"), "need --to gguf"),
+        (tmp_path / "x.gg.gguf", ConversionSettings("gguf", dtype="iq2_s"), "cannot be written"),
     ):
         with pytest.raises(InputError, match=match):
             convert(source, target, options)
@@ -416,7 +416,7 @@ def test_targets_that_are_taken(tmp_path: Path) -> None:
 
 def test_verify(tmp_path: Path) -> None:
     source = save(tmp_path / "hf")
-    convert(source, tmp_path / "out", Options())
+    convert(source, tmp_path / "out", ConversionSettings())
     assert set(verify(tmp_path / "out")) == {"config.json", "generation_config.json", "model.safetensors"}
     file = tmp_path / "out" / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -444,16 +444,16 @@ def test_tokenizer_through_every_format(tmp_path: Path) -> None:
     source = save(tmp_path / "llama-2-7b-chat", vocab_size=270)
     meta = tmp_path / "llama-2-chat"
     (source / "tokenizer.model").write_bytes(tiny_spm().to_bytes())
-    convert(source, meta, Options("meta"))
+    convert(source, meta, ConversionSettings("meta"))
     assert (meta / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
-    convert(meta, tmp_path / "hf", Options())
+    convert(meta, tmp_path / "hf", ConversionSettings())
     assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} <= {
         file.name for file in (tmp_path / "hf").iterdir()
     }
     tokenizer = load(tmp_path / "hf")
     ids = tokenizer.encode("ab ba é")
     assert ids[0] == 1 and tokenizer.chat_template == LLAMA2_CHAT_TEMPLATE
-    convert(tmp_path / "hf", tmp_path / "x.gguf", Options("gguf"))
+    convert(tmp_path / "hf", tmp_path / "x.gguf", ConversionSettings("gguf"))
     metadata = GgufFile(tmp_path / "x.gguf").metadata
     assert len(metadata["tokenizer.ggml.tokens"]) == 270  # padded to the embedding
     assert metadata["tokenizer.ggml.tokens"][265:] == [f"[PAD{i}]" for i in range(265, 270)]
@@ -461,7 +461,7 @@ def test_tokenizer_through_every_format(tmp_path: Path) -> None:
     assert metadata["tokenizer.chat_template"] == LLAMA2_CHAT_TEMPLATE
     again = from_gguf(metadata)
     assert again.encode("ab ba é") == ids
-    convert(tmp_path / "x.gguf", tmp_path / "back", Options())
+    convert(tmp_path / "x.gguf", tmp_path / "back", ConversionSettings())
     assert load(tmp_path / "back").encode("ab ba é") == ids
     same(source, tmp_path / "back")
 
@@ -489,12 +489,12 @@ def test_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
     source = save(tmp_path / "hf")
     (source / "tokenizer.model").write_bytes(tiny_spm().to_bytes())
     with pytest.raises(CheckpointError, match="265 tokens, the model only 97"):
-        convert(source, tmp_path / "x.gguf", Options("gguf"))
+        convert(source, tmp_path / "x.gguf", ConversionSettings("gguf"))
 
 
 def test_a_bad_tokenizer_is_told_before_the_weights(tmp_path: Path) -> None:
     source = save(tmp_path / "hf")
     (source / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(CheckpointError, match="not a SentencePiece model"):
-        convert(source, tmp_path / "out", Options())
+        convert(source, tmp_path / "out", ConversionSettings())
     assert not list((tmp_path / "out").rglob("*.partial"))

@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_model
 
 from llama2 import AutoTokenizer, LlamaForCausalLM
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 
 pytestmark = pytest.mark.parity
 IDS = torch.tensor([[1, 15043, 3186, 29892, 920, 526, 366]])
@@ -35,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> P
                 parameter.mul_(0.3)
     model.save_pretrained(root / "hf")
     shutil.copy(tokenizer_model, root / "hf")
-    convert(root / "hf", root / "meta", Options("meta", shards=2))
-    convert(root / "meta", root / "back", Options(shard_size="20MB"))
+    convert(root / "hf", root / "meta", ConversionSettings("meta", shards=2))
+    convert(root / "meta", root / "back", ConversionSettings(shard_size="20MB"))
     return root
 
 
@@ -53,7 +53,7 @@ def test_transformers_loads_the_folder(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["float32", "q8_0", "q4_k"])
 def test_the_gguf_package_reads_the_file(folder: Path, tmp_path: Path, kind: str) -> None:
     gguf: Any = pytest.importorskip("gguf")
-    convert(folder / "back", tmp_path / "x.gguf", Options("gguf", dtype=kind))
+    convert(folder / "back", tmp_path / "x.gguf", ConversionSettings("gguf", dtype=kind))
     reader = gguf.GGUFReader(tmp_path / "x.gguf")
     ours = LlamaForCausalLM.from_pretrained(tmp_path / "x.gguf", dtype=torch.float32).state_dict()
     stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -68,7 +68,7 @@ def test_llama_cpp_answers_the_same(folder: Path, tmp_path: Path, kind: str) -> 
     """Greedy tokens of the float types are equal. llama.cpp rounds activations to 8 bits for packed weights, so there
     only the first token, and logits within that noise, can be asked for."""
     llama_cpp: Any = pytest.importorskip("llama_cpp")
-    convert(folder / "back", tmp_path / "x.gguf", Options("gguf", dtype=kind))
+    convert(folder / "back", tmp_path / "x.gguf", ConversionSettings("gguf", dtype=kind))
     theirs = llama_cpp.Llama(str(tmp_path / "x.gguf"), n_ctx=64, verbose=False, n_threads=1, logits_all=True)
     ours = LlamaForCausalLM.from_pretrained(tmp_path / "x.gguf", dtype=torch.float32)
     assert theirs.tokenize(TEXT.encode()) == AutoTokenizer.from_pretrained(tmp_path / "x.gguf").encode(TEXT)
@@ -91,7 +91,7 @@ def test_smollm2_continues_the_same_in_llama_cpp(smollm2: Path, tmp_path: Path, 
     """Greedy tokens of the float types are equal. Packed weights meet activations that llama.cpp rounds to 8 bits and
     that are exact here: after the same text, 184 to 190 of 192 next tokens were the same."""
     llama_cpp: Any = pytest.importorskip("llama_cpp")
-    file = convert(smollm2, tmp_path / "x.gguf", Options("gguf", dtype=kind)).path
+    file = convert(smollm2, tmp_path / "x.gguf", ConversionSettings("gguf", dtype=kind)).path
     ours, tokenizer = LlamaForCausalLM.from_pretrained(file, dtype=torch.float32), AutoTokenizer.from_pretrained(file)
     theirs = llama_cpp.Llama(str(file), n_ctx=64, verbose=False, n_threads=2, logits_all=True)
     equal = 0

@@ -15,7 +15,7 @@ from tolerance import BFLOAT16
 import llama2.checkpoint as checkpoint
 from llama2 import LlamaForCausalLM, cpu
 from llama2.architecture import parameter_shapes
-from llama2.checkpoint.convert import Options, convert, verify
+from llama2.checkpoint.convert import ConversionSettings, convert, verify
 from llama2.checkpoint.gguf import GgufFile
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.native import NativeModel, NativeRunner
@@ -80,7 +80,7 @@ def test_conversion_refuses_what_loading_refuses(tmp_path: Path, fault: str, to:
     with pytest.raises(MismatchError, match=message):
         LlamaForCausalLM.from_pretrained(source)
     with pytest.raises(MismatchError, match=message):
-        convert(source, tmp_path / ("x.gguf" if to == "gguf" else "out"), Options(to))
+        convert(source, tmp_path / ("x.gguf" if to == "gguf" else "out"), ConversionSettings(to))
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -94,7 +94,7 @@ def test_quantising_refuses_what_loading_refuses(tmp_path: Path, fault: str) -> 
 
 def test_verify_checks_coverage(tmp_path: Path) -> None:
     source = damaged(tmp_path / "source", lambda t: None)
-    convert(source, tmp_path / "out", Options())
+    convert(source, tmp_path / "out", ConversionSettings())
     assert "model.safetensors" in verify(tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     config["num_hidden_layers"] = 1
@@ -125,7 +125,7 @@ def test_harmless_extras_are_known_by_name(tmp_path: Path, extra: str) -> None:
     source = damaged(tmp_path / "source", lambda t: t.update({extra: torch.zeros(size)}))
     LlamaForCausalLM.from_pretrained(source)
     for to, target in (("hf", "out"), ("meta", "meta"), ("gguf", "x.gguf")):
-        convert(source, tmp_path / target, Options(to))
+        convert(source, tmp_path / target, ConversionSettings(to))
         assert set(checkpoint.open(tmp_path / target).tensors) == set(parameter_shapes(tiny_config()))
 
 
@@ -143,7 +143,7 @@ def test_tied_models_in_every_spelling(tmp_path: Path, kept: str) -> None:
     want = model(tiny_ids()).logits
     for to, target in ((None, "source"), ("hf", "out"), ("meta", "meta"), ("gguf", "x.gguf")):
         if to is not None:
-            convert(tmp_path / "source", tmp_path / target, Options(to))
+            convert(tmp_path / "source", tmp_path / target, ConversionSettings(to))
             verify(tmp_path / target)
         loaded = LlamaForCausalLM.from_pretrained(tmp_path / target)
         assert torch.equal(loaded(tiny_ids()).logits, want)
@@ -158,10 +158,10 @@ def test_tied_models_in_every_spelling(tmp_path: Path, kept: str) -> None:
 def test_a_base_models_folder_keeps_its_tensors_and_needs_a_head_for_gguf(tmp_path: Path) -> None:
     model = tiny_model(torch.float32)
     model.model.save_pretrained(tmp_path / "base")
-    convert(tmp_path / "base", tmp_path / "out", Options())
+    convert(tmp_path / "base", tmp_path / "out", ConversionSettings())
     assert "model.norm.weight" in checkpoint.open(tmp_path / "out").tensors
     with pytest.raises(InputError, match="has no lm_head.weight"):
-        convert(tmp_path / "base", tmp_path / "x.gguf", Options("gguf"))
+        convert(tmp_path / "base", tmp_path / "x.gguf", ConversionSettings("gguf"))
 
 
 # -- GGUF --------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def paths_of(path: Path) -> list[Callable[[], Any]]:
     """Every way to a GGUF file's weights."""
     ways: list[Callable[[], Any]] = [
         lambda: LlamaForCausalLM.from_pretrained(path),
-        lambda: convert(path, path.with_suffix(".out"), Options()),
+        lambda: convert(path, path.with_suffix(".out"), ConversionSettings()),
     ]
     if cpu.available():
         ways += [lambda: NativeModel.from_gguf(path), lambda: cpu.CpuWeights.from_gguf(GgufFile(path))]

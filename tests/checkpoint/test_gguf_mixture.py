@@ -12,7 +12,7 @@ from tiny import tiny_config, tiny_model
 
 import llama2.checkpoint as checkpoint
 from llama2 import LlamaConfig
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.gguf_mixture import FILE_TYPES, file_type, tensor_type
 from llama2.checkpoint.imatrix import from_importance, write_imatrix
@@ -83,7 +83,7 @@ def test_calibration_spares_the_first_down_projections() -> None:
 def test_convert_writes_the_mixture(tmp_path: Path, kind: str, number: int) -> None:
     model = tiny_model(torch.float32, hidden_size=256, intermediate_size=512, num_hidden_layers=9)
     model.save_pretrained(tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "x.gguf", Options("gguf", dtype=kind))
+    convert(tmp_path / "hf", tmp_path / "x.gguf", ConversionSettings("gguf", dtype=kind))
     stored = checkpoint.open(tmp_path / "x.gguf").tensors
     for name, expected in ours(model.config, file_type(kind) or "", False).items():
         assert stored[name].type == expected, name
@@ -97,7 +97,9 @@ def test_convert_with_an_importance_matrix(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     importance = torch.rand(512) ** 4
     write_imatrix(tmp_path / "i.gguf", from_importance({name: importance}, 64, 32, "words.txt"))
-    convert(tmp_path / "hf", tmp_path / "x.gguf", Options("gguf", dtype="q4_0", imatrix=str(tmp_path / "i.gguf")))
+    convert(
+        tmp_path / "hf", tmp_path / "x.gguf", ConversionSettings("gguf", dtype="q4_0", imatrix=str(tmp_path / "i.gguf"))
+    )
     file, state = checkpoint.open(tmp_path / "x.gguf"), model.state_dict()
     assert file.tensors[name].type == "Q4_1"
     assert torch.equal(file.read(name), dequantize(quantize(state[name], "Q4_1", importance), "Q4_1"))
@@ -193,7 +195,7 @@ def test_types_are_those_of_its_files(tmp_path: Path, kind: str, calibrated: boo
         params.imatrix = array
     theirs = tmp_path / "theirs.gguf"
     assert llama_cpp.llama_model_quantize(str(tiny_file).encode(), str(theirs).encode(), ctypes.byref(params)) == 0
-    convert(tiny_file, tmp_path / "ours.gguf", Options("gguf", dtype=kind, calibrated=calibrated))
+    convert(tiny_file, tmp_path / "ours.gguf", ConversionSettings("gguf", dtype=kind, calibrated=calibrated))
     found, expected = (GgufFile(path).tensors for path in (tmp_path / "ours.gguf", theirs))
     assert {name: info.type_id for name, info in found.items()} == {n: info.type_id for n, info in expected.items()}
     numbers = [read_metadata(path)["general.file_type"] for path in (tmp_path / "ours.gguf", theirs)]
@@ -207,4 +209,4 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -
     model = tiny_model(torch.float32, hidden_size=256, intermediate_size=288, num_hidden_layers=16, vocab_size=32000)
     model.save_pretrained(root / "hf")
     (root / "hf" / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
-    return convert(root / "hf", root / "x.gguf", Options("gguf", dtype="float16")).path
+    return convert(root / "hf", root / "x.gguf", ConversionSettings("gguf", dtype="float16")).path

@@ -13,7 +13,7 @@ from tiny import tiny_ids, tiny_model
 
 import llama2.checkpoint as checkpoint
 from llama2 import AutoConfig, GPTQConfig, LlamaForCausalLM
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.packed import packed_layers
 from llama2.cli.headers import main_type, read
 from llama2.errors import CheckpointError, InputError, MismatchError
@@ -153,7 +153,7 @@ def test_biases_of_zero_are_dropped(folder: Path, tmp_path: Path) -> None:
     save_file({**tensors, **biases}, folder / MODERN, {"format": "pt"})
     assert torch.equal(logits(folder), wanted)
     with pytest.warns(UserWarning, match="no tokenizer"):
-        convert(folder, tmp_path / "floats", Options("hf", "float32"))
+        convert(folder, tmp_path / "floats", ConversionSettings("hf", "float32"))
     assert not any(name.endswith(".bias") for name in checkpoint.open(tmp_path / "floats").tensors)
     biases[f"{names[0]}.bias"][3] = 1
     save_file({**tensors, **biases}, folder / MODERN, {"format": "pt"})

@@ -15,7 +15,7 @@ from tiny import tiny_ids, tiny_model
 
 from llama2 import GPTQConfig, LlamaForCausalLM, cpu
 from llama2.architecture import linear_shapes
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.packed import packed_layers
 from llama2.cli.headers import read
 from llama2.errors import InputError
@@ -77,7 +77,7 @@ def check(folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> Lla
         path = name.removesuffix(".weight")
         found = layers[path].dequantize() if path in layers else model.get_parameter(name)
         assert torch.equal(found, weight), path
-    convert(folder, tmp_path / "out", Options(dtype="float32"))
+    convert(folder, tmp_path / "out", ConversionSettings(dtype="float32"))
     written = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(written[name], weight) for name, weight in weights.items())
     return model

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from tiny import tiny_ids, tiny_model
 
 from llama2 import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.hub import _kind
 from llama2.checkpoint.source import hub_id, locate
 from llama2.cli import main
@@ -144,13 +144,13 @@ def test_sharding_a_revision(snapshot: Make, tmp_path: Path) -> None:
 
 def test_metas_own_repositories(snapshot: Make, tmp_path: Path) -> None:
     logits = fill(tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "meta", Options("meta", shards=2))
+    convert(tmp_path / "hf", tmp_path / "meta", ConversionSettings("meta", shards=2))
     folder = snapshot("meta-llama/Llama-2-tiny")
     for file in (tmp_path / "meta").iterdir():
         if file.name != "SHA256SUMS":
             shutil.copy(file, folder)
     assert torch.equal(LlamaForCausalLM.from_pretrained("meta-llama/Llama-2-tiny")(tiny_ids()).logits, logits)
-    convert("meta-llama/Llama-2-tiny", tmp_path / "out", Options())
+    convert("meta-llama/Llama-2-tiny", tmp_path / "out", ConversionSettings())
     assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "out")(tiny_ids()).logits, logits)
     for file in folder.glob("consolidated.*"):  # a configuration is known without the weights
         file.unlink()
@@ -171,7 +171,7 @@ def test_adapters(snapshot: Make, tmp_path: Path) -> None:
                   revision="v1")  # fmt: skip
     adapted = LlamaForCausalLM.from_pretrained("me/adapter")(tiny_ids()).logits
     assert not torch.allclose(adapted, base)
-    convert(locate("who/base", {"revision": "v1"}), tmp_path / "out", Options(adapter="me/adapter"))
+    convert(locate("who/base", {"revision": "v1"}), tmp_path / "out", ConversionSettings(adapter="me/adapter"))
     assert torch.allclose(LlamaForCausalLM.from_pretrained(tmp_path / "out")(tiny_ids()).logits, adapted, atol=1e-4)
     made, _ = load(RunOptions(model="who/base", revision="v1", adapter="me/adapter", runner="torch"))
     assert torch.allclose(made(tiny_ids()).logits, adapted, atol=1e-4)  # type: ignore[operator]
@@ -195,7 +195,7 @@ def test_gguf_repositories(ggufs: torch.Tensor, snapshot: Make, tmp_path: Path) 
     by_name = AutoModelForCausalLM.from_pretrained("who/tiny-GGUF/tiny.F32-00002-of-00003.gguf")
     assert torch.equal(by_name(ids).logits, by_tag(ids).logits)
     assert AutoConfig.from_pretrained("who/tiny-GGUF:Q8_0").hidden_size == 64
-    convert("who/tiny-GGUF:Q8_0", tmp_path / "x.gguf", Options("gguf"))
+    convert("who/tiny-GGUF:Q8_0", tmp_path / "x.gguf", ConversionSettings("gguf"))
     with pytest.raises(CheckpointError, match=r"holds 2 GGUF files; choose one by its type, such as who/tiny-GGUF:F32"):
         AutoModelForCausalLM.from_pretrained("who/tiny-GGUF")
     with pytest.raises(CheckpointError, match=r"who/tiny-GGUF:Q4_K_M means 0 files; .*tiny.Q8_0.gguf"):
@@ -214,7 +214,7 @@ def test_gguf_files_of_the_hub_stay_packed(snapshot: Make, tmp_path: Path) -> No
         pytest.skip("the native engine is not built")
     fill(tmp_path / "hf")
     folder = snapshot("who/chat-GGUF")
-    convert(tmp_path / "hf", folder / "chat.Q8_0.gguf", Options("gguf", "q8_0"))
+    convert(tmp_path / "hf", folder / "chat.Q8_0.gguf", ConversionSettings("gguf", "q8_0"))
     model, tokenizer = load(RunOptions(model="who/chat-GGUF:Q8_0", device="cpu"))
     assert isinstance(model, NativeModel)
     assert tokenizer("ab").input_ids == AutoTokenizer.from_pretrained("who/chat-GGUF").encode("ab")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny import tiny_ids, tiny_model
 
 from llama2 import BitsAndBytesConfig, GPTQConfig, LlamaForCausalLM
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.gguf import GgufFile, read_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer")
@@ -30,19 +30,19 @@ def test_packed_checkpoints_keep_the_dtype_of_their_model(tmp_path: Path, method
     packed = LlamaForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=METHODS[method])
     packed.save_pretrained(tmp_path / "packed")
     want = packed.dequantize()
-    convert(tmp_path / "packed", tmp_path / "out", Options())
+    convert(tmp_path / "packed", tmp_path / "out", ConversionSettings())
     tensors = load_file(tmp_path / "out/model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     assert all(torch.equal(tensors[name], weight) for name, weight in want.state_dict().items())
     assert LlamaForCausalLM.from_pretrained(tmp_path / "out").dtype == dtype
-    convert(tmp_path / "packed", tmp_path / "x.gguf", Options("gguf"))
+    convert(tmp_path / "packed", tmp_path / "x.gguf", ConversionSettings("gguf"))
     kinds = {info.type_id for info in GgufFile(tmp_path / "x.gguf").tensors.values() if len(info.shape) > 1}
     assert kinds == {{torch.float16: 1, torch.bfloat16: 30, torch.float32: 0}[dtype]}
     write_adapter(tmp_path / "adapter", tensors_for(want.config, ("q_proj", "v_proj")))
-    convert(tmp_path / "packed", tmp_path / "merged", Options(adapter=str(tmp_path / "adapter")))
+    convert(tmp_path / "packed", tmp_path / "merged", ConversionSettings(adapter=str(tmp_path / "adapter")))
     merged = load_file(tmp_path / "merged/model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {dtype}
-    convert(tmp_path / "packed", tmp_path / "wide", Options(dtype="float32"))
+    convert(tmp_path / "packed", tmp_path / "wide", ConversionSettings(dtype="float32"))
     assert {t.dtype for t in load_file(tmp_path / "wide/model.safetensors").values()} == {torch.float32}
 
 
@@ -63,7 +63,7 @@ def test_gguf_to_gguf_keeps_licence_author_and_name(tmp_path: Path) -> None:
     source = gguf_package.write(tmp_path / "source.gguf", state, **CARD)
     for dtype in ("keep", "q8_0"):
         target = tmp_path / f"{dtype}.gguf"
-        convert(source, target, Options("gguf", dtype))
+        convert(source, target, ConversionSettings("gguf", dtype))
         keys = read_metadata(target)
         assert CARD.items() <= keys.items()
     assert keys["general.file_type"] == 7 and keys["general.architecture"] == "llama"
@@ -71,6 +71,6 @@ def test_gguf_to_gguf_keeps_licence_author_and_name(tmp_path: Path) -> None:
 
 def test_a_folder_gives_its_name(tmp_path: Path) -> None:
     tiny_model(torch.float32).save_pretrained(tmp_path / "My-Model")
-    convert(tmp_path / "My-Model", tmp_path / "x.gguf", Options("gguf"))
+    convert(tmp_path / "My-Model", tmp_path / "x.gguf", ConversionSettings("gguf"))
     assert read_metadata(tmp_path / "x.gguf")["general.name"] == "My-Model"
     assert LlamaForCausalLM.from_pretrained(tmp_path / "x.gguf")(tiny_ids()).logits.isfinite().all()

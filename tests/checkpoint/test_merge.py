@@ -12,7 +12,7 @@ from tolerance import FLOAT32
 import llama2.checkpoint as checkpoint
 from llama2 import AutoModelForCausalLM, BitsAndBytesConfig, CheckpointError, cpu
 from llama2.checkpoint import convert as engine
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.merge import MergedCheckpoint, merge_into
 from llama2.checkpoint.packing import write_packing
 from llama2.checkpoint.peft import read_adapter
@@ -44,7 +44,7 @@ def logits(path: Path) -> torch.Tensor:
 
 
 def test_merged_weights_are_the_sum(base: Path, adapter: Path, tmp_path: Path) -> None:
-    convert(base, tmp_path / "out", Options(adapter=str(adapter)))
+    convert(base, tmp_path / "out", ConversionSettings(adapter=str(adapter)))
     before, after = checkpoint.open(base), checkpoint.open(tmp_path / "out")
     modules = read_adapter(adapter, before.config).modules
     assert set(before.tensors) == set(after.tensors)
@@ -62,7 +62,7 @@ def test_merged_weights_are_the_sum(base: Path, adapter: Path, tmp_path: Path) -
 @pytest.mark.parametrize("to", ["hf", "meta", "gguf"])
 def test_merged_equals_attached(base: Path, adapter: Path, tmp_path: Path, to: str) -> None:
     target = tmp_path / ("x.gguf" if to == "gguf" else "out")
-    convert(base, target, Options(to=to, adapter=str(adapter)))
+    convert(base, target, ConversionSettings(to=to, adapter=str(adapter)))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     attached = NativeModel.from_module(model)
     attached.load_adapter(adapter)
@@ -89,20 +89,20 @@ def test_blocks_of_rows_equal_the_whole(base: Path, adapter: Path) -> None:
 
 def test_a_quantised_base(base: Path, adapter: Path, tmp_path: Path) -> None:
     quantised = tmp_path / "q.gguf"
-    convert(base, quantised, Options(to="gguf", dtype="q8_0"))
-    convert(quantised, tmp_path / "kept.gguf", Options(to="gguf", adapter=str(adapter)))
+    convert(base, quantised, ConversionSettings(to="gguf", dtype="q8_0"))
+    convert(quantised, tmp_path / "kept.gguf", ConversionSettings(to="gguf", adapter=str(adapter)))
     kinds = {name: stored.type for name, stored in checkpoint.open(tmp_path / "kept.gguf").tensors.items()}
     assert (
         kinds["model.layers.0.mlp.up_proj.weight"] == "BF16" and kinds["model.layers.0.mlp.gate_proj.weight"] == "Q8_0"
     )
-    convert(quantised, tmp_path / "out", Options(adapter=str(adapter), dtype="float32"))
-    convert(base, tmp_path / "want", Options(adapter=str(adapter)))
+    convert(quantised, tmp_path / "out", ConversionSettings(adapter=str(adapter), dtype="float32"))
+    convert(base, tmp_path / "want", ConversionSettings(adapter=str(adapter)))
     got, want = checkpoint.open(tmp_path / "out"), checkpoint.open(tmp_path / "want")
     name = "model.layers.0.mlp.up_proj.weight"
     assert got.tensors[name].type == "F32"
     assert 0 < (got.read(name) - want.read(name)).abs().max() < 0.01
     again = tmp_path / "again.gguf"
-    convert(quantised, again, Options(to="gguf", dtype="q8_0", adapter=str(adapter)))
+    convert(quantised, again, ConversionSettings(to="gguf", dtype="q8_0", adapter=str(adapter)))
     before, after = checkpoint.open(quantised), checkpoint.open(again)
     assert (after.read(name) - want.read(name)).abs().max() < 0.05
     untouched = "model.layers.0.mlp.gate_proj.weight"
@@ -113,8 +113,8 @@ def test_the_folder_of_an_adapter_is_its_model_with_it(base: Path, adapter: Path
     """As from_pretrained takes it, convert and quantize do."""
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
-    convert(base, tmp_path / "want", Options(adapter=str(adapter)))
-    convert(adapter, tmp_path / "out", Options())
+    convert(base, tmp_path / "want", ConversionSettings(adapter=str(adapter)))
+    convert(adapter, tmp_path / "out", ConversionSettings())
     got, want = (checkpoint.open(tmp_path / name) for name in ("out", "want"))
     assert all(torch.equal(got.read(name), want.read(name)) for name in want.tensors)
     quantize(adapter, tmp_path / "q.gguf", "gguf:q8_0", eval_tokens=0, calibrate=False)
@@ -127,7 +127,7 @@ def test_an_adapter_of_packed_weights_is_merged_into_such(base: Path, adapter: P
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
-    convert(base, tmp_path / "plain", Options(adapter=str(adapter), dtype="float32"))
+    convert(base, tmp_path / "plain", ConversionSettings(adapter=str(adapter), dtype="float32"))
     write_packing(adapter, nf4.to_dict())
     want = AutoModelForCausalLM.from_pretrained(adapter, dtype="float32")
     want = want(tiny_ids()).logits
@@ -137,7 +137,7 @@ def test_an_adapter_of_packed_weights_is_merged_into_such(base: Path, adapter: P
         ("both", base, {"adapter": str(adapter)}),
         ("packed", tmp_path / "packed", {"adapter": str(adapter)}),
     ):
-        convert(source, tmp_path / f"{name}-out", Options(dtype="float32", **settings))
+        convert(source, tmp_path / f"{name}-out", ConversionSettings(dtype="float32", **settings))
         found = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-out")(tiny_ids()).logits
         assert (found - want).abs().max() < 1e-3 * want.abs().max(), name
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(tiny_ids()).logits
@@ -145,8 +145,8 @@ def test_an_adapter_of_packed_weights_is_merged_into_such(base: Path, adapter: P
 
 
 def test_a_float_gguf_base_keeps_its_type(base: Path, adapter: Path, tmp_path: Path) -> None:
-    convert(base, tmp_path / "half.gguf", Options(to="gguf", dtype="float16"))
-    convert(tmp_path / "half.gguf", tmp_path / "out.gguf", Options(to="gguf", adapter=str(adapter)))
+    convert(base, tmp_path / "half.gguf", ConversionSettings(to="gguf", dtype="float16"))
+    convert(tmp_path / "half.gguf", tmp_path / "out.gguf", ConversionSettings(to="gguf", adapter=str(adapter)))
     source, found = checkpoint.open(tmp_path / "half.gguf"), checkpoint.open(tmp_path / "out.gguf")
     want = MergedCheckpoint(source, read_adapter(adapter, source.config))
     for name, (_, kind) in source.tensors.items():
@@ -155,7 +155,7 @@ def test_a_float_gguf_base_keeps_its_type(base: Path, adapter: Path, tmp_path: P
 
 
 def test_pooling_comes_after_merging(base: Path, adapter: Path, tmp_path: Path) -> None:
-    convert(base, tmp_path / "out", Options(adapter=str(adapter), kv_heads=1))
+    convert(base, tmp_path / "out", ConversionSettings(adapter=str(adapter), kv_heads=1))
     source = checkpoint.open(base)
     seen = MergedCheckpoint(source, read_adapter(adapter, source.config))
     name = "model.layers.1.self_attn.k_proj.weight"
@@ -168,7 +168,7 @@ def test_a_wrong_adapter_writes_nothing(base: Path, tmp_path: Path) -> None:
     other.num_hidden_layers = 3
     wrong = write_adapter(tmp_path / "wrong", tensors_for(other, ("q_proj",)), target_modules=["q_proj"])
     with pytest.raises(MismatchError, match="layers.2"):
-        convert(base, tmp_path / "out", Options(adapter=str(wrong)))
+        convert(base, tmp_path / "out", ConversionSettings(adapter=str(wrong)))
     assert not (tmp_path / "out").exists()
 
 
@@ -183,7 +183,7 @@ def test_an_interruption_leaves_nothing_to_be_taken_for_whole(
         if len(steps) == 9:
             raise KeyboardInterrupt
 
-    options, target = Options(adapter=str(adapter)), tmp_path / "out"
+    options, target = ConversionSettings(adapter=str(adapter)), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         convert(base, target, options, stop)
     assert not [file for file in target.iterdir() if not file.name.startswith(".")]
@@ -192,7 +192,7 @@ def test_an_interruption_leaves_nothing_to_be_taken_for_whole(
     with pytest.raises(CheckpointError, match="another source or with other options"):
         convert(base, target, options)
     with pytest.raises(CheckpointError, match="another source or with other options"):
-        convert(base, target, Options())
+        convert(base, target, ConversionSettings())
 
 
 def test_an_interrupted_merge_goes_on(
@@ -206,7 +206,7 @@ def test_an_interrupted_merge_goes_on(
         if len(calls) == 9:
             raise KeyboardInterrupt
 
-    options = Options(adapter=str(adapter))
+    options = ConversionSettings(adapter=str(adapter))
     with pytest.raises(KeyboardInterrupt):
         convert(base, tmp_path / "out", options, stop)
     assert convert(base, tmp_path / "out", options).resumed_bytes > 0

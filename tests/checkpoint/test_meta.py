@@ -12,7 +12,7 @@ from checkpoint.meta_model import forward, random_weights, shard
 
 import llama2.checkpoint as checkpoint
 from llama2 import LlamaConfig, LlamaForCausalLM
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.meta_write import feed_forward_rule, params_of
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.model import LlamaModel
@@ -55,7 +55,7 @@ def make(folder: Path, shards: int = 1, dtype: torch.dtype = torch.float32, **ch
 def test_an_independent_complex_forward_agrees(tmp_path: Path, shards: int, changes: dict[str, Any]) -> None:
     """The converted model against Meta's own way to rotate, from Meta's tensors."""
     weights = make(tmp_path / "meta", shards, **changes)
-    convert(tmp_path / "meta", tmp_path / "hf", Options())
+    convert(tmp_path / "meta", tmp_path / "hf", ConversionSettings())
     ids = torch.tensor([1, 5, 90, 7, 33, 2, 64, 15])
     params = {**PARAMS, **{k: v for k, v in changes.items() if k.startswith(("n_", "rope"))}}
     expected = forward(weights, params, ids)

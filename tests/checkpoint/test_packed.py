@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llama2.checkpoint as checkpoint
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.packed import packed_layers, unpacked
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
@@ -90,7 +90,7 @@ def test_converted_to_floats(folder: Path, config: Any, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
     model.save_pretrained(tmp_path / "packed")
     with pytest.warns(UserWarning, match="no tokenizer"):
-        convert(tmp_path / "packed", tmp_path / "floats", Options("hf", "float32"))
+        convert(tmp_path / "packed", tmp_path / "floats", ConversionSettings("hf", "float32"))
     assert "quantization_config" not in json.loads((tmp_path / "floats" / "config.json").read_text())
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "floats")), logits(model))
 

@@ -15,7 +15,7 @@ from tiny import tiny_model
 import llama2.checkpoint as checkpoint
 from llama2.checkpoint import convert as engine
 from llama2.checkpoint import target
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.pages import fetch, pass_on, release
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="page advice is Linux's")
@@ -89,7 +89,7 @@ def test_a_conversion_fetches_each_tensor_and_lets_go_of_it(tmp_path: Path, monk
     monkeypatch.setattr(engine, "release", lambda tensor: released.append(tensor.data_ptr()))
     monkeypatch.setattr(target, "pass_on", lambda descriptor, start, stop: passed.append((start, stop)))
     source = checkpoint.open(tmp_path / "hf")
-    convert(source, tmp_path / "out", Options())
+    convert(source, tmp_path / "out", ConversionSettings())
     order = checkpoint.open(tmp_path / "out").tensors
     places = [source.read(name).data_ptr() for name in order]
     assert fetched == places[1:] and released == places[:-2]

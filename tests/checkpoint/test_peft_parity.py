@@ -10,7 +10,7 @@ from tiny import VARIANTS, tiny_ids, tiny_model
 from tolerance import FLOAT32
 
 from llama2 import AutoModel, LlamaForCausalLM, cpu
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.merge import merge_into
 from llama2.checkpoint.peft import read_adapter
 from llama2.native import NativeModel
@@ -146,7 +146,7 @@ def test_what_adapters_bring_besides_layers(tmp_path: Path, kind: str, tied: boo
     ours = LlamaForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
     assert (ours(tiny_ids(1, 12)).logits - want).abs().max() <= FLOAT32 * scale
     for name in ("out", "x.gguf"):
-        options = Options("hf" if name == "out" else "gguf", adapter=str(tmp_path / "adapter"))
+        options = ConversionSettings("hf" if name == "out" else "gguf", adapter=str(tmp_path / "adapter"))
         convert(tmp_path / "model", tmp_path / name, options)
         merged = LlamaForCausalLM.from_pretrained(tmp_path / name)
         assert (merged(tiny_ids(1, 12)).logits - want).abs().max() <= FLOAT32 * scale

@@ -15,7 +15,7 @@ from tiny import tiny_ids, tiny_model
 
 from llama2 import AutoModel, AutoModelForSequenceClassification, LlamaForCausalLM, LlamaModel, cpu
 from llama2.architecture import EMBEDDING, HEAD
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.merge import merge_into
 from llama2.checkpoint.peft import load_adapter, read_adapter, save_adapter
 from llama2.errors import CheckpointError, MismatchError
@@ -131,7 +131,11 @@ def test_embeddings_and_heads(tmp_path: Path, kind: str, tied: bool) -> None:
     load_adapter(again, tmp_path / "again")
     assert torch.allclose(again(tiny_ids()).logits, logits, atol=1e-4)
     for name in ("out", "x.gguf"):
-        convert(tmp_path / "base", tmp_path / name, Options("hf" if name == "out" else "gguf", adapter=str(folder)))
+        convert(
+            tmp_path / "base",
+            tmp_path / name,
+            ConversionSettings("hf" if name == "out" else "gguf", adapter=str(folder)),
+        )
         merged = LlamaForCausalLM.from_pretrained(tmp_path / name)
         assert torch.allclose(merged(tiny_ids()).logits, logits, atol=1e-4)
         assert merged.config.tie_word_embeddings == (tied and torch.equal(embedding, head))
@@ -148,7 +152,7 @@ def test_a_grown_vocabulary_comes_with_the_adapter(tmp_path: Path, tied: bool) -
     assert loaded.config.vocab_size == 104 and loaded.config.tie_word_embeddings == tied
     assert torch.equal(loaded.model.embed_tokens.weight, drawn(104, D))
     assert torch.equal(loaded.lm_head.weight, grown[f"{PREFIX}{HEAD}"])
-    convert(tmp_path / "base", tmp_path / "out", Options(adapter=str(folder)))
+    convert(tmp_path / "base", tmp_path / "out", ConversionSettings(adapter=str(folder)))
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert merged.config.vocab_size == 104
     assert torch.allclose(merged(tiny_ids()).logits, loaded(tiny_ids()).logits, atol=1e-4)
@@ -168,7 +172,7 @@ def test_biases(tmp_path: Path, bias: str) -> None:
     load_adapter(model, folder)
     for name, value in biases.items():
         assert torch.equal(model.get_parameter(name), value)
-    convert(tmp_path / "base", tmp_path / "out", Options(adapter=str(folder)))
+    convert(tmp_path / "base", tmp_path / "out", ConversionSettings(adapter=str(folder)))
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.allclose(merged(tiny_ids()).logits, model(tiny_ids()).logits, atol=1e-4)
     save_adapter(model, tmp_path / "again")

@@ -12,7 +12,7 @@ from tiny import tiny_ids, tiny_model
 
 import llama2.checkpoint as checkpoint
 from llama2 import AutoConfig, AutoModelForCausalLM, cpu
-from llama2.checkpoint.convert import Options, convert, verify
+from llama2.checkpoint.convert import ConversionSettings, convert, verify
 from llama2.checkpoint.gguf import GgufFile
 from llama2.cli import main
 from llama2.errors import CheckpointError
@@ -73,7 +73,7 @@ def test_the_native_engine_reads_all_parts(folder: Path, tmp_path: Path, capsys:
 
 
 def test_conversion_and_info(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    convert(part(folder, 2), tmp_path / "out.gguf", Options("gguf"))
+    convert(part(folder, 2), tmp_path / "out.gguf", ConversionSettings("gguf"))
     verify(tmp_path / "out.gguf")
     one, made = checkpoint.open(folder / "whole.gguf"), checkpoint.open(tmp_path / "out.gguf")
     assert dict(one.tensors) == dict(made.tensors)

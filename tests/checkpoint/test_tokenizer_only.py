@@ -13,7 +13,7 @@ from bytewise import write_tokenizer
 from tiny import tiny_model
 
 from llama2 import AutoConfig, AutoTokenizer, LlamaForCausalLM
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.gguf import read_metadata
 from llama2.checkpoint.tokenizer_files import gguf_keys
 from llama2.checkpoint.tokenizer_model import rebuild
@@ -70,7 +70,7 @@ def test_conversion_keeps_the_ids(llama2_folder: Path, tmp_path: Path, news_text
     for file in llama2_folder.iterdir():
         shutil.copy(file, tmp_path / "source")
     target = tmp_path / ("x.gguf" if to == "gguf" else "meta")
-    convert(tmp_path / "source", target, Options(to))
+    convert(tmp_path / "source", target, ConversionSettings(to))
     before, after = AutoTokenizer.from_pretrained(tmp_path / "source"), AutoTokenizer.from_pretrained(target)
     for text in texts(news_text):
         assert after(text).input_ids == before(text).input_ids, text

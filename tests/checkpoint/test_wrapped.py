@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tiny import tiny_ids, tiny_model
 
 from llama2 import LlamaForCausalLM
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.wrapped import plain_names
 from llama2.errors import CheckpointError
 
@@ -37,7 +37,7 @@ def test_prefixes_are_taken_off_and_told(tmp_path: Path, prefix: str, safetensor
         loaded = LlamaForCausalLM.from_pretrained(tmp_path / "source")
     assert torch.equal(loaded(tiny_ids()).logits, model(tiny_ids()).logits)
     with pytest.warns(UserWarning, match="as a wrapped model does"):
-        convert(tmp_path / "source", tmp_path / "x.gguf", Options("gguf"))
+        convert(tmp_path / "source", tmp_path / "x.gguf", ConversionSettings("gguf"))
     assert torch.equal(
         LlamaForCausalLM.from_pretrained(tmp_path / "x.gguf")(tiny_ids()).logits, loaded(tiny_ids()).logits
     )
@@ -62,7 +62,7 @@ def test_dicts_around_the_weights(tmp_path: Path, keys: tuple[str, ...]) -> None
 def test_metas_files_too(tmp_path: Path) -> None:
     model = tiny_model(torch.float32)
     model.save_pretrained(tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "meta", Options("meta"))
+    convert(tmp_path / "hf", tmp_path / "meta", ConversionSettings("meta"))
     file = tmp_path / "meta/consolidated.00.pth"
     state = torch.load(file)
     torch.save({"model": {f"module.{name}": tensor for name, tensor in state.items()}}, file)

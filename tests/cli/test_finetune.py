@@ -12,7 +12,7 @@ import torch
 from cli.conftest import Run
 
 from llama2 import AutoModelForCausalLM, AutoTokenizer, InputError, LoraConfig, TrainingArguments
-from llama2.cli.meter import Steps
+from llama2.cli.meter import StepMeter
 from llama2.train import checkpoints, states
 from llama2.train.finetune import Finetune, Recipe
 
@@ -149,15 +149,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
         flags = [*QUICK, "--lora-r", "4", "--logging-steps", "1", "--output-dir", str(tmp_path / out)]
         return ["finetune", "sft", str(checkpoint), str(chats), *flags]
 
-    told = Steps.__call__
+    told = StepMeter.__call__
 
-    def interrupted(steps: Steps, entry: dict[str, Any]) -> None:
+    def interrupted(steps: StepMeter, entry: dict[str, Any]) -> None:
         told(steps, entry)
         if entry["step"] == 3:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Steps, "__call__", interrupted)
+        patch.setattr(StepMeter, "__call__", interrupted)
         patch.setattr(sys, "argv", ["llama2", *words("cut")])
         code, _, err = run(*words("cut"))
     assert code == 130 and "stopped at step 3 of 12, which is saved; go on with\n  llama2 finetune sft" in err

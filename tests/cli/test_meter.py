@@ -46,7 +46,7 @@ def test_lines_of_bytes_and_layers(lines: Lines, capsys: pytest.CaptureFixture[s
     pattern = r"^llama2: converting: 1\.50 of 3\.00 GB \(50 %\), model\.norm\.weight, \d+ s so far$"
     assert re.search(pattern, err, re.M), err
     assert err.count("\n") >= 2
-    with meter.Layers("quantising") as layers:
+    with meter.LayerBar("quantising") as layers:
         layers(3.5, 32, "layer 3")
         lines()
     assert "llama2: quantising: 3.5 of 32 layers, layer 3, " in capsys.readouterr().err
@@ -58,7 +58,7 @@ def test_what_cannot_say_how_far_it_is(lines: Lines, capsys: pytest.CaptureFixtu
     assert re.match(r"llama2: loading who/tiny: \d+ s so far\n", capsys.readouterr().err)
     time.sleep(5 * FAST)
     assert capsys.readouterr().err == ""  # nothing after the end
-    with meter.Steps("sft", 1) as steps:
+    with meter.StepMeter("sft", 1) as steps:
         lines()
         steps({"step": 1, "steps": 2, "loss": 1.0, "tokens_per_second": 5.0})
         time.sleep(5 * FAST)

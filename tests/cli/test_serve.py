@@ -26,8 +26,8 @@ from llama2.errors import InputError
 Run = Callable[..., tuple[int, str, str]]
 
 
-def options(*words: str, **environment: str) -> serve.Options:
-    return serve.settled(parse(serve.Options, "serve", words), environment)
+def options(*words: str, **environment: str) -> serve.ServeOptions:
+    return serve.settled(parse(serve.ServeOptions, "serve", words), environment)
 
 
 def test_options_come_from_the_environment_under_all_names() -> None:
@@ -63,7 +63,7 @@ def test_a_wrong_value_in_the_environment(environment: dict[str, str], message: 
 def test_the_number_of_processes(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert options(SM_NUM_GPUS="4").tensor_parallel == 4 and parallel.ranks(1, {}) is None
     assert parallel.ranks(options(SM_NUM_GPUS="0").tensor_parallel, {}) is None  # SageMaker without a GPU
-    assert parallel.ranks(None, {"WORLD_SIZE": "2", "RANK": "1"}) == parallel.Ranks(1, 2, 1, 2)
+    assert parallel.ranks(None, {"WORLD_SIZE": "2", "RANK": "1"}) == parallel.RankOptions(1, 2, 1, 2)
     with pytest.raises(InputError, match="is 3 but 2 processes were started"):
         parallel.ranks(3, {"WORLD_SIZE": "2"})
     monkeypatch.setenv("SM_NUM_GPUS", "2")

@@ -13,7 +13,7 @@ from llama2.engine.blocks import BlockPool
 from llama2.engine.engine import Engine
 from llama2.engine.parallel import follow, join, load_part
 from llama2.engine.runners import PAGE, TorchPlanRunner
-from llama2.engine.scheduler import Scheduler, Sequence
+from llama2.engine.scheduler import ScheduledSequence, Scheduler
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 33, 7, 21, 60, 2, 8, 90, 11] * 4, [1, 2, 3], [44]]
@@ -23,7 +23,7 @@ def logits_of(runner: object, pages: int) -> torch.Tensor:
     """Logits of a few mixed steps: prompts in chunks, decoding, guesses."""
     scheduler, rows = Scheduler(BlockPool(pages, PAGE), budget=16), []
     for prompt in PROMPTS:
-        scheduler.submit(Sequence(list(prompt), len(prompt) + 9))
+        scheduler.submit(ScheduledSequence(list(prompt), len(prompt) + 9))
     for step in range(9):
         chunks = scheduler.plan()
         found = iter(runner.step(chunks, [None] * len(chunks)))  # type: ignore[attr-defined]

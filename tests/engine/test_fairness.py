@@ -7,13 +7,13 @@ import pytest
 from engine.test_scheduler import SIZE, Simulation, expected, following
 
 from llama2.engine.fairness import Credits, StepTimes
-from llama2.engine.scheduler import Chunk, Sequence
+from llama2.engine.scheduler import Chunk, ScheduledSequence
 from llama2.errors import InputError
 
 
-def sequence(owner: str, prompt: int, new: int, seed: int = 0) -> Sequence:
+def sequence(owner: str, prompt: int, new: int, seed: int = 0) -> ScheduledSequence:
     rng = random.Random(f"{owner} {seed}")
-    return Sequence([rng.randrange(11) for _ in range(prompt)], prompt + new, owner.encode(), owner=owner)
+    return ScheduledSequence([rng.randrange(11) for _ in range(prompt)], prompt + new, owner.encode(), owner=owner)
 
 
 def run(simulation: Simulation, steps: int) -> Counter[str]:
@@ -36,13 +36,13 @@ def test_random_steps_of_several_owners_keep_every_invariant(
 ) -> None:
     rng = random.Random(pages * 1000 + budget)
     simulation = Simulation(pages, budget, width, remember)
-    live: dict[Sequence, list[int]] = {}
+    live: dict[ScheduledSequence, list[int]] = {}
     finished = 0
     while simulation.steps < 1200:
         if rng.random() < 0.5 and len(live) < 2 * width + 4:
             prompt = [rng.randrange(11) for _ in range(rng.randrange(1, 20))]
             limit = min(len(prompt) + rng.randrange(1, 13), pages * SIZE + 1)
-            made = Sequence(list(prompt), limit, owner=rng.choice(["a", "a", "a", "b", "c"]))
+            made = ScheduledSequence(list(prompt), limit, owner=rng.choice(["a", "a", "a", "b", "c"]))
             simulation.scheduler.submit(made)
             live[made] = prompt
         if live and rng.random() < 0.05:
@@ -75,7 +75,7 @@ def test_one_owner_is_served_as_if_there_were_none() -> None:
         for i in range(20):
             rng = random.Random(i)
             prompt = [rng.randrange(11) for _ in range(rng.randrange(1, 30))]
-            simulation.scheduler.submit(Sequence(prompt, len(prompt) + 5 + i % 7, owner=owner))
+            simulation.scheduler.submit(ScheduledSequence(prompt, len(prompt) + 5 + i % 7, owner=owner))
         plans.append([[(c.start, tuple(c.tokens)) for c in simulation.step(following)] for _ in range(60)])
     assert plans[0] == plans[1]
 

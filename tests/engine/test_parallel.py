@@ -13,7 +13,7 @@ from tiny import VARIANTS, tiny_config, tiny_model
 from llama2 import InputError
 from llama2.engine.parallel import Place, load_part, packed, part_of, unpacked
 from llama2.engine.runners import TorchPlanRunner
-from llama2.engine.scheduler import Chunk, Sequence
+from llama2.engine.scheduler import Chunk, ScheduledSequence
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 needs_gloo = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -77,9 +77,9 @@ def test_what_cannot_be_shared_out(size: int, message: str) -> None:
 
 def test_a_plan_survives_the_way() -> None:
     chunks = [
-        Chunk(Sequence([], 0, pages=[4, 7]), 3, [9, 8, 7], True, 2),
-        Chunk(Sequence([], 0, pages=[1]), 0, [5], False),
-        Chunk(Sequence([], 0, pages=[2, 3, 0]), 32, [6, 6], True, 0, True),
+        Chunk(ScheduledSequence([], 0, pages=[4, 7]), 3, [9, 8, 7], True, 2),
+        Chunk(ScheduledSequence([], 0, pages=[1]), 0, [5], False),
+        Chunk(ScheduledSequence([], 0, pages=[2, 3, 0]), 32, [6, 6], True, 0, True),
     ]
     found = unpacked(packed(chunks))
     assert [(c.start, c.tokens, c.sampled, c.drafted, c.whole, c.sequence.pages) for c in found] == [

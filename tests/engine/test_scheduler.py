@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llama2.engine.blocks import BlockPool
-from llama2.engine.scheduler import Chunk, Scheduler, Sequence
+from llama2.engine.scheduler import Chunk, ScheduledSequence, Scheduler
 from llama2.errors import ContextLengthError, InputError
 
 SIZE = 4
@@ -86,13 +86,13 @@ def test_random_steps_keep_every_invariant(pages: int, budget: int, width: int, 
     rng = random.Random(pages * 1000 + budget)
     simulation = Simulation(pages, budget, width, remember)
     prompts = [[rng.randrange(11) for _ in range(rng.randrange(1, 20))] for _ in range(6)]
-    live: dict[Sequence, list[int]] = {}
+    live: dict[ScheduledSequence, list[int]] = {}
     finished = cancelled = 0
     while simulation.steps < 1700:
         if rng.random() < 0.4 and len(live) < 2 * width + 4:
             prompt = rng.choice(prompts)[: rng.randrange(1, 20)] + [rng.randrange(11) for _ in range(rng.randrange(3))]
             limit = len(prompt) + rng.randrange(1, 13)
-            sequence = Sequence(list(prompt), min(limit, pages * SIZE + 1), rng.choice([b"", b"", b"tenant"]))
+            sequence = ScheduledSequence(list(prompt), min(limit, pages * SIZE + 1), rng.choice([b"", b"", b"tenant"]))
             simulation.scheduler.submit(sequence)
             live[sequence] = prompt
         if live and rng.random() < 0.05:
@@ -121,7 +121,7 @@ def test_random_steps_keep_every_invariant(pages: int, budget: int, width: int, 
     assert simulation.scheduler.idle and simulation.pool.free == pages
 
 
-def run(simulation: Simulation, *sequences: Sequence) -> None:
+def run(simulation: Simulation, *sequences: ScheduledSequence) -> None:
     for sequence in sequences:
         simulation.scheduler.submit(sequence)
     while not simulation.scheduler.idle:
@@ -133,37 +133,37 @@ def run(simulation: Simulation, *sequences: Sequence) -> None:
 
 def test_a_beginning_is_computed_once() -> None:
     simulation, prompt = Simulation(50, 64, 8), list(range(10)) * 2
-    run(simulation, Sequence([*prompt, 1], 24))
+    run(simulation, ScheduledSequence([*prompt, 1], 24))
     before = simulation.computed
-    second = Sequence([*prompt, 2], 24)
+    second = ScheduledSequence([*prompt, 2], 24)
     run(simulation, second)
     assert second.reused == 20 and simulation.computed - before == 21 + 2 - 20
-    other = Sequence([*prompt, 2], 24, salt=b"another tenant")
+    other = ScheduledSequence([*prompt, 2], 24, salt=b"another tenant")
     run(simulation, other)
     assert other.reused == 0
 
 
 def test_who_comes_together_shares_too() -> None:
     simulation, prompt = Simulation(50, 64, 8), list(range(10)) * 2
-    sequences = [Sequence([*prompt, i], 23) for i in range(4)]
+    sequences = [ScheduledSequence([*prompt, i], 23) for i in range(4)]
     run(simulation, *sequences)
     assert [s.reused for s in sequences] == [0, 20, 20, 20]
 
 
 def test_the_last_token_always_runs() -> None:
     simulation = Simulation(50, 64, 8)
-    run(simulation, Sequence(list(range(8)), 12))
-    again = Sequence(list(range(8)), 12)
+    run(simulation, ScheduledSequence(list(range(8)), 12))
+    again = ScheduledSequence(list(range(8)), 12)
     run(simulation, again)
     assert again.reused == 4
 
 
 def test_decoding_does_not_wait_for_a_long_prompt() -> None:
     simulation = Simulation(50, 6, 8)
-    talking = Sequence([1, 2], 30)
+    talking = ScheduledSequence([1, 2], 30)
     simulation.scheduler.submit(talking)
     simulation.step(following)
-    simulation.scheduler.submit(Sequence(list(range(11)) * 4, 50))
+    simulation.scheduler.submit(ScheduledSequence(list(range(11)) * 4, 50))
     for _ in range(8):
         before = len(talking.tokens)
         plan = simulation.step(following)
@@ -173,7 +173,7 @@ def test_decoding_does_not_wait_for_a_long_prompt() -> None:
 
 def test_the_youngest_makes_room_and_loses_nothing() -> None:
     simulation = Simulation(8, 32, 8)
-    old, young = Sequence(list(range(10)), 26), Sequence([5] * 9, 26)
+    old, young = ScheduledSequence(list(range(10)), 26), ScheduledSequence([5] * 9, 26)
     run(simulation, old, young)
     assert young.preemptions > 0 and old.preemptions == 0
     assert young.tokens == expected([5] * 9, 26) and old.tokens == expected(list(range(10)), 26)
@@ -203,19 +203,19 @@ def test_a_key_alone_is_not_believed() -> None:
 @pytest.mark.parametrize(
     ("sequence", "message"),
     [
-        (Sequence([], 5), "at least one token"),
-        (Sequence([1, 2], 2), "leaves no room behind a prompt of 2"),
-        (Sequence([1], 18), "18 tokens do not fit the cache of 16"),
+        (ScheduledSequence([], 5), "at least one token"),
+        (ScheduledSequence([1, 2], 2), "leaves no room behind a prompt of 2"),
+        (ScheduledSequence([1], 18), "18 tokens do not fit the cache of 16"),
     ],
 )
-def test_refused_at_the_door(sequence: Sequence, message: str) -> None:
+def test_refused_at_the_door(sequence: ScheduledSequence, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Scheduler(BlockPool(4, SIZE)).submit(sequence)
 
 
 def test_wrong_commit() -> None:
     scheduler = Scheduler(BlockPool(4, SIZE))
-    scheduler.submit(Sequence([1, 2], 9))
+    scheduler.submit(ScheduledSequence([1, 2], 9))
     (chunk,) = scheduler.plan()
     with pytest.raises(InputError, match="0 new tokens for a chunk with 0 guesses"):
         scheduler.commit(chunk)
@@ -230,7 +230,7 @@ def test_sizes_that_hold_nothing() -> None:
 
 def test_a_long_prompt_runs_in_small_parts_while_others_decode() -> None:
     scheduler = Scheduler(BlockPool(100, SIZE), budget=64, beside=6)
-    first, second = Sequence([1] * 30, 60), Sequence([2] * 40, 60)
+    first, second = ScheduledSequence([1] * 30, 60), ScheduledSequence([2] * 40, 60)
     scheduler.submit(first)
     (chunk,) = scheduler.plan()
     assert len(chunk.tokens) == 30  # nobody waits for it
@@ -249,8 +249,8 @@ def test_a_long_prompt_runs_in_small_parts_while_others_decode() -> None:
 def test_what_cannot_fit_says_how_much_is_needed_and_how_much_fits() -> None:
     scheduler = Scheduler(BlockPool(4, SIZE))
     with pytest.raises(ContextLengthError) as error:
-        scheduler.check(Sequence([1, 2, 3], 30))
+        scheduler.check(ScheduledSequence([1, 2, 3], 30))
     assert (error.value.needed, error.value.limit) == (30, 4 * SIZE + 1)
-    scheduler.check(Sequence([1, 2, 3], error.value.limit))  # the bound itself fits
+    scheduler.check(ScheduledSequence([1, 2, 3], error.value.limit))  # the bound itself fits
     again = pickle.loads(pickle.dumps(error.value))
     assert (str(again), again.needed, again.limit) == (str(error.value), 30, 4 * SIZE + 1)

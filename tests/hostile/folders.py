@@ -27,7 +27,7 @@ from llama2 import (
     cpu,
     lora,
 )
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.imatrix import from_importance, read_imatrix, write_imatrix
 from llama2.checkpoint.peft import load_adapter, read_adapter
 from llama2.checkpoint.peft_files import read_config
@@ -195,7 +195,7 @@ def meta(folder: Path) -> None:
     model(folder.parent / "plain")
     spm(folder.parent / "plain")
     (folder.parent / "plain" / "tokenizer.json").unlink()
-    convert(folder.parent / "plain", folder, Options(to="meta", shards=1))
+    convert(folder.parent / "plain", folder, ConversionSettings(to="meta", shards=1))
 
 
 def packed_folder(folder: Path, config: Any) -> None:
@@ -206,7 +206,7 @@ def packed_folder(folder: Path, config: Any) -> None:
 def gguf(folder: Path) -> None:
     model(folder.parent / "plain")
     folder.mkdir()
-    convert(folder.parent / "plain", folder / "model.gguf", Options(to="gguf", dtype="q8_0"))
+    convert(folder.parent / "plain", folder / "model.gguf", ConversionSettings(to="gguf", dtype="q8_0"))
     cpu.packed.write(checkpoint.gguf.GgufFile(folder / "model.gguf"))
 
 

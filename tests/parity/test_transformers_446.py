@@ -14,7 +14,7 @@ import torch
 from tiny import VARIANTS, tiny_ids, tiny_model
 
 from llama2 import AutoTokenizer, LlamaForCausalLM
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 INTERPRETER = os.environ.get("LLAMA2_TRANSFORMERS_446", "")
@@ -62,8 +62,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         source = root / f"{name}.hf"
         if route is not None:
             between = root / (f"{name}.gguf" if route == "gguf" else f"{name}.meta")
-            source = convert(source, between, Options(route, shards=2 if route == "meta" else 1)).path
-        made[name] = convert(source, root / name, Options(shard_size="60KB")).path
+            source = convert(source, between, ConversionSettings(route, shards=2 if route == "meta" else 1)).path
+        made[name] = convert(source, root / name, ConversionSettings(shard_size="60KB")).path
         assert len(list(made[name].glob("*.safetensors"))) > 1
     return made
 
@@ -82,8 +82,8 @@ def test_logits(folders: Mapping[str, Path], theirs: Mapping[str, Any], name: st
 def test_meta_files_with_their_tokenizer(tmp_path: Path, tokenizer_model: Path) -> None:
     tiny_model(torch.float32, vocab_size=32000).save_pretrained(tmp_path / "hf")
     shutil.copy(tokenizer_model, tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "meta", Options("meta", shards=2))
-    folder = convert(tmp_path / "meta", tmp_path / "back", Options()).path
+    convert(tmp_path / "hf", tmp_path / "meta", ConversionSettings("meta", shards=2))
+    folder = convert(tmp_path / "meta", tmp_path / "back", ConversionSettings()).path
     found, tokenizer = ask({"x": folder}, tmp_path), AutoTokenizer.from_pretrained(folder)
     compare(folder, found["x"])
     for i, text in enumerate(TEXTS):

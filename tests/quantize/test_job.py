@@ -21,7 +21,7 @@ from llama2.quantize.hessian import make_hessian
 from llama2.quantize.job import quantize
 from llama2.quantize.layer import GROUPS
 from llama2.quantize.methods import make_method
-from llama2.quantize.options import Options
+from llama2.quantize.options import QuantizationSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer")
 
@@ -126,7 +126,7 @@ def token_weights(group: int, x: Tensor, attention: Tensor) -> Tensor:
     return weights * (0.5 + attention.mean(1).sum(1) / 2) if group == 0 else weights
 
 
-def in_memory(source: Path, windows: Tensor, options: Options) -> dict[str, Tensor]:
+def in_memory(source: Path, windows: Tensor, options: QuantizationSettings) -> dict[str, Tensor]:
     """The weights that the job should make: hooks on a whole model collect the inputs of each group."""
     model = LlamaForCausalLM.from_pretrained(source, attn_implementation="eager")
     method = make_method(options, options.settings(model.config, "float32"), None)
@@ -166,7 +166,7 @@ def test_equals_a_whole_model_in_memory(
 ) -> None:
     chosen = {"true_sequential": true_sequential, "token_weights": weighted}
     run(source, tmp_path / "out", text, letters, **chosen, eval_tokens=0)
-    options = Options(**{**COMMON, **chosen})
+    options = QuantizationSettings(**{**COMMON, **chosen})
     wanted = in_memory(source, calibrate([text], letters, 12, LENGTH, 0).windows, options)
     made = unpacked(open_checkpoint(tmp_path / "out"))
     for path, weight in wanted.items():

@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
 from serve.conftest import Served
 
 from llama2 import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.serve.chat import Tool, chosen
 from llama2.serve.constraint import Compiler, Constraint, json_schema
 from llama2.serve.service import Policy
@@ -98,7 +98,7 @@ def served(
     place = folder
     if request.param == "gguf":
         place = folder.parent / f"{folder.name}.gguf"
-        convert(folder, place, Options(to="gguf"))
+        convert(folder, place, ConversionSettings(to="gguf"))
     model = LlamaForCausalLM.from_pretrained(place).eval()
     found = Served(model, AutoTokenizer.from_pretrained(place), Policy(("tiny",)), None, {})
     yield found

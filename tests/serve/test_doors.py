@@ -198,7 +198,7 @@ def test_paths_with_control_characters_are_logged_escaped(serve: Serve) -> None:
 def test_every_limit_that_can_be_set_is_documented() -> None:
     from dataclasses import fields
 
-    from llama2.cli.serve import Options
+    from llama2.cli.serve import ServeOptions
 
     text = (Path(__file__).resolve().parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
     words = ("timeout", "max_", "per_minute", "limit", "hosts", "metrics", "key", "workers")
@@ -207,7 +207,7 @@ def test_every_limit_that_can_be_set_is_documented() -> None:
         "max_input_tokens", "max_total_tokens", "max_batch_total_tokens", "max_batch_prefill_tokens", "max_batch_size",
         "max_best_of", "max_top_n_tokens", "request_timeout", "api_key", "ssl_keyfile",
     }  # fmt: skip
-    named = [f.name for f in fields(Options) if any(word in f.name for word in words) and f.name not in others]
+    named = [f.name for f in fields(ServeOptions) if any(word in f.name for word in words) and f.name not in others]
     assert len(named) > 15
     missing = [name for name in named if f"`--{name.replace('_', '-')}`" not in text]
     assert not missing

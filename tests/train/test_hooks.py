@@ -26,7 +26,7 @@ from llama2 import (
 from llama2.train import hooks
 from llama2.train.arguments import TrainingArguments
 from llama2.train.callbacks import EVENTS, TrainerCallback
-from llama2.train.data import Example, Pair
+from llama2.train.data import EncodedPair, Example
 from llama2.train.objectives import Preferences
 from llama2.train.trainer import Trainer
 
@@ -443,7 +443,7 @@ def test_strategies_that_measure_nothing_are_refused(tmp_path: Path) -> None:
     """transformers refuses it too: eval_strategy without eval_dataset."""
     with pytest.raises(InputError, match="eval_strategy is 'epoch', and there are no rows to measure on"):
         Trainer(tiny_model(torch.float32), arguments(tmp_path, eval_strategy="epoch"), train_dataset=ROWS)
-    pair = Pair(Example([1, 2], [-100, 2]), Example([1, 3], [-100, 3]))
+    pair = EncodedPair(Example([1, 2], [-100, 2]), Example([1, 3], [-100, 3]))
     with pytest.raises(InputError, match="compute_metrics is given, and Preferences has no predictions"):
         Trainer(tiny_model(torch.float32), arguments(tmp_path), objective=Preferences(), rows=[pair],
                 compute_metrics=accuracy)  # fmt: skip

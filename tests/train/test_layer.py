@@ -21,7 +21,7 @@ from llama2.compiled import available, instruction_sets, kernels, pool
 from llama2.lora_config import LoraConfig
 from llama2.quant.int8 import Linear8bit
 from llama2.quantization_config import BitsAndBytesConfig
-from llama2.train.data import Example, Pair
+from llama2.train.data import EncodedPair, Example
 from llama2.train.layer import _Plan, ends_of, fused, plan_of
 from llama2.train.objectives import Classification, NextToken, Preferences, hidden_of, packed_rows
 
@@ -122,7 +122,7 @@ def test_gradients_on_every_instruction_set(isa: str) -> None:
 @needs_kernels
 def test_pairs_of_many_lengths_in_one_row() -> None:
     model, rows = adapted(tiny_model(torch.float32)).train(), examples(6)
-    pairs, objective = [Pair(*rows[i : i + 2]) for i in (0, 2, 4)], Preferences()
+    pairs, objective = [EncodedPair(*rows[i : i + 2]) for i in (0, 2, 4)], Preferences()
     batch = objective.collate(pairs)
     wanted = objective.loss(model, batch)
     with fused(model):

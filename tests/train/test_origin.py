@@ -52,7 +52,7 @@ def loss_of(model: Any, finetune: Finetune) -> float:
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_the_model_that_was_measured_is_the_model_that_is_given(base: Path, tmp_path: Path, bits: str) -> None:
-    from llama2.checkpoint.convert import Options, convert
+    from llama2.checkpoint.convert import ConversionSettings, convert
 
     made = job(base, tmp_path / "out", lora=LoraConfig(r=4, target_modules="all-linear"), eval_split=0.25,
                **{bits: True})  # fmt: skip
@@ -61,7 +61,7 @@ def test_the_model_that_was_measured_is_the_model_that_is_given(base: Path, tmp_
     assert said[bits] and (bits == "load_in_8bit" or said["bnb_4bit_use_double_quant"])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.quantization_config[bits] and loss_of(loaded, made) == pytest.approx(measured, abs=1e-4)
-    convert(base, tmp_path / "merged", Options("hf", adapter=str(tmp_path / "out")))
+    convert(base, tmp_path / "merged", ConversionSettings("hf", adapter=str(tmp_path / "out")))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert loss_of(merged, made) == pytest.approx(measured, abs=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(base)

@@ -21,7 +21,7 @@ from llama2.lora_config import LoraConfig
 from llama2.train import checkpoints
 from llama2.train import trainer as loop
 from llama2.train.callbacks import TrainerCallback
-from llama2.train.data import Example, Pair
+from llama2.train.data import EncodedPair, Example
 from llama2.train.objectives import Classification, NextToken, Preferences, packed_rows
 from llama2.train.optim import AdamW, clip, dynamic_code, from_codes, to_codes
 from llama2.train.schedules import learning_rate
@@ -92,7 +92,7 @@ def test_no_document_sees_another(implementation: str) -> None:
 
 def test_preferences_equal_a_computation_by_hand() -> None:
     model = tiny_model()
-    pairs = [Pair(*examples(2)), Pair(*examples(4)[2:])]
+    pairs = [EncodedPair(*examples(2)), EncodedPair(*examples(4)[2:])]
     lora.add_adapter(model, LoraConfig(r=2, target_modules="all-linear"))
     with torch.no_grad():
         for layer in lora.layers(model).values():
@@ -533,7 +533,7 @@ def test_data_sets_of_texts(tmp_path: Path) -> None:
     assert isinstance(first.objective, NextToken) and first.rows[0].labels == [-100, *first.rows[0].input_ids[1:]]
     args, config = arguments(tmp_path / "b"), LoraConfig(r=2)
     second = Trainer(model=model, args=args, train_dataset=rows[1:], tokenizer=tokenizer, peft_config=config)
-    assert isinstance(second.objective, Preferences) and isinstance(second.rows[0], Pair)
+    assert isinstance(second.objective, Preferences) and isinstance(second.rows[0], EncodedPair)
     second.train()
     second.save_model(str(tmp_path / "out"))
     again = tiny_model(torch.float32, vocab_size=260)

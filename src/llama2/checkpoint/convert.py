@@ -55,7 +55,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Options:
+class ConversionSettings:
     """How to convert. dtype: "keep", a float dtype, or for gguf a block type such as "q4_0". shards: of meta.
     shard_size: of hf, bytes or "5GB". kv_heads: pool key and value heads to this number. chat: add Llama 2's chat
     template; None does so for Meta folders whose name ends in "-chat". adapter: folder of a LoRA adapter to merge.
@@ -74,7 +74,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Result:
+class ConversionResult:
     """What a conversion did: the target, its format, bytes of weights, and bytes taken over from an interrupted run."""
 
     path: Path
@@ -84,8 +84,11 @@ class Result:
 
 
 def convert(
-    source: str | Path | Located | Checkpoint, target: str | Path, options: Options, progress: Progress | None = None
-) -> Result:
+    source: str | Path | Located | Checkpoint,
+    target: str | Path,
+    options: ConversionSettings,
+    progress: Progress | None = None,
+) -> ConversionResult:
     """Converts `source` (path, hub id or open checkpoint) to the new folder, or GGUF file, `target`.
 
     The folder or hub id of an adapter means its model with the adapter merged.
@@ -103,7 +106,9 @@ def convert(
     return write(make_target(opened, path.name, options), opened, path, options, progress)
 
 
-def write(target: Target, source: Checkpoint, path: Path, options: Options, progress: Progress | None = None) -> Result:
+def write(
+    target: Target, source: Checkpoint, path: Path, options: ConversionSettings, progress: Progress | None = None
+) -> ConversionResult:
     """Writes `source` by `target` to `path`, or goes on with it; the options say how, and are part of its identity."""
     try:
         with locked(path):
@@ -125,7 +130,7 @@ def write(target: Target, source: Checkpoint, path: Path, options: Options, prog
 # -- what is to be written ---------------------------------------------------------------------------------------
 
 
-def make_target(source: Checkpoint, file: str, options: Options) -> Target:
+def make_target(source: Checkpoint, file: str, options: ConversionSettings) -> Target:
     """The writer for these options. Raises InputError where the source cannot be stored so."""
     names = list(source.tensors)
     if options.to != "hf" and "lm_head.weight" not in names and not source.config.tie_word_embeddings:
@@ -143,7 +148,7 @@ def make_target(source: Checkpoint, file: str, options: Options) -> Target:
     return HfTarget(source, dtypes, parse_size(options.shard_size))
 
 
-def wants_chat(source: Checkpoint, options: Options) -> bool:
+def wants_chat(source: Checkpoint, options: ConversionSettings) -> bool:
     """Whether Llama 2's chat template is to be added."""
     if options.chat is not None:
         return options.chat
@@ -173,7 +178,7 @@ def gguf_type(wanted: str) -> str | None:
     return kind
 
 
-def _check_target(source: Checkpoint, path: Path, options: Options) -> None:
+def _check_target(source: Checkpoint, path: Path, options: ConversionSettings) -> None:
     if options.to not in FORMATS:
         raise InputError(f"the format {options.to!r} is not one of {', '.join(FORMATS)}")
     if options.to != "meta" and options.shards != 1:
@@ -209,7 +214,7 @@ def _journal(path: Path, form: str) -> Path:
 class _Run:
     """One conversion: places, journal and the loop over the tensors."""
 
-    def __init__(self, target: Target, source: Checkpoint, path: Path, options: Options) -> None:
+    def __init__(self, target: Target, source: Checkpoint, path: Path, options: ConversionSettings) -> None:
         self.target, self.source, self.options = target, source, options
         self.path = path
         self.folder = path.parent if target.format == "gguf" else path
@@ -222,7 +227,7 @@ class _Run:
         """The hidden file that becomes `file`."""
         return self.folder / f".{file}.partial"
 
-    def go(self, progress: Progress | None) -> Result:
+    def go(self, progress: Progress | None) -> ConversionResult:
         """Writes, or continues, and renames."""
         state = self._resume()
         resumed = sum(state.get("sizes", ()))
@@ -238,7 +243,7 @@ class _Run:
                 rename(hidden, self.folder / name)
         shutil.rmtree(self.small, ignore_errors=True)
         self.journal.unlink()
-        return Result(self.path, self.target.format, state["bytes"], resumed)
+        return ConversionResult(self.path, self.target.format, state["bytes"], resumed)
 
     def _resume(self) -> dict[str, Any]:
         """The journal of an interrupted run of the same conversion, or {}; raises where the target is taken."""
@@ -374,7 +379,7 @@ class _Ahead:
         return [tensor for name in names if name in self._source.tensors for tensor in self._source.mapped(name)]
 
 
-def fingerprint(source: Checkpoint, options: Options) -> str:
+def fingerprint(source: Checkpoint, options: ConversionSettings) -> str:
     """What must be the same for an interrupted conversion to go on: the source's files and the options."""
     homes = [source.path]
     while isinstance(source, PooledCheckpoint | MergedCheckpoint):

@@ -108,7 +108,7 @@ def _sentencepiece_keys(folder: Path, model: SentencePieceModel, tokenizer: Any,
         "tokenizer.ggml.tokens": pieces,
         "tokenizer.ggml.scores": [float(score) for score in scores],
         "tokenizer.ggml.token_type": [int(kind) for kind in types],
-        "tokenizer.ggml.add_space_prefix": tokenizer._prefix != "never",
+        "tokenizer.ggml.add_space_prefix": tokenizer.space_prefix != "never",
         **_settings(tokenizer, vocab_size),
     }
 

@@ -24,7 +24,7 @@ def rebuild(folder: Path, tokenizer: Any) -> SentencePieceModel | None:
     """
     document = read_json(folder / "tokenizer.json")
     model = document.get("model") or {}
-    if model.get("type") != "BPE" or not model.get("byte_fallback") or tokenizer._prefix is None:
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or tokenizer.space_prefix is None:
         return None
     pieces = _pieces(folder, model["vocab"])
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]

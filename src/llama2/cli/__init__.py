@@ -1,7 +1,8 @@
 """The `llama2` command: a table of commands, each imported only when it is called, and one place for errors.
 
-A command is a module with `Options`, a dataclass whose fields become the flags, and `run(options) -> exit code`. One
-with several tasks has `TASKS`, such a dataclass for each, and `SUMMARY`, what `--help` says of each.
+A command is a module with a dataclass whose fields become the flags, called as the command (`ServeOptions`,
+`MergeAdapterOptions`), and `run(options) -> exit code`. One with several tasks has `TASKS`, such a dataclass for each,
+and `SUMMARY`, what `--help` says of each.
 """
 
 import os
@@ -101,7 +102,8 @@ def _run(words: list[str]) -> int:
                 )
             options = parse(tasks[task], f"llama2 {name} {task}", rest[1:])
         else:
-            options = parse(module.Options, f"llama2 {name}", rest)
+            kind = getattr(module, name.title().replace("-", "") + "Options")
+            options = parse(kind, f"llama2 {name}", rest)
     except SystemExit:  # --help has been printed
         return 0
     code: int = module.run(options)

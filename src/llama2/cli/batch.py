@@ -14,7 +14,7 @@ from llama2.files import grown, locked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(EngineOptions, RunOptions):
+class BatchOptions(EngineOptions, RunOptions):
     """Answer every line of IN.jsonl in OUT.jsonl, many at once. Run again after an interruption, it goes on.
 
     A line is a body of the server's routes, {"prompt": ...}, {"messages": ...} or {"inputs": ...}, or OpenAI's batch
@@ -28,7 +28,7 @@ class Options(EngineOptions, RunOptions):
     quiet: bool = option(False, "no progress")
 
 
-def run(options: Options) -> int:
+def run(options: BatchOptions) -> int:
     """Runs the command."""
     if len(options.paths) != 2:
         raise InputError(f"batch takes two files, the requests and the answers, but {len(options.paths)} were given")
@@ -51,7 +51,7 @@ def run(options: Options) -> int:
     return 1 if refused else 0
 
 
-def _answer(options: Options, lines: list[Any], target: Path, size: int) -> tuple[int, int]:
+def _answer(options: BatchOptions, lines: list[Any], target: Path, size: int) -> tuple[int, int]:
     import asyncio
 
     from llama2.serve import offline

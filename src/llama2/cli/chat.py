@@ -20,7 +20,7 @@ _SETTINGS = [f.name for f in fields(SamplingOptions) if f.name not in ("greedy",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SamplingOptions, TemplateOptions, RunOptions):
+class ChatOptions(SamplingOptions, TemplateOptions, RunOptions):
     """Talk with a model. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, leaves; /help lists the
     commands. A line that ends with a backslash goes on in the next; three double quotes on a line of their own begin
     and end a message of several lines. Without a terminal each line of the standard input is a message. Where neither
@@ -29,7 +29,7 @@ class Options(SamplingOptions, TemplateOptions, RunOptions):
     load: str | None = option(None, "go on with a conversation that /save wrote", metavar="FILE")
 
 
-def run(options: Options) -> int:
+def run(options: ChatOptions) -> int:
     """Runs the command."""
     options.settings()
     conversation = _start(options)
@@ -41,20 +41,20 @@ def run(options: Options) -> int:
     from llama2.cli.speaker import Speaker
 
     options.install(tokenizer)
-    return Chat(Speaker(model, tokenizer, options.runner, options.cache_dtype), conversation, options).loop()
+    return ChatLoop(Speaker(model, tokenizer, options.runner, options.cache_dtype), conversation, options).loop()
 
 
-def _start(options: Options) -> Conversation:
+def _start(options: ChatOptions) -> Conversation:
     conversation = Conversation() if options.load is None else Conversation.load(Path(options.load))
     if options.system is not None:
         conversation.system = options.system
     return conversation
 
 
-class Chat:
+class ChatLoop:
     """The loop: read, run a command or answer, until the end of the input."""
 
-    def __init__(self, speaker: Any, conversation: Conversation, options: Options) -> None:
+    def __init__(self, speaker: Any, conversation: Conversation, options: ChatOptions) -> None:
         self.speaker, self.conversation, self.options = speaker, conversation, options
         self._answers = 0
         self._failed = False
@@ -232,12 +232,12 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 # name -> (usage, what it does, help)
-COMMANDS: dict[str, tuple[str, Callable[[Chat, str], None], str]] = {
-    "help": ("/help", Chat._help, "this list"),
-    "system": ("/system [TEXT]", Chat._system, "set the system message (`off` removes it), or show it"),
-    "reset": ("/reset", Chat._reset, "forget the conversation, keep the system message"),
-    "undo": ("/undo", Chat._undo, "take back the last turn"),
-    "retry": ("/retry", Chat._retry, "another answer to the last message"),
-    "save": ("/save FILE", Chat._save, "write the conversation as JSON"),
-    "load": ("/load FILE", Chat._load, "go on with a saved conversation"),
+COMMANDS: dict[str, tuple[str, Callable[[ChatLoop, str], None], str]] = {
+    "help": ("/help", ChatLoop._help, "this list"),
+    "system": ("/system [TEXT]", ChatLoop._system, "set the system message (`off` removes it), or show it"),
+    "reset": ("/reset", ChatLoop._reset, "forget the conversation, keep the system message"),
+    "undo": ("/undo", ChatLoop._undo, "take back the last turn"),
+    "retry": ("/retry", ChatLoop._retry, "another answer to the last message"),
+    "save": ("/save FILE", ChatLoop._save, "write the conversation as JSON"),
+    "load": ("/load FILE", ChatLoop._load, "go on with a saved conversation"),
 }

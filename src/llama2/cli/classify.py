@@ -16,7 +16,7 @@ from llama2.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ClassifyOptions:
     """Label texts with a classifier: MODEL is the folder that `llama2 finetune classify` wrote (an adapter or a whole
     model), or a base model with --adapter. FILE holds rows as those that it was trained on, or a text a line (.txt);
     one JSON line comes out for each. Without FILE each line of the standard input is a text.
@@ -37,7 +37,7 @@ class Options:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one", metavar="DEVICE")
 
 
-def run(options: Options) -> int:
+def run(options: ClassifyOptions) -> int:
     """Runs the command."""
     if not 1 <= len(options.paths) <= 2:
         raise InputError(f"classify needs a classifier and at most one file, but {len(options.paths)} paths were given")
@@ -58,7 +58,7 @@ def run(options: Options) -> int:
 class Classifier:
     """A model and its tokenizer: texts to records."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ClassifyOptions) -> None:
         from llama2.pipelines import TextClassificationPipeline
 
         model, tokenizer = _load(options)
@@ -103,7 +103,7 @@ def _kind(config: Any) -> str:
     return "regression" if config.num_labels == 1 else "single_label_classification"
 
 
-def _load(options: Options) -> tuple[Any, Any]:
+def _load(options: ClassifyOptions) -> tuple[Any, Any]:
     from llama2.auto import AutoModelForSequenceClassification
     from llama2.checkpoint.load import head_follows
     from llama2.checkpoint.packing import read_packing
@@ -136,7 +136,7 @@ def _load(options: Options) -> tuple[Any, Any]:
 # -- a file ------------------------------------------------------------------------------------------------------
 
 
-def _rows(options: Options) -> list[dict[str, Any]]:
+def _rows(options: ClassifyOptions) -> list[dict[str, Any]]:
     from llama2.train.data import read, renamed
 
     file = Path(options.paths[1])
@@ -154,7 +154,7 @@ def _rows(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
-def _label(classifier: Classifier, rows: Sequence[dict[str, Any]], options: Options) -> None:
+def _label(classifier: Classifier, rows: Sequence[dict[str, Any]], options: ClassifyOptions) -> None:
     from llama2.files import replacing
 
     agreed = []

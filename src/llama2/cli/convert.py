@@ -11,7 +11,7 @@ from llama2.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ConvertOptions:
     """Convert a checkpoint: SRC is a folder, a file or a hub id and is recognised by its content; DST is new.
 
     One tensor is in memory at a time. An interrupted conversion goes on when the same command is given again."""
@@ -31,7 +31,7 @@ class Options:
     quiet: bool = option(False, "no progress bar")
 
 
-def run(options: Options) -> int:
+def run(options: ConvertOptions) -> int:
     """Runs the command."""
     if len(options.paths) != 2:
         raise InputError(f"convert needs a source and a target, but {len(options.paths)} paths were given")
@@ -68,7 +68,7 @@ def convert(
     from llama2.checkpoint import convert as engine
     from llama2.checkpoint.source import locate_all
 
-    settings = engine.Options(to, dtype, shard_size, shards, kv_heads, chat, adapter, imatrix)
+    settings = engine.ConversionSettings(to, dtype, shard_size, shards, kv_heads, chat, adapter, imatrix)
     try:
         with Meter("converting" if adapter is None else "merging", quiet) as meter:
             result = engine.convert(locate_all(source, revision), target, settings, meter)

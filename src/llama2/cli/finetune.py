@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llama2.cli import terminal
 from llama2.cli.args import option, revision_option
-from llama2.cli.meter import Steps
+from llama2.cli.meter import StepMeter
 from llama2.cli.recipes import NAMES, expanded, set_values
 from llama2.errors import InputError
 
 if TYPE_CHECKING:
     from llama2.lora_config import LoraConfig
-    from llama2.train.finetune import Finetune, Recipe, Result
+    from llama2.train.finetune import Finetune, Recipe, TrainingResult
     from llama2.train.trainer import TrainingArguments
 
 # Flag -> field of TrainingArguments, where the two are called differently.
@@ -26,7 +26,7 @@ LORA_RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter:
+class AdapterOptions:
     """adapter (any of these trains one; without them all weights are trained)."""
 
     lora_r: int | None = option(None, f"rank of its matrices (default: {LORA_RANK})")
@@ -43,7 +43,7 @@ class Adapter:
     @property
     def describes(self) -> bool:
         """Whether a flag says what the adapter is, and not only what it is for."""
-        own = [f for f in fields(Adapter) if f.name not in ("merge", "load_in_4bit", "load_in_8bit")]
+        own = [f for f in fields(AdapterOptions) if f.name not in ("merge", "load_in_4bit", "load_in_8bit")]
         return any(getattr(self, f.name) != f.default for f in own)
 
     @property
@@ -97,7 +97,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saving:
+class SavingOptions:
     """measuring and saving."""
 
     output_dir: str | None = option(None, "the new folder, instead of a third path", metavar="FOLDER")
@@ -114,7 +114,7 @@ class Saving:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common(Adapter, Training, Saving):
+class TaskOptions(AdapterOptions, Training, SavingOptions):
     """What all tasks share."""
 
     task: ClassVar[str]
@@ -132,7 +132,7 @@ class Common(Adapter, Training, Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts(Common):
+class Texts(TaskOptions):
     """rows."""
 
     packing: bool | None = option(None, "several rows in one of --max-length, none seeing another (default: pretrain)")
@@ -159,7 +159,7 @@ class Pretrain(Texts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dpo(Common):
+class Dpo(TaskOptions):
     """Direct preference optimisation on {"prompt", "chosen", "rejected"}: texts or lists of messages. The reference is
     the model without its adapter, or for all weights a copy of the model."""
 
@@ -172,7 +172,7 @@ class Dpo(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classify(Common):
+class Classify(TaskOptions):
     """A classifier on {"text", "label"}: a name or number a row; several in a list; or measurements (regression)."""
 
     task = "classify"
@@ -185,7 +185,7 @@ class Classify(Common):
     threshold: float = option(0.5, "probability from which a text has a label, of several")
 
 
-TASKS: dict[str, type[Common]] = {cls.task: cls for cls in (Sft, Dpo, Classify, Pretrain)}
+TASKS: dict[str, type[TaskOptions]] = {cls.task: cls for cls in (Sft, Dpo, Classify, Pretrain)}
 SUMMARY = {
     "sft": "instruction tuning on prompts and answers",
     "dpo": "preferences: of two answers the better",
@@ -207,7 +207,7 @@ def bound_caches() -> None:
         os.environ.setdefault(name, "128")
 
 
-def run(options: Common) -> int:
+def run(options: TaskOptions) -> int:
     """Runs the command."""
     bound_caches()
     from llama2.train.distributed import leave
@@ -233,7 +233,7 @@ def _silent(_: str) -> None:
     """Takes what is not to be told."""
 
 
-def recipe_of(options: Common) -> "Recipe":
+def recipe_of(options: TaskOptions) -> "Recipe":
     """The recipe that the flags describe. Raises InputError for a wrong number of paths."""
     from llama2.train.finetune import Recipe
 
@@ -258,19 +258,19 @@ def recipe_of(options: Common) -> "Recipe":
     return Recipe(**settings)
 
 
-def trains_adapter(options: Common) -> bool:
+def trains_adapter(options: TaskOptions) -> bool:
     """Whether flags ask for an adapter, or MODEL is one that is trained on."""
     return options.lora is not None or _continues(options)
 
 
-def _continues(options: Common) -> bool:
+def _continues(options: TaskOptions) -> bool:
     """Whether MODEL is an adapter."""
     from llama2.train.origin import adapter_of
 
     return bool(options.paths) and adapter_of(options.paths[0], options.revision) is not None
 
 
-def arguments(options: Common, checkpoint_dir: str | None = None) -> "TrainingArguments":
+def arguments(options: TaskOptions, checkpoint_dir: str | None = None) -> "TrainingArguments":
     """How the flags say to train."""
     from llama2.train.finetune import RATES
     from llama2.train.trainer import TrainingArguments
@@ -320,12 +320,12 @@ def _again(argv: Sequence[str], ranks: int) -> str:
     return shlex.join(words if "--resume" in words else [*words, "--resume"])
 
 
-def progress(options: Common, first: bool) -> AbstractContextManager[Callable[[dict[str, Any]], None] | None]:
+def progress(options: TaskOptions, first: bool) -> AbstractContextManager[Callable[[dict[str, Any]], None] | None]:
     """What hears of the steps, on the first of several processes."""
-    return nullcontext() if options.quiet or not first else Steps(options.task, options.logging_steps)
+    return nullcontext() if options.quiet or not first else StepMeter(options.task, options.logging_steps)
 
 
-def show(job: "Finetune", result: "Result", options: Common) -> None:
+def show(job: "Finetune", result: "TrainingResult", options: TaskOptions) -> None:
     """What came of the run, and the command that uses it."""
     if options.json:
         import json

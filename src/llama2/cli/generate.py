@@ -13,11 +13,11 @@ from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError
 
 if TYPE_CHECKING:
-    from llama2.cli.speaker import Answer
+    from llama2.cli.speaker import SpokenAnswer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SamplingOptions, TemplateOptions, RunOptions):
+class GenerateOptions(SamplingOptions, TemplateOptions, RunOptions):
     """Continue a prompt, or answer it with --chat. The text goes to the standard output as it comes, the speed to the
     standard error."""
 
@@ -27,7 +27,7 @@ class Options(SamplingOptions, TemplateOptions, RunOptions):
     chat: bool = option(False, "put the prompt into the model's chat template, as a message to be answered")
 
 
-def run(options: Options) -> int:
+def run(options: GenerateOptions) -> int:
     """Runs the command."""
     settings = options.settings()
     prompt = _prompt(options)
@@ -46,7 +46,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def _prompt(options: Options) -> str:
+def _prompt(options: GenerateOptions) -> str:
     if not options.chat and (idle := [name for name in ("system", "chat_template") if getattr(options, name)]):
         flag = "--" + idle[0].replace("_", "-")
         raise InputError(f"{flag} belongs to a chat; add --chat, or put the text into the prompt")
@@ -56,7 +56,7 @@ def _prompt(options: Options) -> str:
     return prompt
 
 
-def _encode(prompt: str, options: Options, tokenizer: Any) -> list[int]:
+def _encode(prompt: str, options: GenerateOptions, tokenizer: Any) -> list[int]:
     if not options.chat:
         ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]  # a prompt that is too long is refused later
         return ids
@@ -65,5 +65,5 @@ def _encode(prompt: str, options: Options, tokenizer: Any) -> list[int]:
     return render(tokenizer, [*system, {"role": "user", "content": prompt}])
 
 
-def _speed_line(answer: "Answer", loaded: float) -> str:
+def _speed_line(answer: "SpokenAnswer", loaded: float) -> str:
     return f"[model loaded in {loaded:.2f} s; {answer.speed()}]"

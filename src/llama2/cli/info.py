@@ -21,7 +21,7 @@ PRECISIONS: dict[str, tuple[float, float]] = {  # name -> (linear layers, the re
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
+class InfoOptions(ModelOptions):
     """Describe a model: parameters, architecture, what its file holds, and the memory it needs. Reads headers only.
 
     Also knows the published sizes without any file: `llama2 info -m 7b` (13b, 34b, 70b, ...)."""
@@ -30,7 +30,7 @@ class Options(ModelOptions):
     json: bool = option(False, "one JSON object instead of text")
 
 
-def run(options: Options) -> int:
+def run(options: InfoOptions) -> int:
     """Runs the command."""
     if len(options.file) + (options.model is not None) > 1:
         raise InputError(f"info describes one model, but {[*options.file, options.model or '']} were given; give one")

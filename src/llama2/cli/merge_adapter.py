@@ -9,7 +9,7 @@ from llama2.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class MergeAdapterOptions:
     """Add a LoRA adapter to the weights of a checkpoint: BASE is a folder, a file or a hub id, ADAPTER the folder that
     peft wrote, DST is new. Sums are float32 and rounded once, to the dtype of the base unless --dtype gives another.
 
@@ -25,7 +25,7 @@ class Options:
     quiet: bool = option(False, "no progress bar")
 
 
-def run(options: Options) -> int:
+def run(options: MergeAdapterOptions) -> int:
     """Runs the command."""
     if len(options.paths) != 3:
         raise InputError(f"merge-adapter needs a base, an adapter and a target, but {len(options.paths)} were given")

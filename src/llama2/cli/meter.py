@@ -105,7 +105,7 @@ class Meter(_Bar):
         return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB ({share:.0f} %){f', {item}' if item else ''}"
 
 
-class Layers(_Bar):
+class LayerBar(_Bar):
     """Called with (layers done, layers in all, what is under way)."""
 
     def _columns(self) -> list[Any]:
@@ -117,7 +117,7 @@ class Layers(_Bar):
         return f"{done:.1f} of {total} layers, {item}"
 
 
-class Steps:
+class StepMeter:
     """A context whose value hears of the steps of a training: a bar on a terminal, else a line every few steps; and a
     line every INTERVAL seconds until the first, while model and rows are loaded."""
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class PackOptions:
     """Keep a GGUF file's weights as the native engine reads them, in FILE.packed beside it.
 
     Later starts find that file by themselves and begin at once, and processes that run it share its memory. It is as
@@ -27,7 +27,7 @@ class Options:
     quiet: bool = option(False, "no progress bar")
 
 
-def run(options: Options) -> int:
+def run(options: PackOptions) -> int:
     """Runs the command."""
     if len(options.paths) != 1:
         raise InputError(f"pack takes one .gguf file, but {len(options.paths)} paths were given")

@@ -22,7 +22,7 @@ STORE = "LLAMA2_PARALLEL_STORE"  # a file through which the processes of one mac
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankOptions:
     """Which process of how many this is, and how they find each other (None: as torchrun says)."""
 
     rank: int
@@ -32,18 +32,18 @@ class Ranks:
     store: str | None = None
 
 
-def ranks(wanted: int | None, environment: Mapping[str, str]) -> Ranks | None:
+def ranks(wanted: int | None, environment: Mapping[str, str]) -> RankOptions | None:
     """The processes there are, or are to be; None for a server of one. Raises InputError where both differ."""
     if wanted is not None and wanted < 0:
         raise InputError(f"--tensor-parallel is {wanted}; give the number of processes, 1 for one")
     wanted = wanted or None  # SageMaker says SM_NUM_GPUS=0 where there is no GPU
     if "WORLD_SIZE" not in environment:
-        return Ranks(0, wanted, 0, wanted) if wanted is not None and wanted > 1 else None
+        return RankOptions(0, wanted, 0, wanted) if wanted is not None and wanted > 1 else None
     size, rank = int(environment["WORLD_SIZE"]), int(environment.get("RANK", "0"))
     if wanted not in (None, size):
         raise InputError(f"--tensor-parallel is {wanted} but {size} processes were started; leave it out")
     local = int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", size))
-    return Ranks(rank, size, *local, environment.get(STORE)) if size > 1 else None
+    return RankOptions(rank, size, *local, environment.get(STORE)) if size > 1 else None
 
 
 def check(options: Any) -> None:
@@ -63,7 +63,7 @@ def check(options: Any) -> None:
 class Others:
     """The other processes on this machine, started by the first."""
 
-    def __init__(self, ranks: Ranks, failed: Callable[[Llama2Error], None]) -> None:
+    def __init__(self, ranks: RankOptions, failed: Callable[[Llama2Error], None]) -> None:
         """failed hears, in a thread, that one has ended before `close`."""
         self._folder = tempfile.TemporaryDirectory(prefix="llama2-")
         self.store, self._failed, self._closing = f"file://{self._folder.name}/store", failed, False
@@ -93,7 +93,7 @@ class Others:
         self._folder.cleanup()
 
 
-def load_part(options: RunOptions, ranks: Ranks) -> tuple[Any, Any]:
+def load_part(options: RunOptions, ranks: RankOptions) -> tuple[Any, Any]:
     """This process's part of the model and the tokenizer, once all processes are there."""
     import torch
 
@@ -116,7 +116,7 @@ def load_part(options: RunOptions, ranks: Ranks) -> tuple[Any, Any]:
     return parallel.load_part(path, place, dtype, device, neighbours), tokenizer
 
 
-def follow(options: RunOptions, ranks: Ranks) -> int:
+def follow(options: RunOptions, ranks: RankOptions) -> int:
     """What a process does that does not serve: its part of every step, until the first one ends it or is gone."""
     from llama2.engine import parallel
 

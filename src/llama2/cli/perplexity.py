@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class PerplexityOptions(RunOptions):
     """Perplexity of a model on a text file: exp of the mean negative log-likelihood per token. Lower is better;
     values compare only between models with the same tokenizer, window and stride."""
 
@@ -27,7 +27,7 @@ class Options(RunOptions):
     json: bool = option(False, "one JSON object instead of text")
 
 
-def run(options: Options) -> int:
+def run(options: PerplexityOptions) -> int:
     """Runs the command."""
     text = _read(options.file)
     model, tokenizer = load(options)
@@ -58,7 +58,7 @@ def _read(file: str | None) -> str:
     return text
 
 
-def _measure(model: Any, ids: list[int], options: Options) -> "Perplexity":
+def _measure(model: Any, ids: list[int], options: PerplexityOptions) -> "Perplexity":
     from llama2.evaluate.perplexity import perplexity
     from llama2.runner import make_runner
 

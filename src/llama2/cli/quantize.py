@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama2.cli.args import option, revision_option
-from llama2.cli.meter import Layers
+from llama2.cli.meter import LayerBar
 from llama2.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ METHODS = "gptq, nf4, fp4, int8, or gguf:TYPE such as gguf:q4_k"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class CalibrationOptions:
     """calibration (gptq and gguf; the others with --calibrate)."""
 
     data: str | None = option(None, "text to calibrate on, or .jsonl of texts or messages (default: the one that comes "
@@ -75,7 +75,7 @@ class Gptq:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Calibration, Gptq):
+class QuantizeOptions(CalibrationOptions, Gptq):
     """Quantise a checkpoint: SRC is a folder, a file or a hub id; DST is a new folder, or a .gguf file.
 
     One layer is in memory at a time. An interrupted run goes on when the same command is given again."""
@@ -93,7 +93,7 @@ class Options(Calibration, Gptq):
     quiet: bool = option(False, "no progress bar")
 
 
-def run(options: Options) -> int:
+def run(options: QuantizeOptions) -> int:
     """Runs the command."""
     if len(options.paths) != 2:
         raise InputError(f"quantize needs a source and a target, but {len(options.paths)} paths were given")
@@ -107,7 +107,7 @@ def run(options: Options) -> int:
     method = options.method or ("gguf:q4_k" if target.endswith(".gguf") else "gptq")
     settings = {name: getattr(options, name) for name in _SETTINGS}
     try:
-        with Layers("quantising", options.quiet) as meter:
+        with LayerBar("quantising", options.quiet) as meter:
             report = quantize(source, target, method, data=options.data, held_out=options.eval, progress=meter,
                               sym=not options.asym, **settings)  # fmt: skip
     except KeyboardInterrupt:

@@ -58,7 +58,7 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(EngineOptions, RunOptions):
+class ServeOptions(EngineOptions, RunOptions):
     """Serve a model over HTTP: OpenAI's API (/v1/chat/completions, ...), text-generation-inference's (/generate, ...)
     and SageMaker's (/ping, /invocations), with a page at /ui.
 
@@ -163,10 +163,10 @@ _BARE = (
 )  # fmt: skip
 
 
-def settled(options: Options, environment: Mapping[str, str]) -> Options:
+def settled(options: ServeOptions, environment: Mapping[str, str]) -> ServeOptions:
     """The options with what the environment says where the command line says nothing. Raises InputError."""
-    hints, found = get_type_hints(Options), {}
-    for f in fields(Options):
+    hints, found = get_type_hints(ServeOptions), {}
+    for f in fields(ServeOptions):
         if f.metadata["positional"] or getattr(options, f.name) != f.default:
             continue
         names = (f"LLAMA2_{f.name.upper()}", *ALIASES.get(f.name, ()), *([f.name.upper()] if f.name in _BARE else []))
@@ -196,11 +196,11 @@ def _value(name: str, text: str, hint: Any) -> Any:
         raise InputError(f"{name} is {text!r}; it must be {'a whole number' if hint is int else 'a number'}") from None
 
 
-def check_numbers(options: Options) -> None:
+def check_numbers(options: ServeOptions) -> None:
     """Raises InputError for a number of the server's own options that bounds nothing, before anything is loaded."""
-    for name, hint in get_type_hints(Options).items():
+    for name, hint in get_type_hints(ServeOptions).items():
         value = getattr(options, name)
-        if name not in Options.__annotations__ or value is None or not {int, float} & set(get_args(hint)):
+        if name not in ServeOptions.__annotations__ or value is None or not {int, float} & set(get_args(hint)):
             continue
         flag = "--" + name.replace("_", "-")
         least = 1 if int in get_args(hint) and name != "port" else 0
@@ -212,7 +212,7 @@ def check_numbers(options: Options) -> None:
         raise InputError(f"--step-stretch is {options.step_stretch}; it must be 0 for no bound, or at least 1")
 
 
-def run(options: Options) -> int:
+def run(options: ServeOptions) -> int:
     """Runs the command."""
     environment = os.environ
     options = settled(options, environment)
@@ -262,7 +262,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def _with_model(options: Options, container: bool) -> Options:
+def _with_model(options: ServeOptions, container: bool) -> ServeOptions:
     given = [*options.paths, *([options.model] if options.model is not None else [])]
     if len(options.paths) > 1 or (options.paths and options.model not in (None, options.paths[0])):
         raise InputError(f"serve serves one model, but {given} were given; give one")
@@ -287,7 +287,7 @@ def need_server() -> None:
         raise MissingDependencyError(f"serving needs {error.name}; run `pip install 'llama2[serve]'`") from error
 
 
-def _service(options: Options, life: "Life", host: str) -> "Service":
+def _service(options: ServeOptions, life: "Life", host: str) -> "Service":
     from llama2.serve.keys import Keys
     from llama2.serve.origin import allowed_hosts
     from llama2.serve.service import Policy, Service
@@ -317,7 +317,7 @@ def _service(options: Options, life: "Life", host: str) -> "Service":
     return Service(policy, keys, life, Keys(options.metrics_key))
 
 
-def _server(options: Options, host: str, port: int, service: "Service", app: Any) -> "Server":
+def _server(options: ServeOptions, host: str, port: int, service: "Service", app: Any) -> "Server":
     import uvicorn
 
     from llama2.serve.connection import guarded
@@ -343,7 +343,7 @@ def _server(options: Options, host: str, port: int, service: "Service", app: Any
     return Server(config, service.life, service.cut)
 
 
-def _connections(options: Options) -> "Connections":
+def _connections(options: ServeOptions) -> "Connections":
     """The bounds on connections, of which there are fewer where the process may open fewer files."""
     from llama2.serve.connection import Connections
 
@@ -359,7 +359,7 @@ def _connections(options: Options) -> "Connections":
     return Connections(most=wanted, **{name: value for name, value in given.items() if value is not None})
 
 
-def _open(options: Options, service: "Service", failed: Callable[[Exception], None], loader: Loader) -> None:
+def _open(options: ServeOptions, service: "Service", failed: Callable[[Exception], None], loader: Loader) -> None:
     """Loads the model beside the server, which answers 503 meanwhile; a failure ends the server."""
     waiting = options.max_waiting or 1024
     try:

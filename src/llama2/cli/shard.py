@@ -8,7 +8,7 @@ from llama2.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ShardOptions:
     """Split a checkpoint into files of a size, or join it into one, without changing a bit. DST is a new folder."""
 
     paths: tuple[str, ...] = option((), "the checkpoint and the new folder", metavar="SRC DST", positional=True)
@@ -17,7 +17,7 @@ class Options:
     quiet: bool = option(False, "no progress bar")
 
 
-def run(options: Options) -> int:
+def run(options: ShardOptions) -> int:
     """Runs the command."""
     if len(options.paths) != 2 or options.size is None:
         raise InputError("shard needs a source, a target and --size, such as `llama2 shard SRC DST --size 2GB`")

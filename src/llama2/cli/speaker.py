@@ -18,7 +18,7 @@ from llama2.runner import make_runner
 
 
 @dataclass
-class Answer:
+class SpokenAnswer:
     """What was said and how fast. Seconds: `first` from the call to the first token, `rest` from there to the last."""
 
     prompt_tokens: int
@@ -86,7 +86,7 @@ class Speaker:
         seed: int | None = None,
         stopped: Callable[[], bool] = lambda: False,
         continues: bool = False,
-    ) -> Answer:
+    ) -> SpokenAnswer:
         """Continues the prompt, handing each piece of text to `write`, until it ends or `stopped` says so.
 
         continues=True: the text goes on from the prompt, so its first space counts; else it stands by itself.
@@ -95,7 +95,7 @@ class Speaker:
         ids = list(ids)
         new, limited = self._room(ids, settings)
         began = time.perf_counter()
-        answer = Answer(len(ids), len(ids) - self._reuse(ids))
+        answer = SpokenAnswer(len(ids), len(ids) - self._reuse(ids))
         decoder = self.tokenizer.stream_decoder(skip_special_tokens=True)
         if continues:
             decoder.put(ids)

@@ -12,7 +12,7 @@ from llama2.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
+class TokenizeOptions(ModelOptions):
     """Show how a model's tokenizer splits text, or turn ids back into text."""
 
     text: tuple[str, ...] = option(
@@ -27,7 +27,7 @@ class Options(ModelOptions):
     special_tokens: bool = option(True, "add what the tokenizer puts around a text, such as <s>")
 
 
-def run(options: Options) -> int:
+def run(options: TokenizeOptions) -> int:
     """Runs the command."""
     if not options.text:
         raise InputError("no text was given; add it to the command, or - to read the standard input")

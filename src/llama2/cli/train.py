@@ -31,7 +31,7 @@ _LONGEST = 1024  # characters of a failure that SageMaker shows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class TrainOptions:
     """Fine-tune as a SageMaker training job: the flags of `llama2 finetune` come from hyperparameters.json, the rows
     from the channels train and validation, the model from the hyperparameter or the channel model. A job that was
     stopped goes on from its checkpoint; one that fails says why in output/failure."""
@@ -39,7 +39,7 @@ class Options:
     root: str = option("/opt/ml", "the folder that SageMaker fills", metavar="FOLDER")
 
 
-def run(options: Options) -> int:
+def run(options: TrainOptions) -> int:
     """Runs the command."""
     root = Path(options.root)
     try:
@@ -119,7 +119,7 @@ def _check(folder: Path) -> None:
 # -- hyperparameters ---------------------------------------------------------------------------------------------
 
 
-def _options(root: Path) -> finetune.Common:
+def _options(root: Path) -> finetune.TaskOptions:
     given = _hyperparameters(root / "input" / "config")
     channels = root / "input" / "data"
     task = given.pop("task", "sft")

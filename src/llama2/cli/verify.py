@@ -8,14 +8,14 @@ from llama2.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class VerifyOptions:
     """Check a folder or GGUF file that `llama2 convert` wrote against the hashes beside it."""
 
     paths: tuple[str, ...] = option((), "the folder or .gguf file", metavar="DIR", positional=True)
     quiet: bool = option(False, "no progress bar")
 
 
-def run(options: Options) -> int:
+def run(options: VerifyOptions) -> int:
     """Runs the command."""
     from llama2.checkpoint.convert import verify
 

@@ -12,7 +12,7 @@ use raises MissingDependencyError with the remedy.
 """
 
 from llama2.compiled import OneOpenMpThread, available, default_threads, instruction_sets
-from llama2.cpu.cache import KV_DTYPES, PAGE, CacheView, KvDtype, PagedCache, Sequence
+from llama2.cpu.cache import KV_DTYPES, PAGE, CachedSequence, CacheView, KvDtype, PagedCache
 from llama2.cpu.packed import PackedFile
 from llama2.cpu.packed import find as find_packed
 from llama2.cpu.packed import write as write_packed
@@ -24,13 +24,13 @@ __all__ = [
     "KV_DTYPES",
     "PAGE",
     "CacheView",
+    "CachedSequence",
     "CpuRunner",
     "CpuWeights",
     "KvDtype",
     "OneOpenMpThread",
     "PackedFile",
     "PagedCache",
-    "Sequence",
     "available",
     "default_threads",
     "find_packed",

@@ -19,7 +19,7 @@ _ELSEWHERE = "the sequence is in a step of another thread; give each thread a se
 KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
 
 
-class Sequence:
+class CachedSequence:
     """One text in the cache: its pages in order and how many positions of them are filled.
 
     One thread at a time may use it: while a step runs with it, every other use raises InputError."""
@@ -48,15 +48,15 @@ class Sequence:
         """Gives every page back."""
         self.crop(0)
 
-    def fork(self) -> "Sequence":
+    def fork(self) -> "CachedSequence":
         """A second sequence with the same content; pages are shared until one of the two writes to them."""
-        other = Sequence(self.cache)
+        other = CachedSequence(self.cache)
         other.pages, other.length = list(self.pages), self.length
         for page in self.pages:
             self.cache._owners[page] += 1
         return other
 
-    def copy_of(self, other: "Sequence") -> None:
+    def copy_of(self, other: "CachedSequence") -> None:
         """Takes the content of a sequence of any cache of the same shape and dtype; its own is forgotten."""
         self.free()
         self._reserve(other.length)
@@ -107,12 +107,12 @@ class CacheView:
     past: NDArray[np.int32]
     tables: NDArray[np.int32]
     last: NDArray[np.int32]  # the last token of each sequence, starts[1:] - 1
-    counts: tuple[tuple[Sequence, int], ...] = ()  # new tokens of each sequence
+    counts: tuple[tuple[CachedSequence, int], ...] = ()  # new tokens of each sequence
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """The sequences belong to one step. Raises InputError where one is in a step of another thread."""
-        taken: list[Sequence] = []
+        taken: list[CachedSequence] = []
         try:
             for sequence, _ in self.counts:
                 if not sequence._running.acquire(blocking=False):
@@ -155,11 +155,11 @@ class PagedCache:
         """Bytes of all pages, written or not."""
         return int(self.handle.nbytes)
 
-    def sequence(self) -> Sequence:
+    def sequence(self) -> CachedSequence:
         """A new, empty sequence."""
-        return Sequence(self)
+        return CachedSequence(self)
 
-    def view(self, counts: Iterable[tuple[Sequence, int]]) -> CacheView:
+    def view(self, counts: Iterable[tuple[CachedSequence, int]]) -> CacheView:
         """Room for `count` new tokens of each sequence, in the order they will be packed."""
         pairs = list(counts)
         if len(pairs) == 1 and pairs[0][1] > 0 and pairs[0][0].cache is self:  # decoding: every microsecond counts

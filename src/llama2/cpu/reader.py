@@ -157,7 +157,7 @@ def _heads(config: LlamaConfig, part: str) -> int | None:
     return {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(part)
 
 
-class Engine(Protocol):
+class MatrixMaker(Protocol):
     """What makes matrices: `weights.CpuWeights`."""
 
     def place(self, matrix: BlockMatrix) -> Any: ...
@@ -167,7 +167,7 @@ class Engine(Protocol):
 class Reader:
     """The tensors of one file as matrices and vectors of `engine`."""
 
-    def __init__(self, engine: Engine, source: GgufSource) -> None:
+    def __init__(self, engine: MatrixMaker, source: GgufSource) -> None:
         self.engine, self.source = engine, source
 
     def matrix(self, name: str, heads: int | None = None) -> Any:

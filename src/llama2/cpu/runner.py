@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.compiled import instruction_sets, native
-from llama2.cpu.cache import CacheView, Sequence
+from llama2.cpu.cache import CachedSequence, CacheView
 from llama2.cpu.weights import CpuWeights
 from llama2.errors import InputError
 
@@ -78,7 +78,9 @@ class CpuRunner:
             view.commit()
         return logits
 
-    def feed(self, sequence: Sequence, tokens: SequenceOf[int], adapter: str | None = None) -> NDArray[np.float32]:
+    def feed(
+        self, sequence: CachedSequence, tokens: SequenceOf[int], adapter: str | None = None
+    ) -> NDArray[np.float32]:
         """Appends tokens to one sequence; logits float32 (vocabulary,) after the last of them."""
         view = sequence.cache.view([(sequence, len(tokens))])
         positions = np.arange(sequence.length, sequence.length + len(tokens), dtype=np.int32)

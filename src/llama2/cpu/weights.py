@@ -25,7 +25,7 @@ _packable = door("cpu.modules", "packable", "The codes of a packed linear, None 
 PACKED = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 
 
-class Packed(Protocol):
+class PackedMatrices(Protocol):
     """Matrices packed before; `packed.PackedFile` is one."""
 
     def bytes(self, name: str) -> NDArray[np.uint8]: ...
@@ -42,7 +42,7 @@ class CpuWeights:
         self.dynamic = ROPE_TYPES[config.rope_parameters["rope_type"]].base is not None
         self.model: Any = None
         self._arena = native().Arena()
-        self._packed: Packed | None = None
+        self._packed: PackedMatrices | None = None
         self._matrices: list[Any] = []
         self._copies: list[tuple[NDArray[np.float32], Any]] = []
         self._adapters: dict[str, Any] = {}
@@ -63,7 +63,9 @@ class CpuWeights:
         return inverse_frequencies(self.config, length, xp=np, dtype=np.float32) if self.dynamic else self.inv_freq
 
     @classmethod
-    def from_gguf(cls, file: GgufSource, threads: int | None = None, packed: Packed | None = None) -> "CpuWeights":
+    def from_gguf(
+        cls, file: GgufSource, threads: int | None = None, packed: PackedMatrices | None = None
+    ) -> "CpuWeights":
         """Weights of an opened GGUF file; `packed` (packed.find) spares the packing.
 
         Raises InputError for a block type without kernels (Q2_K, Q3_K), MismatchError where the tensors are not

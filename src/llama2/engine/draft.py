@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from llama2.engine.choice import Choice
 from llama2.engine.runners import PlanRunner, make_plan_runner
 from llama2.engine.scheduler import Chunk
-from llama2.engine.scheduler import Sequence as Scheduled
+from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.errors import InputError
 from llama2.native import NativeModel
 

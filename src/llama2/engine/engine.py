@@ -25,7 +25,7 @@ from llama2.engine.draft import UNKNOWN, Drafter, look_up
 from llama2.engine.fairness import STRETCH
 from llama2.engine.runners import PAGE, PlanRunner, make_plan_runner
 from llama2.engine.scheduler import Chunk, Scheduler
-from llama2.engine.scheduler import Sequence as Scheduled
+from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.engine.text import StopText
 from llama2.errors import ContextLengthError, InputError
 from llama2.generation_config import GenerationConfig

@@ -30,7 +30,7 @@ from llama2.checkpoint.source import open_source
 from llama2.config import LlamaConfig
 from llama2.engine.runners import TorchPlanRunner
 from llama2.engine.scheduler import Chunk
-from llama2.engine.scheduler import Sequence as Scheduled
+from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.errors import InputError
 from llama2.generation_config import GenerationConfig
 from llama2.model import LlamaForCausalLM
@@ -74,7 +74,7 @@ def part_of(config: LlamaConfig, size: int) -> LlamaConfig:
             f"take one of {fits}"
         )
     part = copy.deepcopy(config)
-    part.head_dim, part._default_head_dim = config.head_dim, False
+    part.keep_head_dim()
     part.num_attention_heads, part.num_key_value_heads = heads // size, max(kv // size, 1)
     part.intermediate_size, part.tie_word_embeddings, part.pretraining_tp = channels // size, False, 1
     return part

@@ -25,7 +25,7 @@ SCORED_AT_ONCE = 64  # tokens of a chunk whose logits are all wanted: they are r
 
 
 @dataclass(eq=False)
-class Sequence:
+class ScheduledSequence:
     """One text that grows: `tokens`, of which the first `computed` are in the cache.
 
     limit: tokens it may come to have, the prompt included. salt: sequences of another salt share no pages with it
@@ -58,7 +58,7 @@ class Chunk:
     """Part of a plan: `tokens` of a sequence at positions `start`, ...; with `sampled` its last pending one is among
     them, followed by the `drafted` guesses, and logits are wanted from it on; with `whole` those of every token are."""
 
-    sequence: Sequence
+    sequence: ScheduledSequence
     start: int
     tokens: list[int]
     sampled: bool
@@ -101,11 +101,11 @@ class Scheduler:
         self.stretch = stretch
         self.credits, self.times = Credits(), StepTimes()
         self._step = 0
-        self._charged: dict[Sequence, int] = {}  # tokens of the plan that is being made
+        self._charged: dict[ScheduledSequence, int] = {}  # tokens of the plan that is being made
         self._owners = 1  # that have something to do
         self._most = budget  # tokens of the step that is being planned
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in the order of admission
+        self.waiting: deque[ScheduledSequence] = deque()
+        self.running: list[ScheduledSequence] = []  # in the order of admission
 
     # -- from outside --------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class Scheduler:
         """Positions that one sequence alone can come to hold."""
         return self.each_pages * self.pool.size
 
-    def check(self, sequence: Sequence) -> None:
+    def check(self, sequence: ScheduledSequence) -> None:
         """Raises InputError for a sequence that is empty, ContextLengthError for one that could never fit."""
         if not sequence.tokens:
             raise InputError("a sequence needs at least one token, such as the BOS token")
@@ -131,13 +131,13 @@ class Scheduler:
                 self.capacity() + 1,
             )
 
-    def submit(self, sequence: Sequence) -> None:
+    def submit(self, sequence: ScheduledSequence) -> None:
         """Puts a new sequence at the end of the queue, checked."""
         self.check(sequence)
         sequence._keys = self.pool.keys(sequence.tokens, sequence.salt)
         self.waiting.append(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: ScheduledSequence) -> None:
         """Takes a sequence out, done or cancelled, whether it waits or runs; unknown ones are left alone."""
         if sequence in self.running:
             self.running.remove(sequence)
@@ -154,7 +154,7 @@ class Scheduler:
 
     def plan(self) -> list[Chunk]:
         """The next step; never empty while there is a sequence. Every chunk has its pages."""
-        planned: dict[Sequence, Chunk] = {}
+        planned: dict[ScheduledSequence, Chunk] = {}
         crowded = False
         self._most = self.budget
         active = dict.fromkeys(s.owner for s in (*self.running, *self.waiting))
@@ -202,16 +202,16 @@ class Scheduler:
         prompts = int((seconds - row * min(rows, decoding)) / token)
         return rows, min(max(prompts, self._owners), self.beside)
 
-    def _decoding(self, most: int | None) -> list[Sequence]:
+    def _decoding(self, most: int | None) -> list[ScheduledSequence]:
         """Those that decode, in the order of admission; no more than `most`, by the credit of their owner, each owner's
         in turn."""
         found = [s for s in self.running if s.pending <= 1]
         if most is None or len(found) <= most:
             return found
-        queues: dict[str, deque[Sequence]] = {}
+        queues: dict[str, deque[ScheduledSequence]] = {}
         for sequence in sorted(found, key=lambda s: s.planned):
             queues.setdefault(sequence.owner, deque()).append(sequence)
-        chosen: set[Sequence] = set()
+        chosen: set[ScheduledSequence] = set()
         while len(chosen) < most:
             owner = self.credits.first(queues)
             sequence = queues[owner].popleft()
@@ -221,19 +221,19 @@ class Scheduler:
             chosen.add(sequence)
         return [s for s in found if s in chosen]
 
-    def _charge(self, sequence: Sequence, tokens: int) -> None:
+    def _charge(self, sequence: ScheduledSequence, tokens: int) -> None:
         """Counts tokens of the plan that is being made at once, since they decide who comes next in it."""
         self.credits.charge(sequence.owner, tokens)
         self._charged[sequence] = tokens
 
-    def _each(self, planned: dict[Sequence, Chunk]) -> int | None:
+    def _each(self, planned: dict[ScheduledSequence, Chunk]) -> int | None:
         """Prompt tokens of one owner in this step; None where there is one owner."""
         if self._owners < 2:
             return None
         owners = {s.owner for s in self.running if s.pending > 1} | {s.owner for s in self.waiting}
         return share(self._left(planned), len(owners))
 
-    def _plan_prompts(self, planned: dict[Sequence, Chunk], each: int | None) -> bool:
+    def _plan_prompts(self, planned: dict[ScheduledSequence, Chunk], each: int | None) -> bool:
         """Plans the running prompts, of each owner so many tokens; whether somebody had to make room."""
         crowded = False
         spent: Counter[str] = Counter()
@@ -247,13 +247,15 @@ class Scheduler:
                 spent[sequence.owner] += len(planned[sequence].tokens)
         return crowded
 
-    def _spent(self, planned: dict[Sequence, Chunk]) -> int:
+    def _spent(self, planned: dict[ScheduledSequence, Chunk]) -> int:
         return sum(len(chunk.tokens) for chunk in planned.values())
 
-    def _left(self, planned: dict[Sequence, Chunk]) -> int:
+    def _left(self, planned: dict[ScheduledSequence, Chunk]) -> int:
         return self._most - self._spent(planned)
 
-    def _plan_one(self, sequence: Sequence, planned: dict[Sequence, Chunk], most: int | None = None) -> bool:
+    def _plan_one(
+        self, sequence: ScheduledSequence, planned: dict[ScheduledSequence, Chunk], most: int | None = None
+    ) -> bool:
         """Plans what fits of a running sequence, `most` tokens; whether somebody had to make room for it."""
         room = min(self._left(planned), sequence.pending)
         room = room if most is None else min(room, most)
@@ -277,7 +279,7 @@ class Scheduler:
         planned[sequence] = Chunk(sequence, sequence.computed, tokens, sampled, len(draft), whole)
         return preempted
 
-    def _grow(self, sequence: Sequence, length: int) -> bool:
+    def _grow(self, sequence: ScheduledSequence, length: int) -> bool:
         """Pages for the first `length` positions; False, and none taken, where there are not enough."""
         needed = -(-length // self.pool.size) - len(sequence.pages)
         if needed > self.pool.free or (needed > 0 and self._held()[sequence.owner] + needed > self.each_pages):
@@ -292,7 +294,7 @@ class Scheduler:
             held[sequence.owner] += len(sequence.pages)
         return held
 
-    def _victim(self, sequence: Sequence) -> Sequence:
+    def _victim(self, sequence: ScheduledSequence) -> ScheduledSequence:
         """Who makes room for a running sequence: the youngest of all, or of the owner that has more than its share."""
         if self._owners < 2 and self.each_pages == self.pool.count:
             return self.running[-1]
@@ -303,7 +305,7 @@ class Scheduler:
         found = [s for s in self.running if s.owner == owner and s.preemptions < PATIENT]
         return found[-1] if found and owner is not None else self.running[-1]
 
-    def _make_place(self, owner: str, planned: dict[Sequence, Chunk]) -> bool:
+    def _make_place(self, owner: str, planned: dict[ScheduledSequence, Chunk]) -> bool:
         """Takes a place in the step from the owner that has most, for one that has less than its share."""
         counts = Counter(s.owner for s in self.running)
         fair = share(self.width, self._owners)
@@ -316,7 +318,7 @@ class Scheduler:
             self._preempt(found[-1])
         return bool(found)
 
-    def _make_room(self, owner: str, needed: int, planned: dict[Sequence, Chunk]) -> bool:
+    def _make_room(self, owner: str, needed: int, planned: dict[ScheduledSequence, Chunk]) -> bool:
         """Takes pages from owners that have more than their share, for one that stays within its own."""
         fair, held = share(self.pool.count, self._owners), self._held()
         if self._owners < 2 or held[owner] + needed > fair:
@@ -332,19 +334,19 @@ class Scheduler:
             self._preempt(found[-1])
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: ScheduledSequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.preemptions += 1
         self.waiting.appendleft(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: ScheduledSequence) -> None:
         self.pool.give_back(sequence.pages)
         sequence.pages, sequence.computed, sequence.draft = [], 0, []
 
-    def _in_turn(self, passed: set[str]) -> Iterator[Sequence]:
+    def _in_turn(self, passed: set[str]) -> Iterator[ScheduledSequence]:
         """Those that wait, by the credit of their owner and then as they came; owners in `passed` are left out."""
-        queues: dict[str, deque[Sequence]] = {}
+        queues: dict[str, deque[ScheduledSequence]] = {}
         for sequence in self.waiting:
             queues.setdefault(sequence.owner, deque()).append(sequence)
         while queues:
@@ -354,7 +356,7 @@ class Scheduler:
                 continue
             yield queues[owner].popleft()
 
-    def _admit(self, planned: dict[Sequence, Chunk], each: int | None) -> None:
+    def _admit(self, planned: dict[ScheduledSequence, Chunk], each: int | None) -> None:
         """Takes sequences in while they fit. One whose beginning another is just computing waits for its pages."""
         coming = {key for running in self.running for key in running._keys[running.computed // self.pool.size :]}
         spent = Counter({s.owner: 0 for s in self.running})
@@ -402,13 +404,13 @@ class Scheduler:
     def _count(self, owner: str) -> int:
         return sum(s.owner == owner for s in self.running)
 
-    def _usable(self, sequence: Sequence) -> list[bytes]:
+    def _usable(self, sequence: ScheduledSequence) -> list[bytes]:
         """Keys of the pages that may be taken over: the last token has to run, for its logits."""
         if sequence.scored:
             return []
         return sequence._keys[: (len(sequence.tokens) - 1) // self.pool.size]
 
-    def _remembered(self, sequence: Sequence) -> list[int]:
+    def _remembered(self, sequence: ScheduledSequence) -> list[int]:
         found: list[int] = []
         for i, key in enumerate(self._usable(sequence)):
             page = self.pool.find(key, sequence.tokens[i * self.pool.size : (i + 1) * self.pool.size])

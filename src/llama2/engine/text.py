@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 
-class Decoder(Protocol):
+class TextDecoder(Protocol):
     """The part of `tokenizer.stream.StreamDecoder` that is used."""
 
     def put(self, ids: int) -> str: ...
@@ -19,7 +19,7 @@ class StopText:
     the text ends behind the stop string.
     """
 
-    def __init__(self, decoder: Decoder, stops: Sequence[str] = (), keep: bool = False) -> None:
+    def __init__(self, decoder: TextDecoder, stops: Sequence[str] = (), keep: bool = False) -> None:
         self._decoder, self._stops, self._keep = decoder, tuple(stops), keep
         self._longest = max(map(len, self._stops), default=1)
         self._held = ""

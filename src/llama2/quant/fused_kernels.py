@@ -24,7 +24,7 @@ def _halves(pairs: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _planes(table: tl.tensor, n: tl.tensor) -> tl.tensor:
+def lookup_planes(table: tl.tensor, n: tl.tensor) -> tl.tensor:
     """The table's eight words of low bytes and of high bytes, which stand after its 16 float32; one a row n of W.
 
     Loaded from an address that seems to depend on n: equal in all threads they would go to uniform registers, from
@@ -36,7 +36,7 @@ def _planes(table: tl.tensor, n: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _looked_up(code: tl.tensor, table: tl.tensor, planes: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
+def looked_up(code: tl.tensor, table: tl.tensor, planes: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
     """The table's values of the high and of the low four bits of bytes. ASM: instructions that do it, "" for loads."""
     if ASM == "":
         wide = code.to(tl.int32)
@@ -56,7 +56,7 @@ def _looked_up(code: tl.tensor, table: tl.tensor, planes: tl.tensor, ASM: tl.con
 
 
 @triton.jit
-def _absmax(
+def block_absmax(
     absmax: tl.tensor,
     values: tl.tensor,
     nested: tl.tensor,
@@ -92,7 +92,7 @@ def _field(
 
 
 @triton.jit
-def _zeros(
+def group_zeros(
     qzeros: tl.tensor,
     group: tl.tensor,
     n: tl.tensor,
@@ -134,7 +134,7 @@ def unpack_blocks(
     span = tl.program_id(0).to(tl.int64) * SPANS + tl.arange(0, SPANS)
     byte = span[:, None] * (SPAN // 2) + tl.arange(0, SPAN // 2)[None, :]
     code = tl.load(codes + byte, mask=byte < length, other=0).to(tl.int32)
-    scale = _absmax(absmax, values, nested, offset, span // PER_BLOCK, span * SPAN < count, NESTED)
+    scale = block_absmax(absmax, values, nested, offset, span // PER_BLOCK, span * SPAN < count, NESTED)
     even = tl.load(table + (code >> 4)) * scale[:, None]
     odd = tl.load(table + (code & 15)) * scale[:, None]
     at = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
@@ -166,7 +166,7 @@ def unpack_groups(
     code = _field(qweight, word[:, None] * rows + n[None, :], rows, shift, mask, BITS, 0)
     group = tl.load(g_idx + k, mask=k < columns, other=0)
     places = n[None, :] + tl.zeros((BLOCK_K, BLOCK_N), tl.int32)
-    zero = _zeros(qzeros, group[:, None], places, rows, mask, BITS, ADD, V1)
+    zero = group_zeros(qzeros, group[:, None], places, rows, mask, BITS, ADD, V1)
     scale = tl.load(scales + group[:, None] * rows + n[None, :], mask=mask, other=0.0).to(tl.float32)
     value = tl.trans((code - zero).to(tl.float32) * scale).to(out.dtype.element_ty)
     at = n[:, None].to(tl.int64) * columns + k[None, :]
@@ -224,20 +224,20 @@ def blocks_row(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * share * SPANS
     width: tl.constexpr = SPANS * SPAN // 2
-    planes = _planes(table, n)
+    planes = lookup_planes(table, n)
     sums = tl.zeros((BLOCK_N, SPANS), tl.float32)
     for start in range(first, tl.minimum(first + share * SPANS, spans), SPANS):
         byte = start * (SPAN // 2) + tl.arange(0, width)
         held = byte < row_bytes
         at = n[:, None] * row_bytes + byte[None, :]
         code = tl.load(codes + at, mask=(n[:, None] < rows) & held[None, :], other=0)
-        high, low = _looked_up(code, table, planes, ASM)
+        high, low = looked_up(code, table, planes, ASM)
         even, odd = _halves(tl.load(x + byte, mask=held, other=0), DTYPE)
         product = high * even.to(tl.float32)[None, :] + low * odd.to(tl.float32)[None, :]
         span = start + tl.arange(0, SPANS)
         there = (n[:, None] < rows) & (span[None, :] < spans)
         block = (n[:, None] * spans + span[None, :]) // PER_BLOCK
-        scale = _absmax(absmax, values, nested, offset, block, there, NESTED)
+        scale = block_absmax(absmax, values, nested, offset, block, there, NESTED)
         sums += tl.sum(tl.reshape(product, (BLOCK_N, SPANS, SPAN // 2)), 2) * scale
     total = tl.sum(sums, 1).to(out.dtype.element_ty)
     tl.store(out + tl.program_id(1) * rows + n, total, mask=n < rows)
@@ -258,7 +258,7 @@ def _steps(
     V1: tl.constexpr,
 ) -> tl.tensor:
     """(zero, scale) of outputs n in `group`, float32."""
-    zero = _zeros(qzeros, group, n, rows, mask, 4, ADD, V1).to(tl.float32)
+    zero = group_zeros(qzeros, group, n, rows, mask, 4, ADD, V1).to(tl.float32)
     return zero, tl.load(scales + group * rows + n, mask=mask, other=0.0).to(tl.float32)
 
 

@@ -7,16 +7,16 @@ Scales are the business of sums, once a block, so a weight costs its code's inst
 import triton
 import triton.language as tl
 
-from llama2.quant.fused_kernels import _absmax, _looked_up, _planes, _zeros
+from llama2.quant.fused_kernels import block_absmax, group_zeros, looked_up, lookup_planes
 
 # -- two codes a byte --------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _rounded(code: tl.tensor, table: tl.tensor, planes: tl.tensor, ASM: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
-    """As _looked_up, in DTYPE, which is that of the planes where ASM is given."""
+    """As looked_up, in DTYPE, which is that of the planes where ASM is given."""
     if ASM == "":
-        high, low = _looked_up(code, table, planes, ASM)
+        high, low = looked_up(code, table, planes, ASM)
         high, low = high.to(DTYPE), low.to(DTYPE)
     else:
         a, b = planes
@@ -65,10 +65,10 @@ def blocks_rows(
     last = tl.minimum(first + share, spans)
     k = tl.arange(0, SPAN)
     here = n < rows
-    planes = _planes(table, n)
+    planes = lookup_planes(table, n)
     at = n[:, None] * row_bytes + tl.arange(0, SPAN // 2)[None, :]
     block = n * spans
-    scale = _absmax(absmax, values, nested, offset, (block + first) // PER_BLOCK, here, NESTED)
+    scale = block_absmax(absmax, values, nested, offset, (block + first) // PER_BLOCK, here, NESTED)
     sums = tl.zeros((16, BLOCK_N), tl.float32)
     for span in range(first, last):
         code = tl.load(codes + at + span * (SPAN // 2), mask=here[:, None], other=0)
@@ -76,7 +76,7 @@ def blocks_rows(
         value = tl.load(x + m[:, None] * (2 * row_bytes) + span * SPAN + k[None, :], mask=there, other=0.0)
         # The next scale is asked for before this one is used: it would be waited for behind the product.
         following = (block + span + 1) // PER_BLOCK
-        next_scale = _absmax(absmax, values, nested, offset, following, here & (span + 1 < last), NESTED)
+        next_scale = block_absmax(absmax, values, nested, offset, following, here & (span + 1 < last), NESTED)
         high, low = _rounded(code, table, planes, ASM, DTYPE)
         w = tl.reshape(tl.join(high, low), (BLOCK_N, SPAN))
         sums += tl.dot(value.to(DOT), tl.trans(w).to(DOT), input_precision="ieee") * scale[None, :]
@@ -159,7 +159,7 @@ def groups_rows(
     here = n < rows
     sums = tl.zeros((16, BLOCK_N), tl.float32)
     group = first // PER_GROUP
-    zero = _zeros(qzeros, group, n, rows, here, 4, ADD, V1)
+    zero = group_zeros(qzeros, group, n, rows, here, 4, ADD, V1)
     scale = tl.load(scales + group * rows + n, mask=here, other=0.0).to(tl.float32)
     for span in range(first, last):
         at = span * SPAN + line
@@ -172,7 +172,7 @@ def groups_rows(
         # As in blocks_rows, for zeros as well.
         group = (span + 1) // PER_GROUP
         more = here & (span + 1 < last)
-        next_zero = _zeros(qzeros, group, n, rows, more, 4, ADD, V1)
+        next_zero = group_zeros(qzeros, group, n, rows, more, 4, ADD, V1)
         next_scale = tl.load(scales + group * rows + n, mask=more, other=0.0).to(tl.float32)
         w = _less_zeros(word, zero[None, :] + tl.zeros((SPAN, 1), tl.int32), UNIT, ASM, DTYPE)
         sums += tl.dot(value.to(DOT), w.to(DOT), input_precision="ieee") * scale[None, :]

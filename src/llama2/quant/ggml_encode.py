@@ -14,7 +14,7 @@ from torch import Tensor
 from llama2.errors import InputError
 from llama2.quant.ggml import BlockType, block_type
 from llama2.quant.ggml_pack import LAYOUTS, Fit, Layout, layout_of, pack
-from llama2.quant.ggml_search import Groups, by_block, fit
+from llama2.quant.ggml_search import WeightGroups, by_block, fit
 
 _CHUNK = 1 << 19  # weights encoded in one go; the searches hold a dozen copies of them in float32
 # No column counts for less than this part of the mean: the calibration text is a sample.
@@ -82,7 +82,7 @@ def _encode(block: BlockType, layout: Layout, x: Tensor, w: Tensor | None) -> Te
     if w is None and block.name in _PLAIN:
         return _PLAIN[block.name](block, layout, x)
     weight = _magnitude(x, layout) if w is None else w
-    groups = Groups(x, layout.width, weight)
+    groups = WeightGroups(x, layout.width, weight)
     found = fit(groups, layout, TRIALS[block.name])
     return pack(block, found, by_block(groups.codes(found, layout), len(x)))
 

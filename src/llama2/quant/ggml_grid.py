@@ -13,7 +13,7 @@ from llama2.errors import InputError
 from llama2.quant.ggml import BlockType, block_type, dequantize
 from llama2.quant.ggml_encode import TRIALS, quantize, usable
 from llama2.quant.ggml_pack import Fit, layout_of, pack
-from llama2.quant.ggml_search import Groups, fit
+from llama2.quant.ggml_search import WeightGroups, fit
 from llama2.quant.solve import solve
 
 _CHUNK = 1 << 19  # weights whose parameters are searched in one go
@@ -43,7 +43,7 @@ class BlockGrid:
         fits = []
         for start in range(0, len(weight_NS), rows):
             x = weight_NS[start : start + rows].float()
-            fits.append(fit(Groups(x, self.layout.width, w.expand_as(x)), self.layout, TRIALS[self.block.name]))
+            fits.append(fit(WeightGroups(x, self.layout.width, w.expand_as(x)), self.layout, TRIALS[self.block.name]))
         return _params(_joined(fits))
 
     def round(self, column_N: Tensor, params: BlockParams, index: int) -> Tensor:

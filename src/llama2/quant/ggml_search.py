@@ -21,7 +21,7 @@ _ROUNDS = 2  # of neighbours, with the factors refitted in between
 _REFITS = 3  # of codes and factors in turn, for types without groups
 
 
-class Groups:
+class WeightGroups:
     """The weights x (N, k * e) by groups, with the importance `w` of each. Sums over a group are float64."""
 
     def __init__(self, x: Tensor, width: int, w: Tensor) -> None:
@@ -76,7 +76,7 @@ def half(x: Tensor) -> Tensor:
     return x.clamp(-65504, 65504).half().float()
 
 
-def fit(groups: Groups, layout: Layout, trials: Sequence[float]) -> Fit:
+def fit(groups: WeightGroups, layout: Layout, trials: Sequence[float]) -> Fit:
     """The best parameters found. `trials`: over how many codes a group's values are spread, one attempt each; without
     a minimum, to which code the value of largest magnitude goes."""
     search = _search_affine if layout.affine else _search_symmetric
@@ -92,7 +92,7 @@ def fit(groups: Groups, layout: Layout, trials: Sequence[float]) -> Fit:
     return found
 
 
-def _search_affine(groups: Groups, layout: Layout, trials: Sequence[float]) -> Fit:
+def _search_affine(groups: WeightGroups, layout: Layout, trials: Sequence[float]) -> Fit:
     """Of each trial's codes by linear regression, as make_qkx3_quants; the next trial starts at the best minimum."""
     low, high, bound = groups.x.amin(0), groups.x.amax(0), layout.scales
     if bound is not None:
@@ -122,7 +122,7 @@ def _search_affine(groups: Groups, layout: Layout, trials: Sequence[float]) -> F
     return Fit(d, s, dm, m)
 
 
-def _search_symmetric(groups: Groups, layout: Layout, trials: Sequence[float]) -> Fit:
+def _search_symmetric(groups: WeightGroups, layout: Layout, trials: Sequence[float]) -> Fit:
     """The scale of each group by least squares for the codes of each trial (make_qx_quants)."""
     extreme = groups.x.gather(0, groups.x.abs().argmax(0, keepdim=True)).squeeze(0)
     scale, best = torch.zeros_like(extreme), torch.full_like(groups.sum_w, -1.0)
@@ -141,7 +141,7 @@ def _search_symmetric(groups: Groups, layout: Layout, trials: Sequence[float]) -
     return Fit(d, (scale * _inverse(d)).round().clamp(*layout.scales))
 
 
-def nearby(groups: Groups, start: Fit, layout: Layout) -> Fit:
+def nearby(groups: WeightGroups, start: Fit, layout: Layout) -> Fit:
     """Each group's best among its scale and minimum and those one above and below."""
     assert layout.scales is not None
     best, least = start, groups.errors(start, layout)
@@ -162,7 +162,7 @@ def nearby(groups: Groups, start: Fit, layout: Layout) -> Fit:
     return best
 
 
-def _refit(groups: Groups, start: Fit, layout: Layout) -> Fit:
+def _refit(groups: WeightGroups, start: Fit, layout: Layout) -> Fit:
     """The factors by least squares for the codes that the fit gives, where that is better."""
     moments = groups.moments(groups.codes(start, layout))
     other = _factors(groups, start, layout, *map(groups.per_block, moments))
@@ -171,7 +171,7 @@ def _refit(groups: Groups, start: Fit, layout: Layout) -> Fit:
     return replace(start, d=torch.where(better, other.d, start.d), dm=dm)
 
 
-def _factors(groups: Groups, start: Fit, layout: Layout, sum_q: Tensor, sum_qq: Tensor, sum_qx: Tensor) -> Fit:
+def _factors(groups: WeightGroups, start: Fit, layout: Layout, sum_q: Tensor, sum_qq: Tensor, sum_qx: Tensor) -> Fit:
     """d (and dm) by least squares over each block, from the moments (N, k) of its groups; as they are where that is
     not sound."""
     power, gain = ((x).sum(1, keepdim=True) for x in (start.s**2 * sum_qq, start.s * sum_qx))

@@ -35,7 +35,7 @@ from llama2.quantize.hessian import make_hessian
 from llama2.quantize.journal import Journal, layer_file, sweep
 from llama2.quantize.layer import GROUPS, Stages, batch_of, norm
 from llama2.quantize.methods import Made, errors, make_method
-from llama2.quantize.options import Options, as_dict
+from llama2.quantize.options import QuantizationSettings, as_dict
 from llama2.quantize.report import LinearReport, Report
 from llama2.quantize.states import States
 from llama2.quantize.view import QuantizedCheckpoint
@@ -64,7 +64,7 @@ def quantize(
     is called in the same way again. Raises InputError for arguments that cannot be, CheckpointError for a damaged
     source, a target that exists, an interrupted job of another call, or a disk that is too small.
     """
-    settings = Options(method=method, **options)
+    settings = QuantizationSettings(method=method, **options)
     with locked(target):
         return Job(source, target, settings, data, held_out, tokenizer, progress).run()
 
@@ -76,7 +76,7 @@ class Job:
         self,
         source: str | Path,
         target: str | Path,
-        options: Options,
+        options: QuantizationSettings,
         data: str | Path | Sequence[Any] | None,
         held_out: str | Path | None,
         tokenizer: Any,
@@ -169,7 +169,7 @@ class Job:
     def _identity(self) -> dict[str, Any]:
         found = self.calibration
         return {
-            "source": convert.fingerprint(self.source, convert.Options()),
+            "source": convert.fingerprint(self.source, convert.ConversionSettings()),
             "options": as_dict(self.options),
             "text": None if found is None else found.digest,
             "held_out": None if found is None else _digest(found.held_out),
@@ -348,10 +348,10 @@ class Job:
         blocks = {name: self.blocks.block_of(name).name for name in replaced} if self.blocks else {}
         return QuantizedCheckpoint(self.source, files, replaced, self.settings, blocks)
 
-    def _writing(self) -> convert.Options:
+    def _writing(self) -> convert.ConversionSettings:
         if self.options.kind == "gguf":
-            return convert.Options("gguf", self.options.block_type, calibrated=self.options.calibrated)
-        return convert.Options("hf", shard_size=self.options.shard_size)
+            return convert.ConversionSettings("gguf", self.options.block_type, calibrated=self.options.calibrated)
+        return convert.ConversionSettings("hf", shard_size=self.options.shard_size)
 
     def _write(self, report: Report) -> None:
         """The weights and all that goes with them, into result/."""

@@ -17,7 +17,7 @@ from llama2.quant.methods import layer_class
 from llama2.quant.nf4 import Linear4bit
 from llama2.quant.solve import solve
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
-from llama2.quantize.options import Options
+from llama2.quantize.options import QuantizationSettings
 
 
 class Made(NamedTuple):
@@ -45,7 +45,7 @@ class Method(ABC):
 class BlockMethod(Method):
     """The packed formats of bitsandbytes: NF4, FP4, int8 rows. With a Hessian the solver chooses the codes."""
 
-    def __init__(self, config: QuantizationConfig, options: Options) -> None:
+    def __init__(self, config: QuantizationConfig, options: QuantizationSettings) -> None:
         self.config, self.options = config, options
         self._layer = layer_class(config)
 
@@ -63,7 +63,7 @@ class BlockMethod(Method):
 class GptqMethod(Method):
     """GPTQ's integers. Linears that share an input are solved as one, for which H is factored once."""
 
-    def __init__(self, config: GPTQConfig, options: Options) -> None:
+    def __init__(self, config: GPTQConfig, options: QuantizationSettings) -> None:
         self.config, self.options = config, options
 
     def make(self, path: str, weight: Tensor, hessian: Tensor | None) -> Made:
@@ -103,7 +103,7 @@ class GgufMethod(Method):
     """ggml's blocks; block_of: the type that the file gives a tensor. With a Hessian the solver chooses the codes, or
     its diagonal weighs the errors where the options want no solver."""
 
-    def __init__(self, options: Options, block_of: Callable[[str], BlockType]) -> None:
+    def __init__(self, options: QuantizationSettings, block_of: Callable[[str], BlockType]) -> None:
         self.options, self.block_of = options, block_of
 
     def make(self, path: str, weight: Tensor, hessian: Tensor | None) -> Made:
@@ -117,7 +117,7 @@ class GgufMethod(Method):
 
 
 def make_method(
-    options: Options, config: QuantizationConfig | None, block_of: Callable[[str], BlockType] | None
+    options: QuantizationSettings, config: QuantizationConfig | None, block_of: Callable[[str], BlockType] | None
 ) -> Method:
     """The method that the options name."""
     if block_of is not None:

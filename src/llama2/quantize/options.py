@@ -15,7 +15,7 @@ CALIBRATED = ("gptq", "gguf")  # unless told otherwise
 
 
 @dataclass(frozen=True)
-class Options:
+class QuantizationSettings:
     """How to quantise.
 
     method: "gptq", "nf4", "fp4", "int8", or "gguf:" and a block type. bits, group_size, act_order, static_groups, sym,
@@ -150,6 +150,6 @@ def group_size(config: LlamaConfig, wanted: int | None) -> int:
     return wanted
 
 
-def as_dict(options: Options) -> dict[str, Any]:
+def as_dict(options: QuantizationSettings) -> dict[str, Any]:
     """The options, JSON-ready."""
     return {name: getattr(options, name) for name in options.__dataclass_fields__}

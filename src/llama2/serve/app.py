@@ -18,10 +18,10 @@ from llama2.serve.keys import Keys
 from llama2.serve.logs import logger
 from llama2.serve.origin import check_host, check_kind
 from llama2.serve.refusal import Dialect, Refusal
-from llama2.serve.service import Call, Gone, Service
+from llama2.serve.service import Gone, RouteCall, Service
 from llama2.serve.sse import EventStream, refused
 
-Handler = Callable[[Call], Awaitable[Response]]
+Handler = Callable[[RouteCall], Awaitable[Response]]
 _INTERNAL = Refusal("internal", "the server failed on this request; its log has the reason under this request id")
 MAX_HEADERS, MAX_HEADER_BYTES = 128, 16_384
 PROBES = ("/health", "/ping", "/ready")
@@ -104,10 +104,10 @@ def _plain_routes(app: FastAPI, service: Service) -> None:
         endpoint = _endpoint(service, handler, dialect, False, open, keys)
         app.add_api_route(path, endpoint, methods=["GET"], summary=told, response_class=Response)
 
-    async def document(call: Call) -> Response:
+    async def document(call: RouteCall) -> Response:
         return JSONResponse(app.openapi())
 
-    async def documentation(call: Call) -> Response:
+    async def documentation(call: RouteCall) -> Response:
         return HTMLResponse(_documentation(app.openapi()), headers={"content-security-policy": "default-src 'none'"})
 
     for path in ("/", "/health"):
@@ -156,7 +156,7 @@ def _endpoint(
     """
 
     async def endpoint(request: Request) -> Response:
-        call = Call(service, request, b"", id=request.scope["state"].get("id", ""))
+        call = RouteCall(service, request, b"", id=request.scope["state"].get("id", ""))
         call.dialect = dialect
         request.scope["state"]["notes"] = call.notes
         inside = False
@@ -205,7 +205,7 @@ def _owner(keys: Keys, request: Request) -> str:
     return owner
 
 
-async def _body(call: Call) -> bytes:
+async def _body(call: RouteCall) -> bytes:
     """The body, counted as it comes. Raises Refusal."""
     service, request = call.service, call.request
     check_kind(request.headers, service.policy.cors_origins)
@@ -312,19 +312,19 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
         text = value.decode("latin-1")
         if 0 < len(text) <= 128 and text.isascii() and all(c.isalnum() or c in "-_.:" for c in text):
             return text
-    return Call.new_id()
+    return RouteCall.new_id()
 
 
 # -- routes without a body ---------------------------------------------------------------------------------------
 
 
-async def _health(call: Call) -> Response:
+async def _health(call: RouteCall) -> Response:
     if call.service.alive():
         return Response(status_code=200)
     return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
 
 
-async def _ready(call: Call) -> Response:
+async def _ready(call: RouteCall) -> Response:
     service = call.service
     if service.life.ready and service.alive():
         return Response(status_code=200)
@@ -332,11 +332,11 @@ async def _ready(call: Call) -> Response:
     return JSONResponse({"error": f"not ready: {state}", "error_type": "healthcheck"}, 503, {"retry-after": "2"})
 
 
-async def _metrics(call: Call) -> Response:
+async def _metrics(call: RouteCall) -> Response:
     return PlainTextResponse(call.service.metrics.page(), media_type="text/plain; version=0.0.4")
 
 
-async def _info(call: Call) -> Response:
+async def _info(call: RouteCall) -> Response:
     service, policy = call.service, call.service.policy
     engine, bounds = service.engine, service.bounds
     return JSONResponse(
@@ -365,7 +365,7 @@ async def _info(call: Call) -> Response:
     )
 
 
-async def _version(call: Call) -> Response:
+async def _version(call: RouteCall) -> Response:
     return JSONResponse({"version": llama2.__version__})
 
 
@@ -383,13 +383,13 @@ def _card(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-async def _models(call: Call) -> Response:
+async def _models(call: RouteCall) -> Response:
     service = call.service
     names = (*service.policy.names, *service.adapters)
     return JSONResponse({"object": "list", "data": [_card(service, name) for name in names]})
 
 
-async def _model(call: Call) -> Response:
+async def _model(call: RouteCall) -> Response:
     service, name = call.service, call.request.path_params["id"]
     service.adapter(name)
     return JSONResponse(_card(service, name))

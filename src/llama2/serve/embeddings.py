@@ -13,7 +13,7 @@ from llama2.serve.large import answer
 from llama2.serve.numbers import FIRST_FAULT, Dimensions, Ids
 from llama2.serve.openai_completions import encode
 from llama2.serve.refusal import Refusal
-from llama2.serve.service import Call, Service
+from llama2.serve.service import RouteCall, Service
 
 
 class EmbeddingBody(Body):
@@ -76,7 +76,7 @@ def _check(row: tuple[int, ...], most: int, vocabulary: int) -> None:
         raise Refusal("validation", f"token id {bad[0]} does not exist; ids run from 0 to {vocabulary - 1}", "input")
 
 
-async def embeddings(call: Call) -> Response:
+async def embeddings(call: RouteCall) -> Response:
     """Answers one request."""
     body = await call.read(EmbeddingBody)
     return await call.service.embedded(call.owner, answer, embed, call.service, body)

@@ -23,7 +23,7 @@ from llama2.serve.openai import (
 )
 from llama2.serve.refusal import Refusal
 from llama2.serve.request import Generation
-from llama2.serve.service import Call, Service
+from llama2.serve.service import RouteCall, Service
 from llama2.serve.session import Answer, Session, fold
 
 # What the `text-generation` client always sends, set or not; see `ChatBody.legacy`.
@@ -112,7 +112,7 @@ def parse(service: Service, body: ChatBody, owner: str) -> tuple[Generation, Too
     )
 
 
-async def chat(call: Call) -> Response:
+async def chat(call: RouteCall) -> Response:
     """Answers one request."""
     body = await call.read(ChatBody)
     service = call.service

@@ -24,7 +24,7 @@ from llama2.serve.openai import (
 )
 from llama2.serve.refusal import Refusal
 from llama2.serve.request import Generation
-from llama2.serve.service import Call, Service
+from llama2.serve.service import RouteCall, Service
 from llama2.serve.session import Answer, Session, fold
 
 DEFAULT_NEW = 16  # OpenAI's
@@ -107,7 +107,7 @@ def _is_ids(prompt: list[Any]) -> bool:
     return bool(prompt) and isinstance(prompt[0], int)
 
 
-async def completions(call: Call) -> Response:
+async def completions(call: RouteCall) -> Response:
     """Answers one request."""
     body = await call.read(CompletionBody)
     service = call.service

@@ -10,7 +10,7 @@ Dialect = Literal["openai", "tgi"]
 
 
 @dataclass(frozen=True)
-class Kind:
+class ErrorKind:
     """A reason: status, type and code for OpenAI's clients, status and type for TGI's."""
 
     status: int
@@ -21,31 +21,31 @@ class Kind:
 
 
 _INVALID = "invalid_request_error"
-KINDS: Mapping[str, Kind] = {
-    "malformed": Kind(400, _INVALID, "malformed", 400, "validation"),
-    "validation": Kind(400, _INVALID, None, 422, "validation"),
-    "context": Kind(400, _INVALID, "context_length_exceeded", 422, "validation"),
-    "template": Kind(400, _INVALID, "template_error", 422, "template_error"),
-    "tool": Kind(400, _INVALID, "tool_error", 422, "tool_error"),
-    "costly": Kind(400, _INVALID, "request_too_costly", 422, "validation"),
-    "key": Kind(401, "authentication_error", "invalid_api_key", 401, "authentication"),
-    "model": Kind(404, "not_found_error", "model_not_found", 404, "not_found"),
-    "route": Kind(404, "not_found_error", "not_found", 404, "not_found"),
-    "method": Kind(405, _INVALID, "method_not_allowed", 405, "validation"),
-    "host": Kind(421, _INVALID, "misdirected_request", 421, "validation"),
-    "size": Kind(413, _INVALID, "request_too_large", 413, "validation"),
-    "media": Kind(415, _INVALID, "unsupported_media_type", 415, "validation"),
-    "slow": Kind(408, _INVALID, "request_timeout", 408, "validation"),
-    "headers": Kind(431, _INVALID, "headers_too_large", 431, "validation"),
-    "busy": Kind(429, "rate_limit_error", "overloaded", 429, "overloaded"),
-    "rate": Kind(429, "rate_limit_error", "rate_limit_exceeded", 429, "overloaded"),
-    "starting": Kind(503, "server_error", "model_loading", 503, "healthcheck"),
-    "closing": Kind(503, "server_error", "shutting_down", 503, "overloaded"),
-    "unable": Kind(501, "server_error", "not_implemented", 501, "validation"),
-    "constraint": Kind(400, _INVALID, "constraint_failed", 424, "generation"),
-    "generation": Kind(500, "server_error", "generation_failed", 424, "generation"),
-    "deadline": Kind(504, "server_error", "deadline_exceeded", 504, "incomplete_generation"),
-    "internal": Kind(500, "server_error", "internal_error", 500, "incomplete_generation"),
+KINDS: Mapping[str, ErrorKind] = {
+    "malformed": ErrorKind(400, _INVALID, "malformed", 400, "validation"),
+    "validation": ErrorKind(400, _INVALID, None, 422, "validation"),
+    "context": ErrorKind(400, _INVALID, "context_length_exceeded", 422, "validation"),
+    "template": ErrorKind(400, _INVALID, "template_error", 422, "template_error"),
+    "tool": ErrorKind(400, _INVALID, "tool_error", 422, "tool_error"),
+    "costly": ErrorKind(400, _INVALID, "request_too_costly", 422, "validation"),
+    "key": ErrorKind(401, "authentication_error", "invalid_api_key", 401, "authentication"),
+    "model": ErrorKind(404, "not_found_error", "model_not_found", 404, "not_found"),
+    "route": ErrorKind(404, "not_found_error", "not_found", 404, "not_found"),
+    "method": ErrorKind(405, _INVALID, "method_not_allowed", 405, "validation"),
+    "host": ErrorKind(421, _INVALID, "misdirected_request", 421, "validation"),
+    "size": ErrorKind(413, _INVALID, "request_too_large", 413, "validation"),
+    "media": ErrorKind(415, _INVALID, "unsupported_media_type", 415, "validation"),
+    "slow": ErrorKind(408, _INVALID, "request_timeout", 408, "validation"),
+    "headers": ErrorKind(431, _INVALID, "headers_too_large", 431, "validation"),
+    "busy": ErrorKind(429, "rate_limit_error", "overloaded", 429, "overloaded"),
+    "rate": ErrorKind(429, "rate_limit_error", "rate_limit_exceeded", 429, "overloaded"),
+    "starting": ErrorKind(503, "server_error", "model_loading", 503, "healthcheck"),
+    "closing": ErrorKind(503, "server_error", "shutting_down", 503, "overloaded"),
+    "unable": ErrorKind(501, "server_error", "not_implemented", 501, "validation"),
+    "constraint": ErrorKind(400, _INVALID, "constraint_failed", 424, "generation"),
+    "generation": ErrorKind(500, "server_error", "generation_failed", 424, "generation"),
+    "deadline": ErrorKind(504, "server_error", "deadline_exceeded", 504, "incomplete_generation"),
+    "internal": ErrorKind(500, "server_error", "internal_error", 500, "incomplete_generation"),
 }
 
 _ERRORS: dict[type[InputError], str] = {  # the first that fits

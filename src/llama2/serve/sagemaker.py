@@ -8,7 +8,7 @@ from starlette.responses import Response
 from llama2.serve import openai_chat, openai_completions, tgi
 from llama2.serve.body import check_depth
 from llama2.serve.refusal import Dialect, Refusal
-from llama2.serve.service import Call
+from llama2.serve.service import RouteCall
 
 
 def dialect_of(data: bytes) -> tuple[str, Dialect]:
@@ -24,7 +24,7 @@ def dialect_of(data: bytes) -> tuple[str, Dialect]:
     raise Refusal("validation", "the body has neither inputs (text generation), messages (chat) nor prompt; send one")
 
 
-async def invocations(call: Call) -> Response:
+async def invocations(call: RouteCall) -> Response:
     """/invocations."""
     name, call.dialect = dialect_of(call.data)
     if name == "messages":

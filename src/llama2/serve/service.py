@@ -201,7 +201,7 @@ class Gone(Exception):
 
 
 @dataclass
-class Call:
+class RouteCall:
     """One request on a route, its body read."""
 
     service: Service

@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from llama2.engine.engine import Event
 from llama2.serve.refusal import Dialect, Refusal
-from llama2.serve.service import Call, Gone, late
+from llama2.serve.service import Gone, RouteCall, late
 from llama2.serve.session import Session
 
 PING = b": ping\n\n"
@@ -39,7 +39,7 @@ class EventStream(Response):
     """Tells a session's events through a writer. An error before the first byte has an HTTP status of its own."""
 
     def __init__(
-        self, call: Call, session: Session, writer: Writer, dialect: Dialect, headers: dict[str, str] | None = None
+        self, call: RouteCall, session: Session, writer: Writer, dialect: Dialect, headers: dict[str, str] | None = None
     ) -> None:
         self.call, self.session, self.writer, self.dialect = call, session, writer, dialect
         self.status_code, self.background = 200, None

@@ -34,7 +34,7 @@ from llama2.serve.openai_chat import ChatBody, Tools
 from llama2.serve.openai_completions import encode
 from llama2.serve.refusal import Refusal
 from llama2.serve.request import Generation, Sampling
-from llama2.serve.service import Call, Service
+from llama2.serve.service import RouteCall, Service
 from llama2.serve.session import Answer, Session, fold
 
 REASONS: dict[Finish, str] = {"length": "length", "eos": "eos_token", "stop": "stop_sequence"}
@@ -163,17 +163,17 @@ def _wants_details(given: Parameters) -> bool:
     return bool(given.details or given.decoder_input_details)
 
 
-async def generate(call: Call) -> Response:
+async def generate(call: RouteCall) -> Response:
     """/generate."""
     return await whole(call, await call.read(GenerateBody))
 
 
-async def generate_stream(call: Call) -> Response:
+async def generate_stream(call: RouteCall) -> Response:
     """/generate_stream."""
     return await streamed(call, await call.read(GenerateBody))
 
 
-async def compat(call: Call) -> Response:
+async def compat(call: RouteCall) -> Response:
     """/: one or the other, and a list around the whole answer."""
     body = await call.read(GenerateBody)
     full = body.given.return_full_text
@@ -182,7 +182,7 @@ async def compat(call: Call) -> Response:
     return await streamed(call, body) if body.stream else await whole(call, body, listed=True)
 
 
-async def whole(call: Call, body: GenerateBody, listed: bool = False) -> Response:
+async def whole(call: RouteCall, body: GenerateBody, listed: bool = False) -> Response:
     """The complete answer."""
     generation = await call.parse(parse, call.service, body, call.owner, False)
     session = await call.begin(generation)
@@ -200,7 +200,7 @@ async def whole(call: Call, body: GenerateBody, listed: bool = False) -> Respons
     return JSONResponse([found] if listed else found, headers=headers)
 
 
-async def streamed(call: Call, body: GenerateBody) -> Response:
+async def streamed(call: RouteCall, body: GenerateBody) -> Response:
     """The answer token by token."""
     generation = await call.parse(parse, call.service, body, call.owner, True)
     session = await call.begin(generation)
@@ -326,7 +326,7 @@ def _headers(session: Session, prompt: int, characters: int) -> dict[str, str]:
     }
 
 
-async def tokenize(call: Call) -> Response:
+async def tokenize(call: RouteCall) -> Response:
     """/tokenize: the ids of a prompt with their places in it."""
     body = await call.read(GenerateBody)
     _check_bytes(call.service, [body.inputs])
@@ -351,7 +351,7 @@ def _pieces(tokenizer: Any, text: str, add: bool, special: bool) -> list[dict[st
     ]
 
 
-async def chat_tokenize(call: Call) -> Response:
+async def chat_tokenize(call: RouteCall) -> Response:
     """/chat_tokenize: the ids and the text of a rendered conversation."""
     body = await call.read(ChatBody)
     _check_bytes(call.service, [message.text() for message in body.messages])
@@ -384,7 +384,7 @@ class DetokenizeBody(Body):
         return self
 
 
-async def detokenize(call: Call) -> Response:
+async def detokenize(call: RouteCall) -> Response:
     """/detokenize: the text of ids."""
     body = await call.read(DetokenizeBody)
     ids = body.tokens if body.tokens is not None else body.ids or []

@@ -10,7 +10,7 @@ from llama2.errors import TokenizerError
 from llama2.tokenizer import batching
 from llama2.tokenizer.chat import ChatPrompt
 from llama2.tokenizer.encoding import BatchEncoding, Encoding, Segment
-from llama2.tokenizer.template import BARE, Part, Template
+from llama2.tokenizer.template import BARE, Template, TemplatePart
 
 if TYPE_CHECKING:
     from llama2.tokenizer.contract import PreTrainedTokenizer
@@ -19,7 +19,7 @@ VERY_LARGE = int(1e30)  # what files write for "no limit"
 ACCEPTED = "str, a list of str (a batch), or with is_split_into_words=True a list of words or a list of such lists"
 
 
-class Call:
+class TokenizerCall:
     """One call of a tokenizer: normalises its arguments, then runs."""
 
     def __init__(
@@ -57,13 +57,17 @@ class Call:
     def _limit(self, truncation: bool | str | None, max_length: int | None) -> tuple[int | None, batching.Truncation]:
         strategy = batching.truncation_of(truncation)
         if max_length is not None and truncation is None and self.padding == "do_not_pad":
-            self.tok._warn("implicit truncation", "max_length without truncation=True: truncating to it all the same")
+            self.tok.warn_once(
+                "implicit truncation", "max_length without truncation=True: truncating to it all the same"
+            )
             strategy = "longest_first"
         if max_length is None and strategy != "do_not_truncate":
             if self.tok.model_max_length < VERY_LARGE:
                 max_length = self.tok.model_max_length
             else:
-                self.tok._warn("no limit", "truncation=True without max_length, and the model has none: nothing is cut")
+                self.tok.warn_once(
+                    "no limit", "truncation=True without max_length, and the model has none: nothing is cut"
+                )
                 strategy = "do_not_truncate"
         return max_length, strategy
 
@@ -108,7 +112,7 @@ class Call:
             columns = self._columns(self._encodings(detail=self.offsets))
         self._warn_long(columns["input_ids"])
         tok = self.tok
-        length = tok._pad(columns, self.padding, self.max_length, self.multiple, self.side)
+        length = tok.pad_columns(columns, self.padding, self.max_length, self.multiple, self.side)
         if self.length:
             columns["length"] = [len(row) for row in columns["input_ids"]]
         single = self.single and not self.overflow
@@ -118,13 +122,13 @@ class Call:
         return BatchEncoding(data, alignment, self.tensors, n_sequences=1 + pairs, is_fast=tok.is_fast)
 
     def _plain_columns(self) -> dict[str, list[Any]]:
-        rows = self.tok._encode_ids([text for text, _ in self.rows], self.keep_special)
-        before, after = self.tok._template.around() if self.specials else ([], [])
+        rows = self.tok.encode_texts([text for text, _ in self.rows], self.keep_special)
+        before, after = self.tok.special_tokens_template.around() if self.specials else ([], [])
         if before or after:
             rendered = [isinstance(text, ChatPrompt) for text, _ in self.rows]
             for row, has_its_own in zip(rows, rendered, strict=True):
                 if not has_its_own:
-                    self.tok._warn_double_bos(row)
+                    self.tok.warn_of_double_bos(row)
             rows = [row if own else before + row + after for row, own in zip(rows, rendered, strict=True)]
         columns: dict[str, list[Any]] = {"input_ids": rows}
         if self.mask:
@@ -146,9 +150,9 @@ class Call:
         flat = [value for row in self.rows for value in row if value is not None]
         texts = [word for value in flat for word in value] if self.words else flat
         if detail:
-            found = iter(self.tok._encode_segments(texts, self.keep_special))
+            found = iter(self.tok.encode_segments(texts, self.keep_special))
         else:
-            found = iter([Segment(ids) for ids in self.tok._encode_ids(texts, self.keep_special)])
+            found = iter([Segment(ids) for ids in self.tok.encode_texts(texts, self.keep_special)])
         if not self.words:
             return [(next(found), None if pair is None else next(found)) for _, pair in self.rows]
         return [
@@ -161,7 +165,7 @@ class Call:
         out = []
         found = self._segments(detail) if self.given is None else self.given
         for (a, b), (text, _) in zip(found, self.rows, strict=True):
-            template = self.tok._template if self.specials and not isinstance(text, ChatPrompt) else BARE
+            template = self.tok.special_tokens_template if self.specials and not isinstance(text, ChatPrompt) else BARE
             room = (self.max_length or 0) - template.added(b is not None)
             side = batching.check_side("truncation_side", self.tok.truncation_side)
             cut = batching.truncate(a, b, room, self.truncation, self.stride, side)
@@ -170,7 +174,7 @@ class Call:
 
     def _assemble(self, template: Template, a: Segment, b: Segment | None) -> Encoding:
         row = Encoding([], [], [], [], [], [])
-        parts: Sequence[Part] = template.single if b is None else template.pair
+        parts: Sequence[TemplatePart] = template.single if b is None else template.pair
         for part in parts:
             if part.kind == "special":
                 segment, sequence, special = Segment(list(part.ids)), None, 1
@@ -183,7 +187,7 @@ class Call:
             row.sequence_ids += [sequence] * n
             row.offsets += segment.offsets or [(0, 0)] * n
             row.word_ids += segment.words or [None] * n
-        row.tokens = [self.tok._id_token(i) for i in row.ids] if a.offsets is not None else []
+        row.tokens = [self.tok.piece_of_id(i) for i in row.ids] if a.offsets is not None else []
         return row
 
     def _columns(self, groups: list[list[Encoding]]) -> dict[str, list[Any]]:
@@ -205,7 +209,7 @@ class Call:
         limit = self.tok.model_max_length
         longest = max(map(len, rows), default=0)
         if self.verbose and self.max_length is None and longest > limit:
-            self.tok._warn("too long", f"{longest} tokens are more than the model's {limit}; use truncation=True")
+            self.tok.warn_once("too long", f"{longest} tokens are more than the model's {limit}; use truncation=True")
 
 
 def _join(segments: list[Segment]) -> Segment:

@@ -6,7 +6,7 @@ from typing import Any, overload
 
 from llama2.errors import TokenizerError
 from llama2.tokenizer import batching
-from llama2.tokenizer.call import ACCEPTED, VERY_LARGE, Call, tensor_kind, to_list, whole
+from llama2.tokenizer.call import ACCEPTED, VERY_LARGE, TokenizerCall, tensor_kind, to_list, whole
 from llama2.tokenizer.chat import ChatPrompt, ChatTemplates
 from llama2.tokenizer.encoding import BatchEncoding, Segment
 from llama2.tokenizer.interchange import Interchange
@@ -36,11 +36,12 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         """Size of the base vocabulary, without the tokens added later."""
         raise NotImplementedError
 
-    def _encode_ids(self, texts: list[str], keep_special: bool) -> list[list[int]]:
+    def encode_texts(self, texts: list[str], keep_special: bool) -> list[list[int]]:
+        """The ids of each text, without those of the template; keep_special: special tokens in it are found."""
         raise NotImplementedError
 
-    def _encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
-        """As `_encode_ids`, with offsets and words."""
+    def encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
+        """As `encode_texts`, with offsets and words."""
         raise NotImplementedError
 
     def _encode_parts(self, parts: Sequence[str | int]) -> list[int]:
@@ -94,21 +95,21 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         if text is None and text_target is None:
             raise TokenizerError(f"nothing to encode: text is None; pass {ACCEPTED}")
         if text_target is None:
-            return Call(self, text, text_pair, **options).run()
-        target = Call(self, text_target, text_pair_target, **options).run()
+            return TokenizerCall(self, text, text_pair, **options).run()
+        target = TokenizerCall(self, text_target, text_pair_target, **options).run()
         if text is None:
             return target
-        encoded = Call(self, text, text_pair, **options).run()
+        encoded = TokenizerCall(self, text, text_pair, **options).run()
         encoded["labels"] = target["input_ids"]
         return encoded
 
     def encode(self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **kwargs: Any) -> list[int]:
         """The ids of one text or pair; keywords as for a call."""
         if not kwargs and text_pair is None and isinstance(text, str):
-            ids = self._encode_ids([text], not self.split_special_tokens)[0]
+            ids = self.encode_texts([text], not self.split_special_tokens)[0]
             if add_special_tokens and not isinstance(text, ChatPrompt):
-                self._warn_double_bos(ids)
-                before, after = self._template.around()
+                self.warn_of_double_bos(ids)
+                before, after = self.special_tokens_template.around()
                 return before + ids + after
             return ids
         result: list[int] = self(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)["input_ids"]
@@ -136,11 +137,11 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
             "split_special_tokens": split_special_tokens,
         }
         enc = self(text, pair, **options, **other)
-        return [self._id_token(i) for i in enc["input_ids"]]
+        return [self.piece_of_id(i) for i in enc["input_ids"]]
 
     def prepare_for_model(self, ids: list[int], pair_ids: list[int] | None = None, **kwargs: Any) -> BatchEncoding:
         """Ids of one text or pair, as a call would return them: special tokens, truncation, padding."""
-        call = Call(self, "", None if pair_ids is None else "", **kwargs)
+        call = TokenizerCall(self, "", None if pair_ids is None else "", **kwargs)
         call.given = [(Segment(list(ids)), None if pair_ids is None else Segment(list(pair_ids)))]
         return call.run()
 
@@ -148,16 +149,18 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         """One warning for keywords that transformers accepts and that change nothing here."""
         if names:
             told = ", ".join(sorted(names))
-            self._warn(f"no effect: {told}", f"{told}: no effect on a Llama tokenizer")
+            self.warn_once(f"no effect: {told}", f"{told}: no effect on a Llama tokenizer")
 
-    def _warn(self, key: str, message: str) -> None:
+    def warn_once(self, key: str, message: str) -> None:
+        """Logs a warning, once for each key."""
         if key not in self._warned:
             self._warned.add(key)
             logger.warning(message)
 
-    def _warn_double_bos(self, ids: list[int]) -> None:
+    def warn_of_double_bos(self, ids: list[int]) -> None:
+        """Warns, once, where a text begins with the BOS token that the template puts before it."""
         if self._add_bos and ids and ids[0] == self.bos_token_id:
-            self._warn(
+            self.warn_once(
                 "double bos",
                 f"the text already starts with {self.bos_token!r} and a second one is put in front; pass "
                 "add_special_tokens=False, or let apply_chat_template tokenize",
@@ -198,12 +201,12 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         columns = {name: [to_list(row) for row in rows] for name, rows in columns.items()}
         if return_attention_mask is not False and "attention_mask" not in columns:
             columns["attention_mask"] = [[1] * len(row) for row in columns["input_ids"]]
-        self._pad(columns, batching.padding_of(padding), max_length, pad_to_multiple_of, padding_side)
+        self.pad_columns(columns, batching.padding_of(padding), max_length, pad_to_multiple_of, padding_side)
         if single and return_tensors is None:
             columns = {name: rows[0] for name, rows in columns.items()}
         return BatchEncoding(columns, tensor_type=return_tensors, is_fast=self.is_fast)
 
-    def _pad(
+    def pad_columns(
         self,
         columns: dict[str, list[Any]],
         padding: batching.Padding,
@@ -218,7 +221,7 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         if max_length is None and self.model_max_length < VERY_LARGE:
             max_length = self.model_max_length
         if padding == "max_length" and max_length is None:
-            self._warn(
+            self.warn_once(
                 "no length", "padding='max_length' without max_length, and the model has none: nothing is padded"
             )
             return None
@@ -369,7 +372,7 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         return [self._piece(i) for i in values if not (skip_special_tokens and i in self._skippable)]
 
     def _piece(self, token_id: int) -> str | None:
-        return self._id_token(token_id) if token_id >= 0 and self._has_piece(token_id) else None
+        return self.piece_of_id(token_id) if token_id >= 0 and self._has_piece(token_id) else None
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """The id of a piece, or those of a list; an unknown piece gives the id of the unknown token, if any."""

@@ -88,7 +88,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
                 "Cannot load the tokenizer: vocab_file is 'None' and tokenizer_file is 'None'. Pass the path of "
                 "tokenizer.model or tokenizer.json"
             )
-        if asked and vocab_file is None and self._prefix is not None:
+        if asked and vocab_file is None and self.space_prefix is not None:
             self._restyle(prefix or prefix_of(legacy, add_prefix_space))
         self._reason = self._ranks_fall_short()
         if self._byte_level:
@@ -109,7 +109,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             **kwargs,
         )
         if self._reason:
-            self._warn("beyond ranks", f"{self._reason}: sentencepiece encodes in the place of merge ranks")
+            self.warn_once("beyond ranks", f"{self._reason}: sentencepiece encodes in the place of merge ranks")
 
     def _model(self) -> SentencePieceModel:
         if self._spm is None:
@@ -123,7 +123,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
 
         A tokenizer.json beside a tokenizer.model of another vocabulary, or with spaces of its own, is kept as it is.
         """
-        if self._prefix is None or (self._spm is None and self.vocab_file is None):
+        if self.space_prefix is None or (self._spm is None and self.vocab_file is None):
             return None
         model = self._model()
         reason = model.beyond_ranks()
@@ -140,8 +140,8 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
     @property
     def _encoder(self) -> SentencePieceEncoder | None:
         """sentencepiece in the place of the Rust object, where that one's ranks fall short."""
-        if self._exact is None and self._reason and self._prefix is not None:
-            self._exact = SentencePieceEncoder(self._model(), self._prefix, self._matching, {})
+        if self._exact is None and self._reason and self.space_prefix is not None:
+            self._exact = SentencePieceEncoder(self._model(), self.space_prefix, self._matching, {})
         return self._exact
 
     def _adopt(self, backend: tokenizers.Tokenizer) -> None:
@@ -153,7 +153,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         decoder, pre = state_of(backend.decoder), state_of(backend.pre_tokenizer)
         self._byte_level = "ByteLevel" in json.dumps(decoder)
         self._strip = '"Strip"' in json.dumps(decoder)
-        self._prefix: Prefix | None = None if self._byte_level else recognise(state_of(backend.normalizer), pre)
+        self.space_prefix: Prefix | None = None if self._byte_level else recognise(state_of(backend.normalizer), pre)
         if not self._byte_level and "ByteFallback" not in json.dumps(decoder):
             raise TokenizerError(
                 "tokenizer.json has a decoder that is neither ByteLevel nor SentencePiece's (ByteFallback); "
@@ -162,19 +162,19 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         self._tokenizer = backend
         self._literals: dict[bool, tokenizers.Tokenizer] = {}
         self._trials: dict[int, Trial] = {}
-        self._unknown = unknown(state_of(backend.normalizer), pre) if self._prefix is None else []
+        self._unknown = unknown(state_of(backend.normalizer), pre) if self.space_prefix is None else []
         self._added = {i.content: (n, _from_rust(i)) for n, i in backend.get_added_tokens_decoder().items()}
         self._find_anywhere()
         self._size = backend.get_vocab_size(with_added_tokens=False)
         self._matchers: tuple[TokenMatcher, TokenMatcher] | None = None
         self._memory = None
-        self._cuts_hold = self._prefix is not None and cuts_hold(backend.get_vocab(with_added_tokens=False))
-        if self._prefix is not None and self._cuts_hold:
-            self._memory = WordMemory(self._encode_word, self._prefix)
+        self._cuts_hold = self.space_prefix is not None and cuts_hold(backend.get_vocab(with_added_tokens=False))
+        if self.space_prefix is not None and self._cuts_hold:
+            self._memory = WordMemory(self._encode_word, self.space_prefix)
 
     def _find_anywhere(self) -> None:
         """Files of transformers 4 look for added tokens behind the normaliser: at the start of words only."""
-        fitted = {content: fit(token, self._prefix) for content, (_, token) in self._added.items()}
+        fitted = {content: fit(token, self.space_prefix) for content, (_, token) in self._added.items()}
         add_to_backend(self._tokenizer, [t for content, t in fitted.items() if t != self._added[content][1]])
         self._added = {content: (i, fitted[content]) for content, (i, _) in self._added.items()}
 
@@ -184,12 +184,12 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
     def _has_added(self, text: str) -> bool:
         """Whether an added token may be in the text: then the Rust object takes it as a whole."""
         raw, late = self._matching()
-        return raw.any_in(text) or (bool(late) and late.any_in(normalize(text, self._prefix or "never")))
+        return raw.any_in(text) or (bool(late) and late.any_in(normalize(text, self.space_prefix or "never")))
 
     def _matching(self) -> tuple[TokenMatcher, TokenMatcher]:
         """(tokens looked up in the raw text, tokens looked up in the normalised text)."""
         if self._matchers is None:
-            self._matchers = matchers(self._added, self._prefix or "never")
+            self._matchers = matchers(self._added, self.space_prefix or "never")
         return self._matchers
 
     def _restyle(self, prefix: Prefix) -> None:
@@ -220,7 +220,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
-    def _id_token(self, token_id: int) -> str:
+    def piece_of_id(self, token_id: int) -> str:
         added = self._added_ids.get(token_id)
         if added is not None:  # the backend would name a normalised token as it is matched: "▁newtok"
             return added
@@ -235,7 +235,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
     def _register(self, tokens: Sequence[AddedToken]) -> int:
         before = len(self)
         fresh = []
-        for token in (fit(token, self._prefix) for token in tokens):
+        for token in (fit(token, self.space_prefix) for token in tokens):
             known = self._added.get(token.content)
             entry = token if known is None else known[1].replaced_by(token)
             if known is None or entry != known[1]:
@@ -265,11 +265,11 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        remembers = self._cuts_hold and self._prefix and not self._reason
-        self._memory = WordMemory(self._encode_word, self._prefix) if remembers and self._prefix else None
+        remembers = self._cuts_hold and self.space_prefix and not self._reason
+        self._memory = WordMemory(self._encode_word, self.space_prefix) if remembers and self.space_prefix else None
 
     # -- encoding ------------------------------------------------------------------------------------------------
-    def _encode_ids(self, texts: list[str], keep_special: bool) -> list[list[int]]:
+    def encode_texts(self, texts: list[str], keep_special: bool) -> list[list[int]]:
         if (encoder := self._encoder) is not None:
             return encoder.ids(texts, keep_special)
         backend = self._tokenizer if keep_special else self._literal(continuing=False)
@@ -281,13 +281,13 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
                 return [backend.encode(texts[0], add_special_tokens=False).ids]
             return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
+    def encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
         if (encoder := self._encoder) is not None:
             return encoder.segments(texts, keep_special)
         backend = self._tokenizer if keep_special else self._literal(continuing=False)
         with self._encoding(backend, texts):
             rows = backend.encode_batch(texts, add_special_tokens=False)
-        words = [row.word_ids if self._prefix is None else _space_words(row.tokens, row.word_ids) for row in rows]
+        words = [row.word_ids if self.space_prefix is None else _space_words(row.tokens, row.word_ids) for row in rows]
         return [Segment(row.ids, row.offsets, found) for row, found in zip(rows, words)]
 
     def _literal(self, continuing: bool) -> tokenizers.Tokenizer:
@@ -313,14 +313,14 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                continuing = i > 0 and self._prefix in ("first", "metaspace")
+                continuing = i > 0 and self.space_prefix in ("first", "metaspace")
                 ids += self._literal_ids(continuing, part)
         return ids
 
     def _encode_inside(self, text: str) -> list[int]:
         if (encoder := self._encoder) is not None:
             return encoder.inside(text)
-        return self._literal_ids(self._prefix is not None, text)
+        return self._literal_ids(self.space_prefix is not None, text)
 
     def _literal_ids(self, continuing: bool, text: str) -> list[int]:
         backend = self._literal(continuing)
@@ -356,7 +356,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
                     return added[token_id].content.encode()
                 if not self._has_piece(token_id):
                     return b""
-                piece = self._id_token(token_id)
+                piece = self.piece_of_id(token_id)
                 known = all(char in alphabet for char in piece)
                 return bytes(alphabet[char] for char in piece) if known else piece.encode()
 
@@ -371,7 +371,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
                 return bytes([raw[token_id]])
             if not self._has_piece(token_id):
                 return b""
-            return self._id_token(token_id).replace("▁", " ").encode()
+            return self.piece_of_id(token_id).replace("▁", " ").encode()
 
         return PieceTable(piece_bytes, strip=self._strip, errors=EACH_BYTE, raw_bytes=frozenset(raw))
 

@@ -44,7 +44,7 @@ class Files(SpecialTokens):
     vocab_file: str | None
     chat_template: str | dict[str, str] | None
     init_kwargs: dict[str, Any]
-    _prefix: Prefix | None
+    space_prefix: Prefix | None
     _spm: SentencePieceModel | None
     is_fast: bool = False
     _table: PieceTable | None
@@ -113,7 +113,7 @@ class Files(SpecialTokens):
         if template is None:
             self.update_post_processor()
         else:
-            self._template = template
+            self.special_tokens_template = template
 
     def _add_decoder(self, decoder: Mapping[int | str, Any]) -> None:
         """Tokens with the ids that a file gives them; ids that cannot be honoured are an error."""
@@ -290,7 +290,7 @@ class Files(SpecialTokens):
 
     def _tokenizer_json(self) -> dict[str, Any]:
         document = self._document()
-        document["post_processor"] = _post_processor(document.get("post_processor"), self._template)
+        document["post_processor"] = _post_processor(document.get("post_processor"), self.special_tokens_template)
         return document
 
     def _entry(self, token: str | None) -> Any:
@@ -299,7 +299,7 @@ class Files(SpecialTokens):
 
     def _saved_class(self) -> str:
         """The name by which transformers finds the class: the slow one's, where there is one."""
-        if self._prefix is None:
+        if self.space_prefix is None:
             return "PreTrainedTokenizerFast"
         name = next(c.__name__ for c in type(self).__mro__ if c.__module__.startswith("llama2."))
         return "LlamaTokenizer" if name == "PreTrainedTokenizerFast" else name.removesuffix("Fast")
@@ -324,12 +324,12 @@ class Files(SpecialTokens):
             config["additional_special_tokens"] = self.additional_special_tokens
         if self.split_special_tokens:
             config["split_special_tokens"] = True
-        if self._prefix is not None:
-            config["legacy"] = self._prefix == "every"
+        if self.space_prefix is not None:
+            config["legacy"] = self.space_prefix == "every"
             config["spaces_between_special_tokens"] = self.spaces_between_special_tokens
             config["use_default_system_prompt"] = self.use_default_system_prompt
             config["sp_model_kwargs"] = getattr(self, "sp_model_kwargs", {})
-            if self._prefix == "never":
+            if self.space_prefix == "never":
                 config["add_prefix_space"] = False
         if self.chat_template is not None:
             config["chat_template"] = (

@@ -137,14 +137,14 @@ class Infilling(PreTrainedTokenizer):
         first = self.suffix_first if text.suffix_first is None else text.suffix_first
         return [pre, suf, *suffix, mid, *prefix] if first else [pre, *prefix, suf, *suffix, mid]
 
-    def _encode_ids(self, texts: list[str], keep_special: bool) -> list[list[int]]:
+    def encode_texts(self, texts: list[str], keep_special: bool) -> list[list[int]]:
         prompts = [self._prompt(text) for text in texts]
         if not any(prompt is not None for prompt in prompts):
-            return super()._encode_ids([self._without_mark(text) for text in texts], keep_special)
+            return super().encode_texts([self._without_mark(text) for text in texts], keep_special)
         rows = []
         for text, prompt in zip(texts, prompts, strict=True):
             if prompt is None:
-                rows += super()._encode_ids([self._without_mark(text)], keep_special)
+                rows += super().encode_texts([self._without_mark(text)], keep_special)
             else:
                 before, behind = prompt.parts
                 prefix = self._encode_parts([before]) if before else []
@@ -155,13 +155,13 @@ class Infilling(PreTrainedTokenizer):
         """A text that ends in the fill token is the text in front of it."""
         return text.removesuffix(self.fill_token) if self.fill_token else text
 
-    def _encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
+    def encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
         segments = []
         for text in texts:
             if self._prompt(text) is None:
-                segments += super()._encode_segments([self._without_mark(text)], keep_special)
+                segments += super().encode_segments([self._without_mark(text)], keep_special)
             else:  # the order of the ids is not that of the text: no places
-                ids = self._encode_ids([text], keep_special)[0]
+                ids = self.encode_texts([text], keep_special)[0]
                 segments.append(Segment(ids, [(0, 0)] * len(ids), [None] * len(ids)))
         return segments
 

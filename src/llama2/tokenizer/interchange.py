@@ -134,7 +134,7 @@ class Interchange(Files):
     @property
     def _beyond_ranks(self) -> str | None:
         """What of this tokenizer no tokenizer.json can say; None where one says all."""
-        return None if self._spm is None or self._prefix is None else self._spm.beyond_ranks()
+        return None if self._spm is None or self.space_prefix is None else self._spm.beyond_ranks()
 
     # -- a new vocabulary ----------------------------------------------------------------------------------------
     def train_new_from_iterator(

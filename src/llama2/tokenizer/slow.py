@@ -58,7 +58,7 @@ class LlamaTokenizer(PreTrainedTokenizer):
         self._spm = self._vocab.check_llama()
         self.vocab_file = None if isinstance(vocab_file, SentencePieceModel) else str(vocab_file)
         self.sp_model_kwargs = dict(sp_model_kwargs or {})
-        self._prefix: Prefix = kwargs.pop("prefix", None) or prefix_of(
+        self.space_prefix: Prefix = kwargs.pop("prefix", None) or prefix_of(
             legacy, add_prefix_space, self._vocab.add_dummy_prefix
         )
         self._ids: dict[str, int] = {piece: i for i, piece in enumerate(self._vocab.pieces)}
@@ -77,12 +77,12 @@ class LlamaTokenizer(PreTrainedTokenizer):
     @property
     def sp_model(self) -> Any:
         """The `sentencepiece.SentencePieceProcessor`; with legacy=False the one without a dummy space."""
-        return self._encoder.processor(self._prefix == "every")
+        return self._encoder.processor(self.space_prefix == "every")
 
     @property
     def _encoder(self) -> SentencePieceEncoder:
         if self._exact is None:
-            self._exact = SentencePieceEncoder(self._vocab, self._prefix, self._matching, self.sp_model_kwargs)
+            self._exact = SentencePieceEncoder(self._vocab, self.space_prefix, self._matching, self.sp_model_kwargs)
         return self._exact
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class LlamaTokenizer(PreTrainedTokenizer):
         entry = self._added.get(token)
         return self._ids.get(token) if entry is None else entry[0]
 
-    def _id_token(self, token_id: int) -> str:
+    def piece_of_id(self, token_id: int) -> str:
         if 0 <= token_id < len(self._vocab.pieces):
             return self._vocab.pieces[token_id]
         if token_id not in self._added_ids:
@@ -117,12 +117,12 @@ class LlamaTokenizer(PreTrainedTokenizer):
         for token in tokens:
             known = self._added.get(token.content)
             if known is not None:
-                self._added[token.content] = (known[0], known[1].replaced_by(fit(token, self._prefix)))
+                self._added[token.content] = (known[0], known[1].replaced_by(fit(token, self.space_prefix)))
                 continue
             base = self._ids.get(token.content)
             token_id = size + new if base is None else base
             new += base is None
-            self._added[token.content] = (token_id, fit(token, self._prefix))
+            self._added[token.content] = (token_id, fit(token, self.space_prefix))
         self._by_id = None
         return new
 
@@ -134,13 +134,13 @@ class LlamaTokenizer(PreTrainedTokenizer):
     def _matching(self) -> tuple[TokenMatcher, TokenMatcher]:
         """(tokens looked up in the raw text, tokens looked up in the normalised text)."""
         if self._matchers is None:
-            self._matchers = matchers(self._added, self._prefix)
+            self._matchers = matchers(self._added, self.space_prefix)
         return self._matchers
 
-    def _encode_ids(self, texts: list[str], keep_special: bool) -> list[list[int]]:
+    def encode_texts(self, texts: list[str], keep_special: bool) -> list[list[int]]:
         return self._encoder.ids(texts, keep_special)
 
-    def _encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
+    def encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
         return self._encoder.segments(texts, keep_special)
 
     def _encode_parts(self, parts: Sequence[str | int]) -> list[int]:
@@ -161,15 +161,15 @@ class LlamaTokenizer(PreTrainedTokenizer):
                 return bytes([int(self._vocab.pieces[token_id][1:-1], 16)])
             if not self._has_piece(token_id):
                 return b""
-            return self._id_token(token_id).replace("▁", " ").encode()
+            return self.piece_of_id(token_id).replace("▁", " ").encode()
 
-        strip = self._prefix != "never" or self._vocab.remove_extra_whitespaces
+        strip = self.space_prefix != "never" or self._vocab.remove_extra_whitespaces
         return PieceTable(piece_bytes, strip=strip, errors=EACH_BYTE, raw_bytes=raw)
 
     # -- files ---------------------------------------------------------------------------------------------------
     def _document(self) -> dict[str, Any]:
         """The fast tokenizer's file."""
-        backend = backend_from_spm(self._vocab, self._prefix)
+        backend = backend_from_spm(self._vocab, self.space_prefix)
         add_to_backend(backend, self.added_tokens_decoder.values())
         document: dict[str, Any] = json.loads(backend.to_str())
         return document

@@ -48,7 +48,7 @@ class _TokenId:
         return None if token is None else obj._token_id(token)
 
     def __set__(self, obj: SpecialTokens, value: int | None) -> None:
-        obj._set_special(self.name, None if value is None else obj._id_token(value))
+        obj._set_special(self.name, None if value is None else obj.piece_of_id(value))
 
 
 class SpecialTokens:
@@ -64,7 +64,7 @@ class SpecialTokens:
     _special: dict[str, str | None]
     _additional: list[str]
     _added: dict[str, tuple[int, AddedToken]]
-    _template: Template
+    special_tokens_template: Template
     _add_bos: bool
     _add_eos: bool
 
@@ -75,7 +75,8 @@ class SpecialTokens:
     def _has_piece(self, token_id: int) -> bool:
         raise NotImplementedError
 
-    def _id_token(self, token_id: int) -> str:
+    def piece_of_id(self, token_id: int) -> str:
+        """The piece of one id, which must have one."""
         raise NotImplementedError
 
     def _register(self, tokens: Sequence[AddedToken]) -> int:
@@ -123,7 +124,7 @@ class SpecialTokens:
 
     @additional_special_tokens_ids.setter
     def additional_special_tokens_ids(self, ids: Sequence[int]) -> None:
-        self.additional_special_tokens = [self._id_token(i) for i in ids]
+        self.additional_special_tokens = [self.piece_of_id(i) for i in ids]
 
     @property
     def extra_special_tokens(self) -> list[str]:
@@ -250,7 +251,9 @@ class SpecialTokens:
 
         ValueError where one of them is to be added and is None.
         """
-        self._template = llama_template(self._role("bos_token", self._add_bos), self._role("eos_token", self._add_eos))
+        self.special_tokens_template = llama_template(
+            self._role("bos_token", self._add_bos), self._role("eos_token", self._add_eos)
+        )
 
     def _role(self, name: str, wanted: bool) -> tuple[str, int] | None:
         if not wanted:
@@ -263,14 +266,14 @@ class SpecialTokens:
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """How many special tokens a text, or a pair, is given."""
-        return self._template.added(pair)
+        return self.special_tokens_template.added(pair)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
         """Ids with the special tokens around them: <s> a [</s>] [<s> b [</s>]]."""
         texts = {"A": token_ids_0, "B": token_ids_1 or []}
-        parts = self._template.single if token_ids_1 is None else self._template.pair
+        parts = self.special_tokens_template.single if token_ids_1 is None else self.special_tokens_template.pair
         return [i for part in parts for i in (part.ids if part.kind == "special" else texts[part.kind])]
 
     def get_special_tokens_mask(
@@ -283,7 +286,7 @@ class SpecialTokens:
             special = set(self.all_special_ids)
             return [int(i in special) for i in token_ids_0]
         texts = {"A": token_ids_0, "B": token_ids_1 or []}
-        parts = self._template.single if token_ids_1 is None else self._template.pair
+        parts = self.special_tokens_template.single if token_ids_1 is None else self.special_tokens_template.pair
         masks: Iterable[list[int]] = (
             [1] * len(part.ids) if part.kind == "special" else [0] * len(texts[part.kind]) for part in parts
         )
@@ -294,5 +297,5 @@ class SpecialTokens:
     ) -> list[int]:
         """0 over the first text and its special tokens, 1 over the second: <s> a <s> b gives 0 0 1 1."""
         texts = {"A": token_ids_0, "B": token_ids_1 or []}
-        parts = self._template.single if token_ids_1 is None else self._template.pair
+        parts = self.special_tokens_template.single if token_ids_1 is None else self.special_tokens_template.pair
         return [part.type_id for part in parts for _ in (part.ids if part.kind == "special" else texts[part.kind])]

@@ -8,7 +8,7 @@ from llama2.errors import TokenizerError
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TemplatePart:
     """Text A, text B, or (`kind` special) a run of special ids; `type_id` is its token type."""
 
     kind: Literal["A", "B", "special"]
@@ -21,8 +21,8 @@ class Part:
 class Template:
     """The layout of a single text and of a pair."""
 
-    single: tuple[Part, ...]
-    pair: tuple[Part, ...]
+    single: tuple[TemplatePart, ...]
+    pair: tuple[TemplatePart, ...]
 
     def added(self, pair: bool) -> int:
         """How many special ids the layout adds."""
@@ -41,7 +41,7 @@ class Template:
             if part.kind == "special":
                 specials[part.name] = {"id": part.name, "ids": list(part.ids), "tokens": [part.name]}
 
-        def layout(parts: tuple[Part, ...]) -> list[dict[str, Any]]:
+        def layout(parts: tuple[TemplatePart, ...]) -> list[dict[str, Any]]:
             return [
                 {"SpecialToken": {"id": part.name, "type_id": part.type_id}}
                 if part.kind == "special"
@@ -57,16 +57,16 @@ class Template:
         }
 
 
-BARE = Template((Part("A"),), (Part("A"), Part("B", 1)))
+BARE = Template((TemplatePart("A"),), (TemplatePart("A"), TemplatePart("B", 1)))
 
 
 def llama_template(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> Template:
     """Llama's layout: BOS and EOS, where given as (token, id), around each text: the second of a pair has its own."""
 
-    def one(kind: Literal["A", "B"], type_id: int) -> tuple[Part, ...]:
-        head = (Part("special", type_id, (bos[1],), bos[0]),) if bos else ()
-        tail = (Part("special", type_id, (eos[1],), eos[0]),) if eos else ()
-        return (*head, Part(kind, type_id), *tail)
+    def one(kind: Literal["A", "B"], type_id: int) -> tuple[TemplatePart, ...]:
+        head = (TemplatePart("special", type_id, (bos[1],), bos[0]),) if bos else ()
+        tail = (TemplatePart("special", type_id, (eos[1],), eos[0]),) if eos else ()
+        return (*head, TemplatePart(kind, type_id), *tail)
 
     return Template(one("A", 0), one("A", 0) + one("B", 1))
 
@@ -88,15 +88,15 @@ def template_from_json(processor: Mapping[str, Any] | None) -> Template | None:
         )
     specials = processor["special_tokens"]
 
-    def layout(items: list[dict[str, Any]]) -> tuple[Part, ...]:
+    def layout(items: list[dict[str, Any]]) -> tuple[TemplatePart, ...]:
         parts = []
         for item in items:
             if "Sequence" in item:
-                parts.append(Part(item["Sequence"]["id"], item["Sequence"]["type_id"]))
+                parts.append(TemplatePart(item["Sequence"]["id"], item["Sequence"]["type_id"]))
             else:
                 name = item["SpecialToken"]["id"]
                 ids = tuple(specials[name]["ids"])
-                parts.append(Part("special", item["SpecialToken"]["type_id"], ids, name))
+                parts.append(TemplatePart("special", item["SpecialToken"]["type_id"], ids, name))
         return tuple(parts)
 
     return Template(layout(processor["single"]), layout(processor["pair"]))

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from llama2.errors import InputError, Llama2Error
 from llama2.train.readers import Row, held_out, read, renamed
-from llama2.train.shapes import CONTINUED, PREFERENCE, Chat, Completion, Content, Text, content_of, shape_of
+from llama2.train.shapes import CONTINUED, PREFERENCE, Chat, Content, PromptCompletion, Text, content_of, shape_of
 from llama2.train.shapes import Pair as Answers
 
-__all__ = ["IGNORED", "Example", "Pair", "Report", "Row", "encode", "encode_pair", "held_out", "kind_of", "pieces",
-           "prepare", "prepare_pairs", "read", "renamed"]  # fmt: skip
+__all__ = ["IGNORED", "DataReport", "EncodedPair", "Example", "Row", "encode", "encode_pair", "held_out", "kind_of",
+           "pieces", "prepare", "prepare_pairs", "read", "renamed"]  # fmt: skip
 
 IGNORED = -100
 
@@ -27,7 +27,7 @@ class Example(NamedTuple):
     labels: list[int]
 
 
-class Pair(NamedTuple):
+class EncodedPair(NamedTuple):
     """Two answers to one prompt."""
 
     chosen: Example
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 @dataclass
-class Report:
+class DataReport:
     """What was found in a data set. problems: row -> what is wrong with it; those rows are left out.
 
     notes: what happened to rows that are kept; unused: columns without a meaning here, with the rows that have them.
@@ -108,7 +108,7 @@ def _continued(row: Row) -> Content:
     return content
 
 
-def encode_pair(row: Row, tokenizer: Any) -> Pair:
+def encode_pair(row: Row, tokenizer: Any) -> EncodedPair:
     """Both answers of a preference row behind their prompt."""
     return _encoded_pair(_answers(row), tokenizer)
 
@@ -119,8 +119,8 @@ def _answers(row: Row) -> Answers:
     return content
 
 
-def _encoded_pair(answers: Answers, tokenizer: Any) -> Pair:
-    return Pair(_encoded(answers.chosen, tokenizer), _encoded(answers.rejected, tokenizer))
+def _encoded_pair(answers: Answers, tokenizer: Any) -> EncodedPair:
+    return EncodedPair(_encoded(answers.chosen, tokenizer), _encoded(answers.rejected, tokenizer))
 
 
 def _encoded(content: Content, tokenizer: Any) -> Example:
@@ -130,7 +130,7 @@ def _encoded(content: Content, tokenizer: Any) -> Example:
     if isinstance(content, Chat) and (content.otherwise is None or tokenizer.chat_template is not None):
         return _chat(content, tokenizer)
     plain = content.otherwise if isinstance(content, Chat) else content
-    assert isinstance(plain, Completion)
+    assert isinstance(plain, PromptCompletion)
     return completion(plain.prompt, plain.answer, tokenizer)
 
 
@@ -197,9 +197,9 @@ def _of_messages(chat: Chat, mask: list[int]) -> list[int]:
 # -- data sets ---------------------------------------------------------------------------------------------------
 
 
-def prepare(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> tuple[list[Example], Report]:
+def prepare(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> tuple[list[Example], DataReport]:
     """The usable examples, cut to max_length at the end, and the report on all rows."""
-    report, made = Report(max_length=max_length), []
+    report, made = DataReport(max_length=max_length), []
 
     def make(row: Row) -> tuple[Example, list[str]]:
         content = _continued(row)
@@ -223,11 +223,11 @@ def pieces(examples: Iterable[Example], length: int) -> list[Example]:
     return [piece for piece in made if len(piece.input_ids) > 1]
 
 
-def prepare_pairs(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> tuple[list[Pair], Report]:
+def prepare_pairs(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> tuple[list[EncodedPair], DataReport]:
     """The usable pairs, each answer cut to max_length at the end, and the report on all rows."""
-    report, made = Report(max_length=max_length), []
+    report, made = DataReport(max_length=max_length), []
 
-    def make(row: Row) -> tuple[Pair, tuple[str, ...], list[str]]:
+    def make(row: Row) -> tuple[EncodedPair, tuple[str, ...], list[str]]:
         answers = _answers(row)
         return _encoded_pair(answers, tokenizer), answers.notes, _unread(answers.chosen, tokenizer)
 
@@ -240,14 +240,14 @@ def prepare_pairs(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -
                 continue
             for said in notes:
                 report.note(row, said)
-            made.append(Pair(cuts[0], cuts[1]))
+            made.append(EncodedPair(cuts[0], cuts[1]))
             report.tokens += sum(len(cut.input_ids) for cut in made[-1])
             report.targets += sum(label != IGNORED for cut in made[-1] for label in cut.labels)
     return made, report
 
 
 def each(
-    rows: Iterable[Row], report: Report, make: Callable[[Row], Any], kinds: Collection[str] | None = None
+    rows: Iterable[Row], report: DataReport, make: Callable[[Row], Any], kinds: Collection[str] | None = None
 ) -> Iterable[tuple[int, Any]]:
     """The number of each row of these kinds and what `make` makes of it; rows that cannot be used go to the report."""
     for number, row in enumerate(rows):
@@ -263,7 +263,7 @@ def each(
             yield number, made
 
 
-def _fitted(row: int, example: Example, tokenizer: Any, most: int | None, report: Report) -> Example | None:
+def _fitted(row: int, example: Example, tokenizer: Any, most: int | None, report: DataReport) -> Example | None:
     """The example within `most` tokens, or None with the reason in the report."""
     ids, labels = example
     bos = tokenizer.bos_token_id

@@ -32,15 +32,15 @@ from llama2.errors import InputError
 from llama2.files import locked, saving, write_text
 from llama2.train import checkpoints
 from llama2.train.chart import loss_chart
-from llama2.train.data import Report, Row, held_out, kind_of, pieces, prepare, prepare_pairs, read, renamed
+from llama2.train.data import DataReport, Row, held_out, kind_of, pieces, prepare, prepare_pairs, read, renamed
 from llama2.train.distributed import join
 from llama2.train.labels import Labels, prepare_labelled
 from llama2.train.objectives import Classification, NextToken, Objective, Preferences, packed_rows
 from llama2.train.origin import Origin, check_device, check_place
-from llama2.train.recipe import LENGTH, RATES, Data, Recipe, Result, Task
+from llama2.train.recipe import LENGTH, RATES, Data, Recipe, Task, TrainingResult
 from llama2.train.trainer import Trainer, TrainingArguments
 
-__all__ = ["LENGTH", "RATES", "Data", "Finetune", "Recipe", "Result", "Task"]
+__all__ = ["LENGTH", "RATES", "Data", "Finetune", "Recipe", "Task", "TrainingResult"]
 
 SUMMARY, CHART = "finetune.json", "loss.svg"
 # What a run would replace, or what would be taken for a part of its result.
@@ -129,7 +129,7 @@ class Finetune:
         named = {"text": recipe.text_column, "label": recipe.label_column}
         return renamed(read(source, recipe.split, *where), {**recipe.columns, **{k: v for k, v in named.items() if v}})
 
-    def _items(self, rows: Sequence[Any], length: int, labels: Labels | None) -> tuple[list[Any], Report]:
+    def _items(self, rows: Sequence[Any], length: int, labels: Labels | None) -> tuple[list[Any], DataReport]:
         task = self.recipe.task
         if labels is not None:
             labelled, report = prepare_labelled(rows, self.tokenizer, length, labels)
@@ -189,7 +189,7 @@ class Finetune:
 
     # -- the run -------------------------------------------------------------------------------------------------
 
-    def run(self, report: Callable[[dict[str, Any]], None] | None = None) -> Result:
+    def run(self, report: Callable[[dict[str, Any]], None] | None = None) -> TrainingResult:
         """Trains to the end, or to a signal, which leaves a checkpoint. report: hears of every step.
 
         Raises InputError where the disk is full, with what is kept, and where another process writes into the folder.
@@ -198,7 +198,7 @@ class Finetune:
             self.ranks.told(lambda: stack.enter_context(locked(self.folder)))
             return self._run(report)
 
-    def _run(self, report: Callable[[dict[str, Any]], None] | None) -> Result:
+    def _run(self, report: Callable[[dict[str, Any]], None] | None) -> TrainingResult:
         begin, recipe = time.perf_counter(), self.recipe
         model = self._model()
         if recipe.lora is not None:
@@ -225,7 +225,9 @@ class Finetune:
                 with trainer.gathered(every=self.origin.lora is None or recipe.merge):
                     if self.ranks.first:
                         self._write(model)
-            result = Result(self.folder, finished, state.step, trainer.steps, time.perf_counter() - begin, state.tokens)
+            result = TrainingResult(
+                self.folder, finished, state.step, trainer.steps, time.perf_counter() - begin, state.tokens
+            )
             measured = [_measured(entry) for entry in state.history if "eval_loss" in entry]
             if measured:
                 result.before, result.after = measured[0], measured[-1]
@@ -263,7 +265,7 @@ class Finetune:
         written = replace(self.origin.lora, base_model_name_or_path=name, revision=self.origin.hub.get("revision"))
         save_adapter(model, folder, written)
 
-    def _summarise(self, result: Result, history: Sequence[dict[str, Any]]) -> None:
+    def _summarise(self, result: TrainingResult, history: Sequence[dict[str, Any]]) -> None:
         content = {
             "recipe": asdict(self.recipe),
             "arguments": asdict(self.args),

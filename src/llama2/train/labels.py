@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from llama2.errors import InputError
-from llama2.train.data import Report, Row, each
+from llama2.train.data import DataReport, Row, each
 from llama2.train.shapes import CLASSIFICATION, TEXT
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -132,9 +132,9 @@ def _names(values: Sequence[Any], kind: str) -> tuple[str, ...]:
 
 def prepare_labelled(
     rows: Iterable[Row], tokenizer: Any, max_length: int | None, labels: Labels
-) -> tuple[list[Labelled], Report]:
+) -> tuple[list[Labelled], DataReport]:
     """The usable rows as (ids, target), ids cut to max_length at the end, and the report on all rows."""
-    report, made = Report(max_length=max_length), []
+    report, made = DataReport(max_length=max_length), []
 
     def encode(row: Row) -> Labelled:
         text, label = row.get("text"), row.get("label")

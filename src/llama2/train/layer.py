@@ -36,7 +36,7 @@ def fused(model: nn.Module) -> Iterator[None]:
     """Within it the decoders of `model` run every layer that allows it as one function; others as always."""
     decoders = [module for module in model.modules() if isinstance(module, LlamaModel)] if kernels() else []
     for decoder in decoders:
-        decoder.run_layer = Layers(decoder)
+        decoder.run_layer = TrainingLayers(decoder)
     try:
         yield
     finally:
@@ -52,7 +52,7 @@ def fuses(model: Any) -> bool:
     return plan_of(decoder.layers[0], decoder.embed_tokens.weight) is not None
 
 
-class Layers:
+class TrainingLayers:
     """What LlamaModel.run_layer is during training."""
 
     equivalent = True  # to calling the layer, see plain_network.difference

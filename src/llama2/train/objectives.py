@@ -17,10 +17,10 @@ from llama2 import lora
 from llama2.documents import within
 from llama2.errors import InputError
 from llama2.quant.linear import PackedLinear
-from llama2.train.data import IGNORED, Example, Pair
+from llama2.train.data import IGNORED, EncodedPair, Example
 from llama2.train.layer import fuses
 from llama2.train.losses import dpo_loss, head_loss, targets, token_log_probs
-from llama2.train.packing import Packed, bins, pack
+from llama2.train.packing import PackedRow, bins, pack
 from llama2.train.preference import Preference
 from llama2.train.reference import Start, is_fresh, without_dropout
 
@@ -123,11 +123,11 @@ def one_row(
 class NextToken:
     """Continuing text: pretraining and instruction tuning (the labels say which tokens are targets)."""
 
-    def tokens(self, item: Packed) -> int:
+    def tokens(self, item: PackedRow) -> int:
         """As Objective.tokens."""
         return len(item.input_ids)
 
-    def collate(self, items: Sequence[Packed]) -> Batch:
+    def collate(self, items: Sequence[PackedRow]) -> Batch:
         """As Objective.collate: input_ids, labels, position_ids (B, T), lengths (B,), and the mask of `isolated`."""
         lengths = [len(item.input_ids) for item in items]
         return {
@@ -144,7 +144,7 @@ class NextToken:
         return Loss(head_loss(rows, head_of(model), wanted), len(wanted))
 
 
-def packed_rows(examples: Sequence[Example], length: int | None, packing: bool = True) -> list[Packed]:
+def packed_rows(examples: Sequence[Example], length: int | None, packing: bool = True) -> list[PackedRow]:
     """Examples as rows of at most `length` tokens: several a row with packing, else one."""
     if not packing or length is None:
         return [pack([example]) for example in examples]
@@ -182,11 +182,11 @@ class Preferences:
         self._start = Start(model)
         return self._start.nbytes
 
-    def tokens(self, item: Pair) -> int:
+    def tokens(self, item: EncodedPair) -> int:
         """As Objective.tokens."""
         return len(item.chosen.input_ids) + len(item.rejected.input_ids)
 
-    def collate(self, items: Sequence[Pair]) -> Batch:
+    def collate(self, items: Sequence[EncodedPair]) -> Batch:
         """As Objective.collate: input_ids, labels, position_ids (2 B, T), lengths (2 B,), the chosen answers first."""
         examples = [item.chosen for item in items] + [item.rejected for item in items]
         return {

@@ -19,7 +19,7 @@ from llama2.checkpoint.hf import DTYPES
 from llama2.errors import CheckpointError
 from llama2.schema import check, several, text, whole
 from llama2.text_file import LISTING_BYTES, inside, read_bytes
-from llama2.train.shards import Stored
+from llama2.train.shards import TensorParts
 
 METADATA = ".metadata"
 _SIZES = {
@@ -76,7 +76,7 @@ class _Unpickler(pickle.Unpickler):
         return _CLASSES[module, name]
 
 
-def read(folder: Path) -> dict[str, Stored]:
+def read(folder: Path) -> dict[str, TensorParts]:
     """What the parts of all ranks hold, by name. Raises CheckpointError for a directory that is malformed, or names
     anything but what belongs in one."""
     where = folder / METADATA
@@ -95,7 +95,7 @@ def read(folder: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{where} is no directory of a sharded checkpoint ({error}); it is damaged") from error
 
 
-def _tensors(content: Any, folder: Path) -> dict[str, Stored]:
+def _tensors(content: Any, folder: Path) -> dict[str, TensorParts]:
     places: dict[tuple[str, tuple[int, ...]], Callable[[], Tensor]] = {}
     for index, info in content.storage_data.items():
         found = {name: getattr(info, name) for name in ("relative_path", "offset", "length")} | {"fqn": index.fqn}
@@ -106,7 +106,7 @@ def _tensors(content: Any, folder: Path) -> dict[str, Stored]:
     return {name: _stored(name, entry, places, folder) for name, entry in entries if isinstance(entry, _TensorRecord)}
 
 
-def _stored(name: str, entry: Any, places: dict[Any, Callable[[], Tensor]], folder: Path) -> Stored:
+def _stored(name: str, entry: Any, places: dict[Any, Callable[[], Tensor]], folder: Path) -> TensorParts:
     shape, dtype, parts = tuple(entry.size), entry.properties.parts[0], []
     if dtype not in DTYPES.values():
         raise CheckpointError(f"{folder / METADATA}: {name} has dtype {dtype!r}; the checkpoint is damaged")
@@ -118,7 +118,7 @@ def _stored(name: str, entry: Any, places: dict[Any, Callable[[], Tensor]], fold
             )
         first, rows = (chunk.offsets[0], chunk.sizes[0]) if shape else (0, 1)
         parts.append((first, rows, places[name, tuple(chunk.offsets)]))
-    return Stored(name, shape, dtype, tuple(sorted(parts, key=lambda part: part[:2])))
+    return TensorParts(name, shape, dtype, tuple(sorted(parts, key=lambda part: part[:2])))
 
 
 def _reader(folder: Path, place: dict[str, Any]) -> Callable[[], Tensor]:

@@ -11,7 +11,7 @@ from llama2.errors import InputError
 from llama2.train.data import IGNORED
 
 
-class Packed(NamedTuple):
+class PackedRow(NamedTuple):
     """One long row: its tokens, labels, and positions, which begin at 0 with each document; where documents begin."""
 
     input_ids: list[int]
@@ -44,9 +44,9 @@ def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted((sorted(rows) for rows in filled), key=lambda rows: rows[0])
 
 
-def pack(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Packed:
+def pack(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> PackedRow:
     """Rows of (ids, labels) one behind the other; the first token of each is no target, whatever its label."""
-    packed = Packed([], [], [], [])
+    packed = PackedRow([], [], [], [])
     for ids, labels in rows:
         if len(ids) != len(labels) or not ids:
             raise InputError(f"a row has {len(ids)} ids and {len(labels)} labels; both must be as many, and not none")

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
-from llama2.train.data import Report
+from llama2.train.data import DataReport
 from llama2.train.labels import Labels
 from llama2.train.preference import Preference, check_preference
 
@@ -96,9 +96,9 @@ class Data:
     """Items as the objective takes them, and what was found in the rows they are made of."""
 
     items: list[Any]
-    report: Report
+    report: DataReport
     eval_items: list[Any] = field(default_factory=list)
-    eval_report: Report | None = None
+    eval_report: DataReport | None = None
     labels: Labels | None = None
 
     def text(self) -> str:
@@ -120,7 +120,7 @@ class Data:
 
 
 @dataclass
-class Result:
+class TrainingResult:
     """What came of a run. before and after: of the rows held out, if there are any."""
 
     folder: Path

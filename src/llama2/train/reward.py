@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from llama2.errors import InputError
-from llama2.train.data import IGNORED, Example, Pair, Report, prepare_pairs
+from llama2.train.data import IGNORED, DataReport, EncodedPair, Example, prepare_pairs
 from llama2.train.objectives import Batch, Loss, last_of, padded, places
 
 _IDS = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"),
@@ -18,7 +18,7 @@ _IDS = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids
 class Ranked(NamedTuple):
     """Two answers, and by how much the better one should win."""
 
-    pair: Pair
+    pair: EncodedPair
     margin: float = 0.0
 
 
@@ -70,18 +70,18 @@ class Rewards:
 
 def reward_pairs(
     rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int | None
-) -> tuple[list[Ranked], Report]:
+) -> tuple[list[Ranked], DataReport]:
     """Rows of {"chosen", "rejected"}, with or without prompt and margin, as texts, chats or ids.
 
     Pairs with an answer beyond max_length are left out, as in TRL. Raises InputError for a margin that is no number.
     """
-    report, made = Report(max_length=max_length), list[Ranked]()
+    report, made = DataReport(max_length=max_length), list[Ranked]()
     for number, row in enumerate(rows):
         report.rows += 1
         margin = _margin(row.get("margin"))
         names = next((names for names in _IDS if all(row.get(name) is not None for name in names)), None)
         if names is not None:
-            pairs = [Pair(*(Example(list(row[name]), list(row[name])) for name in names))]
+            pairs = [EncodedPair(*(Example(list(row[name]), list(row[name])) for name in names))]
         else:
             pairs, one = prepare_pairs([{k: v for k, v in row.items() if k != "margin"}], tokenizer, None)
             report.kinds += one.kinds

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama2.errors import InputError
-from llama2.train.data import IGNORED, Example, Report, kind_of, prepare, prepare_pairs
+from llama2.train.data import IGNORED, DataReport, Example, kind_of, prepare, prepare_pairs
 from llama2.train.labels import MULTI, REGRESSION, SINGLE, Labels, prepare_labelled
 from llama2.train.objectives import Classification, NextToken, Objective, Preferences, packed_rows
 from llama2.train.readers import taken
@@ -14,7 +14,7 @@ from llama2.train.shapes import PREFERENCE
 
 def objective_for(
     model: Any, rows: Iterable[Any], tokenizer: Any, max_length: int | None = None, most: int | None = None
-) -> tuple[Objective, list[Any], Report]:
+) -> tuple[Objective, list[Any], DataReport]:
     """What rows are trained for: by the model's class, and for texts by their shape. And the rows as its items.
 
     A classifier takes {"input_ids", "labels" or "label"} or {"text", "label"}; another model {"input_ids", "labels"}
@@ -24,7 +24,7 @@ def objective_for(
     """
     rows = taken(rows, most, "the data set")
     if not rows:
-        return NextToken(), [], Report()
+        return NextToken(), [], DataReport()
     if not isinstance(rows[0], Mapping):
         raise InputError(f"a row is a {type(rows[0]).__name__}; it must be a dict, with input_ids or with texts")
     objective, items, report = _items(model, rows, tokenizer, max_length or model.config.max_position_embeddings)
@@ -37,7 +37,7 @@ def objective_for(
 
 def _items(
     model: Any, rows: list[Mapping[str, Any]], tokenizer: Any, length: int
-) -> tuple[Objective, list[Any], Report]:
+) -> tuple[Objective, list[Any], DataReport]:
     encoded = "input_ids" in rows[0]
     if not encoded and tokenizer is None:
         raise InputError(f"rows of {sorted(rows[0])} are texts; pass processing_class=tokenizer to have them encoded")
@@ -47,7 +47,7 @@ def _items(
         )
     if encoded:
         items = packed_rows([_example(i, row) for i, row in enumerate(rows)], None)
-        return NextToken(), items, Report(rows=len(items))
+        return NextToken(), items, DataReport(rows=len(items))
     if kind_of(rows[0]) == PREFERENCE:
         pairs, report = prepare_pairs(rows, tokenizer, length)
         return Preferences(), list(pairs), report
@@ -71,7 +71,7 @@ def _example(number: int, row: Mapping[str, Any]) -> Example:
     return example
 
 
-def _labelled(model: Any, rows: list[Mapping[str, Any]]) -> tuple[list[Any], Report]:
+def _labelled(model: Any, rows: list[Mapping[str, Any]]) -> tuple[list[Any], DataReport]:
     items, count = [], model.config.num_labels
     for number, row in enumerate(rows):
         label = row["labels"] if row.get("labels") is not None else row.get("label")
@@ -84,10 +84,12 @@ def _labelled(model: Any, rows: list[Mapping[str, Any]]) -> tuple[list[Any], Rep
             raise InputError(f"row {number} has the label {label}; the model has {count}, 0 .. {count - 1}")
         ids = _example(number, {**row, "labels": None}).input_ids
         items.append((ids, [float(x) for x in label] if isinstance(label, list) else label))
-    return items, Report(rows=len(items))
+    return items, DataReport(rows=len(items))
 
 
-def _labelled_texts(model: Any, rows: list[Mapping[str, Any]], tokenizer: Any, length: int) -> tuple[list[Any], Report]:
+def _labelled_texts(
+    model: Any, rows: list[Mapping[str, Any]], tokenizer: Any, length: int
+) -> tuple[list[Any], DataReport]:
     config = model.config
     kind = config.problem_type or (REGRESSION if config.num_labels == 1 else None)
     if kind is None:

@@ -39,7 +39,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Completion:
+class PromptCompletion:
     """Two texts that are continued without a break; the second is the target."""
 
     prompt: str
@@ -59,18 +59,18 @@ class Chat:
     silent: frozenset[int] = frozenset()
     tools: tuple[Any, ...] = ()
     variables: Mapping[str, Any] | None = None
-    otherwise: Completion | None = None
+    otherwise: PromptCompletion | None = None
 
 
 class Pair(NamedTuple):
     """Two answers to one prompt; notes: what a person should know about the row."""
 
-    chosen: "Completion | Chat"
-    rejected: "Completion | Chat"
+    chosen: "PromptCompletion | Chat"
+    rejected: "PromptCompletion | Chat"
     notes: tuple[str, ...] = ()
 
 
-Content = Text | Completion | Chat
+Content = Text | PromptCompletion | Chat
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,9 @@ def alpaca(instruction: str, context: str = "") -> str:
     )
 
 
-def _chat(context: Context, turns: Sequence[Message], first: int = 0, otherwise: Completion | None = None) -> Chat:
+def _chat(
+    context: Context, turns: Sequence[Message], first: int = 0, otherwise: PromptCompletion | None = None
+) -> Chat:
     """A chat of the context's turns and a row's own; `first` counts the latter. Switches of messages are taken out."""
     before = list(context.turns)
     if before and turns and before[0]["role"] == turns[0]["role"] == "system":
@@ -286,7 +288,7 @@ def _chat(context: Context, turns: Sequence[Message], first: int = 0, otherwise:
 
 def _answered(
     row: Row, prompt: str | Sequence[Message], answer: Any, name: str, text: str | None = None, alone: bool = False
-) -> Completion | Chat:
+) -> PromptCompletion | Chat:
     """One answer to a prompt: texts that continue each other, or a chat where either is messages or a context is given.
 
     text: the prompt as a text, where that is another than a user would say. alone: no answer of the history is learnt.
@@ -294,7 +296,7 @@ def _answered(
     context = _context(row)
     spoken = _is_messages(answer)
     if isinstance(prompt, str) and not spoken:
-        plain = Completion(prompt if text is None else text, string(answer, name))
+        plain = PromptCompletion(prompt if text is None else text, string(answer, name))
         if not context.given:
             return plain
         return _chat(context, [_user(prompt), _assistant(plain.answer)], int(alone), plain)

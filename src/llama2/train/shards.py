@@ -33,7 +33,7 @@ _ENTRY = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorParts:
     """A tensor in parts. parts: the first row of each, how many rows, and what reads it; a whole tensor is one part."""
 
     name: str
@@ -97,7 +97,7 @@ def _starts(tensor: Tensor) -> list[int]:
     return [first_row(len(tensor), rank, ranks) for rank in range(ranks)]
 
 
-def read(folder: Path) -> dict[str, Stored]:
+def read(folder: Path) -> dict[str, TensorParts]:
     """What the parts of all ranks hold, by name; nothing is read but the directories of the files."""
     where = folder / INDEX
     content = read_object(where, INDEX, most=LISTING_BYTES)
@@ -110,7 +110,7 @@ def read(folder: Path) -> dict[str, Stored]:
     return {name: _stored(name, entry, files, where) for name, entry in tensors.items()}
 
 
-def _stored(name: str, entry: object, files: list[dict[str, Tensor]], where: Path) -> Stored:
+def _stored(name: str, entry: object, files: list[dict[str, Tensor]], where: Path) -> TensorParts:
     if not isinstance(entry, dict) or entry.keys() != _ENTRY.keys():
         raise CheckpointError(
             f"{where}: the entry of {name!r} is no dtype, shape and starts; the checkpoint is damaged"
@@ -121,8 +121,8 @@ def _stored(name: str, entry: object, files: list[dict[str, Tensor]], where: Pat
         raise CheckpointError(f"{where.parent / _file(lost[0])} has no {name!r}; the checkpoint is damaged")
     if not entry["starts"]:
         rows = shape[0] if shape else 1
-        return Stored(name, shape, dtype, ((0, rows, lambda: files[0][name]),))
+        return TensorParts(name, shape, dtype, ((0, rows, lambda: files[0][name]),))
     stops = [*entry["starts"][1:], shape[0] if shape else 0]
     spans = zip(entry["starts"], stops, files, strict=False)
     parts = tuple((a, max(b - a, 0), lambda held=held: held[name]) for a, b, held in spans)
-    return Stored(name, shape, dtype, parts)
+    return TensorParts(name, shape, dtype, parts)

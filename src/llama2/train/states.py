@@ -83,7 +83,7 @@ def _match_copies(weights: States, states: States, optimizer: AdamW) -> None:
 # -- the formats -------------------------------------------------------------------------------------------------
 
 
-def _sharded(place: Path) -> dict[str, shards.Stored]:
+def _sharded(place: Path) -> dict[str, shards.TensorParts]:
     """What a checkpoint whose ranks wrote their own parts holds."""
     folder = place / SHARDS
     return old_shards.read(folder) if (folder / old_shards.METADATA).exists() else shards.read(folder)

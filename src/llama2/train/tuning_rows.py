@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama2.errors import InputError
-from llama2.train.data import IGNORED, Example, Pair, Report, kind_of, pieces, prepare, prepare_pairs
+from llama2.train.data import IGNORED, DataReport, EncodedPair, Example, kind_of, pieces, prepare, prepare_pairs
 from llama2.train.encoding import EVAL_ROWS, TRAINED, Encoder
 from llama2.train.objectives import packed_rows
 from llama2.train.readers import taken
@@ -48,7 +48,7 @@ class _Rows(Encoder):
             warnings.warn(f"{name}, of {report.rows:,} rows: {'; '.join(remarks)}", stacklevel=7)
         return made
 
-    def made(self, rows: list[Any], name: str) -> tuple[list[Any], Report]:
+    def made(self, rows: list[Any], name: str) -> tuple[list[Any], DataReport]:
         """The items, and what was found in the rows."""
         raise NotImplementedError
 
@@ -61,11 +61,11 @@ class TextEncoder(_Rows):
     def __init__(self, model: Any, tokenizer: Any, collator: Any, args: Any, objective: Any) -> None:
         super().__init__(model, tokenizer, collator, args, None if collator is not None else objective)
 
-    def made(self, rows: list[Any], name: str) -> tuple[list[Any], Report]:
+    def made(self, rows: list[Any], name: str) -> tuple[list[Any], DataReport]:
         """As _Rows.made."""
         args = self.args
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            return Encoder.items(self, rows, name), Report(rows=len(rows))
+            return Encoder.items(self, rows, name), DataReport(rows=len(rows))
         examples, report = self._examples(rows)
         examples = self._cut(examples, report)
         packs = args.packing if name == TRAINED or args.eval_packing is None else args.eval_packing
@@ -77,9 +77,9 @@ class TextEncoder(_Rows):
             return Encoder.items(self, features, name), report
         return list(packed_rows(examples, args.max_length, packs)), report
 
-    def _examples(self, rows: list[Any]) -> tuple[list[Example], Report]:
+    def _examples(self, rows: list[Any]) -> tuple[list[Example], DataReport]:
         if "input_ids" in rows[0]:
-            return [_masked(number, row) for number, row in enumerate(rows)], Report(rows=len(rows))
+            return [_masked(number, row) for number, row in enumerate(rows)], DataReport(rows=len(rows))
         args, field = self.args, self.args.dataset_text_field
         if self.formatting_func is not None:
             if args.completion_only_loss:
@@ -113,7 +113,7 @@ class TextEncoder(_Rows):
             )
         return found
 
-    def _cut(self, examples: list[Example], report: Report) -> list[Example]:
+    def _cut(self, examples: list[Example], report: DataReport) -> list[Example]:
         """Examples within max_length tokens, and those with a target left."""
         most, args = self.args.max_length, self.args
         report.max_length = most
@@ -151,7 +151,7 @@ def _masked(number: int, row: Mapping[str, Any]) -> Example:
 class PairEncoder(_Rows):
     """Of DPOTrainer."""
 
-    def made(self, rows: list[Any], name: str) -> tuple[list[Pair], Report]:
+    def made(self, rows: list[Any], name: str) -> tuple[list[EncodedPair], DataReport]:
         """As _Rows.made."""
         args = self.args
         pairs, report = prepare_pairs(rows, self.tokenizer, None)
@@ -162,10 +162,10 @@ class PairEncoder(_Rows):
             if any(all(label == IGNORED for label in cut.labels[1:]) for cut in cuts):
                 report.problems[number] = "no target is left within the longest length"
                 continue
-            made.append(Pair(*cuts))
+            made.append(EncodedPair(*cuts))
         return made, report
 
-    def _cut(self, number: int, answer: Example, report: Report) -> Example:
+    def _cut(self, number: int, answer: Example, report: DataReport) -> Example:
         args = self.args
         start = next((i for i, label in enumerate(answer.labels) if label != IGNORED), len(answer.labels))
         prompt, ids = answer.input_ids[:start], answer.input_ids[start:]
@@ -186,6 +186,6 @@ class PairEncoder(_Rows):
 class RewardEncoder(_Rows):
     """Of RewardTrainer."""
 
-    def made(self, rows: list[Any], name: str) -> tuple[list[Ranked], Report]:
+    def made(self, rows: list[Any], name: str) -> tuple[list[Ranked], DataReport]:
         """As _Rows.made."""
         return reward_pairs(rows, self.tokenizer, self.args.max_length)
