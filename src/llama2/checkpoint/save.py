@@ -8,7 +8,6 @@ import json
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +19,7 @@ from llama2 import lora
 from llama2.checkpoint import QUANTIZE_CONFIGS
 from llama2.checkpoint.hf import CODES
 from llama2.doors import door
-from llama2.errors import InputError, Llama2Error
+from llama2.errors import InputError
 from llama2.files import Save, replacing, saving, write_bytes, write_text
 from llama2.keywords import drop, refuse_unknown
 from llama2.pretrained import PreTrainedModel
@@ -87,7 +86,7 @@ def save_pretrained(
         model.config.save_pretrained(save.stage)
         save_quantize_config(save, getattr(model.config, "quantization_config", None))
         if model.get_output_embeddings() is not None:
-            _save_generation_config(model, save.stage)
+            model.generation_config.save_pretrained(save.stage)
         for name, shard in zip(names, shards, strict=True):
             with replacing(save.stage / name) as file:
                 write(file, {key: tensors[key] for key in shard})
@@ -232,16 +231,6 @@ def save_quantize_config(save: Save, content: Mapping[str, Any] | None) -> None:
     save.remove(QUANTIZE_CONFIGS)
     if content is not None and content.get("quant_method") == "gptq":
         write_text(save.stage / QUANTIZE_CONFIGS[0], json.dumps(content, indent=2) + "\n")
-
-
-def _save_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    # Training for days and then failing on a sampling flag is the classic complaint: say it, and save.
-    try:
-        model.generation_config.save_pretrained(folder)
-    except Llama2Error as error:
-        warnings.warn(f"generation_config.json is saved although it is not consistent: {error}", stacklevel=4)
-        content = json.dumps(model.generation_config.to_dict(), indent=2, sort_keys=True)
-        write_text(folder / "generation_config.json", content + "\n")
 
 
 def _stale(names: Iterable[str], variant: str | None, safetensors: bool) -> list[str]:

@@ -4,7 +4,7 @@ Float weights stay where they are (the file's memory map, or the module's own pa
 are repacked once into tiles of 16 rows, losslessly. No torch here, except inside `from_module`.
 """
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from llama2.compiled import make_pool, native
 from llama2.config import LlamaConfig
 from llama2.cpu.adapters import Tensors, make_adapter
-from llama2.cpu.codes import CodebookWeight, GroupWeight, Int8Weight, PackableWeight
+from llama2.cpu.codes import PackableWeight
 from llama2.cpu.reader import PARTS, BlockMatrix, GgufSource, Reader, check_coverage
 from llama2.doors import door
 from llama2.errors import InputError, MismatchError
 from llama2.quant.blocks import SIZES
-from llama2.quant.codebooks import NF4
 from llama2.rope_types import ROPE_TYPES, attention_scaling, inverse_frequencies
 
 _packable = door("cpu.modules", "packable", "The codes of a packed linear, None for a plain one.")
@@ -162,34 +161,6 @@ class CpuWeights:
         matrix = weight.pack(self._arena, self.pool)
         self._matrices.append(matrix)
         return matrix
-
-    def pack_nf4(
-        self,
-        codes: NDArray[np.uint8],
-        absmax: NDArray[np.float32],
-        shape: tuple[int, int],
-        codebook: tuple[float, ...] = NF4,
-        block: int = 64,
-        arithmetic: Literal["int8", "bfloat16"] = "int8",
-    ) -> Any:
-        """A matrix of bitsandbytes' 4-bit codes (NF4, or FP4 with its codebook); arrays as in `CodebookWeight`."""
-        return self.pack_codes(CodebookWeight(codes, absmax, shape, codebook, block, arithmetic))
-
-    def pack_gptq(
-        self,
-        codes: NDArray[np.uint8],
-        scales: NDArray[np.float16],
-        zeros: NDArray[np.uint8],
-        group: int = 128,
-        bits: int = 4,
-        order: NDArray[np.int32] | None = None,
-    ) -> Any:
-        """A matrix of GPTQ groups, 4 or 8 bits, with act-order's `order`; arrays as in `GroupWeight`."""
-        return self.pack_codes(GroupWeight(codes, scales, zeros, group, bits, order))
-
-    def pack_int8(self, values: NDArray[np.int8], scales: NDArray[np.float32]) -> Any:
-        """A matrix of int8 rows, each with its scale; arrays as in `Int8Weight`."""
-        return self.pack_codes(Int8Weight(values, scales))
 
     def place(self, matrix: BlockMatrix) -> Any:
         """A block matrix of a file: where it lies packed, or packed now."""

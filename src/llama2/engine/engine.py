@@ -50,7 +50,7 @@ class _Live:
         self.text = None if decoder is None else StopText(decoder, ask.stop, ask.keep_stop)
         self.guesses = 0  # of the drafter in the next step; 0 for as many as it may make
         self.ended, self.rated = False, 0  # rated: tokens of the prompt that have been told
-        self.since, self.began = time.monotonic(), 0.0  # when it was submitted and when it first ran
+        self.began = 0.0  # when it first ran
 
     def take(self, picked: Picked) -> bool:
         """Tells one token; whether it was the last."""
@@ -163,7 +163,7 @@ class Engine:
         self._closing = self._stopping = False
         self.beat = time.monotonic()  # when the last step began
         self._thread: threading.Thread | None = None
-        self.steps = self.tokens_in = self.tokens_out = self.tokens_reused = self.preemptions = 0
+        self.steps = self.tokens_out = self.tokens_reused = self.preemptions = 0
         self.tokens_proposed = self.tokens_guessed = 0  # guesses that were checked, and those that held
 
     # -- for callers ---------------------------------------------------------------------------------------------
@@ -372,7 +372,6 @@ class Engine:
         if live.ended:
             return
         self._live[live.sequence] = live
-        self.tokens_in += len(live.ask.prompt)
         self.scheduler.submit(live.sequence)
 
     def _end(self, live: _Live, event: Event | None = None) -> None:

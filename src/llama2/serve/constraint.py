@@ -61,7 +61,7 @@ class Compiler:
         if not eos:
             raise InputError("this model has no end-of-text token, so a constrained answer could not end")
         self._library = llguidance
-        self._vocabulary, self._eos = vocabulary, eos
+        self._vocabulary = vocabulary
         pieces = _Pieces(tokenizer, vocabulary, eos[0])
         self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(pieces), n_vocab=vocabulary, eos_token=eos)
         self._prover = Prover(LIBRARY_BOUNDS, JSON_STYLE, pieces, eos)
