@@ -11,7 +11,7 @@ import torch
 from tiny import LLAMA3, tiny_model
 
 from llama2 import AutoModelForCausalLM
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 
 pytestmark = pytest.mark.parity
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -62,7 +62,7 @@ def written(folder: Path, rope: Any, tokenizer_model: Path) -> Path:
     shutil.copy(tokenizer_model, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the betas are told, which another test holds
-        convert(folder, folder / "x.gguf", Options("gguf"))
+        convert(folder, folder / "x.gguf", ConversionSettings("gguf"))
     return folder / "x.gguf"
 
 
