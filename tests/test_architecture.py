@@ -1,11 +1,14 @@
 """The map of the house, held by the syntax trees: imports point downward, and files and functions stay readable."""
 
 import ast
+import importlib.util
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+import llama2
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llama2"
 
@@ -261,3 +264,13 @@ def test_one_name_is_one_class() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
     assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
+def test_the_stub_is_what_the_tool_writes() -> None:
+    """__init__.pyi tells type checkers what the lazy package gives."""
+    path = PACKAGE.parent.parent / "tools" / "write_stub.py"
+    spec = importlib.util.spec_from_file_location("write_stub", path)
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.TARGET.read_text() == tool.stub(llama2._HOMES), "run `make format`"

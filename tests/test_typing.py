@@ -1,6 +1,5 @@
 """What a type checker, an editor and `inspect` learn of the public interface."""
 
-import importlib.util
 import inspect
 import os
 import subprocess
@@ -63,15 +62,6 @@ def test_mypy_strict_finds_the_three_mistakes_of_a_script(tmp_path: Path) -> Non
     found = {int(message.split(":")[1]): message for message in messages}
     assert sorted(found) == sorted(planted) and len(messages) == 3, messages
     assert all(word in found[line] for line, word in planted.items()), messages
-
-
-def test_the_stub_is_what_the_tool_writes() -> None:
-    path = ROOT / "tools" / "write_stub.py"
-    spec = importlib.util.spec_from_file_location("write_stub", path)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.TARGET.read_text() == tool.stub(llama2._HOMES), "run `make format`"
 
 
 def _parameters(function: Any) -> dict[str, inspect.Parameter]:

@@ -1,7 +1,7 @@
 """Writes src/llama2/__init__.pyi: what `from llama2 import ...` gives, for type checkers and editors.
 
 The package resolves its names at their first use, which no type checker follows. Run `make format` after a change of
-`_HOMES` in src/llama2/__init__.py; tests/test_typing.py fails while the file is not what this makes.
+`_HOMES` in src/llama2/__init__.py; tests/test_architecture.py fails while the file is not what this makes.
 """
 
 from pathlib import Path

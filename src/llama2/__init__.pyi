@@ -31,6 +31,7 @@ from llama2.engine.engine import Engine
 from llama2.errors import (
     CheckpointError,
     ConfigError,
+    ContextLengthError,
     InputError,
     Llama2Error,
     MismatchError,
@@ -172,6 +173,7 @@ __all__ = [
     "CodeLlamaTokenizerFast",
     "ConfigError",
     "ConstantLengthDataset",
+    "ContextLengthError",
     "DPOConfig",
     "DPOTrainer",
     "DataCollatorForCompletionOnlyLM",
