@@ -125,7 +125,7 @@ def _ours() -> dict[str, Any]:
             if own and name.endswith(GENERATION):
                 found[name] = value
     found |= {name: getattr(llama2, name) for name in TOP if hasattr(llama2, name)}
-    greedy, beam = llama2.records.GenerateDecoderOnlyOutput, llama2.records.GenerateBeamDecoderOnlyOutput
+    greedy, beam = llama2.outputs.GenerateDecoderOnlyOutput, llama2.outputs.GenerateBeamDecoderOnlyOutput
     return found | {
         "PretrainedConfig": llama2.LlamaConfig,
         "PreTrainedConfig": llama2.LlamaConfig,

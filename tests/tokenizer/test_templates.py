@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from llama2.errors import TokenizerError
-from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, LlamaTokenizer, LlamaTokenizerFast
+from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, LlamaTokenizer, LlamaTokenizerFast, sandbox
 from llama2.tokenizer.sandbox import reads_parts, render
 from llama2.tokenizer.tools import function_schema
 
@@ -62,6 +62,23 @@ def test_a_faulty_template_is_one_error_soon(template: str) -> None:
 def test_the_error_comes_from_the_tokenizer(tok: Any) -> None:
     with pytest.raises(TokenizerError, match="ZeroDivisionError"):
         tok.apply_chat_template(CHAT, chat_template="{{ 1 // 0 }}")
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "source", "said"),
+    [
+        ("MAX_STEPS", 1000, "{% for i in range(2000) %}{% endfor %}", "it takes more than 1,000 steps"),
+        ("MAX_SECONDS", -1, "{% for i in range(2000) %}{% endfor %}", r"it takes more than -1\.0 seconds"),
+        ("MAX_SIZE", 1000, "{% for i in range(2000) %}a{% endfor %}", "it writes more than 1,000 characters"),
+    ],
+)
+def test_each_bound_holds_by_itself(
+    bound: str, value: float, source: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert render(source, {}) is not None
+    monkeypatch.setattr(sandbox, bound, value)
+    with pytest.raises(TokenizerError, match=said):
+        render(source, {})
 
 
 def test_bounds_leave_long_conversations_alone() -> None:
