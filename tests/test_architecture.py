@@ -17,7 +17,19 @@ ROWS: dict[str, int] = {
     "errors": -2,
     "text_file": -1,
     **dict.fromkeys(
-        ("availability", "doors", "plain", "recompute", "schema", "pattern", "mapping", "files", "rope_types"), 0
+        (
+            "availability",
+            "doors",
+            "plain",
+            "recompute",
+            "schema",
+            "pattern",
+            "mapping",
+            "files",
+            "processes",
+            "rope_types",
+        ),
+        0,
     ),
     **dict.fromkeys(("call_options", "keywords"), 0),
     **dict.fromkeys(("config_files", "logging", "presets", "rope_settings", "config_fields", "seeds"), 1),
@@ -75,7 +87,6 @@ UPWARD_DOORS = {
     ("config_files", "auto", "load_config"),
     ("config_files", "auto", "load_fields"),
     ("config_files", "checkpoint.hub", "upload_file"),
-    ("generation_config", "checkpoint.hub", "upload_file"),
     ("generation_config", "checkpoint.source", "settings_file"),
     ("companions", "checkpoint.transformers_model", "to_transformers"),
     *(

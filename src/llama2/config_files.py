@@ -13,17 +13,48 @@ from llama2.keywords import drop, refuse_unknown
 from llama2.text_file import read_object
 
 
-class ConfigFiles:
+class SettingsFile:
+    """Base of what is kept as one JSON file in a folder or a repository: it supplies the text and save_pretrained."""
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of the file."""
+        raise NotImplementedError(f"{type(self).__name__} must define to_json_string(use_diff)")
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Writes the file into a folder."""
+        raise NotImplementedError(f"{type(self).__name__} must define save_pretrained(save_directory)")
+
+    def _write(self, file: Path, push_to_hub: bool, options: dict[str, Any]) -> None:
+        """Writes the file, synced, then renamed, and uploads it where that is asked for, with these options.
+
+        Raises InputError for an option that nobody knows.
+        """
+        drop("save_pretrained", options, stacklevel=4)
+        write_text(file, self.to_json_string())
+        if push_to_hub:
+            _upload_file(file, **options)
+        else:
+            refuse_unknown("save_pretrained", options)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
+        """Uploads the file; token=, private=, commit_message= as for a model."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Writes the text to this file."""
+        write_text(Path(json_file_path), self.to_json_string(use_diff))
+
+
+class ConfigFiles(SettingsFile):
     """Base of LlamaConfig, which supplies from_dict and to_json_string."""
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Any:
         """A configuration from the content of a config.json."""
         raise NotImplementedError(f"{cls.__name__} must define from_dict(config_dict)")
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """The text of config.json."""
-        raise NotImplementedError(f"{type(self).__name__} must define to_json_string(use_diff)")
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
@@ -86,21 +117,7 @@ class ConfigFiles:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `save_directory`/config.json, synced, then renamed; push_to_hub uploads it (repo_id=, token=, ...)."""
-        drop("save_pretrained", kwargs)
-        write_text(Path(save_directory) / "config.json", self.to_json_string())
-        if push_to_hub:
-            _upload_file(Path(save_directory) / "config.json", **kwargs)
-        else:
-            refuse_unknown("save_pretrained", kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
-        """Uploads config.json; token=, private=, commit_message= as for a model."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
-
-    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """Writes the text of config.json to this file."""
-        write_text(Path(json_file_path), self.to_json_string(use_diff))
+        self._write(Path(save_directory) / "config.json", push_to_hub, kwargs)
 
 
 _load_config = door("auto", "load_config", "LlamaConfig of a path or a hub id.")

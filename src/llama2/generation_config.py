@@ -9,17 +9,15 @@ import copy
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
 
 from llama2.call_options import HUB_DEFAULTS, GenerationFileOptions, GenerationSettings, showing
+from llama2.config_files import SettingsFile
 from llama2.doors import door
 from llama2.errors import InputError
-from llama2.files import write_text
-from llama2.keywords import drop, refuse_unknown
 from llama2.plain import plain
 from llama2.schema import FLAG, NUMBER, Schema, check, check_names, either, maybe, real, several, text, whole
 from llama2.text_file import read_object
@@ -163,7 +161,7 @@ def check_fields(fields: Mapping[str, Any], where: Path) -> None:
     check_names(GenerationConfig, fields, str(where), InputError)
 
 
-class GenerationConfig:
+class GenerationConfig(SettingsFile):
     """Settings of `generate()`; keywords are the fields of DEFAULTS, None means not given, unknown ones are kept.
 
     Raises InputError for values that cannot work and for arguments of generate() that are no settings, and warns of
@@ -296,24 +294,9 @@ class GenerationConfig:
 
         Values that generate() would refuse are saved with a warning.
         """
-        drop("save_pretrained", kwargs)
         for problem in self.problems():
             warnings.warn(f"saved, but generate() will refuse it: {problem}", stacklevel=2)
-        file = Path(save_directory) / (config_file_name or _FILE)
-        write_text(file, self.to_json_string())
-        if push_to_hub:
-            _upload_file(file, **kwargs)
-        else:
-            refuse_unknown("save_pretrained", kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
-        """Uploads generation_config.json; token=, private=, commit_message= as for a model."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
-
-    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """Writes the JSON text to this file."""
-        write_text(Path(json_file_path), self.to_json_string(use_diff))
+        self._write(Path(save_directory) / (config_file_name or _FILE), push_to_hub, kwargs)
 
     @classmethod
     def of(cls, settings: Any) -> Self:
@@ -436,7 +419,6 @@ class GenerationConfig:
 
 
 _settings_file = door("checkpoint.source", "settings_file", "A file of settings of a path or hub id.")
-_upload_file = door("checkpoint.hub", "upload_file", "Uploads one file to the hub.")
 
 
 def as_list(ids: Any) -> list[int]:

@@ -154,6 +154,8 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
 _PART = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 # Where AutoGPTQ put the settings of a quantised folder before config.json had them, in the order in which it looks.
 QUANTIZE_CONFIGS = ("quantize_config.json", "quant_config.json")
+# What describes a model in a repository, beside its weights.
+CONFIG_FILES = ("config.json", "generation_config.json", "params.json", *QUANTIZE_CONFIGS, "adapter_config.json")
 
 
 def read_config(file: Path) -> dict[str, Any]:

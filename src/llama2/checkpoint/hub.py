@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 
-from llama2.checkpoint import split_parts
+from llama2.checkpoint import CONFIG_FILES, split_parts
 from llama2.errors import CheckpointError
 
 _COMPANION = re.compile(r"(?:^|[/._-])(?:mmproj|imatrix)", re.IGNORECASE)
@@ -18,14 +18,6 @@ _TYPE = re.compile(
     r"(?<![A-Za-z0-9])((?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|BF16|F16|F32|MXFP4))(?![A-Za-z0-9])", re.IGNORECASE
 )
 
-CONFIG_FILES = (
-    "config.json",
-    "generation_config.json",
-    "params.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "adapter_config.json",
-)
 SAFETENSORS_FILES = ("*.safetensors", "*.safetensors.index*.json")
 BIN_FILES = ("pytorch_model*.bin", "pytorch_model*.json", "gptq_model-*.bin", "adapter_model.bin")
 META_FILES = ("consolidated.*.pth", "params.json", "tokenizer.model")

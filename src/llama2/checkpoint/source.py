@@ -138,14 +138,7 @@ _DESCRIBED = {
     "tokenizer": ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
 }
 _PATTERNS: dict[str, tuple[str, ...]] = {
-    "config": (
-        "config.json",
-        "generation_config.json",
-        "params.json",
-        "quantize_config.json",
-        "quant_config.json",
-        "adapter_config.json",
-    ),
+    "config": checkpoint.CONFIG_FILES,
     "tokenizer": (
         "config.json",
         "tokenizer*",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import InputError
+from llama2.processes import end_process
 from llama2.serve import prover
 
 MAX_SOURCE = 65_536  # characters of a schema, regular expression or grammar
@@ -110,7 +111,7 @@ class Prover:
         self.close()
         command = [sys.executable, "-P", str(Path(prover.__file__))]
         process = subprocess.Popen(command, stdin=-1, stdout=-1, start_new_session=True)
-        self._process, self._stop = process, weakref.finalize(self, _end, process)
+        self._process, self._stop = process, weakref.finalize(self, end_process, process)
         assert process.stdin is not None
         hello = {
             "bounds": self._bounds,
@@ -134,17 +135,6 @@ def _answer(process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
     if not select.select([process.stdout], [], [], max(end - time.monotonic(), 0))[0]:
         return None
     return prover.read(process.stdout)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for file in (process.stdin, process.stdout):
-        if file is not None:
-            try:
-                file.close()
-            except OSError:
-                continue  # what was written last has no reader any more
 
 
 def _cause(number: int) -> str:

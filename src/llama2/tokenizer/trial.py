@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import TokenizerError
+from llama2.processes import end_process
 from llama2.text_file import shown
 from llama2.tokenizer import trier
 
@@ -159,7 +160,7 @@ class Trial:
             self._owner = os.getpid()
             command = [sys.executable, "-P", "-X", "utf8", str(Path(trier.__file__))]
             process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, encoding="utf-8")
-            self._process, self._stop = process, weakref.finalize(self, _end, process)
+            self._process, self._stop = process, weakref.finalize(self, end_process, process)
             assert process.stdin is not None
             seconds = SECONDS * (1 + len(self._document) / CHARACTERS / 10)
             process.stdin.write(f"{json.dumps({'seconds': seconds, 'special': self._special})}\n{self._document}\n")
@@ -187,14 +188,3 @@ def gave_up(said: str, patterns: str) -> str:
 def is_panic(error: BaseException) -> bool:
     """Whether this came out of a panic of Rust, which is no Exception."""
     return not isinstance(error, Exception) and type(error).__name__ == "PanicException"
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    for file in (process.stdin, process.stdout):
-        if file is not None:
-            try:
-                file.close()
-            except OSError:
-                continue  # what was written last has no reader any more

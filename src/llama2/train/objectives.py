@@ -94,6 +94,17 @@ def hidden_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return model.model(ids, mask, positions, use_cache=False, return_dict=True).last_hidden_state, labels
 
 
+def whole_rows(ids: Sequence[Sequence[int]]) -> Batch:
+    """A batch of rows (B, T) that are judged as wholes: no token is a target, and lengths (B,) say where they end."""
+    return {
+        "input_ids": padded(ids, 0),
+        "labels": padded([[IGNORED] * len(row) for row in ids], IGNORED),
+        "position_ids": places([range(len(row)) for row in ids]),
+        "lengths": torch.tensor([len(row) for row in ids]),
+        "attention_mask": None,
+    }
+
+
 def last_of(model: Any, batch: Batch) -> Tensor:
     """The decoder's hidden states (B, D) at the last tokens of the rows."""
     hidden, lengths = hidden_of(model, batch)[0], batch["lengths"]
@@ -273,15 +284,7 @@ class Classification:
         """As Objective.collate: input_ids, position_ids, labels (B, T), lengths (B,), wanted (B,) or (B, labels).
 
         Padding stands on the right, where no token sees it."""
-        ids = [item[0] for item in items]
-        return {
-            "input_ids": padded(ids, 0),
-            "labels": padded([[IGNORED] * len(row) for row in ids], IGNORED),
-            "position_ids": places([range(len(row)) for row in ids]),
-            "lengths": torch.tensor([len(row) for row in ids]),
-            "attention_mask": None,
-            "wanted": torch.tensor([item[1] for item in items]),
-        }
+        return {**whole_rows([item[0] for item in items]), "wanted": torch.tensor([item[1] for item in items])}
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         """As Objective.loss; units are rows."""

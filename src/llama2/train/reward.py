@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from llama2.errors import InputError
-from llama2.train.data import IGNORED, DataReport, EncodedPair, Example, prepare_pairs
-from llama2.train.objectives import Batch, Loss, last_of, padded, places
+from llama2.train.data import DataReport, EncodedPair, Example, prepare_pairs
+from llama2.train.objectives import Batch, Loss, last_of, whole_rows
 
 _IDS = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"),
         ("input_ids_chosen", "input_ids_rejected"))  # fmt: skip
@@ -40,14 +40,7 @@ class Rewards:
         """As Objective.collate: input_ids, position_ids, labels (2 B, T), lengths (2 B,), margins (B,); the chosen
         answers first."""
         ids = [item.pair.chosen.input_ids for item in items] + [item.pair.rejected.input_ids for item in items]
-        return {
-            "input_ids": padded(ids, 0),
-            "labels": padded([[IGNORED] * len(row) for row in ids], IGNORED),
-            "position_ids": places([range(len(row)) for row in ids]),
-            "lengths": torch.tensor([len(row) for row in ids]),
-            "attention_mask": None,
-            "margins": torch.tensor([item.margin for item in items]),
-        }
+        return {**whole_rows(ids), "margins": torch.tensor([item.margin for item in items])}
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         """As Objective.loss; units are pairs."""
