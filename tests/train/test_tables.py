@@ -103,6 +103,22 @@ def test_arrow_that_says_more_than_it_has(tmp_path: Path) -> None:
         readers.read(arrow_folder(tmp_path / "b", pyarrow.table({"text": runs})))
 
 
+@pytest.mark.parametrize("kind", ["text", "dictionary"])
+@pytest.mark.parametrize("how", ["zstd", "lz4"])
+def test_compressed_arrow(tmp_path: Path, kind: str, how: str) -> None:
+    """Ten kilobytes of it take gigabytes before a row is there to be counted."""
+    text = pyarrow.array(["x" * 1_000_000])
+    table = pyarrow.table({"text": text if kind == "text" else text.dictionary_encode()})
+    folder = arrow_folder(tmp_path / "a", table)
+    assert readers.read(folder) == [{"text": "x" * 1_000_000}]
+    options = pyarrow.ipc.IpcWriteOptions(compression=how)
+    with pyarrow.ipc.new_stream(str(folder / "data-0.arrow"), table.schema, options=options) as out:
+        out.write_table(table)
+    assert (folder / "data-0.arrow").stat().st_size < 20_000
+    with pytest.raises(InputError, match="data-0.arrow is compressed, which save_to_disk never does"):
+        readers.read(folder)
+
+
 def test_settings_of_other_types(tmp_path: Path) -> None:
     folder = arrow_folder(tmp_path / "a", pyarrow.table({"text": ["a"]}))
     for name, content, said in (

@@ -65,6 +65,9 @@ def saved(folder: Path, split: str) -> Rows:
     for entry in state["_data_files"]:
         path = inside(folder, entry["filename"], folder / "state.json")
         with _faults(path, "file of a data set"), opened(path) as file:
+            if any(map(_compressed, pyarrow.ipc.MessageReader.open_stream(file))):
+                raise InputError(f"{path} is compressed, which save_to_disk never does; save the data set again")
+            file.seek(0)
             rows += _rows(path, pyarrow.ipc.open_stream(file), _bound(path))
     names = {column: _decoder(kind) for column, kind in features.items()}
     changes = {column: change for column, change in names.items() if change is not None}
@@ -107,7 +110,7 @@ def _faults(path: Path, what: str) -> Iterator[None]:
         yield
     except (InputError, CheckpointError):
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError, MemoryError) as error:
         raise InputError(f"{path} is no {what} ({shown(str(error))}); write it again") from error
 
 
@@ -120,6 +123,34 @@ def _too_much(path: Path, bound: int) -> InputError:
         f"{path} would become more than {bound:,} values and bytes of text, {A_BYTE} for each of its bytes; give the "
         "rows as .jsonl where that is meant"
     )
+
+
+def _compressed(message: Any) -> bool:
+    """Whether a message of Arrow's has compressed buffers, which say their own size: ten kilobytes become gigabytes.
+
+    Its metadata is a flatbuffer, Message(version, header type, header, ...) of RecordBatch(length, nodes, buffers,
+    compression) or of DictionaryBatch(id, RecordBatch); pyarrow tells of neither."""
+    data = message.metadata.to_pybytes()
+    if message.type not in ("record batch", "dictionary"):
+        return False
+    root = _field(data, _number(data, 0), 2)
+    batch = _field(data, _number(data, root) + root, 1) if root and message.type == "dictionary" else root
+    return not batch or bool(_field(data, _number(data, batch) + batch, 3))
+
+
+def _field(data: bytes, table: int, number: int) -> int:
+    """Where a field of a flatbuffer's table is; 0 where it is left out."""
+    names = table - _number(data, table, signed=True)
+    if 4 + 2 * number >= _number(data, names, 2):
+        return 0
+    offset = _number(data, names + 4 + 2 * number, 2)
+    return table + offset if offset else 0
+
+
+def _number(data: bytes, at: int, size: int = 4, signed: bool = False) -> int:
+    if not 0 <= at <= len(data) - size:
+        raise ValueError(f"its metadata points to byte {at} of {len(data)}")
+    return int.from_bytes(data[at : at + size], "little", signed=signed)
 
 
 def _rows(path: Path, batches: Iterable[Any], bound: int) -> Iterator[dict[str, Any]]:
