@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peak
 import pytest
 
 from llama2.errors import CheckpointError, InputError
-from llama2.train import readers, tables
+from llama2.train import parquet_pages, readers, tables
 
 pyarrow = pytest.importorskip("pyarrow", reason="parquet needs the extra `train`")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -89,6 +90,40 @@ def test_a_small_file_of_many_values(tmp_path: Path, column: Any) -> None:
     assert path.stat().st_size < 40_000
     with pytest.raises(InputError, match=r"would become more than [\d,]+ values and bytes of text, 100 for each"):
         readers.read(path)
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("packing", ["zstd", "snappy", "none"])
+def test_pages_say_their_size(tmp_path: Path, version: str, packing: str) -> None:
+    """As the footer adds it up: of several pages, with and without dictionaries and statistics."""
+    rows = [{"text": f"row {i} " * 9, "n": i if i % 3 else None, "tags": ["a"] * (i % 4)} for i in range(3000)]
+    table = pyarrow.Table.from_pylist(rows)
+    path = written(tmp_path / "a.parquet", table, compression=packing, data_page_version=version, data_page_size=1024,
+                   row_group_size=1000, write_page_checksum=True)  # fmt: skip
+    found = parquet.ParquetFile(path).metadata
+    with path.open("rb") as file:
+        for i in range(3):
+            for j in range(3):
+                column = found.row_group(i).column(j)
+                said = column.total_uncompressed_size
+                assert said * 0.5 < parquet_pages.unpacked(file, column) <= said  # which counts the headers too
+    assert readers.read(path) == rows
+
+
+def test_a_footer_that_lies_about_its_pages(tmp_path: Path) -> None:
+    """Ten kilobytes, of which the footer says that they become 1,000 bytes, and the page 30 MB."""
+    path = written(tmp_path / "a.parquet", pyarrow.table({"text": ["x" * 30_000_000]}), compression="zstd",
+                   use_dictionary=False, write_statistics=False)  # fmt: skip
+    size, data = parquet.ParquetFile(path).metadata.row_group(0).total_byte_size, path.read_bytes()
+    foot = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    said, lie = (bytes([n << 1 & 127 | 128, n >> 6 & 127 | 128, n >> 13 & 127 | 128, n >> 20]) for n in (size, 1000))
+    assert data[foot:].count(said) == 2
+    path.write_bytes(data[:foot] + data[foot:].replace(said, lie))
+    assert parquet.ParquetFile(path).metadata.row_group(0).total_byte_size == 1000
+    before = peak.begin()
+    with pytest.raises(InputError, match=r"would become more than [\d,]+ values and bytes of text"):
+        readers.read(path)
+    assert peak.peak() - before < 10_000_000
 
 
 def test_arrow_that_says_more_than_it_has(tmp_path: Path) -> None:

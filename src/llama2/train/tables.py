@@ -14,6 +14,7 @@ from typing import Any
 from llama2.errors import CheckpointError, InputError, MissingDependencyError
 from llama2.schema import Kind, check, several, table, text
 from llama2.text_file import inside, linked_inside, opened, read_object, shown
+from llama2.train.parquet_pages import unpacked
 
 Rows = list[dict[str, Any]]
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # what datasets.save_to_disk writes
@@ -38,9 +39,10 @@ def parquet(path: Path) -> Rows:
         bound = _bound(path)
         reader = pyarrow.parquet.ParquetFile(file)
         groups = [reader.metadata.row_group(i) for i in range(reader.metadata.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) > bound or reader.metadata.num_rows > bound:
+        sizes = [sum(unpacked(file, group.column(i)) for i in range(group.num_columns)) for group in groups]
+        if sum(sizes) > bound or reader.metadata.num_rows > bound:
             raise _too_much(path, bound)
-        largest = max((group.total_byte_size for group in groups), default=1)
+        largest = max(sizes, default=1)
         step = min(max(bound // max(largest, 1), 1), 1024)  # a row may repeat all that its group has
         return list(_rows(path, reader.iter_batches(step, use_threads=False), bound))
 
