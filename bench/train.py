@@ -254,7 +254,7 @@ def peaks() -> dict[str, float]:
     from llama2.compiled import make_pool, native
 
     found = {}
-    if "avx512" in native().available_isas():
+    if "avx512bf16" in native().available_isas():
         found["instruction"] = max(native().peak(make_pool(None), "auto", 1, 2_000_000) for _ in range(5)) / 1e9
     a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
     times = []

@@ -16,23 +16,41 @@
 namespace llama2 {
 namespace {
 
+// An instruction set: its kernels, and whether this processor has each feature that they use.
+struct Row {
+  const Kernels* (*kernels)();
+  bool here;
+};
+
 int runnable(const Kernels** to) {
-  int n = 0;
 #if defined(__x86_64__)
+#define HAS(feature) static_cast<bool>(__builtin_cpu_supports(feature))
   __builtin_cpu_init();
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-                __builtin_cpu_supports("avx512bf16");
-  if (avx512) to[n++] = kernels_avx512();
+  bool avx2 = HAS("avx2") && HAS("fma") && HAS("f16c");
+  bool avx512 = avx2 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq");
+  bool vnni = avx512 && HAS("avx512vnni");
+  const Row rows[] = {
+      {kernels_avx512bf16, vnni && HAS("avx512vbmi") && HAS("avx512bf16")},  // Zen 4, Sapphire Rapids
+      {kernels_avx512vnni, vnni},                                            // Cascade Lake, Ice Lake
 #if LLAMA2_AVXVNNI
-  if (avx2 && __builtin_cpu_supports("avxvnni")) to[n++] = kernels_avxvnni();
+      {kernels_avxvnni, avx2 && HAS("avxvnni")},  // Alder Lake; before avx512, which has no dot product
 #endif
-  if (avx2) to[n++] = kernels_avx2();
+      {kernels_avx512, avx512},  // Skylake-X
+      {kernels_avx2, avx2},
+      {kernels_scalar, true},
+  };
+#undef HAS
 #elif defined(__aarch64__)
-  if (getauxval(AT_HWCAP) & (1 << 20)) to[n++] = kernels_neon();  // HWCAP_ASIMDDP
+  const Row rows[] = {
+      {kernels_neon, (getauxval(AT_HWCAP) & (1 << 20)) != 0},  // HWCAP_ASIMDDP
+      {kernels_scalar, true},
+  };
+#else
+  const Row rows[] = {{kernels_scalar, true}};
 #endif
-  to[n++] = kernels_scalar();
+  int n = 0;
+  for (const Row& row : rows)
+    if (row.here) to[n++] = row.kernels();
   return n;
 }
 

@@ -258,6 +258,8 @@ const Kernels* kernels_scalar();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512vnni();
+const Kernels* kernels_avx512bf16();
 const Kernels* kernels_neon();
 
 const Kernels* best_kernels();

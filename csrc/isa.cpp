@@ -1,0 +1,36 @@
+// All kernels, compiled once for each instruction set: LLAMA2_ISA_NAME is its name, LLAMA2_SIMD the header that holds
+// its intrinsics. What it needs of a processor stands in dispatch.cpp, its compiler flags in CMakeLists.txt.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "train.h"
+
+#define JOIN2(a, b) a##b
+#define JOIN(a, b) JOIN2(a, b)
+#define TEXT2(a) #a
+#define TEXT(a) TEXT2(a)
+
+namespace llama2 {
+namespace {
+#include LLAMA2_SIMD
+#include "pointwise.inl"
+#include "matmul.inl"
+#include "kv.inl"
+#include "attention.inl"
+#include "probes.inl"
+#include "train.inl"
+}  // namespace
+
+const Kernels* JOIN(kernels_, LLAMA2_ISA_NAME)() {
+  static const Kernels table = {TEXT(LLAMA2_ISA_NAME), prepare, rmsnorm, matmul, dequantize_row, rope, kv_store,
+                                attention, peak, read_bytes, shrink, &TRAIN};
+  return &table;
+}
+}  // namespace llama2
