@@ -3,19 +3,22 @@
     python bench/generate.py                  SmolLM2-135M, the real Q4_1 file
     python bench/generate.py --tokens 200     so many new tokens a turn
     python bench/generate.py --only greedy cli
+    taskset -c 0 python bench/generate.py --busy     on a machine that others use: one thread, its processor time counts
     python bench/generate.py --only predicate   what looking for changes of a torch model costs, and nothing else
 
-One process, in turns: the engine alone (feed and argmax), then generate() greedy, sampled (temperature 0.6, top_p
-0.9, top_k 50, with a seed and without), sampled with a repetition penalty, the command line's loop writing text to a
-pipe, and llama.cpp's own high level (llama-cpp-python 0.3.36, create_completion with stream=True) greedy and sampled.
+The model is AutoModelForCausalLM.from_pretrained(FILE) and its generate(), as README shows them. One process, in turns:
+the engine alone (feed and argmax), then generate() greedy, sampled (temperature 0.6, top_p 0.9, top_k 50, with a seed
+and without), sampled with a repetition penalty, the command line's loop writing text to a pipe, and, where it is
+installed, llama.cpp's own high level (llama-cpp-python 0.3.36, create_completion with stream=True) greedy and sampled.
 A rate counts from the first new token to the last; end tokens are forbidden or ignored, so that all write as many.
-"predicate" loads the file as a torch model in bfloat16 and takes, in turns, the processor time of
+"predicate" takes, in turns, the processor time of
 plain_network.difference (run once a call of generate()) and the wall time of a decoded token on the native engine:
 the share is that of a token if every call wrote one only. Prints medians of the rates, of the ratios to the engine's
 turn just before, and of eight prompts at once to eight sequences in the engine; the last line is JSON.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -24,16 +27,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import torch
-from native_gguf import smollm2
+from demo import default_model
 
 from llama2.auto import AutoModelForCausalLM, AutoTokenizer
 from llama2.cli.speaker import Speaker
 from llama2.cpu import CpuRunner, PagedCache
 from llama2.generation_config import GenerationConfig
-from llama2.native import NativeModel
+from llama2.native import native_weights
 from llama2.plain_network import difference
 from llama2.streamers import BaseStreamer
 
@@ -45,11 +47,13 @@ NO_END = 10**6  # no id: nothing ends before the last token
 class Times(BaseStreamer):
     """When each token came."""
 
+    clock = time.perf_counter
+
     def __init__(self) -> None:
         self.at: list[float] = []
 
     def put(self, value: Any) -> None:
-        self.at.append(time.perf_counter())
+        self.at.append(type(self).clock())
 
     def end(self) -> None:
         pass
@@ -64,22 +68,24 @@ class Bench:
     """The subjects; each method writes `tokens` tokens and gives tokens per second."""
 
     def __init__(self, path: Path, tokens: int) -> None:
-        self.model, self.tokenizer, self.tokens = (
-            NativeModel.from_gguf(path),
-            AutoTokenizer.from_pretrained(path),
-            tokens,
-        )
+        self.model, self.tokenizer = (cls.from_pretrained(path) for cls in (AutoModelForCausalLM, AutoTokenizer))
+        self.tokens, self.weights = tokens, native_weights(self.model)
+        assert self.weights is not None
         self.ids: list[int] = self.tokenizer(PROMPT)["input_ids"]
         self.batch = torch.tensor([self.ids] * 8)
-        self.engine_runner = CpuRunner(self.model.weights)
+        self.engine_runner = CpuRunner(self.weights)
         self.pipe = open(os.devnull, "w")  # noqa: SIM115
-        self.rival = llama_cpp.Llama(
-            str(path), n_ctx=1024, n_threads=self.model.weights.pool.size, verbose=False, logits_all=False
-        )
+        self.rival: Any = None
+        if importlib.util.find_spec("llama_cpp") is not None:
+            import llama_cpp
+
+            self.rival = llama_cpp.Llama(
+                str(path), n_ctx=1024, n_threads=self.weights.pool.size, verbose=False, logits_all=False
+            )
 
     def engine(self, rows: int = 1) -> float:
         """feed (or one step of `rows` sequences) and argmax, nothing else."""
-        cache, times = PagedCache(self.model.weights, 1024 * rows), Times()
+        cache, times = PagedCache(self.weights, 1024 * rows), Times()
         sequences = [cache.sequence() for _ in range(rows)]
         new = [int(self.engine_runner.feed(s, self.ids).argmax()) for s in sequences]
         times.put(None)
@@ -135,6 +141,10 @@ class Bench:
 def subjects(bench: Bench) -> dict[str, tuple[str, Callable[[], float]]]:
     """Name: what it is set beside, and the turn."""
     own = {"temperature": 0.6, "top_p": 0.9, "top_k": 50}
+    rival = {
+        "llama.cpp greedy": ("engine", lambda: bench.llama_cpp(temperature=0.0)),
+        "llama.cpp sampled": ("engine", lambda: bench.llama_cpp(**own)),
+    }
     return {
         "greedy": ("engine", lambda: bench.generate(do_sample=False)),
         "sampled": ("engine", lambda: bench.generate(seed=1, **SAMPLED)),
@@ -142,8 +152,7 @@ def subjects(bench: Bench) -> dict[str, tuple[str, Callable[[], float]]]:
         "sampled, penalty": ("engine", lambda: bench.generate(seed=1, repetition_penalty=1.1, **SAMPLED)),
         "cli greedy": ("engine", lambda: bench.cli(do_sample=False)),
         "cli sampled": ("engine", lambda: bench.cli(**SAMPLED)),
-        "llama.cpp greedy": ("engine", lambda: bench.llama_cpp(temperature=0.0)),
-        "llama.cpp sampled": ("engine", lambda: bench.llama_cpp(**own)),
+        **(rival if bench.rival is not None else {}),
         "8 greedy": ("engine of 8", lambda: bench.together(do_sample=False)),
         "8 sampled": ("engine of 8", lambda: bench.together(seed=1, **SAMPLED)),
     }
@@ -176,12 +185,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--busy", action="store_true", help="count this thread's processor time; not for cli")
     parser.add_argument("--only", nargs="*", default=[""], help="beginnings of names")
     args = parser.parse_args()
     if args.only == ["predicate"]:
-        print(json.dumps(predicate(smollm2(), args.rounds, args.tokens)))
+        print(json.dumps(predicate(default_model(), args.rounds, args.tokens)))
         return
-    bench = Bench(smollm2(), args.tokens)
+    if args.busy:
+        Times.clock = time.thread_time  # type: ignore[method-assign]
+    bench = Bench(default_model(), args.tokens)
     chosen = {n: s for n, s in subjects(bench).items() if any(n.startswith(part) for part in args.only)}
     beside = {"engine": bench.engine, "engine of 8": lambda: bench.engine(8)}
     rates: dict[str, list[float]] = {}

@@ -30,6 +30,7 @@ namespace {
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Longs = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints2 = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Out2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -651,6 +652,19 @@ nb::list shortlists(In2 scores, float temperature, int64_t top_k, double top_p, 
   return rows;
 }
 
+std::vector<float> noise(OutBytes state, int64_t total, Longs places) {
+  require(static_cast<int64_t>(state.size()) >= generator_bytes(), "the state of torch's CPU generator");
+  const std::vector<int64_t> own(places.data(), places.data() + places.size());
+  int64_t before = -1;
+  for (int64_t place : own) {
+    require(place > before && place < total, "places ascend, from 0 to less than total");
+    before = place;
+  }
+  std::vector<float> found(own.size());
+  require(exponentials(state.data(), total, own.data(), static_cast<int64_t>(own.size()), found.data()), "the state of torch's CPU generator");
+  return found;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -707,6 +721,7 @@ NB_MODULE(_native, m) {
   m.def("matmul", &matmul_one, nb::arg("pool"), nb::arg("isa"), nb::arg("w"), nb::arg("x"), nb::arg("out"), nb::arg("exact"), nb::arg("repeat") = 1);
   m.def("shortlists", &shortlists);
   m.def("shortlist_margin", &shortlist_margin);
+  m.def("exponentials", &noise, nb::arg("state"), nb::arg("total"), nb::arg("places"));
   m.def("attend", &attend);
   m.def("dequantize", &dequantize);
   bind_train(m);

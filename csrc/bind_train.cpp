@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pack.h"
 #include "pool.h"
 #include "train.h"
 
@@ -210,6 +211,16 @@ void unpack4(Pool& pool, Bytes codes, Floats scales, Floats table, int64_t block
   pieces(pool, n, block, [&](int64_t a, int64_t b, int) { kernels().unpack4(t, codes.data(), scales.data(), table.data(), block, a, b, out.data()); });
 }
 
+// The blocks of a GGUF file (rows, cols) as numbers.
+void unpack_blocks(Pool& pool, Bytes raw, int type, Tensor out) {
+  require(out.ndim() == 2, "out is rows x cols");
+  int64_t rows = static_cast<int64_t>(out.shape(0)), cols = static_cast<int64_t>(out.shape(1)), row_bytes = unpacked_row_bytes(type, cols);
+  require(row_bytes > 0, "a GGUF type of blocks, and rows of whole blocks");
+  require(static_cast<int64_t>(raw.size()) == rows * row_bytes, "as many bytes as out has blocks");
+  bool bf16 = real_of(out) == Real::BF16;
+  pieces(pool, rows, 1, [&](int64_t a, int64_t b, int) { unpack_rows(type, raw.data(), cols, bf16, a, b, out.data()); });
+}
+
 // -- products ----------------------------------------------------------------------------------------------------
 
 using Matrix2 = nb::ndarray<nb::ndim<2>, nb::device::cpu>;  // rows or columns along memory
@@ -313,6 +324,7 @@ void bind_train(nb::module_& m) {
   m.def("texts_grad", &texts_grad);
   m.def("log_probs", &log_probs, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("unpack4", &unpack4);
+  m.def("unpack_blocks", &unpack_blocks, nb::arg("pool"), nb::arg("raw"), nb::arg("type"), nb::arg("out"));
   // where there is AMX, oneDNN's products run on it, at several times the rate of these
   m.def("has_products", [] { return kernels().product.products != nullptr && !has_amx(); });
   m.def("products", &products);

@@ -23,6 +23,11 @@ std::shared_ptr<uint8_t> allocate(int64_t bytes, bool huge = true);
 void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* row_map, int64_t tile,
                uint8_t* out);
 
+// Bytes of a row of `cols` weights of a GGUF type that unpack_rows knows, 0 for another type or a row of no whole blocks.
+int64_t unpacked_row_bytes(int id, int64_t cols);
+// Rows [begin, end) of the unpacked matrix, float32 or bfloat16 (rounded once).
+void unpack_rows(int id, const uint8_t* raw, int64_t cols, bool bf16, int64_t begin, int64_t end, void* out);
+
 // Weights given as codes, scales and zeros rather than as blocks of a file; every array is rows x its own columns.
 struct CodeSource {
   Format format = Format::C4;

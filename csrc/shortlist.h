@@ -21,4 +21,9 @@ bool shortlist(const float* scores, int64_t vocabulary, const Shortlist& how, st
 // How far probabilities and their sums over n tokens in float32 may be from those of shortlist().
 inline double shortlist_margin(int64_t n) { return static_cast<double>(n + 8) / (1 << 22); }
 
+// Moves the state of torch's CPU generator (Generator.get_state(), generator_bytes() or more) on past `total` exponential
+// numbers and writes those at `places`, ascending and below total. False, and nothing changed, for a state that is none.
+int64_t generator_bytes();
+bool exponentials(uint8_t* state, int64_t total, const int64_t* places, int64_t count, float* out);
+
 }  // namespace llama2

@@ -52,7 +52,8 @@ class LoraLinear(nn.Module):
 
     def add(self, name: str, config: LoraConfig, path: str) -> None:
         """Makes an adapter of this layer, which lies at `path`, and activates it alone."""
-        weight = next(t for t in (*self.base_layer.parameters(), *self.base_layer.buffers()))
+        held = (*self.base_layer.parameters(), *self.base_layer.buffers())
+        weight = held[0] if held else self.base_layer.weight  # a tied packed head has the embedding's
         rank, device = config.rank(path), weight.device
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
         a = torch.empty((rank, self.in_features), dtype=dtype, device=device)

@@ -24,6 +24,7 @@ from llama2.checkpoint.peft import read_adapter
 from llama2.config import LlamaConfig
 from llama2.errors import InputError, Llama2Error
 from llama2.generation_config import GenerationConfig
+from llama2.lora import LoraLinear
 from llama2.model import LlamaForCausalLM
 from llama2.model_methods import GenerationMethods
 from llama2.plain_network import difference, warn_once
@@ -358,8 +359,7 @@ class NativeModel(GenerationMethods):
         """A torch model's own weights, in place: a change of them shows here too."""
         if reason := why_not(model):
             raise InputError(f"the native engine cannot run this model: {reason}")
-        cache_dtype: cpu.KvDtype = "float32" if model.dtype == torch.float32 else "bfloat16"
-        return cls(cpu.CpuWeights.from_module(model, threads), model.generation_config, cache_dtype)
+        return cls(cpu.CpuWeights.from_module(model, threads), model.generation_config, kept_in(model))
 
     def load_adapter(self, folder: str | Path, name: str = "default") -> None:
         """Adds a LoRA adapter that peft wrote and uses it from now on; the weights stay as they are.
@@ -389,7 +389,7 @@ _HELD: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
 
 def _stamp(model: Any) -> tuple[Any, ...]:
     """Which tensors and settings the weights are made from. The content of parameters needs no stamp: the engine reads
-    it in place. Buffers (packed weights) are copied, so their versions count."""
+    it in place, or copies it at every call. Buffers (packed weights) are copied, so their versions count."""
     config = model.config
     settings = (config.rms_norm_eps, config.max_position_embeddings, *config.rope_parameters.items())
     tensors: list[tuple[int, ...]] = []
@@ -397,6 +397,8 @@ def _stamp(model: Any) -> tuple[Any, ...]:
         held = module.__dict__
         tensors += [(id(p), p.data_ptr()) for p in held["_parameters"].values() if p is not None]
         tensors += [(id(b), b.data_ptr(), _version(b)) for b in held["_buffers"].values() if b is not None]
+        if type(module) is LoraLinear and any(name in module.lora_magnitude_vector for name in module.active):
+            tensors.append((id(module),))  # DoRA, which the engine has not
     return (*settings, *tensors)
 
 
@@ -459,16 +461,23 @@ def native_weights(model: Any) -> cpu.CpuWeights | None:
 _TORCH_RUNS = "torch runs this model, not the native engine"
 
 
+def kept_in(model: Any) -> cpu.KvDtype:
+    """What the engine keeps keys and values of `model` in unless told: float32 for float32 weights, else bfloat16, and
+    so for GGUF's blocks, whatever dtype torch computes in."""
+    if isinstance(model, NativeModel):
+        return model.cache_dtype
+    packed = (getattr(model.config, "quantization_config", None) or {}).get("quant_method")
+    return "float32" if getattr(model, "dtype", None) == torch.float32 and packed != "gguf" else "bfloat16"
+
+
 def native_runner(model: Any, cache_dtype: cpu.KvDtype | None = None) -> NativeRunner | None:
-    """A runner over `native_weights(model)`; cache_dtype=None keeps float32 keys and values in a float32 model, else
-    bfloat16."""
+    """A runner over `native_weights(model)`; cache_dtype=None: `kept_in`."""
     weights = native_weights(model)
     if weights is None:
         return None
     if isinstance(model, NativeModel):
         return NativeRunner(weights, cache_dtype or model.cache_dtype, model.adapter)
-    kept: cpu.KvDtype = cache_dtype or ("float32" if model.dtype == torch.float32 else "bfloat16")
-    return NativeRunner(weights, kept, dtype=model.dtype)
+    return NativeRunner(weights, cache_dtype or kept_in(model), dtype=model.dtype)
 
 
 def row_count(cache: Any) -> int:

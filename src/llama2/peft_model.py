@@ -30,7 +30,6 @@ from llama2.checkpoint.source import locate, split_hub_options
 from llama2.errors import InputError
 from llama2.files import saving
 from llama2.lora_config import LoraConfig
-from llama2.quant.linear import PackedLinear
 
 _HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -147,7 +146,7 @@ class PeftModel(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Parameters that are trained, and all; a packed weight counts by its values."""
         parameters = list(self.parameters())
-        packed = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, PackedLinear))
+        packed = sum(layer.packed_count for layer in packed_layers(self).values())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         return trained, packed + sum(p.numel() for p in parameters)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from llama2.checkpoint.load import resolve_device
+from llama2.checkpoint.arguments import resolve_device
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
 from llama2.generation_config import DEFAULTS

@@ -31,13 +31,14 @@ from llama2.linear import has_global_hooks, runs_as_written
 from llama2.lora import LoraLinear
 from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.pretrained import require_grad
+from llama2.quant.gguf import GgufEmbedding, GgufLinear
 from llama2.quant.gptq import GptqLinear
 from llama2.quant.int8 import Linear8bit
 from llama2.quant.nf4 import Linear4bit
 from llama2.rope import LlamaRotaryEmbedding
 
 Kinds = tuple[type[nn.Module], ...]
-_PACKED: Kinds = (GptqLinear, Linear4bit, Linear8bit)
+_PACKED: Kinds = (GgufLinear, GptqLinear, Linear4bit, Linear8bit)
 _BASES: Kinds = (nn.Linear, *_PACKED)
 _LINEARS: Kinds = (*_BASES, LoraLinear)
 _NORM: Kinds = (LlamaRMSNorm,)
@@ -48,7 +49,7 @@ _PARTS: dict[type[nn.Module], tuple[tuple[str, Kinds], ...]] = {
     LlamaForTokenClassification: (("model", (LlamaModel,)), ("score", _LINEARS)),
     LlamaForQuestionAnswering: (("transformer", (LlamaModel,)), ("qa_outputs", _LINEARS)),
     LlamaModel: (
-        ("embed_tokens", (nn.Embedding,)),
+        ("embed_tokens", (nn.Embedding, GgufEmbedding)),
         ("layers", (nn.ModuleList,)),
         ("norm", _NORM),
         ("rotary_emb", (LlamaRotaryEmbedding,)),
@@ -69,12 +70,13 @@ _TENSORS = frozenset((Tensor, nn.Parameter, nn.Buffer))
 _METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     LlamaModel: ("_embed", "_places", "_run"),
     **dict.fromkeys(_PACKED, ("product", "multiply", "dequantize", "weight_in")),
+    GgufEmbedding: ("dequantize",),
 }
 
 
 def _as_imported() -> list[tuple[Any, str, Any]]:
     """Every function that computes the network, where it is looked up: replacing one changes all models."""
-    kinds = [*_PARTS, *_WEIGHTED, *_PACKED, LlamaRotaryEmbedding]
+    kinds = [*_PARTS, *_WEIGHTED, *_PACKED, GgufEmbedding, LlamaRotaryEmbedding]
     found: list[tuple[Any, str, Any]] = [
         (kind, name, getattr(kind, name)) for kind in kinds for name in ("forward", *_METHODS.get(kind, ()))
     ]
@@ -217,7 +219,7 @@ def _constants(kind: type[nn.Module], held: dict[str, Any], config: LlamaConfig)
         wanted = {"config": config, "act_fn": ACTIVATIONS.get(config.hidden_act)}
     elif kind is LlamaRotaryEmbedding:
         wanted = {"config": config, "_given": None}
-    elif kind is nn.Embedding:
+    elif kind in (nn.Embedding, GgufEmbedding):
         wanted = {"max_norm": None}
     elif kind is LlamaModel:
         wanted = {"config": config}

@@ -90,11 +90,12 @@ class PreTrainedModel(ModelMethods, Companions, nn.Module):
         return inner
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters; shared ones count once."""
-        skip = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
-        return sum(
-            p.numel() for p in self.parameters() if id(p) not in skip and (p.requires_grad or not only_trainable)
-        )
+        """Number of parameters; shared ones count once, and packed weights by their values."""
+        embedding = self.get_input_embeddings()
+        skip = {id(embedding.weight), id(embedding)} if exclude_embeddings else set()
+        packed = [m for m in self.modules() if id(m) not in skip] if not only_trainable else []
+        own = [p for p in self.parameters() if id(p) not in skip and (p.requires_grad or not only_trainable)]
+        return sum(p.numel() for p in own) + sum(getattr(m, "packed_count", 0) for m in packed)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of parameters, and of buffers unless told otherwise."""
@@ -137,10 +138,10 @@ class PreTrainedModel(ModelMethods, Companions, nn.Module):
         return None
 
     def tie_weights(self) -> None:
-        """Makes head and embedding one parameter where the configuration says so."""
-        head = self.get_output_embeddings()
-        if self.config.tie_word_embeddings and head is not None:
-            head.weight = self.get_input_embeddings().weight
+        """Makes head and embedding one parameter where the configuration says so; packed ones are one already."""
+        head, weight = self.get_output_embeddings(), self.get_input_embeddings().weight
+        if self.config.tie_word_embeddings and head is not None and isinstance(weight, nn.Parameter):
+            head.weight = weight
 
     # -- vocabulary ----------------------------------------------------------------------------------------------
 

@@ -211,6 +211,24 @@ class GPTQConfig(QuantizationConfig):
         return super().skips(module) and not (self.lm_head and module.endswith("lm_head"))
 
 
+@dataclass
+class GgufConfig(QuantizationConfig):
+    """Blocks of GGUF's types, as a GGUF file holds them; each tensor says its type by its name (`quant.gguf`).
+
+    Only this library reads a folder of them. `llama2 convert FOLDER x.gguf` makes a GGUF file of one, block by block.
+    """
+
+    quant_method: ClassVar[str] = "gguf"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As QuantizationConfig.to_dict."""
+        return {"quant_method": self.quant_method}
+
+    def skips(self, module: str) -> bool:
+        """Nothing is left out: the file has a type for each tensor."""
+        return False
+
+
 def _pattern(key: str) -> str:
     """The regular expression of a key of `dynamic`."""
     return key.removeprefix("-:").removeprefix("+:")
@@ -236,7 +254,9 @@ def _auto_round(content: Mapping[str, Any]) -> GPTQConfig:
     return GPTQConfig.from_dict({key: value for key, value in fields.items() if key != "checkpoint_format"})
 
 
-_METHODS: dict[str, type[QuantizationConfig]] = {c.quant_method: c for c in (BitsAndBytesConfig, GPTQConfig)}
+_METHODS: dict[str, type[QuantizationConfig]] = {
+    c.quant_method: c for c in (BitsAndBytesConfig, GPTQConfig, GgufConfig)
+}
 
 
 def parse(content: Any) -> QuantizationConfig:

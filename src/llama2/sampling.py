@@ -21,6 +21,7 @@ from torch import Tensor
 from llama2 import processors as pr
 from llama2.errors import InputError
 from llama2.generation_config import GenerationConfig, as_list
+from llama2.noise import can_end, is_known, some_of
 from llama2.plain import plain
 from llama2.processors import LogitsProcessor, LogitsProcessorList
 
@@ -381,20 +382,30 @@ class Sampler:
                 self.put_back(uniform)
         else:
             # A row with one token left races alone: its numbers count as drawn and are not looked at.
-            ends = [i * vocabulary + ids[-1] + 1 for i, (ids, _) in enumerate(rows) if len(ids) > 1]
-            noise = self._first_noise(max(ends, default=1), len(rows) * vocabulary)
-            values = noise.numpy()
-            found = [
-                ids[0] if len(ids) == 1 else _race(ids, p, values[i * vocabulary + np.array(ids)].tolist(), margin)
-                for i, (ids, p) in enumerate(rows)
-            ]
+            places = [i * vocabulary + at for i, (ids, _) in enumerate(rows) if len(ids) > 1 for at in ids]
+            values, undo = self._noise_at(places, len(rows) * vocabulary)
+            waits = iter(values)
+            found = [ids[0] if len(ids) == 1 else _race(ids, p, [next(waits) for _ in ids], margin) for ids, p in rows]
             if None in found:
-                self._noise = noise
+                undo()
         return None if None in found else [token for token in found if token is not None]
+
+    def _noise_at(self, places: list[int], total: int) -> tuple[list[float], Callable[[], None]]:
+        """Those at `places` of the `total` Exp(1) numbers that torch.multinomial would draw, which count as drawn; and
+        what leaves them all to the next `draw`."""
+        source = torch.default_generator if self.generator is None else self.generator
+        if source.device.type == "cpu" and is_known():
+            return some_of(source, places, total)
+        noise = self._first_noise(max(places, default=0) + 1, total)
+
+        def keep() -> None:
+            self._noise = noise
+
+        return noise.numpy()[places].tolist(), keep
 
     def _first_noise(self, count: int, total: int) -> Tensor:
         """The first `count`, or more, of the `total` Exp(1) numbers that torch.multinomial would draw."""
-        count = min(total, max(count, 64)) if _noise_can_end() else total
+        count = min(total, max(count, 64)) if can_end() else total
         return torch.empty(count).exponential_(generator=self.generator)
 
     def exponential(self, like_BV: Tensor) -> Tensor:
@@ -426,15 +437,6 @@ class Sampler:
     def _draw_ahead(self, rows: list[torch.Generator]) -> None:
         block = torch.stack([torch.rand(self._BLOCK, dtype=torch.float64, generator=g) for g in rows])
         self._ahead[:0] = block.unbind(1)[::-1]
-
-
-@cache
-def _noise_can_end() -> bool:
-    """Whether torch draws exponential numbers such that fewer of them are a beginning of more, at the same cost in the
-    generator's state: so with MKL, where numbers that nobody looks at need not be drawn."""
-    long, short = (torch.Generator().manual_seed(0) for _ in range(2))
-    whole, part = torch.empty(5000).exponential_(generator=long), torch.empty(64).exponential_(generator=short)
-    return torch.equal(whole[:64], part) and torch.equal(long.get_state(), short.get_state())
 
 
 def _inverse(ids: list[int], p: list[float], u: float, margin: float) -> int | None:

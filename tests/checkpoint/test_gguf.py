@@ -248,7 +248,10 @@ def test_quantised_blocks_stay_permutable(tmp_path: Path, tiny: LlamaForCausalLM
     assert (raw.type, raw.shape, tuple(raw.rows.shape)) == ("Q8_0", (32, 64), (32, 68))
     original = tiny.state_dict()[name]
     assert (opened.read(name) - original).abs().max() <= original.abs().max() / 127
-    model = LlamaForCausalLM.from_pretrained(path)
+    model = LlamaForCausalLM.from_pretrained(path, dequantize=False)
+    assert model.dtype == torch.float32 == model.config.dtype
+    assert torch.equal(model.state_dict()[f"{name}.Q8_0"], raw.rows)
+    model = LlamaForCausalLM.from_pretrained(path, dequantize=True)
     assert model.dtype == torch.bfloat16 == model.config.dtype
     assert torch.equal(model.state_dict()[name], opened.read(name, torch.bfloat16))
     assert LlamaForCausalLM.from_pretrained(path, dtype="float32").dtype == torch.float32
@@ -285,8 +288,10 @@ def test_smollm2(smollm2: Path) -> None:
     assert config == preset
     assert len(opened.tokenizer_source["tokenizer.ggml.merges"]) == 48900  # type: ignore[index]
     assert {stored.type for stored in opened.tensors.values()} == {"F32", "Q4_1", "Q8_0"}
-    model = LlamaForCausalLM.from_pretrained(smollm2)
-    assert model.dtype == torch.bfloat16 and model.num_parameters() == config.num_parameters
+    for dtype, dequantize in ((torch.float32, False), (torch.bfloat16, True)):
+        model = LlamaForCausalLM.from_pretrained(smollm2, dequantize=dequantize)
+        assert model.dtype == dtype and model.num_parameters() == config.num_parameters
+        assert (model.get_memory_footprint() < 100e6) is not dequantize
 
 
 @pytest.mark.parity

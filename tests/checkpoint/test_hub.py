@@ -17,11 +17,12 @@ from tiny import tiny_ids, tiny_model
 from llama2 import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.hub import _kind
+from llama2.checkpoint.packed import packed_layers
 from llama2.checkpoint.source import hub_id, locate
 from llama2.cli import main
 from llama2.cli.loading import RunOptions, load
 from llama2.errors import CheckpointError, InputError
-from llama2.native import NativeModel
+from llama2.native import native_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer", "ignore:the tokenizer has no tokenizer.model")
 SIZES: dict[str, Any] = {"vocab_size": 260}
@@ -216,7 +217,7 @@ def test_gguf_files_of_the_hub_stay_packed(snapshot: Make, tmp_path: Path) -> No
     folder = snapshot("who/chat-GGUF")
     convert(tmp_path / "hf", folder / "chat.Q8_0.gguf", ConversionSettings("gguf", "q8_0"))
     model, tokenizer = load(RunOptions(model="who/chat-GGUF:Q8_0", device="cpu"))
-    assert isinstance(model, NativeModel)
+    assert packed_layers(model) and native_weights(model) is not None
     assert tokenizer("ab").input_ids == AutoTokenizer.from_pretrained("who/chat-GGUF").encode("ab")
 
 

@@ -78,6 +78,18 @@ def test_the_default_model_answers(run: Run, smollm2: Path) -> None:
     assert code == 0 and "Paris" in out
 
 
+def test_a_gguf_file_is_unpacked_where_an_option_asks_for_it(run: Run, smollm2: Path) -> None:
+    words = ("generate", "The capital of France is", "-n", "2", "--greedy")
+    for options, dtype, reason in (
+        (("--runner", "torch"), "bfloat16", "--runner torch and --attn-implementation run it in torch"),
+        (("--dtype", "float32"), "float32", "--dtype asks for that"),
+    ):
+        code, out, err = run(*words, *options)
+        assert code == 0 and "Paris" in out
+        assert f"llama2: this file's blocks are unpacked to {dtype}: {reason}\n" in err
+    assert "unpacked" not in run(*words)[2]
+
+
 # -- tokenize ----------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_config, tiny_ids, tiny_model
 from tolerance import FLOAT32
 
-from llama2 import InputError, cpu
+from llama2 import InputError, LoraConfig, cpu, lora
 from llama2.native import NativeCache, NativeModel, native_runner, native_weights
 from llama2.runner import make_runner
 
@@ -205,3 +205,35 @@ def test_adapters_of_a_native_model_are_chosen_for_each_call(tmp_path: Path) -> 
         assert texts[name] == twin.generate(ids, runner="torch", **settings).tolist()
     with pytest.raises(InputError, match="no adapter 'third'; there are: 'first', 'second'"):
         native.set_adapter("third")
+
+
+def test_a_models_own_adapters_run_on_the_engine() -> None:
+    """The active ones, several at once too, as they are at each call; DoRA is torch's."""
+    model = tiny_model(torch.float32)
+    plain = model.generate(tiny_ids(2, 7), runner="torch", max_new_tokens=10, eos_token_id=None).tolist()
+    for name in ("one", "two"):
+        lora.add_adapter(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj", "up_proj"]), name)
+
+    def agree() -> list[list[int]]:
+        settings: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None}
+        found: list[list[int]] = model.generate(tiny_ids(2, 7), runner="native", **settings).tolist()
+        assert found == model.generate(tiny_ids(2, 7), runner="torch", **settings).tolist()
+        return found
+
+    texts = []
+    for active in (["one"], ["two"], ["one", "two"], []):
+        lora.set_adapter(model, *active)
+        with torch.no_grad():
+            for place, layer in enumerate(lora.layers(model).values()):
+                for i, name in enumerate(active):
+                    layer.lora_B[name].data.normal_(0, 0.2, generator=torch.Generator().manual_seed(7 * place + i))
+        texts.append(agree())
+    assert texts[3] == plain and len({str(text) for text in texts}) == 4
+    lora.set_adapter(model, "one")
+    weights = native_weights(model)
+    assert weights is not None and weights.adapters == []  # none to choose by name
+    lora.add_adapter(model, LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]), "dora")
+    with pytest.warns(UserWarning, match="torch runs this model.*DoRA has no native kernel"):
+        model.generate(tiny_ids(), max_new_tokens=2)
+    lora.set_adapter(model, "one")
+    assert native_weights(model) is not None

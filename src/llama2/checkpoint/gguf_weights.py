@@ -88,6 +88,19 @@ class GgufCheckpoint(Checkpoint):
             return dense[only]
         return "float32" if "F32" in kinds and all(kind in dense for kind in kinds) else "bfloat16"
 
+    @cached_property
+    def block_types(self) -> list[str]:
+        """The types of its quantised matrices, sorted; none where all are floats."""
+        return sorted({block.name for info, block in self._infos.values() if len(info.shape) > 1 and not block.dense})
+
+    def stored_name(self, name: str) -> str:
+        """GGUF's name of a tensor of the file."""
+        return self._infos[name][0].name
+
+    def file_rows(self, name: str) -> torch.Tensor:
+        """Rows (rows, row_bytes) of a tensor as the file holds them, in its map: q and k in the file's order."""
+        return self._stored(*self._infos[name])
+
     def mapped(self, name: str) -> list[torch.Tensor]:
         return [] if name in self._zeros else [self._stored(*self._infos[name])]
 

@@ -124,7 +124,7 @@ class GgufTarget(Target):
             part = _in_pairs(source.read_rows(name, start, stop), None if heads is None else (stop - start) // width)
             return quantize(part, entry.block, self._importance.get(name))
 
-        if entry.packed and source.format == "gguf":
+        if entry.packed and (source.format == "gguf" or entry.block.dense is None):
             file.write(_in_pairs(source.raw(name).rows.reshape(entry.shape[0], -1), heads))
         elif entry.block.name in ENCODERS:
             for packed in in_single_threads(encoded, row_ranges(entry.shape, width)):

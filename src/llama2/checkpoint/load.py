@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llama2.checkpoint import Checkpoint, Stored
+from llama2.checkpoint.arguments import DTYPES, resolve_device, resolve_dtype
 from llama2.checkpoint.config_repair import known_ids
 from llama2.checkpoint.covered import not_weights
 from llama2.checkpoint.fresh import draw, not_of_the_network
+from llama2.checkpoint.gguf_layers import Packing, keep_blocks
 from llama2.checkpoint.hf import HfCheckpoint
-from llama2.checkpoint.packed import asked_for, linears, packed_layers, place, settings_of
+from llama2.checkpoint.packed import asked_for, dequantize_as, linears, packed_layers, place, settings_of
 from llama2.checkpoint.packing import read_packing
 from llama2.checkpoint.pages import release
 from llama2.checkpoint.peft import load_adapter
@@ -34,7 +36,7 @@ from llama2.classifiers import (
 from llama2.config import LlamaConfig
 from llama2.coverage import Coverage, cover, listed
 from llama2.doors import door
-from llama2.errors import CheckpointError, DeviceError, InputError, MismatchError
+from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.generation_config import GenerationConfig
 from llama2.keywords import drop, refuse_unknown
 from llama2.mapping import reading_whole
@@ -45,12 +47,6 @@ from llama2.quantization_config import GPTQConfig, QuantizationConfig
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-DTYPES: dict[str, torch.dtype] = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 CLASSES: dict[str, type[PreTrainedModel]] = {
     kind.__name__: kind
     for kind in (
@@ -62,7 +58,6 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     )
 }
 _PREFIXES = ("model.", "transformer.")  # of the model without its head, in the classes that have one
-_ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
 
 
 @contextmanager
@@ -174,12 +169,15 @@ def from_pretrained(
     quantization_config: Any = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
+    dequantize: bool | None = None,
     **kwargs: Any,
 ) -> Model | tuple[Model, dict[str, list[Any]]]:
     """A model in eval mode from a folder, a .safetensors, .bin or GGUF file, a hub id, or the folder of an adapter.
 
     dtype (or torch_dtype): "auto" and None mean the dtype the weights are stored in (config.json's where it names
-    one), and bfloat16 for GGUF files with quantised blocks; a torch.dtype or its name converts. device_map: one
+    one); a torch.dtype or its name converts. A LlamaForCausalLM of a GGUF file with quantised blocks keeps them on a
+    CPU and computes in float32; a dtype, dequantize=True, a GPU and the other classes unpack them (to bfloat16 where no
+    dtype is given), dequantize=False never does, and dtype is then what is computed in. device_map: one
     device ("cpu", "cuda", 0, {"": "cuda:0"}), or "auto" for the GPU where there is one. Hub settings (revision,
     cache_dir, token, local_files_only, force_download, subfolder) have no meaning for a local path. Any other keyword
     must be a field of the configuration and overrides it. A checkpoint of packed linears (GPTQ, bitsandbytes) stays
@@ -211,36 +209,53 @@ def from_pretrained(
     weights: Weights = source if state_dict is None and source is not None else GivenWeights(state_dict or {})
     if key_mapping:
         weights = Renamed(weights, key_mapping)
-    chosen = resolve_dtype(dtype, torch_dtype)
-    if chosen is None:
-        given = settings.dtype_name if config is not None else None
-        chosen = DTYPES[given or weights.auto_dtype]
+    if config is not None and state_dict is None:
+        _take_quantization(settings, source)
+    packing = Packing(
+        resolve_dtype(dtype, torch_dtype),
+        settings_of(settings, str(pretrained_model_name_or_path or settings.name_or_path)),
+        asked_for(quantization_config, load_in_4bit, load_in_8bit),
+        source if weights is source else None,
+        dequantize,
+    )
+    packing.decide(cls is LlamaForCausalLM, device)
+    given = settings.dtype_name if config is not None else None
+    chosen = packing.asked or DTYPES[given or packing.auto_dtype(weights)]
     settings.dtype = chosen
     if pretrained_model_name_or_path is not None:
         settings.name_or_path = str(pretrained_model_name_or_path)
 
     with torch.device("meta"), _NoDraws():
         model = cls(settings, *model_args)
-    if config is not None and state_dict is None:
-        _take_quantization(settings, source)
-    stored = settings_of(settings, settings.name_or_path)
-    wanted = asked_for(quantization_config, load_in_4bit, load_in_8bit)
-    if stored is not None:
-        if wanted is not None and wanted.quant_method != stored.quant_method:
-            raise InputError(
-                f"the checkpoint is packed by {stored.quant_method} and {wanted.quant_method} is asked for; load it as "
-                "it is, or quantise the unquantised checkpoint"
-            )
-        weights = Rest(weights, place(model, translated(model, weights.tensors), weights, stored))
-    report = match(model, weights, ignore_mismatched_sizes)
-    if stored is None and wanted is not None:
-        pack(model, weights, report.found, wanted, chosen)
-    fill(model, weights, report, chosen, device)
+    report = _filled(model, weights, packing, ignore_mismatched_sizes, chosen, device)
     model.generation_config = _generation_config(generation_config, source, settings)
     if device_map is not None:
         model.hf_device_map = {"": str(device) if device.index is None else device.index}
     model.eval()
     return (model, info(report)) if output_loading_info else model
+
+
+def _filled(
+    model: PreTrainedModel,
+    weights: Weights,
+    packing: Packing,
+    ignore_mismatched_sizes: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Coverage:
+    """Gives the model its weights, packed as `packing` says; what was found of them."""
+    if packing.stored is not None:
+        used = place(model, translated(model, weights.tensors), weights, packing.stored)
+        weights = Rest(weights, used)
+    report = match(model, weights, ignore_mismatched_sizes)
+    if packing.file is not None and packing.blocks:
+        keep_blocks(model, packing.file, report.found, dtype)
+    elif packing.wanted is not None:
+        pack(model, weights, report.found, packing.wanted, dtype)
+    fill(model, weights, report, dtype, device)
+    if packing.unpacks:
+        dequantize_as(model, dtype)
+    return report
 
 
 def from_pretrained_named(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -276,62 +291,7 @@ class _NoDraws(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# -- arguments ---------------------------------------------------------------------------------------------------
-
-
-def resolve_dtype(dtype: Any, torch_dtype: Any = None) -> torch.dtype | None:
-    """The dtype asked for, None for "auto" or nothing. Raises InputError listing the valid names."""
-    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-        raise InputError(f"dtype is {dtype!r} and torch_dtype is {torch_dtype!r}; they are one setting, give one")
-    wanted = torch_dtype if dtype is None else dtype
-    if wanted is None or wanted == "auto":
-        return None
-    name = str(wanted).removeprefix("torch.") if isinstance(wanted, str | torch.dtype) else ""
-    found = DTYPES.get(_ALIASES.get(name, name))
-    if found is None:
-        raise InputError(
-            f"dtype is {wanted!r}; it must be 'auto', {', '.join(map(repr, DTYPES))} or the torch.dtype of that name"
-        )
-    return found
-
-
-def resolve_device(device_map: Any) -> torch.device:
-    """The one device that a device_map names. Raises InputError for maps over several devices."""
-    if device_map is None:
-        device = torch.get_default_device()
-        if device.type == "meta":
-            raise DeviceError(
-                "from_pretrained under torch.device('meta') has nowhere to put the weights; call it outside of that "
-                "context. A model without weights is Class(config) inside of it"
-            )
-        return device
-    mapped = dict(device_map) if isinstance(device_map, Mapping) else None
-    if isinstance(device_map, Mapping):
-        places = {str(place) for place in device_map.values()}
-        if len(places) != 1:
-            raise InputError(
-                f"device_map spreads the model over {sorted(places) or 'no device'}; one device is supported. "
-                "Give device_map='auto' or {'': 'cuda:0'}"
-            )
-        device_map = next(iter(device_map.values()))
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(device_map, int) and not torch.cuda.is_available():  # torch knows no number without accelerators
-        device_map = f"cuda:{device_map}"
-    try:
-        device = torch.device(device_map)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(
-            f"device_map is {device_map!r}; give 'auto', 'cpu', 'cuda', a device number or {{'': device}}"
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        if mapped:  # how single-GPU scripts say "on the accelerator": it runs where there is none, as with "auto"
-            warnings.warn(
-                f"device_map is {mapped!r} and torch sees no CUDA device; the model is on the CPU", stacklevel=6
-            )
-            return torch.device("cpu")
-        raise InputError(f"device_map is {device_map!r} but torch sees no CUDA device; give device_map='cpu' or 'auto'")
-    return device
+# -- settings ----------------------------------------------------------------------------------------------------
 
 
 def _configure(

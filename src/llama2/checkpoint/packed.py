@@ -16,9 +16,12 @@ from llama2.checkpoint.hf import CODES
 from llama2.checkpoint.seen import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
+from llama2.quant.gguf import GgufEmbedding, GgufLinear, checked
 from llama2.quant.linear import PackedLinear
 from llama2.quant.methods import layer_class
-from llama2.quantization_config import GPTQConfig, QuantizationConfig, parse
+from llama2.quantization_config import GgufConfig, GPTQConfig, QuantizationConfig, parse
+
+PackedLayer = PackedLinear | GgufEmbedding
 
 
 def settings_of(config: LlamaConfig, where: Path | str) -> QuantizationConfig | None:
@@ -100,21 +103,36 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def matrices(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
+    """Every linear and the embedding of a model by path."""
+    embeddings = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and not isinstance(module, GgufEmbedding)
+    }
+    return {**embeddings, **linears(model)}
+
+
 def place(model: nn.Module, names: Mapping[str, str], weights: Any, config: QuantizationConfig) -> set[str]:
     """Puts the packed linears of a file in the place of the model's; returns the names of the file's tensors it used.
 
     names: the file's tensors, from the model's name to the file's. Raises CheckpointError where one cannot be right.
     """
-    there, used = linears(model), set()
+    blocks = isinstance(config, GgufConfig)
+    there: Mapping[str, Any] = matrices(model) if blocks else linears(model)
+    used: set[str] = set()
     tied = getattr(model, "config", None) is not None and model.config.tie_word_embeddings  # type: ignore[union-attr]
     for path, found in packed_parts(names, there).items():
         if path == "lm_head" and tied:
             raise MismatchError("the head is packed but the configuration ties it to the embedding; untie them")
         parts = {part: names[name] for part, name in found.items()}
+        used |= set(parts.values())
         linear = there[path]
+        if isinstance(linear, nn.Embedding):
+            model.set_submodule(path, _embedding(weights, path, parts, linear, model))
+            continue
         shape = (linear.out_features, linear.in_features)
         model.set_submodule(path, load_layer(weights, path, parts, shape, linear.bias, config))
-        used |= set(parts.values())
         if linear.bias is None and (stray := names.get(f"{path}.bias")) and is_zero(weights, stray):
             used.add(stray)
     if not used:
@@ -122,25 +140,56 @@ def place(model: nn.Module, names: Mapping[str, str], weights: Any, config: Quan
             f"the configuration says {config.quant_method}, but no linear of the file is packed; remove "
             "quantization_config from config.json, or fetch the file again"
         )
+    if blocks:
+        tie(model)
     return used
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """Every packed linear of a model by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+def _embedding(
+    weights: Any, path: str, parts: Mapping[str, str], plain: nn.Embedding, model: nn.Module
+) -> GgufEmbedding:
+    shape = (plain.num_embeddings, plain.embedding_dim)
+    try:
+        kind, rows = checked({part: weights.read(name) for part, name in parts.items()}, shape)
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error
+    dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]
+    return GgufEmbedding(shape, kind, rows, dtype, plain.padding_idx)
+
+
+def tie(model: Any) -> None:
+    """Lets the head of a tied model read the packed embedding, where that is packed."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and model.config.tie_word_embeddings and isinstance(embedding, GgufEmbedding):
+        shape = (embedding.num_embeddings, embedding.embedding_dim)
+        tied = GgufLinear(shape, embedding.kind, None, head.bias, tied=embedding)
+        model.set_submodule("lm_head", tied.train(head.training))
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """Every packed linear of a model by path, and its embedding where that is packed."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Unpacks every packed linear in place, in `dtype` or the model's own; returns the model.
+    """Unpacks every packed layer in place, in `dtype` or the model's own; returns the model.
 
     Raises InputError where none is packed.
     """
+    if not packed_layers(model):
+        raise InputError("the model has no packed linear; there is nothing to dequantise")
+    return dequantize_as(model, dtype or model.dtype)
+
+
+def dequantize_as(model: Any, dtype: torch.dtype) -> Any:
+    """As `dequantize`; a model without packed layers stays as it is."""
     layers = packed_layers(model)
     if not layers:
-        raise InputError("the model has no packed linear; there is nothing to dequantise")
+        return model
     with torch.no_grad():
         for path, layer in layers.items():
-            model.set_submodule(path, plain(layer, dtype or model.dtype))
+            model.set_submodule(path, plain(layer, dtype))
+    model.tie_weights()
     before = model.config
     config = copy.deepcopy(before)
     del config.quantization_config
@@ -150,11 +199,30 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
     return model
 
 
-def plain(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
-    """The layer with its weight unpacked."""
-    made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    made.weight = nn.Parameter(layer.dequantize(dtype))
-    made.bias = layer.bias
+def unpack_layer(model: Any, path: str) -> nn.Module:
+    """Unpacks the layer at `path`, and the head with the embedding that it reads; returns what stands there now."""
+    layer = model.get_submodule(path)
+    made = plain(layer, model.dtype)
+    model.set_submodule(path, made)
+    for other, module in packed_layers(model).items():
+        if getattr(module, "tied", None) is layer:
+            head = plain(module, model.dtype)
+            head.weight = made.weight
+            model.set_submodule(other, head)
+    return made
+
+
+def plain(layer: PackedLayer, dtype: torch.dtype) -> nn.Linear | nn.Embedding:
+    """The layer with its weight unpacked; a tied head without one, for `tie_weights` to fill."""
+    made: nn.Linear | nn.Embedding
+    if isinstance(layer, GgufEmbedding):
+        size, padding = (layer.num_embeddings, layer.embedding_dim), layer.padding_idx
+        made = nn.Embedding(*size, padding, device="meta")
+    else:
+        made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        made.bias = layer.bias
+    if getattr(layer, "tied", None) is None:
+        made.weight = nn.Parameter(layer.dequantize(dtype))
     return made.train(layer.training)
 
 
@@ -173,10 +241,11 @@ class UnpackedCheckpoint(SeenCheckpoint):
     def __init__(self, source: Checkpoint, config: QuantizationConfig) -> None:
         super().__init__(source)
         self._settings = config
+        self._blocks = isinstance(config, GgufConfig)  # which stay what they are where GGUF is written
         self._shapes = linear_shapes(source.config)
         head = (source.config.vocab_size, source.config.hidden_size)
-        self._parts = packed_parts(source.tensors, {**self._shapes, "lm_head": head})
-        self._shapes["lm_head"] = head
+        self._shapes |= dict.fromkeys(("lm_head", *(["model.embed_tokens"] if self._blocks else [])), head)
+        self._parts = packed_parts(source.tensors, self._shapes)
 
     @cached_property
     def config(self) -> LlamaConfig:
@@ -196,10 +265,14 @@ class UnpackedCheckpoint(SeenCheckpoint):
                 if not self._needless(name):
                     yield name, stored
             elif name == next(iter(self._parts[path].values())):
-                yield f"{path}.weight", Stored(self._shapes[path], "F32")
+                part = next(iter(self._parts[path]))
+                kind = part.removeprefix("weight.") if self._blocks else "F32"
+                yield f"{path}.weight", Stored(self._shapes[path], kind)
 
     def kept_type(self, name: str) -> str:
         """Of unpacked linears what the rest of the model is stored in: float32 would double its size."""
+        if self._blocks:
+            return self.tensors[name].type
         if name.removesuffix(".weight") in self._parts:
             return CODES[getattr(torch, self.source.auto_dtype)]
         return self.source.kept_type(name)
@@ -218,13 +291,20 @@ class UnpackedCheckpoint(SeenCheckpoint):
         layer = load_layer(self.source, path, self._parts[path], self._shapes[path], None, self._settings)
         return layer.dequantize(dtype or torch.float32)
 
+    def _tensors_of(self, path: str) -> dict[str, Tensor]:
+        return {part: self.source.read(name) for part, name in self._parts[path].items()}
+
     def mapped(self, name: str) -> list[Tensor]:
         path = name.removesuffix(".weight")
         found = self._parts[path].values() if path in self._parts else [name]
         return [view for part in found for view in self.source.mapped(part)]
 
     def raw(self, name: str) -> RawTensor:
-        if name.removesuffix(".weight") not in self._parts:
+        path = name.removesuffix(".weight")
+        if path not in self._parts:
             return self.source.raw(name)
+        if self._blocks:
+            kind, rows = checked(self._tensors_of(path), self._shapes[path])
+            return RawTensor(rows, kind, self._shapes[path])
         tensor = self.read(name)
         return RawTensor(tensor.view(torch.uint8), CODES[tensor.dtype], tuple(tensor.shape))

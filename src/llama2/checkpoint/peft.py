@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from llama2 import lora
 from llama2.architecture import EMBEDDING, HEAD, parameter_shapes
-from llama2.checkpoint.packed import plain
+from llama2.checkpoint.packed import PackedLayer, packed_layers, unpack_layer
 from llama2.checkpoint.packing import warn_of_packing, write_packing
 from llama2.checkpoint.peft_files import (
     CONFIG,
@@ -41,7 +41,6 @@ from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.files import replacing, saving, write_text
 from llama2.lora_config import LINEARS, LoraConfig
-from llama2.quant.linear import PackedLinear
 
 SCORE = "score.weight"
 _OUTER = {"lm_head", "model.embed_tokens"}  # modules beside the layers that an adapter may change
@@ -348,8 +347,8 @@ def _attach_parameters(model: Any, adapter: Adapter) -> None:
         own = _own(model, name)
         path, _, leaf = own.rpartition(".")
         module = model.get_submodule(path)
-        if isinstance(module, PackedLinear) and leaf == "weight":
-            model.set_submodule(path, module := plain(module, model.dtype))
+        if isinstance(module, PackedLayer) and leaf == "weight":
+            module = unpack_layer(model, path)
         parameter = getattr(module, leaf)
         only = replace(adapter, modules={}) if name not in lows else adapter
         parameter.copy_(only.changed(name, parameter.detach()))
@@ -362,6 +361,10 @@ def _untie(model: Any) -> None:
     head = model.get_output_embeddings()
     if head is None:
         return
+    for path, module in packed_layers(model).items():
+        if module is model.get_input_embeddings():
+            unpack_layer(model, path)
+            head = model.get_output_embeddings()
     head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
 

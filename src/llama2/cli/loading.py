@@ -1,8 +1,10 @@
 """The -m/--model argument of every command, and the way from it to a model and its tokenizer."""
 
 import importlib.util
+import re
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,7 +111,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
 
 
 def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
-    """The model with its adapter, and its tokenizer. A GGUF file stays packed where the native engine runs it.
+    """The model with its adapter, and its tokenizer.
 
     The tokenizer comes first: what is wrong with a path or a tokenizer is told before torch is imported. Building it in
     a thread meanwhile gains nothing (2.4 s against 2.5 s in all, within the noise): both hold the interpreter's lock.
@@ -199,54 +201,35 @@ def _adapted_for_torch(model: "LlamaForCausalLM", folder: Path) -> "LlamaForCaus
     return model
 
 
-def load_model(path: str, options: RunOptions) -> "LlamaForCausalLM | NativeModel":
+def load_model(path: str, options: RunOptions) -> "LlamaForCausalLM":
     """The model of a path without an adapter; see `load`."""
-    reason = "the native engine is not built, because the install found no C++17 compiler"
-    with _keeping_interrupts(), reading_whole(options.no_mmap):
-        gguf = _may_stay_packed(path, options)
-        if gguf and _engine_takes_it(options):
-            from llama2.native import NativeModel
+    from llama2.auto import AutoModelForCausalLM
 
-            try:
-                return NativeModel.from_gguf(path)
-            except InputError as error:  # a block type without kernels
-                if options.runner == "native":
-                    raise
-                reason = str(error)
-        from llama2.auto import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=options.dtype, device_map=options.device, attn_implementation=options.attn_implementation
-        )
-    if gguf and model.device.type == "cpu":
-        terminal.notice(f"llama2: torch runs this file: {reason}")
+    settings: dict[str, Any] = {"dtype": options.dtype, "device_map": options.device}
+    if options.runner == "torch" or options.attn_implementation is not None:
+        settings |= {"dequantize": True, "attn_implementation": options.attn_implementation}
+    with _keeping_interrupts(), reading_whole(options.no_mmap), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(path, **settings)
+    for warning in told:
+        if (reason := _unpacked(warning)) is None:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif model.device.type == "cpu":
+            terminal.notice(f"llama2: this file's blocks are unpacked to {model.config.dtype_name}: {reason}")
     return model
 
 
-def _may_stay_packed(path: str, options: RunOptions) -> bool:
-    """Whether the file is GGUF and no option asks for torch: no runner, dtype, attention or GPU."""
-    local = Path(path)
-    if options.runner == "torch" or options.dtype != "auto" or options.attn_implementation is not None:
-        return False
-    if options.device not in ("auto", "cpu") or not local.is_file():
-        return False
-    with local.open("rb") as file:
-        return file.read(4) == b"GGUF"
-
-
-def _engine_takes_it(options: RunOptions) -> bool:
-    """Whether the native engine is built, or asked for all the same, and no GPU is there to be preferred."""
-    from llama2 import cpu
-
-    if options.runner == "native":
-        return True
-    if not cpu.available():
-        return False
-    if options.device == "cpu":
-        return True
-    import torch
-
-    return not torch.cuda.is_available()
+def _unpacked(warning: warnings.WarningMessage) -> str | None:
+    """Why the blocks of a GGUF file were unpacked, where a warning says so, in the words of the options."""
+    match = re.search(r"blocks are unpacked to \w+, because (.*);", str(warning.message))
+    if match is None:
+        return None
+    words = {
+        "dequantize=True was given": "--runner torch and --attn-implementation run it in torch",
+        "a dtype was given": "--dtype asks for that",
+        "the native engine is not built": "torch runs it, because the install found no C++17 compiler",
+    }
+    return words.get(match[1], match[1])
 
 
 @contextmanager

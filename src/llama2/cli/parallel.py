@@ -98,7 +98,7 @@ def load_part(options: RunOptions, ranks: RankOptions) -> tuple[Any, Any]:
     import torch
 
     from llama2 import cpu
-    from llama2.checkpoint.load import resolve_device
+    from llama2.checkpoint.arguments import resolve_device
     from llama2.engine import parallel
 
     path = local_model(options.model, options.revision)

@@ -49,14 +49,15 @@ class CpuRunner:
 
         tokens, positions: int (T,), the new tokens of view's sequences one after the other and their RoPE positions.
         rows: the tokens to give logits for (ascending where T is over CHUNK); None: the last one of every sequence.
-        adapters: for every sequence the name of one of `weights.adapters`, or None; None: no sequence has one.
+        adapters: for every sequence the name of one of `weights.adapters`, or None: that of the module, where it has
+        one; None: so for all.
         An interrupt (Ctrl-C) ends the call within one layer and leaves the sequences as they were. Arrays are copied
         before they are checked. Raises InputError where a sequence is in a step of another thread.
         """
         ids = _ints(tokens, "tokens")
         places = _ints(positions, "positions")
         wanted = view.last if rows is None else _ints(rows, "rows")
-        chosen = None if adapters is None else self._chosen(adapters, view)
+        chosen = self._chosen(adapters, view)
         logits = np.empty((len(wanted), self.weights.config.vocab_size), np.float32)
         with view.held():
             try:
@@ -88,12 +89,15 @@ class CpuRunner:
         logits: NDArray[np.float32] = self.step(tokens, positions, view, adapters=chosen)[0]
         return logits
 
-    def _chosen(self, names: SequenceOf[str | None], view: CacheView) -> list[Any] | None:
+    def _chosen(self, names: SequenceOf[str | None] | None, view: CacheView) -> list[Any] | None:
+        own = self.weights.own
+        if names is None:
+            return None if own is None else [own] * len(view.past)
         if isinstance(names, str) or len(names) != len(view.past):
             raise InputError(
                 f"adapters names one adapter, or None, for each of the step's {len(view.past)} sequences; got {names!r}"
             )
-        found = [None if name is None else self.weights.adapter(name) for name in names]
+        found = [own if name is None else self.weights.adapter(name) for name in names]
         return found if any(a is not None for a in found) else None
 
     def _explain(self, ids: Ints, places: Ints, view: CacheView, wanted: Ints) -> None:

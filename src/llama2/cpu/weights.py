@@ -4,6 +4,7 @@ Float weights stay where they are (the file's memory map, or the module's own pa
 are repacked once into tiles of 16 rows, losslessly. No torch here, except inside `from_module`.
 """
 
+import warnings
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,14 +12,19 @@ from numpy.typing import NDArray
 
 from llama2.compiled import make_pool, native
 from llama2.config import LlamaConfig
+from llama2.cpu.adapters import PARTS as LINEARS
 from llama2.cpu.adapters import Tensors, make_adapter
 from llama2.cpu.codes import PackableWeight
+from llama2.cpu.packed import find
 from llama2.cpu.reader import PARTS, BlockMatrix, GgufSource, Reader, check_coverage
 from llama2.doors import door
 from llama2.errors import InputError, MismatchError
 from llama2.quant.blocks import SIZES
 from llama2.rope_types import ROPE_TYPES, attention_scaling, inverse_frequencies
 
+_blocks_of = door("cpu.modules", "blocks_of", "The blocks of a layer of a GGUF file, None for any other layer.")
+_base_of = door("cpu.modules", "base_of", "The linear beneath a layer with adapters.")
+_pair_of = door("cpu.modules", "pair_of", "A, B and scale of a layer's active adapters.")
 _packable = door("cpu.modules", "packable", "The codes of a packed linear, None for a plain one.")
 
 PACKED = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
@@ -42,9 +48,13 @@ class CpuWeights:
         self.model: Any = None
         self._arena = native().Arena()
         self._packed: PackedMatrices | None = None
+        self._beside: GgufSource | None = None  # whose packed file that is
+        self._widened: set[str] = set()
         self._matrices: list[Any] = []
         self._copies: list[tuple[NDArray[np.float32], Any]] = []
         self._adapters: dict[str, Any] = {}
+        self._adapted: dict[str, Any] = {}  # layers with adapters of their own, by path
+        self.own: Any = None  # the native adapter that these are
 
     @property
     def nbytes(self) -> int:
@@ -86,23 +96,42 @@ class CpuWeights:
     def from_module(cls, module: Any, threads: int | None = None) -> "CpuWeights":
         """Weights of a LlamaForCausalLM on the CPU, float32, float16 or bfloat16, used in place without a copy.
 
-        Packed linears (GPTQ, bitsandbytes) are copied once into the kernels' layout, without losing a bit.
+        Packed linears (GPTQ, bitsandbytes) are copied once into the kernels' layout, without losing a bit, and so are
+        GGUF's blocks, whose pages of the file may then leave the memory; what `packed.write` has left beside the file
+        is used in their place. Q2_K and Q3_K have no kernels: they are unpacked to bfloat16, which a warning says.
 
-        Later in-place changes of the linears show at once; norms and biases are copied: `refresh` copies them again.
+        LoRA adapters on linears of the layers become the engine's, for every sequence that chooses no other.
+
+        Later in-place changes of the linears show at once; norms, biases and adapters are copied: `refresh` copies them
+        again.
         """
         self = cls(module.config, threads)
         body = module.model
-        embed = self._parameter(body.embed_tokens.weight, "embed_tokens")
-        tied = module.lm_head.weight is body.embed_tokens.weight
-        head = embed if tied else self._linear(module.lm_head, "lm_head")
+        embed, head = self._blocks(body.embed_tokens, "embed_tokens"), module.lm_head
+        if _base_of(head) is not head:
+            raise InputError("lm_head has an adapter, which has no native kernel; use runner='torch'")
+        if embed is None:
+            embed = self._parameter(body.embed_tokens.weight, "embed_tokens")
+            tied = head.weight is body.embed_tokens.weight
+        else:
+            tied = getattr(head, "tied", None) is body.embed_tokens
+        head = embed if tied else self._linear(head, "lm_head")
         self._begin(embed, head, self._copied(body.norm.weight))
         for i, layer in enumerate(body.layers):
             a, f = layer.self_attn, layer.mlp
             found = {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj, "o": a.o_proj, "gate": f.gate_proj, "up": f.up_proj}
             found["down"] = f.down_proj
-            parts = {name: self._linear(linear, f"layers.{i}.{name}") for name, linear in found.items()}
+            paths = {part: f"model.layers.{i}.{path}" for path, part in LINEARS.items()}
+            parts = {name: self._linear(linear, paths[name]) for name, linear in found.items()}
             norms = (self._copied(layer.input_layernorm.weight), self._copied(layer.post_attention_layernorm.weight))
             self._layer(*norms, parts)
+        self._take_own()
+        if self._widened:
+            warnings.warn(
+                f"{' and '.join(sorted(self._widened))} have no native kernel; the native engine holds these weights "
+                f"in bfloat16, {self.nbytes / 1e9:.1f} GB in all",
+                stacklevel=2,
+            )
         return self
 
     @property
@@ -135,9 +164,16 @@ class CpuWeights:
         return self._adapters[name]
 
     def refresh(self) -> None:
-        """Copies norms and biases from the module again; a change through `.data` leaves no other trace."""
+        """Copies norms, biases and adapters from the module again; a change through `.data` leaves no other trace."""
         for array, tensor in self._copies:
             np.copyto(array, tensor.detach().float().numpy())
+        if self._adapted:
+            self._take_own()
+
+    def _take_own(self) -> None:
+        """The native adapter of what the module's own adapters hold now."""
+        pairs = {path: pair for path, layer in self._adapted.items() if (pair := _pair_of(layer)) is not None}
+        self.own = make_adapter(self.model, self.config.num_hidden_layers, pairs) if pairs else None
 
     def _copied(self, tensor: Any) -> NDArray[np.float32]:
         array: NDArray[np.float32] = tensor.detach().float().numpy().copy()
@@ -199,12 +235,36 @@ class CpuWeights:
             return self.view(tensor.view(torch.uint16).numpy(), bfloat16=True)
         return self.view(tensor.numpy())
 
-    def _linear(self, linear: Any, name: str) -> Any:
+    def _blocks(self, layer: Any, name: str) -> Any:
+        """The matrix of a layer of GGUF's blocks; None for any other layer."""
+        blocks = _blocks_of(layer)
+        if blocks is None:
+            return None
+        if (floats := blocks.floats) is not None:
+            return self._parameter(floats, name)
+        if blocks.kind not in PACKED:
+            import torch
+
+            self._widened.add(blocks.kind)
+            return self._parameter(layer.dequantize(torch.bfloat16), name)
+        if blocks.file is None:
+            return self.pack(blocks.rows.contiguous().numpy(), blocks.kind, blocks.shape, blocks.order)
+        if self._beside is not blocks.file.source:
+            self._beside = blocks.file.source
+            self._packed = find(self._beside)
+        return self.place(blocks.file)
+
+    def _linear(self, layer: Any, name: str) -> Any:
         try:
-            packed = _packable(linear)
+            linear = _base_of(layer)
+            matrix = self._blocks(linear, name)
+            packed = _packable(linear) if matrix is None else None
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-        matrix = self._parameter(linear.weight, name) if packed is None else self.pack_codes(packed)
+        if linear is not layer:
+            self._adapted[name] = layer
+        if matrix is None:
+            matrix = self._parameter(linear.weight, name) if packed is None else self.pack_codes(packed)
         if linear.bias is not None:
             matrix.set_bias(self._copied(linear.bias))
         return matrix

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2.checkpoint import Stored
+from llama2.checkpoint.arguments import DTYPES, resolve_dtype
 from llama2.checkpoint.covered import covered
-from llama2.checkpoint.load import DTYPES, fill, match, resolve_dtype
+from llama2.checkpoint.load import fill, match
 from llama2.checkpoint.packed import settings_of
 from llama2.checkpoint.source import open_source
 from llama2.config import LlamaConfig

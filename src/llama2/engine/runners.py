@@ -12,7 +12,7 @@ from llama2 import cpu
 from llama2.cache import DynamicCache
 from llama2.engine.scheduler import Chunk
 from llama2.errors import InputError
-from llama2.native import NativeModel, native_weights, why_not
+from llama2.native import NativeModel, kept_in, native_weights, why_not
 
 PAGE = cpu.PAGE
 
@@ -148,9 +148,7 @@ def make_plan_runner(model: Any, pages: int, runner: str = "auto", dtype: cpu.Kv
         return found
     weights = None if runner == "torch" else native_weights(model)
     if weights is not None:
-        default: cpu.KvDtype = "float32" if getattr(model, "dtype", None) == torch.float32 else "bfloat16"
-        kept = model.cache_dtype if isinstance(model, NativeModel) else default
-        return NativePlanRunner(weights, pages, dtype or kept)
+        return NativePlanRunner(weights, pages, dtype or kept_in(model))
     if runner == "native" or isinstance(model, NativeModel):
         raise InputError(f"the native engine cannot run this model: {why_not(model)}; use runner='torch'")
     return TorchPlanRunner(model, pages)

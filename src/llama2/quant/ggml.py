@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama2.compiled import kernels, pool
 from llama2.errors import CheckpointError, InputError
 from llama2.quant.blocks import SIZES, BlockSize
 
@@ -58,7 +59,8 @@ def block_type(kind: int | str) -> BlockType:
 def dequantize(rows: Tensor, kind: int | str | BlockType, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weights (..., columns) in `dtype` from packed rows (..., row_bytes) of uint8.
 
-    The arithmetic is float32 in ggml's order; `dtype` rounds the result once. Dense types (F32, F16, BF16) of the same
+    The arithmetic is float32 in ggml's order; `dtype` rounds the result once; the compiled module does the same bit for
+    bit (csrc/unpack.cpp), on a CPU for float32 and bfloat16. Dense types (F32, F16, BF16) of the same
     dtype come back as a view of `rows` where its alignment allows that. Raises InputError for rows that are
     not whole blocks.
     """
@@ -72,6 +74,10 @@ def dequantize(rows: Tensor, kind: int | str | BlockType, dtype: torch.dtype = t
     if block.dense is not None:
         aligned = rows.storage_offset() % block.bytes == 0 and rows.data_ptr() % block.bytes == 0
         return (rows.contiguous() if aligned else rows.clone()).view(block.dense).to(dtype)
+    if rows.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and rows.numel() and kernels():
+        filled = torch.empty(shape, dtype=dtype)
+        kernels().unpack_blocks(pool(), rows.contiguous().view(-1), block.id, filled.view(-1, shape[-1]))
+        return filled
     blocks = rows.reshape(-1, block.bytes)
     out = torch.empty(len(blocks), block.weights, dtype=dtype, device=rows.device)
     step = max(1, _CHUNK // block.weights)

@@ -114,12 +114,17 @@ class PackedLinear(nn.Linear, ABC):
 
         Computing with them raises InputError: they are not the weight. That is `weight_in`.
         """
-        return next(iter(self.packed.values())).as_subclass(_Codes)
+        return codes_of(next(iter(self.packed.values())))
 
     @property
     def packed(self) -> dict[str, Tensor]:
         """The tensors that a file holds of this layer, without the bias."""
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    @property
+    def packed_count(self) -> int:
+        """Weights that are packed here."""
+        return self.out_features * self.in_features
 
     @property
     def nbytes(self) -> int:
@@ -131,7 +136,7 @@ class PackedLinear(nn.Linear, ABC):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        held = self.packed
+        held = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         super()._apply(fn, recurse)
         for name, old in held.items():
             new = self._buffers[name]
@@ -172,6 +177,11 @@ class _Codes(Tensor):
             "model.dequantize() before a method that changes weights (merge, DoRA), or merge the saved adapter with "
             "`llama2 merge-adapter`"
         )
+
+
+def codes_of(packed: Tensor) -> Tensor:
+    """Packed codes for the place of a weight: device, dtype and shape can be read, computing raises InputError."""
+    return packed.as_subclass(_Codes)
 
 
 class _Product(torch.autograd.Function):

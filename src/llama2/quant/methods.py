@@ -1,11 +1,12 @@
 """Which layer holds the weights of which quantisation method: the one table of the packed formats."""
 
 from llama2.errors import InputError
+from llama2.quant.gguf import GgufLinear
 from llama2.quant.gptq import GptqLinear
 from llama2.quant.int8 import Linear8bit
 from llama2.quant.linear import PackedLinear
 from llama2.quant.nf4 import Linear4bit
-from llama2.quantization_config import BitsAndBytesConfig, GPTQConfig, QuantizationConfig
+from llama2.quantization_config import BitsAndBytesConfig, GgufConfig, GPTQConfig, QuantizationConfig
 
 
 def layer_class(config: QuantizationConfig) -> type[PackedLinear]:
@@ -14,4 +15,6 @@ def layer_class(config: QuantizationConfig) -> type[PackedLinear]:
         return Linear8bit if config.load_in_8bit else Linear4bit
     if isinstance(config, GPTQConfig):
         return GptqLinear
+    if isinstance(config, GgufConfig):
+        return GgufLinear
     raise InputError(f"{config.quant_method} has no packed layer here")

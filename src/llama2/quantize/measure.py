@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2 import cpu
 from llama2.auto import AutoModelForCausalLM
 from llama2.checkpoint.source import open_source
-from llama2.errors import InputError
 from llama2.evaluate.perplexity import perplexity
-from llama2.native import NativeModel
 
 WINDOW = 512
 _SHARE_OF_FREE_MEMORY = 0.4
@@ -36,7 +33,7 @@ class Measured:
 
 def measure(path: Path | str, held_out: Tensor) -> Measured:
     """Loads the model and measures it on the token ids (T,), in windows of at most 512."""
-    model = _load(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
     window = min(WINDOW, len(held_out), model.config.max_position_embeddings)
     found = perplexity(model, held_out, window)
     speed = _speed(model, held_out)
@@ -57,15 +54,6 @@ def why_not(path: Path | str) -> str:
 def _bytes(kind: str, shape: tuple[int, ...]) -> int:
     count = torch.Size(shape).numel()
     return count * (4 if kind in ("F32", "F64") else 2)
-
-
-def _load(path: Path | str) -> Any:
-    if str(path).endswith(".gguf") and cpu.available():
-        try:
-            return NativeModel.from_gguf(path)
-        except InputError:  # a block type without kernels: torch runs it
-            pass
-    return AutoModelForCausalLM.from_pretrained(path)
 
 
 def _speed(model: Any, held_out: Tensor) -> float:

@@ -33,7 +33,7 @@ def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
         raise Refusal("unable", "this model runs in several processes, which tell no hidden states")
     if not isinstance(model, LlamaForCausalLM):
         raise Refusal(
-            "unable", "this model runs packed in the native engine, which tells no hidden states; --runner torch does"
+            "unable", "this model is the native engine's alone, which tells no hidden states; --runner torch does"
         )
     width = model.config.hidden_size
     if body.dimensions not in (None, width):

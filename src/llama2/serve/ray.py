@@ -64,8 +64,6 @@ class Settings(BaseModel):
         return service
 
     def _load(self) -> Any:
-        if self.model.endswith(".gguf") and not self.num_gpus:
-            return NativeModel.from_gguf(self.model, self.threads)
         device = "cuda" if self.num_gpus else "cpu"
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, device_map=device).eval()
         return model if self.threads is None or self.num_gpus else NativeModel.from_module(model, self.threads)

@@ -23,7 +23,8 @@ import torch
 
 from llama2 import lora
 from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
-from llama2.checkpoint.load import head_follows, resolve_device
+from llama2.checkpoint.arguments import resolve_device
+from llama2.checkpoint.load import head_follows
 from llama2.checkpoint.packed import packed_layers
 from llama2.checkpoint.peft import save_adapter
 from llama2.checkpoint.peft_files import CONFIG as ADAPTER_CONFIG
@@ -154,6 +155,8 @@ class Finetune:
             return AutoModelForCausalLM.from_config(self.origin.config, dtype="float32").to(self._place())
         settings: dict[str, Any] = {"dtype": self.dtype, "device_map": str(self._place())}
         settings |= revision_of(recipe.model, recipe.revision)
+        if self.origin.lora is not None:
+            settings["dequantize"] = False  # a GGUF file's blocks stay beneath an adapter
         if self.origin.packing is not None:
             settings["quantization_config"] = self.origin.packing_in(self.dtype)
         if labels is None:

@@ -49,7 +49,7 @@ def fuses(model: Any) -> bool:
     decoder = model.model
     if not isinstance(decoder, LlamaModel) or decoder.run_layer is None or difference(model, training=True):
         return False
-    return plan_of(decoder.layers[0], decoder.embed_tokens.weight) is not None
+    return plan_of(decoder.layers[0], decoder.norm.weight) is not None
 
 
 class TrainingLayers:

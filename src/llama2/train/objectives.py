@@ -63,10 +63,13 @@ def places(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*row, *range(row[-1] + 1, row[-1] + 1 + longest - len(row))] for row in rows])
 
 
-def head_of(model: Any) -> Tensor:
-    """The head's weight (V, D). Raises InputError where it is adapted or packed: its product is not a plain one."""
+def head_of(model: Any, dtype: torch.dtype) -> Tensor:
+    """The head's weight (V, D), a packed one unpacked to `dtype`. Raises InputError where it is adapted: its product is
+    not a plain one."""
     head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or isinstance(head, PackedLinear):
+    if isinstance(head, PackedLinear):
+        return head.weight_in(dtype)
+    if not isinstance(head, torch.nn.Linear):
         raise InputError(f"the head is a {type(head).__name__}; train with a plain head (leave lm_head out)")
     return head.weight
 
@@ -152,7 +155,7 @@ class NextToken:
     def loss(self, model: Any, batch: Batch) -> Loss:
         """As Objective.loss; units are targets."""
         rows, wanted = targets(*hidden_of(model, batch))
-        return Loss(head_loss(rows, head_of(model), wanted), len(wanted))
+        return Loss(head_loss(rows, head_of(model, rows.dtype), wanted), len(wanted))
 
 
 def packed_rows(examples: Sequence[Example], length: int | None, packing: bool = True) -> list[PackedRow]:
@@ -247,7 +250,7 @@ class Preferences:
         labels = batch["labels"]
         rows, wanted = targets(*hidden_of(model, batch))
         counts = (labels[:, 1:] != IGNORED).sum(1)
-        found = token_log_probs(rows, head_of(model), wanted)
+        found = token_log_probs(rows, head_of(model, rows.dtype), wanted)
         owner = torch.repeat_interleave(torch.arange(len(labels), device=found.device), counts)
         sums = torch.zeros(len(labels), dtype=found.dtype, device=found.device).index_add(0, owner, found)
         return sums / counts.clamp(min=1) if self.kind == "ipo" else sums

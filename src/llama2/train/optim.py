@@ -9,11 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llama2.checkpoint.packed import packed_layers
 from llama2.errors import InputError
 from llama2.quant.nf4 import dynamic_map
 from llama2.train.distributed import local
 
+_NORM = "norm.weight"
 _WIDE_BYTES = 64 << 20  # of 16-bit gradients made float32 at once
+
+
+def trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name. Raises InputError for a packed model of which nothing but norms is."""
+    found = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if found and all(name.endswith(_NORM) for name in found) and packed_layers(network):
+        raise InputError(
+            "the weights of this model are packed and take no gradient, so that only its norms would be trained; add "
+            "an adapter (peft_config=LoraConfig(...), model.add_adapter), or load it with dequantize=True"
+        )
+    return found
 
 
 class AdamW:

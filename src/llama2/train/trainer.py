@@ -36,7 +36,7 @@ from llama2.train.hooks import Hooks
 from llama2.train.layer import fused
 from llama2.train.loop import Loop, Rates
 from llama2.train.objectives import Classification, NextToken, Objective, keep_reference
-from llama2.train.optim import AdamW
+from llama2.train.optim import AdamW, trained
 from llama2.train.precision import suit_processor
 from llama2.train.results import Results
 from llama2.train.saving import LOG, Saving
@@ -223,7 +223,7 @@ class Trainer(Loop):
     def _updates(self, given: Any) -> AdamW:
         args = self.args
         found = AdamW(
-            ((name, p) for name, p in self.network.named_parameters() if p.requires_grad),
+            trained(self.network).items(),
             (args.adam_beta1, args.adam_beta2),
             args.adam_epsilon,
             args.weight_decay,
