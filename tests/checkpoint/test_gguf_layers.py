@@ -22,7 +22,7 @@ from llama2 import (
     LoraConfig,
     cpu,
 )
-from llama2.checkpoint.convert import Options, convert
+from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.packed import packed_layers
 from llama2.errors import CheckpointError, InputError
@@ -42,7 +42,7 @@ def file_of(folder: Path, kind: str, **changes: Any) -> Path:
     path = folder / f"{kind}.gguf"
     if not path.exists():
         tiny_model(torch.float32, **{**WIDE, **changes}).save_pretrained(folder / "plain")
-        convert(folder / "plain", path, Options("gguf", kind.lower()))
+        convert(folder / "plain", path, ConversionSettings("gguf", kind.lower()))
     return path
 
 
@@ -131,11 +131,11 @@ def test_state_and_folder_come_back(tmp_path: Path, changes: dict[str, Any]) -> 
 def test_a_saved_model_becomes_the_same_gguf_file(tmp_path: Path, tied: bool) -> None:
     path = file_of(tmp_path, "Q4_K", tie_word_embeddings=tied)
     packed(path).save_pretrained(tmp_path / "saved")
-    convert(tmp_path / "saved", tmp_path / "back.gguf", Options("gguf"))
+    convert(tmp_path / "saved", tmp_path / "back.gguf", ConversionSettings("gguf"))
     one, two = checkpoint.open(path), checkpoint.open(tmp_path / "back.gguf")
     assert dict(one.tensors) == dict(two.tensors) and one.config == two.config
     assert all(torch.equal(one.raw(name).rows, two.raw(name).rows) for name in one.tensors)
-    convert(tmp_path / "saved", tmp_path / "floats", Options(dtype="float32"))
+    convert(tmp_path / "saved", tmp_path / "floats", ConversionSettings(dtype="float32"))
     plain = LlamaForCausalLM.from_pretrained(tmp_path / "floats")
     assert torch.equal(plain(tiny_ids()).logits, packed(path)(tiny_ids()).logits)
 

@@ -21,12 +21,12 @@ from llama2.compiled import available
 from llama2.errors import InputError
 from llama2.pretrained import PreTrainedModel
 from llama2.quant.ggml import TYPES
-from llama2.quant.gguf import GgufEmbedding, GgufLinear, Origin, remember
+from llama2.quant.gguf import FilePlace, GgufEmbedding, GgufLinear, remember
 from llama2.quantization_config import GgufConfig, QuantizationConfig
 
 
 @dataclass
-class Packing:
+class PackingPlan:
     """How the weights of one call of from_pretrained come to be packed.
 
     asked: the dtype that the call names. stored: how the files pack linears. wanted: how they are packed as they load.
@@ -102,7 +102,7 @@ def keep_blocks(model: PreTrainedModel, source: GgufCheckpoint, found: dict[str,
         del found[f"{path}.weight"]
         layer = _layer(module, source, name, dtype)
         model.set_submodule(path, layer)
-        remember(layer, Origin(source.file, source.stored_name(name)))
+        remember(layer, FilePlace(source.file, source.stored_name(name)))
     tie(model)
     model.config.quantization_config = GgufConfig().to_dict()
 

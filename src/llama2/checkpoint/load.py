@@ -18,7 +18,7 @@ from llama2.checkpoint.arguments import DTYPES, resolve_device, resolve_dtype
 from llama2.checkpoint.config_repair import known_ids
 from llama2.checkpoint.covered import not_weights
 from llama2.checkpoint.fresh import draw, not_of_the_network
-from llama2.checkpoint.gguf_layers import Packing, keep_blocks
+from llama2.checkpoint.gguf_layers import PackingPlan, keep_blocks
 from llama2.checkpoint.hf import HfCheckpoint
 from llama2.checkpoint.packed import asked_for, dequantize_as, linears, packed_layers, place, settings_of
 from llama2.checkpoint.packing import read_packing
@@ -211,7 +211,7 @@ def from_pretrained(
         weights = Renamed(weights, key_mapping)
     if config is not None and state_dict is None:
         _take_quantization(settings, source)
-    packing = Packing(
+    packing = PackingPlan(
         resolve_dtype(dtype, torch_dtype),
         settings_of(settings, str(pretrained_model_name_or_path or settings.name_or_path)),
         asked_for(quantization_config, load_in_4bit, load_in_8bit),
@@ -238,7 +238,7 @@ def from_pretrained(
 def _filled(
     model: PreTrainedModel,
     weights: Weights,
-    packing: Packing,
+    packing: PackingPlan,
     ignore_mismatched_sizes: bool,
     dtype: torch.dtype,
     device: torch.device,

@@ -22,7 +22,7 @@ _PACKED: tuple[type[PackedLinear], ...] = (GgufLinear, GptqLinear, Linear4bit, L
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockRows:
     """Rows of GGUF's blocks: in a file's map, or in memory of their own with the file row of each row."""
 
     kind: str
@@ -62,7 +62,7 @@ def pair_of(layer: LoraLinear) -> tuple[torch.Tensor, torch.Tensor, float] | Non
     return torch.cat([part.float() for part in a]), torch.cat(scaled, 1), 1.0
 
 
-def blocks_of(layer: nn.Module) -> Blocks | None:
+def blocks_of(layer: nn.Module) -> BlockRows | None:
     """The blocks of a layer of a GGUF file on the CPU; None for any other layer."""
     if type(layer) not in (GgufLinear, GgufEmbedding):
         return None
@@ -77,7 +77,7 @@ def blocks_of(layer: nn.Module) -> Blocks | None:
     order, origin, file = unpermute(heads, shape[0]) if heads else None, origin_of(layer), None
     if origin is not None and TYPES[layer.kind].dense is None:
         file = block_matrix(origin.file, origin.name, heads or None)
-    return Blocks(layer.kind, shape, rows, order, file)
+    return BlockRows(layer.kind, shape, rows, order, file)
 
 
 def packable(layer: nn.Module) -> PackableWeight | None:

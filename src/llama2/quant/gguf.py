@@ -23,7 +23,7 @@ from llama2.quant.linear import Fused, PackedLinear, codes_of
 PREFIX = "weight."
 
 
-class Origin(NamedTuple):
+class FilePlace(NamedTuple):
     """Where the rows of a layer lie in a mapped file, a `cpu.reader.GgufSource`, under GGUF's name."""
 
     file: Any
@@ -31,15 +31,15 @@ class Origin(NamedTuple):
 
 
 # Beside the layers and not in them: a layer stays what torch can copy and pickle.
-_ORIGINS: WeakKeyDictionary[nn.Module, tuple[Origin, int]] = WeakKeyDictionary()
+_ORIGINS: WeakKeyDictionary[nn.Module, tuple[FilePlace, int]] = WeakKeyDictionary()
 
 
-def remember(layer: nn.Module, origin: Origin) -> None:
+def remember(layer: nn.Module, origin: FilePlace) -> None:
     """Notes that the rows of `layer` are those of a file, in its map."""
     _ORIGINS[layer] = origin, rows_of(layer).data_ptr()
 
 
-def origin_of(layer: nn.Module) -> Origin | None:
+def origin_of(layer: nn.Module) -> FilePlace | None:
     """The file in whose map the rows of `layer` still lie unchanged; None for rows of their own."""
     origin, address = _ORIGINS.get(layer, (None, 0))
     if origin is None:
