@@ -37,7 +37,7 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("config", "generation_config", "compiled"), 2),
     **dict.fromkeys(("tokenizer", "quantization_config", "lora_config"), 3),
     **dict.fromkeys(("architecture", "documents", "rope", "cache", "outputs", "quant", "linear"), 4),
-    **dict.fromkeys(("attention", "companions", "coverage", "model_methods", "noise"), 5),
+    **dict.fromkeys(("attention", "companions", "coverage", "model_methods", "noise", "protocols"), 5),
     "pretrained": 6,
     **dict.fromkeys(("layers", "lora"), 7),
     "model": 8,

@@ -23,6 +23,7 @@ from llama2.past_key_values import cache_to_run, given_cache
 from llama2.plain import plain
 from llama2.prepared import PreparedRunner, arguments_of
 from llama2.processors import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from llama2.protocols import CausalLM
 from llama2.records import Record
 from llama2.runner import Runner, make_runner
 from llama2.sampling import Prompt, Sampler, build_processors, row_seeds
@@ -139,7 +140,7 @@ class GenerateArguments:
     extra: dict[str, Any] = field(default_factory=dict)  # arguments of the forward of a model's own class
 
 
-def settings(model: Any, given: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
+def settings(model: CausalLM, given: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
     """Takes the settings out of `kwargs`: they win over `given`, that over the model's own, those over the defaults.
 
     Raises InputError for a keyword that is neither a setting nor an argument, naming the nearest.
@@ -183,7 +184,7 @@ def _settle(config: GenerationConfig, explicit: dict[str, Any]) -> None:
         config.update(cache_implementation=CACHE_ALIASES[kind])
 
 
-def _prompt(model: Any, call: GenerateArguments, config: GenerationConfig) -> Tensor:
+def _prompt(model: CausalLM, call: GenerateArguments, config: GenerationConfig) -> Tensor:
     """ids (B, P) on the model's device, checked; P may be 0 where the prompt is embeddings."""
     ids, embeds, device = call.inputs, call.inputs_embeds, model.device
     if ids is None and embeds is not None:
@@ -235,7 +236,7 @@ def _criterion_length(call: GenerateArguments, config: GenerationConfig, context
     return new
 
 
-def _lengths(model: Any, call: GenerateArguments, config: GenerationConfig, context: int) -> int:
+def _lengths(model: CausalLM, call: GenerateArguments, config: GenerationConfig, context: int) -> int:
     """How many new tokens at most, for a prompt of `context` tokens. Raises InputError where there is no room."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if (getattr(model.config, "rope_scaling", None) or {}).get("rope_type") == "dynamic":
@@ -321,7 +322,9 @@ def _positions(call: GenerateArguments, mask: Tensor | None, context: int, new: 
     return torch.cat((start, start[:, -1:] + torch.arange(1, new + 1, device=device)), dim=1)
 
 
-def _runner(call: GenerateArguments, model: Any, config: GenerationConfig, given: Any, mask: Tensor | None) -> Runner:
+def _runner(
+    call: GenerateArguments, model: CausalLM, config: GenerationConfig, given: object, mask: Tensor | None
+) -> Runner:
     """The runner of this call: torch also where the native engine cannot go on from the caller's cache."""
     attentions, hidden_states = config.value("output_attentions"), config.value("output_hidden_states")
     needs_torch = _needs_torch(call, config, mask)
@@ -362,7 +365,7 @@ def _criteria(call: GenerateArguments, config: GenerationConfig) -> StoppingCrit
     return criteria
 
 
-def _guidance(model: Any, call: GenerateArguments, config: GenerationConfig) -> Any:
+def _guidance(model: CausalLM, call: GenerateArguments, config: GenerationConfig) -> Any:
     scale = config.guidance_scale
     if scale is None or scale == 1:
         if call.negative_prompt_ids is not None:
@@ -385,7 +388,7 @@ def _alone(call: GenerateArguments, runner: Runner, busy: bool) -> AbstractConte
     return cpu.OneOpenMpThread() if isinstance(runner, NativeRunner) and busy and not theirs else nullcontext()
 
 
-def prepare(model: Any, call: GenerateArguments, config: GenerationConfig) -> Request:
+def prepare(model: CausalLM, call: GenerateArguments, config: GenerationConfig) -> Request:
     """Checks a call against the model and lays out its buffers. Raises InputError."""
     prompt = _prompt(model, call, config)
     context = prompt.shape[1] if call.inputs_embeds is None else call.inputs_embeds.shape[1]

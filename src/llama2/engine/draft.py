@@ -19,6 +19,7 @@ from llama2.engine.scheduler import Chunk
 from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.errors import InputError
 from llama2.native import NativeModel
+from llama2.protocols import CausalLM
 
 UNKNOWN = -1  # a guess for which the plan has a place and the drafter has yet to find a token
 
@@ -26,7 +27,9 @@ UNKNOWN = -1  # a guess for which the plan has a place and the drafter has yet t
 class Drafter:
     """A smaller model with the model's vocabulary. count: guesses of a sequence in a step at most."""
 
-    def __init__(self, model: Any, draft: Any, pages: int, count: int, runner: str = "auto", dtype: Any = None) -> None:
+    def __init__(
+        self, model: CausalLM, draft: Any, pages: int, count: int, runner: str = "auto", dtype: Any = None
+    ) -> None:
         """runner, dtype: as make_plan_runner; a NativeModel runs natively whatever they say.
 
         Raises InputError where the vocabularies differ, and for a count that guesses nothing.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from llama2.cache import DynamicCache
 from llama2.engine.scheduler import Chunk
 from llama2.errors import InputError
 from llama2.native import NativeModel, kept_in, native_weights, why_not
+from llama2.protocols import CausalLM
 
 PAGE = cpu.PAGE
 
@@ -68,7 +69,7 @@ class NativePlanRunner:
 class TorchPlanRunner:
     """A LlamaForCausalLM on any device. Each chunk of a prompt runs alone; what decodes runs as one padded batch."""
 
-    def __init__(self, model: Any, pages: int) -> None:
+    def __init__(self, model: CausalLM, pages: int) -> None:
         config = model.config
         self.model, self.pages = model, pages
         shape = (config.num_hidden_layers, 2, pages, PAGE, config.num_key_value_heads, config.head_dim)
@@ -134,7 +135,7 @@ class TorchPlanRunner:
         self._cached[:, :, pages, places % PAGE] = fresh
 
 
-def make_plan_runner(model: Any, pages: int, runner: str = "auto", dtype: cpu.KvDtype | None = None) -> PlanRunner:
+def make_plan_runner(model: CausalLM, pages: int, runner: str = "auto", dtype: cpu.KvDtype | None = None) -> PlanRunner:
     """The runner of `model`: "native", "torch", or with "auto" the native engine where it can.
 
     dtype: what the native engine keeps keys and values in. Raises InputError where "native" cannot be had.

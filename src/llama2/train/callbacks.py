@@ -9,12 +9,15 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from llama2.errors import CheckpointError, InputError
 from llama2.files import write_text
 from llama2.schema import ANY, FLAG, NUMBER, Schema, check, either, maybe, real, several, table, text, whole
 from llama2.text_file import LISTING_BYTES, read_object
+
+if TYPE_CHECKING:
+    from llama2.train.arguments import TrainingArguments
 
 
 @dataclass
@@ -95,7 +98,7 @@ class TrainerState:
         """The state of a trainer_state.json."""
         return cls.of(read_stored(Path(json_path)))
 
-    def compute_steps(self, args: Any, max_steps: int) -> None:
+    def compute_steps(self, args: "TrainingArguments", max_steps: int) -> None:
         """Sets how often to log, to measure and to save; a number below 1 is a share of max_steps."""
         self.max_steps = max_steps
         for name in ("logging_steps", "eval_steps", "save_steps"):
@@ -161,54 +164,89 @@ class TrainerCallback:
     on_predict metrics. An event may return the control that it was given, or another; None leaves it as it is.
     """
 
-    def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_init_end(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """The trainer is made."""
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_train_begin(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """Before the first step."""
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_train_end(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """After the last step."""
 
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_epoch_begin(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """Before the first step of an epoch."""
 
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_epoch_end(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """After the last step of an epoch."""
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_step_begin(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """Before a step."""
 
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_pre_optimizer_step(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """Gradients are there and scaled, weights are not changed yet."""
 
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_optimizer_step(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """Weights are changed."""
 
-    def on_substep_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_substep_end(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """After each batch of a step but the last."""
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_step_end(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """After a step, before anything is logged, measured or saved."""
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_evaluate(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """Rows were measured."""
 
     def on_predict(
-        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
-    ) -> Any:
+        self,
+        args: "TrainingArguments",
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> TrainerControl | None:
         """`predict` is done."""
 
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_save(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """A checkpoint is written."""
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_log(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """An entry was logged."""
 
-    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_prediction_step(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """A batch was measured."""
 
-    def on_push_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+    def on_push_begin(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
         """Before an upload to the hub."""
 
 
@@ -225,7 +263,9 @@ class EarlyStoppingCallback(TrainerCallback):
         self.early_stopping_threshold = early_stopping_threshold or 0.0
         self.early_stopping_patience_counter = 0
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Raises InputError where nothing is measured or no value says what is better."""
         if args.metric_for_best_model is None:
             raise InputError("EarlyStoppingCallback needs metric_for_best_model, such as 'loss'")
@@ -238,7 +278,9 @@ class EarlyStoppingCallback(TrainerCallback):
                 stacklevel=2,
             )
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Counts a measurement that is not better."""
         value = kwargs["metrics"].get(args.better)
         if value is None:
@@ -267,7 +309,7 @@ class EarlyStoppingCallback(TrainerCallback):
 class PrinterCallback(TrainerCallback):
     """Prints what is logged."""
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Prints the entry, on rank 0."""
         if state.is_local_process_zero:
             shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in kwargs["logs"].items()}
@@ -296,7 +338,9 @@ class Callbacks:
         match = (lambda one: isinstance(one, callback)) if isinstance(callback, type) else callback.__eq__
         return next((one for one in self.all if match(one) is True), None)
 
-    def call(self, event: str, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> TrainerControl:
+    def call(
+        self, event: str, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **given: Any
+    ) -> TrainerControl:
         """Calls an event of all, and returns the control that the last of them left."""
         for callback in self.all:
             found = getattr(callback, event)(args, state, control, **given)
@@ -328,7 +372,7 @@ def due(every: float | None, step: int) -> bool:
     return bool(every) and step % int(every or 1) == 0
 
 
-def plan_step(args: Any, state: TrainerState, control: TrainerControl, last: bool) -> None:
+def plan_step(args: "TrainingArguments", state: TrainerState, control: TrainerControl, last: bool) -> None:
     """Sets what the arguments say is due after a step. last: the run ends with it."""
     step, delayed = state.global_step, args.eval_delay > state.global_step
     if args.logging_strategy == "steps" and due(state.logging_steps, step):
@@ -341,7 +385,7 @@ def plan_step(args: Any, state: TrainerState, control: TrainerControl, last: boo
         control.should_save = True
 
 
-def plan_epoch(args: Any, state: TrainerState, control: TrainerControl) -> None:
+def plan_epoch(args: "TrainingArguments", state: TrainerState, control: TrainerControl) -> None:
     """Sets what the arguments say is due after an epoch, or at the end of the run."""
     control.should_log = control.should_log or args.logging_strategy == "epoch"
     if args.eval_strategy == "epoch" and args.eval_delay <= state.epoch:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import InputError
+from llama2.protocols import TokenizerLike
 from llama2.train.data import IGNORED
 
 Row = Mapping[str, Any]
@@ -51,7 +52,7 @@ def _stacked(values: Sequence[Any], name: str) -> Tensor:
         ) from error
 
 
-def _dtype(value: Any) -> torch.dtype:
+def _dtype(value: object) -> torch.dtype:
     kind = np.asarray(value).dtype.kind
     return torch.float32 if kind == "f" else torch.bool if kind == "b" else torch.int64
 
@@ -118,7 +119,7 @@ class DataCollatorForTokenClassification(DataCollatorForSeq2Seq):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: TokenizerLike,
         padding: Any = True,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llama2.errors import InputError, Llama2Error
+from llama2.protocols import TokenizerLike
 from llama2.train.readers import Row, held_out, read, renamed
 from llama2.train.shapes import CONTINUED, PREFERENCE, Chat, Content, PromptCompletion, Text, content_of, shape_of
 from llama2.train.shapes import Pair as Answers
@@ -97,7 +98,7 @@ def kind_of(row: Row) -> str:
     return shape_of(row).kind
 
 
-def encode(row: Row, tokenizer: Any) -> Example:
+def encode(row: Row, tokenizer: TokenizerLike) -> Example:
     """Ids and targets of a row to be continued. Raises InputError, or the template's error, for one that cannot be."""
     return _encoded(_continued(row), tokenizer)
 
@@ -108,7 +109,7 @@ def _continued(row: Row) -> Content:
     return content
 
 
-def encode_pair(row: Row, tokenizer: Any) -> EncodedPair:
+def encode_pair(row: Row, tokenizer: TokenizerLike) -> EncodedPair:
     """Both answers of a preference row behind their prompt."""
     return _encoded_pair(_answers(row), tokenizer)
 
@@ -119,11 +120,11 @@ def _answers(row: Row) -> Answers:
     return content
 
 
-def _encoded_pair(answers: Answers, tokenizer: Any) -> EncodedPair:
+def _encoded_pair(answers: Answers, tokenizer: TokenizerLike) -> EncodedPair:
     return EncodedPair(_encoded(answers.chosen, tokenizer), _encoded(answers.rejected, tokenizer))
 
 
-def _encoded(content: Content, tokenizer: Any) -> Example:
+def _encoded(content: Content, tokenizer: TokenizerLike) -> Example:
     if isinstance(content, Text):
         ids = _ended(list(tokenizer(content.text)["input_ids"]), tokenizer)
         return Example(ids, list(ids))
@@ -134,7 +135,7 @@ def _encoded(content: Content, tokenizer: Any) -> Example:
     return completion(plain.prompt, plain.answer, tokenizer)
 
 
-def completion(prompt: str, answer: str, tokenizer: Any) -> Example:
+def completion(prompt: str, answer: str, tokenizer: TokenizerLike) -> Example:
     """Prompt and answer encoded as one text; targets are what the prompt alone does not begin with, and the end."""
     ids = _ended(list(tokenizer(prompt + answer)["input_ids"]), tokenizer)
     before = tokenizer(prompt)["input_ids"] if prompt else []
@@ -142,13 +143,13 @@ def completion(prompt: str, answer: str, tokenizer: Any) -> Example:
     return Example(ids, [IGNORED] * start + ids[start:])
 
 
-def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+def _ended(ids: list[int], tokenizer: TokenizerLike) -> list[int]:
     """ids that end in one end token."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
-def _chat(chat: Chat, tokenizer: Any) -> Example:
+def _chat(chat: Chat, tokenizer: TokenizerLike) -> Example:
     messages, variables = list(chat.messages), dict(chat.variables or {})
     if chat.tools:
         variables["tools"] = list(chat.tools)
@@ -197,7 +198,7 @@ def _of_messages(chat: Chat, mask: list[int]) -> list[int]:
 # -- data sets ---------------------------------------------------------------------------------------------------
 
 
-def prepare(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> tuple[list[Example], DataReport]:
+def prepare(rows: Iterable[Row], tokenizer: TokenizerLike, max_length: int | None) -> tuple[list[Example], DataReport]:
     """The usable examples, cut to max_length at the end, and the report on all rows."""
     report, made = DataReport(max_length=max_length), []
 
@@ -223,7 +224,9 @@ def pieces(examples: Iterable[Example], length: int) -> list[Example]:
     return [piece for piece in made if len(piece.input_ids) > 1]
 
 
-def prepare_pairs(rows: Iterable[Row], tokenizer: Any, max_length: int | None) -> tuple[list[EncodedPair], DataReport]:
+def prepare_pairs(
+    rows: Iterable[Row], tokenizer: TokenizerLike, max_length: int | None
+) -> tuple[list[EncodedPair], DataReport]:
     """The usable pairs, each answer cut to max_length at the end, and the report on all rows."""
     report, made = DataReport(max_length=max_length), []
 
@@ -263,7 +266,9 @@ def each(
             yield number, made
 
 
-def _fitted(row: int, example: Example, tokenizer: Any, most: int | None, report: DataReport) -> Example | None:
+def _fitted(
+    row: int, example: Example, tokenizer: TokenizerLike, most: int | None, report: DataReport
+) -> Example | None:
     """The example within `most` tokens, or None with the reason in the report."""
     ids, labels = example
     bos = tokenizer.bos_token_id

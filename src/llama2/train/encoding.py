@@ -2,18 +2,23 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llama2.classifiers import LlamaForSequenceClassification
 from llama2.errors import InputError
 from llama2.model import LlamaForCausalLM
+from llama2.pretrained import PreTrainedModel
+from llama2.protocols import TokenizerLike
 from llama2.train.collators import ROW_BY_ROW, DataCollatorWithPadding, default_data_collator
 from llama2.train.distributed import join
 from llama2.train.objectives import Objective, padded
 from llama2.train.readers import taken
 from llama2.train.rows import objective_for
+
+if TYPE_CHECKING:
+    from llama2.train.arguments import TrainingArguments
 
 CLASSIFIERS: tuple[Any, ...] = (LlamaForSequenceClassification,)
 TRAINED, EVAL_ROWS = "train_dataset", 10_000  # rows that are measured of a stream, which may be endless
@@ -23,7 +28,14 @@ _LABELS = ("labels", "label", "label_ids")
 class Encoder:
     """How the rows of one trainer are encoded. raw: rows go to the collator as they are."""
 
-    def __init__(self, model: Any, tokenizer: Any, collator: Any, args: Any, objective: Objective | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: TokenizerLike | None,
+        collator: Any,
+        args: "TrainingArguments",
+        objective: Objective | None,
+    ) -> None:
         self.model, self.tokenizer, self.collator, self.args = model, tokenizer, collator, args
         self.objective: Any = objective
         known = isinstance(model, (LlamaForCausalLM, *CLASSIFIERS))

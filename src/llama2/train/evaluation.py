@@ -6,7 +6,7 @@ B rows of a batch, N rows in all.
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from llama2.errors import InputError
 from llama2.train.data import IGNORED
+
+if TYPE_CHECKING:
+    from llama2.train.arguments import TrainingArguments
 
 Arrays = Any  # an array, or a tuple or list of arrays
 
@@ -64,7 +67,7 @@ def speed(prefix: str, begin: float, rows: int, steps: int) -> dict[str, float]:
     }
 
 
-def detached(value: Any) -> Any:
+def detached(value: object) -> Any:
     """Tensors on the CPU, without a graph; tuples and lists of them alike, None left out of tuples."""
     if isinstance(value, Tensor):
         found = value.detach().cpu()
@@ -83,7 +86,7 @@ class Gathered:
     def __init__(self, concat: bool = True) -> None:
         self._concat, self._parts = concat, list[Any]()
 
-    def add(self, value: Any) -> None:
+    def add(self, value: object) -> None:
         """One batch's tensor, or tuple of tensors."""
         if value is not None:
             self._parts.append(detached(value))
@@ -127,7 +130,7 @@ def plain(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
 def measure(
     batches: Iterable[Mapping[str, Any]],
     step: Callable[[Mapping[str, Any]], tuple[Any, Any, Any]],
-    args: Any,
+    args: "TrainingArguments",
     compute_metrics: Callable[..., Mapping[str, Any]] | None,
     preprocess: Callable[[Any, Any], Any] | None,
     prefix: str,
@@ -177,7 +180,7 @@ def _rows_of(inputs: Mapping[str, Any]) -> int:
     return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1)
 
 
-def check_metrics(args: Any, compute_metrics: Callable[..., Any] | None) -> None:
+def check_metrics(args: "TrainingArguments", compute_metrics: Callable[..., Any] | None) -> None:
     """Raises InputError where batches are measured one by one by a function that cannot tell the last."""
     if compute_metrics is None or not args.batch_eval_metrics:
         return

@@ -23,7 +23,7 @@ class Number(NamedTuple):
     share: bool = False
     also: tuple[float, ...] = ()
 
-    def read(self, name: str, value: Any) -> int | float:
+    def read(self, name: str, value: object) -> int | float:
         """The number. Raises InputError, with the bound, for what is none or lies beyond it."""
         found = _number(value)
         if found is None:
@@ -51,7 +51,7 @@ class Number(NamedTuple):
         return f"{kind}{bound}{also}{share}"
 
 
-def _number(value: Any) -> int | float | None:
+def _number(value: object) -> int | float | None:
     """A number, or a text of one as YAML leaves it ("2e-5"); None for anything else."""
     if hasattr(value, "item") and not isinstance(value, numbers.Number):  # a tensor or an array of one element
         value = value.item()
@@ -229,7 +229,7 @@ DICTS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_che
          "accelerator_config", "liger_kernel_config", "model_init_kwargs", "dataset_kwargs")  # fmt: skip
 
 
-def read_flag(name: str, value: Any) -> bool:
+def read_flag(name: str, value: object) -> bool:
     """True or False, or a text of it. Raises InputError for anything else: "False" would count as true."""
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
@@ -238,7 +238,7 @@ def read_flag(name: str, value: Any) -> bool:
     raise InputError(f"{name} is {value!r}; it must be True or False")
 
 
-def read_mapping(name: str, value: Any) -> dict[str, Any]:
+def read_mapping(name: str, value: object) -> dict[str, Any]:
     """A dict, or the JSON of one. Raises InputError for anything else."""
     if isinstance(value, str):
         try:

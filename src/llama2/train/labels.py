@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from llama2.errors import InputError
+from llama2.protocols import TokenizerLike
 from llama2.train.data import DataReport, Row, each
 from llama2.train.shapes import CLASSIFICATION, TEXT
 
@@ -46,7 +47,7 @@ class Labels:
             raise InputError(f"all rows have the label {found[0]!r}; a classifier needs at least two")
         return cls(kind, found)
 
-    def target(self, value: Any) -> Target:
+    def target(self, value: object) -> Target:
         """What the loss takes for a label. Raises InputError for one that is not among them."""
         if self.kind == REGRESSION:
             number = _number(value)
@@ -63,7 +64,7 @@ class Labels:
             row[self._index(part)] = 1.0
         return row
 
-    def _index(self, value: Any) -> int:
+    def _index(self, value: object) -> int:
         name = _name(value)
         if name in self.names:
             return self.names.index(name)
@@ -91,11 +92,11 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _parts(value: Any) -> list[Any]:
+def _parts(value: object) -> list[Any]:
     if isinstance(value, str):  # of a .csv file
         return [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, list | tuple):
@@ -131,7 +132,7 @@ def _names(values: Sequence[Any], kind: str) -> tuple[str, ...]:
 
 
 def prepare_labelled(
-    rows: Iterable[Row], tokenizer: Any, max_length: int | None, labels: Labels
+    rows: Iterable[Row], tokenizer: TokenizerLike, max_length: int | None, labels: Labels
 ) -> tuple[list[Labelled], DataReport]:
     """The usable rows as (ids, target), ids cut to max_length at the end, and the report on all rows."""
     report, made = DataReport(max_length=max_length), []

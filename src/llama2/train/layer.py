@@ -24,6 +24,7 @@ from llama2.layers import LlamaDecoderLayer
 from llama2.lora import LoraLinear
 from llama2.model import LlamaModel
 from llama2.plain_network import difference, layer_difference, warn_once
+from llama2.pretrained import PreTrainedModel
 from llama2.quant.linear import PackedLinear
 from llama2.train.products import Factor, PackedFactor, Scratch, Sum, sum_of_products, sums_of_products
 
@@ -44,7 +45,7 @@ def fused(model: nn.Module) -> Iterator[None]:
             decoder.run_layer = None
 
 
-def fuses(model: Any) -> bool:
+def fuses(model: PreTrainedModel) -> bool:
     """Whether the first layer of a model's decoder would run as one function now."""
     decoder = model.model
     if not isinstance(decoder, LlamaModel) or decoder.run_layer is None or difference(model, training=True):

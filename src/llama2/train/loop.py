@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from llama2.errors import CheckpointError, InputError
 from llama2.model import LlamaForCausalLM
+from llama2.pretrained import PreTrainedModel
 from llama2.train.callbacks import plan_epoch, plan_step
 from llama2.train.encoding import CLASSIFIERS, Encoder
 from llama2.train.hooks import MEASURES, TRAINS, Hooks, accepts, overridden
@@ -386,7 +387,7 @@ class Rates:
         return {"last_epoch": self._loop.state.global_step}
 
 
-def _plain(model: Any) -> bool:
+def _plain(model: PreTrainedModel) -> bool:
     """Whether a model's forward pass and head are the library's own, which objectives may go past."""
     own = (LlamaForCausalLM.forward, *(kind.forward for kind in CLASSIFIERS))
     head = getattr(model, "lm_head", None)

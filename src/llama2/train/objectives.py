@@ -16,6 +16,7 @@ from torch import Tensor
 from llama2 import lora
 from llama2.documents import within
 from llama2.errors import InputError
+from llama2.pretrained import PreTrainedModel
 from llama2.quant.linear import PackedLinear
 from llama2.train.data import IGNORED, EncodedPair, Example
 from llama2.train.layer import fuses
@@ -47,7 +48,7 @@ class Objective(Protocol):
     def collate(self, items: Sequence[Any]) -> Batch:
         """Tensors of some items."""
 
-    def loss(self, model: Any, batch: Batch) -> Loss:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
         """The loss of a batch, differentiable in the model's trainable parameters."""
 
 
@@ -63,7 +64,7 @@ def places(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*row, *range(row[-1] + 1, row[-1] + 1 + longest - len(row))] for row in rows])
 
 
-def head_of(model: Any, dtype: torch.dtype) -> Tensor:
+def head_of(model: PreTrainedModel, dtype: torch.dtype) -> Tensor:
     """The head's weight (V, D), a packed one unpacked to `dtype`. Raises InputError where it is adapted: its product is
     not a plain one."""
     head = model.get_output_embeddings()
@@ -108,7 +109,7 @@ def whole_rows(ids: Sequence[Sequence[int]]) -> Batch:
     }
 
 
-def last_of(model: Any, batch: Batch) -> Tensor:
+def last_of(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The decoder's hidden states (B, D) at the last tokens of the rows."""
     hidden, lengths = hidden_of(model, batch)[0], batch["lengths"]
     if len(hidden) == 1:  # the rows have become one, or there is one
@@ -152,7 +153,7 @@ class NextToken:
             "attention_mask": isolated([item.starts for item in items], lengths, max(lengths)),
         }
 
-    def loss(self, model: Any, batch: Batch) -> Loss:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
         """As Objective.loss; units are targets."""
         rows, wanted = targets(*hidden_of(model, batch))
         return Loss(head_loss(rows, head_of(model, rows.dtype), wanted), len(wanted))
@@ -183,7 +184,7 @@ class Preferences:
     disable_dropout: bool = True
     _start: Start | None = field(default=None, init=False, repr=False, compare=False)
 
-    def begin(self, model: Any, apart: bool = False) -> int:
+    def begin(self, model: PreTrainedModel, apart: bool = False) -> int:
         """Keeps the reference, if the model itself is to be it: as it is now. Returns the bytes that this takes.
 
         apart: as a model of its own, for weights that are going to be sharded.
@@ -211,7 +212,7 @@ class Preferences:
             "attention_mask": None,
         }
 
-    def loss(self, model: Any, batch: Batch) -> Loss:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
         """As Objective.loss; units are pairs."""
         if self.disable_dropout:
             without_dropout(model)
@@ -234,7 +235,7 @@ class Preferences:
         return Loss(result.loss * pairs, pairs, logs)
 
     @torch.no_grad()
-    def _of_reference(self, model: Any, batch: Batch) -> Tensor | None:
+    def _of_reference(self, model: PreTrainedModel, batch: Batch) -> Tensor | None:
         """log p of each answer (2 B,) under the reference."""
         if self.reference_free:
             return None
@@ -245,7 +246,7 @@ class Preferences:
         with lora.disabled(model) if self._start is None else self._start.restored():
             return self._answers(model, batch)
 
-    def _answers(self, model: Any, batch: Batch) -> Tensor:
+    def _answers(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """log p of each answer (2 B,): the sum over its targets, for ipo their mean."""
         labels = batch["labels"]
         rows, wanted = targets(*hidden_of(model, batch))
@@ -256,7 +257,7 @@ class Preferences:
         return sums / counts.clamp(min=1) if self.kind == "ipo" else sums
 
 
-def keep_reference(objective: Objective, model: Any, tell: bool = True, apart: bool = False) -> None:
+def keep_reference(objective: Objective, model: PreTrainedModel, tell: bool = True, apart: bool = False) -> None:
     """The model as it is now, for an objective that compares with it; a large copy is told by a warning.
 
     apart: see `Preferences.begin`."""

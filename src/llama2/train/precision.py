@@ -1,9 +1,10 @@
 """Which number format a model computes in while it trains."""
 
 import warnings
-from typing import Any
 
 import torch
+
+from llama2.pretrained import PreTrainedModel
 
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -33,7 +34,7 @@ def beneath_adapter(stored: str | torch.dtype, device: str) -> tuple[str, str]:
     )
 
 
-def suit_processor(model: Any) -> None:
+def suit_processor(model: PreTrainedModel) -> None:
     """Changes float16 weights of a model on the CPU to what the processor computes fast; a warning says so.
 
     What is trained becomes float32: steps are too small for 16 bits.

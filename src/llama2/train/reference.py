@@ -7,12 +7,12 @@ was trained before (TRL keeps a frozen copy of it too).
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llama2 import lora
+from llama2.pretrained import PreTrainedModel
 
 
 class Start:
@@ -54,7 +54,7 @@ def is_fresh(model: nn.Module) -> bool:
     return not any(bool(layer.lora_B[name].any()) for layer in adapted for name in layer.active)
 
 
-def without_dropout(model: Any) -> None:
+def without_dropout(model: PreTrainedModel) -> None:
     """Stops the dropout of adapters, which makes policy and reference differ at the start (TRL's disable_dropout)."""
     for layer in lora.layers(model).values():
         layer.training = False

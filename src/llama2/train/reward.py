@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from llama2.errors import InputError
+from llama2.protocols import TokenizerLike
 from llama2.train.data import DataReport, EncodedPair, Example, prepare_pairs
 from llama2.train.objectives import Batch, Loss, last_of, whole_rows
 
@@ -62,7 +63,7 @@ class Rewards:
 
 
 def reward_pairs(
-    rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int | None
+    rows: Iterable[Mapping[str, Any]], tokenizer: TokenizerLike, max_length: int | None
 ) -> tuple[list[Ranked], DataReport]:
     """Rows of {"chosen", "rejected"}, with or without prompt and margin, as texts, chats or ids.
 

@@ -26,6 +26,7 @@ from llama2.checkpoint.peft import save_adapter
 from llama2.checkpoint.save import write_safetensors
 from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
+from llama2.pretrained import PreTrainedModel
 from llama2.train import checkpoints, states, trees
 from llama2.train.callbacks import Callbacks, TrainerControl, TrainerState, read_stored
 from llama2.train.distributed import Ranks, Root, gathered, local
@@ -425,7 +426,7 @@ def _feed(into: Any, value: Any) -> None:
         )
 
 
-def _adapter(model: Any) -> dict[str, Any]:
+def _adapter(model: PreTrainedModel) -> dict[str, Any]:
     """What the active adapters are: ranks, scales, dropouts, and a hash of which module has which; {} without any."""
     found = [
         (path, name, len(layer.lora_A[name]), layer.scaling[name] * len(layer.lora_A[name]), layer.dropout[name])
@@ -459,5 +460,5 @@ def _differences(name: str, there: Any, here: Any) -> list[str]:
     return ["the rows"] if name == "content" else [f"{name} ({there}, not {here})"]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)

@@ -92,7 +92,7 @@ class Shape:
 # -- messages ----------------------------------------------------------------------------------------------------
 
 
-def messages_of(value: Any, name: str = "messages") -> list[Message]:
+def messages_of(value: object, name: str = "messages") -> list[Message]:
     """Messages in either spelling (role and content, from and value) with texts as contents. A text is read as JSON.
 
     Raises InputError for what is no list of messages.
@@ -103,7 +103,7 @@ def messages_of(value: Any, name: str = "messages") -> list[Message]:
     return [_message(number, message) for number, message in enumerate(value)]
 
 
-def _message(number: int, message: Any) -> Message:
+def _message(number: int, message: object) -> Message:
     if not isinstance(message, Mapping):
         raise InputError(f"message {number} has no role")
     role = message.get("role", message.get("from"))
@@ -118,7 +118,7 @@ def _message(number: int, message: Any) -> Message:
     return made
 
 
-def _calls(content: Any, number: int) -> list[dict[str, Any]]:
+def _calls(content: object, number: int) -> list[dict[str, Any]]:
     calls = _from_json(content, f"message {number}")
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, Mapping) and "name" in call for call in calls):
@@ -126,7 +126,7 @@ def _calls(content: Any, number: int) -> list[dict[str, Any]]:
     return [{"type": "function", "function": dict(call)} for call in calls]
 
 
-def _content(number: int, content: Any, calls: bool) -> str:
+def _content(number: int, content: object, calls: bool) -> str:
     """The text of a message: of parts {"type": "text", "text": ...} their texts joined."""
     if content is None:
         if calls:
@@ -144,7 +144,7 @@ def _content(number: int, content: Any, calls: bool) -> str:
     return content
 
 
-def _from_json(value: Any, name: str) -> Any:
+def _from_json(value: object, name: str) -> Any:
     """Lists and objects of a .csv file are JSON texts."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
@@ -180,11 +180,11 @@ class Context:
         return not (self.turns or self.tools or self.variables)
 
 
-def _system(value: Any) -> list[Message]:
+def _system(value: object) -> list[Message]:
     return [{"role": "system", "content": string(value, "system")}] if value else []
 
 
-def _history(value: Any) -> list[Message]:
+def _history(value: object) -> list[Message]:
     """Earlier turns: messages, or pairs of a question and its answer."""
     turns = _from_json(value, "history")
     if not isinstance(turns, Sequence) or isinstance(turns, str):
@@ -220,7 +220,7 @@ def _context(row: Row) -> Context:
     return Context(tuple(turns), tuple(_from_json(tool, "tools") for tool in tools), variables, given)
 
 
-def _learnt(value: Any, name: str) -> bool:
+def _learnt(value: object, name: str) -> bool:
     """Whether a switch is on. Raises InputError for a weight that is neither 0 nor 1: losses have no weights."""
     if value is None or value in (0, 1):
         return value is None or bool(value)
@@ -229,7 +229,7 @@ def _learnt(value: Any, name: str) -> bool:
     raise InputError(f"{name} is {value!r}, and only 0 and 1 are supported (not learnt, and learnt)")
 
 
-def _is_verdict(value: Any) -> bool:
+def _is_verdict(value: object) -> bool:
     return value in (0, 1) or (isinstance(value, str) and value.lower() in ("true", "false"))
 
 
@@ -251,7 +251,7 @@ def _check_row(row: Row, shape: Shape) -> None:
 # -- shapes ------------------------------------------------------------------------------------------------------
 
 
-def string(value: Any, name: str) -> str:
+def string(value: object, name: str) -> str:
     """The value, if it is a text. Raises InputError."""
     if not isinstance(value, str):
         raise InputError(f"{name} is a {type(value).__name__}, not a text")
@@ -287,7 +287,7 @@ def _chat(
 
 
 def _answered(
-    row: Row, prompt: str | Sequence[Message], answer: Any, name: str, text: str | None = None, alone: bool = False
+    row: Row, prompt: str | Sequence[Message], answer: object, name: str, text: str | None = None, alone: bool = False
 ) -> PromptCompletion | Chat:
     """One answer to a prompt: texts that continue each other, or a chat where either is messages or a context is given.
 
@@ -305,7 +305,7 @@ def _answered(
     return _chat(context, [*before, *after], len(before))
 
 
-def _is_messages(value: Any) -> bool:
+def _is_messages(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 

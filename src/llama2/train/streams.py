@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from llama2.errors import InputError
+from llama2.protocols import TokenizerLike
 
 
 class ConstantLengthDataset:
@@ -20,7 +21,7 @@ class ConstantLengthDataset:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: TokenizerLike,
         dataset: Iterable[Any],
         dataset_text_field: str | None = None,
         formatting_func: Callable[[Any], str] | None = None,
@@ -80,7 +81,7 @@ class ConstantLengthDataset:
             size += len(buffer[-1])
         return buffer, True, texts
 
-    def _text(self, row: Any) -> str:
+    def _text(self, row: object) -> str:
         if self.formatting_func is not None:
             return self.formatting_func(row)
         if not isinstance(row, Mapping) or self.dataset_text_field not in row:

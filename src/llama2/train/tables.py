@@ -79,7 +79,7 @@ def saved(folder: Path, split: str) -> Rows:
         raise InputError(f"{folder}: a row is not of the kind that dataset_info.json gives it ({error})") from error
 
 
-def _decoder(kind: Any) -> Any:
+def _decoder(kind: object) -> Any:
     """What makes a stored value of this kind the one meant: names of classes, JSON kept as text; None for others."""
     if not isinstance(kind, dict):
         return None
@@ -214,7 +214,7 @@ def _weight(array: Any) -> int:
     return int(count + (array.nbytes if _is_bytes(kind) else 0))
 
 
-def _is_bytes(kind: Any) -> bool:
+def _is_bytes(kind: object) -> bool:
     from pyarrow import types
 
     return bool(

@@ -6,9 +6,12 @@ One row a tracker: its package, and a class whose `write` takes an entry and who
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from llama2.errors import InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from llama2.train.arguments import TrainingArguments
 
 
 class Sink(Protocol):
@@ -34,7 +37,7 @@ def _scalars(entry: dict[str, Any]) -> dict[str, float]:
 class Tensorboard:
     """TensorBoard's event files, in output_dir/runs or in logging_dir."""
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: "TrainingArguments") -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(args.logging_dir or str(Path(args.output_dir) / "runs"))
@@ -53,7 +56,7 @@ class Tensorboard:
 class Wandb:
     """A run of Weights & Biases, in the project that its environment names."""
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: "TrainingArguments") -> None:
         import wandb
 
         self._own = wandb.run is None
@@ -74,7 +77,7 @@ class Wandb:
 class Mlflow:
     """A run of MLflow."""
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: "TrainingArguments") -> None:
         import mlflow
 
         self._own = mlflow.active_run() is None
@@ -98,7 +101,7 @@ class Mlflow:
 class Trackio:
     """A run of trackio, in `project`."""
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: "TrainingArguments") -> None:
         import trackio
 
         given = {"name": args.run_name, "config": args.to_sanitized_dict()}

@@ -4,8 +4,7 @@ The order of rows is a function of seed, epoch and index, and the random numbers
 So a run that was killed and resumed ends with the same bits as one that was not, and several ranks, which share the
 rows of each step, do what one does. All ranks go through the same calls; rank 0 alone writes and reports.
 
-The loop computes losses without whole logits. Where a subclass, a collator or a measure needs the model's own forward
-pass, batches go through the methods of `hooks` instead; the rest is the same.
+The loop computes losses without whole logits; what needs the model's own forward pass goes through `hooks`.
 """
 
 import inspect
@@ -25,6 +24,7 @@ from llama2 import lora
 from llama2.errors import InputError
 from llama2.files import appending
 from llama2.lora_config import LoraConfig
+from llama2.protocols import TokenizerLike
 from llama2.train import checkpoints, hooks
 from llama2.train.arguments import TrainingArguments
 from llama2.train.callbacks import Callbacks, TrainerControl, TrainerState
@@ -77,12 +77,12 @@ class Trainer(Loop):
 
     def __init__(
         self,
-        model: Any = None,
+        model: nn.Module | None = None,
         args: TrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Iterable[Any] | None = None,
         eval_dataset: Any = None,
-        processing_class: Any = None,
+        processing_class: TokenizerLike | None = None,
         model_init: Callable[..., Any] | None = None,
         compute_loss_func: Callable[..., Any] | None = None,
         compute_metrics: Callable[..., Any] | None = None,
@@ -91,7 +91,7 @@ class Trainer(Loop):
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[..., Any] | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: TokenizerLike | None = None,
         peft_config: LoraConfig | None = None,
         objective: Objective | None = None,
         rows: Sequence[Any] = (),
@@ -130,7 +130,7 @@ class Trainer(Loop):
 
     # -- what is trained -----------------------------------------------------------------------------------------
 
-    def call_model_init(self, trial: Any = None) -> Any:
+    def call_model_init(self, trial: object = None) -> Any:
         """The model that model_init makes."""
         assert self.model_init is not None
         torch.manual_seed(self.args.seed)
@@ -252,7 +252,7 @@ class Trainer(Loop):
     def train(
         self,
         resume_from_checkpoint: bool | str | None = None,
-        trial: Any = None,
+        trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Trains to the end, or to a signal (SIGTERM, SIGHUP, Ctrl-C), which saves first.

@@ -23,7 +23,7 @@ from llama2.text_file import LISTING_BYTES, read_object, shown
 _MAX_DEPTH = 16  # of containers; each is two levels of JSON
 
 
-def write(folder: Path, name: str, tree: Any) -> None:
+def write(folder: Path, name: str, tree: object) -> None:
     """Writes NAME.json and NAME.safetensors. Raises InputError for what a tree cannot hold: an object of a class."""
     tensors: dict[str, Tensor] = {}
     content = _node(tree, tensors, name)
@@ -32,7 +32,7 @@ def write(folder: Path, name: str, tree: Any) -> None:
     write_text(folder / f"{name}.json", json.dumps({"tree": content}) + "\n")
 
 
-def _node(value: Any, tensors: dict[str, Tensor], place: str, depth: int = 0) -> Any:
+def _node(value: object, tensors: dict[str, Tensor], place: str, depth: int = 0) -> Any:
     if isinstance(value, Tensor):
         tensors[str(len(tensors))] = value.detach()
         return {"tensor": str(len(tensors) - 1)}
@@ -65,7 +65,7 @@ def read(folder: Path, name: str) -> Any:
     return _value(content.get("tree"), map_safetensors(folder / f"{name}.safetensors"), where)
 
 
-def _value(node: Any, tensors: Mapping[str, Tensor], where: Path) -> Any:
+def _value(node: object, tensors: Mapping[str, Tensor], where: Path) -> Any:
     if not isinstance(node, dict):
         if isinstance(node, list):
             raise CheckpointError(f"{where} has a bare list, {shown(node)}; it is damaged")

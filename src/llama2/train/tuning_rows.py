@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama2.errors import InputError
+from llama2.protocols import TokenizerLike
 from llama2.train.data import IGNORED, DataReport, EncodedPair, Example, kind_of, pieces, prepare, prepare_pairs
 from llama2.train.encoding import EVAL_ROWS, TRAINED, Encoder
 from llama2.train.objectives import packed_rows
@@ -31,6 +32,9 @@ def dft_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
 
 class _Rows(Encoder):
     """Reads the rows of a set and tells what is left out."""
+
+    args: Any  # an SFTConfig, DPOConfig or RewardConfig
+    tokenizer: TokenizerLike  # these trainers have one always
 
     def items(self, dataset: Iterable[Any], name: str) -> list[Any]:
         """As Encoder.items."""

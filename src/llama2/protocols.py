@@ -1,0 +1,100 @@
+"""What the library asks of a model and of a tokenizer that it did not make itself: transformers' and PEFT's fit too."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class CausalLM(Protocol):
+    """A model that is trained or generates: one of this library, of transformers, or PEFT's wrapper around one."""
+
+    training: bool
+
+    @property
+    def config(self) -> Any:
+        """Sizes and ids, as LlamaConfig has them."""
+
+    @property
+    def generation_config(self) -> Any:
+        """How it generates where nothing else is said."""
+
+    @property
+    def device(self) -> "torch.device":
+        """Where it computes."""
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """What it computes in."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits (B, T, V) and what else forward gives."""
+
+    def parameters(self, recurse: bool = True) -> "Iterator[nn.Parameter]":
+        """As nn.Module."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> "Iterator[tuple[str, nn.Parameter]]":
+        """As nn.Module."""
+
+    def modules(self) -> "Iterator[nn.Module]":
+        """As nn.Module."""
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> "Iterator[tuple[str, nn.Module]]":
+        """As nn.Module."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> "dict[str, Tensor]":
+        """As nn.Module."""
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module."""
+
+    def eval(self) -> Self:
+        """As nn.Module."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Writes config.json and weights to a folder."""
+
+    def get_input_embeddings(self) -> Any:
+        """The token embedding."""
+
+    def get_output_embeddings(self) -> Any:
+        """The head; None where there is none."""
+
+
+class TokenizerLike(Protocol):
+    """A tokenizer of this library, or one of transformers."""
+
+    padding_side: str
+    chat_template: Any
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of the token in front of a text."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of the token behind a text."""
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id that fills rows up."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Texts as columns of ids."""
+
+    def __len__(self) -> int:
+        """The number of ids, added tokens included."""
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """The ids of a text."""
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """The text of ids."""
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """A conversation as a prompt."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Writes the tokenizer's files to a folder."""
