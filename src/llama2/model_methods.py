@@ -61,6 +61,7 @@ class LoadSettings(TypedDict, total=False):
     quantization_config: QuantizationConfig | Mapping[str, Any] | None
     load_in_4bit: bool
     load_in_8bit: bool
+    dequantize: bool | None
     disable_mmap: bool
 
 
@@ -71,6 +72,7 @@ class LoadOptions(LoadSettings, HubSettings, ConfigFields, total=False):
 LOAD_DEFAULTS: dict[str, Any] = {
     **HUB_DEFAULTS,
     **dict.fromkeys(("config", "dtype", "torch_dtype", "device_map", "attn_implementation", "use_safetensors")),
+    "dequantize": None,
     **dict.fromkeys(("variant", "gguf_file", "state_dict", "generation_config", "key_mapping", "quantization_config")),
     **dict.fromkeys(("ignore_mismatched_sizes", "load_in_4bit", "load_in_8bit", "disable_mmap"), False),
     "weights_only": True,
@@ -206,7 +208,10 @@ class ModelMethods(GenerationMethods):
             model_args: handed to the constructor of the class behind the configuration.
             config: stands in the place of the checkpoint's: a LlamaConfig, or a path of one.
             dtype, torch_dtype: "auto" and None mean the dtype that the weights are stored in (config.json's where it
-                names one), and bfloat16 for GGUF files with quantised blocks; a torch.dtype or its name converts.
+                names one); a torch.dtype or its name converts.
+            dequantize: of a GGUF file with quantised blocks. None keeps the blocks for a LlamaForCausalLM on a CPU, which
+                then computes in float32, and unpacks them where a dtype is given, on a GPU and for the other classes
+                (to bfloat16 without a dtype); True always unpacks, False never, and dtype is then what is computed in.
             device_map: one device ("cpu", "cuda", 0, {"": "cuda:0"}), or "auto" for the GPU where there is one.
             attn_implementation: "eager", "sdpa" or "flash_attention_2".
             output_loading_info: True gives a pair, the model and a LoadingInfo.
