@@ -209,8 +209,8 @@ class ModelMethods(GenerationMethods):
             config: stands in the place of the checkpoint's: a LlamaConfig, or a path of one.
             dtype, torch_dtype: "auto" and None mean the dtype that the weights are stored in (config.json's where it
                 names one); a torch.dtype or its name converts.
-            dequantize: of a GGUF file with quantised blocks. None keeps them for a LlamaForCausalLM on a CPU, which then
-                computes in float32, and unpacks them where a dtype is given, on a GPU and for the other classes
+            dequantize: of a GGUF file with quantised blocks. None keeps them for a LlamaForCausalLM on a CPU, which
+                then computes in float32, and unpacks them where a dtype is given, on a GPU and for the other classes
                 (to bfloat16 without a dtype); True always unpacks, False never, and dtype is then what is computed in.
             device_map: one device ("cpu", "cuda", 0, {"": "cuda:0"}), or "auto" for the GPU where there is one.
             attn_implementation: "eager", "sdpa" or "flash_attention_2".
