@@ -68,6 +68,10 @@ class TokenizerLike(Protocol):
 
     padding_side: str
     chat_template: Any
+    bos_token: Any
+    eos_token: Any
+    pad_token: Any
+    unk_token: Any
 
     @property
     def bos_token_id(self) -> int | None:
@@ -86,6 +90,9 @@ class TokenizerLike(Protocol):
 
     def __len__(self) -> int:
         """The number of ids, added tokens included."""
+
+    def add_special_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Gives tokens a role; how many are new."""
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """The ids of a text."""

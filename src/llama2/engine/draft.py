@@ -28,7 +28,7 @@ class Drafter:
     """A smaller model with the model's vocabulary. count: guesses of a sequence in a step at most."""
 
     def __init__(
-        self, model: CausalLM, draft: Any, pages: int, count: int, runner: str = "auto", dtype: Any = None
+        self, model: CausalLM, draft: CausalLM, pages: int, count: int, runner: str = "auto", dtype: Any = None
     ) -> None:
         """runner, dtype: as make_plan_runner; a NativeModel runs natively whatever they say.
 

@@ -29,6 +29,7 @@ from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.engine.text import StopText
 from llama2.errors import ContextLengthError, InputError
 from llama2.generation_config import GenerationConfig
+from llama2.protocols import CausalLM
 from llama2.request import settings
 
 DRAFTING = 8  # requests that run, above which a drafter rests
@@ -114,7 +115,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         tokenizer: Any = None,
         *,
         cache_tokens: int = 16384,
@@ -124,7 +125,7 @@ class Engine:
         prefix_cache: bool = True,
         runner: str = "auto",
         kv_cache: Any = None,
-        draft: Any = None,
+        draft: CausalLM | None = None,
         guesses: int | None = None,
         each_waiting: int | None = None,
         each_running: int | None = None,

@@ -324,7 +324,7 @@ class Callbacks:
         for callback in given:
             self.add(callback)
 
-    def add(self, callback: Any) -> None:
+    def add(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Adds a callback, or one made of a class. Raises InputError for anything without the events."""
         made = callback() if isinstance(callback, type) else callback
         if lost := [event for event in EVENTS if not callable(getattr(made, event, None))]:
@@ -333,7 +333,7 @@ class Callbacks:
             warnings.warn(f"there is a {type(made).__name__} already; both are called", stacklevel=3)
         self.all.append(made)
 
-    def find(self, callback: Any) -> TrainerCallback | None:
+    def find(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
         """A callback that is this one, or of this class."""
         match = (lambda one: isinstance(one, callback)) if isinstance(callback, type) else callback.__eq__
         return next((one for one in self.all if match(one) is True), None)

@@ -120,7 +120,7 @@ class DataCollatorForTokenClassification(DataCollatorForSeq2Seq):
     def __init__(
         self,
         tokenizer: TokenizerLike,
-        padding: Any = True,
+        padding: object = True,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         label_pad_token_id: int = IGNORED,

@@ -32,7 +32,7 @@ class Encoder:
         self,
         model: PreTrainedModel,
         tokenizer: TokenizerLike | None,
-        collator: Any,
+        collator: Callable[..., Any] | None,
         args: "TrainingArguments",
         objective: Objective | None,
     ) -> None:
@@ -65,7 +65,7 @@ class Encoder:
         most = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * join().world
         return most if most > 0 else None
 
-    def sets(self, dataset: Any, name: str = "eval_dataset") -> Any:
+    def sets(self, dataset: Iterable[Any] | Mapping[str, Iterable[Any]], name: str = "eval_dataset") -> Any:
         """The items of a set, or of each set of a dict."""
         if isinstance(dataset, Mapping):
             return {key: self.items(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}

@@ -31,6 +31,7 @@ from llama2.checkpoint.peft_files import CONFIG as ADAPTER_CONFIG
 from llama2.checkpoint.source import revision_of
 from llama2.errors import InputError
 from llama2.files import locked, saving, write_text
+from llama2.pretrained import PreTrainedModel
 from llama2.train import checkpoints
 from llama2.train.chart import loss_chart
 from llama2.train.data import DataReport, Row, held_out, kind_of, pieces, prepare, prepare_pairs, read, renamed
@@ -175,7 +176,7 @@ class Finetune:
             return torch.device("cpu")
         return resolve_device(self.device)
 
-    def _set_pad(self, model: Any) -> None:
+    def _set_pad(self, model: PreTrainedModel) -> None:
         """A saved classifier names the token that others pad with."""
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -247,7 +248,7 @@ class Finetune:
             ) from error
         return result
 
-    def _write(self, model: Any) -> None:
+    def _write(self, model: PreTrainedModel) -> None:
         whole = self.origin.lora is None or self.recipe.merge
         if whole and self.origin.lora is not None:
             if packed_layers(model):
@@ -261,7 +262,7 @@ class Finetune:
                 self._write_adapter(model, save.stage)
             self.tokenizer.save_pretrained(save.stage)
 
-    def _write_adapter(self, model: Any, folder: Path) -> None:
+    def _write_adapter(self, model: PreTrainedModel, folder: Path) -> None:
         assert self.origin.lora is not None
         base = Path(self.origin.base)
         name = str(base.resolve()) if base.exists() else self.origin.base

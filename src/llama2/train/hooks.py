@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from llama2.errors import InputError
-from llama2.train.callbacks import Callbacks, TrainerControl, TrainerState
+from llama2.pretrained import PreTrainedModel
+from llama2.train.callbacks import Callbacks, TrainerCallback, TrainerControl, TrainerState
 from llama2.train.data import IGNORED
 from llama2.train.distributed import Ranks
 from llama2.train.evaluation import EvalLoopOutput, measure
@@ -66,7 +67,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-def overridden(trainer: Any, names: Iterable[str], base: type) -> bool:
+def overridden(trainer: object, names: Iterable[str], base: type) -> bool:
     """Whether one of these methods is not the trainer's own: of a subclass, or set on the object."""
     return any(getattr(type(trainer), n) is not getattr(base, n) or n in vars(trainer) for n in names)
 
@@ -216,7 +217,7 @@ class Hooks:
         """A batch on the model's device."""
         return {name: self._prepare_input(value) for name, value in inputs.items()}
 
-    def _prepare_input(self, data: Any) -> Any:
+    def _prepare_input(self, data: object) -> Any:
         """A value of a batch on the model's device."""
         if isinstance(data, Tensor):
             return data.to(self.accelerator.device)
@@ -283,7 +284,7 @@ class Hooks:
             **order,
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None) -> Any:
         """The order of the rows, one for each epoch."""
         return _Order(self)
 
@@ -295,15 +296,17 @@ class Hooks:
         size = self.args.per_device_eval_batch_size
         return DataLoader(list(rows), batch_size=size, collate_fn=collate, **order)  # type: ignore[arg-type]
 
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+    def get_test_dataloader(self, test_dataset: Iterable[Any] | Mapping[str, Iterable[Any]]) -> DataLoader[Any]:
         """Batches of per_device_eval_batch_size rows of a set, which need no labels."""
         return Hooks.get_eval_dataloader(self, test_dataset)
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+    def _get_eval_sampler(self, eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]]) -> Any:
         """The order of rows that are measured; None is their own."""
         return None
 
-    def _eval_items(self, dataset: Any) -> tuple[Sequence[Any], Callable[[Sequence[Any]], Inputs]]:
+    def _eval_items(
+        self, dataset: Iterable[Any] | Mapping[str, Iterable[Any]]
+    ) -> tuple[Sequence[Any], Callable[[Sequence[Any]], Inputs]]:
         raise NotImplementedError
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
@@ -358,7 +361,7 @@ class Hooks:
         self.create_optimizer()
         self.create_scheduler(num_training_steps, self.optimizer)
 
-    def create_optimizer(self, model: Any = None) -> Any:
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> Any:
         """Makes self.optimizer, where it is not there: AdamW of torch, matrices decay."""
         if self.optimizer is None:
             network = self.network if model is None else model
@@ -389,7 +392,7 @@ class Hooks:
         return self.lr_scheduler
 
     @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> tuple[Any, dict[str, Any]]:
         """The class of the optimiser and what it is made with."""
         betas = (args.adam_beta1, args.adam_beta2)
         return torch.optim.AdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
@@ -408,18 +411,18 @@ class Hooks:
                      "train_dataloader": None, "eval_dataloader": None}  # fmt: skip
             self.control = self.callbacks.call(event, self.args, self.state, self.control, **{**known, **given})
 
-    def add_callback(self, callback: Any) -> None:
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Adds a callback, an object or its class."""
         self.callbacks.add(callback)
 
-    def pop_callback(self, callback: Any) -> Any:
+    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> Any:
         """Takes a callback out, an object or the first of its class, and returns it; None where there is none."""
         found = self.callbacks.find(callback)
         if found is not None:
             self.callbacks.all.remove(found)
         return found
 
-    def remove_callback(self, callback: Any) -> None:
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Takes a callback out."""
         self.pop_callback(callback)
 
@@ -458,7 +461,7 @@ def _loss_of(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
     return loss
 
 
-def _keyed(outputs: Any) -> bool:
+def _keyed(outputs: object) -> bool:
     """Whether outputs have names, as a model's own have."""
     return hasattr(outputs, "items") and hasattr(outputs, "get")
 
@@ -471,11 +474,11 @@ def _logits_of(outputs: Any, ignore_keys: list[str] | None, with_loss: bool) -> 
     return tuple(outputs[1:] if with_loss else outputs)
 
 
-def _single(values: Any) -> Any:
+def _single(values: object) -> Any:
     return values[0] if isinstance(values, tuple) and len(values) == 1 else values
 
 
-def noisy(alpha: float, module: nn.Module, _: Any, output: Tensor) -> Tensor:
+def noisy(alpha: float, module: nn.Module, _: object, output: Tensor) -> Tensor:
     """NEFTune (arXiv 2310.05914): uniform noise on embeddings (B, T, D), alpha / sqrt(T D) at most."""
     if not module.training:
         return output
@@ -484,7 +487,7 @@ def noisy(alpha: float, module: nn.Module, _: Any, output: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def neftune(model: Any, alpha: float | None) -> Iterator[None]:
+def neftune(model: PreTrainedModel, alpha: float | None) -> Iterator[None]:
     """Within it the model's embeddings are noisy while it trains."""
     if not alpha:
         yield

@@ -71,7 +71,7 @@ class TrainingLayers:
         rotation: tuple[Tensor, Tensor],
         mask: Mask,
         implementation: str,
-        cache: Any = None,
+        cache: object = None,
         cache_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As LlamaDecoderLayer.forward."""
@@ -193,7 +193,7 @@ class _Plan:
                 product.seed = seed
 
 
-def plan_of(layer: Any, x_BTD: Tensor) -> _Plan | None:
+def plan_of(layer: object, x_BTD: Tensor) -> _Plan | None:
     """The plan of a layer, or None where its parts are of another kind than the kernels know."""
     if type(layer) is not LlamaDecoderLayer or x_BTD.device.type != "cpu" or x_BTD.dtype not in DTYPES:
         return None

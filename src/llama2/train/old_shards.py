@@ -36,7 +36,7 @@ class _Record:
     def __init__(self, *parts: Any) -> None:
         self.parts = parts
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         vars(self).update(state if isinstance(state, dict) else {"parts": state})
 
 

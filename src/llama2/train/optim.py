@@ -228,7 +228,7 @@ class AdamW8(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
         """As torch.optim.AdamW.step, for parameters that have a gradient."""
         for group in self.param_groups:
             for weight in group["params"]:

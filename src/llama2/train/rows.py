@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama2.errors import InputError
+from llama2.pretrained import PreTrainedModel
 from llama2.train.data import IGNORED, DataReport, Example, kind_of, prepare, prepare_pairs
 from llama2.train.labels import MULTI, REGRESSION, SINGLE, Labels, prepare_labelled
 from llama2.train.objectives import Classification, NextToken, Objective, Preferences, packed_rows
@@ -13,7 +14,7 @@ from llama2.train.shapes import PREFERENCE
 
 
 def objective_for(
-    model: Any, rows: Iterable[Any], tokenizer: Any, max_length: int | None = None, most: int | None = None
+    model: PreTrainedModel, rows: Iterable[Any], tokenizer: Any, max_length: int | None = None, most: int | None = None
 ) -> tuple[Objective, list[Any], DataReport]:
     """What rows are trained for: by the model's class, and for texts by their shape. And the rows as its items.
 
@@ -36,7 +37,7 @@ def objective_for(
 
 
 def _items(
-    model: Any, rows: list[Mapping[str, Any]], tokenizer: Any, length: int
+    model: PreTrainedModel, rows: list[Mapping[str, Any]], tokenizer: Any, length: int
 ) -> tuple[Objective, list[Any], DataReport]:
     encoded = "input_ids" in rows[0]
     if not encoded and tokenizer is None:
@@ -71,7 +72,7 @@ def _example(number: int, row: Mapping[str, Any]) -> Example:
     return example
 
 
-def _labelled(model: Any, rows: list[Mapping[str, Any]]) -> tuple[list[Any], DataReport]:
+def _labelled(model: PreTrainedModel, rows: list[Mapping[str, Any]]) -> tuple[list[Any], DataReport]:
     items, count = [], model.config.num_labels
     for number, row in enumerate(rows):
         label = row["labels"] if row.get("labels") is not None else row.get("label")
@@ -88,7 +89,7 @@ def _labelled(model: Any, rows: list[Mapping[str, Any]]) -> tuple[list[Any], Dat
 
 
 def _labelled_texts(
-    model: Any, rows: list[Mapping[str, Any]], tokenizer: Any, length: int
+    model: PreTrainedModel, rows: list[Mapping[str, Any]], tokenizer: Any, length: int
 ) -> tuple[list[Any], DataReport]:
     config = model.config
     kind = config.problem_type or (REGRESSION if config.num_labels == 1 else None)

@@ -406,7 +406,7 @@ def digest(rows: Iterable[Any]) -> str:
     return found.hexdigest()
 
 
-def _feed(into: Any, value: Any) -> None:
+def _feed(into: Any, value: object) -> None:
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if isinstance(value, dict):

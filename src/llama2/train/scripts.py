@@ -13,6 +13,7 @@ from typing import Any, Literal
 from llama2.errors import InputError
 from llama2.hf_argument_parser import HfArgumentParser, read_options
 from llama2.lora_config import LoraConfig
+from llama2.pretrained import PreTrainedModel
 from llama2.quantization_config import BitsAndBytesConfig
 
 _CHATML = (
@@ -151,7 +152,7 @@ class TrlParser(HfArgumentParser):
 
 
 def setup_chat_format(
-    model: Any, tokenizer: Any, format: str = "chatml", resize_to_multiple_of: int | None = None
+    model: PreTrainedModel, tokenizer: Any, format: str = "chatml", resize_to_multiple_of: int | None = None
 ) -> tuple[Any, Any]:
     """Gives model and tokenizer ChatML: its two tokens, template, end and pad token, and rows for them. Returns both.
 

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama2.errors import InputError
+from llama2.pretrained import PreTrainedModel
 from llama2.protocols import TokenizerLike
 from llama2.train.data import IGNORED, DataReport, EncodedPair, Example, kind_of, pieces, prepare, prepare_pairs
 from llama2.train.encoding import EVAL_ROWS, TRAINED, Encoder
-from llama2.train.objectives import packed_rows
+from llama2.train.objectives import Objective, packed_rows
 from llama2.train.readers import taken
 from llama2.train.reward import Ranked, reward_pairs
 
@@ -62,7 +63,14 @@ class TextEncoder(_Rows):
 
     formatting_func: Callable[..., Any] | None = None
 
-    def __init__(self, model: Any, tokenizer: Any, collator: Any, args: Any, objective: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: TokenizerLike,
+        collator: Callable[..., Any] | None,
+        args: Any,
+        objective: Objective | None,
+    ) -> None:
         super().__init__(model, tokenizer, collator, args, None if collator is not None else objective)
 
     def made(self, rows: list[Any], name: str) -> tuple[list[Any], DataReport]:
