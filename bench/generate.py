@@ -7,7 +7,8 @@
     python bench/generate.py --only predicate   what looking for changes of a torch model costs, and nothing else
 
 The model is AutoModelForCausalLM.from_pretrained(FILE) and its generate(), as README shows them. One process, in turns:
-the engine alone (feed and argmax), then generate() greedy, sampled (temperature 0.6, top_p 0.9, top_k 50, with a seed
+README's lines whole, prompt, tokenizer and all, beside the engine fed by hand; the engine alone (feed and argmax), then
+generate() greedy, sampled (temperature 0.6, top_p 0.9, top_k 50, with a seed
 and without), sampled with a repetition penalty, the command line's loop writing text to a pipe, and, where it is
 installed, llama.cpp's own high level (llama-cpp-python 0.3.36, create_completion with stream=True) greedy and sampled.
 A rate counts from the first new token to the last; end tokens are forbidden or ignored, so that all write as many.
@@ -39,6 +40,7 @@ from llama2.native import native_weights
 from llama2.plain_network import difference
 from llama2.streamers import BaseStreamer
 
+README = "The capital of France is"
 PROMPT = "The history of the lighthouse begins on a hill above the sea, where"
 SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50}
 NO_END = 10**6  # no id: nothing ends before the last token
@@ -98,6 +100,23 @@ class Bench:
             times.put(None)
         return rows * times.rate()
 
+    def engine_call(self) -> float:
+        """What README's call needs of the engine, its prompt included: 20 tokens."""
+        ids = self.tokenizer(README).input_ids
+        began = Times.clock()
+        cache = PagedCache(self.weights, len(ids) + 20)
+        sequence = cache.sequence()
+        new = ids
+        for _ in range(20):
+            new = [int(self.engine_runner.feed(sequence, new).argmax())]
+        return 20 / (Times.clock() - began)
+
+    def readme(self) -> float:
+        """README's lines behind the loading, word for word."""
+        model, tokenizer, began = self.model, self.tokenizer, Times.clock()
+        tokenizer.decode(model.generate(**tokenizer(README, return_tensors="pt"), max_new_tokens=20)[0])
+        return 20 / (Times.clock() - began)
+
     def generate(self, **settings: Any) -> float:
         times, ids = Times(), torch.tensor([self.ids])
         self.model.generate(ids, max_new_tokens=self.tokens, eos_token_id=NO_END, streamer=times, **settings)
@@ -146,6 +165,7 @@ def subjects(bench: Bench) -> dict[str, tuple[str, Callable[[], float]]]:
         "llama.cpp sampled": ("engine", lambda: bench.llama_cpp(**own)),
     }
     return {
+        "readme": ("engine, 20 tokens", bench.readme),
         "greedy": ("engine", lambda: bench.generate(do_sample=False)),
         "sampled": ("engine", lambda: bench.generate(seed=1, **SAMPLED)),
         "sampled, no seed": ("engine", lambda: bench.generate(**SAMPLED)),
@@ -195,7 +215,7 @@ def main() -> None:
         Times.clock = time.thread_time  # type: ignore[method-assign]
     bench = Bench(default_model(), args.tokens)
     chosen = {n: s for n, s in subjects(bench).items() if any(n.startswith(part) for part in args.only)}
-    beside = {"engine": bench.engine, "engine of 8": lambda: bench.engine(8)}
+    beside = {"engine": bench.engine, "engine of 8": lambda: bench.engine(8), "engine, 20 tokens": bench.engine_call}
     rates: dict[str, list[float]] = {}
     ratios: dict[str, list[float]] = {}
     for _ in range(args.rounds):

@@ -163,6 +163,13 @@ std::shared_ptr<uint8_t> allocate(int64_t bytes, bool huge) {
   return std::shared_ptr<uint8_t>(aligned, [p, total](uint8_t*) { munmap(p, total); });
 }
 
+void ask_for_huge_pages(void* p, int64_t bytes) {
+  constexpr uintptr_t PAGE_2M = uintptr_t{2} << 20;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + PAGE_2M - 1) / PAGE_2M * PAGE_2M;
+  uintptr_t end = (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / PAGE_2M * PAGE_2M;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* row_map, int64_t tile,
                uint8_t* out) {
   int64_t row_bytes = cols / type.columns * type.bytes, size = block_bytes(type.format), blocks = padded(cols) / BLOCK_K;

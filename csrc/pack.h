@@ -19,6 +19,9 @@ const FileType* file_type(int id);  // null for a type without a packing
 // huge: in pages of 2 MB where allowed, for what is going to be used whole.
 std::shared_ptr<uint8_t> allocate(int64_t bytes, bool huge = true);
 
+// Asks for pages of 2 MB where `bytes` behind p hold whole ones: for what is about to be written in one go.
+void ask_for_huge_pages(void* p, int64_t bytes);
+
 // Tile `tile` of a matrix of rows x cols; file row of row r is row_map[r], or r where row_map is null.
 void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* row_map, int64_t tile,
                uint8_t* out);
