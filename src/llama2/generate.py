@@ -147,10 +147,11 @@ def generate(
     Keywords are fields of GenerationConfig, which win over `generation_config`, and: attention_mask (B, P) with the
     padding on the left, position_ids, inputs_embeds (B, P, D; the result then holds new tokens only), past_key_values,
     tokenizer (for stop_strings), seed (an int or one a row: a row's draws are then the same alone and in any batch),
-    generator, runner ("auto", "native", "torch", or "plain": torch without CUDA graphs). Without any length setting 20
-    new tokens come. With return_dict_in_generate an object with scores, logits and caches comes back. Raises InputError
-    for what cannot work: unknown keywords, a prompt that fills the context (max_position_embeddings, unless RoPE is
-    dynamic), padding on the right.
+    generator, runner ("auto", "native", "torch", or "plain": torch without CUDA graphs), precision ("fast", or "exact":
+    activations stay float32 in the native engine). Without any length setting 20 new tokens come. With
+    return_dict_in_generate an object with scores, logits and caches comes back. Raises InputError for what cannot work:
+    unknown keywords, a prompt that fills the context (max_position_embeddings, unless RoPE is dynamic), padding on the
+    right.
     """
     try:
         config = settings(model, generation_config, kwargs)

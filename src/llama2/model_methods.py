@@ -107,6 +107,7 @@ class GenerationMethods:
         seed: int | Sequence[int] | None = None,
         generator: "torch.Generator | None" = None,
         runner: Any = "auto",
+        precision: str = "fast",
         **settings: Unpack[GenerationSettings],
     ) -> "Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput":
         """Continues each row of `inputs`.
@@ -132,6 +133,8 @@ class GenerationMethods:
             seed: an int, or one a row: a row's draws are then the same alone and in any batch.
             generator: torch's, for draws without a seed.
             runner: "auto", "native" (the CPU engine), "torch", "plain" (torch without CUDA graphs), or a Runner.
+            precision: of activations in the native engine: "fast" rounds them (8 bits beside packed weights, bfloat16
+                beside bfloat16), "exact" keeps float32. torch computes in the model's dtype either way.
             settings: fields of GenerationConfig, such as max_new_tokens, shown with the library's defaults; the
                 model's own generation_config wins over those. Without any length setting 20 new tokens come.
 

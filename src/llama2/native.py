@@ -216,11 +216,12 @@ class NativeRunner:
         cache_dtype: cpu.KvDtype = "bfloat16",
         adapter: str | None = None,
         dtype: torch.dtype = torch.float32,
+        precision: str = "fast",
     ) -> None:
         """adapter: one of `weights.adapters`, for every row; the engine itself takes another for each sequence. dtype:
-        the model's, that of the tensors of a cache that leaves the library."""
+        the model's, that of the tensors of a cache that leaves the library. precision: see `cpu.CpuRunner`."""
         self.weights, self.cache_dtype, self.adapter, self.dtype = weights, cache_dtype, adapter, dtype
-        self._engine = cpu.CpuRunner(weights)
+        self._engine = cpu.CpuRunner(weights, precision)
 
     @property
     def isa(self) -> str:
@@ -470,14 +471,14 @@ def kept_in(model: Any) -> cpu.KvDtype:
     return "float32" if getattr(model, "dtype", None) == torch.float32 and packed != "gguf" else "bfloat16"
 
 
-def native_runner(model: Any, cache_dtype: cpu.KvDtype | None = None) -> NativeRunner | None:
-    """A runner over `native_weights(model)`; cache_dtype=None: `kept_in`."""
+def native_runner(model: Any, cache_dtype: cpu.KvDtype | None = None, precision: str = "fast") -> NativeRunner | None:
+    """A runner over `native_weights(model)`; cache_dtype=None: `kept_in`. precision: see `cpu.CpuRunner`."""
     weights = native_weights(model)
     if weights is None:
         return None
     if isinstance(model, NativeModel):
-        return NativeRunner(weights, cache_dtype or model.cache_dtype, model.adapter)
-    return NativeRunner(weights, cache_dtype or kept_in(model), dtype=model.dtype)
+        return NativeRunner(weights, cache_dtype or model.cache_dtype, model.adapter, precision=precision)
+    return NativeRunner(weights, cache_dtype or kept_in(model), dtype=model.dtype, precision=precision)
 
 
 def row_count(cache: Any) -> int:

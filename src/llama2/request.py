@@ -46,6 +46,7 @@ CALL_ARGUMENTS = (
     "seed",
     "generator",
     "runner",
+    "precision",
 )
 
 
@@ -137,6 +138,7 @@ class GenerateArguments:
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | None = None
     runner: str | Runner = "auto"
+    precision: str = "fast"  # of the activations in the native engine
     extra: dict[str, Any] = field(default_factory=dict)  # arguments of the forward of a model's own class
 
 
@@ -328,13 +330,15 @@ def _runner(
     """The runner of this call: torch also where the native engine cannot go on from the caller's cache."""
     attentions, hidden_states = config.value("output_attentions"), config.value("output_hidden_states")
     needs_torch = _needs_torch(call, config, mask)
-    runner = make_runner(call.runner, model, attentions, hidden_states, needs_torch, extra=call.extra)
+    runner = make_runner(
+        call.runner, model, attentions, hidden_states, needs_torch, extra=call.extra, precision=call.precision
+    )
     if given is None or not isinstance(runner, NativeRunner) or runner.takes(given):
         return runner
     reason = f"past_key_values of type {type(given).__name__} that another model or device made"
     if not isinstance(call.runner, str):
         raise InputError(f"the native engine cannot run this call: {reason}")
-    return make_runner(call.runner, model, needs_torch=reason, extra=call.extra)
+    return make_runner(call.runner, model, needs_torch=reason, extra=call.extra, precision=call.precision)
 
 
 def _needs_torch(call: GenerateArguments, config: GenerationConfig, mask: Tensor | None) -> str:

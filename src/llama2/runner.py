@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llama2 import cpu
 from llama2.cache import DynamicCache, StaticCache
 from llama2.companions import prepares_by_itself
 from llama2.cpu import KvDtype
@@ -127,13 +128,15 @@ def make_runner(
     needs_torch: str = "",
     cache_dtype: KvDtype | None = None,
     extra: Mapping[str, Any] | None = None,
+    precision: str = "fast",
 ) -> Runner:
     """The runner called `runner`, or the object itself.
 
     "auto" takes the native engine where it can run `model`, else torch; "plain" is torch without CUDA graphs.
     `needs_torch` names what of this call only torch can do. cache_dtype is what the native engine keeps keys and values
-    in, None its own choice. extra: arguments that only the forward of another library's class knows. Raises InputError
-    where "native" or a cache_dtype is asked for and cannot be had.
+    in, None its own choice. extra: arguments that only the forward of another library's class knows. precision: "fast"
+    lets the native engine round activations (`cpu.CpuRunner`), "exact" keeps them float32; torch rounds to the model's
+    dtype alone. Raises InputError where "native" or a cache_dtype is asked for and cannot be had.
     """
     if attentions or hidden_states:
         needs_torch = "output_attentions and output_hidden_states"
@@ -141,13 +144,15 @@ def make_runner(
         if attentions or hidden_states:
             raise InputError(f"{needs_torch} need runner='torch', which alone has them")
         return runner
+    if precision not in cpu.PRECISIONS:
+        raise InputError(f"precision is {precision!r}; it must be one of {', '.join(cpu.PRECISIONS)}")
     if runner not in RUNNERS:
         raise InputError(f"runner is {runner!r}; it must be one of {', '.join(RUNNERS)}")
     prepared = prepares_by_itself(model) or bool(extra)
     if prepared:
         needs_torch = needs_torch or "a replaced prepare_inputs_for_generation"
     only_native = runner == "native" or isinstance(model, NativeModel)
-    native = None if runner in ("torch", "plain") or needs_torch else native_runner(model, cache_dtype)
+    native = None if runner in ("torch", "plain") or needs_torch else native_runner(model, cache_dtype, precision)
     if native is not None:
         return native
     if only_native:

@@ -8,7 +8,8 @@ import torch
 from tiny import tiny_config, tiny_ids, tiny_model
 from tolerance import FLOAT32
 
-from llama2 import InputError, LoraConfig, cpu, lora
+from llama2 import InputError, LlamaForCausalLM, LoraConfig, cpu, lora
+from llama2.engine.engine import Engine
 from llama2.native import NativeCache, NativeModel, native_runner, native_weights
 from llama2.runner import make_runner
 
@@ -237,3 +238,30 @@ def test_a_models_own_adapters_run_on_the_engine() -> None:
         model.generate(tiny_ids(), max_new_tokens=2)
     lora.set_adapter(model, "one")
     assert native_weights(model) is not None
+
+
+def test_precision_is_that_of_the_activations(smollm2: Path) -> None:
+    """Logits of packed weights: float32 activations give those of the dequantised model, 8-bit ones come near."""
+    packed = NativeModel.from_gguf(smollm2)
+    plain = LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    ids = torch.tensor([[504, 3575, 282, 4649, 314]])
+    places = torch.arange(5)[None]
+    with torch.no_grad():
+        wanted = plain(ids).logits[:, -1]
+    errors = {}
+    for precision in ("exact", "fast"):
+        runner = make_runner("native", packed, cache_dtype="float32", precision=precision)
+        found = runner.step(ids, places, None, runner.new_cache(None, 1, 8))[:, -1]
+        errors[precision] = float((found - wanted).norm() / wanted.norm())
+    assert errors["exact"] < 1e-4 < errors["fast"] < 0.2
+    greedy = plain.generate(ids, max_new_tokens=8, do_sample=False, runner="torch")
+    assert torch.equal(packed.generate(ids, max_new_tokens=8, do_sample=False, precision="exact"), greedy)
+
+
+@pytest.mark.parametrize("runner", ["auto", "torch"])
+def test_an_unknown_precision_is_refused_whatever_runs(runner: str) -> None:
+    model = tiny_model(torch.float32)
+    with pytest.raises(InputError, match="precision is 'exactly'; it must be one of fast, exact"):
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=1, runner=runner, precision="exactly")
+    with pytest.raises(InputError, match="precision is 'exactly'; it must be one of fast, exact"):
+        Engine(model, precision="exactly")

@@ -41,7 +41,8 @@ def run(options: ChatOptions) -> int:
     from llama2.cli.speaker import Speaker
 
     options.install(tokenizer)
-    return ChatLoop(Speaker(model, tokenizer, options.runner, options.cache_dtype), conversation, options).loop()
+    speaker = Speaker(model, tokenizer, options.runner, options.cache_dtype, options.precision)
+    return ChatLoop(speaker, conversation, options).loop()
 
 
 def _start(options: ChatOptions) -> Conversation:

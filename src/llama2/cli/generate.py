@@ -37,7 +37,7 @@ def run(options: GenerateOptions) -> int:
 
     loaded = time.perf_counter() - began
     ids = _encode(prompt, options, tokenizer)
-    answer = Speaker(model, tokenizer, options.runner, options.cache_dtype).say(
+    answer = Speaker(model, tokenizer, options.runner, options.cache_dtype, options.precision).say(
         ids, settings, terminal.write, seed=options.seed, continues=not options.chat
     )
     if not answer.text.endswith("\n"):

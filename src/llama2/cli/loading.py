@@ -63,6 +63,11 @@ class RunOptions(ModelOptions):
         "int8 takes half of bfloat16's memory",
     )
 
+    precision: Literal["fast", "exact"] = option(
+        "fast",
+        "of activations in the native engine: fast rounds them, to 8 bits beside packed weights and to bfloat16 beside "
+        "bfloat16, exact keeps float32",
+    )
     no_mmap: bool = option(
         False, "read the weights into memory instead of mapping their files, which may be cut meanwhile (network disks)"
     )

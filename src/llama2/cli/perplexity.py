@@ -62,7 +62,7 @@ def _measure(model: Any, ids: list[int], options: PerplexityOptions) -> "Perplex
     from llama2.evaluate.perplexity import perplexity
     from llama2.runner import make_runner
 
-    runner = make_runner(options.runner, model, cache_dtype=options.cache_dtype)
+    runner = make_runner(options.runner, model, cache_dtype=options.cache_dtype, precision=options.precision)
     with _progress() as bar:
         if bar is None:
             return perplexity(model, ids, options.window, options.stride, runner=runner)

@@ -406,6 +406,7 @@ def open_model(
         prefix_cache=not options.no_prefix_cache,
         runner=options.runner,
         kv_cache=options.cache_dtype,
+        precision=options.precision,
         draft=draft,
         guesses=options.speculate,
         each_waiting=getattr(options, "max_waiting_per_key", None),

@@ -57,9 +57,10 @@ class Speaker:
         tokenizer: Any,
         runner: str = "auto",
         cache_dtype: KvDtype | None = None,
+        precision: str = "fast",
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._runner = make_runner(runner, model, cache_dtype=cache_dtype)
+        self._runner = make_runner(runner, model, cache_dtype=cache_dtype, precision=precision)
         self._held: list[int] = []  # the ids whose keys and values the cache holds
         self.forget()
 

@@ -16,13 +16,14 @@ from llama2.cpu.cache import KV_DTYPES, PAGE, CachedSequence, CacheView, KvDtype
 from llama2.cpu.packed import PackedFile
 from llama2.cpu.packed import find as find_packed
 from llama2.cpu.packed import write as write_packed
-from llama2.cpu.runner import CpuRunner
+from llama2.cpu.runner import PRECISIONS, CpuRunner
 from llama2.cpu.shortlist import shortlist_margin, shortlists
 from llama2.cpu.weights import CpuWeights
 
 __all__ = [
     "KV_DTYPES",
     "PAGE",
+    "PRECISIONS",
     "CacheView",
     "CachedSequence",
     "CpuRunner",

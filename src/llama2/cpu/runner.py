@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from llama2.cpu.cache import CachedSequence, CacheView
 from llama2.cpu.weights import CpuWeights
 from llama2.errors import InputError
 
+PRECISIONS = ("fast", "exact")
 CHUNK = 512  # tokens of one native call: enough for full speed, little enough for scratch memory
 
 Ints = NDArray[np.int32]
@@ -24,9 +25,9 @@ class CpuRunner:
     "exact" keeps them float32. isa: "auto" or one of `instruction_sets()`.
     """
 
-    def __init__(self, weights: CpuWeights, precision: Literal["fast", "exact"] = "fast", isa: str = "auto") -> None:
-        if precision not in ("fast", "exact"):
-            raise InputError(f"precision is 'fast' or 'exact', not {precision!r}")
+    def __init__(self, weights: CpuWeights, precision: str = "fast", isa: str = "auto") -> None:
+        if precision not in PRECISIONS:
+            raise InputError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
         if isa != "auto" and isa not in instruction_sets():
             raise InputError(f"instruction set {isa!r} is not here; this machine and build have {instruction_sets()}")
         self.weights, self.precision = weights, precision

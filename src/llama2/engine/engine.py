@@ -131,6 +131,7 @@ class Engine:
         each_running: int | None = None,
         each_tokens: int | None = None,
         stretch: float = STRETCH,
+        precision: str = "fast",
     ) -> None:
         """cache_tokens: positions of all requests together that are kept. budget: tokens of one step at most. width:
         requests in one step at most. waiting: requests in the queue at most. kv_cache: dtype of keys and values in the
@@ -138,13 +139,14 @@ class Engine:
         run; without one `guesses` is what requests look up in their own text. each_waiting, each_running, each_tokens:
         requests in the queue, requests in a step and positions of the cache of one owner at most. stretch: where
         several owners have requests, the time of a step at most, in that which equal shares would take; 0 for no bound.
-        Raises InputError for sizes that hold nothing, and for a draft of another vocabulary."""
+        precision: of the native engine's activations, see `cpu.CpuRunner`. Raises InputError for sizes that hold
+        nothing, and for a draft of another vocabulary."""
         if cache_tokens < PAGE:
             raise InputError(f"a cache of {cache_tokens} tokens is less than a page; give at least {PAGE}")
         if guesses is not None and guesses < 0:
             raise InputError(f"guesses is {guesses}; give 0 for none, or a small number")
         self.model, self.tokenizer, self.limit = model, tokenizer, int(model.config.max_position_embeddings)
-        self.runner: PlanRunner = make_plan_runner(model, -(-cache_tokens // PAGE), runner, kv_cache)
+        self.runner: PlanRunner = make_plan_runner(model, -(-cache_tokens // PAGE), runner, kv_cache, precision)
         self.pool = BlockPool(self.runner.pages, PAGE, prefix_cache)
         self.drafter: Drafter | None = None
         if draft is not None:

@@ -39,10 +39,10 @@ class PlanRunner(Protocol):
 class NativePlanRunner:
     """The native CPU engine: a whole plan in one call."""
 
-    def __init__(self, weights: cpu.CpuWeights, pages: int, dtype: cpu.KvDtype) -> None:
+    def __init__(self, weights: cpu.CpuWeights, pages: int, dtype: cpu.KvDtype, precision: str = "fast") -> None:
         self.weights, self.pages = weights, pages
         self._cache = cpu.PagedCache(weights, pages * PAGE, dtype)
-        self._runner = cpu.CpuRunner(weights)
+        self._runner = cpu.CpuRunner(weights, precision)
         self.bytes_per_page = self._cache.nbytes // pages
         self.alone: AbstractContextManager[None] = cpu.OneOpenMpThread()  # the engine's own threads run beside torch's
 
@@ -135,11 +135,16 @@ class TorchPlanRunner:
         self._cached[:, :, pages, places % PAGE] = fresh
 
 
-def make_plan_runner(model: CausalLM, pages: int, runner: str = "auto", dtype: cpu.KvDtype | None = None) -> PlanRunner:
+def make_plan_runner(
+    model: CausalLM, pages: int, runner: str = "auto", dtype: cpu.KvDtype | None = None, precision: str = "fast"
+) -> PlanRunner:
     """The runner of `model`: "native", "torch", or with "auto" the native engine where it can.
 
-    dtype: what the native engine keeps keys and values in. Raises InputError where "native" cannot be had.
+    dtype: what the native engine keeps keys and values in. precision: see `cpu.CpuRunner`. Raises InputError where
+    "native" cannot be had.
     """
+    if precision not in cpu.PRECISIONS:
+        raise InputError(f"precision is {precision!r}; it must be one of {', '.join(cpu.PRECISIONS)}")
     if runner not in ("auto", "native", "torch"):
         raise InputError(f"runner is {runner!r}; it must be 'auto', 'native' or 'torch'")
     if hasattr(model, "plan_runner"):  # a model over several processes brings its own
@@ -149,7 +154,7 @@ def make_plan_runner(model: CausalLM, pages: int, runner: str = "auto", dtype: c
         return found
     weights = None if runner == "torch" else native_weights(model)
     if weights is not None:
-        return NativePlanRunner(weights, pages, dtype or kept_in(model))
+        return NativePlanRunner(weights, pages, dtype or kept_in(model), precision)
     if runner == "native" or isinstance(model, NativeModel):
         raise InputError(f"the native engine cannot run this model: {why_not(model)}; use runner='torch'")
     return TorchPlanRunner(model, pages)
