@@ -80,7 +80,10 @@ class PreTrainedModel(ModelMethods, Companions, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the first floating-point parameter."""
+        """Dtype of the first floating-point parameter; of a packed embedding, what it unpacks to."""
+        like = getattr(getattr(self.base_model, "embed_tokens", None), "like", None)
+        if isinstance(like, Tensor):
+            return like.dtype
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
     @property

@@ -302,12 +302,18 @@ def test_an_adapter_learns_on_it_and_goes_with_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_trainer_learns_on_it_as_on_unpacked_weights(tmp_path: Path, dtype: str) -> None:
+def test_a_trainer_learns_on_it_as_on_unpacked_weights(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through the fused layers: each weight is unpacked where it is multiplied. The head is packed too."""
     from train.test_trainer import losses_of, trainer
 
+    from llama2.train.layer import TrainingLayers
+
     path = file_of(tmp_path, "Q4_K", tie_word_embeddings=True)
-    losses = []
+    losses, fused = [], []
+    call = TrainingLayers.__call__
+    monkeypatch.setattr(TrainingLayers, "__call__", lambda *a, **k: fused.append(1) or call(*a, **k))
     for settings in ({"dequantize": False}, {"dequantize": True}):
         torch.manual_seed(0)
         model = LlamaForCausalLM.from_pretrained(path, dtype=dtype, **settings)
@@ -316,6 +322,8 @@ def test_a_trainer_learns_on_it_as_on_unpacked_weights(tmp_path: Path, dtype: st
         run = trainer(tmp_path / f"run-{settings['dequantize']}", model, learning_rate=1e-2)
         run.train()
         losses.append(losses_of(run))
+        assert not run._trains_by_hand
+    assert len(fused) == 12  # both runs, of 6 steps and 1 layer
     assert losses[0][-1] < losses[0][0] and len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if dtype == "float32" else 2e-2)  # other orders of sums
 
@@ -370,3 +378,14 @@ def test_the_real_file_through_every_door(smollm2: Path) -> None:
     both = (perplexity(model, ids, 32, runner="torch").value, perplexity(model, ids, 32).value)
     assert both[0] == pytest.approx(both[1], rel=2e-2)  # activations of 8 bits
     assert native_weights(model).nbytes < 120e6  # type: ignore[union-attr]
+
+
+def test_a_trainer_by_path_packs_beneath_an_adapter(smollm2: Path, tmp_path: Path) -> None:
+    from llama2 import SFTConfig, SFTTrainer
+    from llama2.train.precision import best_of_processor
+
+    args = SFTConfig(output_dir=str(tmp_path), max_steps=1, max_length=16)
+    rows = [{"text": "A lamp in every window."}]
+    for peft_config, dtype, count in ((LoraConfig(r=2), best_of_processor(), 212), (None, torch.float32, 0)):
+        run = SFTTrainer(model=str(smollm2), args=args, train_dataset=rows, peft_config=peft_config)
+        assert len(packed_layers(run.network)) == count and run.network.dtype == dtype

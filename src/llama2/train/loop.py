@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from llama2.errors import CheckpointError, InputError
 from llama2.model import LlamaForCausalLM
 from llama2.pretrained import PreTrainedModel
+from llama2.quant.gguf import GgufLinear
 from llama2.train.callbacks import plan_epoch, plan_step
 from llama2.train.encoding import CLASSIFIERS, Encoder
 from llama2.train.hooks import MEASURES, TRAINS, Hooks, accepts, overridden
@@ -391,7 +392,7 @@ def _plain(model: PreTrainedModel) -> bool:
     """Whether a model's forward pass and head are the library's own, which objectives may go past."""
     own = (LlamaForCausalLM.forward, *(kind.forward for kind in CLASSIFIERS))
     head = getattr(model, "lm_head", None)
-    if type(model).forward not in own or (head is not None and type(head) is not torch.nn.Linear):
+    if type(model).forward not in own or (head is not None and type(head) not in (torch.nn.Linear, GgufLinear)):
         return False
     return not any(_changed(module) for module in (model, head) if module is not None)
 

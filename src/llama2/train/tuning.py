@@ -15,13 +15,16 @@ import torch
 from llama2 import lora
 from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from llama2.checkpoint.load import head_follows
+from llama2.checkpoint.packed import packed_layers
 from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
+from llama2.quant.gguf import GgufLinear
 from llama2.text_file import read_utf8
 from llama2.train.arguments import TrainingArguments
 from llama2.train.configs import DPOConfig, RewardConfig, SFTConfig, TuningArguments
 from llama2.train.encoding import Encoder
 from llama2.train.objectives import NextToken, Objective, Preferences
+from llama2.train.precision import best_of_processor
 from llama2.train.reward import Rewards
 from llama2.train.trainer import Trainer
 from llama2.train.tuning_rows import PairEncoder, RewardEncoder, TextEncoder, dft_loss
@@ -76,11 +79,17 @@ class Tuner(Trainer):
         given = dict(config.model_init_kwargs or {})
         if quantization is not None:
             given["quantization_config"] = quantization
-        if not {"dtype", "torch_dtype"} & set(given):
+        chosen = bool({"dtype", "torch_dtype"} & set(given))
+        if not chosen:
             given["dtype"] = "float32" if peft_config is None else "auto"
+        if peft_config is not None:
+            given.setdefault("dequantize", False)  # a GGUF file's blocks stay beneath an adapter
         torch.manual_seed(config.seed)  # for a new head
         with head_follows():
-            return self.AUTO.from_pretrained(model, **given)
+            found = self.AUTO.from_pretrained(model, **given)
+        if not chosen and any(isinstance(layer, GgufLinear) for layer in packed_layers(found).values()):
+            found.to(best_of_processor())
+        return found
 
     def _tokenizer(self, given: Any, model: Any, config: Any) -> Any:
         """The tokenizer that is given, or the model's own, with a pad token and the configuration's tokens."""
