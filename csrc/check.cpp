@@ -421,6 +421,69 @@ std::vector<int32_t> wanted_list(const std::vector<float>& scores, const Shortli
   return ids;
 }
 
+// Blocks to numbers, in pieces of rows: what the tiles of the same blocks stand for, and that rounded to bfloat16.
+void check_unpack() {
+  const Kernels* k = kernels_scalar();
+  for (int id : {2, 3, 6, 7, 8, 12, 13, 14}) {
+    const FileType& t = *file_type(id);
+    for (int64_t cols : {int64_t{t.columns}, int64_t{t.columns} * 3}) {
+      constexpr int64_t rows = 19;
+      std::vector<uint8_t> raw = random_blocks(t, rows, cols), memory(2 * tile_bytes(t.format, cols));
+      Matrix m;
+      m.rows = rows, m.cols = cols, m.format = t.format, m.stride = tile_bytes(t.format, cols), m.data = memory.data();
+      for (int64_t i = 0; i < 2; ++i) pack_tile(t, raw.data(), rows, cols, nullptr, i, memory.data() + i * m.stride);
+      std::vector<float> want(rows * cols), found(rows * cols), wide(rows * cols);
+      for (int64_t r = 0; r < rows; ++r) k->dequantize_row(m, r, want.data() + r * cols);
+      std::vector<uint16_t> narrow(rows * cols);
+      for (int64_t first : {0, 7}) {
+        unpack_rows(id, raw.data(), cols, false, first, first ? rows : 7, found.data());
+        unpack_rows(id, raw.data(), cols, true, first, first ? rows : 7, narrow.data());
+      }
+      for (size_t i = 0; i < narrow.size(); ++i) {
+        uint32_t bits = static_cast<uint32_t>(narrow[i]) << 16;
+        std::memcpy(&wide[i], &bits, 4);
+      }
+      expect(distance(found, want) < 1e-6, "unpack_rows", "", id, cols, distance(found, want));
+      expect(distance(wide, found) < 3e-3, "unpack_rows to bfloat16", "", id, cols, distance(wide, found));
+    }
+  }
+  for (int id : {10, 11}) {  // types without tiles: that they stay within their buffers
+    std::vector<uint8_t> raw(3 * unpacked_row_bytes(id, 512));
+    for (auto& b : raw) b = static_cast<uint8_t>(rng());
+    std::vector<float> out(3 * 512);
+    unpack_rows(id, raw.data(), 512, false, 0, 3, out.data());
+  }
+  expect(!unpacked_row_bytes(99, 256) && !unpacked_row_bytes(12, 255), "unpacked_row_bytes", "", 0, 0, 0);
+}
+
+// Numbers of a generator at some places: the standard library has the same Mersenne twister.
+void check_exponentials() {
+  std::mt19937 drawn(5);
+  std::vector<uint8_t> state(generator_bytes());
+  auto put = [&](size_t at, uint64_t value, size_t size) { std::memcpy(state.data() + at, &value, size); };
+  put(8, 1, 4);  // the next word begins a turn
+  uint32_t word = 5;
+  for (uint32_t i = 0; i < 624; ++i, word = 1812433253u * (word ^ word >> 30) + i) put(24 + 8 * i, word, 8);
+  for (int64_t total : {1, 2, 311, 312, 313, 1, 5000, 7}) {
+    std::vector<float> want, found;
+    std::vector<int64_t> places;
+    for (int64_t i = 0; i < total; ++i) {
+      uint64_t high = drawn(), low = drawn();
+      double u = static_cast<double>((high << 32 | low) & ((uint64_t{1} << 53) - 1)) / 9007199254740992.0;
+      if (i % 5 && i + 1 < total) continue;
+      places.push_back(i);
+      want.push_back(static_cast<float>(-std::log1p(-u)));
+    }
+    found.resize(places.size());
+    bool ok = exponentials(state.data(), total, places.data(), static_cast<int64_t>(places.size()), found.data());
+    expect(ok && found == want, "exponentials", "", total, 0, 0);
+  }
+  std::vector<uint8_t> none(generator_bytes(), 255);
+  int64_t place = 0;
+  float value;
+  expect(!exponentials(none.data(), 1, &place, 1, &value), "exponentials of no state", "", 0, 0, 0);
+}
+
 void check_shortlist() {
   std::vector<int32_t> ids;
   std::vector<double> p, want_p;
@@ -883,6 +946,8 @@ int main(int count, char** words) {
   check_shortlist();
   check_team(false);
   check_pool();
+  check_unpack();
+  check_exponentials();
   std::printf("%lld expectations, %d failures\n", checked, failures);
   return failures != 0;
 }
