@@ -166,6 +166,19 @@ def test_rows_that_were_changed_are_what_the_engine_reads(tmp_path: Path) -> Non
 
 
 @needs_engine
+@pytest.mark.parametrize("disable_mmap", [False, True])
+def test_what_the_engine_gives_back_is_there_again(tmp_path: Path, disable_mmap: bool) -> None:
+    """Pages of a mapped file are fetched from it once more; those of a file that was read whole are never lost."""
+    path = file_of(tmp_path, "Q4_0", vocab_size=4096)  # the embedding has 144 kB, whole pages
+    model = LlamaForCausalLM.from_pretrained(path, disable_mmap=disable_mmap)
+    want, rows = model(tiny_ids()).logits, {name: t.clone() for name, t in model.state_dict().items()}
+    tokens(model)
+    assert native_weights(model) is not None
+    assert torch.equal(model(tiny_ids()).logits, want)
+    assert all(torch.equal(t, rows[name]) for name, t in model.state_dict().items())
+
+
+@needs_engine
 def test_packed_weights_beside_the_file_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = file_of(tmp_path, "Q4_0")
     want = tokens(LlamaForCausalLM.from_pretrained(path))
