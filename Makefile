@@ -128,7 +128,7 @@ parity-bitsandbytes: .make/test .make/parity-bitsandbytes
 	@touch $@
 
 triton-check: .make/triton
-	PYTHONPATH=src $(VENV)-triton/bin/python -m pytest tests/quant/test_fused.py
+	PYTHONPATH=src $(VENV)-triton/bin/python -m pytest tests/quantization/test_fused.py
 
 .make/parity-peft: constraints.txt
 	@mkdir -p .make

@@ -24,7 +24,7 @@ from demo import default_model
 from llama2.auto import AutoTokenizer
 from llama2.cpu import CpuRunner, PagedCache
 from llama2.engine.engine import Engine
-from llama2.native import NativeModel
+from llama2.runners.native import NativeModel
 
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}
 NO_END = 10**6  # no id: nothing ends before the last token

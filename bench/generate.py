@@ -33,12 +33,12 @@ import torch
 from demo import default_model
 
 from llama2.auto import AutoModelForCausalLM, AutoTokenizer
-from llama2.cli.speaker import Speaker
+from llama2.cli.session import Speaker
 from llama2.cpu import CpuRunner, PagedCache
-from llama2.generation_config import GenerationConfig
-from llama2.native import native_weights
+from llama2.generation.config import GenerationConfig
+from llama2.generation.streamers import BaseStreamer
 from llama2.plain_network import difference
-from llama2.streamers import BaseStreamer
+from llama2.runners.native import native_weights
 
 README = "The capital of France is"
 PROMPT = "The history of the lighthouse begins on a hill above the sea, where"

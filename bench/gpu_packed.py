@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2 import BitsAndBytesConfig, LlamaForCausalLM
-from llama2.quant.gptq import GptqLinear
-from llama2.quant.int8 import Linear8bit
-from llama2.quant.linear import PackedLinear
-from llama2.quant.nf4 import Linear4bit
+from llama2.quantization.gptq import GptqLinear
+from llama2.quantization.int8 import Linear8bit
+from llama2.quantization.linear import PackedLinear
+from llama2.quantization.nf4 import Linear4bit
 
 Rows = list[dict[str, Any]]
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
@@ -198,7 +198,7 @@ def tiles(limit: float) -> Rows:
 
     The last line of a kernel and a number of rows names its best tile over both. limit: GB/s of a copy.
     """
-    from llama2.quant import fused  # imports triton, which a machine without a GPU need not have
+    from llama2.quantization import fused  # imports triton, which a machine without a GPU need not have
 
     found = []
     for kernel, (name, tried) in _TILES.items():

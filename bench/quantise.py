@@ -32,11 +32,11 @@ from rich.table import Table
 from llama2 import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, checkpoint
 from llama2.architecture import linear_shapes
 from llama2.checkpoint.gguf_weights import GgufCheckpoint
-from llama2.checkpoint.packed import unpacked
+from llama2.checkpoint.quantized import unpacked
 from llama2.cpu import CpuRunner, PagedCache
 from llama2.errors import CheckpointError, InputError
 from llama2.evaluate.perplexity import perplexity
-from llama2.native import NativeModel
+from llama2.runners.native import NativeModel
 
 WINDOW = 512
 RIVALS: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {

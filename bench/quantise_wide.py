@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from llama2 import BitsAndBytesConfig, GPTQConfig
-from llama2.quant.ggml import TYPES, dequantize
-from llama2.quant.grids import IntegerGrid
-from llama2.quant.solve import Hessian
+from llama2.quantization.ggml import TYPES, dequantize
+from llama2.quantization.gptq_solver import Hessian
+from llama2.quantization.integer_grid import IntegerGrid
 from llama2.quantize.methods import BlockMethod, GgufMethod, GptqMethod, errors
 from llama2.quantize.options import QuantizationSettings
 

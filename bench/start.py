@@ -32,7 +32,7 @@ print(token, *(int(fields[name].split()[0]) for name in ("VmHWM", "RssAnon", "Rs
 OURS = """
 from llama2.auto import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({path!r})
-from llama2.native import NativeModel
+from llama2.runners.native import NativeModel
 model = NativeModel.from_gguf({path!r}, threads={threads})
 ids = tokenizer({prompt!r}, return_tensors="pt")["input_ids"]
 token = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from llama2.serve.page import asset
+from llama2.serve.static import asset
 
 GATE = "\0gate\0"  # where in an answer the stream waits for `gate`
 BREAK = "\0break\0"  # where the connection is cut

@@ -26,7 +26,7 @@ from typing import Any
 
 IMPORTS = (
     *(f"llama2.cli.{name}" for name in ("batch", "convert", "finetune", "merge_adapter", "pack", "quantize", "serve")),
-    *("llama2.engine", "llama2.quantize.job", "llama2.serve.app", "llama2.serve.offline", "llama2.train.finetune"),
+    *("llama2.engine", "llama2.quantize.job", "llama2.serve.app", "llama2.serve.batch", "llama2.train.finetune"),
 )
 
 Bits = dict[str, Any]
@@ -108,14 +108,14 @@ def prepare(place: Path) -> None:
     from tiny import random_adapter, tiny_model
 
     from llama2 import LoraConfig
-    from llama2.checkpoint import convert, target
+    from llama2.checkpoint import convert, writer
     from llama2.checkpoint.peft import save_adapter
     from llama2.cli import main
 
     for name in IMPORTS:
         importlib.import_module(name)
     torch.set_num_threads(1)  # a thread of torch's would be lost in a fork
-    convert.SYNC_BYTES, target.BLOCK_BYTES = 1 << 14, 1 << 12
+    convert.SYNC_BYTES, writer.BLOCK_BYTES = 1 << 14, 1 << 12
     sizes: dict[str, Any] = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "bos_token_id": None,
                              "eos_token_id": 0, "max_position_embeddings": 96}  # fmt: skip
     model = tiny_model(torch.float32, **sizes)

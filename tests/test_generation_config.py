@@ -10,7 +10,7 @@ import pytest
 
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError
-from llama2.generation_config import DEFAULTS, GenerationConfig
+from llama2.generation.config import DEFAULTS, GenerationConfig
 
 HUB = {
     "bos_token_id": 1,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from bytewise import write_tokenizer
-from cpu.test_packed import make as make_gguf
+from cpu.test_packed_file import make as make_gguf
 from faults import Faulty, content, failing
 from tiny import random_adapter, tiny_model
 

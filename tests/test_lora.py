@@ -13,7 +13,7 @@ from llama2 import InputError, lora
 from llama2.checkpoint.load import pack
 from llama2.checkpoint.peft import load_adapter, save_adapter
 from llama2.lora_config import LINEARS, LoraConfig
-from llama2.quant.int8 import Linear8bit
+from llama2.quantization.int8 import Linear8bit
 from llama2.quantization_config import BitsAndBytesConfig
 
 ALL = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear")
@@ -217,7 +217,7 @@ def test_kernels_unpack_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
             asked.append(dtype)
             return layer.dequantize(dtype)
 
-    monkeypatch.setattr("llama2.quant.linear.kernels_run", lambda device: True)
+    monkeypatch.setattr("llama2.quantization.linear.kernels_run", lambda device: True)
     monkeypatch.setattr(Linear8bit, "fused", lambda self: Kernels())
     x.grad = None
     out = adapter(x)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import llama2
-from llama2 import processors, sampling, stopping
+from llama2.generation import processors, sampler, stopping
 
 NAMES = [
     "BaseStreamer",
@@ -35,7 +35,7 @@ def test_names_at_the_top(name: str) -> None:
 
 
 def test_every_processor_and_criterion_is_at_the_top() -> None:
-    for module in (processors, sampling, stopping):
+    for module in (processors, sampler, stopping):
         for name, value in vars(module).items():
             if isinstance(value, type) and value.__module__ == module.__name__ and not name.startswith("_"):
                 kinds = (processors.LogitsProcessor, stopping.StoppingCriteria)

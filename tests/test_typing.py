@@ -11,12 +11,12 @@ import pytest
 
 import llama2
 from llama2.call_options import AsStored, ConfigOptions, GenerationSettings, TokenizerOptions
-from llama2.checkpoint import load, packed, save
+from llama2.checkpoint import load, quantized, save
 from llama2.checkpoint.source import HUB_OPTIONS
-from llama2.generate import compute_transition_scores, generate
-from llama2.generation_config import DEFAULTS
+from llama2.generation.config import DEFAULTS
+from llama2.generation.loop import compute_transition_scores, generate
+from llama2.generation.request import CALL_ARGUMENTS
 from llama2.model_methods import LOAD_DEFAULTS, LoadOptions, ModelMethods
-from llama2.request import CALL_ARGUMENTS
 from llama2.tokenizer import LlamaTokenizer, LlamaTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +110,7 @@ def test_from_pretrained_of_tokenizers_shows_every_parameter(kind: Any) -> None:
     [
         (ModelMethods.save_pretrained, save.save_pretrained),
         (ModelMethods.push_to_hub, save.push_to_hub),
-        (ModelMethods.dequantize, packed.dequantize),
+        (ModelMethods.dequantize, quantized.dequantize),
         (ModelMethods.compute_transition_scores, compute_transition_scores),
     ],
 )

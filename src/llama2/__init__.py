@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "config": ("LlamaConfig",),
-    "generation_config": ("GenerationConfig",),
+    "generation.config": ("GenerationConfig",),
     "quantization_config": ("BitsAndBytesConfig", "GPTQConfig"),
     "tokenizer": (
         "AddedToken",
@@ -35,7 +35,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "AutoModelForTokenClassification",
         "AutoTokenizer",
     ),
-    "processors": (
+    "generation.processors": (
         "ClassifierFreeGuidanceLogitsProcessor",
         "EncoderNoRepeatNGramLogitsProcessor",
         "EncoderRepetitionPenaltyLogitsProcessor",
@@ -58,7 +58,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "SuppressTokensLogitsProcessor",
         "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     ),
-    "sampling": (
+    "generation.sampler": (
         "EpsilonLogitsWarper",
         "EtaLogitsWarper",
         "MinPLogitsWarper",
@@ -68,7 +68,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "TopPLogitsWarper",
         "TypicalLogitsWarper",
     ),
-    "stopping": (
+    "generation.stopping": (
         "EosTokenCriteria",
         "MaxLengthCriteria",
         "MaxTimeCriteria",
@@ -76,7 +76,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "StoppingCriteria",
         "StoppingCriteriaList",
     ),
-    "streamers": ("AsyncTextIteratorStreamer", "BaseStreamer", "TextIteratorStreamer", "TextStreamer"),
+    "generation.streamers": ("AsyncTextIteratorStreamer", "BaseStreamer", "TextIteratorStreamer", "TextStreamer"),
     "pipelines": ("TextClassificationPipeline", "TextGenerationPipeline", "pipeline"),
     "seeds": ("set_seed",),
     "availability": (

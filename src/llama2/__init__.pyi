@@ -38,26 +38,8 @@ from llama2.errors import (
     MissingDependencyError,
     TokenizerError,
 )
-from llama2.generation_config import GenerationConfig
-from llama2.hf_argument_parser import HfArgumentParser
-from llama2.lora_config import LoraConfig, TaskType
-from llama2.model import LlamaForCausalLM, LlamaModel
-from llama2.outputs import ModelOutput
-from llama2.peft_model import (
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForSequenceClassification,
-    PeftConfig,
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForSequenceClassification,
-    get_peft_model,
-    get_peft_model_state_dict,
-    prepare_model_for_kbit_training,
-    set_peft_model_state_dict,
-)
-from llama2.pipelines import TextClassificationPipeline, TextGenerationPipeline, pipeline
-from llama2.pretrained import LlamaPreTrainedModel, PreTrainedModel
-from llama2.processors import (
+from llama2.generation.config import GenerationConfig
+from llama2.generation.processors import (
     ClassifierFreeGuidanceLogitsProcessor,
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
@@ -80,8 +62,7 @@ from llama2.processors import (
     SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-from llama2.quantization_config import BitsAndBytesConfig, GPTQConfig
-from llama2.sampling import (
+from llama2.generation.sampler import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     MinPLogitsWarper,
@@ -91,8 +72,7 @@ from llama2.sampling import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from llama2.seeds import set_seed
-from llama2.stopping import (
+from llama2.generation.stopping import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
@@ -100,7 +80,27 @@ from llama2.stopping import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from llama2.streamers import AsyncTextIteratorStreamer, BaseStreamer, TextIteratorStreamer, TextStreamer
+from llama2.generation.streamers import AsyncTextIteratorStreamer, BaseStreamer, TextIteratorStreamer, TextStreamer
+from llama2.hf_argument_parser import HfArgumentParser
+from llama2.lora_config import LoraConfig, TaskType
+from llama2.model import LlamaForCausalLM, LlamaModel
+from llama2.outputs import ModelOutput
+from llama2.peft_model import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    PeftConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForSequenceClassification,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+from llama2.pipelines import TextClassificationPipeline, TextGenerationPipeline, pipeline
+from llama2.pretrained import LlamaPreTrainedModel, PreTrainedModel
+from llama2.quantization_config import BitsAndBytesConfig, GPTQConfig
+from llama2.seeds import set_seed
 from llama2.tokenizer import (
     AddedToken,
     BatchEncoding,

@@ -12,8 +12,8 @@ from llama2.call_options import HUB_DEFAULTS, ConfigOptions, TokenizerOptions, s
 from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.source import fetch_files, is_field, override, split_hub_options
 from llama2.config import LlamaConfig
-from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
+from llama2.lazy import door
 from llama2.model_methods import LOAD_DEFAULTS, LoadingInfo, LoadOptions, ModelMethods
 from llama2.schema import check, maybe, text
 from llama2.text_file import read_object, shown

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llama2.doors import door
 from llama2.errors import InputError
+from llama2.lazy import door
 
 
 class Companions:

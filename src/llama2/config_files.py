@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
 
 from llama2.call_options import HUB_DEFAULTS, ConfigOptions, showing
-from llama2.doors import door
 from llama2.files import write_text
 from llama2.keywords import drop, refuse_unknown
+from llama2.lazy import door
 from llama2.text_file import read_object
 
 

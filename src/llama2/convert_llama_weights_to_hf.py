@@ -16,7 +16,7 @@ from llama2 import checkpoint
 from llama2.checkpoint import convert as engine
 from llama2.checkpoint import tokenizer_files
 from llama2.cli import explain
-from llama2.cli.meter import Meter
+from llama2.cli.progress import Meter
 from llama2.errors import InputError, Llama2Error
 
 SHARDS: dict[str, int] = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llama2.errors import InputError
 from llama2.linear import has_global_hooks, runs_as_written
 from llama2.lora_config import LoraConfig
-from llama2.quant.linear import PackedLinear
+from llama2.quantization.linear import PackedLinear
 
 
 class LoraLinear(nn.Module):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypedDict, Unpac
 
 from llama2.call_options import HUB_DEFAULTS, ConfigFields, GenerationSettings, HubSettings, showing
 from llama2.config import LlamaConfig
-from llama2.doors import declares
-from llama2.generation_config import DEFAULTS, GenerationConfig
+from llama2.generation.config import DEFAULTS, GenerationConfig
+from llama2.lazy import declares
 from llama2.quantization_config import QuantizationConfig
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class GenerationMethods:
     """generate() and what belongs to it, for a class with config, generation_config, device and dtype."""
 
     @showing(GenerationSettings, DEFAULTS)
-    @declares("generate", "generate")
+    @declares("generation.loop", "generate")
     def generate(
         self,
         inputs: "Tensor | None" = None,
@@ -148,10 +148,10 @@ class GenerationMethods:
 
         Warns of padding on the right, and of settings that have no effect beside the others.
         Sources: the arguments and results of transformers 4.46 and 5.x; speculative decoding by Leviathan et al. 2023;
-        the papers of the filters stand at their classes in `llama2.sampling`.
+        the papers of the filters stand at their classes in `llama2.generation.sampler`.
         """
 
-    @declares("generate", "compute_transition_scores")
+    @declares("generation.loop", "compute_transition_scores")
     def compute_transition_scores(
         self,
         sequences: "Tensor",
@@ -300,7 +300,7 @@ class ModelMethods(GenerationMethods):
             max_shard_size, safe_serialization, variant: as for save_pretrained.
         """
 
-    @declares("checkpoint.packed", "dequantize")
+    @declares("checkpoint.quantized", "dequantize")
     def dequantize(self, dtype: "torch.dtype | None" = None) -> Self:
         """Unpacks every packed linear in place, in `dtype` or the model's own; returns the model.
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from llama2 import lora
 from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
-from llama2.checkpoint.packed import packed_layers
 from llama2.checkpoint.peft import adapter_tensors, load_adapter, save_adapter
 from llama2.checkpoint.peft_files import PREFIX, read_config
+from llama2.checkpoint.quantized import packed_layers
 from llama2.checkpoint.source import locate, split_hub_options
 from llama2.errors import InputError
 from llama2.files import saving

@@ -16,9 +16,9 @@ from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 from llama2.checkpoint.arguments import resolve_device
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
-from llama2.generation_config import DEFAULTS
+from llama2.generation.config import DEFAULTS
+from llama2.generation.request import CALL_ARGUMENTS
 from llama2.keywords import NO_EFFECT
-from llama2.request import CALL_ARGUMENTS
 
 Record = dict[str, Any]
 DEFAULT_NEW_TOKENS = 256  # where neither the call nor the model says a length, as transformers 5.x

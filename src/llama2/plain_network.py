@@ -31,10 +31,10 @@ from llama2.linear import has_global_hooks, runs_as_written
 from llama2.lora import LoraLinear
 from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.pretrained import require_grad
-from llama2.quant.gguf import GgufEmbedding, GgufLinear
-from llama2.quant.gptq import GptqLinear
-from llama2.quant.int8 import Linear8bit
-from llama2.quant.nf4 import Linear4bit
+from llama2.quantization.gguf import GgufEmbedding, GgufLinear
+from llama2.quantization.gptq import GptqLinear
+from llama2.quantization.int8 import Linear8bit
+from llama2.quantization.nf4 import Linear4bit
 from llama2.rope import LlamaRotaryEmbedding
 
 Kinds = tuple[type[nn.Module], ...]

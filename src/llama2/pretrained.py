@@ -16,7 +16,7 @@ from llama2.attention import check_available
 from llama2.companions import Companions
 from llama2.config import LlamaConfig
 from llama2.errors import InputError, Llama2Error
-from llama2.generation_config import GenerationConfig
+from llama2.generation.config import GenerationConfig
 from llama2.model_methods import ModelMethods
 
 

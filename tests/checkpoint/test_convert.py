@@ -20,15 +20,15 @@ from tiny import tiny_config, tiny_ids, tiny_model
 import llama2.checkpoint as checkpoint
 from llama2 import LlamaForCausalLM
 from llama2.checkpoint import convert as engine
-from llama2.checkpoint import target as target_module
+from llama2.checkpoint import writer as target_module
 from llama2.checkpoint.convert import ConversionSettings, convert, verify
 from llama2.checkpoint.gguf import GgufFile, read_metadata
-from llama2.checkpoint.pooled import PooledCheckpoint
+from llama2.checkpoint.gqa_pooling import PooledCheckpoint
 from llama2.checkpoint.tokenizer_files import gguf_keys, write_folder
 from llama2.cli import main
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, from_gguf, load
-from llama2.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
+from llama2.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer", "ignore:.*the parts differ by one row")
 
@@ -261,8 +261,9 @@ def test_equal_heads_pool_to_the_same_model(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from llama2.checkpoint import convert as engine, target
-engine.SYNC_BYTES, target.BLOCK_BYTES = 20_000, 4096
+from llama2.checkpoint import convert as engine
+from llama2.checkpoint import writer
+engine.SYNC_BYTES, writer.BLOCK_BYTES = 20_000, 4096
 calls = 0
 def progress(done, total, name):
     global calls

@@ -18,8 +18,8 @@ from llama2.architecture import parameter_shapes
 from llama2.checkpoint.convert import ConversionSettings, convert, verify
 from llama2.checkpoint.gguf import GgufFile
 from llama2.errors import CheckpointError, InputError, MismatchError
-from llama2.native import NativeModel, NativeRunner
 from llama2.quantize.job import quantize
+from llama2.runners.native import NativeModel, NativeRunner
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer")
 

@@ -24,12 +24,12 @@ from llama2 import (
 )
 from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.gguf import GgufFile
-from llama2.checkpoint.packed import packed_layers
+from llama2.checkpoint.quantized import packed_layers
 from llama2.errors import CheckpointError, InputError
-from llama2.native import NativeModel, kept_in, native_weights
 from llama2.plain_network import difference
-from llama2.quant.ggml import TYPES, dequantize
-from llama2.quant.gguf import GgufEmbedding, GgufLinear, origin_of, rows_of
+from llama2.quantization.ggml import TYPES, dequantize
+from llama2.quantization.gguf import GgufEmbedding, GgufLinear, origin_of, rows_of
+from llama2.runners.native import NativeModel, kept_in, native_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer")
 BLOCKS = [name for name, block in TYPES.items() if block.dense is None]
@@ -263,7 +263,7 @@ def test_other_float_types_are_kept_as_they_are(tmp_path: Path) -> None:
 
 def test_unpacking_by_the_compiled_module_is_ggmls_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random bytes: every code, scale and minimum that can be, NaN and infinite scales aside."""
-    import llama2.quant.ggml as ggml
+    import llama2.quantization.ggml as ggml
 
     if not cpu.available():
         pytest.skip("the native engine is not built")
@@ -321,7 +321,7 @@ def test_a_trainer_learns_on_it_as_on_unpacked_weights(
     """Through the fused layers: each weight is unpacked where it is multiplied. The head is packed too."""
     from train.test_trainer import losses_of, trainer
 
-    from llama2.train.layer import TrainingLayers
+    from llama2.train.fused_layer import TrainingLayers
 
     path = file_of(tmp_path, "Q4_K", tie_word_embeddings=True)
     losses, fused = [], []

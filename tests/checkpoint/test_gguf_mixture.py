@@ -17,9 +17,9 @@ from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.gguf_mixture import FILE_TYPES, file_type, tensor_type
 from llama2.checkpoint.imatrix import from_importance, write_imatrix
 from llama2.checkpoint.names import hf_to_gguf
-from llama2.quant.blocks import NAMED, SIZES
-from llama2.quant.ggml import dequantize
-from llama2.quant.ggml_encode import quantize
+from llama2.quantization.blocks import NAMED, SIZES
+from llama2.quantization.ggml import dequantize
+from llama2.quantization.ggml_encode import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer")
 QUANTISED = [name for name, kind in FILE_TYPES.items() if NAMED[kind.block].weights > 1]

@@ -14,8 +14,8 @@ from tiny import tiny_ids, tiny_model
 import llama2.checkpoint as checkpoint
 from llama2 import AutoConfig, GPTQConfig, LlamaForCausalLM
 from llama2.checkpoint.convert import ConversionSettings, convert
-from llama2.checkpoint.packed import packed_layers
-from llama2.cli.headers import main_type, read
+from llama2.checkpoint.quantized import packed_layers
+from llama2.cli.inspect import main_type, read
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.quantization_config import BitsAndBytesConfig, parse
 

@@ -16,11 +16,11 @@ from tiny import tiny_ids, tiny_model
 from llama2 import GPTQConfig, LlamaForCausalLM, cpu
 from llama2.architecture import linear_shapes
 from llama2.checkpoint.convert import ConversionSettings, convert
-from llama2.checkpoint.packed import packed_layers
-from llama2.cli.headers import read
+from llama2.checkpoint.quantized import packed_layers
+from llama2.cli.inspect import read
 from llama2.errors import InputError
-from llama2.native import NativeModel, NativeRunner
 from llama2.quantization_config import parse
+from llama2.runners.native import NativeModel, NativeRunner
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import llama2.checkpoint as checkpoint
 from llama2.checkpoint.hf import find_files, map_safetensors
+from llama2.checkpoint.parallel_read import in_single_threads
 from llama2.checkpoint.save import parse_size, plan_shards, save_pretrained, shard_names
-from llama2.checkpoint.single_threads import in_single_threads
 from llama2.classifiers import LlamaForSequenceClassification
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError

@@ -17,12 +17,12 @@ from tiny import tiny_ids, tiny_model
 from llama2 import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.hub import _kind
-from llama2.checkpoint.packed import packed_layers
+from llama2.checkpoint.quantized import packed_layers
 from llama2.checkpoint.source import hub_id, locate
 from llama2.cli import main
 from llama2.cli.loading import RunOptions, load
 from llama2.errors import CheckpointError, InputError
-from llama2.native import native_weights
+from llama2.runners.native import native_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer", "ignore:the tokenizer has no tokenizer.model")
 SIZES: dict[str, Any] = {"vocab_size": 260}

@@ -17,8 +17,8 @@ from llama2.checkpoint.merge import MergedCheckpoint, merge_into
 from llama2.checkpoint.packing import write_packing
 from llama2.checkpoint.peft import read_adapter
 from llama2.errors import MismatchError
-from llama2.native import NativeModel
 from llama2.quantize.job import quantize
+from llama2.runners.native import NativeModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer")
 PARTS = ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")

@@ -13,7 +13,7 @@ from llama2 import AutoModel, LlamaForCausalLM, cpu
 from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.merge import merge_into
 from llama2.checkpoint.peft import read_adapter
-from llama2.native import NativeModel
+from llama2.runners.native import NativeModel
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

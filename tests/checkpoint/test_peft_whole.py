@@ -19,7 +19,7 @@ from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.merge import merge_into
 from llama2.checkpoint.peft import load_adapter, read_adapter, save_adapter
 from llama2.errors import CheckpointError, MismatchError
-from llama2.native import NativeModel
+from llama2.runners.native import NativeModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer")
 PREFIX = "base_model.model."

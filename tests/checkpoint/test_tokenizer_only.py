@@ -19,7 +19,7 @@ from llama2.checkpoint.tokenizer_files import gguf_keys
 from llama2.checkpoint.tokenizer_model import rebuild
 from llama2.errors import CheckpointError
 from llama2.tokenizer import from_gguf, load
-from llama2.tokenizer.spm import SentencePieceModel
+from llama2.tokenizer.sentencepiece_model import SentencePieceModel
 
 HARD = [
     "",

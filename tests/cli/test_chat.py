@@ -20,7 +20,7 @@ import llama2
 from llama2 import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from llama2.cli import terminal
 from llama2.cli.conversation import Conversation, Turn, render
-from llama2.cli.speaker import Speaker
+from llama2.cli.session import Speaker
 from llama2.errors import InputError
 
 Run = Callable[..., tuple[int, str, str]]

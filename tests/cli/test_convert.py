@@ -13,7 +13,7 @@ from llama2 import convert_llama_weights_to_hf as script
 from llama2.cli import main
 from llama2.errors import CheckpointError
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE
-from llama2.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
+from llama2.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer", "ignore:.*the parts differ by one row")
 

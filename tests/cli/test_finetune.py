@@ -12,8 +12,8 @@ import torch
 from cli.conftest import Run
 
 from llama2 import AutoModelForCausalLM, AutoTokenizer, InputError, LoraConfig, TrainingArguments
-from llama2.cli.meter import StepMeter
-from llama2.train import checkpoints, states
+from llama2.cli.progress import StepMeter
+from llama2.train import checkpoint_state, checkpoints
 from llama2.train.finetune import Finetune, Recipe
 
 QUICK = ("--max-length", "64", "--max-steps", "12", "--batch-size", "4", "--learning-rate", "0.005", "--seed", "1")
@@ -178,14 +178,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 
 
 def test_a_full_disk_keeps_what_was_saved(checkpoint: Path, chats: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    out, written = tmp_path / "out", states.write_safetensors
+    out, written = tmp_path / "out", checkpoint_state.write_safetensors
 
     def fails(file: Any, tensors: Any) -> None:
         if len(checkpoints.found(out)) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         written(file, tensors)
 
-    monkeypatch.setattr(states, "write_safetensors", fails)
+    monkeypatch.setattr(checkpoint_state, "write_safetensors", fails)
     recipe = Recipe(
         task="sft", model=str(checkpoint), data=str(chats), output_dir=str(out), max_length=64, lora=LoraConfig()
     )

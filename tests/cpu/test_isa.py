@@ -17,7 +17,7 @@ import torch
 from llama2 import compiled, cpu
 from tiny import tiny_ids, tiny_model
 print(compiled.instruction_sets())
-from llama2.native import native_runner
+from llama2.runners.native import native_runner
 print(native_runner(tiny_model(torch.float32)).isa)
 """
 

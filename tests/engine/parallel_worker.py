@@ -12,7 +12,7 @@ from llama2 import LlamaForCausalLM
 from llama2.engine.blocks import BlockPool
 from llama2.engine.engine import Engine
 from llama2.engine.parallel import follow, join, load_part
-from llama2.engine.runners import PAGE, TorchPlanRunner
+from llama2.engine.plan_runners import PAGE, TorchPlanRunner
 from llama2.engine.scheduler import ScheduledSequence, Scheduler
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from tiny import tiny_ids, tiny_model
 from llama2 import InputError, cpu
 from llama2.cpu import PAGE
 from llama2.engine.engine import Engine, Stream
-from llama2.sampling import Sampler
+from llama2.generation.sampler import Sampler
 
 RUNNERS = ["torch", *(["native"] if cpu.available() else [])]
 WAYS: list[dict[str, Any]] = [{}, {"do_sample": True, "top_k": 30, "temperature": 0.7}, {"repetition_penalty": 1.3}]

@@ -12,7 +12,7 @@ from tiny import VARIANTS, tiny_config, tiny_model
 
 from llama2 import InputError
 from llama2.engine.parallel import Place, load_part, packed, part_of, unpacked
-from llama2.engine.runners import TorchPlanRunner
+from llama2.engine.plan_runners import TorchPlanRunner
 from llama2.engine.scheduler import Chunk, ScheduledSequence
 
 WORKER = Path(__file__).with_name("parallel_worker.py")

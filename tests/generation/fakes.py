@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama2.cache import DynamicCache
-from llama2.generation_config import GenerationConfig
+from llama2.generation.config import GenerationConfig
 
 
 class TableModel:

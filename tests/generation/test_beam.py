@@ -8,7 +8,7 @@ import torch
 from generation.fakes import TableModel
 from tiny import tiny_ids, tiny_model
 
-from llama2.generate import compute_transition_scores, generate
+from llama2.generation.loop import compute_transition_scores, generate
 
 END, PAD = 2, 1
 

@@ -12,7 +12,7 @@ from tolerance import FLOAT32
 
 from llama2 import InputError, cpu
 from llama2.cache import Cache, DynamicCache, StaticCache
-from llama2.native import NativeModel
+from llama2.runners.native import NativeModel
 
 RUNNERS = ["torch"] + ["native"] * cpu.available()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -260,7 +260,7 @@ def test_a_cache_of_int8_goes_on_as_it_is(looks: bool) -> None:
 
 @pytest.mark.skipif(not cpu.available(), reason="the compiled module is not built")
 def test_it_costs_nothing_until_it_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama2.native import NativeCache
+    from llama2.runners.native import NativeCache
 
     model = tiny_model(torch.float32)
     read: list[int] = []

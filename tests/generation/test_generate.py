@@ -14,7 +14,7 @@ from torch import Tensor
 from llama2 import GenerationConfig
 from llama2.cache import DynamicCache
 from llama2.errors import InputError
-from llama2.generate import compute_transition_scores, generate, stream
+from llama2.generation.loop import compute_transition_scores, generate, stream
 
 START = torch.tensor([[1]])
 PATH = tuple(range(1, 11))
@@ -80,7 +80,7 @@ def test_criteria_and_stop_strings() -> None:
 
 def test_max_time_stops_after_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr("llama2.stopping.time.time", lambda: next(clock))
+    monkeypatch.setattr("llama2.generation.stopping.time.time", lambda: next(clock))
     assert generate(chain(*PATH), START, max_time=2.5, max_new_tokens=9).tolist() == [[1, 2, 3, 4]]
 
 

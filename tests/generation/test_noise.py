@@ -6,7 +6,7 @@ import torch
 
 from llama2 import noise
 from llama2.compiled import available, kernels
-from llama2.sampling import Sampler
+from llama2.generation.sampler import Sampler
 
 needs_kernels = pytest.mark.skipif(not available() or not noise.is_known(), reason="torch draws by other means here")
 

@@ -7,9 +7,9 @@ import torch
 from tiny import tiny_ids, tiny_model
 
 from llama2 import LlamaForCausalLM
-from llama2 import processors as ours
-from llama2 import sampling as warpers
-from llama2.generate import compute_transition_scores
+from llama2.generation import processors as ours
+from llama2.generation import sampler as warpers
+from llama2.generation.loop import compute_transition_scores
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 transformers = pytest.importorskip("transformers")

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llama2 import LlamaForCausalLM, LoraConfig, cpu, lora
 from llama2.attention import ATTENTION
 from llama2.layers import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
-from llama2.native import native_weights
 from llama2.plain_network import difference
+from llama2.runners.native import native_weights
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the compiled module is not built")
 
@@ -400,7 +400,7 @@ def test_a_hook_inside_an_adapted_layer(where: str) -> None:
 
 def test_packed_weights_that_change_are_packed_again() -> None:
     """The engine copies packed weights: a change of theirs in place shows at the next call."""
-    from llama2.quant.int8 import Linear8bit
+    from llama2.quantization.int8 import Linear8bit
 
     model = tiny_model(torch.float32)
     mlp = model.model.layers[0].mlp

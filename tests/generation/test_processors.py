@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama2 import processors as pr
-from llama2 import sampling
 from llama2.errors import InputError
-from llama2.stopping import EosTokenCriteria, MaxTimeCriteria
+from llama2.generation import processors as pr
+from llama2.generation import sampler
+from llama2.generation.stopping import EosTokenCriteria, MaxTimeCriteria
 
 INF = math.inf
 
@@ -113,19 +113,19 @@ ATTRIBUTES: list[tuple[Any, dict[str, Any]]] = [  # what transformers 4.46 and 5
         pr.MinNewTokensLengthLogitsProcessor(4, 3, [2, 5], device="cpu"),
         {"prompt_length_to_skip": 4, "min_new_tokens": 3, "eos_token_id": [2, 5]},
     ),
-    (sampling.TemperatureLogitsWarper(0.5), {"temperature": 0.5}),
+    (sampler.TemperatureLogitsWarper(0.5), {"temperature": 0.5}),
     (pr.RepetitionPenaltyLogitsProcessor(2.0, 1), {"penalty": 2.0, "prompt_ignore_length": 1}),
     (
         pr.EncoderRepetitionPenaltyLogitsProcessor(2.0, ids([1, 3])),
         {"penalty": 0.5, "encoder_input_ids": [[1, 3]]},
     ),
-    (sampling.TopPLogitsWarper(0.5), {"top_p": 0.5, "filter_value": -INF, "min_tokens_to_keep": 1}),
-    (sampling.TopKLogitsWarper(2, min_tokens_to_keep=3), {"top_k": 3, "filter_value": -INF}),
-    (sampling.TopHLogitsWarper(0.5), {"top_h": 0.5, "top_n": 100, "filter_value": -INF}),
-    (sampling.MinPLogitsWarper(0.1), {"min_p": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
-    (sampling.TypicalLogitsWarper(0.4), {"mass": 0.4, "filter_value": -INF, "min_tokens_to_keep": 1}),
-    (sampling.EpsilonLogitsWarper(0.1), {"epsilon": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
-    (sampling.EtaLogitsWarper(0.1, device="cpu"), {"epsilon": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
+    (sampler.TopPLogitsWarper(0.5), {"top_p": 0.5, "filter_value": -INF, "min_tokens_to_keep": 1}),
+    (sampler.TopKLogitsWarper(2, min_tokens_to_keep=3), {"top_k": 3, "filter_value": -INF}),
+    (sampler.TopHLogitsWarper(0.5), {"top_h": 0.5, "top_n": 100, "filter_value": -INF}),
+    (sampler.MinPLogitsWarper(0.1), {"min_p": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
+    (sampler.TypicalLogitsWarper(0.4), {"mass": 0.4, "filter_value": -INF, "min_tokens_to_keep": 1}),
+    (sampler.EpsilonLogitsWarper(0.1), {"epsilon": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
+    (sampler.EtaLogitsWarper(0.1, device="cpu"), {"epsilon": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
     (pr.NoRepeatNGramLogitsProcessor(2), {"ngram_size": 2}),
     (pr.EncoderNoRepeatNGramLogitsProcessor(2, ids([1], [3])), {"ngram_size": 2, "batch_size": 2}),
     (pr.SequenceBiasLogitsProcessor([[[4, 5], -0.5]]), {"sequence_bias": {(4, 5): -0.5}}),

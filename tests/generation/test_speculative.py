@@ -8,8 +8,8 @@ from generation.fakes import TableModel, chain
 from tiny import tiny_ids, tiny_model
 
 from llama2.errors import InputError
-from llama2.generate import generate
-from llama2.speculative import PromptLookup
+from llama2.generation.loop import generate
+from llama2.generation.speculative import PromptLookup
 
 START = torch.tensor([[1]])
 PATH = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)

@@ -11,8 +11,8 @@ from generation.fakes import Pieces
 from tiny import tiny_ids, tiny_model
 
 from llama2.errors import InputError
-from llama2.generate import generate
-from llama2.stopping import (
+from llama2.generation.loop import generate
+from llama2.generation.stopping import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,

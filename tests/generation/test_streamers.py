@@ -11,8 +11,8 @@ import torch
 from generation.fakes import Pieces, chain
 
 from llama2.errors import InputError
-from llama2.generate import generate
-from llama2.streamers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer, WindowDecoder
+from llama2.generation.loop import generate
+from llama2.generation.streamers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer, WindowDecoder
 
 CODE = Pieces(b" def", b" f():", b"\n", b"    ", b" ", b"return", b" 1", b"\xe2", b"\x82", b"\xac", b"")
 

@@ -31,16 +31,16 @@ from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.imatrix import from_importance, read_imatrix, write_imatrix
 from llama2.checkpoint.peft import load_adapter, read_adapter
 from llama2.checkpoint.peft_files import read_config
-from llama2.cli import headers
+from llama2.cli import inspect
 from llama2.errors import Llama2Error
 from llama2.files import JOURNAL
-from llama2.native import NativeModel
+from llama2.runners.native import NativeModel
 from llama2.text_file import read_object
 from llama2.tokenizer import LlamaTokenizer
-from llama2.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
+from llama2.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceModel
 from llama2.train import checkpoints, old_shards, readers, shards
+from llama2.train.dataset_adapter import objective_for
 from llama2.train.distributed import Ranks
-from llama2.train.rows import objective_for
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -83,7 +83,7 @@ def read_model(folder: Path, tries: Attempts) -> None:
     with tries.attempt():
         AutoConfig.from_pretrained(folder).to_json_string()
     with tries.attempt():
-        headers.main_type(headers.read(str(folder)))
+        inspect.main_type(inspect.read(str(folder)))
     with tries.attempt():
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
@@ -120,7 +120,7 @@ def read_adapter_folder(folder: Path, tries: Attempts) -> None:
     with tries.attempt():
         read_config(folder)
     with tries.attempt():
-        headers.read(str(folder))
+        inspect.read(str(folder))
 
 
 def read_run(folder: Path, tries: Attempts) -> None:

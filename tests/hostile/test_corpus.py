@@ -19,7 +19,7 @@ from llama2.checkpoint import directory
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.hf import load_bin, map_safetensors
 from llama2.checkpoint.imatrix import read_imatrix
-from llama2.cpu import packed
+from llama2.cpu import packed_file
 from llama2.errors import CheckpointError, ConfigError, InputError, Llama2Error
 from llama2.text_file import inside, opened, parse_json, read_object
 
@@ -290,12 +290,12 @@ def test_gguf_arrays_take_no_more_than_a_vocabulary(tmp_path: Path, count: int) 
 
 def test_a_packed_file_of_the_right_hash_that_is_no_json(tmp_path: Path) -> None:
     folder = make("gguf", tmp_path / "gguf")
-    file, fixed = packed.packed_path(GgufFile(folder / "model.gguf")), packed._FIXED
+    file, fixed = packed_file.packed_path(GgufFile(folder / "model.gguf")), packed_file._FIXED
     for header in (b"{nonsense", b"[]", b'{"crc32": 1}', b"[" * 5000):
-        head = fixed.pack(packed._MAGIC, packed._VERSION, len(header)) + header
+        head = fixed.pack(packed_file._MAGIC, packed_file._VERSION, len(header)) + header
         file.write_bytes(head + hashlib.sha256(head).digest() + bytes(100))
         with pytest.warns(UserWarning, match="the packed weights are not used"):
-            assert packed.find(GgufFile(folder / "model.gguf")) is None
+            assert packed_file.find(GgufFile(folder / "model.gguf")) is None
 
 
 def test_imatrix(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hostile.folders import KINDS, SIZES, make, visit
 from tiny import tiny_model
 
 from llama2.errors import CheckpointError
-from llama2.train import old_shards, shards, states, trees
+from llama2.train import checkpoint_state, old_shards, shards, trees
 from llama2.train.distributed import Ranks
 from llama2.train.optim import AdamW
 
@@ -140,7 +140,7 @@ def test_rows_of_several_ranks(tmp_path: Path) -> None:
     a = content()["weights.a"]
     assert torch.equal(found["weights.a"].whole(), a) and torch.equal(found["weights.a"].rows(1, 5), a[1:5])
     assert found["weights.a"].rows(5, 5).shape == (0, 4) and found["optimizer.step.a"].whole().item() == 3.0
-    assert states.resumable(tmp_path / "s")
+    assert checkpoint_state.resumable(tmp_path / "s")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_planted_directory_beside_plain_state_runs_nothing(tmp_path: Path) -> 
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     optimizer = AdamW(dict(tiny_model(torch.float32, **SIZES).named_parameters()))
-    for read in (lambda: states.read(tmp_path, optimizer), lambda: states.resumable(tmp_path)):
+    for read in (lambda: checkpoint_state.read(tmp_path, optimizer), lambda: checkpoint_state.resumable(tmp_path)):
         with pytest.raises(CheckpointError, match="no directory of a sharded checkpoint"):
             read()
     assert not (tmp_path / "ran").exists()
@@ -203,12 +203,12 @@ def test_a_name_without_a_moment(tmp_path: Path) -> None:
     """It belongs to no parameter: the run does not train it."""
     weights = dict(tiny_model(torch.float32, **SIZES).named_parameters())
     optimizer = AdamW(weights)
-    for name, held in ((states.WEIGHTS, weights), (states.OPTIMIZER, {"odd": torch.zeros(1)})):
+    for name, held in ((checkpoint_state.WEIGHTS, weights), (checkpoint_state.OPTIMIZER, {"odd": torch.zeros(1)})):
         with (tmp_path / name).open("wb") as file:
             shards.write_safetensors(file, held)
-    assert states.read(tmp_path, optimizer)[1].keys() == {"odd"}
+    assert checkpoint_state.read(tmp_path, optimizer)[1].keys() == {"odd"}
     with pytest.raises(trees.InputError, match="has 'odd', which this run does not train"):
-        optimizer.load(states.read(tmp_path, optimizer)[1])
+        optimizer.load(checkpoint_state.read(tmp_path, optimizer)[1])
 
 
 # -- state of another optimiser ----------------------------------------------------------------------------------

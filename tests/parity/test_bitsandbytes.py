@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_ids, tiny_model
 
 from llama2 import LlamaForCausalLM
-from llama2.checkpoint.packed import packed_layers
-from llama2.quant.methods import layer_class
-from llama2.quant.nf4 import TABLES
+from llama2.checkpoint.quantized import packed_layers
+from llama2.quantization.methods import layer_class
+from llama2.quantization.nf4 import TABLES
 from llama2.quantization_config import BitsAndBytesConfig, parse
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]

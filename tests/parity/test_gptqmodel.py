@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from llama2 import GPTQConfig, LlamaConfig, LlamaForCausalLM
-from llama2.checkpoint.packed import packed_layers
-from llama2.quant.gptq import GptqLinear, grid_of, pack, pack_zeros
-from llama2.quant.solve import Hessian, solve
+from llama2.checkpoint.quantized import packed_layers
+from llama2.quantization.gptq import GptqLinear, grid_of, pack, pack_zeros
+from llama2.quantization.gptq_solver import Hessian, solve
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 INTERPRETER = os.environ.get("LLAMA2_GPTQMODEL", "")

@@ -198,7 +198,7 @@ def _keywords() -> None:
 
 def _generate() -> None:
     """What generate() refuses and transformers takes."""
-    real = llama2.request.settings
+    real = llama2.generation.request.settings
     base = llama2.PreTrainedModel
 
     def settings(model: Any, given: Any, kwargs: dict[str, Any]) -> Any:
@@ -220,7 +220,7 @@ def _generate() -> None:
                 del kwargs[name]
         return real(model, given, kwargs)
 
-    llama2.request.settings = llama2.generate.settings = settings
+    llama2.generation.request.settings = llama2.generation.loop.settings = settings
     make = base.__init__
 
     @functools.wraps(make)
@@ -331,7 +331,7 @@ def _wording() -> None:
 
 def _right_padding() -> None:
     """A prompt padded on the right, where generate() refuses it: transformers warns."""
-    real = llama2.request._mask
+    real = llama2.generation.request._mask
 
     def mask_of(call: Any, *args: Any) -> Any:
         try:
@@ -344,7 +344,7 @@ def _right_padding() -> None:
             call.attention_mask = mask.flip(1)
             return real(call, *args)
 
-    llama2.request._mask = mask_of
+    llama2.generation.request._mask = mask_of
 
 
 def always() -> None:
@@ -359,5 +359,5 @@ def install() -> None:
     _chat_template()
     _keywords()
     _generate()
-    if hasattr(llama2.request, "_mask"):
+    if hasattr(llama2.generation.request, "_mask"):
         _right_padding()

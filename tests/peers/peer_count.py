@@ -45,7 +45,7 @@ def install(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
                     count(cls, method, f"ours:{name}")
     for cls in (llama2.DynamicCache, llama2.StaticCache):
         count(cls, "__init__", "ours:cache")
-    count(llama2.native.NativeRunner, "step", "ours:native engine")
+    count(llama2.runners.native.NativeRunner, "step", "ours:native engine")
     # The counters are no changes of the network: with them taken for one, torch would run every model.
     llama2.plain_network._FUNCTIONS[:] = llama2.plain_network._as_imported()
     _count_theirs(theirs)

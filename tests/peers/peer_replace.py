@@ -119,7 +119,8 @@ def missing(name: str) -> type:
 
 def _ours() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for module in (llama2.processors, llama2.sampling, llama2.stopping, llama2.streamers):
+    ours = llama2.generation
+    for module in (ours.processors, ours.sampler, ours.stopping, ours.streamers):
         for name, value in vars(module).items():
             own = inspect.isclass(value) and value.__module__.startswith("llama2.") and not name.startswith("_")
             if own and name.endswith(GENERATION):

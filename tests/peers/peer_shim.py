@@ -27,8 +27,9 @@ from peer_rules import RULES
 peer_replace.install()
 peer_count.install(peer_replace.OURS, peer_replace.REPLACED)
 if RUNNER:  # of generate(): "torch" leaves the native engine out
-    _make_runner = llama2.request.make_runner
-    llama2.request.make_runner = lambda runner, *a, **k: _make_runner(RUNNER if runner == "auto" else runner, *a, **k)
+    _request = llama2.generation.request
+    _make_runner = _request.make_runner
+    _request.make_runner = lambda runner, *a, **k: _make_runner(RUNNER if runner == "auto" else runner, *a, **k)
 peer_bridges.always()
 if not STRICT:
     peer_bridges.install()

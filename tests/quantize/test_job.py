@@ -13,9 +13,9 @@ from torch import Tensor
 from llama2 import AutoModelForCausalLM, LlamaForCausalLM
 from llama2.checkpoint import convert
 from llama2.checkpoint import open as open_checkpoint
-from llama2.checkpoint.packed import unpacked
+from llama2.checkpoint.quantized import unpacked
 from llama2.errors import CheckpointError, InputError
-from llama2.quant.solve import Hessian
+from llama2.quantization.gptq_solver import Hessian
 from llama2.quantize.calibration import calibrate
 from llama2.quantize.hessian import make_hessian
 from llama2.quantize.job import quantize

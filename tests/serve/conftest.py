@@ -69,7 +69,7 @@ class Served:
         from llama2.serve import limits
         from llama2.serve.app import make_app
         from llama2.serve.connection import Connections, guarded
-        from llama2.serve.life import Life, Server
+        from llama2.serve.lifecycle import Life, Server
         from llama2.serve.service import Service
 
         self.engine = Engine(model, tokenizer, **{"cache_tokens": 16384, **engine})

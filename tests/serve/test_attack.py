@@ -14,8 +14,8 @@ from serve.conftest import Serve, Served
 from serve.test_costs import BOMBS, FLOODS, HEAD, connect, freed
 from wire import begin, call, get
 
+from llama2.serve.auth import Keys
 from llama2.serve.connection import Connections
-from llama2.serve.keys import Keys
 
 pytestmark = pytest.mark.slow
 SECONDS = 20.0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from serve.conftest import Serve, Served
 
-from llama2.serve.keys import Keys
+from llama2.serve.auth import Keys
 
 MESSAGES: list[Any] = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]
 SCHEMA: dict[str, Any] = {

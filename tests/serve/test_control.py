@@ -13,7 +13,7 @@ pytest.importorskip("pydantic", reason="serving needs the extra `serve`")
 from llama2 import AutoTokenizer, LlamaTokenizer
 from llama2.errors import TokenizerError
 from llama2.serve.chat import Message, Tool, chosen, prompt_ids
-from llama2.serve.refusal import Refusal
+from llama2.serve.errors import Refusal
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, marks
 
 CALLS = (

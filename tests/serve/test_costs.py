@@ -25,18 +25,18 @@ from serve.test_faults import start
 from wire import begin, get, post, rest
 
 from llama2.errors import InputError
-from llama2.serve import offline
+from llama2.serve import batch
 from llama2.serve.app import make_app
-from llama2.serve.body import read
+from llama2.serve.byte_cache import Kept
 from llama2.serve.connection import Connections
 from llama2.serve.constraint import Compiler, Constraint
 from llama2.serve.embeddings import EmbeddingBody
-from llama2.serve.kept import Kept
+from llama2.serve.errors import Refusal
 from llama2.serve.openai_chat import ChatBody
 from llama2.serve.openai_completions import CompletionBody
-from llama2.serve.refusal import Refusal
 from llama2.serve.tgi import DetokenizeBody, GenerateBody
-from llama2.serve.work import Gate, Workers
+from llama2.serve.validation import read
+from llama2.serve.workers import Gate, Workers
 
 # -- constraints -------------------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ async def unhurried(workers: Workers, task: Callable[[], Any]) -> Any:
 
 
 def test_a_task_that_loops_is_ended_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama2.serve.work.GRACE", 60.0)
+    monkeypatch.setattr("llama2.serve.workers.GRACE", 60.0)
 
     async def main() -> None:
         workers, never = Workers(1, 0.1), threading.Event()
@@ -167,8 +167,8 @@ def test_a_task_that_loops_is_ended_at_its_deadline(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_task_that_cannot_be_ended_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama2.serve.work.GRACE", 0.05)
-    monkeypatch.setattr("llama2.serve.work.MAX_LOST", 2)
+    monkeypatch.setattr("llama2.serve.workers.GRACE", 0.05)
+    monkeypatch.setattr("llama2.serve.workers.MAX_LOST", 2)
 
     async def main() -> None:
         workers = Workers(1, 0.05)
@@ -396,11 +396,11 @@ def test_validation_stops_at_the_first_faults(name: str) -> None:
 def test_half_a_surrogate_pair_in_an_id_ends_no_batch(served: Served, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"custom_id": "\\ud800", "body": {"inputs": 1}}\n{"custom_id": "é", "body": {"inputs": 2}}\n')
-    lines = offline.read_lines(source)
+    lines = batch.read_lines(source)
     with target.open("wb") as out:
         app = make_app(served.service)
-        assert asyncio.run(offline.run(app, lines, out, 2, lambda done, total: None)) == (2, 2)
-    assert offline.answered(target) == ({"\ud800", "é"}, target.stat().st_size)
+        assert asyncio.run(batch.run(app, lines, out, 2, lambda done, total: None)) == (2, 2)
+    assert batch.answered(target) == ({"\ud800", "é"}, target.stat().st_size)
     assert "é" in target.read_text(encoding="utf-8")
 
 

@@ -14,11 +14,11 @@ from serve.conftest import Serve
 from wire import Reply, call, get, post
 
 from llama2.errors import InputError
-from llama2.serve import keys as keys_module
-from llama2.serve import logs, page
-from llama2.serve.keys import Keys
+from llama2.serve import auth as keys_module
+from llama2.serve import logs, static
+from llama2.serve.auth import Keys
+from llama2.serve.errors import Refusal
 from llama2.serve.origin import allowed_hosts, check_host
-from llama2.serve.refusal import Refusal
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_metrics_may_have_a_key_of_their_own(serve: Serve) -> None:
 
 
 def test_the_page_keeps_to_itself() -> None:
-    headers = page.HEADERS
+    headers = static.HEADERS
     assert headers["X-Frame-Options"] == "DENY" and headers["Cross-Origin-Resource-Policy"] == "same-origin"
     assert "camera=()" in headers["Permissions-Policy"]
 

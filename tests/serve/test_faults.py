@@ -21,7 +21,7 @@ from serve.conftest import Serve, Served
 from wire import begin, call, get, post, rest
 
 from llama2.errors import InputError
-from llama2.serve.keys import Keys
+from llama2.serve.auth import Keys
 
 LONG: dict[str, Any] = {"prompt": "Hi", "max_tokens": 900, "ignore_eos": True, "stream": True}
 PATHS = ("/generate", "/generate_stream", "/", "/v1/completions", "/v1/chat/completions", "/invocations",
@@ -242,7 +242,7 @@ def test_every_route_but_the_listed_needs_a_key(serve: Serve, tmp_path: Path, mo
     host = get(served.port, "/info", host="x/health?")  # the path decides, not the Host header
     assert host.status == 401
     file.write_text("three\n")
-    monkeypatch.setattr("llama2.serve.keys._LOOK_AGAIN", 0.0)
+    monkeypatch.setattr("llama2.serve.auth._LOOK_AGAIN", 0.0)
     assert get(served.port, "/info", authorization="Bearer three").status == 200
     assert get(served.port, "/info", authorization="Bearer one").status == 401
     with pytest.raises(InputError, match="empty"):

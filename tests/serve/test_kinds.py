@@ -3,7 +3,7 @@
 import pytest
 
 from llama2.errors import ContextLengthError, DeviceError, InputError, TokenizerError
-from llama2.serve.refusal import kind_of
+from llama2.serve.errors import kind_of
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from starlette.responses import JSONResponse
 
-from llama2.serve.large import PIECE, answer, pieces
+from llama2.serve.json_response import PIECE, answer, pieces
 
 CONTENTS: list[Any] = [
     None,

@@ -17,14 +17,14 @@ pytest.importorskip("pydantic", reason="serving needs the extra `serve`")
 from llama2.engine.engine import Engine
 from llama2.errors import InputError
 from llama2.serve import limits, logs
-from llama2.serve.adjust import Bias, CountPenalty
-from llama2.serve.body import MAX_DEPTH, check_depth
 from llama2.serve.chat import CallReader, Message, Tool, chosen, prompt_ids
 from llama2.serve.constraint import Compiler, Constraint, json_schema
-from llama2.serve.life import Life
+from llama2.serve.errors import KINDS, Refusal
+from llama2.serve.lifecycle import Life
+from llama2.serve.logits_processors import Bias, CountPenalty
 from llama2.serve.metrics import Counter, Histogram
 from llama2.serve.openai_completions import encode
-from llama2.serve.refusal import KINDS, Refusal
+from llama2.serve.validation import MAX_DEPTH, check_depth
 
 # -- bodies ------------------------------------------------------------------------------------------------------
 

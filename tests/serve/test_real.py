@@ -11,7 +11,7 @@ from serve.conftest import Served
 from wire import post
 
 from llama2 import AutoTokenizer, cpu
-from llama2.native import NativeModel
+from llama2.runners.native import NativeModel
 
 pytestmark = pytest.mark.skipif(
     not cpu.available(), reason="the GGUF file runs in the native engine, which is not built"

@@ -301,7 +301,7 @@ def test_generate_keeps_the_stop_text(served: Served) -> None:
 
 
 def test_a_watermark_favours_its_list(served: Served) -> None:
-    from llama2.serve.adjust import Watermark
+    from llama2.serve.logits_processors import Watermark
 
     given = {"max_new_tokens": 60, "do_sample": True, "temperature": 5.0, "seed": 1, "details": True, "watermark": True}
     shares = []

@@ -10,9 +10,9 @@ pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
 from serve.conftest import Serve, Served
 from wire import Reply, begin, call
 
-from llama2.serve.keys import Keys
+from llama2.serve.auth import Keys
+from llama2.serve.errors import Refusal
 from llama2.serve.quota import Places, Rate
-from llama2.serve.refusal import Refusal
 
 LONG: dict[str, Any] = {"prompt": "Hi", "max_tokens": 900, "ignore_eos": True, "stream": True}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llama2.tokenizer import LlamaTokenizer, LlamaTokenizerFast
-from llama2.tokenizer.spm import SentencePieceModel
+from llama2.tokenizer.sentencepiece_model import SentencePieceModel
 
 
 @pytest.fixture(scope="session")

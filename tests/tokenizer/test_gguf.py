@@ -9,7 +9,7 @@ import pytest
 
 from llama2.errors import CheckpointError, TokenizerError
 from llama2.tokenizer import LlamaTokenizerFast, from_gguf, load
-from llama2.tokenizer.spm import SentencePieceModel
+from llama2.tokenizer.sentencepiece_model import SentencePieceModel
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import llama2
 from llama2 import AutoTokenizer
 from llama2.errors import TokenizerError
 from llama2.tokenizer import CodeLlamaTokenizer, CodeLlamaTokenizerFast, LlamaTokenizer, LlamaTokenizerFast
-from llama2.tokenizer.spm import CONTROL, _number, _string
+from llama2.tokenizer.sentencepiece_model import CONTROL, _number, _string
 
 TEXT = "def f(x):\n    <FILL_ME>\n    return y"
 DEF = [822, 285, 29898, 29916, 1125, 13, 268]

@@ -12,7 +12,7 @@ import sentencepiece
 
 from llama2.errors import TokenizerError
 from llama2.tokenizer import LlamaTokenizer, LlamaTokenizerFast
-from llama2.tokenizer.spm import _number, _serialize, _string
+from llama2.tokenizer.sentencepiece_model import _number, _serialize, _string
 
 TEXTS = [
     "Hello world",

@@ -17,10 +17,10 @@ from llama2.checkpoint.config_repair import repaired
 from llama2.checkpoint.directory import MAX_TENSORS, found
 from llama2.checkpoint.foreign import recognise
 from llama2.config import LlamaConfig, check_fields
-from llama2.doors import door
 from llama2.errors import CheckpointError
 from llama2.files import settle
-from llama2.generation_config import check_fields as check_generation
+from llama2.generation.config import check_fields as check_generation
+from llama2.lazy import door
 from llama2.quantization_config import completed
 from llama2.schema import check, table, text
 from llama2.text_file import LISTING_BYTES, SETTINGS_BYTES, inside, linked_inside, read_object, shown

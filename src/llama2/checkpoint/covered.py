@@ -13,11 +13,11 @@ from torch import Tensor
 
 from llama2.architecture import EMBEDDING, HEAD, parameter_shapes
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
-from llama2.checkpoint.seen import SeenCheckpoint
+from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.coverage import Coverage, cover, listed
 from llama2.errors import MismatchError
-from llama2.quant import ggml
+from llama2.quantization import ggml
 
 WEIGHT_TYPES = frozenset({"F64", *ggml.TYPES})
 PREFIX = "model."

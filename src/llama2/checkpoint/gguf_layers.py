@@ -15,13 +15,13 @@ from torch import nn
 from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.gguf_weights import GgufCheckpoint
 from llama2.checkpoint.names import rotated_heads
-from llama2.checkpoint.packed import matrices, tie
+from llama2.checkpoint.quantized import matrices, tie
 from llama2.checkpoint.weights import Weights
 from llama2.compiled import available
 from llama2.errors import InputError
 from llama2.pretrained import PreTrainedModel
-from llama2.quant.ggml import TYPES
-from llama2.quant.gguf import FilePlace, GgufEmbedding, GgufLinear, remember
+from llama2.quantization.ggml import TYPES
+from llama2.quantization.gguf import FilePlace, GgufEmbedding, GgufLinear, remember
 from llama2.quantization_config import GgufConfig, QuantizationConfig
 
 

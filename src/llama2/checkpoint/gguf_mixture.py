@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from llama2.config import LlamaConfig
-from llama2.quant.blocks import NAMED
+from llama2.quantization.blocks import NAMED
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from llama2.checkpoint.names import gguf_to_hf, rotated_heads, to_half_split
 from llama2.config import LlamaConfig
 from llama2.coverage import is_table
 from llama2.errors import CheckpointError
-from llama2.quant.ggml import BlockType, block_type, dequantize
+from llama2.quantization.ggml import BlockType, block_type, dequantize
 
 # Keys general.* that say how a file is written, not whose model it is.
 _OF_THE_FILE = ("general.alignment", "general.file_type", "general.quantization_version")

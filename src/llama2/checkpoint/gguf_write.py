@@ -17,12 +17,12 @@ from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.gguf_config import yarn_attention
 from llama2.checkpoint.gguf_mixture import FILE_TYPES, fitting, tensor_type
 from llama2.checkpoint.names import hf_to_gguf, rotated_heads, to_pairs
-from llama2.checkpoint.single_threads import in_single_threads
-from llama2.checkpoint.target import Appender, Target, row_blocks, row_ranges
+from llama2.checkpoint.parallel_read import in_single_threads
+from llama2.checkpoint.writer import Appender, Target, row_blocks, row_ranges
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
-from llama2.quant.ggml import BlockType, block_type
-from llama2.quant.ggml_encode import ENCODERS, quantize
+from llama2.quantization.ggml import BlockType, block_type
+from llama2.quantization.ggml_encode import ENCODERS, quantize
 from llama2.rope_types import attention_scaling
 
 ALIGNMENT = 32

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama2.checkpoint import Checkpoint, RawTensor, Stored, pickles, read_config, read_generation, read_index
 from llama2.checkpoint.directory import found, read_directory
-from llama2.checkpoint.wrapped import inner_dict, plain_names, without_wrappers
+from llama2.checkpoint.unwrap import inner_dict, plain_names, without_wrappers
 from llama2.config import LlamaConfig
 from llama2.coverage import is_table
 from llama2.errors import CheckpointError

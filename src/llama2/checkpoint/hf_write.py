@@ -8,9 +8,9 @@ import torch
 
 from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.save import index_text, plan_shards, safetensors_header, shard_names
-from llama2.checkpoint.target import Appender, Target, row_blocks
+from llama2.checkpoint.writer import Appender, Target, row_blocks
 from llama2.files import write_bytes
-from llama2.generation_config import GenerationConfig
+from llama2.generation.config import GenerationConfig
 
 
 class HfTarget(Target):

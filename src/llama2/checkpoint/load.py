@@ -20,12 +20,12 @@ from llama2.checkpoint.covered import not_weights
 from llama2.checkpoint.fresh import draw, not_of_the_network
 from llama2.checkpoint.gguf_layers import PackingPlan, keep_blocks
 from llama2.checkpoint.hf import HfCheckpoint
-from llama2.checkpoint.packed import asked_for, dequantize_as, linears, packed_layers, place, settings_of
 from llama2.checkpoint.packing import read_packing
-from llama2.checkpoint.pages import release
+from llama2.checkpoint.page_cache import release
+from llama2.checkpoint.parallel_read import in_single_threads
 from llama2.checkpoint.peft import load_adapter
 from llama2.checkpoint.peft_files import HEADS, AdaptedBase, adapted_base
-from llama2.checkpoint.single_threads import in_single_threads
+from llama2.checkpoint.quantized import asked_for, dequantize_as, linears, packed_layers, place, settings_of
 from llama2.checkpoint.source import Located, locate, open_source, override, split_hub_options
 from llama2.checkpoint.weights import GivenWeights, Renamed, Rest, Weights
 from llama2.classifiers import (
@@ -35,14 +35,14 @@ from llama2.classifiers import (
 )
 from llama2.config import LlamaConfig
 from llama2.coverage import Coverage, cover, listed
-from llama2.doors import door
 from llama2.errors import CheckpointError, InputError, MismatchError
-from llama2.generation_config import GenerationConfig
+from llama2.generation.config import GenerationConfig
 from llama2.keywords import drop, refuse_unknown
+from llama2.lazy import door
 from llama2.mapping import reading_whole
 from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.pretrained import PreTrainedModel
-from llama2.quant.methods import layer_class
+from llama2.quantization.methods import layer_class
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
 
 Model = TypeVar("Model", bound=PreTrainedModel)

@@ -18,12 +18,12 @@ from llama2.architecture import EMBEDDING, HEAD
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
 from llama2.checkpoint.covered import covered
 from llama2.checkpoint.hf import CODES
-from llama2.checkpoint.packed import unpacked
 from llama2.checkpoint.packing import RepackedCheckpoint, read_packing
 from llama2.checkpoint.peft import Adapter, attach, read_adapter
 from llama2.checkpoint.peft_files import adapted_base
-from llama2.checkpoint.seen import SeenCheckpoint
+from llama2.checkpoint.quantized import unpacked
 from llama2.checkpoint.source import Located, local_path, locate_all, open_source
+from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.config import LlamaConfig
 
 

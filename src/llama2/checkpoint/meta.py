@@ -19,7 +19,7 @@ from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_generation, re
 from llama2.checkpoint.directory import found
 from llama2.checkpoint.hf import CODES, load_bin
 from llama2.checkpoint.names import meta_axis, meta_to_hf, rotated_heads, to_half_split
-from llama2.checkpoint.wrapped import without_wrappers
+from llama2.checkpoint.unwrap import without_wrappers
 from llama2.config import LlamaConfig
 from llama2.coverage import cover, is_table
 from llama2.errors import CheckpointError, MismatchError

@@ -22,7 +22,7 @@ from torch import Tensor
 from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.meta import SIDECAR, intermediate_size
 from llama2.checkpoint.names import hf_to_meta, meta_axis, rotated_heads, to_pairs
-from llama2.checkpoint.target import Appender, Target, row_blocks
+from llama2.checkpoint.writer import Appender, Target, row_blocks
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
 from llama2.files import write_text

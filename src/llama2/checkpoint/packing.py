@@ -16,9 +16,9 @@ from torch import Tensor
 
 from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_json
 from llama2.checkpoint.hf import CODES
-from llama2.checkpoint.seen import SeenCheckpoint
+from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.files import saving, write_text
-from llama2.quant.methods import layer_class
+from llama2.quantization.methods import layer_class
 from llama2.quantization_config import QuantizationConfig, parse
 
 PACKING = "base_quantization.json"

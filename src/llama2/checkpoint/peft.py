@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from llama2 import lora
 from llama2.architecture import EMBEDDING, HEAD, parameter_shapes
-from llama2.checkpoint.packed import PackedLayer, packed_layers, unpack_layer
 from llama2.checkpoint.packing import warn_of_packing, write_packing
 from llama2.checkpoint.peft_files import (
     CONFIG,
@@ -36,6 +35,7 @@ from llama2.checkpoint.peft_files import (
     read_parts,
     token_indices,
 )
+from llama2.checkpoint.quantized import PackedLayer, packed_layers, unpack_layer
 from llama2.checkpoint.save import write_safetensors
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError

@@ -18,10 +18,10 @@ from torch import Tensor
 from llama2 import lora
 from llama2.checkpoint import QUANTIZE_CONFIGS
 from llama2.checkpoint.hf import CODES
-from llama2.doors import door
 from llama2.errors import InputError
 from llama2.files import Save, replacing, saving, write_bytes, write_text
 from llama2.keywords import drop, refuse_unknown
+from llama2.lazy import door
 from llama2.pretrained import PreTrainedModel
 
 _UNITS = {

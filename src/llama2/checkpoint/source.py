@@ -17,10 +17,10 @@ from typing import Any
 import llama2.checkpoint as checkpoint
 from llama2.call_options import HubSettings
 from llama2.config import LlamaConfig
-from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
 from llama2.files import settle
 from llama2.keywords import drop
+from llama2.lazy import door
 from llama2.text_file import shown
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")

@@ -11,7 +11,7 @@ from llama2.errors import CheckpointError, InputError
 from llama2.files import copy, write_bytes
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, from_gguf, load
 from llama2.tokenizer.gguf import byte_level_name
-from llama2.tokenizer.spm import CONTROL, NORMAL, UNUSED, USER_DEFINED, SentencePieceModel
+from llama2.tokenizer.sentencepiece_model import CONTROL, NORMAL, UNUSED, USER_DEFINED, SentencePieceModel
 
 Source = Path | dict[str, Any]
 _FILES = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from llama2.checkpoint import read_json
 from llama2.errors import CheckpointError
-from llama2.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel
+from llama2.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel
 
 
 def rebuild(folder: Path, tokenizer: Any) -> SentencePieceModel | None:

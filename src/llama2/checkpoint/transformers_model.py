@@ -7,7 +7,7 @@ import torch
 
 from llama2 import lora
 from llama2.errors import InputError, MissingDependencyError
-from llama2.quant.linear import PackedLinear
+from llama2.quantization.linear import PackedLinear
 
 
 def to_transformers(model: Any) -> Any:

@@ -33,14 +33,14 @@ def run(options: BatchOptions) -> int:
     if len(options.paths) != 2:
         raise InputError(f"batch takes two files, the requests and the answers, but {len(options.paths)} were given")
     need_server()
-    from llama2.serve import offline
+    from llama2.serve import batch
 
     source, target = Path(options.paths[0]), Path(options.paths[1]).resolve()
-    lines = offline.read_lines(source)
+    lines = batch.read_lines(source)
     if target.exists() and target.samefile(source):
         raise InputError(f"{target} is the file of the requests; give another one for the answers")
     with locked(target):
-        known, size = (set[str](), 0) if options.overwrite else offline.answered(target)
+        known, size = (set[str](), 0) if options.overwrite else batch.answered(target)
         rest = [line for line in lines if line.id not in known]
         if len(rest) < len(lines):
             terminal.notice(f"llama2: {len(lines) - len(rest)} of {len(lines)} lines are answered already")
@@ -54,7 +54,7 @@ def run(options: BatchOptions) -> int:
 def _answer(options: BatchOptions, lines: list[Any], target: Path, size: int) -> tuple[int, int]:
     import asyncio
 
-    from llama2.serve import offline
+    from llama2.serve import batch
     from llama2.serve.app import make_app
     from llama2.serve.service import Policy, Service
 
@@ -77,7 +77,7 @@ def _answer(options: BatchOptions, lines: list[Any], target: Path, size: int) ->
             out.seek(size)
             progress = _progress(options.quiet)
             at_once = 2 * service.engine.scheduler.width
-            return asyncio.run(offline.run(make_app(service), lines, out, at_once, progress))
+            return asyncio.run(batch.run(make_app(service), lines, out, at_once, progress))
     except KeyboardInterrupt:
         terminal.notice("\nllama2: interrupted; what is answered stays, and the same command goes on from there")
         raise

@@ -11,7 +11,7 @@ from llama2.cli.conversation import Conversation, TemplateOptions, Turn
 from llama2.cli.loading import RunOptions, load, model_path
 from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError, Llama2Error
-from llama2.generation_config import GenerationConfig
+from llama2.generation.config import GenerationConfig
 
 # Where neither the user nor the checkpoint says how to choose: the values of Meta's chat example. Greedy answers of
 # small models run in circles.
@@ -38,7 +38,7 @@ def run(options: ChatOptions) -> int:
         terminal.notice(f"loading {Path(path).name} ...")
         import readline  # noqa: F401 - gives input() editing and history
     model, tokenizer = load(options)
-    from llama2.cli.speaker import Speaker
+    from llama2.cli.session import Speaker
 
     options.install(tokenizer)
     speaker = Speaker(model, tokenizer, options.runner, options.cache_dtype, options.precision)

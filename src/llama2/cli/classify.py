@@ -11,7 +11,7 @@ from typing import Any, Literal
 from llama2.cli import terminal
 from llama2.cli.args import option, revision_option
 from llama2.cli.loading import adapter_folder, load_tokenizer, local_model
-from llama2.cli.meter import Waiting
+from llama2.cli.progress import Waiting
 from llama2.errors import InputError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama2.cli.args import option, revision_option
-from llama2.cli.meter import Meter
+from llama2.cli.progress import Meter
 from llama2.errors import InputError
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llama2.cli import terminal
 from llama2.cli.args import option, revision_option
-from llama2.cli.meter import StepMeter
+from llama2.cli.progress import StepMeter
 from llama2.cli.recipes import NAMES, expanded, set_values
 from llama2.errors import InputError
 

@@ -13,7 +13,7 @@ from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError
 
 if TYPE_CHECKING:
-    from llama2.cli.speaker import SpokenAnswer
+    from llama2.cli.session import SpokenAnswer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def run(options: GenerateOptions) -> int:
     prompt = _prompt(options)
     began = time.perf_counter()
     model, tokenizer = load(options)
-    from llama2.cli.speaker import Speaker
+    from llama2.cli.session import Speaker
 
     loaded = time.perf_counter() - began
     ids = _encode(prompt, options, tokenizer)

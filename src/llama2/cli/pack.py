@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama2.cli.args import option
-from llama2.cli.meter import Meter
+from llama2.cli.progress import Meter
 from llama2.errors import CheckpointError, InputError
 from llama2.files import locked
 
@@ -33,7 +33,7 @@ def run(options: PackOptions) -> int:
         raise InputError(f"pack takes one .gguf file, but {len(options.paths)} paths were given")
     from llama2 import cpu
     from llama2.checkpoint.gguf import GgufFile
-    from llama2.cpu.packed import packed_path
+    from llama2.cpu.packed_file import packed_path
 
     source = GgufFile(Path(options.paths[0]))
     path = packed_path(source)

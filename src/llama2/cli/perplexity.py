@@ -60,7 +60,7 @@ def _read(file: str | None) -> str:
 
 def _measure(model: Any, ids: list[int], options: PerplexityOptions) -> "Perplexity":
     from llama2.evaluate.perplexity import perplexity
-    from llama2.runner import make_runner
+    from llama2.runners.contract import make_runner
 
     runner = make_runner(options.runner, model, cache_dtype=options.cache_dtype, precision=options.precision)
     with _progress() as bar:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama2.cli.args import option, revision_option
-from llama2.cli.meter import LayerBar
+from llama2.cli.progress import LayerBar
 from llama2.errors import InputError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from llama2.cli.args import option
 from llama2.errors import InputError
-from llama2.generation_config import GenerationConfig
+from llama2.generation.config import GenerationConfig
 
 _FILTERS = ("temperature", "top_p", "top_k", "min_p")
 

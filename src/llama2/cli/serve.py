@@ -19,7 +19,7 @@ from llama2.errors import InputError, Llama2Error, MissingDependencyError
 
 if TYPE_CHECKING:
     from llama2.serve.connection import Connections
-    from llama2.serve.life import Life, Server
+    from llama2.serve.lifecycle import Life, Server
     from llama2.serve.limits import Wanted
     from llama2.serve.service import Service
 
@@ -228,7 +228,7 @@ def run(options: ServeOptions) -> int:
     need_server()
     from llama2.serve import logs
     from llama2.serve.app import make_app
-    from llama2.serve.life import Life
+    from llama2.serve.lifecycle import Life
     from llama2.serve.proof import STACK
 
     sys.setswitchinterval(0.001)  # a step of the engine takes the interpreter's lock often: see docs/LOG.md
@@ -288,7 +288,7 @@ def need_server() -> None:
 
 
 def _service(options: ServeOptions, life: "Life", host: str) -> "Service":
-    from llama2.serve.keys import Keys
+    from llama2.serve.auth import Keys
     from llama2.serve.origin import allowed_hosts
     from llama2.serve.service import Policy, Service
 
@@ -321,7 +321,7 @@ def _server(options: ServeOptions, host: str, port: int, service: "Service", app
     import uvicorn
 
     from llama2.serve.connection import guarded
-    from llama2.serve.life import Server
+    from llama2.serve.lifecycle import Server
 
     if (options.ssl_certfile is None) != (options.ssl_keyfile is None):
         raise InputError("HTTPS needs both --ssl-certfile and --ssl-keyfile; one of them is missing")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from llama2.cli.args import option
-from llama2.cli.meter import Meter
+from llama2.cli.progress import Meter
 from llama2.errors import InputError
 
 

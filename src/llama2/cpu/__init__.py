@@ -13,9 +13,9 @@ use raises MissingDependencyError with the remedy.
 
 from llama2.compiled import OneOpenMpThread, available, default_threads, instruction_sets
 from llama2.cpu.cache import KV_DTYPES, PAGE, CachedSequence, CacheView, KvDtype, PagedCache
-from llama2.cpu.packed import PackedFile
-from llama2.cpu.packed import find as find_packed
-from llama2.cpu.packed import write as write_packed
+from llama2.cpu.packed_file import PackedFile
+from llama2.cpu.packed_file import find as find_packed
+from llama2.cpu.packed_file import write as write_packed
 from llama2.cpu.runner import PRECISIONS, CpuRunner
 from llama2.cpu.shortlist import shortlist_margin, shortlists
 from llama2.cpu.weights import CpuWeights

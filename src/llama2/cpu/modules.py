@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from llama2.cpu.codes import CodebookWeight, GroupWeight, Int8Weight, PackableWeight, order_of
-from llama2.cpu.reader import BlockMatrix, block_matrix, unpermute
+from llama2.cpu.gguf_reader import BlockMatrix, block_matrix, unpermute
+from llama2.cpu.quantized_weights import CodebookWeight, GroupWeight, Int8Weight, PackableWeight, order_of
 from llama2.errors import InputError
 from llama2.lora import LoraLinear
-from llama2.quant.ggml import TYPES
-from llama2.quant.gguf import GgufEmbedding, GgufLinear, origin_of, rows_of
-from llama2.quant.gptq import GptqLinear
-from llama2.quant.int8 import LEVELS, Linear8bit
-from llama2.quant.linear import PackedLinear
-from llama2.quant.nf4 import TABLES, Linear4bit
+from llama2.quantization.ggml import TYPES
+from llama2.quantization.gguf import GgufEmbedding, GgufLinear, origin_of, rows_of
+from llama2.quantization.gptq import GptqLinear
+from llama2.quantization.int8 import LEVELS, Linear8bit
+from llama2.quantization.linear import PackedLinear
+from llama2.quantization.nf4 import TABLES, Linear4bit
 
 _PACKED: tuple[type[PackedLinear], ...] = (GgufLinear, GptqLinear, Linear4bit, Linear8bit)
 

@@ -14,12 +14,12 @@ from llama2.compiled import make_pool, native
 from llama2.config import LlamaConfig
 from llama2.cpu.adapters import PARTS as LINEARS
 from llama2.cpu.adapters import Tensors, make_adapter
-from llama2.cpu.codes import PackableWeight
-from llama2.cpu.packed import find
-from llama2.cpu.reader import PARTS, BlockMatrix, GgufSource, Reader, check_coverage
-from llama2.doors import door
+from llama2.cpu.gguf_reader import PARTS, BlockMatrix, GgufSource, Reader, check_coverage
+from llama2.cpu.packed_file import find
+from llama2.cpu.quantized_weights import PackableWeight
 from llama2.errors import InputError, MismatchError
-from llama2.quant.blocks import SIZES
+from llama2.lazy import door
+from llama2.quantization.blocks import SIZES
 from llama2.rope_types import ROPE_TYPES, attention_scaling, inverse_frequencies
 
 _blocks_of = door("cpu.modules", "blocks_of", "The blocks of a layer of a GGUF file, None for any other layer.")
@@ -193,7 +193,7 @@ class CpuWeights:
         return matrix
 
     def pack_codes(self, weight: PackableWeight) -> Any:
-        """A matrix from codes with their scales: a CodebookWeight, GroupWeight or Int8Weight (`cpu/codes.py`)."""
+        """A matrix from codes with their scales: a class of `cpu/quantized_weights.py`."""
         matrix = weight.pack(self._arena, self.pool)
         self._matrices.append(matrix)
         return matrix

@@ -13,13 +13,13 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from llama2.engine.choice import Choice
-from llama2.engine.runners import PlanRunner, make_plan_runner
+from llama2.engine.plan_runners import PlanRunner, make_plan_runner
+from llama2.engine.sampler import Choice
 from llama2.engine.scheduler import Chunk
 from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.errors import InputError
-from llama2.native import NativeModel
 from llama2.protocols import CausalLM
+from llama2.runners.native import NativeModel
 
 UNKNOWN = -1  # a guess for which the plan has a place and the drafter has yet to find a token
 

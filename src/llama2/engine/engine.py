@@ -18,19 +18,19 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Self
 
-from llama2.engine.ask import Ask, Completion, EngineBusyError, Event, Finish
 from llama2.engine.blocks import BlockPool
-from llama2.engine.choice import Choice, Picked
 from llama2.engine.draft import UNKNOWN, Drafter, look_up
 from llama2.engine.fairness import STRETCH
-from llama2.engine.runners import PAGE, PlanRunner, make_plan_runner
+from llama2.engine.plan_runners import PAGE, PlanRunner, make_plan_runner
+from llama2.engine.request import Ask, Completion, EngineBusyError, Event, Finish
+from llama2.engine.sampler import Choice, Picked
 from llama2.engine.scheduler import Chunk, Scheduler
 from llama2.engine.scheduler import ScheduledSequence as Scheduled
-from llama2.engine.text import StopText
+from llama2.engine.stop_text import StopText
 from llama2.errors import ContextLengthError, InputError
-from llama2.generation_config import GenerationConfig
+from llama2.generation.config import GenerationConfig
+from llama2.generation.request import settings
 from llama2.protocols import CausalLM
-from llama2.request import settings
 
 DRAFTING = 8  # requests that run, above which a drafter rests
 

@@ -26,14 +26,14 @@ from llama2.checkpoint import Stored
 from llama2.checkpoint.arguments import DTYPES, resolve_dtype
 from llama2.checkpoint.covered import covered
 from llama2.checkpoint.load import fill, match
-from llama2.checkpoint.packed import settings_of
+from llama2.checkpoint.quantized import settings_of
 from llama2.checkpoint.source import open_source
 from llama2.config import LlamaConfig
-from llama2.engine.runners import TorchPlanRunner
+from llama2.engine.plan_runners import TorchPlanRunner
 from llama2.engine.scheduler import Chunk
 from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.errors import InputError
-from llama2.generation_config import GenerationConfig
+from llama2.generation.config import GenerationConfig
 from llama2.model import LlamaForCausalLM
 
 _PATIENCE = timedelta(minutes=30)  # until all processes are there, and within a step

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from llama2.errors import InputError
 from llama2.model import LlamaForCausalLM
-from llama2.native import NativeModel
 from llama2.rope import promoted
-from llama2.runner import Runner, make_runner
+from llama2.runners.contract import Runner, make_runner
+from llama2.runners.native import NativeModel
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llama2.compiled import available, instruction_sets, make_pool, native
-from llama2.quant.solve import Hessian
+from llama2.quantization.gptq_solver import Hessian
 
 _TILE = 512  # rows of H that one product adds to
 

@@ -27,7 +27,7 @@ from llama2.checkpoint.merge import open_merged
 from llama2.checkpoint.save import parse_size
 from llama2.errors import CheckpointError, InputError, Llama2Error
 from llama2.files import locked, write_text
-from llama2.quant.solve import Hessian
+from llama2.quantization.gptq_solver import Hessian
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
 from llama2.quantize import measure
 from llama2.quantize.calibration import Calibration, calibrate, encode, read_text

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from llama2.attention import ATTENTION, make_mask
 from llama2.checkpoint import Checkpoint
-from llama2.checkpoint.pages import release
+from llama2.checkpoint.page_cache import release
 from llama2.config import LlamaConfig
 from llama2.layers import ACTIVATIONS, LlamaRMSNorm
-from llama2.quant.solve import Hessian
+from llama2.quantization.gptq_solver import Hessian
 from llama2.quantize.states import States
 from llama2.rope import LlamaRotaryEmbedding, rotate
 

@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama2.quant.code_grids import solved
-from llama2.quant.ggml import BlockType, dequantize
-from llama2.quant.ggml_grid import gguf_rows
-from llama2.quant.gptq import GptqLinear, grid_of
-from llama2.quant.grids import Steps
-from llama2.quant.int8 import Linear8bit
-from llama2.quant.methods import layer_class
-from llama2.quant.nf4 import Linear4bit
-from llama2.quant.solve import solve
+from llama2.quantization.codebook_grids import solved
+from llama2.quantization.ggml import BlockType, dequantize
+from llama2.quantization.ggml_grid import gguf_rows
+from llama2.quantization.gptq import GptqLinear, grid_of
+from llama2.quantization.gptq_solver import solve
+from llama2.quantization.int8 import Linear8bit
+from llama2.quantization.integer_grid import Steps
+from llama2.quantization.methods import layer_class
+from llama2.quantization.nf4 import Linear4bit
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
 from llama2.quantize.options import QuantizationSettings
 

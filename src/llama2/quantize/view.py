@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
 from llama2.checkpoint.hf import CODES, map_safetensors
-from llama2.checkpoint.seen import SeenCheckpoint
+from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.quantization_config import QuantizationConfig
 

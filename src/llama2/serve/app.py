@@ -12,14 +12,14 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import llama2
-from llama2.serve import embeddings, openai_chat, openai_completions, page, sagemaker, tgi
-from llama2.serve.body import Body
-from llama2.serve.keys import Keys
+from llama2.serve import embeddings, openai_chat, openai_completions, sagemaker, static, tgi
+from llama2.serve.auth import Keys
+from llama2.serve.errors import Dialect, Refusal
 from llama2.serve.logs import logger
 from llama2.serve.origin import check_host, check_kind
-from llama2.serve.refusal import Dialect, Refusal
 from llama2.serve.service import Gone, RouteCall, Service
 from llama2.serve.sse import EventStream, refused
+from llama2.serve.validation import Body
 
 Handler = Callable[[RouteCall], Awaitable[Response]]
 _INTERNAL = Refusal("internal", "the server failed on this request; its log has the reason under this request id")
@@ -60,7 +60,7 @@ def _page_routes(app: FastAPI) -> None:
         return RedirectResponse("ui/")  # relative: a proxy may have put a prefix before it
 
     async def file(request: Request) -> Response:
-        found = page.asset(request.path_params["path"])
+        found = static.asset(request.path_params["path"])
         if found is None:
             return _unknown(request, "route", f"there is no {request.scope['path'][:200]}")
         fresh = found.fresh(request.headers.get("if-none-match"))

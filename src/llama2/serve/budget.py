@@ -1,6 +1,6 @@
 """Bytes that are held for clients: bounded in all, and for each key where several keys hold some."""
 
-from llama2.serve.refusal import Refusal
+from llama2.serve.errors import Refusal
 
 SHARE = 0.5  # of all, for one key
 

@@ -14,11 +14,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from llama2.errors import TokenizerError
-from llama2.serve.body import Body, Text
 from llama2.serve.constraint import JSON_STYLE, Constraint
+from llama2.serve.errors import Refusal
 from llama2.serve.numbers import FIRST_FAULT
 from llama2.serve.proof import MAX_SOURCE
-from llama2.serve.refusal import Refusal
+from llama2.serve.validation import Body, Text
 
 _PREFIX = re.compile(r'\s*\{"name": "([^"]+)", "arguments": ')
 Choice = Literal["auto", "none", "required"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import InputError, MissingDependencyError
-from llama2.serve.kept import Kept
+from llama2.serve.byte_cache import Kept
 from llama2.serve.proof import Proof, Prover
 from llama2.serve.prover import compile_source
 

@@ -8,12 +8,12 @@ from pydantic import Field
 from starlette.responses import Response
 
 from llama2.model import LlamaForCausalLM
-from llama2.serve.body import Body, Text, Texts
-from llama2.serve.large import answer
+from llama2.serve.errors import Refusal
+from llama2.serve.json_response import answer
 from llama2.serve.numbers import FIRST_FAULT, Dimensions, Ids
 from llama2.serve.openai_completions import encode
-from llama2.serve.refusal import Refusal
 from llama2.serve.service import RouteCall, Service
+from llama2.serve.validation import Body, Text, Texts
 
 
 class EmbeddingBody(Body):

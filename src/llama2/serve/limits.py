@@ -9,7 +9,7 @@ import torch
 
 from llama2.engine.draft import Drafter
 from llama2.engine.engine import Engine
-from llama2.engine.runners import PAGE, make_plan_runner
+from llama2.engine.plan_runners import PAGE, make_plan_runner
 from llama2.errors import InputError
 from llama2.serve.request import Bounds
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llama2.engine.choice import Picked
 from llama2.engine.engine import Finish
-from llama2.serve.body import Body, Text, Texts
+from llama2.engine.sampler import Picked
 from llama2.serve.constraint import Constraint, any_json, json_schema
+from llama2.serve.errors import Refusal
 from llama2.serve.numbers import (
     FIRST_FAULT,
     MAX_COUNT,
@@ -26,10 +26,10 @@ from llama2.serve.numbers import (
     StopIds,
     Temperature,
 )  # fmt: skip
-from llama2.serve.refusal import Refusal
 from llama2.serve.request import SEED_BITS, Sampling
 from llama2.serve.service import Service
 from llama2.serve.session import Session
+from llama2.serve.validation import Body, Text, Texts
 
 REASONS: dict[Finish, str] = {"length": "length", "eos": "stop", "stop": "stop"}
 

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.choice import Picked
 from llama2.engine.engine import Event
+from llama2.engine.sampler import Picked
 from llama2.serve import sse
 from llama2.serve.chat import CallReader, Message, Tool, Tools, chosen, prompt_ids
+from llama2.serve.errors import Refusal
 from llama2.serve.numbers import FIRST_FAULT, Count, Tops
 from llama2.serve.openai import (
     REASONS,
@@ -21,7 +22,6 @@ from llama2.serve.openai import (
     salt,
     usage,
 )
-from llama2.serve.refusal import Refusal
 from llama2.serve.request import Generation
 from llama2.serve.service import RouteCall, Service
 from llama2.serve.session import Answer, Session, fold

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.choice import Picked
 from llama2.engine.engine import Event
+from llama2.engine.sampler import Picked
 from llama2.serve import sse
-from llama2.serve.body import Text, Texts
+from llama2.serve.errors import Refusal
 from llama2.serve.numbers import FIRST_FAULT, Answers, Ids, Tops
 from llama2.serve.openai import (
     REASONS,
@@ -22,10 +22,10 @@ from llama2.serve.openai import (
     token_text,
     usage,
 )
-from llama2.serve.refusal import Refusal
 from llama2.serve.request import Generation
 from llama2.serve.service import RouteCall, Service
 from llama2.serve.session import Answer, Session, fold
+from llama2.serve.validation import Text, Texts
 
 DEFAULT_NEW = 16  # OpenAI's
 

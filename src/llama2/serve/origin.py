@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from llama2.serve.refusal import Refusal
+from llama2.serve.errors import Refusal
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from llama2.serve.refusal import Refusal
+from llama2.serve.errors import Refusal
 
 
 class Places:

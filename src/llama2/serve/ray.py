@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from llama2.auto import AutoModelForCausalLM, AutoTokenizer
 from llama2.engine.engine import Engine
 from llama2.errors import MissingDependencyError
-from llama2.native import NativeModel
+from llama2.runners.native import NativeModel
 from llama2.serve import limits
 from llama2.serve.app import make_app
-from llama2.serve.keys import Keys
+from llama2.serve.auth import Keys
 from llama2.serve.service import Policy, Service
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llama2.engine.engine import Ask, Engine
-from llama2.generation_config import GenerationConfig
-from llama2.serve.adjust import Bias, CountPenalty, Watermark
+from llama2.generation.config import GenerationConfig
 from llama2.serve.constraint import Constrained, Constraint
-from llama2.serve.refusal import Refusal
+from llama2.serve.errors import Refusal
+from llama2.serve.logits_processors import Bias, CountPenalty, Watermark
 
 SEED_BITS = 2**63 - 1
 

@@ -6,9 +6,9 @@ from typing import Any
 from starlette.responses import Response
 
 from llama2.serve import openai_chat, openai_completions, tgi
-from llama2.serve.body import check_depth
-from llama2.serve.refusal import Dialect, Refusal
+from llama2.serve.errors import Dialect, Refusal
 from llama2.serve.service import RouteCall
+from llama2.serve.validation import check_depth
 
 
 def dialect_of(data: bytes) -> tuple[str, Dialect]:

@@ -13,20 +13,20 @@ from starlette.requests import Request
 
 from llama2.engine.engine import Engine
 from llama2.errors import InputError
-from llama2.serve import body
+from llama2.serve import validation
+from llama2.serve.auth import Keys
 from llama2.serve.budget import Budget
 from llama2.serve.constraint import Compiler, Constraint
-from llama2.serve.keys import Keys
-from llama2.serve.life import Life
+from llama2.serve.errors import Dialect, Refusal, kind_of
+from llama2.serve.lifecycle import Life
 from llama2.serve.metrics import Metrics
 from llama2.serve.quota import Places, Rate
-from llama2.serve.refusal import Dialect, Refusal, kind_of
 from llama2.serve.request import Bounds, Generation
 from llama2.serve.session import Mailbox, Session, Times
-from llama2.serve.work import Workers
+from llama2.serve.workers import Workers
 
 T = TypeVar("T")
-M = TypeVar("M", bound=body.Body)
+M = TypeVar("M", bound=validation.Body)
 ALIASES = ("tgi", "dummy", "default", "")  # what clients send that were given an address and no name
 
 
@@ -234,8 +234,8 @@ class RouteCall:
         unknown = self.service.policy.unknown_fields
         try:
             if len(self.data) < 16_384:
-                return body.read(model, self.data, unknown)
-            return await self.service.check(self.owner, body.read, model, self.data, unknown)
+                return validation.read(model, self.data, unknown)
+            return await self.service.check(self.owner, validation.read, model, self.data, unknown)
         finally:
             self.forget()
 

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from llama2.engine.choice import Picked
 from llama2.engine.engine import Ask, Engine, EngineBusyError, Event, Finish
+from llama2.engine.sampler import Picked
 from llama2.errors import InputError, Llama2Error
 from llama2.serve.constraint import ConstraintError
-from llama2.serve.refusal import Refusal, kind_of
+from llama2.serve.errors import Refusal, kind_of
 
 Told = tuple[int, Event]
 PING_AFTER = 15.0

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from llama2.engine.engine import Event
-from llama2.serve.refusal import Dialect, Refusal
+from llama2.serve.errors import Dialect, Refusal
 from llama2.serve.service import Gone, RouteCall, late
 from llama2.serve.session import Session
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.choice import Picked
 from llama2.engine.engine import Event, Finish
+from llama2.engine.sampler import Picked
 from llama2.serve import sse
-from llama2.serve.body import Body, Text, Texts
 from llama2.serve.chat import prompt_ids
 from llama2.serve.constraint import Constraint, any_json, json_schema
-from llama2.serve.large import answer
+from llama2.serve.errors import Refusal
+from llama2.serve.json_response import answer
 from llama2.serve.numbers import (
     Answers,
     CountPenalty,
@@ -32,10 +32,10 @@ from llama2.serve.numbers import (
 from llama2.serve.openai import as_object, drawn, finite, salt
 from llama2.serve.openai_chat import ChatBody, Tools
 from llama2.serve.openai_completions import encode
-from llama2.serve.refusal import Refusal
 from llama2.serve.request import Generation, Sampling
 from llama2.serve.service import RouteCall, Service
 from llama2.serve.session import Answer, Session, fold
+from llama2.serve.validation import Body, Text, Texts
 
 REASONS: dict[Finish, str] = {"length": "length", "eos": "eos_token", "stop": "stop_sequence"}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llama2.tokenizer.added import AddedToken
+from llama2.tokenizer.base import PreTrainedTokenizer
 from llama2.tokenizer.chat import LLAMA2_CHAT_TEMPLATE, ChatPrompt
-from llama2.tokenizer.contract import PreTrainedTokenizer
 from llama2.tokenizer.encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from llama2.tokenizer.fast import LlamaTokenizerFast, PreTrainedTokenizerFast
 from llama2.tokenizer.gguf import from_gguf

@@ -10,10 +10,10 @@ from llama2.errors import TokenizerError
 from llama2.tokenizer import batching
 from llama2.tokenizer.chat import ChatPrompt
 from llama2.tokenizer.encoding import BatchEncoding, Encoding, Segment
-from llama2.tokenizer.template import BARE, Template, TemplatePart
+from llama2.tokenizer.post_processor import BARE, Template, TemplatePart
 
 if TYPE_CHECKING:
-    from llama2.tokenizer.contract import PreTrainedTokenizer
+    from llama2.tokenizer.base import PreTrainedTokenizer
 
 VERY_LARGE = int(1e30)  # what files write for "no limit"
 ACCEPTED = "str, a list of str (a batch), or with is_split_into_words=True a list of words or a list of such lists"

@@ -10,7 +10,7 @@ from tokenizers import models
 
 from llama2.tokenizer.added import AddedToken
 from llama2.tokenizer.prefix import Prefix, components
-from llama2.tokenizer.spm import BYTE, UNKNOWN, SentencePieceModel
+from llama2.tokenizer.sentencepiece_model import BYTE, UNKNOWN, SentencePieceModel
 
 
 def state_of(component: Any) -> Any:

@@ -10,8 +10,8 @@ from llama2.errors import CheckpointError, TokenizerError
 from llama2.tokenizer.added import TokenMatcher
 from llama2.tokenizer.encoding import Segment, Span
 from llama2.tokenizer.prefix import SPACES, Prefix, normalize, surrogate_message
-from llama2.tokenizer.spm import BYTE, SentencePieceModel, pieces_of_text
-from llama2.tokenizer.words import WordMemory, cuts_hold
+from llama2.tokenizer.sentencepiece_model import BYTE, SentencePieceModel, pieces_of_text
+from llama2.tokenizer.word_cache import WordMemory, cuts_hold
 
 Matchers = tuple[TokenMatcher, TokenMatcher]
 

@@ -13,11 +13,12 @@ from tokenizers import models
 from llama2.errors import CheckpointError, TokenizerError
 from llama2.text_file import LISTING_BYTES, read_bytes, shown
 from llama2.tokenizer.added import AddedToken, TokenMatcher
-from llama2.tokenizer.contract import PreTrainedTokenizer
+from llama2.tokenizer.base import PreTrainedTokenizer
 from llama2.tokenizer.convert import add_to_backend, backend_from_spm, state_of
 from llama2.tokenizer.encoding import Segment
 from llama2.tokenizer.exact import SentencePieceEncoder
 from llama2.tokenizer.files import arguments_of
+from llama2.tokenizer.post_processor import BARE, ends_of, template_from_json
 from llama2.tokenizer.prefix import (
     Prefix,
     components,
@@ -28,12 +29,11 @@ from llama2.tokenizer.prefix import (
     recognise,
     surrogate_message,
 )
+from llama2.tokenizer.sentencepiece_model import SentencePieceModel
 from llama2.tokenizer.special import TokenLike
-from llama2.tokenizer.spm import SentencePieceModel
 from llama2.tokenizer.stream import EACH_BYTE, PieceTable, gpt2_byte_alphabet
-from llama2.tokenizer.template import BARE, ends_of, template_from_json
 from llama2.tokenizer.trial import Trial, checked, gave_up, is_panic, unknown
-from llama2.tokenizer.words import WordMemory, cuts_hold
+from llama2.tokenizer.word_cache import WordMemory, cuts_hold
 
 
 class LlamaTokenizerFast(PreTrainedTokenizer):

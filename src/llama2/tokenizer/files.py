@@ -16,12 +16,12 @@ from llama2.files import saving, write_bytes, write_text
 from llama2.text_file import LISTING_BYTES, read_object
 from llama2.tokenizer.added import AddedToken, as_added_token, content_of
 from llama2.tokenizer.batching import check_side
+from llama2.tokenizer.post_processor import Template
 from llama2.tokenizer.prefix import Prefix, recognise
 from llama2.tokenizer.reading import TEMPLATE, TEMPLATE_JSON, TEMPLATES, find_files, read_config, read_settings
+from llama2.tokenizer.sentencepiece_model import SentencePieceModel
 from llama2.tokenizer.special import NAMES, SpecialTokens
-from llama2.tokenizer.spm import SentencePieceModel
 from llama2.tokenizer.stream import PieceTable
-from llama2.tokenizer.template import Template
 
 _UNLIMITED = 1000000000000000019884624838656  # int(1e30), the way files write it
 _DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

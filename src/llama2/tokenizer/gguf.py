@@ -11,8 +11,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from llama2.errors import CheckpointError, TokenizerError
 from llama2.tokenizer.added import AddedToken
 from llama2.tokenizer.fast import LlamaTokenizerFast
+from llama2.tokenizer.sentencepiece_model import CONTROL, USER_DEFINED, SentencePieceModel
 from llama2.tokenizer.slow import LlamaTokenizer
-from llama2.tokenizer.spm import CONTROL, USER_DEFINED, SentencePieceModel
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import TokenizerError
-from llama2.tokenizer.contract import PreTrainedTokenizer
+from llama2.tokenizer.base import PreTrainedTokenizer
 from llama2.tokenizer.encoding import BatchEncoding, Segment
 from llama2.tokenizer.fast import LlamaTokenizerFast
+from llama2.tokenizer.sentencepiece_model import SentencePieceModel
 from llama2.tokenizer.slow import LlamaTokenizer
 from llama2.tokenizer.special import TokenLike
-from llama2.tokenizer.spm import SentencePieceModel
 
 _ROLES = ("prefix", "middle", "suffix", "eot")
 

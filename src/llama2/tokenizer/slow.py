@@ -7,14 +7,14 @@ from typing import Any
 
 from llama2.errors import TokenizerError
 from llama2.tokenizer.added import AddedToken, TokenMatcher
-from llama2.tokenizer.contract import PreTrainedTokenizer
+from llama2.tokenizer.base import PreTrainedTokenizer
 from llama2.tokenizer.convert import add_to_backend, backend_from_spm
 from llama2.tokenizer.encoding import Segment
 from llama2.tokenizer.exact import SentencePieceEncoder
 from llama2.tokenizer.files import arguments_of
 from llama2.tokenizer.prefix import Prefix, fit, matchers, prefix_of
+from llama2.tokenizer.sentencepiece_model import BYTE, SentencePieceModel
 from llama2.tokenizer.special import TokenLike
-from llama2.tokenizer.spm import BYTE, SentencePieceModel
 from llama2.tokenizer.stream import EACH_BYTE, PieceTable
 
 

@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from llama2.errors import TokenizerError
 from llama2.tokenizer.added import AddedToken, as_added_token
-from llama2.tokenizer.template import Template, llama_template
+from llama2.tokenizer.post_processor import Template, llama_template
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TokenLike = str | AddedToken | dict[str, Any]

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from llama2.errors import InputError
-from llama2.quant.linear import PackedLinear
+from llama2.quantization.linear import PackedLinear
 
 T = TypeVar("T")
 _MESHES: list[DeviceMesh] = []  # of sharded models, for `leave`; equal ones are not the same

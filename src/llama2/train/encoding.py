@@ -12,10 +12,10 @@ from llama2.model import LlamaForCausalLM
 from llama2.pretrained import PreTrainedModel
 from llama2.protocols import TokenizerLike
 from llama2.train.collators import ROW_BY_ROW, DataCollatorWithPadding, default_data_collator
+from llama2.train.dataset_adapter import objective_for
 from llama2.train.distributed import join
 from llama2.train.objectives import Objective, padded
 from llama2.train.readers import taken
-from llama2.train.rows import objective_for
 
 if TYPE_CHECKING:
     from llama2.train.arguments import TrainingArguments

@@ -25,9 +25,9 @@ from llama2 import lora
 from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 from llama2.checkpoint.arguments import resolve_device
 from llama2.checkpoint.load import head_follows
-from llama2.checkpoint.packed import packed_layers
 from llama2.checkpoint.peft import save_adapter
 from llama2.checkpoint.peft_files import CONFIG as ADAPTER_CONFIG
+from llama2.checkpoint.quantized import packed_layers
 from llama2.checkpoint.source import revision_of
 from llama2.errors import InputError
 from llama2.files import locked, saving, write_text

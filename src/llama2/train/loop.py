@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from llama2.errors import CheckpointError, InputError
 from llama2.model import LlamaForCausalLM
 from llama2.pretrained import PreTrainedModel
-from llama2.quant.gguf import GgufLinear
+from llama2.quantization.gguf import GgufLinear
 from llama2.train.callbacks import plan_epoch, plan_step
 from llama2.train.encoding import CLASSIFIERS, Encoder
 from llama2.train.hooks import MEASURES, TRAINS, Hooks, accepts, overridden

@@ -12,8 +12,8 @@ from torch import Tensor
 from llama2.compiled import kernels, pool
 from llama2.rope import promoted
 from llama2.train.data import IGNORED
+from llama2.train.matmul import add_transposed, sum_of_products
 from llama2.train.preference import Preference, check_preference
-from llama2.train.products import add_transposed, sum_of_products
 
 CHUNK_BYTES = 48 << 20  # of logits
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)

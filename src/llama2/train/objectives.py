@@ -17,9 +17,9 @@ from llama2 import lora
 from llama2.documents import within
 from llama2.errors import InputError
 from llama2.pretrained import PreTrainedModel
-from llama2.quant.linear import PackedLinear
+from llama2.quantization.linear import PackedLinear
 from llama2.train.data import IGNORED, EncodedPair, Example
-from llama2.train.layer import fuses
+from llama2.train.fused_layer import fuses
 from llama2.train.losses import dpo_loss, head_loss, targets, token_log_probs
 from llama2.train.packing import PackedRow, bins, pack
 from llama2.train.preference import Preference

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llama2.checkpoint.packed import packed_layers
+from llama2.checkpoint.quantized import packed_layers
 from llama2.errors import InputError
-from llama2.quant.nf4 import dynamic_map
+from llama2.quantization.nf4 import dynamic_map
 from llama2.train.distributed import local
 
 _NORM = "norm.weight"

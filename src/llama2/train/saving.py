@@ -24,10 +24,10 @@ from llama2 import files, lora, schema
 from llama2.checkpoint import pickles
 from llama2.checkpoint.peft import save_adapter
 from llama2.checkpoint.save import write_safetensors
-from llama2.doors import door
 from llama2.errors import CheckpointError, InputError
+from llama2.lazy import door
 from llama2.pretrained import PreTrainedModel
-from llama2.train import checkpoints, states, trees
+from llama2.train import checkpoint_state, checkpoints, trees
 from llama2.train.callbacks import Callbacks, TrainerControl, TrainerState, read_stored
 from llama2.train.distributed import Ranks, Root, gathered, local
 from llama2.train.optim import AdamW
@@ -230,7 +230,7 @@ class Saving(Results):
             self.state.best_model_checkpoint = str(self.folder / f"checkpoint-{self.state.best_global_step}")
         with ExitStack() as stack:
             made = ranks.told(lambda: stack.enter_context(checkpoints.writing(self.folder, step, self.run)))
-            states.write(made, self.updates, ranks, state=not self.args.save_only_model)
+            checkpoint_state.write(made, self.updates, ranks, state=not self.args.save_only_model)
             if ranks.first:
                 self._write_state(made)
             if self._save_model is None:
@@ -294,9 +294,9 @@ class Saving(Results):
             raise CheckpointError(f"{place / STATE} does not say how many rows a step took (run, batch); it is damaged")
         self._keep_batch(content)
         self._check_identity(place, content["run"], ("rows", "batch", "seed", "content", "objective"))
-        if not states.resumable(place):
+        if not checkpoint_state.resumable(place):
             raise InputError(f"{place} was written with save_only_model, so nothing can go on from it; load its model")
-        weights, moments = states.read(place, self.updates)
+        weights, moments = checkpoint_state.read(place, self.updates)
         self._check_identity(place, content["run"], ("adapter",))
         self._set(weights)
         self.scale = content.get("scale", 1.0)
@@ -370,7 +370,7 @@ class Saving(Results):
         args.gradient_accumulation_steps = times
 
     def _load_weights(self, place: Path) -> None:
-        self._set(states.read(place, self.updates, state=False)[0])
+        self._set(checkpoint_state.read(place, self.updates, state=False)[0])
 
     @torch.no_grad()
     def _set(self, weights: dict[str, torch.Tensor]) -> None:

@@ -31,10 +31,10 @@ from llama2.train.callbacks import Callbacks, TrainerControl, TrainerState
 from llama2.train.distributed import COMMAND, Root, join, shard
 from llama2.train.encoding import TRAINED, Encoder
 from llama2.train.evaluation import EvalLoopOutput, PredictionOutput, check_metrics, speed
-from llama2.train.heap import kept
+from llama2.train.fused_layer import fused
 from llama2.train.hooks import Hooks
-from llama2.train.layer import fused
 from llama2.train.loop import Loop, Rates
+from llama2.train.malloc import kept
 from llama2.train.objectives import Classification, NextToken, Objective, keep_reference
 from llama2.train.optim import AdamW, trained
 from llama2.train.precision import suit_processor

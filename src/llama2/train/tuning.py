@@ -15,10 +15,10 @@ import torch
 from llama2 import lora
 from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from llama2.checkpoint.load import head_follows
-from llama2.checkpoint.packed import packed_layers
+from llama2.checkpoint.quantized import packed_layers
 from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
-from llama2.quant.gguf import GgufLinear
+from llama2.quantization.gguf import GgufLinear
 from llama2.text_file import read_utf8
 from llama2.train.arguments import TrainingArguments
 from llama2.train.configs import DPOConfig, RewardConfig, SFTConfig, TuningArguments

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from llama2.serve import page
+from llama2.serve import static
 
-WEB = Path(page.__file__).parent / "web"
+WEB = Path(static.__file__).parent / "web"
 FILES = sorted(WEB.iterdir())
 
 
 def test_policy_word_for_word() -> None:
-    assert page.POLICY == (
+    assert static.POLICY == (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
@@ -24,17 +24,17 @@ def test_policy_word_for_word() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
 def test_every_file_is_served_with_its_type(file: Path) -> None:
-    found = page.asset(file.name)
+    found = static.asset(file.name)
     assert found is not None and found.body == file.read_bytes()
     kinds = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml"}
     assert found.headers["Content-Type"].split(";")[0] == kinds[file.suffix]
-    assert found.headers["Content-Security-Policy"] == page.POLICY
+    assert found.headers["Content-Security-Policy"] == static.POLICY
 
 
 def test_the_empty_path_is_the_page_and_no_other_path_leads_anywhere() -> None:
-    assert page.asset("") == page.asset("index.html")
+    assert static.asset("") == static.asset("index.html")
     for path in (
-        "../page.py",
+        "../static.py",
         "..%2fpage.py",
         "/etc/passwd",
         "./app.js",
@@ -44,11 +44,11 @@ def test_the_empty_path_is_the_page_and_no_other_path_leads_anywhere() -> None:
         ".",
         "web/app.js",
     ):
-        assert page.asset(path) is None, path
+        assert static.asset(path) is None, path
 
 
 def test_a_client_with_the_same_copy_is_told_so() -> None:
-    found = page.asset("app.js")
+    found = static.asset("app.js")
     assert found is not None
     tag = found.headers["ETag"]
     assert found.fresh(tag) and found.fresh(f'"other", W/{tag}')

@@ -7,14 +7,14 @@ from chat_page import answers, idle, ready, send
 from serve.conftest import Serve, Served
 from wire import call, get
 
-from llama2.serve import page
-from llama2.serve.keys import Keys
+from llama2.serve import static
+from llama2.serve.auth import Keys
 
 
 def test_files_with_their_headers(served: Served) -> None:
     reply = get(served.port, "/ui/")
-    assert reply.status == 200 and reply.content == page.assets()["index.html"].body
-    assert reply.headers["content-security-policy"] == page.POLICY
+    assert reply.status == 200 and reply.content == static.assets()["index.html"].body
+    assert reply.headers["content-security-policy"] == static.POLICY
     assert reply.headers["x-content-type-options"] == "nosniff" and reply.headers["referrer-policy"] == "no-referrer"
     script = get(served.port, "/ui/app.js")
     assert script.headers["content-type"] == "text/javascript; charset=utf-8"

@@ -1,0 +1,87 @@
+"""What goes into the engine and what comes out: a request, the events that tell it, and their fold."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llama2.engine.sampler import Picked
+from llama2.errors import Llama2Error
+from llama2.generation.config import GenerationConfig
+
+Finish = Literal["length", "eos", "stop", "cancelled", "error"]
+
+
+class EngineBusyError(Llama2Error, RuntimeError):
+    """The queue is full, or the engine takes nothing new because it is closing.
+
+    retry_after: seconds after which there is room at the latest, as the engine goes now.
+    """
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of a request, or its end. The texts of a request's events joined are its whole text.
+
+    token: None where only text that was held back, prompt tokens, or the end, are told. logprob, top: see `Picked`.
+    prompt: ratings of the next tokens of the prompt, where they were asked for. finish: why the request ended, in its
+    last event; error: what went wrong where that is "error".
+    """
+
+    token: int | None = None
+    text: str = ""
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish: Finish | None = None
+    error: Exception | None = None
+    prompt: tuple[Picked, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request: a prompt of ids and how to continue it.
+
+    config: settings of generate(), complete. stop: strings that end the text, left out of it unless keep_stop.
+    logprobs: how many likeliest tokens each event tells, None for none. tenant: requests of another tenant share no
+    cached prefix. owner: whose share of the engine it takes, where several have requests. lookup: tokens to guess from
+    earlier text and check in one step (prompt lookup), 0 for none.
+    rate_prompt: tell the log-probability of each prompt token but the first, as events before the first new token.
+    continues: the text goes on from the prompt, so its first space counts; else it stands by itself.
+    """
+
+    prompt: Sequence[int]
+    config: GenerationConfig
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = False
+    logprobs: int | None = None
+    adapter: str | None = None
+    tenant: str = ""
+    lookup: int = 0
+    processors: tuple[Any, ...] = ()
+    skip_special_tokens: bool = True
+    rate_prompt: bool = False
+    continues: bool = False
+    owner: str = ""
+
+
+@dataclass
+class Completion:
+    """What became of a request."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: Finish | None = None
+    logprobs: list[float] = field(default_factory=list)
+
+    def add(self, event: Event) -> None:
+        """Takes one event in."""
+        if event.token is not None:
+            self.tokens.append(event.token)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+        self.text += event.text
+        self.finish = event.finish or self.finish

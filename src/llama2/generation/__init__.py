@@ -1,0 +1,1 @@
+"""From logits to text: settings, processors, sampling, search, streaming."""

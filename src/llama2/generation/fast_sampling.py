@@ -1,0 +1,62 @@
+"""Sampling from the few tokens that temperature, top-k and top-p leave, without a tensor of the whole vocabulary.
+
+The filters of `sampling` stay the definition. Here the compiled module finds the tokens that they leave in two passes
+over the logits, computes in float64, and gives no answer where float32, in any order of summation, could decide
+otherwise: then the filters run, with the same random numbers. So the tokens are the same, draw for draw.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama2 import cpu
+from llama2.generation.processors import LogitsProcessorList
+from llama2.generation.sampler import Sampler, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+_ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+
+
+class Shortlist:
+    """Draws tokens from scores (B, V) as `filters` and `sampler` do one after the other; see `split`."""
+
+    def __init__(self, filters: list[Any], sampler: Sampler) -> None:
+        self.sampler, self.temperature, self.most, self.top_p, self.keep = sampler, 1.0, 0, 1.0, 1
+        for one in filters:
+            if isinstance(one, TemperatureLogitsWarper):
+                self.temperature = one.temperature
+            elif isinstance(one, TopKLogitsWarper):
+                self.most = one.top_k
+            else:
+                self.top_p, self.keep = one.top_p, one.min_tokens_to_keep
+
+    def __call__(self, scores_BV: Tensor) -> list[int] | None:
+        """A token a row, or None: the filters and the sampler have to say, which then draw the same."""
+        if scores_BV.device.type != "cpu" or scores_BV.dtype != torch.float32:
+            return None
+        found = cpu.shortlists(scores_BV.numpy(), self.temperature, self.most, self.top_p, self.keep)
+        rows = [row for row in found if row is not None]
+        if len(rows) < len(found):
+            return None
+        return self.sampler.among(rows, scores_BV.shape[-1], cpu.shortlist_margin(max(len(p) for _, p in rows)))
+
+
+def split(
+    processors: LogitsProcessorList, sampler: Sampler
+) -> tuple[LogitsProcessorList, LogitsProcessorList, Shortlist | None]:
+    """What comes before the last filters, these filters, and what does their and the sampler's work at once.
+
+    There is no such thing, and no filter split off, without a draw, without top-k, or with a filter of another kind or
+    a processor behind them.
+    """
+    first = len(processors)
+    while first and type(processors[first - 1]) in _ORDER:
+        first -= 1
+    filters = list(processors[first:])
+    places = [_ORDER.index(type(one)) for one in filters]
+    fits = places == sorted(set(places)) and 1 in places and sampler.do_sample and cpu.available()
+    if not fits or any(getattr(one, "filter_value", -math.inf) != -math.inf for one in filters):
+        return processors, LogitsProcessorList(), None
+    head, tail = LogitsProcessorList(processors[:first]), LogitsProcessorList(filters)
+    return head, tail, Shortlist(filters, sampler)
