@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llama2"
 ROWS: dict[str, int] = {
     "errors": -2,
     "text_file": -1,
+    **dict.fromkeys(("generation", "runners"), -1),  # the folders alone; each file has a row of its own
     **dict.fromkeys(
         (
             "availability",

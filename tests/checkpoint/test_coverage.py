@@ -226,7 +226,7 @@ def test_every_way_to_a_gguf_file_checks_coverage(
                 "rope_type": "yarn",
                 "factor": 4.0,
                 "original_max_position_embeddings": 128,
-                "attention_factor": 1.70794,
+                "attention_factor": 1.707944,
             },
         ),
         (

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_ids, tiny_model
+from train.test_trainer import losses_of, trainer
 
 import llama2.checkpoint as checkpoint
 from llama2 import (
@@ -319,8 +320,6 @@ def test_a_trainer_learns_on_it_as_on_unpacked_weights(
     tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the fused layers: each weight is unpacked where it is multiplied. The head is packed too."""
-    from train.test_trainer import losses_of, trainer
-
     from llama2.train.fused_layer import TrainingLayers
 
     path = file_of(tmp_path, "Q4_K", tie_word_embeddings=True)
@@ -342,8 +341,6 @@ def test_a_trainer_learns_on_it_as_on_unpacked_weights(
 
 
 def test_a_trainer_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    from train.test_trainer import trainer
-
     with pytest.raises(InputError, match="only its norms would be trained; add an adapter"):
         trainer(tmp_path / "run", packed(file_of(tmp_path, "Q4_0"))).train()
 

@@ -225,7 +225,7 @@ def test_wrong_input_is_refused() -> None:
         run.step([1, 2], [0, 1], view, [0, 1, 1])
     with pytest.raises(InputError, match="cache of 512 positions is full"):
         cache.view([(cache.sequence(), 600)])
-    with pytest.raises(InputError, match="'fast' or 'exact'"):
+    with pytest.raises(InputError, match="precision is 'sloppy'; it must be one of fast, exact"):
         cpu.CpuRunner(run.weights, "sloppy")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="instruction set 'mmx'"):
         cpu.CpuRunner(run.weights, isa="mmx")

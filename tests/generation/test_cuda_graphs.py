@@ -15,12 +15,13 @@ import torch
 from tiny import tiny_ids, tiny_model
 from torch import Tensor
 
-from llama2 import LlamaForCausalLM, LoraConfig, graphs, lora
+from llama2 import LlamaForCausalLM, LoraConfig, lora
 from llama2.cache import DynamicCache
 from llama2.generation.loop import generate, stream
 from llama2.layers import LlamaRMSNorm
 from llama2.quantization import linear
 from llama2.quantization.int8 import Linear8bit
+from llama2.runners import cuda_graphs
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -33,7 +34,7 @@ class Tape:
 
     def __init__(self, step: Callable[[], Tensor], device: torch.device) -> None:
         type(self).made += 1
-        self._inner = graphs.CudaGraph(step, device) if GPU else None
+        self._inner = cuda_graphs.CudaGraph(step, device) if GPU else None
         self._step = step
         self.logits = step() if self._inner is None else self._inner.logits
 
@@ -48,11 +49,11 @@ class Tape:
 @pytest.fixture(autouse=True)
 def tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Tape.made = Tape.played = 0
-    monkeypatch.setattr(graphs, "record", Tape)
+    monkeypatch.setattr(cuda_graphs, "record", Tape)
     if not GPU:
-        monkeypatch.setattr(graphs, "can_record", lambda device: True)
-        monkeypatch.setattr(graphs, "free_bytes", lambda device: 1 << 30)
-    monkeypatch.setattr(graphs, "LEAST", 16)
+        monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
+        monkeypatch.setattr(cuda_graphs, "free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(cuda_graphs, "LEAST", 16)
     yield
 
 
@@ -110,18 +111,18 @@ def test_padded_batches(settings: dict[str, Any], implementation: str) -> None:
 def test_grows_by_buckets_and_stays_with_the_model() -> None:
     model = model_of()
     both(model, ids_of(), max_new_tokens=100)  # 12 + 4 plain steps, then 32, 64, 128
-    assert Tape.made == 3 and Tape.played == 99 - graphs.PATIENCE
+    assert Tape.made == 3 and Tape.played == 99 - cuda_graphs.PATIENCE
     both(model, ids_of(seed=2), max_new_tokens=100)
-    assert Tape.made == 4 and Tape.played == 99 - graphs.PATIENCE + 99  # from the first token, which needs 16
+    assert Tape.made == 4 and Tape.played == 99 - cuda_graphs.PATIENCE + 99  # from the first token, which needs 16
     both(model, ids_of(seed=2), max_new_tokens=200)
     assert Tape.made == 9  # new buffers: 16, 32, 64, 128, 256
 
 
 def test_few_steps_are_not_worth_a_recording() -> None:
     model = model_of()
-    both(model, ids_of(), max_new_tokens=graphs.PATIENCE + 1)
+    both(model, ids_of(), max_new_tokens=cuda_graphs.PATIENCE + 1)
     assert Tape.made == 0
-    both(model, ids_of(), max_new_tokens=graphs.PATIENCE + 1)
+    both(model, ids_of(), max_new_tokens=cuda_graphs.PATIENCE + 1)
     assert Tape.made == 1
 
 
@@ -260,7 +261,7 @@ def test_a_step_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None
         tried.append(device)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "record", refuse)
+    monkeypatch.setattr(cuda_graphs, "record", refuse)
     model = model_of()
     both(model, ids_of())
     both(model, ids_of())
@@ -268,7 +269,7 @@ def test_a_step_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "free_bytes", lambda device: 100)
+    monkeypatch.setattr(cuda_graphs, "free_bytes", lambda device: 100)
     both(model_of(), ids_of())
     assert Tape.made == 0
 
@@ -295,7 +296,7 @@ def test_nan_does_not_stay() -> None:
     model, ids = model_of(), ids_of()
     answer = both(model, ids, max_new_tokens=40)
     head = model.lm_head.weight.detach().clone()
-    held = graphs._HELD[model]._slots
+    held = cuda_graphs._HELD[model]._slots
     for slot in held.values():
         assert slot._buffers is not None
         slot._buffers.fill_(torch.nan)
@@ -352,10 +353,10 @@ def test_gone_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
             if self._inner is not None:
                 self._inner.replay()
 
-    monkeypatch.setattr(graphs, "record", Forgetful)
+    monkeypatch.setattr(cuda_graphs, "record", Forgetful)
     model = model_of()
     generate(model, ids_of(), max_new_tokens=20, eos_token_id=None, runner="torch")
-    held = graphs._HELD[model]
+    held = cuda_graphs._HELD[model]
     alive = weakref.ref(held), weakref.ref(model)
     assert Forgetful.played
     del model, held
@@ -366,19 +367,19 @@ def test_gone_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forgets_on_request_and_off_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     both(model, ids_of())
-    assert model in graphs._HELD
-    graphs.forget(model)
-    assert model not in graphs._HELD
+    assert model in cuda_graphs._HELD
+    cuda_graphs.forget(model)
+    assert model not in cuda_graphs._HELD
     both(model, ids_of())
-    monkeypatch.setattr(graphs, "can_record", lambda device: False)
+    monkeypatch.setattr(cuda_graphs, "can_record", lambda device: False)
     generate(model, ids_of(), max_new_tokens=1, runner="torch")
-    assert model not in graphs._HELD
+    assert model not in cuda_graphs._HELD
 
 
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
 def test_a_step_that_waits_leaves_the_random_generator_usable() -> None:
     x = torch.ones(3, device="cuda")
     with pytest.raises(RuntimeError):
-        graphs.CudaGraph(lambda: x * float(x.sum()), x.device)
+        cuda_graphs.CudaGraph(lambda: x * float(x.sum()), x.device)
     assert torch.rand(3, device="cuda").shape == (3,)
-    assert graphs.CudaGraph(lambda: x + 1, x.device).logits.shape == (3,)
+    assert cuda_graphs.CudaGraph(lambda: x + 1, x.device).logits.shape == (3,)

@@ -207,7 +207,7 @@ def gguf(folder: Path) -> None:
     model(folder.parent / "plain")
     folder.mkdir()
     convert(folder.parent / "plain", folder / "model.gguf", ConversionSettings(to="gguf", dtype="q8_0"))
-    cpu.packed.write(checkpoint.gguf.GgufFile(folder / "model.gguf"))
+    cpu.packed_file.write(checkpoint.gguf.GgufFile(folder / "model.gguf"))
 
 
 def adapter(folder: Path, **changes: Any) -> None:

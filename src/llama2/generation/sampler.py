@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import llama2.generation.processors as pr
 from llama2.errors import InputError
-from llama2.generation import processors as pr
 from llama2.generation.config import GenerationConfig, as_list
 from llama2.generation.processors import LogitsProcessor, LogitsProcessorList
 from llama2.noise import can_end, is_known, some_of

@@ -24,7 +24,7 @@ PREFIX = "weight."
 
 
 class FilePlace(NamedTuple):
-    """Where the rows of a layer lie in a mapped file, a `cpu.reader.GgufSource`, under GGUF's name."""
+    """Where the rows of a layer lie in a mapped file, a `cpu.gguf_reader.GgufSource`, under GGUF's name."""
 
     file: Any
     name: str
