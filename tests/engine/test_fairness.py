@@ -266,3 +266,19 @@ def test_one_owner_is_not_bounded() -> None:
         chunks = simulation.step(following)
         simulation.scheduler.ran(chunks, seconds(chunks))
     assert len(chunks) == 60
+
+
+def test_the_step_in_which_a_newcomer_begins_is_bounded_too() -> None:
+    simulation = Unchecked(4000, 512, 64)
+    for i in range(60):
+        simulation.scheduler.submit(sequence("greedy", 3, 400, i))
+    for _ in range(40):  # alone: all at once, and narrow steps while they begin, from which the times are learnt
+        chunks = simulation.step(following)
+        simulation.scheduler.ran(chunks, seconds(chunks))
+    assert len(chunks) == 60
+    for rows in (1, 2, 4, 8, 16):
+        simulation.scheduler.times.observe(rows, 0, 0.008 + 0.001 * rows)
+    simulation.scheduler.submit(sequence("late", 3, 400))
+    chunks = simulation.step(following)
+    assert "late" in {chunk.sequence.owner for chunk in chunks}
+    assert seconds(chunks) < 2.2 * 0.010

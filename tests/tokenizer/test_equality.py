@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import sentencepiece
 
+from llama2 import AutoTokenizer
 from llama2.tokenizer import AddedToken, LlamaTokenizer, LlamaTokenizerFast
+from llama2.tokenizer.fast import AT_ONCE
 
 SPECIALS = ["<s>", "</s>", "<unk>", "<pad>", "newtok", " <a b>", "zyword", "<lr>"]
 
@@ -29,6 +31,17 @@ def test_ids_equal_sentencepiece(
 def test_single_texts_equal_batches(slow: LlamaTokenizer, fast: LlamaTokenizerFast, random_texts: list[str]) -> None:
     texts = random_texts[:500]
     assert [slow.encode(t) for t in texts] == fast(texts)["input_ids"] == [fast.encode(t) for t in texts]
+
+
+def test_a_text_longer_than_what_is_encoded_at_once_has_the_same_ids(
+    slow: LlamaTokenizer, fast: LlamaTokenizerFast, smollm2: Path, random_texts: list[str]
+) -> None:
+    text = " ".join(random_texts)
+    assert len(text) > 2 * AT_ONCE
+    assert fast.encode(text) == slow.encode(text)
+    byte_level = AutoTokenizer.from_pretrained(smollm2)
+    ids = byte_level.encode(text, add_special_tokens=False)
+    assert ids == byte_level.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_decode_and_stream_equal_sentencepiece(

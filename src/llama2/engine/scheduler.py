@@ -191,8 +191,8 @@ class Scheduler:
         `stretch` times as long as if each had as many sequences in it as the one that has fewest. None for no bound."""
         if self._owners < 2 or not self.stretch:
             return None, None
-        counts = Counter(s.owner for s in self.running)
-        fair = self._owners * min(counts.values(), default=1)
+        counts = Counter(s.owner for s in (*self.running, *self.waiting))  # who waits will have some in it soon
+        fair = self._owners * min(min(counts.values()), share(self.width, self._owners))
         if (found := self.times.room(fair, self.stretch)) is None:
             return None, None
         seconds, row, token = found
