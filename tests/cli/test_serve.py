@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import pytest
 from llama2 import AutoTokenizer, LlamaForCausalLM
 from llama2.cli import main, parallel, serve
 from llama2.cli.args import parse
+from llama2.cli.serve import ServeOptions, check_numbers
 from llama2.errors import InputError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -266,3 +268,9 @@ def test_numbers_that_bound_nothing_are_refused_before_a_model_is_looked_for(
     assert main(["serve", "-m", "/no/such/model", flag, value]) == 2
     error = capsys.readouterr().err
     assert flag in error and told in error
+
+
+@pytest.mark.parametrize("name", ["port", "tensor_parallel", "max_stop_sequences", "max_top_n_tokens", "stall_timeout"])
+def test_zero_is_taken_where_it_says_something(name: str) -> None:
+    """SageMaker sets SM_NUM_GPUS=0 on machines without a GPU."""
+    check_numbers(replace(ServeOptions(), **{name: 0}))

@@ -196,6 +196,10 @@ def _value(name: str, text: str, hint: Any) -> Any:
         raise InputError(f"{name} is {text!r}; it must be {'a whole number' if hint is int else 'a number'}") from None
 
 
+# Port 0 is a free one, SageMaker says SM_NUM_GPUS=0 where there is no GPU, and the last two may be forbidden.
+_MAY_BE_ZERO = ("port", "tensor_parallel", "max_stop_sequences", "max_top_n_tokens")
+
+
 def check_numbers(options: ServeOptions) -> None:
     """Raises InputError for a number of the server's own options that bounds nothing, before anything is loaded."""
     for name, hint in get_type_hints(ServeOptions).items():
@@ -203,7 +207,7 @@ def check_numbers(options: ServeOptions) -> None:
         if name not in ServeOptions.__annotations__ or value is None or not {int, float} & set(get_args(hint)):
             continue
         flag = "--" + name.replace("_", "-")
-        least = 1 if int in get_args(hint) and name != "port" else 0
+        least = 1 if int in get_args(hint) and name not in _MAY_BE_ZERO else 0
         most = 65535 if name == "port" else math.inf
         if not least <= value <= most or math.isinf(value):
             bound = f"between 0 and {most}" if name == "port" else f"at least {least}, and finite"
