@@ -15,7 +15,7 @@ import time
 import numpy as np
 from kernels import GGUF, gguf
 
-from llama2.compiled import make_pool, native
+from llama2.compiled import instruction_sets, make_pool, native
 
 ROWS, COLS, TOKENS = 4096, 4096, (1, 8, 64)
 
@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     rng, pool, arena = np.random.default_rng(0), make_pool(args.threads), native().Arena()
     found = {}
-    isas = [isa for isa in native().available_isas() if isa != "scalar"]
+    isas = [isa for isa in instruction_sets() if isa != "scalar"]
     print("| weights | rows | " + " | ".join(f"{isa} GMAC/s (of avx2)" for isa in isas) + " |")
     print("|---|---|" + "---|" * len(isas))
     for name in args.only:

@@ -24,6 +24,16 @@ from llama2.quantization.ggml import TYPES
 from llama2.quantization.gguf import FilePlace, GgufEmbedding, GgufLinear, remember
 from llama2.quantization_config import GgufConfig, QuantizationConfig
 
+ASKED, DTYPE, NO_ENGINE = "dequantize=True was given", "a dtype was given", "the native engine is not built"
+
+
+class UnpackedWarning(UserWarning):
+    """Blocks of a GGUF file were unpacked; `reason` says why: ASKED, DTYPE, NO_ENGINE, or words about the device."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
 
 @dataclass
 class PackingPlan:
@@ -67,22 +77,22 @@ class PackingPlan:
             return
         dtype = str(self.asked or torch.bfloat16).removeprefix("torch.")
         name = getattr(self.source, "path", "the checkpoint")
-        warnings.warn(
+        message = (
             f"{name}: its {' and '.join(types) or 'GGUF'} blocks are unpacked to {dtype}, because {reason}; "
-            "dequantize=False keeps them packed",
-            stacklevel=_callers_level(),
+            "dequantize=False keeps them packed"
         )
+        warnings.warn(UnpackedWarning(message, reason), stacklevel=_callers_level())
 
     def _reason(self, causal: bool, device: torch.device, of_file: bool) -> str:
         """Why blocks are unpacked, "" where they stay, "class" where the class alone is the reason."""
         if self.dequantize is not None:
-            return "dequantize=True was given" if self.dequantize else ""
+            return ASKED if self.dequantize else ""
         if self.asked is not None:
-            return "a dtype was given"
+            return DTYPE
         if device.type != "cpu":
             return f"nothing multiplies with them on {device}"
         if not available():
-            return "the native engine is not built"
+            return NO_ENGINE
         return "" if causal or not of_file else "class"
 
     def auto_dtype(self, weights: Weights) -> str:

@@ -1,7 +1,6 @@
 """The -m/--model argument of every command, and the way from it to a model and its tokenizer."""
 
 import importlib.util
-import re
 import signal
 import threading
 import warnings
@@ -209,6 +208,7 @@ def _adapted_for_torch(model: "LlamaForCausalLM", folder: Path) -> "LlamaForCaus
 def load_model(path: str, options: RunOptions) -> "LlamaForCausalLM":
     """The model of a path without an adapter; see `load`."""
     from llama2.auto import AutoModelForCausalLM
+    from llama2.checkpoint.gguf_layers import ASKED, DTYPE, NO_ENGINE, UnpackedWarning
 
     settings: dict[str, Any] = {"dtype": options.dtype, "device_map": options.device}
     if options.runner == "torch" or options.attn_implementation is not None:
@@ -216,25 +216,18 @@ def load_model(path: str, options: RunOptions) -> "LlamaForCausalLM":
     with _keeping_interrupts(), reading_whole(options.no_mmap), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(path, **settings)
+    words = {  # in those of the options
+        ASKED: "--runner torch and --attn-implementation run it in torch",
+        DTYPE: "--dtype asks for that",
+        NO_ENGINE: "torch runs it, because the install found no C++17 compiler",
+    }
     for warning in told:
-        if (reason := _unpacked(warning)) is None:
+        if not isinstance(warning.message, UnpackedWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         elif model.device.type == "cpu":
+            reason = words.get(warning.message.reason, warning.message.reason)
             terminal.notice(f"llama2: this file's blocks are unpacked to {model.config.dtype_name}: {reason}")
     return model
-
-
-def _unpacked(warning: warnings.WarningMessage) -> str | None:
-    """Why the blocks of a GGUF file were unpacked, where a warning says so, in the words of the options."""
-    match = re.search(r"blocks are unpacked to \w+, because (.*);", str(warning.message))
-    if match is None:
-        return None
-    words = {
-        "dequantize=True was given": "--runner torch and --attn-implementation run it in torch",
-        "a dtype was given": "--dtype asks for that",
-        "the native engine is not built": "torch runs it, because the install found no C++17 compiler",
-    }
-    return words.get(match[1], match[1])
 
 
 @contextmanager

@@ -16,14 +16,13 @@ from llama2.cpu.cache import KV_DTYPES, PAGE, CachedSequence, CacheView, KvDtype
 from llama2.cpu.packed_file import PackedFile
 from llama2.cpu.packed_file import find as find_packed
 from llama2.cpu.packed_file import write as write_packed
-from llama2.cpu.runner import PRECISIONS, CpuRunner
+from llama2.cpu.runner import CpuRunner, check_precision
 from llama2.cpu.shortlist import shortlist_margin, shortlists
 from llama2.cpu.weights import CpuWeights
 
 __all__ = [
     "KV_DTYPES",
     "PAGE",
-    "PRECISIONS",
     "CacheView",
     "CachedSequence",
     "CpuRunner",
@@ -33,6 +32,7 @@ __all__ = [
     "PackedFile",
     "PagedCache",
     "available",
+    "check_precision",
     "default_threads",
     "find_packed",
     "instruction_sets",

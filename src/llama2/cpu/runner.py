@@ -18,6 +18,12 @@ CHUNK = 512  # tokens of one native call: enough for full speed, little enough f
 Ints = NDArray[np.int32]
 
 
+def check_precision(precision: str) -> None:
+    """Raises InputError for what is no precision of activations, also where torch will run the model."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+
+
 class CpuRunner:
     """Runs `weights` on their thread pool.
 
@@ -26,8 +32,7 @@ class CpuRunner:
     """
 
     def __init__(self, weights: CpuWeights, precision: str = "fast", isa: str = "auto") -> None:
-        if precision not in PRECISIONS:
-            raise InputError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         if isa != "auto" and isa not in instruction_sets():
             raise InputError(f"instruction set {isa!r} is not here; this machine and build have {instruction_sets()}")
         self.weights, self.precision = weights, precision

@@ -143,8 +143,7 @@ def make_plan_runner(
     dtype: what the native engine keeps keys and values in. precision: see `cpu.CpuRunner`. Raises InputError where
     "native" cannot be had.
     """
-    if precision not in cpu.PRECISIONS:
-        raise InputError(f"precision is {precision!r}; it must be one of {', '.join(cpu.PRECISIONS)}")
+    cpu.check_precision(precision)
     if runner not in ("auto", "native", "torch"):
         raise InputError(f"runner is {runner!r}; it must be 'auto', 'native' or 'torch'")
     if hasattr(model, "plan_runner"):  # a model over several processes brings its own

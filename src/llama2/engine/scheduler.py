@@ -157,11 +157,11 @@ class Scheduler:
         planned: dict[ScheduledSequence, Chunk] = {}
         crowded = False
         self._most = self.budget
-        active = dict.fromkeys(s.owner for s in (*self.running, *self.waiting))
-        self.credits.keep(active)
-        self._owners = len(active)
+        counts = Counter(s.owner for s in (*self.running, *self.waiting))
+        self.credits.keep(counts)
+        self._owners = len(counts)
         self._step += 1
-        rows, prompts = self._bounds()
+        rows, prompts = self._bounds(counts)
         for sequence in self._decoding(rows):
             if sequence in self.running:
                 crowded |= self._plan_one(sequence, planned)
@@ -186,12 +186,14 @@ class Scheduler:
         rows = sum(chunk.sampled and len(chunk.tokens) == 1 + chunk.drafted for chunk in chunks)
         self.times.observe(rows, sum(len(chunk.tokens) for chunk in chunks) - rows, seconds)
 
-    def _bounds(self) -> tuple[int | None, int | None]:
+    def _bounds(self, counts: Counter[str]) -> tuple[int | None, int | None]:
         """Decoding sequences and tokens of prompts in this step at most, where several owners share it: what takes
-        `stretch` times as long as if each had as many sequences in it as the one that has fewest. None for no bound."""
+        `stretch` times as long as if each had as many sequences in it as the one that has fewest. None for no bound.
+
+        counts: sequences of each owner, those that wait included, for they will soon be in it.
+        """
         if self._owners < 2 or not self.stretch:
             return None, None
-        counts = Counter(s.owner for s in (*self.running, *self.waiting))  # who waits will have some in it soon
         fair = self._owners * min(min(counts.values()), share(self.width, self._owners))
         if (found := self.times.room(fair, self.stretch)) is None:
             return None, None

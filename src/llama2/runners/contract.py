@@ -12,7 +12,6 @@ from torch import Tensor
 from llama2 import cpu
 from llama2.cache import DynamicCache, StaticCache
 from llama2.companions import prepares_by_itself
-from llama2.cpu import KvDtype
 from llama2.errors import InputError
 from llama2.model import LlamaForCausalLM
 from llama2.plain_network import difference
@@ -126,7 +125,7 @@ def make_runner(
     attentions: bool = False,
     hidden_states: bool = False,
     needs_torch: str = "",
-    cache_dtype: KvDtype | None = None,
+    cache_dtype: cpu.KvDtype | None = None,
     extra: Mapping[str, Any] | None = None,
     precision: str = "fast",
 ) -> Runner:
@@ -144,8 +143,7 @@ def make_runner(
         if attentions or hidden_states:
             raise InputError(f"{needs_torch} need runner='torch', which alone has them")
         return runner
-    if precision not in cpu.PRECISIONS:
-        raise InputError(f"precision is {precision!r}; it must be one of {', '.join(cpu.PRECISIONS)}")
+    cpu.check_precision(precision)
     if runner not in RUNNERS:
         raise InputError(f"runner is {runner!r}; it must be one of {', '.join(RUNNERS)}")
     prepared = prepares_by_itself(model) or bool(extra)

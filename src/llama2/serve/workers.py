@@ -23,11 +23,11 @@ GRACE = 1.0  # seconds that a task has to end once it was told to
 MAX_LOST = 16  # threads given up that still run; with more of them nothing new is begun
 
 
-def give_way(thread: int = 0) -> None:
-    """Lets a thread of this process, the main one by default, run when those of the engine leave time for it."""
+def _give_way() -> None:
+    """Lets the calling thread run when those of the engine leave time for it."""
     if sys.platform == "linux":  # elsewhere the number is one of the whole process
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, YIELDS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), YIELDS)
 
 
 class TooLongError(BaseException):
@@ -82,7 +82,7 @@ class _Task:
         self._thread.start()
 
     def _run(self) -> None:
-        give_way(threading.get_native_id())
+        _give_way()
         try:
             try:
                 self.result = self._task(*self._args)
