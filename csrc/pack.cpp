@@ -81,16 +81,6 @@ void whole_tile(const FileType& type, const uint8_t* const* rows, int64_t cols, 
   }
 }
 
-void six_bit(const uint8_t* s, int g, uint8_t* scale, uint8_t* minimum) {  // the packed scales of Q4_K and Q5_K
-  if (g < 4) {
-    *scale = s[g] & 63;
-    *minimum = s[g + 4] & 63;
-  } else {
-    *scale = static_cast<uint8_t>((s[g + 4] & 15) | (s[g - 4] >> 6 << 4));
-    *minimum = static_cast<uint8_t>((s[g + 4] >> 4) | (s[g] >> 6 << 4));
-  }
-}
-
 void block_k4(const uint8_t* src, uint8_t* block, int quarter, int lane) {
   std::memcpy(block + 2 * lane, src, 2);
   std::memcpy(block + 32 + 2 * lane, src + 2, 2);

@@ -13,6 +13,12 @@ struct FileType {
   int columns, bytes;  // of one block
   Format format;       // what it becomes
 };
+// Scale and minimum of group g, six bits each, in the twelve bytes that Q4_K and Q5_K keep them in.
+inline void six_bit(const uint8_t* s, int g, uint8_t* scale, uint8_t* minimum) {
+  *scale = static_cast<uint8_t>(g < 4 ? s[g] & 63 : (s[g + 4] & 15) | (s[g - 4] >> 6 << 4));
+  *minimum = static_cast<uint8_t>(g < 4 ? s[g + 4] & 63 : (s[g + 4] >> 4) | (s[g] >> 6 << 4));
+}
+
 const FileType* file_type(int id);  // null for a type without a packing
 
 // Memory that is never copied: 2 MB aligned, zeroed, taken from the system as it is touched, freed with the last user.

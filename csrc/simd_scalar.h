@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "halves.h"
+
 #define UNROLL(n)
 #define INLINE static inline __attribute__((always_inline))
 #define LANES for (int i = 0; i < 16; ++i)
@@ -13,19 +15,6 @@ struct B { uint8_t v[64]; };
 using D4 = I;
 using D8 = I;
 
-INLINE float half_to_float(uint16_t h) {
-  uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 1023, x;
-  if (e == 31) x = sign | 0x7f800000 | m << 13;
-  else if (e) x = sign | (e + 112) << 23 | m << 13;
-  else { float f = (float)m * 5.9604644775390625e-8f; std::memcpy(&x, &f, 4); x |= sign; }
-  float f; std::memcpy(&f, &x, 4); return f;
-}
-INLINE float bf16_to_float(uint16_t h) { uint32_t x = (uint32_t)h << 16; float f; std::memcpy(&f, &x, 4); return f; }
-INLINE uint16_t float_to_bf16(float f) {
-  uint32_t x; std::memcpy(&x, &f, 4);
-  if ((x & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-  return (uint16_t)((x + 0x7fff + ((x >> 16) & 1)) >> 16);
-}
 INLINE uint16_t get16(const void* p, int i) { uint16_t h; std::memcpy(&h, (const char*)p + 2 * i, 2); return h; }
 
 INLINE F fload(const float* p) { F r; LANES r.v[i] = p[i]; return r; }

@@ -1,7 +1,8 @@
 // GGUF blocks to numbers, for torch: ggml's own arithmetic, multiplication and addition rounded each for itself (this file
-// is compiled without contraction), so that every bit is that of quant/ggml.py.
+// is compiled without contraction), so that every bit is that of quantization/ggml.py.
 #include <cstring>
 
+#include "halves.h"
 #include "pack.h"
 
 namespace llama2 {
@@ -10,17 +11,7 @@ namespace {
 float half(const uint8_t* p) {
   uint16_t h;
   std::memcpy(&h, p, 2);
-  uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023, bits;
-  if (!exponent) {
-    float f = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-    std::memcpy(&bits, &f, 4);
-    bits |= sign;
-  } else {
-    bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
-  }
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
+  return half_to_float(h);
 }
 
 void q8_0(const uint8_t* b, float* x) {
@@ -84,15 +75,11 @@ void q3_k(const uint8_t* b, float* x) {
   }
 }
 
-void six_bit(const uint8_t* s, int g, int* scale, int* minimum) {
-  *scale = g < 4 ? s[g] & 63 : (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
-  *minimum = g < 4 ? s[g + 4] & 63 : s[g + 4] >> 4 | s[g] >> 6 << 4;
-}
-
 void q4_k(const uint8_t* b, float* x) {
   float d = half(b), dm = half(b + 2);
   for (int g = 0; g < 8; ++g) {
-    int s, m, shift = g % 2 * 4;
+    uint8_t s, m;
+    int shift = g % 2 * 4;
     six_bit(b + 4, g, &s, &m);
     float scale = d * static_cast<float>(s), minimum = dm * static_cast<float>(m);
     const uint8_t* q = b + 16 + 32 * (g / 2);
@@ -103,7 +90,8 @@ void q4_k(const uint8_t* b, float* x) {
 void q5_k(const uint8_t* b, float* x) {
   float d = half(b), dm = half(b + 2);
   for (int g = 0; g < 8; ++g) {
-    int s, m, shift = g % 2 * 4;
+    uint8_t s, m;
+    int shift = g % 2 * 4;
     six_bit(b + 4, g, &s, &m);
     float scale = d * static_cast<float>(s), minimum = dm * static_cast<float>(m);
     const uint8_t *q = b + 48 + 32 * (g / 2), *high = b + 16;
@@ -132,15 +120,6 @@ constexpr Decoder DECODERS[] = {
     {10, 256, 84, q2_k}, {11, 256, 110, q3_k}, {12, 256, 144, q4_k}, {13, 256, 176, q5_k}, {14, 256, 210, q6_k},
 };
 
-void to_bf16(const float* x, int n, uint16_t* out) {  // to the nearest, ties to even
-  for (int j = 0; j < n; ++j) {
-    uint32_t bits;
-    std::memcpy(&bits, x + j, 4);
-    uint32_t nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    out[j] = static_cast<uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-  }
-}
-
 const Decoder* decoder(int id) {
   for (const Decoder& d : DECODERS)
     if (d.id == id) return &d;
@@ -167,7 +146,7 @@ void unpack_rows(int id, const uint8_t* raw, int64_t cols, bool bf16, int64_t be
         continue;
       }
       d.decode(from + b * d.bytes, buffer);
-      to_bf16(buffer, d.weights, static_cast<uint16_t*>(out) + at);
+      for (int j = 0; j < d.weights; ++j) static_cast<uint16_t*>(out)[at + j] = float_to_bf16(buffer[j]);
     }
   }
 }

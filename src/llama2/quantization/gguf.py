@@ -8,7 +8,7 @@ A float matrix of another dtype than the model computes in is a block type as we
 The head of a tied model holds nothing itself: it reads the rows of the embedding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llama2.errors import CheckpointError, InputError
 from llama2.quantization.blocks import NAMED
 from llama2.quantization.ggml import TYPES, dequantize
-from llama2.quantization.linear import Fused, PackedLinear, codes_of
+from llama2.quantization.linear import Fused, PackedLinear, PackedTensors
 
 PREFIX = "weight."
 
@@ -148,7 +148,7 @@ class GgufLinear(PackedLinear):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class GgufEmbedding(nn.Embedding):
+class GgufEmbedding(PackedTensors, nn.Embedding):  # type: ignore[override]
     """An embedding of GGUF's blocks: the rows of the asked ids are unpacked, to the dtype that the model computes in.
 
     It takes no gradient. `model.dequantize()` makes it a plain one.
@@ -167,27 +167,9 @@ class GgufEmbedding(nn.Embedding):
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=rows.device), persistent=False)
 
     @property
-    def packed(self) -> dict[str, Tensor]:
-        """The tensor that a file holds of it."""
-        name = PREFIX + self.kind
-        rows = self._buffers[name]
-        assert rows is not None
-        return {name: rows}
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """As PackedLinear.weight."""
-        return codes_of(rows_of(self))
-
-    @property
     def packed_count(self) -> int:
         """Weights that are packed here."""
         return self.num_embeddings * self.embedding_dim
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed weight."""
-        return rows_of(self).nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (V, D) in `dtype`."""
@@ -204,31 +186,11 @@ class GgufEmbedding(nn.Embedding):
         """What print(model) shows."""
         return f"{super().extra_repr()}, {self.kind}"
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        name = PREFIX + self.kind
-        held = rows_of(self)
-        super()._apply(fn, recurse)
-        new = self._buffers[name]
-        if new is not None and new.dtype != held.dtype:
-            self._buffers[name] = held.to(new.device)
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         name = PREFIX + self.kind
         if prefix + name in state_dict and origin_of(self) is not None:
-            self._buffers[name] = torch.empty_like(rows_of(self))
-        found: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs)
-        unexpected_keys += [key for key in found if key.removeprefix(prefix) not in self._buffers]
+            self._buffers[name] = torch.empty_like(rows_of(self))  # its own memory, not the file's
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def unpacked(rows: Tensor, kind: str, heads: int, dtype: torch.dtype) -> Tensor:

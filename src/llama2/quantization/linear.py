@@ -39,7 +39,59 @@ def kernels_run(device: torch.device) -> bool:
     return device.type == "cuda" and _has_triton()
 
 
-class PackedLinear(nn.Linear, ABC):
+class PackedTensors(nn.Module):
+    """What layers of packed tensors share: buffers that never change their dtype, and a weight that can be looked at.
+
+    The buffers have the names that files give them, with dots; those that are not persistent are no packed tensors.
+    """
+
+    def _kept(self) -> dict[str, Tensor]:
+        passing = self._non_persistent_buffers_set
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None and name not in passing}
+
+    @property
+    def weight(self) -> Tensor:
+        """For libraries that ask an nn.Linear where its weight is: packed codes whose device and dtype can be read.
+
+        Computing with them raises InputError: they are not the weight. That is `weight_in`.
+        """
+        return codes_of(next(iter(self.packed.values())))
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The tensors that a file holds of this layer, without the bias."""
+        return self._kept()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight."""
+        return sum(tensor.nbytes for tensor in self.packed.values())
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        held = self._kept()
+        super()._apply(fn, recurse)
+        for name, old in held.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        found: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs)
+        unexpected_keys += [key for key in found if key.removeprefix(prefix) not in self._buffers]
+
+
+class PackedLinear(PackedTensors, nn.Linear, ABC):  # type: ignore[override]
     """x (..., in) -> x W^T + b (..., out), W unpacked for each product, or multiplied packed where a kernel can.
 
     The packed tensors are buffers under the names that files give them ("qweight", or "weight" and "weight.absmax"), so
@@ -109,54 +161,13 @@ class PackedLinear(nn.Linear, ABC):
         return out
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """For libraries that ask an nn.Linear where its weight is: packed codes whose device and dtype can be read.
-
-        Computing with them raises InputError: they are not the weight. That is `weight_in`.
-        """
-        return codes_of(next(iter(self.packed.values())))
-
-    @property
-    def packed(self) -> dict[str, Tensor]:
-        """The tensors that a file holds of this layer, without the bias."""
-        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-
-    @property
     def packed_count(self) -> int:
         """Weights that are packed here."""
         return self.out_features * self.in_features
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed weight."""
-        return sum(tensor.nbytes for tensor in self.packed.values())
-
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        held = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        super()._apply(fn, recurse)
-        for name, old in held.items():
-            new = self._buffers[name]
-            if new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        found: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs)
-        unexpected_keys += [key for key in found if key.removeprefix(prefix) not in self._buffers]
 
 
 _READABLE = frozenset(
