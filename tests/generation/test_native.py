@@ -258,6 +258,12 @@ def test_precision_is_that_of_the_activations(smollm2: Path) -> None:
     assert torch.equal(packed.generate(ids, max_new_tokens=8, do_sample=False, precision="exact"), greedy)
 
 
+def test_a_precision_beside_a_ready_runner_is_refused() -> None:
+    model = tiny_model(torch.float32)
+    with pytest.raises(InputError, match="precision='exact' beside a runner that is made already"):
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=1, runner=make_runner("torch", model), precision="exact")
+
+
 @pytest.mark.parametrize("runner", ["auto", "torch"])
 def test_an_unknown_precision_is_refused_whatever_runs(runner: str) -> None:
     model = tiny_model(torch.float32)

@@ -137,13 +137,15 @@ def make_runner(
     lets the native engine round activations (`cpu.CpuRunner`), "exact" keeps them float32; torch rounds to the model's
     dtype alone. Raises InputError where "native" or a cache_dtype is asked for and cannot be had.
     """
+    cpu.check_precision(precision)
     if attentions or hidden_states:
         needs_torch = "output_attentions and output_hidden_states"
     if not isinstance(runner, str):
+        if precision != "fast":
+            raise InputError(f"precision={precision!r} beside a runner that is made already; make that one with it")
         if attentions or hidden_states:
             raise InputError(f"{needs_torch} need runner='torch', which alone has them")
         return runner
-    cpu.check_precision(precision)
     if runner not in RUNNERS:
         raise InputError(f"runner is {runner!r}; it must be one of {', '.join(RUNNERS)}")
     prepared = prepares_by_itself(model) or bool(extra)
