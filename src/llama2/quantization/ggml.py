@@ -60,7 +60,7 @@ def dequantize(rows: Tensor, kind: int | str | BlockType, dtype: torch.dtype = t
     """Weights (..., columns) in `dtype` from packed rows (..., row_bytes) of uint8.
 
     The arithmetic is float32 in ggml's order; `dtype` rounds the result once; the compiled module does the same bit for
-    bit (csrc/unpack.cpp), on a CPU for float32 and bfloat16. Dense types (F32, F16, BF16) of the same
+    bit (csrc/engine/unpack.cpp), on a CPU for float32 and bfloat16. Dense types (F32, F16, BF16) of the same
     dtype come back as a view of `rows` where its alignment allows that. Raises InputError for rows that are
     not whole blocks.
     """

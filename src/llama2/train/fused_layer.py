@@ -2,8 +2,9 @@
 
 Torch's own graph of a layer keeps about twice as much for the backward pass, makes some forty passes over memory that
 are not products, and computes attention densely over packed rows. Here a layer is sums of products (products.py), all
-else is one kernel each (csrc/train.inl), and attention covers each document's own triangle. Norms, the gated product
-and the rotation are computed again in the backward pass; x, q, k, v, gate, up and the attention's output are kept.
+else is one kernel each (csrc/kernels/training.inl), and attention covers each document's own triangle. Norms, the gated
+product and the rotation are computed again in the backward pass; x, q, k, v, gate, up and the attention's output are
+kept.
 
 N tokens of all rows, D width, r rank of an adapter.
 """

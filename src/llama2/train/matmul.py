@@ -91,7 +91,7 @@ def sums_of_products(*sums: Sum) -> list[Tensor]:
     """The results of several sums.
 
     In bfloat16 on a processor that multiplies it each is formed in float32 and rounded once, and all are computed
-    together (csrc/product.inl); else torch adds one product to the other.
+    together (csrc/kernels/gemm_bf16.inl); else torch adds one product to the other.
     """
     if not _has_kernel(sums[0].terms[0][0]):
         return [_by_torch(one) for one in sums]

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "pack.h"
+#include "engine/pack.h"
 
 namespace llama2 {
 namespace {

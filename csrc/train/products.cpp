@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "train.h"
+#include "train/team.h"
 
 namespace llama2 {
 namespace {

@@ -1,10 +1,10 @@
-#include "adapter.h"
+#include "engine/adapter.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "pack.h"
-#include "step.h"
+#include "engine/pack.h"
+#include "engine/step.h"
 
 namespace llama2 {
 namespace {

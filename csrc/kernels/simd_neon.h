@@ -117,7 +117,7 @@ INLINE F byte_(B b, int shift) { return bits(b, shift, 255); }
 struct H { F a, b; };
 INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
 INLINE F dot_bf16(F acc, H w, H x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
-// For streams.inl. d6: values 0..63
+// For quant_formats.inl. d6: values 0..63
 using D6 = I;
 using Table = uint8x16x4_t;  // 16 floats as 64 bytes, one float chosen by each lane
 using Bytes = uint8x16_t;    // 16 bytes, one chosen by each byte

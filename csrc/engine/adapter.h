@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace llama2 {
 

@@ -1,6 +1,6 @@
 #include <dlfcn.h>
 
-#include "train.h"
+#include "train/team.h"
 
 namespace llama2 {
 namespace {

@@ -1,4 +1,4 @@
-// This file and bind_train.cpp alone know Python. Every size and index is checked here, before memory is touched.
+// This file and train.cpp beside it alone know Python. Every size and index is checked here, before memory is touched.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/function.h>
@@ -14,11 +14,11 @@
 #include <mutex>
 #include <optional>
 
-#include "kernels.h"
-#include "pack.h"
-#include "pool.h"
-#include "shortlist.h"
-#include "step.h"
+#include "kernels/kernels.h"
+#include "engine/pack.h"
+#include "engine/pool.h"
+#include "engine/fast_sampling.h"
+#include "engine/step.h"
 
 namespace nb = nanobind;
 using namespace llama2;

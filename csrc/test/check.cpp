@@ -17,12 +17,12 @@
 #include <thread>
 #include <vector>
 
-#include "kernels.h"
-#include "pack.h"
-#include "pool.h"
-#include "shortlist.h"
-#include "step.h"
-#include "train.h"
+#include "kernels/kernels.h"
+#include "engine/pack.h"
+#include "engine/pool.h"
+#include "engine/fast_sampling.h"
+#include "engine/step.h"
+#include "train/team.h"
 
 using namespace llama2;
 

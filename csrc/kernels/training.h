@@ -2,10 +2,6 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <memory>
-
-#include "pool.h"
 
 namespace llama2 {
 
@@ -118,21 +114,5 @@ struct TrainKernels {
   void (*unpack4)(Real t, const uint8_t* codes, const float* scales, const float* table, int64_t block, int64_t begin, int64_t end, void* out);
   ProductKernels product;
 };
-
-struct Scratch {  // memory of a thread that stays, aligned, not cleared
-  std::unique_ptr<uint8_t[]> bytes;
-  int64_t size = 0;
-  void* take(int64_t n) {
-    if (size < n + 64) bytes.reset(new uint8_t[size = n + 64]);
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) / 64 * 64);
-  }
-};
-
-// work(thread, threads) on torch's own OpenMP team where the process has one, for two teams would take the processors
-// from each other by spinning; else on `pool`.
-void run_team(Pool& pool, const std::function<void(int, int)>& work);
-
-// All sums at once, by a team.
-void run_products(Pool& pool, const ProductKernels& kernel, Products* sums, int count);
 
 }  // namespace llama2

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "shortlist.h"
+#include "engine/fast_sampling.h"
 
 namespace llama2 {
 namespace {

@@ -1,4 +1,4 @@
-#include "step.h"
+#include "engine/step.h"
 
 #include <algorithm>
 #include <atomic>
@@ -6,7 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "pack.h"
+#include "engine/pack.h"
 
 namespace llama2 {
 namespace {

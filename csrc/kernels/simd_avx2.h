@@ -151,7 +151,7 @@ INLINE F byte_(B v, int shift) { return cvt(bits(v, shift, 255)); }
 struct H { F a, b; };
 INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
 INLINE F dot_bf16(F acc, H w, H x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
-// For streams.inl. d6: values 0..63
+// For quant_formats.inl. d6: values 0..63
 using D6 = I;
 struct Table { __m256 low, high; };  // 16 floats, one chosen by each lane
 using Bytes = __m256i;               // 16 bytes, one chosen by each byte

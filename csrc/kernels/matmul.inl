@@ -293,7 +293,7 @@ void add_limbs(int nr, int count, float* c) {  // the three rows of every token 
     }
 }
 
-#include "streams.inl"
+#include "kernels/quant_formats.inl"
 
 // Two tiles (of one matrix, or of gate and up) against one block of tokens: c[2][8][16].
 void tiles(const Matrix* const* w, const int64_t* tile, int nr, const Block& x, int mr, bool exact, float* c) {
@@ -326,7 +326,7 @@ void tiles(const Matrix* const* w, const int64_t* tile, int nr, const Block& x, 
   if (exact) add_limbs(nr, x.count, c);
 }
 
-#include "lora.inl"
+#include "kernels/lora.inl"
 
 INLINE F with_bias(F v, const Matrix* w, int64_t row) {
   if (!w->bias) return v;

@@ -1,4 +1,4 @@
-#include "pack.h"
+#include "engine/pack.h"
 
 #include <sys/mman.h>
 

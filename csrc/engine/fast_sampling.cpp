@@ -1,4 +1,4 @@
-#include "shortlist.h"
+#include "engine/fast_sampling.h"
 
 #include <algorithm>
 #include <cfloat>

@@ -17,10 +17,10 @@
 #include <variant>
 #include <vector>
 
-#include "kernels.h"
-#include "pack.h"
-#include "pool.h"
-#include "train.h"
+#include "kernels/kernels.h"
+#include "engine/pack.h"
+#include "engine/pool.h"
+#include "train/team.h"
 
 namespace nb = nanobind;
 using namespace llama2;

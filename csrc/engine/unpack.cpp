@@ -2,8 +2,8 @@
 // is compiled without contraction), so that every bit is that of quantization/ggml.py.
 #include <cstring>
 
-#include "halves.h"
-#include "pack.h"
+#include "kernels/halves.h"
+#include "engine/pack.h"
 
 namespace llama2 {
 namespace {

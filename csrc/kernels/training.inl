@@ -394,8 +394,8 @@ void unpack4_values(const uint8_t* codes, const float* scales, const float* tabl
 }
 
 #ifdef __AVX512BF16__
-#include "product.inl"
-#include "texts.inl"
+#include "kernels/gemm_bf16.inl"
+#include "kernels/attention_varlen.inl"
 #else
 constexpr ProductKernels PRODUCTS = {nullptr, nullptr};
 constexpr auto texts_forward_bf16 = texts_forward<Half>;

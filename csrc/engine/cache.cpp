@@ -2,8 +2,8 @@
 // page and attends them.
 #include <cstring>
 
-#include "pack.h"
-#include "step.h"
+#include "engine/pack.h"
+#include "engine/step.h"
 
 namespace llama2 {
 namespace {

@@ -127,7 +127,7 @@ INLINE F dot_bf16(F acc, H w, H x) { return fma(odd_bf16(w), odd_bf16(x), fma(ev
 INLINE F digits(B v, int shift, F table) {  // a permutation reads four bits of its index: no mask, no conversion
   return _mm512_permutexvar_ps(_mm512_srli_epi32(v, shift), table);
 }
-// For streams.inl. d6: values 0..63
+// For quant_formats.inl. d6: values 0..63
 using D6 = __m512i;
 using Table = __m512;    // 16 floats, one chosen by each lane
 using Bytes = __m512i;   // 16 bytes, one chosen by each byte

@@ -5,7 +5,7 @@
 //   4-bit block: header, then per group of 32 columns four lines of 64 bytes. Byte 4r+c of line j holds row r,
 //                column 4j+c in the low nibble and column 16+4j+c in the high nibble.
 //   8-bit block: header, then per group eight lines; byte 4r+c of line j is row r, column 4j+c, stored as value+128.
-// The formats from C4 on (streams.inl) are units of a header and spans of lines; a span is 32 columns, 16 for P6K.
+// The formats from C4 on (quant_formats.inl) are units of a header and spans of lines; a span is 32 columns, 16 for P6K.
 //   C4, P5..: lines as in a 4-bit block. C4B: the dword of row r in line j holds column 8j+2i+c in bits 16c+4i.
 //   Planes come before the lines of their span: byte 4r+c holds bit 5 of columns 4b+c in bit b (P5..), bits 5 and 6 of
 //   columns 4b+c in bits 2b (P6K; low nibbles of line i are quad i, high ones quad 2+i).
@@ -226,7 +226,7 @@ struct AttentionTask {
   float scale = 1;
 };
 
-struct TrainKernels;  // train.h
+struct TrainKernels;  // training.h
 
 struct Kernels {
   const char* name;

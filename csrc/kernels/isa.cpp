@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels.h"
-#include "train.h"
+#include "kernels/kernels.h"
+#include "kernels/training.h"
 
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
@@ -20,12 +20,12 @@
 namespace llama2 {
 namespace {
 #include LLAMA2_SIMD
-#include "pointwise.inl"
-#include "matmul.inl"
-#include "kv.inl"
-#include "attention.inl"
-#include "probes.inl"
-#include "train.inl"
+#include "kernels/pointwise.inl"
+#include "kernels/matmul.inl"
+#include "kernels/kv.inl"
+#include "kernels/attention.inl"
+#include "kernels/probes.inl"
+#include "kernels/training.inl"
 }  // namespace
 
 const Kernels* JOIN(kernels_, LLAMA2_ISA_NAME)() {

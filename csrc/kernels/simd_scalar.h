@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "halves.h"
+#include "kernels/halves.h"
 
 #define UNROLL(n)
 #define INLINE static inline __attribute__((always_inline))
@@ -77,7 +77,7 @@ INLINE F byte_(B b, int shift) { F r; LANES r.v[i] = (float)b.v[4 * i + shift / 
 struct H { F a, b; };
 INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
 INLINE F dot_bf16(F acc, H w, H x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
-// For streams.inl. d6: values 0..63
+// For quant_formats.inl. d6: values 0..63
 using D6 = I;
 using Table = F;                      // 16 floats, one chosen by each lane
 struct Bytes { uint8_t v[16]; };      // 16 bytes, one chosen by each byte

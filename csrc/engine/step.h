@@ -4,9 +4,9 @@
 #include <memory>
 #include <vector>
 
-#include "adapter.h"
-#include "kernels.h"
-#include "pool.h"
+#include "engine/adapter.h"
+#include "kernels/kernels.h"
+#include "engine/pool.h"
 
 namespace llama2 {
 
@@ -46,7 +46,7 @@ class KvCache {
 };
 
 // Tokens of sequence s are starts[s] .. starts[s+1]; its first one lands in cache slot past[s]; its pages are
-// tables[s * table_width ..]. Everything is checked by the caller (bind.cpp) before it arrives here.
+// tables[s * table_width ..]. Everything is checked by the caller (bind/) before it arrives here.
 struct Batch {
   int64_t tokens = 0, sequences = 0, rows = 0, table_width = 0;
   const int32_t *ids = nullptr, *positions = nullptr, *starts = nullptr, *past = nullptr, *tables = nullptr, *out_rows = nullptr;

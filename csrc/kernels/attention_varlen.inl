@@ -1,5 +1,5 @@
-// Included by train.inl where the processor multiplies bfloat16: attention of training over bfloat16 tensors, its five
-// products by the tiles of product.inl. Rotated queries and keys, weights and their gradients are rounded to bfloat16
+// Included by training.inl where the processor multiplies bfloat16: attention of training over bfloat16 tensors, its five
+// products by the tiles of gemm_bf16.inl. Rotated queries and keys, weights and their gradients are rounded to bfloat16
 // before a product, as flash attention does on a GPU; softmax and all sums are float32.
 
 constexpr int ASKED = TEXT_ASKED;  // queries of one pass, even

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace llama2 {
 

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #if defined(__aarch64__)
 #include <sys/auxv.h>
