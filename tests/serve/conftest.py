@@ -140,7 +140,7 @@ def serve(tiny_parts: tuple[Any, Any]) -> Iterator[Serve]:
     """serve(policy fields, keys=..., engine={...}, pace=seconds of a step) starts a server of its own."""
     running: list[Served] = []
 
-    from llama2.serve.service import Policy
+    from llama2.serve.policy import Policy
 
     def start(
         keys: Any = None, engine: dict[str, Any] | None = None, bounds: Any = None, pace: float = 0.0, **policy: Any

@@ -19,7 +19,7 @@ from llama2 import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.serve.chat import Tool, chosen
 from llama2.serve.constraint import Compiler, Constraint, json_schema
-from llama2.serve.service import Policy
+from llama2.serve.policy import Policy
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, LlamaTokenizer, LlamaTokenizerFast
 
 SCHEMA: dict[str, Any] = {

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def smol(extra: None, smollm2: Path) -> Iterator[Served]:
-    from llama2.serve.service import Policy
+    from llama2.serve.policy import Policy
 
     found = Served(NativeModel.from_gguf(smollm2), AutoTokenizer.from_pretrained(smollm2), Policy(("smol",)), None, {})
     yield found

@@ -56,7 +56,8 @@ def _answer(options: BatchOptions, lines: list[Any], target: Path, size: int) ->
 
     from llama2.serve import batch
     from llama2.serve.app import make_app
-    from llama2.serve.service import Policy, Service
+    from llama2.serve.policy import Policy
+    from llama2.serve.service import Service
 
     name = options.model or Path(model_path(None)).stem
     most = 1 << 50  # the file is the caller's own: nothing in it is bounded but by the model

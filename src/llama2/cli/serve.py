@@ -294,7 +294,8 @@ def need_server() -> None:
 def _service(options: ServeOptions, life: "Life", host: str) -> "Service":
     from llama2.serve.auth import Keys
     from llama2.serve.origin import allowed_hosts
-    from llama2.serve.service import Policy, Service
+    from llama2.serve.policy import Policy
+    from llama2.serve.service import Service
 
     given: dict[str, Any] = {
         "revision": options.revision,

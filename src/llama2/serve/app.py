@@ -359,7 +359,7 @@ async def _info(call: RouteCall) -> Response:
             "version": llama2.__version__,
             "sha": None,
             "docker_label": None,
-            "adapters": service.adapters,
+            "adapters": service.model.adapters,
             "chat": service.tokenizer.chat_template is not None,
         }
     )
@@ -385,13 +385,13 @@ def _card(service: Service, name: str) -> dict[str, Any]:
 
 async def _models(call: RouteCall) -> Response:
     service = call.service
-    names = (*service.policy.names, *service.adapters)
+    names = (*service.policy.names, *service.model.adapters)
     return JSONResponse({"object": "list", "data": [_card(service, name) for name in names]})
 
 
 async def _model(call: RouteCall) -> Response:
     service, name = call.service, call.request.path_params["id"]
-    service.adapter(name)
+    service.model.adapter(name)
     return JSONResponse(_card(service, name))
 
 

@@ -12,7 +12,8 @@ from llama2.serve.errors import Refusal
 from llama2.serve.json_response import answer
 from llama2.serve.numbers import FIRST_FAULT, Dimensions, Ids
 from llama2.serve.openai_completions import encode
-from llama2.serve.service import RouteCall, Service
+from llama2.serve.served_model import ServedModel
+from llama2.serve.service import RouteCall
 from llama2.serve.validation import Body, Text, Texts
 
 
@@ -26,9 +27,9 @@ class EmbeddingBody(Body):
     user: Any = None
 
 
-def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
+def embed(served: ServedModel, body: EmbeddingBody) -> dict[str, Any]:
     """The answer. Raises Refusal where the model has no torch module, and for inputs that do not fit."""
-    model = service.engine.model
+    model = served.engine.model
     if hasattr(model, "plan_runner"):
         raise Refusal("unable", "this model runs in several processes, which tell no hidden states")
     if not isinstance(model, LlamaForCausalLM):
@@ -40,17 +41,17 @@ def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
         raise Refusal(
             "validation", f"dimensions is {body.dimensions}; this model has {width} and no fewer", "dimensions"
         )
-    service.adapter(body.model)
+    served.adapter(body.model)
     given: list[Any] = [body.input] if isinstance(body.input, str) else list(body.input)
     if given and isinstance(given[0], int):
         given = [given]
-    if not given or len(given) > service.bounds.max_client_batch_size:
+    if not given or len(given) > served.bounds.max_client_batch_size:
         raise Refusal(
-            "validation", f"input has {len(given)} texts; give 1 to {service.bounds.max_client_batch_size}", "input"
+            "validation", f"input has {len(given)} texts; give 1 to {served.bounds.max_client_batch_size}", "input"
         )
-    rows = [encode(service.tokenizer, text, False) if isinstance(text, str) else tuple(text) for text in given]
+    rows = [encode(served.tokenizer, text, False) if isinstance(text, str) else tuple(text) for text in given]
     for row in rows:
-        _check(row, service.bounds.max_input_tokens, model.config.vocab_size)
+        _check(row, served.bounds.max_input_tokens, model.config.vocab_size)
     data = []
     for i, row in enumerate(rows):
         with torch.inference_mode():
@@ -64,7 +65,7 @@ def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
     return {
         "object": "list",
         "data": data,
-        "model": body.model or service.policy.names[0],
+        "model": body.model or served.names[0],
         "usage": {"prompt_tokens": held, "total_tokens": held},
     }
 
@@ -79,4 +80,4 @@ def _check(row: tuple[int, ...], most: int, vocabulary: int) -> None:
 async def embeddings(call: RouteCall) -> Response:
     """Answers one request."""
     body = await call.read(EmbeddingBody)
-    return await call.service.embedded(call.owner, answer, embed, call.service, body)
+    return await call.service.embedded(call.owner, answer, embed, call.model, body)

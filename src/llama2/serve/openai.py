@@ -27,7 +27,7 @@ from llama2.serve.numbers import (
     Temperature,
 )  # fmt: skip
 from llama2.serve.request import SEED_BITS, Sampling
-from llama2.serve.service import Service
+from llama2.serve.served_model import ServedModel
 from llama2.serve.session import Session
 from llama2.serve.validation import Body, Text, Texts
 
@@ -112,9 +112,9 @@ class Common(Body):
     skip_special_tokens: bool | None = None
     cache_salt: str | None = Field(None, max_length=256)
 
-    def sampling(self, service: Service) -> Sampling:
+    def sampling(self, model: ServedModel) -> Sampling:
         """How to choose tokens. What is not given comes from the checkpoint's generation_config.json."""
-        own = service.engine.model.generation_config
+        own = model.engine.model.generation_config
 
         def value(name: str, neutral: float) -> Any:
             given = getattr(self, name)
@@ -183,22 +183,22 @@ def salt(owner: str, given: str | None) -> str:
 class Head:
     """What every object of one answer begins with."""
 
-    def __init__(self, service: Service, prefix: str, kind: str, model: str | None) -> None:
+    def __init__(self, model: ServedModel, prefix: str, kind: str, name: str | None) -> None:
         self.fields: dict[str, Any] = {
             "id": f"{prefix}-{secrets.token_hex(12)}",
             "object": kind,
             "created": int(time.time()),
-            "model": model or service.policy.names[0],
-            "system_fingerprint": fingerprint(service),
+            "model": name or model.names[0],
+            "system_fingerprint": fingerprint(model),
         }
 
     def __call__(self, **more: Any) -> dict[str, Any]:
         return {**self.fields, **more}
 
 
-def fingerprint(service: Service) -> str:
+def fingerprint(model: ServedModel) -> str:
     """What produced an answer: the same string, the same seed and greedy settings give the same text."""
-    return f"llama2-{service.policy.revision or 'native'}"
+    return f"llama2-{model.policy.revision or 'native'}"
 
 
 def usage(prompt: int, session: Session) -> dict[str, Any]:

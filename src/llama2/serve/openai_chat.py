@@ -22,8 +22,9 @@ from llama2.serve.openai import (
     salt,
     usage,
 )
-from llama2.serve.request import Generation
-from llama2.serve.service import RouteCall, Service
+from llama2.serve.request import GenerationRequest
+from llama2.serve.served_model import ServedModel
+from llama2.serve.service import RouteCall
 from llama2.serve.session import Answer, Session, fold
 
 # What the `text-generation` client always sends, set or not; see `ChatBody.legacy`.
@@ -68,14 +69,14 @@ class ChatBody(Common):
         return self.top_logprobs or 0
 
 
-def parse(service: Service, body: ChatBody, owner: str) -> tuple[Generation, Tools]:
+def parse(model: ServedModel, body: ChatBody, owner: str) -> tuple[GenerationRequest, Tools]:
     """The body as a generation. Raises Refusal."""
-    if len(body.messages) > service.bounds.max_messages:
+    if len(body.messages) > model.bounds.max_messages:
         raise Refusal(
-            "validation", f"{len(body.messages)} messages; {service.bounds.max_messages} are the most", "messages"
+            "validation", f"{len(body.messages)} messages; {model.bounds.max_messages} are the most", "messages"
         )
-    if body.tools and len(body.tools) > service.bounds.max_tools:
-        raise Refusal("tool", f"{len(body.tools)} tools; {service.bounds.max_tools} are the most", "tools")
+    if body.tools and len(body.tools) > model.bounds.max_tools:
+        raise Refusal("tool", f"{len(body.tools)} tools; {model.bounds.max_tools} are the most", "tools")
     tools = chosen(body.tools, body.tool_choice)
     constraint = body.response_format.constraint() if body.response_format else None
     if tools.active:
@@ -84,15 +85,15 @@ def parse(service: Service, body: ChatBody, owner: str) -> tuple[Generation, Too
         constraint = tools.constraint()
     if body.tops and not body.logprobs:
         raise Refusal("validation", "top_logprobs needs logprobs: true", "top_logprobs")
-    ids = prompt_ids(service.tokenizer, body.messages, tools, body.continues)
+    ids = prompt_ids(model.tokenizer, body.messages, tools, body.continues)
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if wanted == 0:
         raise Refusal("validation", "max_tokens is 0; ask for at least 1", "max_tokens")
     n = body.n or 1
     return (
-        Generation(
+        GenerationRequest(
             prompts=(ids,),
-            sampling=body.sampling(service),
+            sampling=body.sampling(model),
             max_new_tokens=wanted,
             n=n,
             best_of=n,
@@ -102,7 +103,7 @@ def parse(service: Service, body: ChatBody, owner: str) -> tuple[Generation, Too
             logprobs=body.tops if body.logprobs else None,
             continues=body.continues,
             constraint=constraint,
-            adapter=service.adapter(body.model),
+            adapter=model.adapter(body.model),
             salt=salt(owner, body.cache_salt),
             owner=owner,
             stream=bool(body.stream),
@@ -115,20 +116,20 @@ def parse(service: Service, body: ChatBody, owner: str) -> tuple[Generation, Too
 async def chat(call: RouteCall) -> Response:
     """Answers one request."""
     body = await call.read(ChatBody)
-    service = call.service
-    generation, tools = await call.parse(parse, service, body, call.owner)
+    model = call.model
+    generation, tools = await call.parse(parse, model, body, call.owner)
     session = await call.begin(generation)
     prompt = len(generation.prompts[0])
     if generation.stream:
-        writer = (LegacyWriter if body.legacy else ChatWriter)(service, body, tools, prompt, generation.n)
+        writer = (LegacyWriter if body.legacy else ChatWriter)(model, body, tools, prompt, generation.n)
         return sse.EventStream(call, session, writer, "openai")
     answers = await call.until_gone(session, fold(session, generation.n))
-    choices = [_choice(service, body, tools, i, answer) for i, answer in enumerate(answers)]
-    head = Head(service, "chatcmpl", "chat.completion", body.model)
+    choices = [_choice(model, body, tools, i, answer) for i, answer in enumerate(answers)]
+    head = Head(model, "chatcmpl", "chat.completion", body.model)
     return JSONResponse(head(choices=choices, usage=usage(prompt, session)))
 
 
-def _choice(service: Service, body: ChatBody, tools: Tools, index: int, answer: Answer) -> dict[str, Any]:
+def _choice(model: ServedModel, body: ChatBody, tools: Tools, index: int, answer: Answer) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
     reason = REASONS[answer.finish or "length"]
     if tools.active:
@@ -142,7 +143,7 @@ def _choice(service: Service, body: ChatBody, tools: Tools, index: int, answer: 
             message["content"] = text
     logprobs = None
     if body.logprobs:
-        entries = [rated(service.tokenizer, p, body.tops) for p in answer.picked]
+        entries = [rated(model.tokenizer, p, body.tops) for p in answer.picked]
         logprobs = {"content": entries, "refusal": None}
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
@@ -158,9 +159,9 @@ def _call_id() -> str:
 class ChatWriter:
     """Chunks: the role, then text or a call piece by piece, then the reason, then the usage if asked, then [DONE]."""
 
-    def __init__(self, service: Service, body: ChatBody, tools: Tools, prompt: int, n: int) -> None:
-        self.tokenizer, self.body, self.prompt, self.n = service.tokenizer, body, prompt, n
-        self.head = Head(service, "chatcmpl", "chat.completion.chunk", body.model)
+    def __init__(self, model: ServedModel, body: ChatBody, tools: Tools, prompt: int, n: int) -> None:
+        self.tokenizer, self.body, self.prompt, self.n = model.tokenizer, body, prompt, n
+        self.head = Head(model, "chatcmpl", "chat.completion.chunk", body.model)
         self.readers = [CallReader() for _ in range(n)] if tools.active else []
         self.calling = [False] * n
 
@@ -224,8 +225,8 @@ class ChatWriter:
 class LegacyWriter(ChatWriter):
     """Chunks as TGI wrote them for its own client: role and call in every one of them, nothing behind the last."""
 
-    def __init__(self, service: Service, body: ChatBody, tools: Tools, prompt: int, n: int) -> None:
-        super().__init__(service, body, tools, prompt, n)
+    def __init__(self, model: ServedModel, body: ChatBody, tools: Tools, prompt: int, n: int) -> None:
+        super().__init__(model, body, tools, prompt, n)
         self._id, self._name = _call_id(), ""
 
     def begin(self) -> bytes:

@@ -22,8 +22,9 @@ from llama2.serve.openai import (
     token_text,
     usage,
 )
-from llama2.serve.request import Generation
-from llama2.serve.service import RouteCall, Service
+from llama2.serve.request import GenerationRequest
+from llama2.serve.served_model import ServedModel
+from llama2.serve.service import RouteCall
 from llama2.serve.session import Answer, Session, fold
 from llama2.serve.validation import Text, Texts
 
@@ -52,7 +53,7 @@ def encode(tokenizer: Any, text: str, special: bool) -> tuple[int, ...]:
     return tuple(tokenizer(text, verbose=False, split_special_tokens=not special)["input_ids"])
 
 
-def parse(service: Service, body: CompletionBody, owner: str) -> Generation:
+def parse(model: ServedModel, body: CompletionBody, owner: str) -> GenerationRequest:
     """The body as a generation. Raises Refusal."""
     if body.suffix:
         raise Refusal(
@@ -62,12 +63,12 @@ def parse(service: Service, body: CompletionBody, owner: str) -> Generation:
     given: list[Any] = list(prompt) if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
     if not given:
         raise Refusal("validation", "prompt is an empty list; give at least one", "prompt")
-    if len(given) > service.bounds.max_client_batch_size:  # before any of them is encoded
+    if len(given) > model.bounds.max_client_batch_size:  # before any of them is encoded
         raise Refusal(
-            "validation", f"{len(given)} prompts; {service.bounds.max_client_batch_size} are the most", "prompt"
+            "validation", f"{len(given)} prompts; {model.bounds.max_client_batch_size} are the most", "prompt"
         )
-    special = service.policy.parse_special if body.parse_special is None else body.parse_special
-    prompts = tuple(encode(service.tokenizer, p, special) if isinstance(p, str) else tuple(p) for p in given)
+    special = model.policy.parse_special if body.parse_special is None else body.parse_special
+    prompts = tuple(encode(model.tokenizer, p, special) if isinstance(p, str) else tuple(p) for p in given)
     n = body.n or 1
     best_of = n if body.best_of is None else body.best_of
     if body.stream and best_of != n:
@@ -78,9 +79,9 @@ def parse(service: Service, body: CompletionBody, owner: str) -> Generation:
         raise Refusal("validation", "echo with logprobs needs the whole answer; set stream to false", "echo")
     if body.max_tokens == 0 and not body.echo:
         raise Refusal("validation", "max_tokens is 0; ask for at least 1, or echo the prompt", "max_tokens")
-    return Generation(
+    return GenerationRequest(
         prompts=prompts,
-        sampling=body.sampling(service),
+        sampling=body.sampling(model),
         max_new_tokens=max(DEFAULT_NEW if body.max_tokens is None else body.max_tokens, 1),
         n=n,
         best_of=best_of,
@@ -91,7 +92,7 @@ def parse(service: Service, body: CompletionBody, owner: str) -> Generation:
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         continues=True,
         constraint=body.response_format.constraint() if body.response_format else None,
-        adapter=service.adapter(body.model),
+        adapter=model.adapter(body.model),
         salt=salt(owner, body.cache_salt),
         owner=owner,
         stream=bool(body.stream),
@@ -110,12 +111,12 @@ def _is_ids(prompt: list[Any]) -> bool:
 async def completions(call: RouteCall) -> Response:
     """Answers one request."""
     body = await call.read(CompletionBody)
-    service = call.service
-    generation = await call.parse(parse, service, body, call.owner)
+    model = call.model
+    generation = await call.parse(parse, model, body, call.owner)
     session = await call.begin(generation)
     if generation.stream:
-        return sse.EventStream(call, session, CompletionWriter(service, body, generation), "openai")
-    answers = await call.until_gone(session, fold(session, len(generation.prepared)))
+        return sse.EventStream(call, session, CompletionWriter(model, body, generation), "openai")
+    answers = await call.until_gone(session, fold(session, generation.answers))
     choices: list[dict[str, Any]] = []
     for i, prompt in enumerate(generation.prompts):
         tried = answers[i * generation.best_of : (i + 1) * generation.best_of]
@@ -124,16 +125,16 @@ async def completions(call: RouteCall) -> Response:
             tried.sort(key=lambda answer: -answer.mean_logprob)
         for answer in tried[: generation.n]:
             answer.prompt = first.prompt
-            choices.append(_choice(service, body, prompt, len(choices), answer))
+            choices.append(_choice(model, body, prompt, len(choices), answer))
     held = sum(map(len, generation.prompts))
-    head = Head(service, "cmpl", "text_completion", body.model)
+    head = Head(model, "cmpl", "text_completion", body.model)
     return JSONResponse(head(choices=choices, usage=usage(held, session)))
 
 
 def _choice(
-    service: Service, body: CompletionBody, prompt: tuple[int, ...], index: int, answer: Answer
+    model: ServedModel, body: CompletionBody, prompt: tuple[int, ...], index: int, answer: Answer
 ) -> dict[str, Any]:
-    tokenizer, text, picked = service.tokenizer, answer.text, answer.picked
+    tokenizer, text, picked = model.tokenizer, answer.text, answer.picked
     if body.max_tokens == 0:
         text, picked = "", []
     if body.echo:
@@ -168,10 +169,10 @@ def table(tokenizer: Any, picked: list[Picked], tops: int, offset: int = 0, skip
 class CompletionWriter:
     """Chunks with the text of one answer each; the reason comes with the last."""
 
-    def __init__(self, service: Service, body: CompletionBody, generation: Generation) -> None:
-        self.tokenizer, self.body, self.generation = service.tokenizer, body, generation
-        self.head = Head(service, "cmpl", "text_completion", body.model)
-        self.offsets = [0] * len(generation.prepared)
+    def __init__(self, model: ServedModel, body: CompletionBody, generation: GenerationRequest) -> None:
+        self.tokenizer, self.body, self.generation = model.tokenizer, body, generation
+        self.head = Head(model, "cmpl", "text_completion", body.model)
+        self.offsets = [0] * generation.answers
 
     def begin(self) -> bytes:
         """The prompts, where they are to be echoed."""

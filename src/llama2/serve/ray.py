@@ -18,7 +18,8 @@ from llama2.runners.native import NativeModel
 from llama2.serve import limits
 from llama2.serve.app import make_app
 from llama2.serve.auth import Keys
-from llama2.serve.service import Policy, Service
+from llama2.serve.policy import Policy
+from llama2.serve.service import Service
 
 
 class Settings(BaseModel):

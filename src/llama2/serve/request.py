@@ -64,7 +64,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationRequest:
     """Prompts of ids and how each is continued `best_of` times, of which `n` are told.
 
     max_new_tokens: None fills the context. prompt_logprobs, logprobs, continues, lookup: see `engine.Ask`. keep_stop:
@@ -89,7 +89,11 @@ class Generation:
     owner: str = ""
     stream: bool = False
     skip_special_tokens: bool = True
-    prepared: list[Ask] = field(default_factory=list)  # filled in by the service once all is checked
+
+    @property
+    def answers(self) -> int:
+        """How many answers the engine makes."""
+        return len(self.prompts) * self.best_of
 
     @property
     def new_tokens(self) -> int:
@@ -154,7 +158,7 @@ class Generation:
                 f"(max_total_tokens); ask for at most {bounds.max_total_tokens - held} new tokens",
             )
 
-    def asks(self, engine: Engine, bounds: Bounds, held: Callable[[int], Constrained] | None) -> list[Ask]:
+    def engine_requests(self, engine: Engine, bounds: Bounds, held: Callable[[int], Constrained] | None) -> list[Ask]:
         """The engine's requests, `best_of` for each prompt in turn. Raises InputError. May take milliseconds.
 
         held: makes what holds an answer behind so many tokens to the constraint, where there is one.

@@ -4,54 +4,30 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from llama2.engine.engine import Engine
+from llama2.engine.engine import Ask, Engine
 from llama2.errors import InputError
 from llama2.serve import validation
 from llama2.serve.auth import Keys
 from llama2.serve.budget import Budget
-from llama2.serve.constraint import Compiler, Constraint
+from llama2.serve.constraint import Constraint
 from llama2.serve.errors import Dialect, Refusal, kind_of
 from llama2.serve.lifecycle import Life
 from llama2.serve.metrics import Metrics
+from llama2.serve.policy import Policy
 from llama2.serve.quota import Places, Rate
-from llama2.serve.request import Bounds, Generation
+from llama2.serve.request import Bounds, GenerationRequest
+from llama2.serve.served_model import ServedModel
 from llama2.serve.session import Mailbox, Session, Times
 from llama2.serve.workers import Workers
 
 T = TypeVar("T")
 M = TypeVar("M", bound=validation.Body)
-ALIASES = ("tgi", "dummy", "default", "")  # what clients send that were given an address and no name
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Choices of whoever runs the server."""
-
-    names: tuple[str, ...] = ("llama2",)
-    revision: str | None = None
-    unknown_fields: str = "refuse"
-    parse_special: bool = True
-    payload_limit: int = 2_000_000
-    request_timeout: float = 0.0
-    stall_timeout: float = 60.0
-    cors_origins: tuple[str, ...] = ()
-    public_metrics: bool = False
-    allowed_hosts: tuple[str, ...] = ()
-    workers: int = 2
-    validation_timeout: float = 10.0
-    body_timeout: float = 30.0
-    max_unparsed_bytes: int = 64_000_000
-    max_unread_bytes: int = 256_000_000
-    max_concurrent_requests: int = 128
-    max_requests_per_key: int | None = None
-    tokens_per_minute: int | None = None
 
 
 class Service:
@@ -59,19 +35,18 @@ class Service:
 
     def __init__(
         self,
-        policy: Policy = Policy(),
+        policy: Policy | None = None,
         keys: Keys | None = None,
         life: Life | None = None,
         metrics_keys: Keys | None = None,
     ) -> None:
+        policy = policy or Policy()
         self.policy, self.keys, self.life = policy, keys or Keys(), life or Life()
         self.metrics_keys = metrics_keys or Keys()
         self.metrics = Metrics()
         self.created = int(time.time())
         self.sessions: set[Session] = set()
-        self._engine: Engine | None = None
-        self._bounds: Bounds | None = None
-        self._compiler: Compiler | None = None
+        self._model: ServedModel | None = None
         self.unparsed = Budget("bodies that are not parsed yet", policy.max_unparsed_bytes)
         self.unread = Budget("answers that are not read yet", policy.max_unread_bytes)
         self.places = Places(policy.max_concurrent_requests, policy.max_requests_per_key)
@@ -84,12 +59,7 @@ class Service:
 
     def open(self, engine: Engine, bounds: Bounds) -> None:
         """Takes the engine in: from now on requests are served. Raises InputError for an engine without tokenizer."""
-        tokenizer, config = engine.tokenizer, engine.model.config
-        if tokenizer is None:
-            raise InputError("a server needs the tokenizer: Engine(model, tokenizer)")
-        eos = engine.model.generation_config.eos_token_ids
-        self._compiler = Compiler(tokenizer, config.vocab_size, eos) if eos else None
-        self._engine, self._bounds = engine, bounds
+        self._model = ServedModel(engine, bounds, self.policy)
         self._watch(engine)
         if self.life.state == "loading":
             self.life.state = "ready"
@@ -106,42 +76,31 @@ class Service:
         watch("llama2_streams", "Answers being told.", lambda: len(self.sessions))
 
     @property
-    def engine(self) -> Engine:
-        """Raises Refusal while the model is being loaded."""
-        if self._engine is None:
+    def model(self) -> ServedModel:
+        """The model. Raises Refusal while it is being loaded."""
+        if self._model is None:
             raise Refusal("starting", "the model is still being loaded; ask again in a few seconds", retry_after=2)
-        return self._engine
+        return self._model
+
+    @property
+    def engine(self) -> Engine:
+        """The model's. Raises Refusal as `model`."""
+        return self.model.engine
 
     @property
     def loaded(self) -> bool:
         """Whether there is a model."""
-        return self._engine is not None
+        return self._model is not None
 
     @property
     def bounds(self) -> Bounds:
-        """What a request may ask for."""
-        assert self._bounds is not None
-        return self._bounds
+        """What a request may ask for. Raises Refusal as `model`."""
+        return self.model.bounds
 
     @property
     def tokenizer(self) -> Any:
-        """The model's."""
-        return self.engine.tokenizer
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the adapters that a request can choose."""
-        return list(getattr(getattr(self.engine.runner, "weights", None), "adapters", ()))
-
-    def adapter(self, name: str | None) -> str | None:
-        """The adapter that a model name asks for; None for the model alone. Raises Refusal for another name."""
-        if name is None or name in ALIASES or name in self.policy.names:
-            own: str | None = getattr(self.engine.model, "adapter", None)
-            return own
-        if name in self.adapters:
-            return name
-        known = ", ".join((*self.policy.names, *self.adapters))
-        raise Refusal("model", f"the model {name[:100]!r} is not served here; there is {known}", "model")
+        """The model's. Raises Refusal as `model`."""
+        return self.model.tokenizer
 
     def cut(self) -> None:
         """Ends everything that runs."""
@@ -149,33 +108,28 @@ class Service:
             session.close()
 
     def alive(self) -> bool:
-        """Whether the engine is moving, or has nothing to do, and has not lost a process of its model."""
-        engine = self._engine
-        if engine is None:
-            return True
-        lost = getattr(engine.runner, "failed", None) is not None
-        return not lost and (not engine.running or time.monotonic() - engine.beat < 120)
+        """Whether the model that is there works."""
+        return self._model is None or self._model.alive()
 
     # -- work ----------------------------------------------------------------------------------------------------
 
-    async def compiled(self, owner: str, constraint: Constraint) -> Any:
+    async def compiled(self, owner: str, model: ServedModel, constraint: Constraint) -> Any:
         """A constraint, compiled beside the event loop and apart from what others wait for. Raises Refusal."""
-        if self._compiler is None:
+        if model.compiler is None:
             raise Refusal("unable", "this server was started without constrained answers; leave the format out")
-        return await self._compile(owner, refusing, self._compiler.compiled, constraint, owner)
+        return await self._compile(owner, refusing, model.compiler.compiled, constraint, owner)
 
     async def embedded(self, owner: str, task: Callable[..., T], *args: Any) -> T:
         """Runs a forward pass beside the event loop, one at a time. Raises Refusal."""
         return await self._embed(owner, refusing, task, *args)
 
-    def session(self, generation: Generation, times: Times) -> Session:
-        """Submits a checked generation; called in the event loop. Raises Refusal."""
+    def session(self, model: ServedModel, request: GenerationRequest, asks: Sequence[Ask], times: Times) -> Session:
+        """Submits a checked request; called in the event loop. Raises Refusal."""
         if self._mailbox is None:
             self._mailbox = Mailbox(asyncio.get_running_loop())
-        owner, engine = generation.owner, self.engine
+        owner, engine = request.owner, model.engine
         self.rate.check(owner)
         self.places.take(owner, lambda: engine.patience(owner))
-        asks = generation.prepared
         try:
             session = Session(engine, self._mailbox, asks, times, lambda tokens: self.rate.charge(owner, tokens))
         except Refusal:
@@ -183,17 +137,15 @@ class Service:
             raise
         session.owner = owner
         self.sessions.add(session)
-        held = sum(map(len, generation.prompts))
+        held = sum(map(len, request.prompts))
         self.rate.charge(owner, held)
         self.metrics.taken(held, asks[0].config.max_new_tokens or 0)
         return session
 
     def close(self) -> None:
         """Ends the engine; what runs is cancelled."""
-        if self._compiler is not None:
-            self._compiler.close()
-        if self._engine is not None:
-            self._engine.close(wait=False)
+        if self._model is not None:
+            self._model.close()
 
 
 class Gone(Exception):
@@ -243,15 +195,20 @@ class RouteCall:
         """Runs a dialect's parser beside the event loop. Raises Refusal, also for the library's own errors."""
         return await self.service.check(self.owner, refusing, task, *args)
 
-    async def begin(self, generation: Generation) -> Session:
+    @property
+    def model(self) -> ServedModel:
+        """The model that answers. Raises Refusal while it is being loaded."""
+        return self.service.model
+
+    async def begin(self, request: GenerationRequest) -> Session:
         """Checks and submits. Raises Refusal."""
-        await self.parse(_check, self.service, generation)
-        compiled = None
-        if generation.constraint is not None:
-            compiled = await self.service.compiled(self.owner, generation.constraint)
-        await self.parse(_prepare, self.service, generation, compiled)
-        session = self.service.session(generation, self.times)
-        self.notes |= {"prompt_tokens": sum(map(len, generation.prompts)), "answers": len(generation.prepared)}
+        model, compiled = self.model, None
+        await self.parse(model.check, request)
+        if request.constraint is not None:
+            compiled = await self.service.compiled(self.owner, model, request.constraint)
+        asks = await self.parse(model.engine_requests, request, compiled)
+        session = self.service.session(model, request, asks, self.times)
+        self.notes |= {"prompt_tokens": sum(map(len, request.prompts)), "answers": len(asks)}
         return session
 
     async def until_gone(self, session: Session, answer: Coroutine[Any, Any, T]) -> T:
@@ -304,15 +261,3 @@ def refusing(task: Callable[..., T], *args: Any) -> T:
         return task(*args)
     except InputError as error:
         raise Refusal(kind_of(error), str(error)) from None
-
-
-def _check(service: Service, generation: Generation) -> None:
-    generation.check(service.bounds, service.engine.model.config.vocab_size)
-
-
-def _prepare(service: Service, generation: Generation, compiled: Any) -> None:
-    compiler = service._compiler
-    processor = None
-    if compiled is not None and compiler is not None:
-        processor = partial(compiler.processor, compiled)
-    generation.prepared.extend(generation.asks(service.engine, service.bounds, processor))

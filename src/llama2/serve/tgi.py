@@ -32,8 +32,9 @@ from llama2.serve.numbers import (
 from llama2.serve.openai import as_object, drawn, finite, salt
 from llama2.serve.openai_chat import ChatBody, Tools
 from llama2.serve.openai_completions import encode
-from llama2.serve.request import Generation, Sampling
-from llama2.serve.service import RouteCall, Service
+from llama2.serve.request import GenerationRequest, Sampling
+from llama2.serve.served_model import ServedModel
+from llama2.serve.service import RouteCall
 from llama2.serve.session import Answer, Session, fold
 from llama2.serve.validation import Body, Text, Texts
 
@@ -124,7 +125,7 @@ class GenerateBody(Body):
         return self.parameters or Parameters.model_validate({})
 
 
-def parse(service: Service, body: GenerateBody, owner: str, stream: bool) -> Generation:
+def parse(model: ServedModel, body: GenerateBody, owner: str, stream: bool) -> GenerationRequest:
     """The body as a generation. Raises Refusal."""
     given, best_of = body.given, body.given.best_of or 1
     if not body.inputs:
@@ -137,10 +138,10 @@ def parse(service: Service, body: GenerateBody, owner: str, stream: bool) -> Gen
         raise Refusal(
             "validation", "decoder_input_details needs the whole answer; do not stream", "decoder_input_details"
         )
-    special = service.policy.parse_special if given.parse_special is None else given.parse_special
-    ids = encode(service.tokenizer, body.inputs, special)
+    special = model.policy.parse_special if given.parse_special is None else given.parse_special
+    ids = encode(model.tokenizer, body.inputs, special)
     stops = (given.stop,) if isinstance(given.stop, str) else tuple(given.stop or ())
-    return Generation(
+    return GenerationRequest(
         prompts=(ids[-given.truncate :] if given.truncate else ids,),
         sampling=given.sampling(),
         max_new_tokens=given.max_new_tokens,
@@ -152,7 +153,7 @@ def parse(service: Service, body: GenerateBody, owner: str, stream: bool) -> Gen
         prompt_logprobs=bool(given.decoder_input_details),
         continues=True,
         constraint=given.grammar.constraint() if given.grammar else None,
-        adapter=service.adapter(given.adapter_id),
+        adapter=model.adapter(given.adapter_id),
         salt=salt(owner, given.cache_salt),
         owner=owner,
         stream=stream,
@@ -184,16 +185,16 @@ async def compat(call: RouteCall) -> Response:
 
 async def whole(call: RouteCall, body: GenerateBody, listed: bool = False) -> Response:
     """The complete answer."""
-    generation = await call.parse(parse, call.service, body, call.owner, False)
+    generation = await call.parse(parse, call.model, body, call.owner, False)
     session = await call.begin(generation)
     answers = await call.until_gone(session, fold(session, generation.best_of))
     order = sorted(range(len(answers)), key=lambda i: -answers[i].mean_logprob) if len(answers) > 1 else [0]
-    before = _full_text(call.service, body, generation)
-    told = [_sequence(call.service, body, generation, answers[i], i, before) for i in order]
+    before = _full_text(call.model, body, generation)
+    told = [_sequence(call.model, body, generation, answers[i], i, before) for i in order]
     found: dict[str, Any] = {"generated_text": told[0]["generated_text"]}
     if _wants_details(body.given):
         found["details"] = {name: value for name, value in told[0].items() if name != "generated_text"}
-        found["details"]["prefill"] = _prefill(call.service, generation, answers[0])
+        found["details"]["prefill"] = _prefill(call.model, generation, answers[0])
         if len(told) > 1:
             found["details"]["best_of_sequences"] = told[1:]
     headers = _headers(session, len(generation.prompts[0]), len(body.inputs))
@@ -202,24 +203,24 @@ async def whole(call: RouteCall, body: GenerateBody, listed: bool = False) -> Re
 
 async def streamed(call: RouteCall, body: GenerateBody) -> Response:
     """The answer token by token."""
-    generation = await call.parse(parse, call.service, body, call.owner, True)
+    generation = await call.parse(parse, call.model, body, call.owner, True)
     session = await call.begin(generation)
-    writer = TokenWriter(call.service, body, generation)
-    headers = {"x-compute-type": _compute_type(call.service), "x-compute-characters": str(len(body.inputs))}
+    writer = TokenWriter(call.model, body, generation)
+    headers = {"x-compute-type": _compute_type(call.model), "x-compute-characters": str(len(body.inputs))}
     return sse.EventStream(call, session, writer, "tgi", headers)
 
 
-def _full_text(service: Service, body: GenerateBody, generation: Generation) -> str:
+def _full_text(model: ServedModel, body: GenerateBody, generation: GenerationRequest) -> str:
     if not body.given.return_full_text:
         return ""
     if not body.given.truncate:
         return body.inputs
-    text: str = service.tokenizer.decode(list(generation.prompts[0]), skip_special_tokens=True)
+    text: str = model.tokenizer.decode(list(generation.prompts[0]), skip_special_tokens=True)
     return text
 
 
 def _sequence(
-    service: Service, body: GenerateBody, generation: Generation, answer: Answer, index: int, before: str
+    model: ServedModel, body: GenerateBody, generation: GenerationRequest, answer: Answer, index: int, before: str
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
         "generated_text": before + answer.text,
@@ -228,42 +229,42 @@ def _sequence(
         "seed": generation.seed + index if body.given.samples else None,
         "prefill": [],
         "tokens": [
-            token(service, p.token, p.logprob, piece or None)
+            token(model, p.token, p.logprob, piece or None)
             for p, piece in zip(answer.picked, answer.pieces, strict=True)
         ],
     }
     if body.given.top_n_tokens:
-        found["top_tokens"] = [[token(service, i, logprob) for i, logprob in p.top] for p in answer.picked]
+        found["top_tokens"] = [[token(model, i, logprob) for i, logprob in p.top] for p in answer.picked]
     return found
 
 
-def _prefill(service: Service, generation: Generation, answer: Answer) -> list[dict[str, Any]]:
+def _prefill(model: ServedModel, generation: GenerationRequest, answer: Answer) -> list[dict[str, Any]]:
     if not generation.prompt_logprobs:
         return []
     rows = [Picked(generation.prompts[0][0]), *answer.prompt]
     return [
-        {"id": p.token, "text": _text(service, p.token), "logprob": None if p.logprob is None else finite(p.logprob)}
+        {"id": p.token, "text": _text(model, p.token), "logprob": None if p.logprob is None else finite(p.logprob)}
         for p in rows
     ]
 
 
-def token(service: Service, token_id: int, logprob: float | None, text: str | None = None) -> dict[str, Any]:
+def token(model: ServedModel, token_id: int, logprob: float | None, text: str | None = None) -> dict[str, Any]:
     """A token as TGI tells it; text: what it added, where that is known."""
-    special = token_id in service.tokenizer.special_ids
-    told = _text(service, token_id) if text is None else text
+    special = token_id in model.tokenizer.special_ids
+    told = _text(model, token_id) if text is None else text
     return {"id": token_id, "text": told, "logprob": finite(logprob), "special": special}
 
 
-def _text(service: Service, token_id: int) -> str:
-    raw: bytes = service.tokenizer.token_bytes(token_id)
+def _text(model: ServedModel, token_id: int) -> str:
+    raw: bytes = model.tokenizer.token_bytes(token_id)
     return raw.decode("utf-8", "replace")
 
 
 class TokenWriter:
     """One event a token; the last one carries the whole text. Special tokens have no text: clients join it."""
 
-    def __init__(self, service: Service, body: GenerateBody, generation: Generation) -> None:
-        self.service, self.body, self.generation = service, body, generation
+    def __init__(self, model: ServedModel, body: GenerateBody, generation: GenerationRequest) -> None:
+        self.model, self.body, self.generation = model, body, generation
         self.answer = Answer()
 
     def begin(self) -> bytes:
@@ -277,10 +278,10 @@ class TokenWriter:
             return b""
         told: dict[str, Any] = {
             "index": len(self.answer.picked),
-            "token": token(self.service, event.token, event.logprob, event.text),
+            "token": token(self.model, event.token, event.logprob, event.text),
         }
         if self.body.given.top_n_tokens:
-            told["top_tokens"] = [token(self.service, i, logprob) for i, logprob in event.top]
+            told["top_tokens"] = [token(self.model, i, logprob) for i, logprob in event.top]
         return sse.data(told | {"generated_text": None, "details": None} | self._last(event))
 
     def _last(self, event: Event) -> dict[str, Any]:
@@ -293,7 +294,7 @@ class TokenWriter:
             "seed": self.generation.seed if given.samples else None,
             "input_length": len(self.generation.prompts[0]),
         }
-        before = _full_text(self.service, self.body, self.generation)
+        before = _full_text(self.model, self.body, self.generation)
         return {"generated_text": before + self.answer.text, "details": details if given.details else None}
 
     def end(self, session: Session) -> bytes:
@@ -301,8 +302,8 @@ class TokenWriter:
         return b""
 
 
-def _compute_type(service: Service) -> str:
-    return "cpu+optimized" if hasattr(service.engine.runner, "weights") else str(service.engine.model.device.type)
+def _compute_type(model: ServedModel) -> str:
+    return "cpu+optimized" if hasattr(model.engine.runner, "weights") else str(model.engine.model.device.type)
 
 
 def _headers(session: Session, prompt: int, characters: int) -> dict[str, str]:
@@ -329,14 +330,14 @@ def _headers(session: Session, prompt: int, characters: int) -> dict[str, str]:
 async def tokenize(call: RouteCall) -> Response:
     """/tokenize: the ids of a prompt with their places in it."""
     body = await call.read(GenerateBody)
-    _check_bytes(call.service, [body.inputs])
-    special = call.service.policy.parse_special
-    return await call.parse(answer, _pieces, call.service.tokenizer, body.inputs, True, special)
+    _check_bytes(call.model, [body.inputs])
+    special = call.model.policy.parse_special
+    return await call.parse(answer, _pieces, call.model.tokenizer, body.inputs, True, special)
 
 
-def _check_bytes(service: Service, texts: list[str]) -> None:
+def _check_bytes(model: ServedModel, texts: list[str]) -> None:
     """Each byte may become a token, and each token an object of the answer."""
-    held, most = sum(len(text.encode()) for text in texts), service.bounds.max_tokenize_bytes
+    held, most = sum(len(text.encode()) for text in texts), model.bounds.max_tokenize_bytes
     if held > most:
         raise Refusal("size", f"{held} bytes of text; {most} are the most that are tokenised at once, so send parts")
 
@@ -354,12 +355,12 @@ def _pieces(tokenizer: Any, text: str, add: bool, special: bool) -> list[dict[st
 async def chat_tokenize(call: RouteCall) -> Response:
     """/chat_tokenize: the ids and the text of a rendered conversation."""
     body = await call.read(ChatBody)
-    _check_bytes(call.service, [message.text() for message in body.messages])
-    return await call.parse(answer, _rendered, call.service, body)
+    _check_bytes(call.model, [message.text() for message in body.messages])
+    return await call.parse(answer, _rendered, call.model, body)
 
 
-def _rendered(service: Service, body: ChatBody) -> dict[str, Any]:
-    tokenizer = service.tokenizer
+def _rendered(model: ServedModel, body: ChatBody) -> dict[str, Any]:
+    tokenizer = model.tokenizer
     ids = prompt_ids(tokenizer, body.messages, Tools(), body.continues)
     found, text = [], ""
     for i in ids:
@@ -388,8 +389,8 @@ async def detokenize(call: RouteCall) -> Response:
     """/detokenize: the text of ids."""
     body = await call.read(DetokenizeBody)
     ids = body.tokens if body.tokens is not None else body.ids or []
-    size = len(call.service.tokenizer)
+    size = len(call.model.tokenizer)
     if bad := [i for i in ids if not 0 <= i < size]:
         raise Refusal("validation", f"id {bad[0]} does not exist; ids run from 0 to {size - 1}", "tokens")
-    text = await call.parse(call.service.tokenizer.decode, ids, bool(body.skip_special_tokens))
+    text = await call.parse(call.model.tokenizer.decode, ids, bool(body.skip_special_tokens))
     return JSONResponse({"prompt": text, "text": text})

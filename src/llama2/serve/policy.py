@@ -1,0 +1,27 @@
+"""What whoever runs the server has chosen, beside the model."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Choices of whoever runs the server. names: of the model, the first one is shown."""
+
+    names: tuple[str, ...] = ("llama2",)
+    revision: str | None = None
+    unknown_fields: str = "refuse"
+    parse_special: bool = True
+    payload_limit: int = 2_000_000
+    request_timeout: float = 0.0
+    stall_timeout: float = 60.0
+    cors_origins: tuple[str, ...] = ()
+    public_metrics: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    workers: int = 2
+    validation_timeout: float = 10.0
+    body_timeout: float = 30.0
+    max_unparsed_bytes: int = 64_000_000
+    max_unread_bytes: int = 256_000_000
+    max_concurrent_requests: int = 128
+    max_requests_per_key: int | None = None
+    tokens_per_minute: int | None = None

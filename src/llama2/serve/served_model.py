@@ -1,0 +1,66 @@
+"""One model that is served: its engine, tokenizer and bounds, the names it answers to and what it can be held to."""
+
+import time
+from functools import partial
+from typing import Any
+
+from llama2.engine.engine import Ask, Engine
+from llama2.errors import InputError
+from llama2.serve.constraint import Compiler
+from llama2.serve.errors import Refusal
+from llama2.serve.policy import Policy
+from llama2.serve.request import Bounds, GenerationRequest
+
+ALIASES = ("tgi", "dummy", "default", "")  # what clients send that were given an address and no name
+
+
+class ServedModel:
+    """A model behind its engine. Parsers and writers of every dialect take one; its attributes do not change."""
+
+    def __init__(self, engine: Engine, bounds: Bounds, policy: Policy, names: tuple[str, ...] | None = None) -> None:
+        """names: those it answers to, the policy's if None. Raises InputError for an engine without tokenizer."""
+        if engine.tokenizer is None:
+            raise InputError("a server needs the tokenizer: Engine(model, tokenizer)")
+        self.engine, self.bounds, self.policy = engine, bounds, policy
+        self.names = names or policy.names
+        self.tokenizer: Any = engine.tokenizer
+        eos = engine.model.generation_config.eos_token_ids
+        self.compiler = Compiler(self.tokenizer, engine.model.config.vocab_size, eos) if eos else None
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that a request can choose."""
+        return list(getattr(getattr(self.engine.runner, "weights", None), "adapters", ()))
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter that a model name asks for; None for the model alone. Raises Refusal for another name."""
+        if name is None or name in ALIASES or name in self.names:
+            own: str | None = getattr(self.engine.model, "adapter", None)
+            return own
+        if name in self.adapters:
+            return name
+        known = ", ".join((*self.names, *self.adapters))
+        raise Refusal("model", f"the model {name[:100]!r} is not served here; there is {known}", "model")
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises Refusal for what the bounds forbid."""
+        request.check(self.bounds, self.engine.model.config.vocab_size)
+
+    def engine_requests(self, request: GenerationRequest, compiled: Any) -> list[Ask]:
+        """A checked request as the engine takes it; compiled: its constraint, where it has one. Raises InputError."""
+        held = None
+        if compiled is not None and self.compiler is not None:
+            held = partial(self.compiler.processor, compiled)
+        return request.engine_requests(self.engine, self.bounds, held)
+
+    def alive(self) -> bool:
+        """Whether the engine is moving, or has nothing to do, and has not lost a process of its model."""
+        engine = self.engine
+        lost = getattr(engine.runner, "failed", None) is not None
+        return not lost and (not engine.running or time.monotonic() - engine.beat < 120)
+
+    def close(self) -> None:
+        """Ends the engine; what runs is cancelled."""
+        if self.compiler is not None:
+            self.compiler.close()
+        self.engine.close(wait=False)
