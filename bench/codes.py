@@ -23,7 +23,7 @@ from regime import Regime
 from llama2.compiled import native
 from llama2.config import LlamaConfig
 from llama2.cpu import CpuRunner, CpuWeights, PagedCache
-from llama2.cpu.quantized_weights import CodebookWeight, GroupWeight, Int8Weight
+from llama2.quantization.packable import CodebookWeight, GroupWeight, Int8Weight
 
 
 def codebook(arithmetic: Any) -> Callable[[int, int, np.random.Generator], Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from regime import Regime
 
 from llama2.compiled import make_pool, native
-from llama2.cpu.quantized_weights import CodebookWeight, GroupWeight, Int8Weight
+from llama2.quantization.packable import CodebookWeight, GroupWeight, Int8Weight
 
 SHAPES = [(4096, 4096), (11008, 4096)]
 ROTATE = 300 << 20

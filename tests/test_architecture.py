@@ -64,6 +64,8 @@ NO_TORCH = (
     "config.py",
     "config_files.py",
     "quantization_config.py",
+    "quantization/formats.py",
+    "quantization/packable.py",
     "lora_config.py",
     "generation/config.py",
     "call_options.py",

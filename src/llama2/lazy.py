@@ -15,7 +15,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @cache
-def _resolve(module: str, name: str) -> Callable[..., Any]:
+def resolve(module: str, name: str) -> Callable[..., Any]:
+    """`llama2.<module>.<name>`, imported at the first call: what a table names without importing it."""
     function: Callable[..., Any] = getattr(import_module(f"llama2.{module}"), name)
     return function
 
@@ -24,7 +25,7 @@ def door(module: str, name: str, doc: str) -> Callable[..., Any]:
     """A function that forwards every argument to `llama2.<module>.<name>`, imported at the first call."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return _resolve(module, name)(*args, **kwargs)
+        return resolve(module, name)(*args, **kwargs)
 
     call.__name__ = call.__qualname__ = name
     call.__doc__ = doc
@@ -37,7 +38,7 @@ def declares(module: str, name: str) -> Callable[[Function], Function]:
     def decorate(declaration: Function) -> Function:
         @wraps(declaration)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return _resolve(module, name)(*args, **kwargs)
+            return resolve(module, name)(*args, **kwargs)
 
         return call  # type: ignore[return-value]
 

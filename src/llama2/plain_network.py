@@ -31,14 +31,12 @@ from llama2.linear import has_global_hooks, runs_as_written
 from llama2.lora import LoraLinear
 from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.pretrained import require_grad
-from llama2.quantization.gguf import GgufEmbedding, GgufLinear
-from llama2.quantization.gptq import GptqLinear
-from llama2.quantization.int8 import Linear8bit
-from llama2.quantization.nf4 import Linear4bit
+from llama2.quantization.formats import layer_classes
+from llama2.quantization.gguf import GgufEmbedding
 from llama2.rope import LlamaRotaryEmbedding
 
 Kinds = tuple[type[nn.Module], ...]
-_PACKED: Kinds = (GgufLinear, GptqLinear, Linear4bit, Linear8bit)
+_PACKED: Kinds = layer_classes()
 _BASES: Kinds = (nn.Linear, *_PACKED)
 _LINEARS: Kinds = (*_BASES, LoraLinear)
 _NORM: Kinds = (LlamaRMSNorm,)

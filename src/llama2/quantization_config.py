@@ -62,6 +62,15 @@ class QuantizationConfig:
 
     quant_method: ClassVar[str]
 
+    @property
+    def format_id(self) -> str:
+        """The row of the table of formats (`quantization.formats`)."""
+        return self.quant_method
+
+    def label(self, module: str) -> str:
+        """What the linear at this path is stored as, for people."""
+        return self.quant_method
+
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json's quantization_config."""
         raise NotImplementedError
@@ -112,6 +121,15 @@ class BitsAndBytesConfig(QuantizationConfig):
             raise InputError(f"bnb_4bit_quant_type is {self.bnb_4bit_quant_type!r}; it must be 'nf4' or 'fp4'")
         self.bnb_4bit_compute_dtype = dtype_name(self.bnb_4bit_compute_dtype or "float32", "bnb_4bit_compute_dtype")
         self.bnb_4bit_quant_storage = dtype_name(self.bnb_4bit_quant_storage or "uint8", "bnb_4bit_quant_storage")
+
+    @property
+    def format_id(self) -> str:
+        """As QuantizationConfig.format_id: "int8", "nf4" or "fp4"."""
+        return "int8" if self.load_in_8bit else self.bnb_4bit_quant_type
+
+    def label(self, module: str) -> str:
+        """As QuantizationConfig.label."""
+        return "INT8 rows" if self.load_in_8bit else self.bnb_4bit_quant_type.upper()
 
     def to_dict(self) -> dict[str, Any]:
         """As QuantizationConfig.to_dict."""
@@ -174,6 +192,11 @@ class GPTQConfig(QuantizationConfig):
             raise InputError(f"the GPTQ format is {chosen!r}; 'gptq' and 'gptq_v2' are supported, so repack the file")
         self.format = self.checkpoint_format = chosen
 
+    def label(self, module: str) -> str:
+        """As QuantizationConfig.label."""
+        settings = self.at(module)
+        return f"GPTQ {settings.bits}-bit" + ("" if settings.group_size == -1 else f" g{settings.group_size}")
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """As QuantizationConfig.from_dict; takes the names and marks of older files."""
@@ -234,7 +257,7 @@ def _pattern(key: str) -> str:
     return key.removeprefix("-:").removeprefix("+:")
 
 
-def _auto_round(content: Mapping[str, Any]) -> GPTQConfig:
+def auto_round(content: Mapping[str, Any]) -> GPTQConfig:
     """AutoRound's own files, of which those in GPTQ's layout are read. Zeros are one less in those called auto_gptq."""
     packing = str(content.get("packing_format", ""))
     if "awq" in packing or "llm_compressor" in packing or "fp8" in packing or "mlx" in packing:
@@ -252,29 +275,3 @@ def _auto_round(content: Mapping[str, Any]) -> GPTQConfig:
         dynamic[f"{'-' if plain else '+'}:.*?{pattern}"] = changes
     fields = {**content, "format": "gptq" if older else "gptq_v2", "dynamic": dynamic or None}
     return GPTQConfig.from_dict({key: value for key, value in fields.items() if key != "checkpoint_format"})
-
-
-_METHODS: dict[str, type[QuantizationConfig]] = {
-    c.quant_method: c for c in (BitsAndBytesConfig, GPTQConfig, GgufConfig)
-}
-
-
-def parse(content: Any) -> QuantizationConfig:
-    """The settings that a config.json, or a caller, gives. Raises InputError for an unknown method or a bad value."""
-    if isinstance(content, QuantizationConfig):
-        return content
-    if hasattr(content, "to_dict"):  # a class of transformers
-        content = content.to_dict()
-    if not isinstance(content, Mapping):
-        raise InputError(f"quantization_config is {shown(content)}; give a BitsAndBytesConfig, a GPTQConfig or a dict")
-    method = content.get("quant_method")
-    if method is None and (content.get("load_in_4bit") or content.get("load_in_8bit")):
-        method = "bitsandbytes"
-    if isinstance(method, str) and method in ("auto-round", "intel/auto-round"):
-        return _auto_round(content)
-    if not isinstance(method, str) or method not in _METHODS:
-        raise InputError(
-            f"the quantisation method is {shown(method)}; {', '.join(_METHODS)} and GGUF files are supported: quantise "
-            "the unquantised checkpoint again, or fetch it in one of these"
-        )
-    return _METHODS[method].from_dict(content)

@@ -17,12 +17,12 @@ from llama2.checkpoint.gguf import GgufFile, read_metadata
 from llama2.checkpoint.gguf_mixture import FILE_TYPES, file_type, tensor_type
 from llama2.checkpoint.imatrix import from_importance, write_imatrix
 from llama2.checkpoint.names import hf_to_gguf
-from llama2.quantization.blocks import NAMED, SIZES
+from llama2.quantization.formats import BLOCKS, BY_ID
 from llama2.quantization.ggml import dequantize
 from llama2.quantization.ggml_encode import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no tokenizer")
-QUANTISED = [name for name, kind in FILE_TYPES.items() if NAMED[kind.block].weights > 1]
+QUANTISED = [name for name, kind in FILE_TYPES.items() if BY_ID[kind.block].weights > 1]
 SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32, "vocab_size": 32000}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
@@ -162,7 +162,7 @@ def llama_cpp_types() -> Iterator[Chooser]:
         found = (ctypes.c_int * len(shapes))()
         state = ctypes.c_void_p(init(model, ctypes.byref(params)))
         choose(state, FILE_TYPES[kind].id, tensors, found, ctypes.c_size_t(len(shapes)))
-        return {name: SIZES[found[i]].name for i, name in enumerate(shapes)}
+        return {name: BLOCKS[found[i]].name for i, name in enumerate(shapes)}
 
     yield run
 

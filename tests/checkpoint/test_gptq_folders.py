@@ -17,7 +17,8 @@ from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.quantized import packed_layers
 from llama2.cli.inspect import main_type, read
 from llama2.errors import CheckpointError, InputError, MismatchError
-from llama2.quantization_config import BitsAndBytesConfig, parse
+from llama2.quantization.formats import parse
+from llama2.quantization_config import BitsAndBytesConfig
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "head_dim": 16}
 IDS = tiny_ids(1, 12)

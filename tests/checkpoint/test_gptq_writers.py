@@ -19,7 +19,7 @@ from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.quantized import packed_layers
 from llama2.cli.inspect import read
 from llama2.errors import InputError
-from llama2.quantization_config import parse
+from llama2.quantization.formats import parse
 from llama2.runners.native import NativeModel, NativeRunner
 
 SIZES: dict[str, Any] = {

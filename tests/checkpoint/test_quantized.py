@@ -14,7 +14,8 @@ from llama2.checkpoint.quantized import packed_layers, unpacked
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.model import LlamaForCausalLM, LlamaModel
-from llama2.quantization_config import BitsAndBytesConfig, GPTQConfig, parse
+from llama2.quantization.formats import parse
+from llama2.quantization_config import BitsAndBytesConfig, GPTQConfig
 
 SIZES = {
     "vocab_size": 97,

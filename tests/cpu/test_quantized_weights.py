@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from cpu.test_kernels import ISAS, TOKENS, activations, as_int8, bf16_bits, native, product, relative
 
-from llama2.cpu.quantized_weights import CodebookWeight, GroupWeight, Int8Weight, PackableWeight, order_of
 from llama2.errors import InputError, MismatchError
 from llama2.quantization.codebooks import FP4, NF4
+from llama2.quantization.packable import CodebookWeight, GroupWeight, Int8Weight, PackableWeight, order_of
 
 Made = tuple[PackableWeight, np.ndarray]  # the weight and numpy's own float32 values
 

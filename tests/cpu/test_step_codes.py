@@ -9,8 +9,8 @@ import pytest
 
 from llama2 import cpu
 from llama2.config import LlamaConfig
-from llama2.cpu.quantized_weights import CodebookWeight, GroupWeight, Int8Weight, PackableWeight
 from llama2.quantization.codebooks import NF4
+from llama2.quantization.packable import CodebookWeight, GroupWeight, Int8Weight, PackableWeight
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native module is not built")
 

@@ -16,9 +16,9 @@ from tiny import tiny_ids, tiny_model
 
 from llama2 import LlamaForCausalLM
 from llama2.checkpoint.quantized import packed_layers
-from llama2.quantization.methods import layer_class
+from llama2.quantization.formats import layer_class, parse
 from llama2.quantization.nf4 import TABLES
-from llama2.quantization_config import BitsAndBytesConfig, parse
+from llama2.quantization_config import BitsAndBytesConfig
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 INTERPRETER = os.environ.get("LLAMA2_BITSANDBYTES", "")

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from llama2.config import LlamaConfig
-from llama2.quantization.blocks import NAMED
+from llama2.quantization.formats import BY_ID
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ def tensor_type(name: str, columns: int, kind: str, config: LlamaConfig, calibra
     """The ggml type of a matrix in a file of type `kind`. name: Hugging Face's. calibrated: whether there is an
     importance matrix, with which llama.cpp spares the first layers' down projections in Q4_0 and Q5_0."""
     default = FILE_TYPES[kind].block
-    if NAMED[default].weights == 1:
+    if BY_ID[default].weights == 1:
         return default
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     if name == head:
-        wanted = "Q8_0" if columns % NAMED[default].weights or default == "Q8_0" else "Q6_K"
+        wanted = "Q8_0" if columns % BY_ID[default].weights or default == "Q8_0" else "Q6_K"
     elif place := _LAYER.fullmatch(name):
         wanted = _in_layer(place[2], int(place[1]), kind, default, config, calibrated)
     else:
@@ -68,9 +68,9 @@ def tensor_type(name: str, columns: int, kind: str, config: LlamaConfig, calibra
 
 def fitting(wanted: str, columns: int) -> str:
     """The type itself, or what is taken for rows that its blocks do not divide."""
-    if columns % NAMED[wanted].weights:
+    if columns % BY_ID[wanted].weights:
         wanted = _NARROWER.get(wanted, wanted)
-    return "F16" if columns % NAMED[wanted].weights else wanted
+    return "F16" if columns % BY_ID[wanted].weights else wanted
 
 
 def _in_layer(linear: str, layer: int, kind: str, default: str, config: LlamaConfig, calibrated: bool) -> str:

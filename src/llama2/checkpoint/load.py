@@ -42,7 +42,7 @@ from llama2.lazy import door
 from llama2.mapping import reading_whole
 from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.pretrained import PreTrainedModel
-from llama2.quantization.methods import layer_class
+from llama2.quantization.formats import layer_class
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
 
 Model = TypeVar("Model", bound=PreTrainedModel)

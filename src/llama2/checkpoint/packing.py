@@ -18,8 +18,8 @@ from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_json
 from llama2.checkpoint.hf import CODES
 from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.files import saving, write_text
-from llama2.quantization.methods import layer_class
-from llama2.quantization_config import QuantizationConfig, parse
+from llama2.quantization.formats import layer_class, parse
+from llama2.quantization_config import QuantizationConfig
 
 PACKING = "base_quantization.json"
 

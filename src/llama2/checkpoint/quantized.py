@@ -16,10 +16,10 @@ from llama2.checkpoint.hf import CODES
 from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
+from llama2.quantization.formats import layer_class, parse
 from llama2.quantization.gguf import GgufEmbedding, GgufLinear, checked
 from llama2.quantization.linear import PackedLinear
-from llama2.quantization.methods import layer_class
-from llama2.quantization_config import GgufConfig, GPTQConfig, QuantizationConfig, parse
+from llama2.quantization_config import GgufConfig, GPTQConfig, QuantizationConfig
 
 PackedLayer = PackedLinear | GgufEmbedding
 

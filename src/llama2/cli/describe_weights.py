@@ -1,38 +1,44 @@
-"""What the tensors of packed linears count as, from the names and sizes in a header alone."""
+"""What the tensors of packed linears count as, from the names in a header and the sizes of the configuration alone."""
 
-from collections.abc import Container, Mapping
-from typing import Any
+import math
+from collections.abc import Iterable
 
-from llama2.quantization_config import GPTQConfig
+from llama2.architecture import linear_shapes
+from llama2.config import LlamaConfig
+from llama2.errors import InputError
+from llama2.quantization.formats import parse
+from llama2.quantization_config import QuantizationConfig
 
 
 class Packing:
-    """quantization_config of a checkpoint whose tensors have these names; None where nothing is packed."""
+    """The packed matrices of a checkpoint whose tensors have these names; none where nothing is packed."""
 
-    def __init__(self, config: Mapping[str, Any] | None, names: Container[str]) -> None:
-        self.config, self.names = config or {}, names
-        self._share = {"gptq": self._gptq, "bitsandbytes": self._bitsandbytes}.get(self.config.get("quant_method", ""))
+    def __init__(self, config: LlamaConfig, settings: object, names: Iterable[str]) -> None:
+        """settings: the content of quantization_config, None without one."""
+        self._settings = _settings(settings)
+        head = (config.vocab_size, config.hidden_size)
+        self._shapes = {**linear_shapes(config), "lm_head": head, "model.embed_tokens": head}
+        self._parts: dict[str, list[str]] = {}
+        self._owners: dict[str, str] = {}
+        for name in names if self._settings is not None else ():
+            path = name
+            while path and path not in self._shapes:
+                path = path.rpartition(".")[0]
+            if path and name[len(path) + 1 :] != "bias":
+                self._parts.setdefault(path, []).append(name)
+                self._owners[name] = path
 
-    def share(self, name: str, size: int) -> tuple[str, int] | None:
-        """The type of a tensor of `size` bytes and the weights of the model that it stands for, 0 for the parts that
-        only describe others; None for a tensor that is what it seems."""
-        return None if self._share is None else self._share(name, size)
-
-    def _gptq(self, name: str, size: int) -> tuple[str, int] | None:
-        module, _, part = name.rpartition(".")
-        if part not in ("qweight", "qzeros", "scales", "g_idx") or f"{module}.qweight" not in self.names:
+    def share(self, name: str) -> tuple[str, int] | None:
+        """The type of a tensor and the weights of the model that it stands for, 0 for the parts that only describe
+        others; None for a tensor that is what it seems."""
+        path = self._owners.get(name)
+        if path is None or self._settings is None or self._parts[path] == [f"{path}.weight"]:
             return None
-        settings = GPTQConfig.from_dict(self.config).at(module)
-        bits, group = settings.bits, settings.group_size
-        kind = f"GPTQ {bits}-bit" + ("" if group == -1 else f" g{group}")
-        return kind, size * 8 // bits if part == "qweight" else 0
+        return self._settings.label(path), math.prod(self._shapes[path]) if name == self._parts[path][0] else 0
 
-    def _bitsandbytes(self, name: str, size: int) -> tuple[str, int] | None:
-        module, _, part = name.rpartition(".")
-        if f"{module}.SCB" in self.names and part in ("weight", "SCB", "weight_format"):
-            return "INT8 rows", size if part == "weight" else 0
-        owner, inside, _ = name.partition(".weight.")
-        if f"{owner.removesuffix('.weight')}.weight.absmax" not in self.names or (not inside and part != "weight"):
-            return None
-        kind = str(self.config.get("bnb_4bit_quant_type", "4-bit")).upper()
-        return kind, 0 if inside else 2 * size
+
+def _settings(content: object) -> QuantizationConfig | None:
+    try:
+        return None if content is None else parse(content)
+    except InputError:
+        return None

@@ -10,17 +10,16 @@ from typing import Any
 from llama2 import checkpoint
 from llama2.auto import load_config
 from llama2.checkpoint.directory import found, read_directory
-from llama2.checkpoint.foreign import described, mlx_settings
+from llama2.checkpoint.foreign import described
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.source import fetch_files, local_path, revision_of
 from llama2.cli.describe_weights import Packing
 from llama2.config import PRESETS, LlamaConfig
 from llama2.coverage import is_table
-from llama2.errors import CheckpointError, ConfigError
-from llama2.quantization.blocks import NAMED, SIZES
+from llama2.errors import CheckpointError, ConfigError, InputError
+from llama2.quantization.formats import BLOCKS, settings_in
 from llama2.text_file import opened
 
-COUNTED = ("gptq", "bitsandbytes")  # methods whose weights `Packing` counts
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 WEIGHTS = ("F64", "F32", "F16", "BF16")
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
@@ -92,10 +91,16 @@ def _quantised(headers: Headers, folder: Path) -> None:
     """Notes the quantisation that the folder's configuration names."""
     fields = _fields(folder)
     headers.quantisation = described(fields)
-    method = (fields.get("quantization_config") or {}).get("quant_method")
     if headers.quantisation is not None:
-        headers.countable = method in COUNTED and mlx_settings(fields) is None
-        headers.runs = headers.countable or str(method).endswith("auto-round")
+        headers.runs = headers.countable = _is_read(fields)
+
+
+def _is_read(fields: dict[str, Any]) -> bool:
+    """Whether the quantisation of this configuration is one that is read."""
+    try:
+        return settings_in(fields) is not None
+    except InputError:
+        return False
 
 
 def _sized(headers: Headers, folder: Path) -> Headers:
@@ -131,12 +136,12 @@ def _gguf(path: Path) -> Headers:
     for info in file.tensors.values():
         if is_table(info.name):
             continue
-        if info.type_id not in SIZES:
+        if info.type_id not in BLOCKS:
             raise CheckpointError(
                 f"{path}: tensor {info.name!r} is of ggml type {info.type_id}, which is not supported; supported are "
-                f"{', '.join(NAMED)}. Quantise the model to one of them"
+                f"{', '.join(row.id for row in BLOCKS.values())}. Quantise the model to one of them"
             )
-        block, count = SIZES[info.type_id], math.prod(info.shape)
+        block, count = BLOCKS[info.type_id], math.prod(info.shape)
         size = count // block.weights * block.bytes
         data, start = file.place(info.name)
         if start + size > len(data):
@@ -144,7 +149,7 @@ def _gguf(path: Path) -> Headers:
                 f"{file.files[info.part]} is truncated: tensor {info.name!r} ends at byte {start + size}, the file at "
                 f"byte {len(data)}. Fetch the file again"
             )
-        headers.types.setdefault(block.name, Share()).add(count, size)
+        headers.types.setdefault(block.id, Share()).add(count, size)
     split = str(keys.get("tokenizer.ggml.model"))
     if tokens := keys.get("tokenizer.ggml.tokens"):
         headers.tokenizer = f"{_SPLITS.get(split, split)}, {len(tokens):,} tokens"
@@ -169,12 +174,13 @@ def _folder(path: Path) -> Headers:
     for file in files:
         headers.file_bytes += file.stat().st_size
         entries |= _safetensors_header(file)
-    packing = Packing(getattr(config, "quantization_config", None), entries)
+    packing = Packing(config, getattr(config, "quantization_config", None), entries)
     for name, entry in entries.items():
         if not is_table(name):
             start, end = entry["data_offsets"]
-            kind, count = packing.share(name, end - start) or (entry["dtype"], math.prod(entry["shape"]))
-            if entry["dtype"] not in WEIGHTS and packing.share(name, end - start) is None:
+            share = packing.share(name)
+            kind, count = share or (entry["dtype"], math.prod(entry["shape"]))
+            if entry["dtype"] not in WEIGHTS and share is None:
                 headers.countable = False  # codes of a method that is not known here
             headers.types.setdefault(kind, Share()).add(count, end - start)
             head += count if name == "lm_head.weight" else 0

@@ -14,7 +14,7 @@ from llama2.architecture import hf_to_gguf, parameter_shapes
 from llama2.config import LlamaConfig
 from llama2.coverage import cover
 from llama2.errors import CheckpointError, InputError, MismatchError
-from llama2.quantization.blocks import SIZES
+from llama2.quantization.formats import BLOCKS
 
 _FLOATS: dict[int, tuple[Any, bool]] = {0: (np.float32, False), 1: (np.float16, False), 30: (np.uint16, True)}
 PARTS = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
@@ -86,7 +86,7 @@ class BlockMatrix:
 
     @property
     def _size(self) -> int:
-        size = SIZES[self.type_id]
+        size = BLOCKS[self.type_id]
         if self.shape[1] % size.weights:
             raise CheckpointError(
                 f"tensor {self.name!r} has rows of {self.shape[1]} columns, "
@@ -112,7 +112,7 @@ def block_matrix(source: GgufSource, name: str, heads: int | None = None) -> Blo
     info = entry(source, name)
     if len(info.shape) != 2:
         raise MismatchError(f"tensor {name!r} has {len(info.shape)} axes; a matrix is needed")
-    if info.type_id not in SIZES or is_float(source, name):
+    if info.type_id not in BLOCKS or is_float(source, name):
         raise InputError(
             f"tensor {name!r} is of GGUF type {info.type_id}, which has no native kernel; use runner='torch'"
         )

@@ -3,22 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from llama2.cpu.gguf_reader import BlockMatrix, block_matrix, unpermute
-from llama2.cpu.quantized_weights import CodebookWeight, GroupWeight, Int8Weight, PackableWeight, order_of
 from llama2.errors import InputError
 from llama2.lora import LoraLinear
+from llama2.quantization.formats import layer_classes
 from llama2.quantization.ggml import TYPES
 from llama2.quantization.gguf import GgufEmbedding, GgufLinear, origin_of, rows_of
-from llama2.quantization.gptq import GptqLinear
-from llama2.quantization.int8 import LEVELS, Linear8bit
 from llama2.quantization.linear import PackedLinear
-from llama2.quantization.nf4 import TABLES, Linear4bit
-
-_PACKED: tuple[type[PackedLinear], ...] = (GgufLinear, GptqLinear, Linear4bit, Linear8bit)
+from llama2.quantization.packable import PackableWeight
 
 
 @dataclass(frozen=True)
@@ -81,41 +76,16 @@ def blocks_of(layer: nn.Module) -> BlockRows | None:
 
 
 def packable(layer: nn.Module) -> PackableWeight | None:
-    """The codes of a packed linear on the CPU, None for a plain linear. Raises InputError for what has no kernel."""
+    """The codes of a packed linear on the CPU, None where no layout holds them, and for a plain linear.
+
+    Raises InputError for a layer of another library, and for values that no kernel takes."""
     if type(layer) is nn.Linear:
         return None
-    if type(layer) not in _PACKED:
+    if type(layer) not in layer_classes():
         kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        names = ", ".join(known.__name__ for known in _PACKED)
+        names = ", ".join(known.__name__ for known in layer_classes())
         raise InputError(f"it is a {kind}; the native engine takes plain linears and {names}, or use runner='torch'")
     assert isinstance(layer, PackedLinear)
-    held: dict[str, Any] = layer.packed
-    if any(tensor.device.type != "cpu" for tensor in held.values()):
+    if any(tensor.device.type != "cpu" for tensor in layer.packed.values()):
         raise InputError("its tensors are not on the CPU; move the model with .to('cpu'), or use runner='torch'")
-    if isinstance(layer, Linear8bit):
-        return Int8Weight(held["weight"].numpy(), (held["SCB"] / LEVELS).numpy())
-    if isinstance(layer, GptqLinear):
-        return _groups(layer)
-    assert isinstance(layer, Linear4bit)
-    shape, state = (layer.out_features, layer.in_features), layer.state
-    return CodebookWeight(layer.codes.numpy(), layer.absmax.numpy(), shape, TABLES[state.kind], state.block)
-
-
-def _groups(layer: GptqLinear) -> GroupWeight:
-    """GPTQ's groups: 2 and 3 bits by the kernel of 4, which their codes are a part of."""
-    scales = layer.packed["scales"]
-    halves = scales.to(torch.float16)
-    if not torch.equal(halves.float(), scales.float()):
-        at = scales.float().flatten()[(halves.float() != scales.float()).flatten()][0].item()
-        raise InputError(f"a scale, {at} in {scales.dtype}, is no float16, which the kernel reads; use runner='torch'")
-    codes, zeros = layer.codes()
-    if int(zeros.max()) > 255:
-        raise InputError("a zero is 256, which does not fit the 8 bits of the kernel; use runner='torch'")
-    return GroupWeight(
-        np.ascontiguousarray(codes.to(torch.uint8).mT),
-        np.ascontiguousarray(halves.mT),
-        np.ascontiguousarray(zeros.to(torch.uint8).mT),
-        group=-1 if layer.group_size == layer.in_features else layer.group_size,
-        bits=max(4, layer.bits),
-        order=order_of(layer.packed["g_idx"].numpy(), layer.group_size),
-    )
+    return layer.packable()

@@ -35,7 +35,7 @@ from llama2.cpu.gguf_reader import BlockMatrix, GgufSource, block_matrices, chec
 from llama2.errors import CheckpointError, InputError
 from llama2.files import locked, replacing
 from llama2.mapping import mapped
-from llama2.quantization.blocks import SIZES
+from llama2.quantization.formats import BLOCKS
 from llama2.schema import Kind, check, table
 from llama2.text_file import opened, parse_json
 
@@ -295,7 +295,7 @@ def _layout(types: frozenset[int]) -> str:
 
 
 def _pattern_bytes(type_id: int) -> int:
-    return 16 * 512 // SIZES[type_id].weights * SIZES[type_id].bytes
+    return 16 * 512 // BLOCKS[type_id].weights * BLOCKS[type_id].bytes
 
 
 @cache

@@ -16,18 +16,16 @@ from llama2.cpu.adapters import PARTS as LINEARS
 from llama2.cpu.adapters import Tensors, make_adapter
 from llama2.cpu.gguf_reader import PARTS, BlockMatrix, GgufSource, Reader, check_coverage
 from llama2.cpu.packed_file import find
-from llama2.cpu.quantized_weights import PackableWeight
 from llama2.errors import InputError, MismatchError
 from llama2.lazy import door
-from llama2.quantization.blocks import SIZES
+from llama2.quantization.formats import BLOCKS, PACKED_BLOCKS
+from llama2.quantization.packable import PackableWeight
 from llama2.rope_types import ROPE_TYPES, attention_scaling, inverse_frequencies
 
 _blocks_of = door("cpu.modules", "blocks_of", "The blocks of a layer of a GGUF file, None for any other layer.")
 _base_of = door("cpu.modules", "base_of", "The linear beneath a layer with adapters.")
 _pair_of = door("cpu.modules", "pair_of", "A, B and scale of a layer's active adapters.")
 _packable = door("cpu.modules", "packable", "The codes of a packed linear, None for a plain one.")
-
-PACKED = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 
 
 class PackedMatrices(Protocol):
@@ -184,23 +182,23 @@ class CpuWeights:
         self, raw: NDArray[np.uint8], type_name: str, shape: tuple[int, int], rows: NDArray[np.int32] | None = None
     ) -> Any:
         """A matrix (rows, columns) from GGUF blocks; `rows` gives the file row of each row where the order differs."""
-        if type_name not in PACKED:
+        if type_name not in PACKED_BLOCKS:
             raise InputError(
-                f"no native kernel for {type_name} blocks; {', '.join(PACKED)} have one (or use runner='torch')"
+                f"no native kernel for {type_name} blocks; {', '.join(PACKED_BLOCKS)} have one (or use runner='torch')"
             )
-        matrix = native().pack(self._arena, self.pool, raw.reshape(-1), PACKED[type_name], *shape, rows)
+        matrix = native().pack(self._arena, self.pool, raw.reshape(-1), PACKED_BLOCKS[type_name], *shape, rows)
         self._matrices.append(matrix)
         return matrix
 
     def pack_codes(self, weight: PackableWeight) -> Any:
-        """A matrix from codes with their scales: a class of `cpu/quantized_weights.py`."""
+        """A matrix from codes with their scales: a class of `quantization/packable.py`."""
         matrix = weight.pack(self._arena, self.pool)
         self._matrices.append(matrix)
         return matrix
 
     def place(self, matrix: BlockMatrix) -> Any:
         """A block matrix of a file: where it lies packed, or packed now."""
-        if matrix.type_id not in PACKED.values():
+        if matrix.type_id not in PACKED_BLOCKS.values():
             raise InputError(
                 f"tensor {matrix.name!r} is of GGUF type {matrix.type_id}, which has no native kernel; "
                 "use runner='torch'"
@@ -209,7 +207,7 @@ class CpuWeights:
             made = native().packed_view(self._packed.bytes(matrix.name), matrix.type_id, *matrix.shape)
             self._matrices.append(made)
             return made
-        type_name = SIZES[matrix.type_id].name
+        type_name = BLOCKS[matrix.type_id].id
         made = self.pack(matrix.raw(), type_name, matrix.shape, matrix.rows)
         matrix.release()
         return made
@@ -242,11 +240,8 @@ class CpuWeights:
             return None
         if (floats := blocks.floats) is not None:
             return self._parameter(floats, name)
-        if blocks.kind not in PACKED:
-            import torch
-
-            self._widened.add(blocks.kind)
-            return self._parameter(layer.dequantize(torch.bfloat16), name)
+        if blocks.kind not in PACKED_BLOCKS:
+            return self._widen(layer, blocks.kind, name)
         if blocks.file is None:
             return self.pack(blocks.rows.contiguous().numpy(), blocks.kind, blocks.shape, blocks.order)
         if self._beside is not blocks.file.source:
@@ -254,11 +249,20 @@ class CpuWeights:
             self._packed = find(self._beside)
         return self.place(blocks.file)
 
+    def _widen(self, layer: Any, kind: str, name: str) -> Any:
+        """A packed layer that no layout holds, in bfloat16."""
+        import torch
+
+        self._widened.add(kind)
+        return self._parameter(layer.dequantize(torch.bfloat16), name)
+
     def _linear(self, layer: Any, name: str) -> Any:
         try:
             linear = _base_of(layer)
             matrix = self._blocks(linear, name)
             packed = _packable(linear) if matrix is None else None
+            if matrix is None and packed is None and hasattr(linear, "dequantize"):
+                matrix = self._widen(linear, linear.format_name, name)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
         if linear is not layer:

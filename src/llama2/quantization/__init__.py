@@ -1,1 +1,1 @@
-"""Weight formats, each its own maths: GGUF blocks in `ggml`, their sizes without torch in `blocks`."""
+"""Weight formats: one table in `formats`, which needs no torch; each format its own mathematics in a module."""

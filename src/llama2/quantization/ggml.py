@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama2.compiled import kernels, pool
 from llama2.errors import CheckpointError, InputError
-from llama2.quantization.blocks import SIZES, BlockSize
+from llama2.quantization.formats import BLOCKS, FOREIGN_BLOCKS, Format
 
 # Blocks decoded in one go hold this many weights: the float32 working set (2 MiB) stays near a core's cache.
 _CHUNK = 1 << 19
@@ -48,7 +48,7 @@ def block_type(kind: int | str) -> BlockType:
     """The block type with this ggml id or name; raises CheckpointError for one that is not implemented."""
     found = _BY_ID.get(kind) if isinstance(kind, int) else TYPES.get(kind)
     if found is None:
-        label = FOREIGN.get(kind, kind) if isinstance(kind, int) else kind
+        label = FOREIGN_BLOCKS.get(kind, kind) if isinstance(kind, int) else kind
         raise CheckpointError(
             f"the ggml type {label} is not supported; supported are {', '.join(TYPES)}. "
             "Re-quantise the model to one of them, for example with llama.cpp's llama-quantize."
@@ -215,18 +215,12 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _type(size: BlockSize) -> BlockType:
-    dense = _DENSE.get(size.name)
-    decode = _DECODERS[size.name] if dense is None else _dense(dense)
-    return BlockType(size.id, size.name, size.weights, size.bytes, decode, dense)
+def _type(size: Format) -> BlockType:
+    dense = _DENSE.get(size.id)
+    decode = _DECODERS[size.id] if dense is None else _dense(dense)
+    assert size.ggml is not None
+    return BlockType(size.ggml, size.id, size.weights, size.bytes, decode, dense)
 
 
-TYPES: dict[str, BlockType] = {size.name: _type(size) for size in SIZES.values()}
+TYPES: dict[str, BlockType] = {size.id: _type(size) for size in BLOCKS.values()}
 _BY_ID: dict[int | str, BlockType] = {t.id: t for t in TYPES.values()}
-
-# Names for the message only.
-FOREIGN: dict[int, str] = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
-    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
-}  # fmt: skip

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from llama2.errors import CheckpointError, InputError
-from llama2.quantization.blocks import NAMED
 from llama2.quantization.ggml import TYPES, dequantize
 from llama2.quantization.linear import Fused, PackedLinear, PackedTensors
 
@@ -56,10 +55,10 @@ def rows_of(layer: nn.Module) -> Tensor:
 
 def checked(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[str, Tensor]:
     """The type and the rows among the tensors of a file. Raises CheckpointError where they are not of that shape."""
-    if len(tensors) != 1 or not (name := next(iter(tensors))).startswith(PREFIX) or name[len(PREFIX) :] not in NAMED:
+    if len(tensors) != 1 or not (name := next(iter(tensors))).startswith(PREFIX) or name[len(PREFIX) :] not in TYPES:
         raise CheckpointError(
             f"it has {', '.join(sorted(tensors)) or 'no tensor'}; one tensor called weight.TYPE is needed, TYPE one of "
-            f"{', '.join(NAMED)}: save the model again"
+            f"{', '.join(TYPES)}: save the model again"
         )
     kind, rows = name[len(PREFIX) :], tensors[name]
     wanted = (shape[0], TYPES[kind].row_bytes(shape[1]))
@@ -122,6 +121,10 @@ class GgufLinear(PackedLinear):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """As PackedLinear.dequantize: ggml's own numbers in float32, rounded once to another dtype."""
         return unpacked(rows_of(self), self.kind, self.heads, dtype)
+
+    def packable(self) -> None:
+        """Never asked for: the engine takes blocks as they are (`cpu.modules.blocks_of`)."""
+        raise AssertionError("GGUF's blocks are packed by their type")
 
     def has_kernels(self, dtype: torch.dtype, device: torch.device) -> bool:
         """None of GGUF's types has kernels on a GPU."""

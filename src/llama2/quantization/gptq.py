@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from llama2.lazy import door
 from llama2.quantization.gptq_solver import Solution
 from llama2.quantization.integer_grid import IntegerGrid, Steps
 from llama2.quantization.linear import Fused, PackedLinear
+from llama2.quantization.packable import GroupWeight, PackableWeight, order_of
 
 SPAN = 32  # fields that fill whole words, whatever their bits
 # What makes every zero of a word one larger, for widths that divide a word.
@@ -214,6 +216,27 @@ class GptqLinear(PackedLinear):
             part = unpack(words, self.bits).float().sub_(zeros_GN[at]).mul_(scales_GN[at])
             out_NK[:, start : start + step] = part.mT
         return out_NK
+
+    def packable(self) -> PackableWeight:
+        """As PackedLinear.packable: 2 and 3 bits by the kernel of 4, which their codes are a part of."""
+        scales = self.packed["scales"]
+        halves = scales.to(torch.float16)
+        if not torch.equal(halves.float(), scales.float()):
+            at = scales.float().flatten()[(halves.float() != scales.float()).flatten()][0].item()
+            raise InputError(
+                f"a scale, {at} in {scales.dtype}, is no float16, which the kernel reads; use runner='torch'"
+            )
+        codes, zeros = self.codes()
+        if int(zeros.max()) > 255:
+            raise InputError("a zero is 256, which does not fit the 8 bits of the kernel; use runner='torch'")
+        return GroupWeight(
+            np.ascontiguousarray(codes.to(torch.uint8).mT),
+            np.ascontiguousarray(halves.mT),
+            np.ascontiguousarray(zeros.to(torch.uint8).mT),
+            group=-1 if self.group_size == self.in_features else self.group_size,
+            bits=max(4, self.bits),
+            order=order_of(self.packed["g_idx"].numpy(), self.group_size),
+        )
 
     def fused(self) -> Fused:
         """As PackedLinear.fused."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llama2.errors import CheckpointError, InputError
 from llama2.lazy import door
 from llama2.quantization.linear import Fused, PackedLinear
+from llama2.quantization.packable import Int8Weight, PackableWeight
 
 LEVELS = 127
 _bytes = door("quantization.fused", "Bytes", "The kernels of int8 rows; imports triton.")
@@ -72,6 +73,11 @@ class Linear8bit(PackedLinear):
         """As PackedLinear.dequantize, rounded as in bitsandbytes: times SCB, then times the float32 next to 1/127."""
         held = self.packed
         return (held["weight"] * held["SCB"][:, None]).mul_(1 / LEVELS).to(dtype)
+
+    def packable(self) -> PackableWeight:
+        """As PackedLinear.packable."""
+        held = self.packed
+        return Int8Weight(held["weight"].numpy(), (held["SCB"] / LEVELS).numpy())
 
     def fused(self) -> Fused:
         """As PackedLinear.fused."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2.errors import InputError
+from llama2.quantization.packable import PackableWeight
 
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)
 _ROWS = 16  # of x, up to which a kernel multiplies with packed weights
@@ -131,6 +132,11 @@ class PackedLinear(PackedTensors, nn.Linear, ABC):  # type: ignore[override]
     def fused(self) -> Fused:
         """The kernels over this layer's tensors. Asked for where `kernels_run`; imports triton."""
 
+    @abstractmethod
+    def packable(self) -> PackableWeight | None:
+        """The weight as the native engine packs it without losing a bit; None where no layout of its holds it, so that
+        the engine takes it in bfloat16. Raises InputError for values that no kernel takes."""
+
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """As `dequantize`, by a kernel where there is one."""
         device = next(iter(self.packed.values())).device
@@ -164,6 +170,11 @@ class PackedLinear(PackedTensors, nn.Linear, ABC):  # type: ignore[override]
     def packed_count(self) -> int:
         """Weights that are packed here."""
         return self.out_features * self.in_features
+
+    @property
+    def format_name(self) -> str:
+        """The format for people."""
+        return type(self).__name__
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

@@ -27,6 +27,7 @@ from llama2.errors import CheckpointError, InputError
 from llama2.lazy import door
 from llama2.quantization.codebooks import FP4, NF4
 from llama2.quantization.linear import Fused, PackedLinear
+from llama2.quantization.packable import CodebookWeight, PackableWeight
 from llama2.quantization_config import BitsAndBytesConfig
 
 TABLES = {"nf4": NF4, "fp4": FP4}
@@ -134,6 +135,11 @@ class Linear4bit(PackedLinear):
         one (1e-38) are kept, which its AVX-512 build makes 0. into: see `from_codes`."""
         shape = (self.out_features, self.in_features)
         return from_codes(self.codes, self.absmax, self.state.kind, self.state.block, shape, dtype, into)
+
+    def packable(self) -> PackableWeight:
+        """As PackedLinear.packable."""
+        shape, state = (self.out_features, self.in_features), self.state
+        return CodebookWeight(self.codes.numpy(), self.absmax.numpy(), shape, TABLES[state.kind], state.block)
 
     def fused(self) -> Fused:
         """As PackedLinear.fused."""

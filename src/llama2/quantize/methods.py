@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from llama2.quantization.codebook_grids import solved
+from llama2.quantization.formats import layer_class
 from llama2.quantization.ggml import BlockType, dequantize
 from llama2.quantization.ggml_grid import gguf_rows
 from llama2.quantization.gptq import GptqLinear, grid_of
 from llama2.quantization.gptq_solver import solve
 from llama2.quantization.int8 import Linear8bit
 from llama2.quantization.integer_grid import Steps
-from llama2.quantization.methods import layer_class
 from llama2.quantization.nf4 import Linear4bit
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
 from llama2.quantize.options import QuantizationSettings

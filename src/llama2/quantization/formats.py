@@ -1,0 +1,137 @@
+"""The table of the formats in which weights are stored: one row a format, for files, layers, `info` and the engine.
+
+A row names things by module, so that nothing here imports torch. What a format adds besides its row: its mathematics in
+one module of this folder, for a block type its packing in csrc, its tests and its line in docs/quantisation.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llama2.errors import InputError
+from llama2.lazy import resolve
+from llama2.quantization_config import BitsAndBytesConfig, GgufConfig, GPTQConfig, QuantizationConfig
+from llama2.quantization_config import auto_round as _auto_round
+from llama2.text_file import shown
+
+IN_PLACE, BFLOAT16 = "in place", "bfloat16"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    id: the row's key, ggml's name of a block type or what `QuantizationConfig.format_id` says. name: for people.
+    weights, bytes: of a block; 0 where the settings of the file say. ggml: the number that GGUF gives it, None for the
+    formats of folders. layer: the class of its linears, "module:Class". engine: how the native engine takes it, layouts
+    of csrc/kernels.h; IN_PLACE as it lies, BFLOAT16 unpacked. methods: quant_method in a configuration.
+    settings: the class of its settings.
+    """
+
+    id: str
+    name: str
+    weights: int
+    bytes: int
+    engine: str
+    ggml: int | None = None
+    layer: str = "quantization.gguf:GgufLinear"
+    methods: tuple[str, ...] = ()
+    settings: type[QuantizationConfig] = GgufConfig
+
+    @property
+    def layer_class(self) -> Any:
+        """The class of its linears; imports torch."""
+        module, _, name = self.layer.partition(":")
+        return resolve(module, name)
+
+
+def _block(ggml: int, name: str, weights: int, size: int, engine: str) -> Format:
+    return Format(name, name, weights, size, engine, ggml)
+
+
+FORMATS: tuple[Format, ...] = (
+    # GGUF's types: the directory of the file gives the number
+    _block(0, "F32", 1, 4, IN_PLACE),
+    _block(1, "F16", 1, 2, IN_PLACE),
+    _block(30, "BF16", 1, 2, IN_PLACE),
+    _block(8, "Q8_0", 32, 34, "W8"),
+    _block(2, "Q4_0", 32, 18, "W4"),
+    _block(3, "Q4_1", 32, 20, "W4M"),
+    _block(6, "Q5_0", 32, 22, "P5"),
+    _block(7, "Q5_1", 32, 24, "P5M"),
+    _block(10, "Q2_K", 256, 84, BFLOAT16),
+    _block(11, "Q3_K", 256, 110, BFLOAT16),
+    _block(12, "Q4_K", 256, 144, "W4K"),
+    _block(13, "Q5_K", 256, 176, "P5K"),
+    _block(14, "Q6_K", 256, 210, "P6K"),
+    # Formats of folders: quantization_config of config.json names the method
+    Format("nf4", "NF4", 64, 36, "C4", None, "quantization.nf4:Linear4bit", ("bitsandbytes",), BitsAndBytesConfig),
+    Format("fp4", "FP4", 64, 36, "C4", None, "quantization.nf4:Linear4bit", ("bitsandbytes",), BitsAndBytesConfig),
+    Format("int8", "INT8 rows", 0, 0, "R8", None, "quantization.int8:Linear8bit", ("bitsandbytes",),
+           BitsAndBytesConfig),
+    Format("gptq", "GPTQ", 0, 0, "G4, G8", None, "quantization.gptq:GptqLinear", ("gptq",), GPTQConfig),
+    Format("gguf", "GGUF blocks", 0, 0, "as its type", None, "quantization.gguf:GgufLinear", ("gguf",), GgufConfig),
+)  # fmt: skip
+
+BY_ID: dict[str, Format] = {row.id: row for row in FORMATS}
+BLOCKS: dict[int, Format] = {row.ggml: row for row in FORMATS if row.ggml is not None}
+PACKED_BLOCKS: dict[str, int] = {
+    row.id: number for number, row in BLOCKS.items() if row.engine not in (IN_PLACE, BFLOAT16)
+}
+# Numbers of GGUF that are not read, for messages.
+FOREIGN_BLOCKS: dict[int, str] = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
+    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}  # fmt: skip
+
+
+def named_block(name: str) -> Format | None:
+    """The block type with ggml's name; None for another name."""
+    found = BY_ID.get(name)
+    return found if found is not None and found.ggml is not None else None
+
+
+def layer_class(config: QuantizationConfig) -> Any:
+    """The layer of a checkpoint with this configuration, a subclass of PackedLinear; imports torch."""
+    return BY_ID[config.format_id].layer_class
+
+
+def layer_classes() -> tuple[Any, ...]:
+    """Every class of packed linears, each once; imports torch."""
+    return tuple(dict.fromkeys(row.layer_class for row in FORMATS))
+
+
+def _methods() -> dict[str, Any]:
+    return {method: row.settings for row in FORMATS for method in row.methods}
+
+
+def settings_in(fields: Mapping[str, Any]) -> QuantizationConfig | None:
+    """The quantisation that the content of a config.json names; None where it names none. Raises as `parse`."""
+    content = fields.get("quantization_config")
+    return None if content is None else parse(content)
+
+
+METHODS: dict[str, type[QuantizationConfig]] = _methods()
+_AUTO_ROUND = ("auto-round", "intel/auto-round")
+
+
+def parse(content: Any) -> QuantizationConfig:
+    """The settings that a config.json, or a caller, gives. Raises InputError for an unknown method or a bad value."""
+    if isinstance(content, QuantizationConfig):
+        return content
+    if hasattr(content, "to_dict"):  # a class of transformers
+        content = content.to_dict()
+    if not isinstance(content, Mapping):
+        raise InputError(f"quantization_config is {shown(content)}; give a BitsAndBytesConfig, a GPTQConfig or a dict")
+    method = content.get("quant_method")
+    if method is None and (content.get("load_in_4bit") or content.get("load_in_8bit")):
+        method = "bitsandbytes"
+    if isinstance(method, str) and method in _AUTO_ROUND:
+        return _auto_round(content)
+    if not isinstance(method, str) or method not in METHODS:
+        raise InputError(
+            f"the quantisation method is {shown(method)}; {', '.join(METHODS)} and GGUF files are supported: quantise "
+            "the unquantised checkpoint again, or fetch it in one of these"
+        )
+    return METHODS[method].from_dict(content)
