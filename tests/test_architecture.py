@@ -28,6 +28,7 @@ ROWS: dict[str, int] = {
             "mapping",
             "files",
             "processes",
+            "options",
             "rope_types",
         ),
         0,

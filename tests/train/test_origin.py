@@ -42,7 +42,7 @@ def job(model: Path, out: Path, rows: list[Any] | None = None, task: str = "sft"
 def loss_of(model: Any, finetune: Finetune) -> float:
     args, data = TrainingArguments(output_dir=str(finetune.folder)), finetune.data
     trainer = Trainer(
-        model=model, args=args, objective=finetune._objective(), rows=data.items, eval_rows=data.eval_items
+        model=model, args=args, objective=finetune.task.objective(), rows=data.items, eval_rows=data.eval_items
     )
     return float(trainer.evaluate()["eval_loss"])
 
@@ -209,11 +209,11 @@ def test_16_bits_beneath_an_adapter(base: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_bf16_beside_an_adapter_is_a_flag_that_is_obeyed(base: Path, tmp_path: Path) -> None:
-    from llama2.cli.finetune import Sft, arguments, recipe_of
+    from llama2.cli.finetune import TASKS, arguments, recipe_of
 
     paths = (str(base), "rows.jsonl", str(tmp_path / "out"))
-    for options, dtype, casts in ((Sft(paths=paths, bf16=True, lora_r=2), "bfloat16", False),
-                                  (Sft(paths=paths, bf16=True), "auto", True)):  # fmt: skip
+    for options, dtype, casts in ((TASKS["sft"](paths=paths, bf16=True, lora_r=2), "bfloat16", False),
+                                  (TASKS["sft"](paths=paths, bf16=True), "auto", True)):  # fmt: skip
         assert recipe_of(options).dtype == dtype and arguments(options).bf16 == casts
 
 

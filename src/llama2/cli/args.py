@@ -7,29 +7,17 @@ import argparse
 import difflib
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import Field, field, fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from llama2.errors import InputError
+from llama2.options import option
+
+__all__ = ["nearest", "option", "parse", "revision_option"]
 
 T = TypeVar("T")
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
-
-
-def option(
-    default: T,
-    help: str,
-    *,
-    alias: str | None = None,
-    metavar: str | None = None,
-    positional: bool = False,
-    switches: bool = False,
-) -> T:
-    """A dataclass field that is a flag. `switches` spells a choice as one flag a value (--ids, --json, ...)."""
-    metadata = {"help": help, "alias": alias, "metavar": metavar, "positional": positional, "switches": switches}
-    made: T = field(default=default, metadata=metadata)
-    return made
 
 
 def revision_option(what: str, besides: str = "") -> str | None:
@@ -44,6 +32,7 @@ def parse(cls: type[T], prog: str, argv: Sequence[str]) -> T:
     hints = get_type_hints(cls)
     groups: dict[type, Any] = {}
     declared = {name: owner for owner in reversed(cls.__mro__) for name in vars(owner).get("__annotations__", {})}
+    declared |= {f.name: f.metadata["group"] for f in fields(cast(Any, cls)) if "group" in f.metadata}
     positional: str | None = None
     # The command's own flags first, then those it shares with others.
     for f in sorted(fields(cast(Any, cls)), key=lambda f: declared[f.name] is not cls):
@@ -103,11 +92,17 @@ def _add_flag(group: Any, f: "Field[Any]", hint: Any) -> None:
     settings: dict[str, Any] = {"dest": f.name, "default": f.default, "help": _help(f)}
     if get_origin(kind) is Literal:
         settings["choices"], settings["metavar"] = get_args(kind), meta["metavar"]
+    elif get_origin(kind) is tuple and meta["commas"]:
+        settings |= {"type": _parts, "metavar": meta["metavar"] or "A,B,..."}
     elif get_origin(kind) is tuple:
         settings |= {"action": "append", "default": [], "metavar": meta["metavar"] or "TEXT"}
     else:
         settings |= {"type": _reader(kind), "metavar": meta["metavar"] or _METAVARS[kind]}
     group.add_argument(*names, **settings)
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _help(f: "Field[Any]") -> str:

@@ -5,15 +5,17 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from llama2.cli import terminal
 from llama2.cli.args import option, revision_option
 from llama2.cli.progress import StepMeter
 from llama2.cli.recipes import NAMES, expanded, set_values
 from llama2.errors import InputError
+from llama2.train.tasks import TASKS as FINETUNE
+from llama2.train.tasks import Task
 
 if TYPE_CHECKING:
     from llama2.lora_config import LoraConfig
@@ -72,8 +74,7 @@ class Training:
     max_steps: int = option(-1, "end after this many steps, -1: after the epochs")
     batch_size: int = option(4, "rows at once")
     gradient_accumulation_steps: int = option(1, "such batches a step")
-    learning_rate: float | None = option(None, "the highest (default: 2e-4 for an adapter, 2e-5 for all weights, "
-                                         "pretrain 5e-5; dpo 5e-6 and 1e-6)")  # fmt: skip
+    learning_rate: float | None = option(None, "the peak")
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = option("cosine", "how the rate falls")
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises")
     weight_decay: float = option(0.0, "of matrices, each step")
@@ -117,7 +118,7 @@ class SavingOptions:
 class TaskOptions(AdapterOptions, Training, SavingOptions):
     """What all tasks share."""
 
-    task: ClassVar[str]
+    name: ClassVar[str]
 
     paths: tuple[str, ...] = option((), "the model (a folder, a file or a hub id), the rows (.jsonl, .json, .csv, "
                                     ".tsv, .parquet, .txt, a folder, or the id of a data set), the new folder",
@@ -131,67 +132,36 @@ class TaskOptions(AdapterOptions, Training, SavingOptions):
     data_dir: str | None = option(None, "folder in a data set of the hub", metavar="FOLDER")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Texts(TaskOptions):
-    """rows."""
-
-    packing: bool | None = option(None, "several rows in one of --max-length, none seeing another (default: pretrain)")
-    text_column: str | None = option(None, "the column of the text (default: text)", metavar="NAME")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sft(Texts):
-    """Instruction tuning: rows of {"messages"}, {"prompt", "completion"}, {"instruction", "input", "output"},
-    {"conversations"} or {"text"}. Answers alone are learnt, not prompts.
-
-    An interrupted run goes on when the same command is given again with --resume."""
-
-    task = "sft"
-    chat_template: str | None = option(None, "of {messages}: llama2, or a file (default: the model's)", metavar="FILE")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pretrain(Texts):
-    """Continued pretraining, or training from nothing, on {"text"} rows or a .txt file: every token is learnt."""
-
-    task = "pretrain"
-    fresh: bool = option(False, "new random weights of the model's configuration")
+def _options_of(task: type[Task]) -> type[TaskOptions]:
+    """The flags of a task: its own first, then those that all tasks share, with its defaults."""
+    hints, shared = get_type_hints(task), {f.name: f for f in fields(TaskOptions)}
+    settings = {f.name: f for f in fields(task)}  # type: ignore[arg-type]  # every task is a dataclass
+    own = [(name, hints[name], _copied(settings[name])) for name in task.__annotations__ if name in settings]
+    whole, adapter = task.rates
+    rate = f"the peak (default: {_short(adapter)} for an adapter, {_short(whole)} for all weights)"
+    changed: list[tuple[str, Any, Any]] = [
+        ("learning_rate", float | None, _copied(shared["learning_rate"], help=rate, group=Training))
+    ]
+    for name, value in task.defaults.items():
+        group = next(part for part in TaskOptions.__mro__ if name in vars(part).get("__annotations__", {}))
+        changed.append((name, shared[name].type, _copied(shared[name], value, group=group)))
+    made = make_dataclass(task.__name__, [*own, *changed], bases=(task, TaskOptions), frozen=True, kw_only=True)
+    made.__doc__, made.__module__ = task.__doc__, __name__
+    return made
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dpo(TaskOptions):
-    """Direct preference optimisation on {"prompt", "chosen", "rejected"}: texts or lists of messages. The reference is
-    the model without its adapter, or for all weights a copy of the model."""
-
-    task = "dpo"
-    beta: float = option(0.1, "how far the model is held to the reference")
-    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = option("sigmoid", "the loss")
-    label_smoothing: float = option(0.0, "share of pairs that are taken to be the wrong way round")
-    reference_free: bool = option(False, "without a reference")
-    chat_template: str | None = option(None, "of messages: llama2, or a file (default: the model's)", metavar="FILE")
+def _short(rate: float) -> str:
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Classify(TaskOptions):
-    """A classifier on {"text", "label"}: a name or number a row; several in a list; or measurements (regression)."""
-
-    task = "classify"
-    text_column: str | None = option(None, "the column of the text (default: text)", metavar="NAME")
-    label_column: str | None = option(None, "the column of the label (default: label)", metavar="NAME")
-    labels: str | None = option(None, "their names in order, with commas (default: those of the rows)", metavar="A,B,C")
-    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = option(
-        None, "default: multi for lists, regression for numbers with fractions, else single", metavar="TYPE"
-    )
-    threshold: float = option(0.5, "probability from which a text has a label, of several")
+def _copied(declared: "Field[Any]", default: Any = None, **metadata: Any) -> Any:
+    """A field as it is declared, for another class; with another default, or with more to say of it."""
+    value = declared.default if default is None else default
+    return field(default=value, metadata={**declared.metadata, **metadata})
 
 
-TASKS: dict[str, type[TaskOptions]] = {cls.task: cls for cls in (Sft, Dpo, Classify, Pretrain)}
-SUMMARY = {
-    "sft": "instruction tuning on prompts and answers",
-    "dpo": "preferences: of two answers the better",
-    "classify": "labels of texts, or a number",
-    "pretrain": "plain text, continued or from nothing",
-}
+TASKS: dict[str, type[TaskOptions]] = {name: _options_of(task) for name, task in FINETUNE.items()}
+SUMMARY = {name: task.summary for name, task in FINETUNE.items()}
 
 
 def words(given: Sequence[str]) -> list[str]:
@@ -235,19 +205,19 @@ def _silent(_: str) -> None:
 
 def recipe_of(options: TaskOptions) -> "Recipe":
     """The recipe that the flags describe. Raises InputError for a wrong number of paths."""
-    from llama2.train.finetune import Recipe
+    from llama2.train.recipe import Recipe
+    from llama2.train.recipe import recipe_of as of_task
 
     paths = [*options.paths, *([options.output_dir] if options.output_dir else [])]
     if len(paths) != 3:
         raise InputError(
-            f"finetune {options.task} needs a model, its rows and a new folder (or --output-dir), but {len(paths)} "
+            f"finetune {options.name} needs a model, its rows and a new folder (or --output-dir), but {len(paths)} "
             f"paths were given: {', '.join(paths) or 'none'}"
         )
-    settings = {f.name: getattr(options, f.name) for f in fields(Recipe) if hasattr(options, f.name)}
-    settings |= {"model": paths[0], "data": paths[1], "output_dir": paths[2]}
+    known = fields(of_task(options.name))
+    settings = {f.name: getattr(options, f.name) for f in known if hasattr(options, f.name)}
+    settings |= {"task": options.name, "model": paths[0], "data": paths[1], "output_dir": paths[2]}
     settings["lora"] = None if _continues(options) and not options.describes else options.lora
-    if "labels" in settings:
-        settings["labels"] = tuple(part.strip() for part in (settings["labels"] or "").split(",") if part.strip())
     if (
         options.bf16 and options.dtype == "auto" and trains_adapter(options)
     ):  # an adapter is float32 on weights loaded as bfloat16
@@ -272,13 +242,13 @@ def _continues(options: TaskOptions) -> bool:
 
 def arguments(options: TaskOptions, checkpoint_dir: str | None = None) -> "TrainingArguments":
     """How the flags say to train."""
-    from llama2.train.finetune import RATES
     from llama2.train.trainer import TrainingArguments
 
     known = {f.name for f in fields(TrainingArguments)}
     given = {_ARGUMENTS.get(f.name, f.name): getattr(options, f.name) for f in fields(options)}
     settings = {name: value for name, value in given.items() if name in known}
-    whole, adapter = RATES[options.task]
+    task = FINETUNE[options.name]
+    whole, adapter = task.rates
     if options.learning_rate is None:
         settings["learning_rate"] = adapter if trains_adapter(options) else whole
     settings["output_dir"] = checkpoint_dir or options.output_dir or (options.paths or ("",))[-1]
@@ -286,7 +256,8 @@ def arguments(options: TaskOptions, checkpoint_dir: str | None = None) -> "Train
     settings["bf16"] = options.bf16 and not trains_adapter(options)
     settings["fsdp"] = options.fsdp or ""
     settings["eval_on_start"] = options.eval_data is not None or options.eval_split is not None
-    return TrainingArguments(**settings, **set_values(options.set, lambda name: name in known - set(settings)))
+    chosen = set_values(options.set, lambda name: name in known - set(settings))
+    return TrainingArguments(**{**task.arguments, **settings, **chosen})
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -322,7 +293,7 @@ def _again(argv: Sequence[str], ranks: int) -> str:
 
 def progress(options: TaskOptions, first: bool) -> AbstractContextManager[Callable[[dict[str, Any]], None] | None]:
     """What hears of the steps, on the first of several processes."""
-    return nullcontext() if options.quiet or not first else StepMeter(options.task, options.logging_steps)
+    return nullcontext() if options.quiet or not first else StepMeter(options.name, options.logging_steps)
 
 
 def show(job: "Finetune", result: "TrainingResult", options: TaskOptions) -> None:
@@ -336,13 +307,16 @@ def show(job: "Finetune", result: "TrainingResult", options: TaskOptions) -> Non
     for name, before in result.before.items():
         label, after = name.removeprefix("eval_").replace("_", " "), result.after[name]
         print(f"held out, {label}: {before:.4f} before, {after:.4f} after")
+    for line in result.lines:
+        print(line)
     print(f"{result.folder} holds the result, log.jsonl and loss.svg; use it with\n  {_use(job, result.folder)}")
 
 
 def _use(job: "Finetune", folder: Path) -> str:
-    command = "classify" if job.recipe.task == "classify" else "chat" if job.tokenizer.chat_template else "generate"
-    if command == "classify":
-        return shlex.join(["llama2", "classify", str(folder)])
+    command = job.task.use
+    if command != "chat":
+        return shlex.join(["llama2", command, str(folder)])
+    command = command if job.tokenizer.chat_template else "generate"
     whole = job.origin.lora is None or job.recipe.merge
     version = ["--revision", job.origin.hub["revision"]] if job.origin.hub else []
     model = [str(folder)] if whole else [job.origin.base, *version, "--adapter", str(folder)]

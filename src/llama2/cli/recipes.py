@@ -100,11 +100,14 @@ def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chosen(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a recipe that was written what is not the default: another task's settings have no flag."""
-    from llama2.train.recipe import Recipe
+    """Of a recipe that was written what is not the default."""
+    from llama2.train.recipe import TASKS, defaults_of
 
-    usual = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(Recipe)}
-    return {name: value for name, value in content.items() if value not in (usual.get(name), _plain(usual.get(name)))}
+    task = content.get("task") if content.get("task") in TASKS else "sft"
+    own, all_tasks = defaults_of(str(task)), {name for one in TASKS for name in defaults_of(one)}
+    # Files of earlier versions hold the settings of all tasks, of which those of others had no effect.
+    kept = {name: value for name, value in content.items() if name in own or name not in all_tasks}
+    return {name: value for name, value in kept.items() if value not in (own.get(name), _plain(own.get(name)))}
 
 
 def _plain(value: Any) -> Any:

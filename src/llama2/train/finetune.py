@@ -13,7 +13,7 @@ import errno
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,15 +34,14 @@ from llama2.files import locked, saving, write_text
 from llama2.pretrained import PreTrainedModel
 from llama2.train import checkpoints
 from llama2.train.chart import loss_chart
-from llama2.train.data import DataReport, Row, held_out, kind_of, pieces, prepare, prepare_pairs, read, renamed
+from llama2.train.data import Row, held_out, read, renamed
 from llama2.train.distributed import join
-from llama2.train.labels import Labels, prepare_labelled
-from llama2.train.objectives import Classification, NextToken, Objective, Preferences, packed_rows
 from llama2.train.origin import Origin, check_device, check_place
-from llama2.train.recipe import LENGTH, RATES, Data, Recipe, Task, TrainingResult
+from llama2.train.recipe import LENGTH, Data, Recipe, TrainingResult
+from llama2.train.tasks import Outcome, ScoreHead
 from llama2.train.trainer import Trainer, TrainingArguments
 
-__all__ = ["LENGTH", "RATES", "Data", "Finetune", "Recipe", "Task", "TrainingResult"]
+__all__ = ["LENGTH", "Data", "Finetune", "Recipe", "TrainingResult"]
 
 SUMMARY, CHART = "finetune.json", "loss.svg"
 # What a run would replace, or what would be taken for a part of its result.
@@ -55,7 +54,7 @@ class Finetune:
     def __init__(self, recipe: Recipe, args: TrainingArguments, tell: Callable[[str], None] | None = None) -> None:
         """tell: hears what was found in the rows (`data.text()`) and how the model is computed; without it a warning
         says where answers are cut. Raises InputError for whatever can be known to be wrong before a model is loaded."""
-        self.recipe, self.args = recipe, args
+        self.recipe, self.task, self.args = recipe, recipe.of_task, args
         self.folder = Path(recipe.output_dir)
         self.ranks = join()
         self.device = self.ranks.device(recipe.device)
@@ -94,9 +93,9 @@ class Finetune:
             raise InputError(f"{self.folder} holds {held[0]} already, of a model or another run; give a new folder")
 
     def _tokenizer(self) -> Any:
-        tokenizer, recipe = self.origin.tokenizer(), self.recipe
-        if recipe.chat_template is not None:
-            tokenizer.chat_template = recipe.chat_template
+        tokenizer = self.origin.tokenizer()
+        if self.task.chat_template is not None:
+            tokenizer.chat_template = self.task.chat_template
         return tokenizer
 
     # -- rows ----------------------------------------------------------------------------------------------------
@@ -113,13 +112,13 @@ class Finetune:
             rest = self._read(recipe.eval_data)
         elif recipe.eval_split is not None:
             rows, rest = held_out(rows, recipe.eval_split, self.args.seed)
-        labels = Labels.of(rows, recipe.problem_type, recipe.labels) if recipe.task == "classify" else None
-        items, report = self._items(rows, length, labels)
+        learnt = self.task.learnt_of(rows)
+        items, report = self.task.items(rows, self.tokenizer, length, learnt)
         if not items:
             raise InputError(f"no row of {recipe.data} can be used. {report.text()}")
-        data = Data(items, report, labels=labels)
+        data = Data(items, report, learnt=learnt)
         if rest:
-            data.eval_items, data.eval_report = self._items(rest, length, labels)
+            data.eval_items, data.eval_report = self.task.items(rest, self.tokenizer, length, learnt)
             if not data.eval_items:
                 raise InputError(f"no row that is held out can be used. {data.eval_report.text()}")
         return data
@@ -128,31 +127,15 @@ class Finetune:
         recipe = self.recipe
         beside = source != recipe.data and Path(source).exists()  # a file to measure on, for a data set of the hub
         where = (None, None) if beside else (recipe.data_config, recipe.data_dir)
-        named = {"text": recipe.text_column, "label": recipe.label_column}
-        return renamed(read(source, recipe.split, *where), {**recipe.columns, **{k: v for k, v in named.items() if v}})
-
-    def _items(self, rows: Sequence[Any], length: int, labels: Labels | None) -> tuple[list[Any], DataReport]:
-        task = self.recipe.task
-        if labels is not None:
-            labelled, report = prepare_labelled(rows, self.tokenizer, length, labels)
-            return list(labelled), report
-        if task == "dpo":
-            pairs, report = prepare_pairs(rows, self.tokenizer, length)
-            return list(pairs), report
-        kinds = {kind_of(row) for row in rows if row.get("text") is None} if task == "pretrain" else set()
-        if kinds:
-            raise InputError(f"pretraining takes rows with a text, not {', '.join(sorted(kinds))}; use sft for those")
-        examples, report = prepare(rows, self.tokenizer, None if task == "pretrain" else length)
-        if task == "pretrain":
-            examples = pieces(examples, length)
-        return list(packed_rows(examples, length, self.recipe.packs)), report
+        named = {name: column for name, column in self.task.own_columns().items() if column}
+        return renamed(read(source, recipe.split, *where), {**recipe.columns, **named})
 
     # -- the model -----------------------------------------------------------------------------------------------
 
     def _model(self) -> Any:
-        recipe, labels = self.recipe, self.data.labels
+        recipe, head = self.recipe, self.task.head(self.data.learnt)
         torch.manual_seed(self.args.seed)  # for the fresh weights of a head, an adapter or a model
-        if recipe.fresh:
+        if self.task.fresh:
             return AutoModelForCausalLM.from_config(self.origin.config, dtype="float32").to(self._place())
         settings: dict[str, Any] = {"dtype": self.dtype, "device_map": str(self._place())}
         settings |= revision_of(recipe.model, recipe.revision)
@@ -160,13 +143,16 @@ class Finetune:
             settings["dequantize"] = False  # a GGUF file's blocks stay beneath an adapter
         if self.origin.packing is not None:
             settings["quantization_config"] = self.origin.packing_in(self.dtype)
-        if labels is None:
+        if head is None:
             return AutoModelForCausalLM.from_pretrained(recipe.model, **settings)
-        names = dict(enumerate(labels.names)) or {0: "LABEL_0"}
+        return self._classifier(head, settings)
+
+    def _classifier(self, head: ScoreHead, settings: dict[str, Any]) -> Any:
+        names = dict(enumerate(head.names))
         settings |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
         with head_follows():
             model = AutoModelForSequenceClassification.from_pretrained(
-                recipe.model, problem_type=labels.kind, **settings
+                self.recipe.model, problem_type=head.problem_type, **settings
             )
         self._set_pad(model)
         return model
@@ -181,15 +167,6 @@ class Finetune:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model.config.pad_token_id = self.tokenizer.pad_token_id
-
-    def _objective(self) -> Objective:
-        recipe = self.recipe
-        if recipe.task == "classify":
-            return Classification(recipe.threshold)
-        if recipe.task != "dpo":
-            return NextToken()
-        free = recipe.reference_free
-        return Preferences(recipe.beta, recipe.loss_type, recipe.label_smoothing, reference_free=free)
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -207,7 +184,7 @@ class Finetune:
         model = self._model()
         if recipe.lora is not None:
             lora.add_adapter(model, recipe.lora)
-        if self.origin.lora is not None and recipe.task == "classify":
+        if self.origin.lora is not None and hasattr(model, "score"):
             model.score.requires_grad_(True)
         args = self.args
         if self.data.eval_items and args.eval_strategy == "no":
@@ -216,7 +193,7 @@ class Finetune:
         trainer = Trainer(
             model,
             args,
-            objective=self._objective(),
+            objective=self.task.objective(),
             rows=self.data.items,
             eval_rows=self.data.eval_items,
             save=save,
@@ -225,9 +202,11 @@ class Finetune:
         try:
             trainer.train()
             state, finished = trainer.state, not trainer.interrupted
+            outcome = Outcome()
             if finished:
                 with trainer.gathered(every=self.origin.lora is None or recipe.merge):
                     if self.ranks.first:
+                        outcome = self.task.report(model, self.data.eval_items)
                         self._write(model)
             result = TrainingResult(
                 self.folder, finished, state.step, trainer.steps, time.perf_counter() - begin, state.tokens
@@ -236,7 +215,8 @@ class Finetune:
             if measured:
                 result.before, result.after = measured[0], measured[-1]
             if self.ranks.first:
-                self._summarise(result, state.history)
+                result.report, result.lines = outcome.values, outcome.lines
+                self._summarise(result, state.history, outcome.files)
             self.ranks.wait()
         except OSError as error:
             if error.errno != errno.ENOSPC:
@@ -269,18 +249,20 @@ class Finetune:
         written = replace(self.origin.lora, base_model_name_or_path=name, revision=self.origin.hub.get("revision"))
         save_adapter(model, folder, written)
 
-    def _summarise(self, result: TrainingResult, history: Sequence[dict[str, Any]]) -> None:
+    def _summarise(self, result: TrainingResult, history: Sequence[dict[str, Any]], files: Mapping[str, str]) -> None:
         content = {
             "recipe": asdict(self.recipe),
             "arguments": asdict(self.args),
             "data": {**vars(self.data.report), "kinds": dict(self.data.report.kinds)},
-            "labels": self.data.labels and asdict(self.data.labels),
+            "labels": self.data.learnt and asdict(self.data.learnt),
             "result": {**asdict(result), "folder": str(result.folder)},
         }
         with saving(self.folder) as save:
             write_text(save.stage / SUMMARY, json.dumps(content, indent=2, default=str) + "\n")
             if picture := loss_chart(history):
                 write_text(save.stage / CHART, picture)
+            for name, text in files.items():
+                write_text(save.stage / name, text)
 
 
 def _measured(entry: dict[str, Any]) -> dict[str, float]:

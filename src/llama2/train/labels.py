@@ -47,6 +47,12 @@ class Labels:
             raise InputError(f"all rows have the label {found[0]!r}; a classifier needs at least two")
         return cls(kind, found)
 
+    def text(self) -> str:
+        """A line for people."""
+        if not self.names:
+            return "regression: the labels are numbers"
+        return f"{self.kind.replace('_', ' ')}: {len(self.names)} labels: {', '.join(self.names[:12])}"
+
     def target(self, value: object) -> Target:
         """What the loss takes for a label. Raises InputError for one that is not among them."""
         if self.kind == REGRESSION:

@@ -77,7 +77,7 @@ class Origin:
             raise InputError("packed weights cannot be trained themselves; train an adapter on them (lora_r=16)")
         if recipe.merge and not trains_adapter:
             raise InputError("merge is for an adapter, and all weights are trained; leave it out")
-        if recipe.fresh and trains_adapter:
+        if recipe.of_task.fresh and trains_adapter:
             raise InputError("fresh weights are for pretraining all weights; leave fresh, or the adapter, out")
         method = (getattr(self.config, "quantization_config", None) or {}).get("quant_method")
         if method and not trains_adapter:

@@ -1,24 +1,16 @@
 """What is trained for, on what, and what came of it. No model is loaded here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Self
 
 from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
 from llama2.train.data import DataReport
-from llama2.train.labels import Labels
-from llama2.train.preference import Preference, check_preference
+from llama2.train.tasks import TASKS, Task
 
-Task = Literal["sft", "dpo", "classify", "pretrain"]
-# Peak learning rates where none is given: of all weights, and of an adapter.
-RATES: dict[str, tuple[float, float]] = {
-    "sft": (2e-5, 2e-4),
-    "dpo": (1e-6, 5e-6),
-    "classify": (2e-5, 2e-4),
-    "pretrain": (5e-5, 2e-4),
-}
 LENGTH = 1024  # tokens of a row where nothing is said
 
 
@@ -26,18 +18,17 @@ LENGTH = 1024  # tokens of a row where nothing is said
 class Recipe:
     """What is trained for, which model, on which rows.
 
-    model: a model, or an adapter, which is then trained on; revision: branch, tag or commit, of a hub id. lora: a new
-    adapter is trained instead of all weights; packed weights (load_in_4bit: NF4 with double quantisation as QLoRA,
-    load_in_8bit) need an adapter. merge: the result is the whole model with the adapter in its weights. fresh: new
-    random weights of the model's configuration. dtype: of the weights while they train; auto is float32 for all
-    weights, and beneath an adapter what they are stored in, or on a CPU what it computes fast. max_length: tokens of a
-    row, by default 1024 or the model's context. packing: several rows in one of max_length, none seeing another; by
-    default for pretraining. eval_data: rows to measure on, or eval_split, a share of the training rows that is held
-    out. split, data_config, data_dir: of a data set of the hub. columns: the name of a column here -> its name in the
-    rows.
+    task: a row of `tasks.TASKS`, whose settings are further fields: Recipe(task="dpo", beta=0.2, ...) is a Recipe and a
+    Dpo. model: a model, or an adapter, which is then trained on; revision: branch, tag or commit, of a hub id. lora: a
+    new adapter is trained instead of all weights; packed weights (load_in_4bit: NF4 with double quantisation as QLoRA,
+    load_in_8bit) need an adapter. merge: the result is the whole model with the adapter in its weights. dtype: of the
+    weights while they train; auto is float32 for all weights, and beneath an adapter what they are stored in, or on a
+    CPU what it computes fast. max_length: tokens of a row, by default 1024 or the model's context. eval_data: rows to
+    measure on, or eval_split, a share of the training rows that is held out. split, data_config, data_dir: of a data
+    set of the hub. columns: the name of a column here -> its name in the rows.
     """
 
-    task: Task
+    task: str
     model: str
     data: str
     output_dir: str
@@ -46,49 +37,66 @@ class Recipe:
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     merge: bool = False
-    fresh: bool = False
     dtype: str = "auto"
     device: str = "auto"
     max_length: int | None = None
-    packing: bool | None = None
-    chat_template: str | None = None
     split: str = "train"
     data_config: str | None = None
     data_dir: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     eval_data: str | None = None
     eval_split: float | None = None
-    text_column: str | None = None
-    label_column: str | None = None
-    problem_type: str | None = None
-    labels: tuple[str, ...] = ()
-    threshold: float = 0.5
-    beta: float = 0.1
-    loss_type: Preference = "sigmoid"
-    label_smoothing: float = 0.0
-    reference_free: bool = False
+
+    def __new__(cls, **settings: Any) -> Self:
+        """An instance of the class that has the settings of the task too."""
+        if cls is not Recipe or "task" not in settings:
+            return super().__new__(cls)
+        made = recipe_of(settings["task"])
+        known = {f.name for f in fields(made)}
+        for name in settings:
+            if name not in known:
+                raise InputError(f"the task {settings['task']} has no setting {name!r}{_with(name)}")
+        return object.__new__(made)  # type: ignore[return-value]
 
     def __post_init__(self) -> None:
-        if self.task not in get_args(Task):
-            raise InputError(f"task is {self.task!r}; it must be one of {', '.join(get_args(Task))}")
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("load_in_4bit and load_in_8bit are both set; set one of them")
-        if self.fresh and self.task != "pretrain":
-            raise InputError("fresh weights are for pretraining all weights; leave fresh out")
         if self.max_length is not None and self.max_length < 2:
             raise InputError(f"max_length is {self.max_length}; it must be at least 2")
         if self.eval_data is not None and self.eval_split is not None:
             raise InputError("eval_data and eval_split are both given; give one of them")
-        if not 0 < self.threshold < 1:
-            raise InputError(f"threshold is {self.threshold}; it must lie between 0 and 1")
-        check_preference(self.loss_type, self.beta, self.label_smoothing)
+        if isinstance(self, Task):
+            self.check()
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise InputError(f"output_dir {self.output_dir!r} is a file; give the path of a folder")
 
     @property
-    def packs(self) -> bool:
-        """Whether rows are packed."""
-        return self.task == "pretrain" if self.packing is None else self.packing
+    def of_task(self) -> Task:
+        """The same object, as the task that it is."""
+        assert isinstance(self, Task)
+        return self
+
+
+@cache
+def recipe_of(task: str) -> type[Recipe]:
+    """The class of recipes of a task: Recipe with the task's settings. Raises InputError for a task there is not."""
+    if task not in TASKS:
+        raise InputError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
+    kind = TASKS[task]
+    return make_dataclass(f"{kind.__name__}Recipe", (), bases=(kind, Recipe), frozen=True, kw_only=True)
+
+
+def defaults_of(task: str) -> dict[str, Any]:
+    """Every setting of a task, and its default; None where it has to be given."""
+    found = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(recipe_of(task))
+    }
+    return {name: None if value is MISSING else value for name, value in found.items()}
+
+
+def _with(setting: str) -> str:
+    tasks = [task for task in TASKS if setting in defaults_of(task)]
+    return f"; {', '.join(tasks)} has it" if len(tasks) == 1 else f"; {', '.join(tasks)} have it" if tasks else ""
 
 
 @dataclass
@@ -99,18 +107,15 @@ class Data:
     report: DataReport
     eval_items: list[Any] = field(default_factory=list)
     eval_report: DataReport | None = None
-    labels: Labels | None = None
+    learnt: Any = None  # what the task learns of all rows together
 
     def text(self) -> str:
-        """Both reports, and the labels."""
+        """Both reports, and what all rows together say."""
         found = [f"training: {self.report.text()}"]
         if self.eval_report is not None:
             found.append(f"held out: {self.eval_report.text()}")
-        if self.labels is not None and self.labels.names:
-            kind = self.labels.kind.replace("_", " ")
-            found.append(f"{kind}: {len(self.labels.names)} labels: {', '.join(self.labels.names[:12])}")
-        elif self.labels is not None:
-            found.append("regression: the labels are numbers")
+        if self.learnt is not None:
+            found.append(self.learnt.text())
         return "\n".join(found)
 
     def cuts(self) -> list[str]:
@@ -121,7 +126,8 @@ class Data:
 
 @dataclass
 class TrainingResult:
-    """What came of a run. before and after: of the rows held out, if there are any."""
+    """What came of a run. before and after: of the rows held out, if there are any; report and lines: what the task
+    measures besides."""
 
     folder: Path
     finished: bool
@@ -131,3 +137,5 @@ class TrainingResult:
     tokens: int
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
