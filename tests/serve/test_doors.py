@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
 
-from serve.conftest import Serve
+from serve.conftest import Serve, Served
 from wire import Reply, call, get, post
 
 from llama2.errors import InputError
@@ -144,6 +144,22 @@ def test_bodies_of_other_origins_must_be_json(serve: Serve) -> None:
         )
     assert untyped(served.port, sec_fetch_site="cross-site").status == 415
     assert untyped(served.port, sec_fetch_site="same-origin").status == 200
+
+
+def test_a_key_in_any_of_its_headers(serve: Serve) -> None:
+    port = serve(keys=Keys(["user"])).port
+    assert get(port, "/info", x_api_key="user").status == get(port, "/info", api_key="user").status == 200
+    assert get(port, "/info", authorization="Basic xyz", x_api_key="user").status == 200  # a proxy's own login
+    for headers in ({"x_api_key": "User"}, {"api_key": ""}, {"authorization": "Bearer "}, {"authorization": "user"}):
+        assert get(port, "/info", **headers).status == 401
+
+
+def test_head_where_get_works(served: Served) -> None:
+    for path in ("/", "/health", "/v1/models", "/info", "/openapi.json"):
+        reply, head = get(served.port, path), call(served.port, "HEAD", path)
+        assert head.status == 200 and head.content == b""
+        assert head.headers["content-length"] == reply.headers["content-length"]
+    assert call(served.port, "HEAD", "/generate").status == 405
 
 
 def test_metrics_may_have_a_key_of_their_own(serve: Serve) -> None:

@@ -17,8 +17,10 @@ pytest.importorskip("pydantic", reason="serving needs the extra `serve`")
 from llama2.engine.engine import Engine
 from llama2.errors import InputError
 from llama2.serve import limits, logs
+from llama2.serve.app import DIALECTS, dialect_at
 from llama2.serve.chat import CallReader, Message, Tool, chosen, prompt_ids
 from llama2.serve.constraint import Compiler, Constraint, json_schema
+from llama2.serve.dialect import Dialect
 from llama2.serve.errors import KINDS, Refusal
 from llama2.serve.lifecycle import Life
 from llama2.serve.logits_processors import Bias, CountPenalty
@@ -52,14 +54,20 @@ def test_the_depth_of_json_counts_brackets_outside_strings(value: Any, more: int
         check_depth(data)
 
 
-def test_every_reason_has_both_dialects() -> None:
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_every_reason_is_told_in_every_dialect(dialect: Dialect) -> None:
     for kind in KINDS:
         refusal = Refusal(kind, "why", "field")
-        assert (
-            refusal.body("tgi").keys() == {"error", "error_type"}
-            and refusal.body("openai")["error"]["message"] == "why"
-        )
-        assert 400 <= refusal.status("tgi") < 600 and 400 <= refusal.status("openai") < 600
+        assert "why" in json.dumps(dialect.error(refusal, "id")) and 400 <= dialect.status(refusal) < 600
+        assert dialect.refuse(refusal, "id").status_code == dialect.status(refusal)
+
+
+def test_the_paths_of_dialects() -> None:
+    paths = [(route.method, route.path) for dialect in DIALECTS for route in dialect.routes]
+    assert len(paths) == len(set(paths)), "two dialects have the same route; one handler must decide by the body"
+    for path, name in (("/generate", "tgi"), ("/v1/chat/completions", "openai chat"), ("/v1/no", "openai models")):
+        assert dialect_at(path).name == name
+    assert dialect_at("/no").name == "tgi"
 
 
 # -- constraints -------------------------------------------------------------------------------------------------

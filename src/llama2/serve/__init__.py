@@ -1,7 +1,8 @@
-"""The server: `app` and its life, three dialects over one request type.
+"""The server: `app` and its life, one row for each dialect over one request type.
 
-body        bytes -> a checked model of a dialect, or a refusal that names the field
-openai, completions, embeddings, tgi, sagemaker    dialects: a body becomes a `GenerationRequest`, events a reply
+validation  bytes -> a checked model of a dialect, or a refusal that names the field
+dialect     what an API is: routes, errors, stream writers; endpoint and envelope surround every route alike
+openai_*, embeddings, models, tgi, sagemaker, state    dialects: a body becomes a `GenerationRequest`, events a reply
 served_model    one model: engine, tokenizer, bounds, names
 request     what is to be generated, checked once for all dialects
 session     one client's requests in the engine: events in, cancelled when the client goes

@@ -8,9 +8,11 @@ from pydantic import Field
 from starlette.responses import Response
 
 from llama2.model import LlamaForCausalLM
+from llama2.serve.dialect import post
 from llama2.serve.errors import Refusal
 from llama2.serve.json_response import answer
 from llama2.serve.numbers import FIRST_FAULT, Dimensions, Ids
+from llama2.serve.openai import OpenAI
 from llama2.serve.openai_completions import encode
 from llama2.serve.served_model import ServedModel
 from llama2.serve.service import RouteCall
@@ -81,3 +83,6 @@ async def embeddings(call: RouteCall) -> Response:
     """Answers one request."""
     body = await call.read(EmbeddingBody)
     return await call.service.embedded(call.owner, answer, embed, call.model, body)
+
+
+DIALECT = OpenAI("openai embeddings", post("/v1/embeddings", embeddings, EmbeddingBody, "a vector for each text"))

@@ -10,7 +10,8 @@ from pydantic import Field
 from llama2.engine.engine import Finish
 from llama2.engine.sampler import Picked
 from llama2.serve.constraint import Constraint, any_json, json_schema
-from llama2.serve.errors import Refusal
+from llama2.serve.dialect import Dialect, Route
+from llama2.serve.errors import KINDS, Refusal
 from llama2.serve.numbers import (
     FIRST_FAULT,
     MAX_COUNT,
@@ -29,9 +30,34 @@ from llama2.serve.numbers import (
 from llama2.serve.request import SEED_BITS, Sampling
 from llama2.serve.served_model import ServedModel
 from llama2.serve.session import Session
+from llama2.serve.sse import Writer, data
 from llama2.serve.validation import Body, Text, Texts
 
 REASONS: dict[Finish, str] = {"length": "length", "eos": "stop", "stop": "stop"}
+
+
+class OpenAI(Dialect):
+    """Some of OpenAI's routes: each API of theirs is a file, and all of them tell errors alike."""
+
+    def __init__(self, name: str, *routes: Route, prefixes: tuple[str, ...] = ()) -> None:
+        self.name, self.routes, self.prefixes = name, routes, prefixes
+
+    def error(self, refusal: Refusal, id: str = "") -> dict[str, Any]:
+        """Message, type, param and code."""
+        kind = KINDS[refusal.kind]
+        told = {"message": refusal.message, "type": kind.type, "param": refusal.param, "code": kind.code}
+        return {"error": told}
+
+
+class OpenAIWriter(Writer):
+    """Writers whose streams end in an OpenAI error where they fail."""
+
+    def fail(self, refusal: Refusal) -> bytes:
+        """The error as one event."""
+        return data(ERRORS.error(refusal))
+
+
+ERRORS = OpenAI("openai")
 
 
 class StreamOptions(Body):

@@ -10,12 +10,15 @@ from llama2.engine.engine import Event
 from llama2.engine.sampler import Picked
 from llama2.serve import sse
 from llama2.serve.chat import CallReader, Message, Tool, Tools, chosen, prompt_ids
+from llama2.serve.dialect import post
 from llama2.serve.errors import Refusal
 from llama2.serve.numbers import FIRST_FAULT, Count, Tops
 from llama2.serve.openai import (
     REASONS,
     Common,
     Head,
+    OpenAI,
+    OpenAIWriter,
     ResponseFormat,
     drawn,
     rated,
@@ -122,7 +125,7 @@ async def chat(call: RouteCall) -> Response:
     prompt = len(generation.prompts[0])
     if generation.stream:
         writer = (LegacyWriter if body.legacy else ChatWriter)(model, body, tools, prompt, generation.n)
-        return sse.EventStream(call, session, writer, "openai")
+        return sse.EventStream(call, session, writer)
     answers = await call.until_gone(session, fold(session, generation.n))
     choices = [_choice(model, body, tools, i, answer) for i, answer in enumerate(answers)]
     head = Head(model, "chatcmpl", "chat.completion", body.model)
@@ -156,7 +159,7 @@ def _call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-class ChatWriter:
+class ChatWriter(OpenAIWriter):
     """Chunks: the role, then text or a call piece by piece, then the reason, then the usage if asked, then [DONE]."""
 
     def __init__(self, model: ServedModel, body: ChatBody, tools: Tools, prompt: int, n: int) -> None:
@@ -258,3 +261,6 @@ class LegacyWriter(ChatWriter):
 
 def _picked(event: Event) -> Picked:
     return Picked(event.token or 0, event.logprob, event.top)
+
+
+DIALECT = OpenAI("openai chat", post("/v1/chat/completions", chat, ChatBody, "answer a conversation", counted=True))

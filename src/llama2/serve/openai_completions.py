@@ -9,12 +9,15 @@ from starlette.responses import JSONResponse, Response
 from llama2.engine.engine import Event
 from llama2.engine.sampler import Picked
 from llama2.serve import sse
+from llama2.serve.dialect import post
 from llama2.serve.errors import Refusal
 from llama2.serve.numbers import FIRST_FAULT, Answers, Ids, Tops
 from llama2.serve.openai import (
     REASONS,
     Common,
     Head,
+    OpenAI,
+    OpenAIWriter,
     ResponseFormat,
     drawn,
     finite,
@@ -115,7 +118,7 @@ async def completions(call: RouteCall) -> Response:
     generation = await call.parse(parse, model, body, call.owner)
     session = await call.begin(generation)
     if generation.stream:
-        return sse.EventStream(call, session, CompletionWriter(model, body, generation), "openai")
+        return sse.EventStream(call, session, CompletionWriter(model, body, generation))
     answers = await call.until_gone(session, fold(session, generation.answers))
     choices: list[dict[str, Any]] = []
     for i, prompt in enumerate(generation.prompts):
@@ -166,7 +169,7 @@ def table(tokenizer: Any, picked: list[Picked], tops: int, offset: int = 0, skip
     }
 
 
-class CompletionWriter:
+class CompletionWriter(OpenAIWriter):
     """Chunks with the text of one answer each; the reason comes with the last."""
 
     def __init__(self, model: ServedModel, body: CompletionBody, generation: GenerationRequest) -> None:
@@ -208,3 +211,9 @@ class CompletionWriter:
         held = sum(map(len, self.generation.prompts))
         told = sse.data(self.head(choices=[], usage=usage(held, session))) if self.body.usage else b""
         return told + b"data: [DONE]\n\n"
+
+
+DIALECT = OpenAI(
+    "openai completions",
+    post("/v1/completions", completions, CompletionBody, "continue one prompt or several", counted=True),
+)

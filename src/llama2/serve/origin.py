@@ -36,14 +36,18 @@ def check_host(header: str | None, allowed: Sequence[str]) -> None:
         )
 
 
-def check_kind(headers: Any, origins: Sequence[str]) -> None:
-    """Raises Refusal for a body that is not JSON, or does not say so and comes from a web page of another origin."""
+def check_kind(headers: Any, origins: Sequence[str], any_type: bool = False) -> None:
+    """Raises Refusal for a body that is not JSON, or does not say so and comes from a web page of another origin.
+
+    any_type: whatever else the body says it is passes for JSON where no other origin sends it, as curl's -d does.
+    """
     given = headers.get("content-type")
     kind = (given or "").partition(";")[0].strip().lower()
-    if given is None:
-        if _foreign(headers, origins):
-            raise Refusal("media", "a request of another origin must say that its body is application/json")
-    elif kind != "application/json" and not kind.endswith("+json"):
+    if kind == "application/json" or kind.endswith("+json"):
+        return
+    if (given is None or any_type) and _foreign(headers, origins):
+        raise Refusal("media", "a request of another origin must say that its body is application/json")
+    if given is not None and not any_type:
         raise Refusal("media", f"the body is {kind[:80]!r}; send it as application/json")
 
 

@@ -6,8 +6,10 @@ from typing import Any
 from starlette.responses import Response
 
 from llama2.serve import openai_chat, openai_completions, tgi
-from llama2.serve.errors import Dialect, Refusal
+from llama2.serve.dialect import Dialect, get, post
+from llama2.serve.errors import Refusal
 from llama2.serve.service import RouteCall
+from llama2.serve.state import ready
 from llama2.serve.validation import check_depth
 
 
@@ -20,7 +22,7 @@ def dialect_of(data: bytes) -> tuple[str, Dialect]:
         raise Refusal("malformed", "the body is not JSON") from None
     for name in ("messages", "prompt", "inputs"):
         if isinstance(content, dict) and name in content:
-            return name, "tgi" if name == "inputs" else "openai"
+            return name, tgi.DIALECT if name == "inputs" else openai_chat.DIALECT
     raise Refusal("validation", "the body has neither inputs (text generation), messages (chat) nor prompt; send one")
 
 
@@ -32,3 +34,10 @@ async def invocations(call: RouteCall) -> Response:
     if name == "prompt":
         return await openai_completions.completions(call)
     return await tgi.compat(call)
+
+
+DIALECT = tgi.TGI(
+    "sagemaker",
+    post("/invocations", invocations, tgi.GenerateBody, "any of the three bodies, for SageMaker", counted=True),
+    get("/ping", ready, "whether requests should be sent here, for SageMaker", "open"),
+)

@@ -16,7 +16,8 @@ from llama2.serve import validation
 from llama2.serve.auth import Keys
 from llama2.serve.budget import Budget
 from llama2.serve.constraint import Constraint
-from llama2.serve.errors import Dialect, Refusal, kind_of
+from llama2.serve.dialect import Dialect
+from llama2.serve.errors import Refusal, kind_of
 from llama2.serve.lifecycle import Life
 from llama2.serve.metrics import Metrics
 from llama2.serve.policy import Policy
@@ -159,8 +160,8 @@ class RouteCall:
     service: Service
     request: Request
     data: bytes
+    dialect: Dialect
     owner: str = ""
-    dialect: Dialect = "openai"
     id: str = ""
     times: Times = field(default_factory=Times)
     notes: dict[str, Any] = field(default_factory=dict)  # for the log

@@ -1,33 +1,40 @@
-"""Answers as server-sent events: exact framing, pings as comments, an end when the client goes or stops reading."""
+"""Answers as streams: server-sent events or lines, pings, an end when the client goes or stops reading."""
 
 import asyncio
 import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llama2.engine.engine import Event
-from llama2.serve.errors import Dialect, Refusal
+from llama2.serve.errors import Refusal
 from llama2.serve.service import Gone, RouteCall, late
 from llama2.serve.session import Session
 
-PING = b": ping\n\n"
-HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no", "content-type": "text/event-stream; charset=utf-8"}
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class Writer(Protocol):
-    """A dialect's way to tell events."""
+    """A dialect's way to tell events. ping: what keeps a quiet connection open; may be empty."""
+
+    media_type: str = "text/event-stream; charset=utf-8"
+    ping: bytes = b": ping\n\n"
 
     def begin(self) -> bytes:
         """What comes before the first event."""
+        return b""
 
     def put(self, index: int, event: Event) -> bytes:
         """An event of the answer `index`; may be empty."""
 
     def end(self, session: Session) -> bytes:
         """What comes behind the last one."""
+        return b""
+
+    def fail(self, refusal: Refusal) -> bytes:
+        """What tells, in the middle of a stream, that it ends here."""
 
 
 def data(content: Any) -> bytes:
@@ -39,11 +46,11 @@ class EventStream(Response):
     """Tells a session's events through a writer. An error before the first byte has an HTTP status of its own."""
 
     def __init__(
-        self, call: RouteCall, session: Session, writer: Writer, dialect: Dialect, headers: dict[str, str] | None = None
+        self, call: RouteCall, session: Session, writer: Writer, headers: dict[str, str] | None = None
     ) -> None:
-        self.call, self.session, self.writer, self.dialect = call, session, writer, dialect
+        self.call, self.session, self.writer = call, session, writer
         self.status_code, self.background = 200, None
-        self.init_headers(HEADERS | (headers or {}))
+        self.init_headers({**HEADERS, "content-type": writer.media_type, **(headers or {})})
         self.leave: Callable[[], None] | None = None  # called once the last byte is out
         self._begun = False
 
@@ -83,7 +90,7 @@ class EventStream(Response):
             for index, event in batch:
                 text += self.writer.put(index, event)
             if text or not batch:
-                await self._send(send, text or PING)
+                await self._send(send, text or self.writer.ping)
             text = b""
         await self._send(send, text + self.writer.end(self.session), more=False)
 
@@ -102,11 +109,6 @@ class EventStream(Response):
         self.call.notes["error"] = refusal.kind
         self.call.service.metrics.failed(refusal.kind)
         if self._begun:
-            await self._send(send, data(refusal.body(self.dialect)), more=False)
+            await self._send(send, self.writer.fail(refusal), more=False)
         else:
-            await refused(refusal, self.dialect)(scope, receive, send)
-
-
-def refused(refusal: Refusal, dialect: Dialect) -> JSONResponse:
-    """A refusal as a response."""
-    return JSONResponse(refusal.body(dialect), refusal.status(dialect), refusal.headers())
+            await self.call.dialect.refuse(refusal, self.call.id)(scope, receive, send)

@@ -15,7 +15,8 @@ from llama2.engine.sampler import Picked
 from llama2.serve import sse
 from llama2.serve.chat import prompt_ids
 from llama2.serve.constraint import Constraint, any_json, json_schema
-from llama2.serve.errors import Refusal
+from llama2.serve.dialect import Dialect, Route, post
+from llama2.serve.errors import KINDS, Refusal
 from llama2.serve.json_response import answer
 from llama2.serve.numbers import (
     Answers,
@@ -39,6 +40,24 @@ from llama2.serve.session import Answer, Session, fold
 from llama2.serve.validation import Body, Text, Texts
 
 REASONS: dict[Finish, str] = {"length": "length", "eos": "eos_token", "stop": "stop_sequence"}
+
+# Status and type of the kinds that TGI tells in its own way; the others keep their status and are "validation".
+_ERRORS: dict[str, tuple[int, str]] = {
+    **dict.fromkeys(("validation", "context", "costly"), (422, "validation")),
+    "template": (422, "template_error"),
+    "tool": (422, "tool_error"),
+    "key": (401, "authentication"),
+    "model": (404, "not_found"),
+    "route": (404, "not_found"),
+    "busy": (429, "overloaded"),
+    "rate": (429, "overloaded"),
+    "starting": (503, "healthcheck"),
+    "closing": (503, "overloaded"),
+    "constraint": (424, "generation"),
+    "generation": (424, "generation"),
+    "deadline": (504, "incomplete_generation"),
+    "internal": (500, "incomplete_generation"),
+}
 
 
 class Grammar(Body):
@@ -207,7 +226,7 @@ async def streamed(call: RouteCall, body: GenerateBody) -> Response:
     session = await call.begin(generation)
     writer = TokenWriter(call.model, body, generation)
     headers = {"x-compute-type": _compute_type(call.model), "x-compute-characters": str(len(body.inputs))}
-    return sse.EventStream(call, session, writer, "tgi", headers)
+    return sse.EventStream(call, session, writer, headers)
 
 
 def _full_text(model: ServedModel, body: GenerateBody, generation: GenerationRequest) -> str:
@@ -260,16 +279,12 @@ def _text(model: ServedModel, token_id: int) -> str:
     return raw.decode("utf-8", "replace")
 
 
-class TokenWriter:
+class TokenWriter(sse.Writer):
     """One event a token; the last one carries the whole text. Special tokens have no text: clients join it."""
 
     def __init__(self, model: ServedModel, body: GenerateBody, generation: GenerationRequest) -> None:
         self.model, self.body, self.generation = model, body, generation
         self.answer = Answer()
-
-    def begin(self) -> bytes:
-        """Nothing."""
-        return b""
 
     def put(self, index: int, event: Event) -> bytes:
         """One token, and the end."""
@@ -297,9 +312,9 @@ class TokenWriter:
         before = _full_text(self.model, self.body, self.generation)
         return {"generated_text": before + self.answer.text, "details": details if given.details else None}
 
-    def end(self, session: Session) -> bytes:
-        """Nothing."""
-        return b""
+    def fail(self, refusal: Refusal) -> bytes:
+        """The error as one event."""
+        return sse.data(DIALECT.error(refusal))
 
 
 def _compute_type(model: ServedModel) -> str:
@@ -394,3 +409,30 @@ async def detokenize(call: RouteCall) -> Response:
         raise Refusal("validation", f"id {bad[0]} does not exist; ids run from 0 to {size - 1}", "tokens")
     text = await call.parse(call.model.tokenizer.decode, ids, bool(body.skip_special_tokens))
     return JSONResponse({"prompt": text, "text": text})
+
+
+class TGI(Dialect):
+    """Routes whose errors are text-generation-inference's."""
+
+    def __init__(self, name: str, *routes: Route, prefixes: tuple[str, ...] = ()) -> None:
+        self.name, self.routes, self.prefixes = name, routes, prefixes
+
+    def status(self, refusal: Refusal) -> int:
+        """422 for what does not validate, 424 for what fails in the model."""
+        return _ERRORS[refusal.kind][0] if refusal.kind in _ERRORS else KINDS[refusal.kind].status
+
+    def error(self, refusal: Refusal, id: str = "") -> dict[str, Any]:
+        """A message and a type."""
+        return {"error": refusal.message, "error_type": _ERRORS.get(refusal.kind, (0, "validation"))[1]}
+
+
+DIALECT = TGI(
+    "tgi",
+    post("/", compat, GenerateBody, "continue a prompt: /generate in a list, or its stream", counted=True),
+    post("/generate", generate, GenerateBody, "continue a prompt", counted=True),
+    post("/generate_stream", generate_stream, GenerateBody, "continue a prompt, token by token", counted=True),
+    post("/tokenize", tokenize, GenerateBody, "the ids of a text"),
+    post("/chat_tokenize", chat_tokenize, ChatBody, "the ids of a conversation"),
+    post("/detokenize", detokenize, DetokenizeBody, "the text of ids"),
+    prefixes=("/",),
+)

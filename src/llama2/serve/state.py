@@ -1,0 +1,75 @@
+"""Routes about the server itself: whether it lives, what it serves, its metrics."""
+
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+import llama2
+from llama2.serve import tgi
+from llama2.serve.dialect import get
+from llama2.serve.service import RouteCall
+
+
+async def health(call: RouteCall) -> Response:
+    """/health: 503 where the engine has stopped."""
+    if call.service.alive():
+        return Response(status_code=200)
+    return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
+
+
+async def ready(call: RouteCall) -> Response:
+    """/ready: 503 while the model is being loaded, and from the begin of a drain."""
+    service = call.service
+    if service.life.ready and service.alive():
+        return Response(status_code=200)
+    state = service.life.state if service.alive() else "stuck"
+    return JSONResponse({"error": f"not ready: {state}", "error_type": "healthcheck"}, 503, {"retry-after": "2"})
+
+
+async def metrics(call: RouteCall) -> Response:
+    """/metrics, in Prometheus's text form."""
+    return PlainTextResponse(call.service.metrics.page(), media_type="text/plain; version=0.0.4")
+
+
+async def info(call: RouteCall) -> Response:
+    """/info, with TGI's names."""
+    service, policy = call.service, call.service.policy
+    engine, bounds = service.engine, service.bounds
+    return JSONResponse(
+        {
+            "model_id": policy.names[0],
+            "model_sha": policy.revision,
+            "model_pipeline_tag": "text-generation",
+            "model_dtype": str(engine.model.dtype).removeprefix("torch."),
+            "model_device_type": engine.model.device.type,
+            "max_concurrent_requests": policy.max_concurrent_requests,
+            "max_best_of": bounds.max_best_of,
+            "max_stop_sequences": bounds.max_stop_sequences,
+            "max_input_tokens": bounds.max_input_tokens,
+            "max_total_tokens": bounds.max_total_tokens,
+            "max_batch_total_tokens": engine.scheduler.capacity(),
+            "max_top_n_tokens": bounds.max_top_n_tokens,
+            "validation_workers": policy.workers,
+            "max_client_batch_size": bounds.max_client_batch_size,
+            "router": "llama2",
+            "version": llama2.__version__,
+            "sha": None,
+            "docker_label": None,
+            "adapters": service.model.adapters,
+            "chat": service.tokenizer.chat_template is not None,
+        }
+    )
+
+
+async def version(call: RouteCall) -> Response:
+    """/version."""
+    return JSONResponse({"version": llama2.__version__})
+
+
+DIALECT = tgi.TGI(
+    "state",
+    get("/", health, "whether the process works", "open"),
+    get("/health", health, "whether the process works", "open"),
+    get("/ready", ready, "whether requests should be sent here", "open"),
+    get("/metrics", metrics, "Prometheus metrics", "metrics"),
+    get("/info", info, "the model and the bounds"),
+    get("/version", version, "the version of this package"),
+)
