@@ -46,7 +46,7 @@ def post(port: int, path: str, body: Any, **headers: str) -> Reply:
 
 
 def get(port: int, path: str, **headers: str) -> Reply:
-    return call(port, "GET", path, None, headers)
+    return call(port, "GET", path, None, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
 def rest(sock: socket.socket) -> bytes:
