@@ -1,0 +1,58 @@
+"""From the start of a process to its first token, as whoever types `llama2 generate` meets it; and its memory."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llama2.cli.loading import RunOptions
+
+PROMPT = "The capital of France is"
+
+
+class FirstToken(NamedTuple):
+    """Seconds from the start of the process to its first token; bytes of memory that it held at most, where known."""
+
+    seconds: float
+    peak_bytes: int | None
+
+
+def measure(options: RunOptions, model: str) -> FirstToken | str:
+    """Starts `llama2 generate` for one token and waits for it; the reason where it failed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llama2", "generate", *words(options, model), "--max-new-tokens", "1", "--", PROMPT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
+    began = time.perf_counter()
+    assert process.stdout is not None and process.stderr is not None
+    first = process.stdout.read(1)
+    seconds = time.perf_counter() - began
+    process.stdout.read()
+    said = process.stderr.read().decode(errors="replace").strip()
+    peak: int | None = None
+    if hasattr(os, "wait4"):
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        process.wait()
+    if process.returncode or not first:
+        return said.splitlines()[-1] if said else f"exit code {process.returncode}"
+    return FirstToken(seconds, peak)
+
+
+def words(options: RunOptions, model: str) -> Sequence[str]:
+    """The flags of a command that runs the model as these options say."""
+    found = ["--model", model, "--dtype", options.dtype, "--device", options.device, "--runner", options.runner]
+    found += ["--kv-cache", options.kv_cache, "--precision", options.precision]
+    for flag, value in (
+        ("--adapter", options.adapter),
+        ("--revision", options.revision),
+        ("--attn-implementation", options.attn_implementation),
+    ):
+        found += [] if value is None else [flag, value]
+    return [*found, "--no-mmap"] if options.no_mmap else found
