@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from llama2.compiled import available, default_threads, native
 
 BUSY = 0.1  # share of the processors that others take, above which figures are not to be trusted
@@ -67,6 +65,8 @@ def limits(pool: Any, rounds: int = 3) -> Limits | None:
     """
     if not available():
         return None
+    import numpy as np  # --help of the commands that measure stays without it
+
     n, buffer = native(), np.ones(READ_BYTES, np.uint8)
     read = max(n.read_bandwidth(pool, "auto", buffer) for _ in range(rounds))
     operations = [max(n.peak(pool, "auto", kind, 2_000_000) for _ in range(rounds)) for kind in range(3)]
