@@ -53,9 +53,10 @@ def test_perplexity_and_chat_take_an_adapter(run: Run, checkpoint: Path, adapter
     text = tmp_path / "text.txt"
     text.write_text("How well a model predicts a text. " * 8)
     words = ["perplexity", "-m", str(checkpoint), "-f", str(text), "--window", "32", "--json"]
-    plain = json.loads(run(*words)[1])["value"]
+    plain = json.loads(run(*words)[1])["rows"][0]["value"]
     values = [
-        json.loads(run(*words, "--adapter", adapter, "--runner", runner)[1])["value"] for runner in ("auto", "torch")
+        json.loads(run(*words, "--adapter", adapter, "--runner", runner)[1])["rows"][0]["value"]
+        for runner in ("auto", "torch")
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-3) and abs(values[0] / plain - 1) > 0.01
     conversation = tmp_path / "c.json"

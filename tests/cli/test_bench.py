@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama2.cli.bench import _numbers
+from llama2.cli import numbers
 from llama2.errors import InputError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -55,14 +55,14 @@ def test_first_token(run: Run, checkpoint: Path) -> None:
 
 
 def test_numbers() -> None:
-    assert _numbers("-p", ("1,2", "4-8+2", "1-8*2"), 512, 0) == [1, 2, 4, 6, 8, 1, 2, 4, 8]
-    assert _numbers("-p", (), 512, 0) == [512]
+    assert numbers.read("-p", ("1,2", "4-8+2", "1-8*2"), 512, 0) == [1, 2, 4, 6, 8, 1, 2, 4, 8]
+    assert numbers.read("-p", (), 512, 0) == [512]
 
 
 @pytest.mark.parametrize("text", ["x", "", "1,,2", "4-2", "1-9*1", "-3", "1.5"])
 def test_no_numbers(text: str) -> None:
     with pytest.raises(InputError, match="-p"):
-        _numbers("-p", (text,), 512, 0)
+        numbers.read("-p", (text,), 512, 0)
 
 
 @pytest.mark.parametrize(

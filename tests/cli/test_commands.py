@@ -187,6 +187,9 @@ def test_perplexity(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("Some text to be predicted, long enough for two windows of it.")
     code, out, _ = run("perplexity", "-m", checkpoint, "-f", file, "--window", "40", "--json")
-    shown = json.loads(out)
-    assert code == 0 and shown["tokens"] == len(file.read_text()) - 2
-    assert f"perplexity {shown['value']:.4f}" in run("perplexity", "-m", checkpoint, "-f", file, "--window", "40")[1]
+    shown = json.loads(out)["rows"][0]
+    assert code == 0 and shown["details"]["tokens"] == len(file.read_text()) - 2
+    assert (
+        f"perplexity {shown['value']:.4f} ± {shown['error']:.4f}"
+        in run("perplexity", "-m", checkpoint, "-f", file, "--window", "40")[1]
+    )

@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("llama2.cli.verify", "check a converted checkpoint against its hashes"),
     "pack": ("llama2.cli.pack", "keep a GGUF file's packed weights beside it, for instant starts"),
     "perplexity": ("llama2.cli.perplexity", "how well a model predicts a text"),
+    "compare": ("llama2.cli.compare", "how far models are from another one on a text: KL, flips, perplexity ratio"),
     "bench": ("llama2.cli.bench", "how fast models run here, beside what the machine can do"),
 }
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141

@@ -1,12 +1,11 @@
 """`llama2 bench`: how fast a model runs here, as llama-bench prints it, and what share of the machine that is."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from llama2.cli import bench_output, first_token, terminal
-from llama2.cli.args import nearest, option
+from llama2.cli import bench_output, first_token, numbers, terminal, variants
+from llama2.cli.args import option
 from llama2.cli.inspect import Headers, main_type, read
 from llama2.cli.loading import RunOptions, load, load_model, local_model, model_path
 from llama2.cli.progress import Waiting
@@ -15,9 +14,6 @@ from llama2.evaluate import machine, statistics
 
 if TYPE_CHECKING:
     from llama2.evaluate.speed import Samples, SpeedBench, SpeedTest
-
-_RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
-_SETTINGS = ("threads", "batch", "kv-cache", "precision", "runner", "dtype", "device", "adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +96,8 @@ def plan(options: BenchOptions) -> "tuple[list[Setup], list[SpeedTest]]":
         raise InputError(f"--repetitions is {options.repetitions}; give at least 1")
     if options.json + options.md + (options.output != "md") > 1:
         raise InputError("--json, --md and --output each say what is printed; give one of them")
-    numbers = {
-        name: _numbers(f"--{name.replace('_', '-')}", getattr(options, name), default, least)
+    counts = {
+        name: numbers.read(f"--{name.replace('_', '-')}", getattr(options, name), default, least)
         for name, default, least in (
             ("n_prompt", 512, 0),
             ("n_gen", 128, 0),
@@ -112,20 +108,20 @@ def plan(options: BenchOptions) -> "tuple[list[Setup], list[SpeedTest]]":
     }
     pairs = [_pair(word) for word in options.prompt_gen]
     if pairs and not (options.n_prompt or options.n_gen):
-        numbers["n_prompt"] = numbers["n_gen"] = []
-    threads: list[int | None] = list(_numbers("--threads", options.threads, 0, 1)) if options.threads else [None]
+        counts["n_prompt"] = counts["n_gen"] = []
+    threads: list[int | None] = list(numbers.read("--threads", options.threads, 0, 1)) if options.threads else [None]
     given = [*options.models, *([] if options.model is None else [options.model])]
     paths = [local_model(name, options.revision) for name in given] or [model_path(None)]
     headers = [read(path) for path in paths]
-    if not any((*numbers["n_prompt"], *numbers["n_gen"], *pairs)):
+    if not any((*counts["n_prompt"], *counts["n_gen"], *pairs)):
         raise InputError("no test is left: -p and -n are 0; give tokens of a prompt or tokens to generate")
     from llama2.evaluate import speed
 
-    tests = speed.tests(numbers["n_prompt"], numbers["n_gen"], numbers["n_depth"], numbers["sequences"], pairs)
+    tests = speed.tests(counts["n_prompt"], counts["n_gen"], counts["n_depth"], counts["sequences"], pairs)
     setups = [
-        Setup(_name(head, count, batch, threads, numbers), path, replace(options, model=path), count, batch, head)
+        Setup(_name(head, count, batch, threads, counts), path, replace(options, model=path), count, batch, head)
         for path, head in zip(paths, headers, strict=True)
-        for batch in numbers["batch_size"]
+        for batch in counts["batch_size"]
         for count in threads
     ]
     for setup in setups:
@@ -143,47 +139,25 @@ def _checked(test: "SpeedTest", setup: Setup) -> None:
         raise InputError(f"{setup.name}: {error}") from error
 
 
-def _name(head: Headers, threads: int | None, batch: int, counts: Sequence[Any], numbers: dict[str, list[int]]) -> str:
+def _name(head: Headers, threads: int | None, batch: int, every: Sequence[Any], counts: dict[str, list[int]]) -> str:
     """The model's name, with what tells its settings from those of the others."""
-    told = [f"{threads} threads"] if len(counts) > 1 else []
-    told += [f"batch {batch}"] if len(numbers["batch_size"]) > 1 else []
+    told = [f"{threads} threads"] if len(every) > 1 else []
+    told += [f"batch {batch}"] if len(counts["batch_size"]) > 1 else []
     return ", ".join([head.name, *told])
 
 
 def other_setup(first: Setup, text: str) -> Setup:
     """The second model of --against: `first` with another file, with other settings, or both."""
-    changes: dict[str, Any] = {}
-    path, threads, batch = first.path, first.threads, first.batch
-    for i, word in enumerate(text.split(",")):
-        key, found, value = word.strip().partition("=")
-        if not found and i == 0 and word.strip():
-            path = local_model(word.strip())
-            continue
-        if key not in _SETTINGS or not value:
-            hint = nearest(key, _SETTINGS)
-            raise InputError(
-                f"--against {text!r}: {word!r} is not a setting{hint}; give a model first, then KEY=VALUE with "
-                f"{', '.join(_SETTINGS)}"
-            )
-        if key == "threads":
-            (threads,) = _numbers("--against threads", (value,), 0, 1)
-        elif key == "batch":
-            (batch,) = _numbers("--against batch", (value,), 0, 1)
-        else:
-            changes[key.replace("-", "_")] = _choice(key, value)
-    headers = read(path)
-    name = headers.name if path != first.path else first.headers.name
-    told = [word for word in text.split(",") if "=" in word]
-    name = ", ".join([name, *told]) if told or name != first.name else f"{name} again"
-    return Setup(name, path, replace(first.options, model=path, **changes), threads, batch, headers)
-
-
-def _choice(key: str, value: str) -> str:
-    """The value of a setting. Raises InputError for one that its flag would refuse."""
-    from llama2.cli.args import parse
-
-    parse(RunOptions, "llama2 bench", [f"--{key}", value])
-    return value
+    variant = variants.read(text, first.path, ("threads", "batch"), "--against ")
+    threads, batch = first.threads, first.batch
+    if "threads" in variant.settings:
+        threads = numbers.one("--against threads", variant.settings["threads"], 1)
+    if "batch" in variant.settings:
+        batch = numbers.one("--against batch", variant.settings["batch"], 1)
+    headers = read(variant.path)
+    name = ", ".join(part for part in (headers.name, *variant.label.split(",")) if part)
+    name = name if name != first.name else f"{name} again"
+    return Setup(name, variant.path, variants.applied(first.options, variant), threads, batch, headers)
 
 
 def open_bench(setup: Setup) -> "SpeedBench":
@@ -240,31 +214,11 @@ def warn_if_busy(taken: float | None, when: str = "now") -> None:
         )
 
 
-def _numbers(flag: str, given: Sequence[str], default: int, least: int) -> list[int]:
-    """Numbers of a flag, in lists and ranges as llama-bench takes them."""
-    found: list[int] = []
-    for word in [part for text in given for part in text.split(",")]:
-        if match := _RANGE.fullmatch(word.strip()):
-            first, last, how, by = int(match[1]), int(match[2]), match[3] or "+", int(match[4] or 1)
-            if last < first or by < 1 or (how == "*" and (by < 2 or first < 1)) or last - first > 10**6:
-                raise InputError(f"{flag}: {word!r} is not a range; give FIRST-LAST+STEP or FIRST-LAST*FACTOR")
-            while first <= last:
-                found.append(first)
-                first = first + by if how == "+" else first * by
-        elif word.strip().isdecimal():
-            found.append(int(word))
-        else:
-            raise InputError(f"{flag}: {word!r} is not a whole number; give a list such as 128,512 or 1-8*2")
-    if bad := [number for number in found if number < least]:
-        raise InputError(f"{flag} is {bad[0]}; give at least {least}")
-    return found or [default]
-
-
 def _pair(text: str) -> tuple[int, int]:
-    numbers = _numbers("-pg", (text,), 0, 1)
-    if len(numbers) != 2:
+    pair = numbers.read("-pg", (text,), 0, 1)
+    if len(pair) != 2:
         raise InputError(f"-pg {text!r} is not a pair; give the tokens of the prompt and those generated, as 512,128")
-    return numbers[0], numbers[1]
+    return pair[0], pair[1]
 
 
 def quantised(headers: Headers) -> bool:

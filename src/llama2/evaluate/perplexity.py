@@ -1,29 +1,44 @@
-"""Perplexity of a text under a causal language model, over windows that may overlap."""
+"""Perplexity of a text under a causal language model, over windows that may overlap, with its errors."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.nn import functional as F
+from numpy.typing import NDArray
 
 from llama2.errors import InputError
+from llama2.evaluate import statistics
+from llama2.evaluate.statistics import Estimate
 from llama2.model import LlamaForCausalLM
 from llama2.rope import promoted
 from llama2.runners.contract import Runner, make_runner
 from llama2.runners.native import NativeModel
 
+AT_ONCE = 512  # tokens of one step: the logits of 4,096 would take 0.8 GB with 49,152 entries
+
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`value` = exp(nll), `nll` the mean negative log-likelihood in nats of `tokens` predicted tokens."""
+    """`value` = exp(nll), `nll` the mean negative log-likelihood in nats of `tokens` predicted tokens.
+
+    error, nll_error: standard errors, with the windows as the independent units; None for one window. accuracy: the
+    share of tokens that were the model's first choice. bits_per_byte: None where the text's bytes were not given.
+    """
 
     value: float
     nll: float
     tokens: int
     seconds: float
+    error: float | None = None
+    nll_error: float | None = None
+    accuracy: float = math.nan
+    accuracy_error: float | None = None
+    bits_per_byte: float | None = None
+    bits_per_byte_error: float | None = None
 
 
 class Window(NamedTuple):
@@ -32,6 +47,15 @@ class Window(NamedTuple):
     start: int
     end: int
     scored: int
+
+
+class WindowScores(NamedTuple):
+    """A window with the negative log-likelihood in nats (scored,) of its predicted tokens, and whether each was the
+    likeliest."""
+
+    window: Window
+    nll: NDArray[np.float64]
+    first: NDArray[np.bool_]
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[Window]:
@@ -47,7 +71,6 @@ def windows(length: int, window: int, stride: int) -> Iterator[Window]:
             return
 
 
-@torch.inference_mode()
 def perplexity(
     model: LlamaForCausalLM | NativeModel,
     ids: Sequence[int] | torch.Tensor,
@@ -55,33 +78,103 @@ def perplexity(
     stride: int | None = None,
     on_window: Callable[[int, int, float], None] | None = None,
     runner: str | Runner = "auto",
+    text_bytes: int | None = None,
 ) -> Perplexity:
     """Perplexity of the token ids (T,) in windows of `window` tokens, each `stride` tokens after the last.
 
     stride=None means `window`: disjoint windows, the first token of each unscored. A smaller stride gives every
     scored token at least window - stride tokens of context, at window / stride times the work. `on_window` is told the
-    position reached, the length and the perplexity so far; `runner` is that of generate(). Raises InputError for sizes
-    that cannot work.
+    position reached, the length and the perplexity so far; `runner` is that of generate(). text_bytes: bytes of the
+    text in UTF-8, for bits per byte: the bits of a token on average, times the tokens of the text by its bytes. Raises
+    InputError for sizes that cannot work.
     """
+    began, sums, counts, hits = time.perf_counter(), list[float](), list[int](), list[int]()
+    length = len(torch.as_tensor(ids).reshape(-1))
+    for (_, end, scored), nll, first in window_scores(model, ids, window, stride, runner):
+        sums.append(float(nll.sum()))
+        counts.append(scored)
+        hits.append(int(first.sum()))
+        if on_window is not None:
+            on_window(end, length, math.exp(math.fsum(sums) / sum(counts)))
+    return _folded(sums, counts, hits, length, text_bytes, time.perf_counter() - began)
+
+
+def _folded(
+    sums: Sequence[float],
+    counts: Sequence[int],
+    hits: Sequence[int],
+    length: int,
+    text_bytes: int | None,
+    seconds: float,
+) -> Perplexity:
+    nll = statistics.ratio_of_sums(sums, counts)
+    right = statistics.ratio_of_sums(hits, counts)
+    value = math.exp(nll.value)
+    bits = Estimate(math.nan)
+    if text_bytes:
+        bits = _scaled(nll, length / text_bytes / math.log(2))
+    return Perplexity(
+        value=value,
+        nll=nll.value,
+        tokens=sum(counts),
+        seconds=seconds,
+        error=_scaled(nll, value).error,
+        nll_error=nll.error,
+        accuracy=right.value,
+        accuracy_error=right.error,
+        bits_per_byte=bits.value if text_bytes else None,
+        bits_per_byte_error=bits.error,
+    )
+
+
+def _scaled(found: Estimate, factor: float) -> Estimate:
+    return Estimate(found.value * factor, None if found.error is None else found.error * factor)
+
+
+@torch.inference_mode()
+def window_scores(
+    model: LlamaForCausalLM | NativeModel,
+    ids: Sequence[int] | torch.Tensor,
+    window: int = 512,
+    stride: int | None = None,
+    runner: str | Runner = "auto",
+) -> Iterator[WindowScores]:
+    """Every window of the token ids (T,), scored; arguments as `perplexity`."""
     ids = torch.as_tensor(ids, dtype=torch.long, device=model.device).reshape(-1)
     stride = window if stride is None else stride
-    _check(model, len(ids), window, stride)
+    check_sizes(model.config.max_position_embeddings, len(ids), window, stride)
     engine = make_runner(runner, model)
-    places = torch.arange(window, device=model.device)[None]
-    began, total, tokens = time.perf_counter(), 0.0, 0
-    for start, end, scored in windows(len(ids), window, stride):
-        logits = engine.step(ids[None, start:end], places[:, : end - start], None, None, keep=scored + 1)
-        targets = ids[end - scored : end]
-        total += float(F.cross_entropy(logits[0, :-1].to(promoted(logits.dtype)), targets, reduction="sum"))
-        tokens += scored
-        if on_window is not None:
-            on_window(end, len(ids), math.exp(total / tokens))
-    nll = total / tokens
-    return Perplexity(math.exp(nll), nll, tokens, time.perf_counter() - began)
+    for place in windows(len(ids), window, stride):
+        targets, found = ids[place.end - place.scored : place.end], list[tuple[Any, Any]]()
+        done = 0
+        for logits_TV in scored_logits(engine, ids[place.start : place.end], place.scored):
+            wanted = targets[done : done + len(logits_TV)]
+            exact_TV = logits_TV.to(promoted(logits_TV.dtype))
+            nll = torch.nn.functional.cross_entropy(exact_TV, wanted, reduction="none").double()
+            found.append((nll.cpu().numpy(), (logits_TV.argmax(-1) == wanted).cpu().numpy()))
+            done += len(logits_TV)
+        yield WindowScores(place, np.concatenate([n for n, _ in found]), np.concatenate([f for _, f in found]))
 
 
-def _check(model: LlamaForCausalLM | NativeModel, length: int, window: int, stride: int) -> None:
-    context = model.config.max_position_embeddings
+def scored_logits(engine: Runner, ids: torch.Tensor, scored: int) -> Iterator[torch.Tensor]:
+    """Logits (n, V) that predict the last `scored` of the ids (T,), in order, in pieces of AT_ONCE rows at most."""
+    length = len(ids)
+    places = torch.arange(length, device=ids.device)[None]
+    if length <= AT_ONCE:
+        yield engine.step(ids[None], places, None, None, keep=scored + 1)[0, :-1]
+        return
+    cache = engine.new_cache(None, 1, length)
+    first = length - scored - 1  # whose logits predict the first one
+    for start in range(0, length, AT_ONCE):
+        end = min(start + AT_ONCE, length)
+        keep = max(end - max(start, first), 1)
+        logits = engine.step(ids[None, start:end], places[:, start:end], None, cache, keep=keep)[0]
+        if end > first:
+            yield logits[:-1] if end == length else logits
+
+
+def check_sizes(context: int, length: int, window: int, stride: int) -> None:
+    """Raises InputError for windows that cannot work. context: of the model; length: tokens of the text."""
     if not 2 <= window <= context:
         raise InputError(f"window is {window}; it must be between 2 and {context}, the context of this model")
     if not 1 <= stride <= window:
