@@ -46,16 +46,18 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("classifiers", "generation.processors", "generation.stopping", "generation.streamers", "cpu"), 9),
     **dict.fromkeys(("checkpoint", "plain_network", "generation.sampler"), 10),
     **dict.fromkeys(("runners.native", "generation.fast_sampling", "runners.cuda_graphs", "runners.prepared"), 11),
+    "runners.native_trunk": 12,
     "runners.contract": 12,
     **dict.fromkeys(("generation.past_key_values", "generation.outputs"), 13),
     "generation.request": 14,
     **dict.fromkeys(("generation.beam", "generation.speculative"), 15),
     "generation.loop": 16,
     **dict.fromkeys(("auto", "engine"), 17),
-    **dict.fromkeys(("pipelines", "peft_model", "serve", "train", "evaluate"), 18),
-    "quantize": 19,
-    "cli": 20,
-    **dict.fromkeys(("convert_llama_weights_to_hf", "__main__"), 21),
+    **dict.fromkeys(("pipelines", "peft_model", "train", "evaluate"), 18),
+    "scoring": 19,
+    **dict.fromkeys(("serve", "quantize"), 20),
+    "cli": 21,
+    **dict.fromkeys(("convert_llama_weights_to_hf", "__main__"), 22),
 }
 STRANGERS = {"quantization": {"layers", "model"}, "layers": {"quantization"}, "model": {"quantization"}}
 NO_TORCH = (

@@ -264,8 +264,8 @@ class TextClassificationPipeline(Pipeline):
 
         With top_k (an int, or None for all labels) each result is a list, the best first. function_to_apply is
         "softmax", "sigmoid" or "none"; by default what fits the labels: nothing for regression, sigmoid for one label
-        or for multi-label models, else softmax. An input may be {"text", "text_pair"}. Other keywords are the
-        tokenizer's.
+        or for multi-label models, else softmax. An input may be {"text", "text_pair"}, or a chat (a list of {"role",
+        "content"}), which goes through the chat template. Other keywords are the tokenizer's.
         """
         options = {**self._defaults, **kwargs}
         options.pop("num_workers", None)
@@ -280,7 +280,7 @@ class TextClassificationPipeline(Pipeline):
             raise InputError(f"{self.task} does not know {', '.join(map(repr, unknown))}; {self._takes()}")
         if isinstance(inputs, Iterator):
             return (self(one, batch_size=batch_size, **kwargs) for one in inputs)
-        single = isinstance(inputs, str | Mapping)
+        single = isinstance(inputs, str | Mapping) or is_chat(inputs)
         texts = [inputs] if single else list(inputs)
         results: list[list[Record]] = []
         for batch in self._batches(texts, batch_size):
@@ -302,11 +302,14 @@ class TextClassificationPipeline(Pipeline):
     def _encode(self, one: Any, options: dict[str, Any]) -> dict[str, Any]:
         if isinstance(one, str):
             encoded = self.tokenizer(one, **options)
+        elif is_chat(one):
+            given = {name: value for name, value in options.items() if name in ("truncation", "max_length")}
+            encoded = self.tokenizer.apply_chat_template(one, return_dict=True, **given)
         elif isinstance(one, Mapping) and isinstance(one.get("text"), str) and set(one) <= {"text", "text_pair"}:
             encoded = self.tokenizer(one["text"], one.get("text_pair"), **options)
         else:
             raise InputError(
-                f"an input is {one!r}; give a text, a dict {{'text': ..., 'text_pair': ...}}, or a list of these"
+                f"an input is {one!r}; give a text, a dict {{'text': ..., 'text_pair': ...}}, a chat, or a list"
             )
         if not encoded["input_ids"]:
             raise InputError("the text is empty and the tokenizer adds no token of its own; give some text")

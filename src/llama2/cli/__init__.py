@@ -28,10 +28,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quantize": ("llama2.cli.quantize", "a checkpoint in fewer bits: GPTQ, NF4, int8 or GGUF, with a report"),
     "finetune": (
         "llama2.cli.finetune",
-        "train a model on your rows: sft, dpo, classify or pretrain; LoRA, QLoRA or whole",
+        "train a model on your rows: sft, dpo, reward, classify, ...; LoRA, QLoRA or whole",
     ),
     "train": ("llama2.cli.train", "finetune as a SageMaker training job: hyperparameters and channels under /opt/ml"),
     "classify": ("llama2.cli.classify", "labels of texts, with their probabilities, by a classifier that was trained"),
+    "score": ("llama2.cli.score", "rewards of answers, by a reward model that was trained"),
     "merge-adapter": ("llama2.cli.merge_adapter", "put a LoRA adapter into the weights for good"),
     "shard": ("llama2.cli.shard", "split a checkpoint into files of a size"),
     "verify": ("llama2.cli.verify", "check a converted checkpoint against its hashes"),

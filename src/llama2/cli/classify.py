@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from llama2.cli import terminal
 from llama2.cli.args import option, revision_option
-from llama2.cli.loading import adapter_folder, load_tokenizer, local_model
+from llama2.cli.loading import load_classifier
 from llama2.cli.progress import Waiting
 from llama2.errors import InputError
 
@@ -61,7 +61,8 @@ class Classifier:
     def __init__(self, options: ClassifyOptions) -> None:
         from llama2.pipelines import TextClassificationPipeline
 
-        model, tokenizer = _load(options)
+        model, tokenizer = load_classifier(options.paths[0], options.adapter, options.revision, options.dtype,
+                                           options.device)  # fmt: skip
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.kind, self.names = _kind(model.config), list(model.config.id2label.values())
@@ -101,36 +102,6 @@ def _kind(config: Any) -> str:
     if config.problem_type is not None:
         return str(config.problem_type)
     return "regression" if config.num_labels == 1 else "single_label_classification"
-
-
-def _load(options: ClassifyOptions) -> tuple[Any, Any]:
-    from llama2.auto import AutoModelForSequenceClassification
-    from llama2.checkpoint.load import head_follows
-    from llama2.checkpoint.packing import read_packing
-    from llama2.checkpoint.peft import load_adapter
-    from llama2.checkpoint.peft_files import classifier_labels, read_config
-
-    path, labels, folder = local_model(options.paths[0], options.revision), dict[str, Any](), None
-    if options.adapter is not None:
-        folder = adapter_folder(options.adapter)
-        read_config(folder)
-        labels = classifier_labels(folder)
-        if not labels:
-            raise InputError(
-                f"{options.adapter} is no adapter of a classifier: it has no head (`llama2 finetune classify` makes it)"
-            )
-    own = folder is not None and any(folder.glob("tokenizer*"))
-    packed: dict[str, Any] = {} if folder is None else {"quantization_config": read_packing(folder)}
-    tokenizer = load_tokenizer(str(folder) if own else path)
-    with head_follows():  # or there is none, which is an error below
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=options.dtype, device_map=options.device, output_loading_info=True, **labels, **packed
-        )
-    if folder is not None:
-        load_adapter(model, folder)
-    elif "score.weight" in info["missing_keys"] and not hasattr(model, "_adapter_parameters"):
-        raise InputError(f"{path} has no classifier's head; `llama2 finetune classify` trains one")
-    return model, tokenizer
 
 
 # -- a file ------------------------------------------------------------------------------------------------------

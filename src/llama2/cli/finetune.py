@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Flag -> field of TrainingArguments, where the two are called differently.
 _ARGUMENTS = {flag: field for field, flag in NAMES.items() if flag not in ("model", "data", "data_config", "split")}
 LORA_RANK = 16
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class Training:
     batch_size: int = option(4, "rows at once")
     gradient_accumulation_steps: int = option(1, "such batches a step")
     learning_rate: float | None = option(None, "the peak")
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = option("cosine", "how the rate falls")
+    schedule: Schedule = option("cosine", "how the rate falls")
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises")
     weight_decay: float = option(0.0, "of matrices, each step")
     max_grad_norm: float = option(1.0, "gradients beyond this norm are scaled down, 0: never")
@@ -222,7 +223,7 @@ def recipe_of(options: TaskOptions) -> "Recipe":
         options.bf16 and options.dtype == "auto" and trains_adapter(options)
     ):  # an adapter is float32 on weights loaded as bfloat16
         settings["dtype"] = "bfloat16"
-    settings["columns"] = _columns(options.columns or "")
+    settings["columns"] = columns_of(options.columns or "")
     if settings.get("chat_template"):
         settings["chat_template"] = _template(settings["chat_template"])
     return Recipe(**settings)
@@ -257,10 +258,13 @@ def arguments(options: TaskOptions, checkpoint_dir: str | None = None) -> "Train
     settings["fsdp"] = options.fsdp or ""
     settings["eval_on_start"] = options.eval_data is not None or options.eval_split is not None
     chosen = set_values(options.set, lambda name: name in known - set(settings))
-    return TrainingArguments(**{**task.arguments, **settings, **chosen})
+    own = dict(task.arguments)
+    if options.schedule != task.defaults.get("schedule"):
+        own.pop("lr_scheduler_kwargs", None)
+    return TrainingArguments(**{**own, **settings, **chosen})
 
 
-def _columns(text: str) -> dict[str, str]:
+def columns_of(text: str) -> dict[str, str]:
     """Of a=b,c=d. Raises InputError for anything else."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     for name, sign, column in pairs:

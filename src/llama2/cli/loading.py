@@ -252,3 +252,38 @@ def _keeping_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if requested:
         raise KeyboardInterrupt
+
+
+def load_classifier(
+    model: str, adapter: str | None, revision: str | None, dtype: str, device: str, task: str = "classify"
+) -> tuple[Any, Any]:
+    """A classifier, or a base with the adapter of one, and its tokenizer. Raises InputError where there is no head.
+
+    task: the task of finetune that makes what is asked for."""
+    from llama2.auto import AutoModelForSequenceClassification
+    from llama2.checkpoint.load import head_follows
+    from llama2.checkpoint.packing import read_packing
+    from llama2.checkpoint.peft import load_adapter
+    from llama2.checkpoint.peft_files import classifier_labels, read_config
+
+    path, labels, folder = local_model(model, revision), dict[str, Any](), None
+    if adapter is not None:
+        folder = adapter_folder(adapter)
+        read_config(folder)
+        labels = classifier_labels(folder)
+        if not labels:
+            raise InputError(
+                f"{adapter} is no adapter of a classifier: it has no head (`llama2 finetune {task}` makes it)"
+            )
+    own = folder is not None and any(folder.glob("tokenizer*"))
+    packed: dict[str, Any] = {} if folder is None else {"quantization_config": read_packing(folder)}
+    tokenizer = load_tokenizer(str(folder) if own else path)
+    with head_follows():  # or there is none, which is an error below
+        found, info = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, device_map=device, output_loading_info=True, **labels, **packed
+        )
+    if folder is not None:
+        load_adapter(found, folder)
+    elif "score.weight" in info["missing_keys"] and not hasattr(found, "_adapter_parameters"):
+        raise InputError(f"{path} has no classifier's head; `llama2 finetune {task}` trains one")
+    return found, tokenizer

@@ -63,7 +63,7 @@ class NativeCache:
     ) -> None:
         """tensor_dtype: what `tensors` gives, the model's."""
         self._weights, self._tensor_dtype = weights, tensor_dtype
-        self._pages = _pages(weights, rows, columns, dtype)
+        self._pages = pages_for(weights, rows, columns, dtype)
         self.sequences = [self._pages.sequence() for _ in range(rows)]
         self._real = np.zeros((rows, columns), bool)
         self._hidden: list[_Hidden | None] = [None] * rows
@@ -182,7 +182,7 @@ class NativeCache:
     def _move(self, order: list[int], columns: int) -> None:
         """Takes the rows `order` into new pages with room for `columns`."""
         old, real = self.sequences, self._real
-        self._pages = _pages(self._weights, len(order), columns, self._pages.dtype)
+        self._pages = pages_for(self._weights, len(order), columns, self._pages.dtype)
         moved: dict[int, cpu.CachedSequence] = {}
         self.sequences = []
         for i in order:
@@ -197,7 +197,7 @@ class NativeCache:
         self._hidden = [self._hidden[i] for i in order]
 
 
-def _pages(weights: cpu.CpuWeights, rows: int, columns: int, dtype: cpu.KvDtype) -> cpu.PagedCache:
+def pages_for(weights: cpu.CpuWeights, rows: int, columns: int, dtype: cpu.KvDtype) -> cpu.PagedCache:
     # For each row a page more for its end, and one to copy a page to that it shares with another row.
     return cpu.PagedCache(weights, rows * (-(-columns // cpu.PAGE) + 2) * cpu.PAGE, dtype)
 
@@ -388,7 +388,7 @@ class _Held:
 _HELD: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
 
 
-def _stamp(model: Any) -> tuple[Any, ...]:
+def stamp_of(model: Any) -> tuple[Any, ...]:
     """Which tensors and settings the weights are made from. The content of parameters needs no stamp: the engine reads
     it in place, or copies it at every call. Buffers (packed weights) are copied, so their versions count."""
     config = model.config
@@ -407,12 +407,12 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _unsuited(model: Any) -> str:
+def unsuited(model: Any, wanted: Any = LlamaForCausalLM) -> str:
     """Why the engine is not meant for `model`, or "": what its kind, device and dtype say."""
     if not cpu.available():
         return "it is not built; install a C++17 compiler and llama2 again"
-    if not isinstance(model, LlamaForCausalLM):
-        return f"it runs LlamaForCausalLM, not {type(model).__name__}"
+    if not isinstance(model, wanted):
+        return f"it runs {wanted.__name__}, not {type(model).__name__}"
     if model.training or model.device.type != "cpu":
         return f"the model is {'in training mode' if model.training else 'on ' + str(model.device)}"
     if model.dtype not in _NATIVE_DTYPES:
@@ -426,7 +426,7 @@ def _unsuited(model: Any) -> str:
 
 def why_not(model: Any) -> str:
     """Why torch has to run `model` whatever its weights are, or "": known without looking at a parameter's content."""
-    return "" if isinstance(model, NativeModel) else _unsuited(model) or difference(model)
+    return "" if isinstance(model, NativeModel) else unsuited(model) or difference(model)
 
 
 def native_weights(model: Any) -> cpu.CpuWeights | None:
@@ -437,12 +437,12 @@ def native_weights(model: Any) -> cpu.CpuWeights | None:
     """
     if isinstance(model, NativeModel):
         return model.weights
-    if _unsuited(model):
+    if unsuited(model):
         return None
     if reason := difference(model):
         warn_once(model, reason, _TORCH_RUNS, stacklevel=9)
         return None
-    stamp = _stamp(model)
+    stamp = stamp_of(model)
     held = _HELD.get(model)
     if held is None or held.stamp != stamp:
         try:

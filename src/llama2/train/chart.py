@@ -54,6 +54,23 @@ def loss_chart(history: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
+def svg(parts: Sequence[str]) -> str:
+    """A picture of these elements."""
+    return "\n".join([_HEAD, *parts, "</svg>\n"])
+
+
+def svg_text(x: float, y: float, text: str) -> str:
+    """A text whose middle is at x."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'
+
+
+def svg_bar(x: float, floor: float, width: float, height: float, value: str, name: str) -> list[str]:
+    """A bar that stands on `floor`, its value above and its name below."""
+    middle = x + width / 2
+    box = f'<rect x="{x:.1f}" y="{floor - height:.1f}" width="{width:.1f}" height="{height:.1f}" fill="#2563eb"/>'
+    return [box, svg_text(middle, floor - height - 6, value), svg_text(middle, floor + 18, name)]
+
+
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers at equal distances from below `low` to above `high`, at least two."""
     span = max(high - low, abs(high) * 1e-3, 1e-9)

@@ -164,9 +164,15 @@ class Finetune:
 
     def _set_pad(self, model: PreTrainedModel) -> None:
         """A saved classifier names the token that others pad with."""
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        model.config.pad_token_id = self.tokenizer.pad_token_id
+        tokenizer = self.tokenizer
+        if self.task.pads_apart and tokenizer.pad_token in (None, tokenizer.eos_token):
+            ends = (tokenizer.eos_token, tokenizer.bos_token)
+            special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+            others = (token for token in (tokenizer.unk_token, *reversed(special)) if token not in (None, *ends))
+            tokenizer.pad_token = next(others, tokenizer.pad_token)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -199,6 +205,8 @@ class Finetune:
             save=save,
             report=report,
         )
+        if (least := min(self.task.least_warmup, trainer.steps // 2)) > args.get_warmup_steps(trainer.steps) > 0:
+            args.warmup_steps = least
         try:
             trainer.train()
             state, finished = trainer.state, not trainer.interrupted
@@ -206,7 +214,7 @@ class Finetune:
             if finished:
                 with trainer.gathered(every=self.origin.lora is None or recipe.merge):
                     if self.ranks.first:
-                        outcome = self.task.report(model, self.data.eval_items)
+                        outcome = self.task.report(model, self.data.eval_items, self.data.items)
                         self._write(model)
             result = TrainingResult(
                 self.folder, finished, state.step, trainer.steps, time.perf_counter() - begin, state.tokens

@@ -1,56 +1,91 @@
-"""A reward model: one number for a text, larger for the preferred of two (arXiv 2203.02155, section 3.5)."""
+"""A reward model: one number for a text, larger for the preferred of two (arXiv 2307.09288, section 3.2.2)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from llama2.errors import InputError
-from llama2.protocols import TokenizerLike
-from llama2.train.data import DataReport, EncodedPair, Example, prepare_pairs
+from llama2.rope import promoted
 from llama2.train.objectives import Batch, Loss, last_of, whole_rows
-
-_IDS = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"),
-        ("input_ids_chosen", "input_ids_rejected"))  # fmt: skip
+from llama2.train.ranking import Ranked
 
 
-class Ranked(NamedTuple):
-    """Two answers, and by how much the better one should win."""
+class RewardLoss(NamedTuple):
+    """Losses of pairs (B,), and of them the part that the safety labels add."""
 
-    pair: EncodedPair
-    margin: float = 0.0
+    total: Tensor
+    safety: Tensor
+
+
+def reward_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | float = 0.0,
+    center: float | None = None,
+    safety: float = 0.0,
+    safe: Tensor | None = None,
+    weight: Tensor | float = 0.5,
+) -> RewardLoss:
+    """The loss of each pair (B,) of rewards:
+
+        log(1 + exp(-(chosen - rejected - margin)))                      Bradley and Terry, with Llama 2's margin
+        + center (chosen + rejected)^2                                   arXiv 2312.09244
+        + safety weight (bce(chosen, safe_0) + bce(rejected, safe_1))    bce(r, s) = log(1 + e^r) - s r
+
+    safe (2, B): 1 for a safe answer, 0 for an unsafe one, NaN where nothing is known, which adds nothing. weight: 0.5
+    where every answer is labelled, else pairs / labelled answers of the data set: the mean over pairs is then that over
+    labelled answers. The paper names the last term without its formula.
+    """
+    losses = -F.logsigmoid(chosen - rejected - margin)
+    if center is not None:
+        losses = losses + center * (chosen + rejected) ** 2
+    if not safety or safe is None:
+        return RewardLoss(losses, torch.zeros_like(losses))
+    rewards, known = torch.stack((chosen, rejected)), ~safe.isnan()
+    each = F.softplus(rewards) - safe.nan_to_num().to(rewards.dtype) * rewards
+    extra = safety * weight * (each * known).sum(0)
+    return RewardLoss(losses + extra, extra)
 
 
 @dataclass
 class Rewards:
-    """-log s(r_chosen - r_rejected - margin) + center (r_chosen + r_rejected)^2, of a classifier with one label.
+    """The loss of `reward_loss`, of a classifier with one label, whose output at the last token is the reward.
 
-    A reward is the classifier's output at the last token. Logged as TRL does: accuracy, margin, and the mean, least and
-    greatest reward.
+    Logged as TRL does: accuracy, margin, and the mean, least and greatest reward; with safety labels their loss too.
     """
 
     center: float | None = None
+    safety: float = 0.0
 
     def tokens(self, item: Ranked) -> int:
         """As Objective.tokens."""
         return len(item.pair.chosen.input_ids) + len(item.pair.rejected.input_ids)
 
     def collate(self, items: Sequence[Ranked]) -> Batch:
-        """As Objective.collate: input_ids, position_ids, labels (2 B, T), lengths (2 B,), margins (B,); the chosen
-        answers first."""
+        """As Objective.collate: input_ids, position_ids, labels (2 B, T), lengths (2 B,), the chosen answers first;
+        margins and weights (B,), safe (2, B)."""
         ids = [item.pair.chosen.input_ids for item in items] + [item.pair.rejected.input_ids for item in items]
-        return {**whole_rows(ids), "margins": torch.tensor([item.margin for item in items])}
+        nan = float("nan")
+        safe = [[nan if item.safe[i] is None else item.safe[i] for item in items] for i in (0, 1)]
+        numbers = {"margins": [item.margin for item in items], "weights": [item.labelled for item in items],
+                   "safe": safe}  # fmt: skip
+        return {**whole_rows(ids), **{name: torch.tensor(value) for name, value in numbers.items()}}
+
+    def rewards(self, model: Any, batch: Batch) -> Tensor:
+        """Rewards (2 B,), in promote(dtype, float32)."""
+        logits: Tensor = model.classify(last_of(model, batch), None)[0].squeeze(-1)
+        return logits.to(promoted(logits.dtype))
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         """As Objective.loss; units are pairs."""
-        logits, _ = model.classify(last_of(model, batch), None)
-        rewards = logits.squeeze(-1).float()
+        rewards = self.rewards(model, batch)
         chosen, rejected = rewards.chunk(2)
-        losses = -F.logsigmoid(chosen - rejected - batch["margins"])
-        if self.center is not None:
-            losses = losses + self.center * (chosen + rejected) ** 2
+        found = reward_loss(
+            chosen, rejected, batch["margins"], self.center, self.safety, batch["safe"], batch["weights"]
+        )
         pairs, seen = len(chosen), rewards.detach()
         logs = {
             "accuracy": float((chosen > rejected).sum()),
@@ -59,40 +94,6 @@ class Rewards:
             "min_reward": float(seen.min()) * pairs,
             "max_reward": float(seen.max()) * pairs,
         }
-        return Loss(losses.sum(), pairs, logs)
-
-
-def reward_pairs(
-    rows: Iterable[Mapping[str, Any]], tokenizer: TokenizerLike, max_length: int | None
-) -> tuple[list[Ranked], DataReport]:
-    """Rows of {"chosen", "rejected"}, with or without prompt and margin, as texts, chats or ids.
-
-    Pairs with an answer beyond max_length are left out, as in TRL. Raises InputError for a margin that is no number.
-    """
-    report, made = DataReport(max_length=max_length), list[Ranked]()
-    for number, row in enumerate(rows):
-        report.rows += 1
-        margin = _margin(row.get("margin"))
-        names = next((names for names in _IDS if all(row.get(name) is not None for name in names)), None)
-        if names is not None:
-            pairs = [EncodedPair(*(Example(list(row[name]), list(row[name])) for name in names))]
-        else:
-            pairs, one = prepare_pairs([{k: v for k, v in row.items() if k != "margin"}], tokenizer, None)
-            report.kinds += one.kinds
-            report.unused.update(one.unused)
-            if one.problems:
-                report.problems[number] = one.problems[0]
-        for pair in pairs:
-            if max_length is not None and max(len(answer.input_ids) for answer in pair) > max_length:
-                report.problems[number] = f"an answer is longer than {max_length} tokens (max_length)"
-                continue
-            made.append(Ranked(pair, margin))
-            report.tokens += sum(len(answer.input_ids) for answer in pair)
-    return made, report
-
-
-def _margin(value: Any) -> float:
-    try:
-        return 0.0 if value is None else float(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"margin is {value!r}; it must be a number") from error
+        if self.safety:
+            logs["safety_loss"] = float(found.safety.detach().sum())
+        return Loss(found.total.sum(), pairs, logs)

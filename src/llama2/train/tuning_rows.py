@@ -13,8 +13,8 @@ from llama2.protocols import TokenizerLike
 from llama2.train.data import IGNORED, DataReport, EncodedPair, Example, kind_of, pieces, prepare, prepare_pairs
 from llama2.train.encoding import EVAL_ROWS, TRAINED, Encoder
 from llama2.train.objectives import Objective, packed_rows
+from llama2.train.ranking import Ranked, reward_pairs
 from llama2.train.readers import taken
-from llama2.train.reward import Ranked, reward_pairs
 
 CHATS = ("messages", "conversations", "conversation")
 COMPLETIONS = ("completion", "response")

@@ -4,8 +4,9 @@ from llama2.train.tasks.base import Outcome, ScoreHead, Task
 from llama2.train.tasks.classify import Classify
 from llama2.train.tasks.dpo import Dpo
 from llama2.train.tasks.pretrain import Pretrain
+from llama2.train.tasks.reward import Reward
 from llama2.train.tasks.sft import Sft
 
 __all__ = ["TASKS", "Outcome", "ScoreHead", "Task"]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Sft, Dpo, Classify, Pretrain)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Sft, Dpo, Reward, Classify, Pretrain)}

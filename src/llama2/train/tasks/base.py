@@ -49,7 +49,8 @@ class Task:
     # Flags with another default than the command line's own, and fields of TrainingArguments without a flag.
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     arguments: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    least_warmup: ClassVar[int] = 0  # steps, where the share of all is less
+    least_warmup: ClassVar[int] = 0  # steps, where the share of all is less; at most half of all
+    pads_apart: ClassVar[bool] = False  # whether padding must be told from the end: transformers looks for it
 
     # Settings that only some tasks have, as the rest have them.
     fresh: bool = False
@@ -80,8 +81,8 @@ class Task:
         """What the items are trained for."""
         raise NotImplementedError
 
-    def report(self, model: Any, items: Sequence[Any]) -> Outcome:
-        """What the trained model does on held-out items, besides its loss; nothing where the loss says it all."""
+    def report(self, model: Any, held_out: Sequence[Any], trained_on: Sequence[Any]) -> Outcome:
+        """What the trained model does on items, besides its loss; nothing where the loss says it all."""
         return Outcome()
 
 
