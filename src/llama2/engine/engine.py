@@ -22,10 +22,11 @@ from llama2.engine.blocks import BlockPool
 from llama2.engine.draft import UNKNOWN, Drafter, look_up
 from llama2.engine.fairness import STRETCH
 from llama2.engine.plan_runners import PAGE, PlanRunner, make_plan_runner
-from llama2.engine.request import Ask, Completion, EngineBusyError, Event, Finish
+from llama2.engine.request import Ask, Completion, EngineBusyError, Event, Finish, hand_over, is_ids, listed
 from llama2.engine.sampler import Choice, Picked
 from llama2.engine.scheduler import Chunk, Scheduler
 from llama2.engine.scheduler import ScheduledSequence as Scheduled
+from llama2.engine.scoring import PromptScores, scored_limit
 from llama2.engine.stop_text import StopText
 from llama2.errors import ContextLengthError, InputError
 from llama2.generation.config import GenerationConfig
@@ -41,9 +42,9 @@ class _Live:
     def __init__(self, ask: Ask, limit: int, decoder: Any, sink: Callable[[Event], None]) -> None:
         self.ask, self.sink = ask, sink
         salt = f"{ask.tenant}\0{ask.adapter or ''}".encode()
-        self.sequence = Scheduled(
-            list(ask.prompt), limit, salt, len(ask.prompt) - 1 if ask.rate_prompt else 0, ask.owner
-        )
+        tokens = list(ask.prompt if ask.score_from is None else ask.prompt[:-1])
+        scored = len(ask.prompt) - 1 if ask.rate_prompt or ask.score_from is not None else 0
+        self.sequence = Scheduled(tokens, limit, salt, scored, ask.owner, (ask.score_from or 1) - 1)
         self.choice = Choice(ask.config, ask.prompt, limit, ask.seed, ask.logprobs, ask.processors)
         self.eos = frozenset(ask.config.eos_token_ids)
         if decoder is not None and ask.continues:
@@ -51,6 +52,7 @@ class _Live:
         self.text = None if decoder is None else StopText(decoder, ask.stop, ask.keep_stop)
         self.guesses = 0  # of the drafter in the next step; 0 for as many as it may make
         self.ended, self.rated = False, 0  # rated: tokens of the prompt that have been told
+        self.scoring = None if ask.score_from is None else PromptScores(ask)
         self.began = 0.0  # when it first ran
 
     def take(self, picked: Picked) -> bool:
@@ -192,7 +194,7 @@ class Engine:
         if config.value("num_beams") > 1:
             raise InputError(f"num_beams is {config.num_beams}; the engine samples, so use model.generate() for beams")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        stops += tuple(_listed(config.stop_strings))
+        stops += tuple(listed(config.stop_strings))
         if stops and self.tokenizer is None:
             raise InputError("stop strings need the tokenizer: Engine(model, tokenizer)")
         if not all(isinstance(s, str) and s for s in stops):
@@ -209,7 +211,7 @@ class Engine:
 
         An int seed s gives prompt i the seed s + i, as generate() gives its rows.
         """
-        several = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        several = [prompts] if isinstance(prompts, str) or is_ids(prompts) else list(prompts)
         seed = kwargs.pop("seed", None)
         asks = [self.ask(p, *args, seed=None if seed is None else seed + i, **kwargs) for i, p in enumerate(several)]
         streams = [Stream(self, ask) for ask in asks]
@@ -230,7 +232,7 @@ class Engine:
     async def astream(self, ask: Ask) -> AsyncIterator[Event]:
         """The events of a request in an event loop; raises its error. Leaving the loop ends the request."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        live = self.submit(ask, lambda event: _hand_over(loop, events, event))
+        live = self.submit(ask, lambda event: hand_over(loop, events, event))
         try:
             while True:
                 event = await events.get()
@@ -247,9 +249,26 @@ class Engine:
 
         Raises InputError where it cannot fit, EngineBusyError where the queue is full or the engine is closing.
         """
+        return self.submit_together([(ask, sink)])[0]
+
+    def submit_together(self, asks: Sequence[tuple[Ask, Callable[[Event], None]]]) -> list[_Live]:
+        """As `submit` for requests that all begin in one step, or none where one is refused: an idle engine computes
+        equal requests in equal company to the last bit."""
+        lives: list[_Live] = []
+        try:
+            lives.extend(self._accept(ask, sink) for ask, sink in asks)
+        except BaseException:
+            for live in lives:
+                self._uncount(live)
+            raise
+        self._put(lambda: self._begin(lives))
+        return lives
+
+    def _accept(self, ask: Ask, sink: Callable[[Event], None]) -> _Live:
+        """A request that is counted and will begin."""
         limit = self._limit(ask)
         decoder = None
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and ask.score_from is None:
             decoder = self.tokenizer.stream_decoder(skip_special_tokens=ask.skip_special_tokens)
         live = _Live(ask, limit, decoder, sink)
         self._check(live.sequence, ask)
@@ -262,7 +281,6 @@ class Engine:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="llama2-engine", daemon=True)
                 self._thread.start()
-        self._put(lambda: self._begin(live))
         return live
 
     def _check_room(self, owner: str) -> None:
@@ -328,6 +346,8 @@ class Engine:
         return self.tokenizer
 
     def _limit(self, ask: Ask) -> int:
+        if ask.score_from is not None:
+            return scored_limit(ask, min(self.limit, self.scheduler.capacity()))
         held, most = len(ask.prompt), min(self.limit, self.scheduler.capacity() + 1)
         new = ask.config.max_new_tokens
         if new is None and ask.config.is_set("max_length"):
@@ -342,9 +362,9 @@ class Engine:
 
     def _check(self, sequence: Scheduled, ask: Ask) -> None:
         size = self.model.config.vocab_size
-        if bad := [token for token in ask.prompt if not 0 <= token < size]:
+        if bad := [token for token in (*ask.prompt, *ask.endings) if not 0 <= token < size]:
             raise InputError(f"the prompt contains id {bad[0]} but ids run from 0 to {size - 1}; is the tokenizer its?")
-        if sequence.limit > self.limit:
+        if sequence.limit > self.limit and ask.score_from is None:
             raise ContextLengthError(
                 f"{len(ask.prompt)} prompt and {sequence.limit - len(ask.prompt)} new tokens exceed the context of "
                 f"{self.limit}; ask for fewer new tokens",
@@ -371,11 +391,11 @@ class Engine:
         for live in list(self._live.values()):
             self._end(live, Event(finish="cancelled"))
 
-    def _begin(self, live: _Live) -> None:
-        if live.ended:
-            return
-        self._live[live.sequence] = live
-        self.scheduler.submit(live.sequence)
+    def _begin(self, lives: Sequence[_Live]) -> None:
+        for live in lives:
+            if not live.ended:
+                self._live[live.sequence] = live
+                self.scheduler.submit(live.sequence)
 
     def _end(self, live: _Live, event: Event | None = None) -> None:
         if event is not None:
@@ -385,10 +405,13 @@ class Engine:
         if self._live.pop(live.sequence, None) is not None:
             self.tokens_reused += live.sequence.reused
             self.preemptions += live.sequence.preemptions
-            with self._lock:
-                self._count -= 1
-                self._counts[live.ask.owner] -= 1
-                self._counts += Counter()  # drops those that have none
+            self._uncount(live)
+
+    def _uncount(self, live: _Live) -> None:
+        with self._lock:
+            self._count -= 1
+            self._counts[live.ask.owner] -= 1
+            self._counts += Counter()  # drops those that have none
 
     def _loop(self) -> None:
         with self.runner.alone:
@@ -422,6 +445,12 @@ class Engine:
         for chunk in chunks:
             logits, live = next(rows) if chunk.wanted else None, self._live[chunk.sequence]
             try:
+                if live.scoring is not None:
+                    event = live.scoring.add(chunk, logits)
+                    self.scheduler.commit(chunk, [live.ask.prompt[-1]] if chunk.sampled else ())
+                    if event is not None:
+                        self._end(live, event)
+                    continue
                 if chunk.whole:
                     live.rate(chunk, logits)
                 if chunk.sampled:
@@ -466,18 +495,3 @@ class Engine:
         if drafted:
             live.guesses = min(held + 1, self.drafter.count) if held < drafted else min(drafted + 1, self.drafter.count)
         return [UNKNOWN] * (live.guesses or self.drafter.count)
-
-
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
-
-
-def _is_ids(prompts: Sequence[Any]) -> bool:
-    return len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
-
-
-def _hand_over(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event]", event: Event) -> None:
-    try:
-        loop.call_soon_threadsafe(events.put_nowait, event)
-    except RuntimeError:  # the loop has closed: nobody listens any more
-        return

@@ -1,8 +1,9 @@
 """What goes into the engine and what comes out: a request, the events that tell it, and their fold."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from llama2.engine.sampler import Picked
 from llama2.errors import Llama2Error
@@ -22,13 +23,21 @@ class EngineBusyError(Llama2Error, RuntimeError):
         self.retry_after = retry_after
 
 
+class Score(NamedTuple):
+    """The log-probability of a token of the prompt, and whether it was the likeliest one."""
+
+    logprob: float
+    first: bool
+
+
 @dataclass(frozen=True)
 class Event:
     """One token of a request, or its end. The texts of a request's events joined are its whole text.
 
     token: None where only text that was held back, prompt tokens, or the end, are told. logprob, top: see `Picked`.
-    prompt: ratings of the next tokens of the prompt, where they were asked for. finish: why the request ended, in its
-    last event; error: what went wrong where that is "error".
+    prompt: ratings of the next tokens of the prompt, where they were asked for. scores: all that `Ask.score_from` asks
+    for, in the last event. finish: why the request ended, in its last event; error: what went wrong where that is
+    "error".
     """
 
     token: int | None = None
@@ -38,6 +47,7 @@ class Event:
     finish: Finish | None = None
     error: Exception | None = None
     prompt: tuple[Picked, ...] = ()
+    scores: tuple[Score, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,9 @@ class Ask:
     earlier text and check in one step (prompt lookup), 0 for none.
     rate_prompt: tell the log-probability of each prompt token but the first, as events before the first new token.
     continues: the text goes on from the prompt, so its first space counts; else it stands by itself.
+    score_from: nothing is generated; the prompt's tokens from this index on are scored, in one event, and so is each of
+    `endings` in the place of the last one. What stands before may come from the prefix cache, and the last token is not
+    computed, so that a prompt may be one token longer than the context.
     """
 
     prompt: Sequence[int]
@@ -66,6 +79,8 @@ class Ask:
     rate_prompt: bool = False
     continues: bool = False
     owner: str = ""
+    score_from: int | None = None
+    endings: tuple[int, ...] = ()
 
 
 @dataclass
@@ -85,3 +100,21 @@ class Completion:
             self.logprobs.append(event.logprob)
         self.text += event.text
         self.finish = event.finish or self.finish
+
+
+def listed(value: Any) -> list[str]:
+    """Strings from one, several or None."""
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def is_ids(prompts: Sequence[Any]) -> bool:
+    """Whether a sequence is one prompt of ids, and not several prompts."""
+    return len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
+
+
+def hand_over(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event]", event: Event) -> None:
+    """Puts an event into the queue of a loop of another thread; one that has closed hears nothing."""
+    try:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+    except RuntimeError:  # the loop has closed: nobody listens any more
+        return

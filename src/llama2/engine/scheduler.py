@@ -29,8 +29,8 @@ class ScheduledSequence:
     """One text that grows: `tokens`, of which the first `computed` are in the cache.
 
     limit: tokens it may come to have, the prompt included. salt: sequences of another salt share no pages with it
-    (tenant, adapter). owner: whose share of the engine it takes. scored: the logits of its first `scored` tokens are
-    wanted too, so they all run.
+    (tenant, adapter). owner: whose share of the engine it takes. scored: the logits of its first `scored` tokens from
+    index `scored_from` on are wanted too, so these all run.
     """
 
     tokens: list[int]
@@ -38,6 +38,7 @@ class ScheduledSequence:
     salt: bytes = b""
     scored: int = 0
     owner: str = ""
+    scored_from: int = 0
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     reused: int = 0  # positions that were found in the cache when it was first admitted
@@ -56,7 +57,8 @@ class ScheduledSequence:
 @dataclass(frozen=True)
 class Chunk:
     """Part of a plan: `tokens` of a sequence at positions `start`, ...; with `sampled` its last pending one is among
-    them, followed by the `drafted` guesses, and logits are wanted from it on; with `whole` those of every token are."""
+    them, followed by the `drafted` guesses, and logits are wanted from it on; with `whole` those of every token are but
+    the first `skipped`."""
 
     sequence: ScheduledSequence
     start: int
@@ -64,11 +66,12 @@ class Chunk:
     sampled: bool
     drafted: int = 0
     whole: bool = False
+    skipped: int = 0
 
     @property
     def wanted(self) -> int:
         """Of how many of its last tokens logits are wanted."""
-        return len(self.tokens) if self.whole else (1 + self.drafted if self.sampled else 0)
+        return len(self.tokens) - self.skipped if self.whole else (1 + self.drafted if self.sampled else 0)
 
 
 class Scheduler:
@@ -262,8 +265,10 @@ class Scheduler:
         room = min(self._left(planned), sequence.pending)
         room = room if most is None else min(room, most)
         whole = sequence.computed < sequence.scored
+        skipped = min(max(sequence.scored_from - sequence.computed, 0), max(room, 0)) if whole else 0
         if whole:
-            room = min(room, SCORED_AT_ONCE)
+            room = min(room, skipped + SCORED_AT_ONCE)
+            whole = skipped < room
         if room < 1:
             return False
         sampled = room == sequence.pending
@@ -278,7 +283,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return True
-        planned[sequence] = Chunk(sequence, sequence.computed, tokens, sampled, len(draft), whole)
+        planned[sequence] = Chunk(sequence, sequence.computed, tokens, sampled, len(draft), whole, skipped)
         return preempted
 
     def _grow(self, sequence: ScheduledSequence, length: int) -> bool:
@@ -407,10 +412,9 @@ class Scheduler:
         return sum(s.owner == owner for s in self.running)
 
     def _usable(self, sequence: ScheduledSequence) -> list[bytes]:
-        """Keys of the pages that may be taken over: the last token has to run, for its logits."""
-        if sequence.scored:
-            return []
-        return sequence._keys[: (len(sequence.tokens) - 1) // self.pool.size]
+        """Keys of the pages that may be taken over: tokens whose logits are wanted have to run, the last one always."""
+        last = len(sequence.tokens) - 1
+        return sequence._keys[: (min(sequence.scored_from, last) if sequence.scored else last) // self.pool.size]
 
     def _remembered(self, sequence: ScheduledSequence) -> list[int]:
         found: list[int] = []
