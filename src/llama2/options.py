@@ -15,13 +15,14 @@ def option(
     positional: bool = False,
     switches: bool = False,
     commas: bool = False,
+    replaces: str | None = None,
 ) -> T:
     """Declares a dataclass field that is a flag.
 
     switches: a choice is spelled as one flag per value (--ids, --json, ...). commas: a tuple is one text with commas;
-    without it the flag is repeated.
+    without it the flag is repeated. replaces: the flag that a positional argument stands for.
     """
     metadata = {"help": help, "alias": alias, "metavar": metavar, "positional": positional, "switches": switches,
-                "commas": commas}  # fmt: skip
+                "commas": commas, "replaces": replaces}  # fmt: skip
     made: T = field(default=default, metadata=metadata)
     return made

@@ -29,7 +29,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def options(*words: str, **environment: str) -> serve.ServeOptions:
-    return serve.settled(parse(serve.ServeOptions, "serve", words), environment)
+    return parse(serve.ServeOptions, "llama2 serve", words, environment)
 
 
 def test_options_come_from_the_environment_under_all_names() -> None:

@@ -156,6 +156,15 @@ _PART = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 QUANTIZE_CONFIGS = ("quantize_config.json", "quant_config.json")
 # What describes a model in a repository, beside its weights.
 CONFIG_FILES = ("config.json", "generation_config.json", "params.json", *QUANTIZE_CONFIGS, "adapter_config.json")
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
 
 
 def read_config(file: Path) -> dict[str, Any]:

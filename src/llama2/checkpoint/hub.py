@@ -1,8 +1,9 @@
 """Hub ids through huggingface_hub: the only module that imports it. Local paths never come here."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from glob import escape as glob_escape
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 
-from llama2.checkpoint import CONFIG_FILES, split_parts
+from llama2.checkpoint import CONFIG_FILES, TOKENIZER_FILES, split_parts
 from llama2.errors import CheckpointError
 
 _COMPANION = re.compile(r"(?:^|[/._-])(?:mmproj|imatrix)", re.IGNORECASE)
@@ -98,21 +99,47 @@ def only_gguf(repo_id: str, options: HubOptions) -> str | None:
 def fetch_gguf(repo_id: str, options: HubOptions, file: str | None, tag: str | None) -> Path:
     """One GGUF file of a repository, by its name or by a type that its name holds, with all its parts."""
     if file is None:
-        models = _models(list_files(repo_id, options))
-        wanted = str(tag).lower().removesuffix(".gguf")
-        exact = [name for name in models if (_kind(name) or "").lower() == wanted]
-        fitting = exact or [name for name in models if wanted in name.lower()]
-        if len(fitting) != 1:
-            there = ", ".join(fitting or models) or "no GGUF file"
-            raise CheckpointError(
-                f"{repo_id}:{tag} means {len(fitting)} files; {repo_id} holds {there}: give {repo_id}/FILE.gguf"
-            )
-        file = fitting[0]
+        file = pick_gguf(repo_id, list_files(repo_id, options), None, tag)
     parts = [part.as_posix() for part in split_parts(Path(file))]
     folder = fetch(repo_id, options, tuple(glob_escape(part) for part in parts))
     if not (folder / file).exists():
         raise CheckpointError(f"{repo_id} holds no {file!r} at this revision; check the name")
     return folder / file
+
+
+def pick_gguf(repo_id: str, names: list[str], file: str | None, tag: str | None) -> str:
+    """The GGUF model among the names of a repository that a file name or a type means, of a split one its first part.
+
+    Raises CheckpointError where that is none or several.
+    """
+    models = _models(names)
+    if file is not None:
+        if file not in models:
+            raise CheckpointError(f"{repo_id} holds no {file!r}; it holds {', '.join(models) or 'no GGUF file'}")
+        return file
+    wanted = str(tag).lower().removesuffix(".gguf")
+    exact = [name for name in models if (_kind(name) or "").lower() == wanted]
+    fitting = exact or [name for name in models if wanted in name.lower()]
+    if len(fitting) != 1:
+        there = ", ".join(fitting or models) or "no GGUF file"
+        raise CheckpointError(
+            f"{repo_id}:{tag} means {len(fitting)} files; {repo_id} holds {there}: give {repo_id}/FILE.gguf"
+        )
+    return fitting[0]
+
+
+def weight_files(repo_id: str, names: list[str]) -> list[str]:
+    """Of the files of a repository those that a model needs, by the rule of `fetch_model`: its configuration, its
+    tokenizer and one form of its weights. Raises CheckpointError where there are none, or several GGUF models."""
+    for patterns in (SAFETENSORS_FILES, BIN_FILES, META_FILES):
+        weights = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+        if any(name.endswith((".safetensors", ".bin", ".pth")) for name in weights):
+            described = (*CONFIG_FILES, *TOKENIZER_FILES)
+            return sorted({*weights, *(name for name in names if any(fnmatch(name, one) for one in described))})
+    models = _models(names)
+    if len(models) != 1:
+        raise CheckpointError(f"{repo_id} holds {len(models)} GGUF files and no other weights; name one of them")
+    return [part.as_posix() for part in split_parts(Path(models[0]))]
 
 
 def _models(names: list[str]) -> list[str]:
@@ -125,6 +152,71 @@ def _kind(name: str) -> str | None:
     """The quantisation type that a file's name holds, as llama.cpp spells it."""
     found = _TYPE.findall(Path(name).stem)
     return found[-1].upper() if found else None
+
+
+def name_of_gguf(repo_id: str, file: str, models: Collection[Any]) -> str:
+    """What -m takes for a GGUF model of a repository with `models`: the repository where it is alone, else with its
+    type where no other has it, else with its file name."""
+    if len(models) == 1:
+        return repo_id
+    kind = _kind(file)
+    alike = [model for model in models if _kind(str(model)) == kind]
+    return f"{repo_id}:{kind}" if kind and len(alike) == 1 else f"{repo_id}/{file}"
+
+
+@dataclass(frozen=True)
+class RepositoryFile:
+    """A file of a repository: bytes, and its SHA-256 where the hub keeps it as a large one."""
+
+    name: str
+    bytes: int
+    sha256: str | None
+
+
+def repository_files(repo_id: str, options: HubOptions) -> list[RepositoryFile]:
+    """The files of a repository as the hub lists them. Raises CheckpointError where it cannot be asked."""
+    info = _explained(
+        huggingface_hub.HfApi().model_info,
+        repo_id,
+        revision=options.revision,
+        token=options.token,
+        files_metadata=True,
+    )
+    return [
+        RepositoryFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None)
+        for file in info.siblings or ()
+    ]
+
+
+def gguf_choices(files: Sequence[RepositoryFile]) -> dict[str, int]:
+    """The GGUF models among the files of a repository, with the bytes of all their parts."""
+    sizes = {file.name: file.bytes for file in files}
+    return {
+        name: sum(sizes.get(part.as_posix(), 0) for part in split_parts(Path(name))) for name in _models(list(sizes))
+    }
+
+
+def cached_snapshots() -> list[tuple[str, Path]]:
+    """The repositories of models in the cache and the folder of the newest snapshot of each."""
+    root = Path(constants.HF_HUB_CACHE)
+    found = []
+    for repository in sorted(root.glob("models--*")) if root.is_dir() else ():
+        snapshots = [folder for folder in repository.glob("snapshots/*") if folder.is_dir() and any(folder.iterdir())]
+        if snapshots:
+            newest = max(snapshots, key=lambda folder: folder.stat().st_mtime)
+            found.append((repository.name.removeprefix("models--").replace("--", "/"), newest))
+    return found
+
+
+def is_cached(repo_id: str) -> bool:
+    """Whether anything of a repository is in the cache."""
+    return any(repo == repo_id for repo, _ in cached_snapshots())
+
+
+def incomplete_bytes(repo_id: str) -> int:
+    """Bytes of a repository in the cache, those of files that are still being fetched among them."""
+    blobs = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
+    return sum(file.stat().st_size for file in blobs.glob("*") if file.is_file()) if blobs.is_dir() else 0
 
 
 def create(repo_id: str, *, token: str | bool | None, private: bool | None) -> None:

@@ -139,15 +139,7 @@ _DESCRIBED = {
 }
 _PATTERNS: dict[str, tuple[str, ...]] = {
     "config": checkpoint.CONFIG_FILES,
-    "tokenizer": (
-        "config.json",
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "chat_template*",
-    ),
+    "tokenizer": checkpoint.TOKENIZER_FILES,
 }
 
 

@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TextIO
+from typing import Any, TextIO
 
 import llama2
 from llama2.errors import InputError, Llama2Error
@@ -40,6 +40,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "perplexity": ("llama2.cli.perplexity", "how well a model predicts a text"),
     "compare": ("llama2.cli.compare", "how far models are from another one on a text: KL, flips, perplexity ratio"),
     "bench": ("llama2.cli.bench", "how fast models run here, beside what the machine can do"),
+    "pull": ("llama2.cli.pull", "fetch a model from the Hugging Face hub"),
+    "list": ("llama2.cli.list", "the models on this machine"),
+    "show": ("llama2.cli.info", "the same as info"),
+    "rm": ("llama2.cli.rm", "remove models from the cache"),
+    "ps": ("llama2.cli.ps", "the servers of this user"),
+    "config": ("llama2.cli.config", "the options that files and the environment set"),
+    "doctor": ("llama2.cli.doctor", "what this machine has, and what is wrong with it: for bug reports"),
+    "completion": ("llama2.cli.completion", "a script that completes commands in bash, zsh or fish"),
 }
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -85,32 +93,51 @@ def _run(words: list[str]) -> int:
     if words[0] in ("-V", "--version"):
         print(f"llama2 {llama2.__version__}")
         return 0
-    from llama2.cli.args import nearest, parse
+    from llama2.cli.args import parse
 
-    name = words[0]
-    if name not in COMMANDS:
-        hint = nearest(name, list(COMMANDS)) or f"; there are {', '.join(COMMANDS)}"
-        raise InputError(f"{name!r} is not a command{hint}")
-    module, rest = import_module(COMMANDS[name][0]), words[1:]
+    name, rest = words[0], words[1:]
+    module = _module(name)
     try:
-        if tasks := getattr(module, "TASKS", None):
+        command: tuple[str, ...] = (name,)
+        if getattr(module, "TASKS", None):
             rest = module.words(rest)
-            task = rest[0] if rest else ""
-            if task in ("-h", "--help"):
+            if rest[:1] in (["-h"], ["--help"]):
                 print(_tasks(name, module.SUMMARY))
                 return 0
-            if task not in tasks:
-                raise InputError(
-                    f"{name} needs one of {', '.join(tasks)} first, not {task!r}{nearest(task, list(tasks))}"
-                )
-            options = parse(tasks[task], f"llama2 {name} {task}", rest[1:])
-        else:
-            kind = getattr(module, name.title().replace("-", "") + "Options")
-            options = parse(kind, f"llama2 {name}", rest)
+            command, rest = (name, *rest[:1]), rest[1:]
+        options = parse(options_class(command), " ".join(("llama2", *command)), rest, os.environ)
     except SystemExit:  # --help has been printed
         return 0
     code: int = module.run(options)
     return code
+
+
+def options_class(command: Sequence[str]) -> type:
+    """The dataclass of a command, ("serve",), or of a task, ("finetune", "sft"). Raises InputError for another."""
+    from llama2.cli.args import nearest
+
+    name, *task = command
+    module = _module(name)
+    tasks: dict[str, type] | None = getattr(module, "TASKS", None)
+    if tasks is None:
+        if task:
+            raise InputError(f"{name} has no tasks, so {' '.join(task)!r} is none of it")
+        kind: type = getattr(module, module.__name__.rpartition(".")[2].title().replace("_", "") + "Options")
+        return kind
+    chosen = task[0] if task else ""
+    if len(task) != 1 or chosen not in tasks:
+        raise InputError(f"{name} needs one of {', '.join(tasks)} first, not {chosen!r}{nearest(chosen, list(tasks))}")
+    return tasks[chosen]
+
+
+def _module(name: str) -> Any:
+    """The module of a command. Raises InputError for a word that is none."""
+    if name not in COMMANDS:
+        from llama2.cli.args import nearest
+
+        hint = nearest(name, list(COMMANDS)) or f"; there are {', '.join(COMMANDS)}"
+        raise InputError(f"{name!r} is not a command{hint}")
+    return import_module(COMMANDS[name][0])
 
 
 def _tasks(name: str, summary: dict[str, str]) -> str:

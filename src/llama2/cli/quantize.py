@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama2.cli.args import option, revision_option
+from llama2.cli.names import resolve_name
 from llama2.cli.progress import LayerBar
 from llama2.errors import InputError
 
@@ -97,7 +98,7 @@ def run(options: QuantizeOptions) -> int:
     """Runs the command."""
     if len(options.paths) != 2:
         raise InputError(f"quantize needs a source and a target, but {len(options.paths)} paths were given")
-    source, target = options.paths
+    source, target = resolve_name(options.paths[0]), options.paths[1]
     from llama2.checkpoint.source import locate_all
     from llama2.quantize.job import quantize
 

@@ -5,12 +5,11 @@ import os
 import resource
 import sys
 import threading
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
 from llama2.cli import parallel, terminal
 from llama2.cli.args import option, revision_option
@@ -65,7 +64,25 @@ class ServeOptions(EngineOptions, RunOptions):
     Every option can be given in the environment as LLAMA2_NAME (LLAMA2_MAX_TOTAL_TOKENS), and under the names that TGI
     and SageMaker use (HF_MODEL_ID, MAX_TOTAL_TOKENS, PORT, API_KEY, ...); an option on the command line wins."""
 
-    paths: tuple[str, ...] = option((), "the same as -m MODEL", metavar="MODEL", positional=True)
+    # Names that TGI's launcher and SageMaker's recipes use.
+    VARIABLES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "model": ("HF_MODEL_ID", "MODEL_ID"),
+        "revision": ("HF_MODEL_REVISION", "REVISION"),
+        "max_input_tokens": ("MAX_INPUT_TOKENS", "MAX_INPUT_LENGTH"),
+        "port": ("SAGEMAKER_BIND_TO_PORT", "PORT"),
+        "tensor_parallel": ("SM_NUM_GPUS", "NUM_SHARD"),
+        "shutdown_timeout": ("GRACEFUL_TERMINATION_TIMEOUT",),
+    } | {
+        name: (name.upper(),)
+        for name in (
+            "max_total_tokens", "max_batch_total_tokens", "max_batch_prefill_tokens", "max_batch_size",
+            "max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_top_n_tokens",
+            "max_client_batch_size", "payload_limit", "validation_workers", "speculate", "api_key", "cors_allow_origin",
+            "lora_adapters",
+        )
+    }  # fmt: skip
+
+    paths: tuple[str, ...] = option((), "the same as -m MODEL", metavar="MODEL", positional=True, replaces="model")
     host: str | None = option(
         None, "the address to listen on (default: 127.0.0.1, on SageMaker 0.0.0.0)", metavar="HOST"
     )
@@ -147,55 +164,6 @@ class ServeOptions(EngineOptions, RunOptions):
     log_level: Literal["debug", "info", "warning", "error"] | None = option(None, "how much is logged (default: info)")
 
 
-# Names that TGI's launcher and SageMaker's recipes use, beside LLAMA2_<FIELD> and <FIELD> for those in _BARE.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "model": ("HF_MODEL_ID", "MODEL_ID"),
-    "revision": ("HF_MODEL_REVISION", "REVISION"),
-    "max_input_tokens": ("MAX_INPUT_TOKENS", "MAX_INPUT_LENGTH"),
-    "port": ("SAGEMAKER_BIND_TO_PORT", "PORT"),
-    "tensor_parallel": ("SM_NUM_GPUS", "NUM_SHARD"),
-    "shutdown_timeout": ("GRACEFUL_TERMINATION_TIMEOUT",),
-}
-_BARE = (
-    "max_total_tokens", "max_batch_total_tokens", "max_batch_prefill_tokens", "max_batch_size",
-    "max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_client_batch_size",
-    "payload_limit", "validation_workers", "speculate", "api_key", "cors_allow_origin", "lora_adapters",
-)  # fmt: skip
-
-
-def settled(options: ServeOptions, environment: Mapping[str, str]) -> ServeOptions:
-    """The options with what the environment says where the command line says nothing. Raises InputError."""
-    hints, found = get_type_hints(ServeOptions), {}
-    for f in fields(ServeOptions):
-        if f.metadata["positional"] or getattr(options, f.name) != f.default:
-            continue
-        names = (f"LLAMA2_{f.name.upper()}", *ALIASES.get(f.name, ()), *([f.name.upper()] if f.name in _BARE else []))
-        for name in names:
-            if text := environment.get(name, "").strip():
-                found[f.name] = _value(name, text, hints[f.name])
-                break
-    return replace(options, **found)
-
-
-def _value(name: str, text: str, hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next(part for part in get_args(hint) if part is not type(None))
-    if get_origin(hint) is tuple:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if get_origin(hint) is Literal:
-        if text not in get_args(hint):
-            raise InputError(f"{name} is {text!r}; it must be one of {', '.join(get_args(hint))}")
-        return text
-    if hint is bool:
-        if text.lower() not in ("1", "0", "true", "false", "yes", "no"):
-            raise InputError(f"{name} is {text!r}; it must be true or false")
-        return text.lower() in ("1", "true", "yes")
-    try:
-        return hint(text)
-    except ValueError:
-        raise InputError(f"{name} is {text!r}; it must be {'a whole number' if hint is int else 'a number'}") from None
-
-
 # Port 0 is a free one, SageMaker says SM_NUM_GPUS=0 where there is no GPU, and the last two may be forbidden.
 _MAY_BE_ZERO = ("port", "tensor_parallel", "max_stop_sequences", "max_top_n_tokens")
 
@@ -219,7 +187,6 @@ def check_numbers(options: ServeOptions) -> None:
 def run(options: ServeOptions) -> int:
     """Runs the command."""
     environment = os.environ
-    options = settled(options, environment)
     check_numbers(options)
     container = SAGEMAKER_MODEL.is_dir() or any(name.startswith("SAGEMAKER_") for name in environment)
     options = _with_model(options, container)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from llama2.cli.args import option, revision_option
 from llama2.cli.convert import convert
+from llama2.cli.names import resolve_name
 from llama2.errors import InputError
 
 
@@ -21,4 +22,5 @@ def run(options: ShardOptions) -> int:
     """Runs the command."""
     if len(options.paths) != 2 or options.size is None:
         raise InputError("shard needs a source, a target and --size, such as `llama2 shard SRC DST --size 2GB`")
-    return convert(*options.paths, to="hf", shard_size=options.size, revision=options.revision, quiet=options.quiet)
+    source, target = resolve_name(options.paths[0]), options.paths[1]
+    return convert(source, target, to="hf", shard_size=options.size, revision=options.revision, quiet=options.quiet)

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import os
 import resource
 import sys
 import time
@@ -16,6 +15,7 @@ from torch import Tensor
 from llama2.auto import AutoModelForCausalLM
 from llama2.checkpoint.source import open_source
 from llama2.evaluate.perplexity import perplexity
+from llama2.memory import available_bytes
 
 WINDOW = 512
 _SHARE_OF_FREE_MEMORY = 0.4
@@ -45,7 +45,7 @@ def measure(path: Path | str, held_out: Tensor) -> Measured:
 def why_not(path: Path | str) -> str:
     """Why the source is not measured, or "": its weights would take too much of the memory."""
     needed = sum(_bytes(stored.type, stored.shape) for stored in open_source(path, {}).tensors.values())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = available_bytes()
     if needed > _SHARE_OF_FREE_MEMORY * free:
         return f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
     return ""

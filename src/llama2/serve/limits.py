@@ -1,8 +1,6 @@
 """How much of the memory the cache may take, which lengths that allows, and one table that says so at the start."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from llama2.engine.draft import Drafter
 from llama2.engine.engine import Engine
 from llama2.engine.plan_runners import PAGE, make_plan_runner
 from llama2.errors import InputError
+from llama2.memory import available_bytes
 from llama2.serve.request import Bounds
 
 CACHE_SHARE = 0.4  # of the memory that is free once the weights are there
@@ -36,17 +35,7 @@ def available(device: torch.device) -> int:
     """Bytes that can still be taken on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    found = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        found.append(int(rows["MemAvailable"].split()[0]) * 1024)
-    else:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (bound := limit.read_text().strip()) != "max":
-        found.append(int(bound) - int(used.read_text()))
-    return max(min(found), 0)
+    return available_bytes()
 
 
 def bytes_per_token(model: Any, runner: str, kv_cache: Any, draft: Any = None) -> int:
