@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from glob import escape as glob_escape
 from pathlib import Path
@@ -75,10 +75,24 @@ def list_files(repo_id: str, options: HubOptions) -> list[str]:
             huggingface_hub.HfApi().list_repo_files, repo_id, revision=options.revision, token=options.token
         )
     else:
-        folder = fetch(repo_id, replace(options, subfolder=""), ("*",))
+        folder = _snapshot(repo_id, options)
         names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     inside = f"{options.subfolder}/" if options.subfolder else ""
     return sorted(name.removeprefix(inside) for name in names if name.startswith(inside))
+
+
+def _snapshot(repo_id: str, options: HubOptions) -> Path:
+    """The folder of a revision in the cache; some of its files may never have been fetched. Raises CheckpointError."""
+    root = Path(options.cache_dir or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    revision = options.revision or "main"
+    reference = root / "refs" / revision
+    folder = root / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{repo_id!r} is not a local path, and the cache has no revision {revision!r} of it; the hub is not asked "
+            "(local_files_only, HF_HUB_OFFLINE): fetch it once with a network"
+        )
+    return folder
 
 
 def only_gguf(repo_id: str, options: HubOptions) -> str | None:

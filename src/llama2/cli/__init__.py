@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("llama2.cli.compare", "how far models are from another one on a text: KL, flips, perplexity ratio"),
     "bench": ("llama2.cli.bench", "how fast models run here, beside what the machine can do"),
     "pull": ("llama2.cli.pull", "fetch a model from the Hugging Face hub"),
-    "list": ("llama2.cli.list", "the models on this machine"),
+    "list": ("llama2.cli.list_models", "the models on this machine"),
     "show": ("llama2.cli.info", "the same as info"),
     "rm": ("llama2.cli.rm", "remove models from the cache"),
     "ps": ("llama2.cli.ps", "the servers of this user"),
@@ -105,7 +105,7 @@ def _run(words: list[str]) -> int:
                 print(_tasks(name, module.SUMMARY))
                 return 0
             command, rest = (name, *rest[:1]), rest[1:]
-        options = parse(options_class(command), " ".join(("llama2", *command)), rest, os.environ)
+        options: Any = parse(options_class(command), " ".join(("llama2", *command)), rest, os.environ)
     except SystemExit:  # --help has been printed
         return 0
     code: int = module.run(options)

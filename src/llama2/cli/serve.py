@@ -6,6 +6,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hin
 from llama2.cli import parallel, terminal
 from llama2.cli.args import option, revision_option
 from llama2.cli.loading import RunOptions, adapter_folder, load, load_model, local_model, model_path
+from llama2.cli.registry import registered
 from llama2.errors import InputError, Llama2Error, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -222,7 +224,9 @@ def run(options: ServeOptions) -> int:
     loader = load if several is None else partial(parallel.load_part, ranks=several)
     threading.Thread(target=_open, args=(options, service, failed, loader), name="llama2-load", daemon=True).start()
     try:
-        server.run()
+        with ExitStack() as listed:
+            server.listening = lambda address: listed.enter_context(registered(address, service.policy.names))
+            server.run()
     finally:
         service.close()
         if others is not None:

@@ -158,7 +158,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             raise InputError(f"{name} is {value!r}; it must be a text, or a list of texts")
         return tuple(rows)
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a text"}[kind]
-    fits = {bool: bool, int: int, float: (int, float), str: str, Path: str}[kind]
+    fits: Any = {bool: bool, int: int, float: (int, float), str: str, Path: str}[kind]
     if not isinstance(value, fits) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{name} is {value!r}; it must be {wanted}")
     return kind(value)

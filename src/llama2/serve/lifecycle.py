@@ -99,11 +99,16 @@ class Server(uvicorn.Server):
         self._trouble = Seldom()
         self._life, self._cut = life, cut
         self._draining: asyncio.Task[None] | None = None
+        self.listening: Callable[[str], None] = lambda address: None  # called with the URL once requests are let in
 
     async def startup(self, sockets: Any = None) -> None:
         """Listens. What the event loop complains of, such as file descriptors that have run out, is logged seldom."""
         asyncio.get_running_loop().set_exception_handler(self._complained)
         await super().startup(sockets)
+        if self.started and self.servers and self.servers[0].sockets:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            scheme = "https" if self.config.is_ssl else "http"
+            self.listening(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
 
     def _complained(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")

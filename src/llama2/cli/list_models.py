@@ -12,7 +12,7 @@ from llama2.cli.terminal import table
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListOptions:
+class ListModelsOptions:
     """The models on this machine: in the hub's cache and in the stores of Ollama and LM Studio. Each name can be given
     to -m. With --names, the short names that `pull` and -m know."""
 
@@ -20,7 +20,7 @@ class ListOptions:
     json: bool = option(False, "one JSON array")
 
 
-def run(options: ListOptions) -> int:
+def run(options: ListModelsOptions) -> int:
     """Runs the command."""
     if options.names:
         return _names(options.json)
