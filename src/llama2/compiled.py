@@ -51,7 +51,7 @@ def instruction_sets() -> list[str]:
     return list(native().available_isas())
 
 
-def _quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+def processor_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
     """Processors that the control group grants, or infinity."""
     try:
         limit, period = (root / "cpu.max").read_text().split()[:2]
@@ -106,7 +106,7 @@ def _openmp() -> tuple[Any, Any]:
 
 def default_threads() -> int:
     """One thread per processor that the affinity mask and the control group's quota allow."""
-    return max(1, int(min(len(_processors()), _quota())))
+    return max(1, int(min(len(_processors()), processor_quota())))
 
 
 def make_pool(threads: int | None) -> Any:
@@ -115,7 +115,7 @@ def make_pool(threads: int | None) -> Any:
     if not 1 <= count <= 1024:
         raise InputError(f"threads is {count}; give 1 to 1024, or None for one per processor")
     processors = _processors()
-    return _pool(count, tuple(processors[:count]) if count <= len(processors) and count <= _quota() else ())
+    return _pool(count, tuple(processors[:count]) if count <= len(processors) and count <= processor_quota() else ())
 
 
 @cache

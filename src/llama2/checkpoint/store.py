@@ -8,6 +8,7 @@ LM Studio ~/.lmstudio/models, before it ~/.cache/lm-studio/models: OWNER/NAME/FI
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,16 @@ from typing import Any
 
 from llama2.checkpoint import gguf_models, split_parts
 from llama2.errors import CheckpointError
+from llama2.lazy import door
 from llama2.text_file import read_object
 
 HUB, OLLAMA, LM_STUDIO = "hub cache", "Ollama", "LM Studio"
 _OLLAMA_LAYER = "application/vnd.ollama.image.model"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _DESCRIBED = ("config.json", "params.json")
+
+_cached_snapshots = door("checkpoint.hub", "cached_snapshots", "Repositories of the hub's cache.")
+_name_of_gguf = door("checkpoint.hub", "name_of_gguf", "What -m takes for a GGUF model of a repository.")
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,10 @@ def in_lm_studio() -> Iterator[StoredModel]:
 
 
 def _in_hub_cache() -> Iterator[StoredModel]:
-    from llama2.checkpoint.hub import cached_snapshots, name_of_gguf
-
-    for repo, folder in cached_snapshots():
+    for repo, folder in _cached_snapshots():
         models = gguf_models(folder)
         for model in models:
-            yield _gguf_row(name_of_gguf(repo, model.relative_to(folder).as_posix(), models), model, HUB)
+            yield _gguf_row(_name_of_gguf(repo, model.relative_to(folder).as_posix(), models), model, HUB)
         if models:
             continue
         kind = _kind_of(folder)
@@ -143,11 +146,5 @@ def remove(model: StoredModel) -> int:
             freed += blob.stat().st_size
             blob.unlink()
     if not others:
-        _remove_tree(repository)
+        shutil.rmtree(repository)
     return freed or model.bytes
-
-
-def _remove_tree(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)

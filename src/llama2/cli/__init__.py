@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("llama2.cli.info", "the same as info"),
     "rm": ("llama2.cli.rm", "remove models from the cache"),
     "ps": ("llama2.cli.ps", "the servers of this user"),
-    "config": ("llama2.cli.config", "the options that files and the environment set"),
+    "config": ("llama2.cli.show_config", "the options that files and the environment set"),
     "doctor": ("llama2.cli.doctor", "what this machine has, and what is wrong with it: for bug reports"),
     "completion": ("llama2.cli.completion", "a script that completes commands in bash, zsh or fish"),
 }

@@ -83,7 +83,7 @@ def _processor(problems: list[str]) -> dict[str, str]:
         allowed = len(os.sched_getaffinity(0))
         if allowed != os.cpu_count():
             rows["threads"] += f", {allowed} allowed by the affinity mask"
-    if (quota := compiled._quota()) != float("inf"):
+    if (quota := compiled.processor_quota()) != float("inf"):
         rows["threads"] += f", {quota:g} granted by the control group"
     if hasattr(os, "getloadavg"):
         rows["load"] = f"{os.getloadavg()[0]:.1f} processes in the last minute"

@@ -13,7 +13,7 @@ from llama2.cli.settings import config_path, unknown_names, variables_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConfigOptions:
+class ShowConfigOptions:
     """The options of a command as they are without flags, and where each comes from: the environment (LLAMA2_NAME,
     LLAMA2_COMMAND_NAME), config.toml, or the default. Without a command, the files of settings and what they set."""
 
@@ -22,7 +22,7 @@ class ConfigOptions:
     json: bool = option(False, "one JSON object")
 
 
-def run(options: ConfigOptions) -> int:
+def run(options: ShowConfigOptions) -> int:
     """Runs the command."""
     environment = os.environ
     if options.paths:
