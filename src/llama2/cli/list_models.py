@@ -24,7 +24,7 @@ def run(options: ListModelsOptions) -> int:
     """Runs the command."""
     if options.names:
         return _names(options.json)
-    from llama2.checkpoint.store import stored_models
+    from llama2.cli.store import stored_models
 
     rows = stored_models()
     if options.json:

@@ -75,7 +75,7 @@ def resolve_name(model: str, environment: Mapping[str, str] | None = None) -> st
     own = own_names(os.environ if environment is None else environment)
     if model in own:
         return own[model]
-    from llama2.checkpoint.store import find_elsewhere
+    from llama2.cli.store import find_elsewhere
 
     if (path := find_elsewhere(model)) is not None:
         return str(path)

@@ -20,7 +20,7 @@ class RmOptions:
 
 def run(options: RmOptions) -> int:
     """Runs the command."""
-    from llama2.checkpoint.store import remove, stored_models
+    from llama2.cli.store import remove, stored_models
 
     if not options.paths:
         raise InputError("rm needs the name of a model; `llama2 list` shows them")
