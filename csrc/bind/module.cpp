@@ -33,6 +33,7 @@ using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::c
 using Longs = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints2 = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutLongs = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Out2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Out3 = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using In3 = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
@@ -665,6 +666,11 @@ std::vector<float> noise(OutBytes state, int64_t total, Longs places) {
   return found;
 }
 
+void permutation(uint64_t seed, int64_t size, OutLongs out) {
+  require(size < int64_t{1} << 32 && static_cast<int64_t>(out.size()) <= size, "an array of no more than size");
+  permuted(seed, size, static_cast<int64_t>(out.size()), out.data());
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -721,6 +727,7 @@ NB_MODULE(_native, m) {
   m.def("matmul", &matmul_one, nb::arg("pool"), nb::arg("isa"), nb::arg("w"), nb::arg("x"), nb::arg("out"), nb::arg("exact"), nb::arg("repeat") = 1);
   m.def("shortlists", &shortlists);
   m.def("shortlist_margin", &shortlist_margin);
+  m.def("permutation", &permutation, nb::arg("seed"), nb::arg("size"), nb::arg("out"));
   m.def("exponentials", &noise, nb::arg("state"), nb::arg("total"), nb::arg("places"));
   m.def("attend", &attend);
   m.def("dequantize", &dequantize);

@@ -26,4 +26,7 @@ inline double shortlist_margin(int64_t n) { return static_cast<double>(n + 8) / 
 int64_t generator_bytes();
 bool exponentials(uint8_t* state, int64_t total, const int64_t* places, int64_t count, float* out);
 
+// The first `count` of torch's random permutation of 0 to size - 1 (torch.randperm) with a generator of this seed.
+void permuted(uint64_t seed, int64_t size, int64_t count, int64_t* out);
+
 }  // namespace llama2

@@ -1,8 +1,12 @@
 // Exponential numbers of torch's CPU generator, at a few places of a long row: its state (Matsumoto and Nishimura's
 // MT19937, 624 words) is moved on past all of them, and only what is asked for becomes a number. torch draws one as
 // -log1p(-u), u of 53 bits of two words.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
+#include <random>
+#include <vector>
 
 #include "engine/fast_sampling.h"
 
@@ -81,6 +85,15 @@ bool exponentials(uint8_t* state, int64_t total, const int64_t* places, int64_t 
     std::memcpy(state + WORDS + 8 * i, &word, 8);
   }
   return want == count;
+}
+
+void permuted(uint64_t seed, int64_t size, int64_t count, int64_t* out) {
+  std::mt19937 words(static_cast<uint32_t>(seed));
+  std::vector<int64_t> all(size);
+  std::iota(all.begin(), all.end(), 0);
+  // The last one has nothing left to be swapped with, and takes no word.
+  for (int64_t i = 0; i < std::min(count, size - 1); ++i) std::swap(all[i], all[i + words() % (size - i)]);
+  std::copy(all.begin(), all.begin() + count, out);
 }
 
 }  // namespace llama2

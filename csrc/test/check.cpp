@@ -484,6 +484,18 @@ void check_exponentials() {
   expect(!exponentials(none.data(), 1, &place, 1, &value), "exponentials of no state", "", 0, 0, 0);
 }
 
+// Every number once, and the first ones the same however many are asked for.
+void check_permutation() {
+  for (int64_t size : {1, 2, 5, 1000}) {
+    std::vector<int64_t> all(size), some(size / 2);
+    permuted(uint64_t{1} << 40 | 9, size, size, all.data());
+    permuted(9, size, size / 2, some.data());  // the low 32 bits of a seed count
+    expect(std::equal(some.begin(), some.end(), all.begin()), "permutation's beginning", "", size, 0, 0);
+    std::sort(all.begin(), all.end());
+    for (int64_t i = 0; i < size; ++i) expect(all[i] == i, "permutation", "", size, i, 0);
+  }
+}
+
 void check_shortlist() {
   std::vector<int32_t> ids;
   std::vector<double> p, want_p;
@@ -948,6 +960,7 @@ int main(int count, char** words) {
   check_pool();
   check_unpack();
   check_exponentials();
+  check_permutation();
   std::printf("%lld expectations, %d failures\n", checked, failures);
   return failures != 0;
 }

@@ -51,14 +51,13 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "MinNewTokensLengthLogitsProcessor",
         "NoBadWordsLogitsProcessor",
         "NoRepeatNGramLogitsProcessor",
-        "PrefixConstrainedLogitsProcessor",
         "RepetitionPenaltyLogitsProcessor",
         "SequenceBiasLogitsProcessor",
         "SuppressTokensAtBeginLogitsProcessor",
         "SuppressTokensLogitsProcessor",
-        "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     ),
-    "generation.sampler": (
+    "generation.guidance": ("PrefixConstrainedLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+    "generation.filters": (
         "EpsilonLogitsWarper",
         "EtaLogitsWarper",
         "MinPLogitsWarper",

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from llama2 import cpu
 from llama2.generation.fast_sampling import Shortlist, split
-from llama2.generation.loop import generate
-from llama2.generation.processors import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
-from llama2.generation.sampler import (
+from llama2.generation.filters import (
     MinPLogitsWarper,
-    Sampler,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from llama2.generation.loop import generate
+from llama2.generation.processors import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from llama2.generation.sampler import Sampler
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native engine is not built")
 V = 6400  # 100 blocks of 64

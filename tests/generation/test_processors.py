@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from llama2.errors import InputError
+from llama2.generation import filters
 from llama2.generation import processors as pr
-from llama2.generation import sampler
+from llama2.generation.guidance import PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from llama2.generation.stopping import EosTokenCriteria, MaxTimeCriteria
 
 INF = math.inf
@@ -97,10 +98,10 @@ def test_suppression_and_prefixes() -> None:
     assert bans(pr.SuppressTokensLogitsProcessor([1, 2]), ids([0])) == [[1, 2]]
     assert bans(pr.SuppressTokensAtBeginLogitsProcessor([1], 2), ids([0, 0])) == [[1]]
     assert bans(pr.SuppressTokensAtBeginLogitsProcessor([1], 2), ids([0])) == [[]]
-    allowed = pr.PrefixConstrainedLogitsProcessor(lambda row, context: [row, int(context[-1])], 2)
+    allowed = PrefixConstrainedLogitsProcessor(lambda row, context: [row, int(context[-1])], 2)
     assert bans(allowed, ids([5], [5], [4])) == [[1, 2, 3, 4], [1, 2, 3, 4], [0, 2, 3, 5]]
     with pytest.raises(InputError, match="no token"):
-        pr.PrefixConstrainedLogitsProcessor(lambda row, context: [], 1)(ids([5]), zeros())
+        PrefixConstrainedLogitsProcessor(lambda row, context: [], 1)(ids([5]), zeros())
 
 
 def _allow(row: int, context: Tensor) -> list[int]:
@@ -113,24 +114,24 @@ ATTRIBUTES: list[tuple[Any, dict[str, Any]]] = [  # what transformers 4.46 and 5
         pr.MinNewTokensLengthLogitsProcessor(4, 3, [2, 5], device="cpu"),
         {"prompt_length_to_skip": 4, "min_new_tokens": 3, "eos_token_id": [2, 5]},
     ),
-    (sampler.TemperatureLogitsWarper(0.5), {"temperature": 0.5}),
+    (filters.TemperatureLogitsWarper(0.5), {"temperature": 0.5}),
     (pr.RepetitionPenaltyLogitsProcessor(2.0, 1), {"penalty": 2.0, "prompt_ignore_length": 1}),
     (
         pr.EncoderRepetitionPenaltyLogitsProcessor(2.0, ids([1, 3])),
         {"penalty": 0.5, "encoder_input_ids": [[1, 3]]},
     ),
-    (sampler.TopPLogitsWarper(0.5), {"top_p": 0.5, "filter_value": -INF, "min_tokens_to_keep": 1}),
-    (sampler.TopKLogitsWarper(2, min_tokens_to_keep=3), {"top_k": 3, "filter_value": -INF}),
-    (sampler.TopHLogitsWarper(0.5), {"top_h": 0.5, "top_n": 100, "filter_value": -INF}),
-    (sampler.MinPLogitsWarper(0.1), {"min_p": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
-    (sampler.TypicalLogitsWarper(0.4), {"mass": 0.4, "filter_value": -INF, "min_tokens_to_keep": 1}),
-    (sampler.EpsilonLogitsWarper(0.1), {"epsilon": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
-    (sampler.EtaLogitsWarper(0.1, device="cpu"), {"epsilon": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
+    (filters.TopPLogitsWarper(0.5), {"top_p": 0.5, "filter_value": -INF, "min_tokens_to_keep": 1}),
+    (filters.TopKLogitsWarper(2, min_tokens_to_keep=3), {"top_k": 3, "filter_value": -INF}),
+    (filters.TopHLogitsWarper(0.5), {"top_h": 0.5, "top_n": 100, "filter_value": -INF}),
+    (filters.MinPLogitsWarper(0.1), {"min_p": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
+    (filters.TypicalLogitsWarper(0.4), {"mass": 0.4, "filter_value": -INF, "min_tokens_to_keep": 1}),
+    (filters.EpsilonLogitsWarper(0.1), {"epsilon": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
+    (filters.EtaLogitsWarper(0.1, device="cpu"), {"epsilon": 0.1, "filter_value": -INF, "min_tokens_to_keep": 1}),
     (pr.NoRepeatNGramLogitsProcessor(2), {"ngram_size": 2}),
     (pr.EncoderNoRepeatNGramLogitsProcessor(2, ids([1], [3])), {"ngram_size": 2, "batch_size": 2}),
     (pr.SequenceBiasLogitsProcessor([[[4, 5], -0.5]]), {"sequence_bias": {(4, 5): -0.5}}),
     (pr.NoBadWordsLogitsProcessor([[4, 5]], 2), {"bad_word_ids": [[4, 5]], "sequence_bias": {(4, 5): -INF}}),
-    (pr.PrefixConstrainedLogitsProcessor(_allow, 3), {"_prefix_allowed_tokens_fn": _allow, "_num_beams": 3}),
+    (PrefixConstrainedLogitsProcessor(_allow, 3), {"_prefix_allowed_tokens_fn": _allow, "_num_beams": 3}),
     (pr.ForcedBOSTokenLogitsProcessor(1), {"bos_token_id": 1}),
     (pr.ForcedEOSTokenLogitsProcessor(9, 2, device="cpu"), {"max_length": 9, "eos_token_id": [2]}),
     (
@@ -143,7 +144,7 @@ ATTRIBUTES: list[tuple[Any, dict[str, Any]]] = [  # what transformers 4.46 and 5
         {"begin_suppress_tokens": [1, 3], "begin_index": 5},
     ),
     (pr.ClassifierFreeGuidanceLogitsProcessor(2.0), {"guidance_scale": 2.0}),
-    (pr.UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, print), {"guidance_scale": 1.5, "model": print}),
+    (UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, print), {"guidance_scale": 1.5, "model": print}),
     (EosTokenCriteria(2), {"eos_token_id": [2]}),
     (MaxTimeCriteria(2.0, initial_timestamp=3.0), {"max_time": 2.0, "initial_timestamp": 3.0}),
 ]
@@ -195,7 +196,7 @@ def test_guidance_asks_any_model_of_ids_and_mask() -> None:
         def __call__(self, input_ids: Tensor, attention_mask: Any, use_cache: Any, past_key_values: Any) -> Any:
             return SimpleNamespace(logits=torch.tensor([[[1.0, 0.0, 1.5]]]), past_key_values=None)
 
-    out = pr.UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, Plain(), ids([0]))(ids([0]), torch.ones(1, 3))
+    out = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, Plain(), ids([0]))(ids([0]), torch.ones(1, 3))
     uncond, cond = torch.tensor([1.0, 0.0, 1.5]).log_softmax(-1), torch.ones(3).log_softmax(-1)
     assert torch.allclose(out[0], uncond + 1.5 * (cond - uncond))
 

@@ -3,26 +3,28 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from llama2.errors import InputError
+from llama2.generation.arrays import NUMPY
 from llama2.generation.config import GenerationConfig
-from llama2.generation.sampler import (
+from llama2.generation.filters import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     MinPLogitsWarper,
     Prompt,
-    Sampler,
     TemperatureLogitsWarper,
     TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
     build_processors,
-    row_seeds,
 )
+from llama2.generation.sampler import Sampler
+from llama2.generation.seeded import SeededSampler, row_seeds
 
 NO_IDS = torch.empty((1, 0), dtype=torch.long)
 
@@ -79,15 +81,18 @@ def test_temperature_is_exact() -> None:
     torch.testing.assert_close(p, torch.tensor([[0.04 / 0.68, 0.64 / 0.68]]))
 
 
+@pytest.mark.parametrize("behind", [True, False])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_top_p_behind_top_k_equals_the_full_sort(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_p_of_the_likely_ones_equals_the_full_sort(
+    rows: int, behind: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scores = torch.randn(rows, 5000, generator=torch.Generator().manual_seed(1)).mul(2).round(decimals=1)  # many ties
-    left = TopKLogitsWarper(40)(NO_IDS, scores)
-    fast = [TopPLogitsWarper(p)(NO_IDS, left) for p in (0.3, 0.9, 0.999)]
-    monkeypatch.setattr("llama2.generation.sampler._finite_places", lambda scores: None)
-    for p, got in zip((0.3, 0.9, 0.999), fast, strict=True):
-        assert torch.equal(got, TopPLogitsWarper(p)(NO_IDS, left))
-    assert int((fast[0] > -math.inf).sum()) < int((fast[1] > -math.inf).sum())
+    left = TopKLogitsWarper(40)(NO_IDS, scores) if behind else scores
+    fast = [TopPLogitsWarper(p, min_tokens_to_keep=2)(NO_IDS, left) for p in (0.0, 0.3, 0.9, 0.999)]
+    monkeypatch.setattr(NUMPY, "likely", lambda p, least, keep: None)
+    for p, got in zip((0.0, 0.3, 0.9, 0.999), fast, strict=True):
+        assert torch.equal(got, TopPLogitsWarper(p, min_tokens_to_keep=2)(NO_IDS, left))
+    assert int((fast[1] > -math.inf).sum()) < int((fast[2] > -math.inf).sum())
 
 
 @pytest.mark.parametrize(
@@ -212,12 +217,12 @@ def test_draws_follow_the_distribution(seeded: bool) -> None:
 
 
 def test_inverse_of_the_cumulative_distribution_at_its_edges(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = Sampler(True, seeds=[0])
+    sampler = SeededSampler(True, [0])
     p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     # [0, .25) is token 1, [.25, 1) token 3; a number that rounds up to 1 is still token 3, never the empty token 4
     for u, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.9999, 3), (1.0, 3)):
-        monkeypatch.setattr(sampler, "uniform", lambda u=u: torch.tensor([u], dtype=torch.float64))
-        assert sampler.draw(p).tolist() == [token]
+        monkeypatch.setattr(sampler, "uniform", lambda u=u: np.array([u]))
+        assert sampler.draw(p).tolist() == sampler.draw(p.numpy()).tolist() == [token]
 
 
 def test_a_seeded_row_draws_the_same_in_any_company() -> None:

@@ -199,7 +199,7 @@ def test_tools_are_told_and_held_to(compiler: Compiler, tiny_parts: tuple[Any, A
 
 
 def test_penalties_count_the_answer_only() -> None:
-    penalty, scores = CountPenalty(0.5, 1.0, 2, 6), torch.zeros(1, 6)
+    penalty, scores = CountPenalty(0.5, 1.0, 2), torch.zeros(1, 6)
     assert penalty(torch.tensor([[1, 1]]), scores).tolist() == [[0.0] * 6]
     assert penalty(torch.tensor([[1, 1, 3]]), scores)[0].tolist() == [0, 0, 0, -1.5, 0, 0]
     assert penalty(torch.tensor([[1, 1, 3, 3, 1]]), scores)[0].tolist() == [0, -1.5, 0, -2.0, 0, 0]

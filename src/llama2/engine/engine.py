@@ -77,9 +77,9 @@ class _Live:
         rows = range(max(self.rated, chunk.start), min(chunk.start + len(chunk.tokens), self.sequence.scored))
         if not rows:
             return
-        log_TV = self.choice.log_probabilities(logits_TV[rows.start - chunk.start : rows.stop - chunk.start])
+        own_TV = logits_TV[rows.start - chunk.start : rows.stop - chunk.start]
         self.rated = rows.stop
-        self.tell(Event(prompt=tuple(self.choice.rate(self.ask.prompt[i + 1], row) for i, row in zip(rows, log_TV))))
+        self.tell(Event(prompt=tuple(self.choice.rate(self.ask.prompt[i + 1], row) for i, row in zip(rows, own_TV))))
 
     def tell(self, event: Event) -> None:
         if not self.ended:

@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -245,7 +246,7 @@ class ParallelPlanRunner:
         self.alone: AbstractContextManager[None] = nullcontext()
         self.failed: Exception | None = None
 
-    def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
+    def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[np.ndarray]:
         """As PlanRunner.step. Raises RuntimeError once the processes have lost each other."""
         if self.failed is not None:
             raise RuntimeError(f"the processes of this model have lost each other: {self.failed}") from self.failed

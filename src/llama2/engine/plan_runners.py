@@ -12,6 +12,7 @@ from llama2 import cpu
 from llama2.cache import DynamicCache
 from llama2.engine.scheduler import Chunk
 from llama2.errors import InputError
+from llama2.generation.arrays import to_numpy
 from llama2.protocols import CausalLM
 from llama2.runners.native import NativeModel, kept_in, native_weights, why_not
 
@@ -25,9 +26,9 @@ class PlanRunner(Protocol):
     bytes_per_page: int
     alone: AbstractContextManager[None]  # held by the thread that steps
 
-    def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
+    def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[np.ndarray]:
         """Keys and values of the chunks go into their pages; logits (wanted, V) of each chunk that wants any, in order,
-        on the CPU.
+        float32 or float64.
 
         adapters: for each chunk the adapter it runs with.
         """
@@ -46,7 +47,7 @@ class NativePlanRunner:
         self.bytes_per_page = self._cache.nbytes // pages
         self.alone: AbstractContextManager[None] = cpu.OneOpenMpThread()  # the engine's own threads run beside torch's
 
-    def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
+    def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[np.ndarray]:
         """As PlanRunner.step."""
         counts = np.array([len(chunk.tokens) for chunk in chunks])
         starts = np.concatenate(([0], counts.cumsum())).astype(np.int32)
@@ -59,8 +60,9 @@ class NativePlanRunner:
         wanted = [range(end - c.wanted, end) for c, end in zip(chunks, starts[1:], strict=True) if c.wanted]
         rows = np.array([row for chunk_rows in wanted for row in chunk_rows], np.int32)
         view = cpu.CacheView(self._cache, starts, past, tables, starts[1:] - 1)
-        logits = torch.from_numpy(self._runner.step(tokens, positions, view, rows, adapters))
-        return list(logits.split([len(chunk_rows) for chunk_rows in wanted])) if wanted else []
+        logits = self._runner.step(tokens, positions, view, rows, adapters)
+        ends = np.cumsum([len(chunk_rows) for chunk_rows in wanted])
+        return np.split(logits, ends[:-1]) if wanted else []
 
     def close(self) -> None:
         """Nothing to do."""
@@ -78,7 +80,7 @@ class TorchPlanRunner:
         self.alone: AbstractContextManager[None] = nullcontext()
 
     @torch.inference_mode()
-    def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[Tensor]:
+    def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[np.ndarray]:
         """As PlanRunner.step. Raises InputError for adapters, which the native engine alone adds while it runs."""
         if any(name is not None for name in adapters):
             raise InputError(f"torch runs this model without adapters, but {adapters!r} are asked for; merge them")
@@ -87,7 +89,7 @@ class TorchPlanRunner:
         for chunk in chunks:
             if len(chunk.tokens) > 1:
                 (found[id(chunk)],) = self._batch([chunk])
-        return [found[id(chunk)] for chunk in chunks if chunk.wanted]
+        return [to_numpy(found[id(chunk)]) for chunk in chunks if chunk.wanted]
 
     def close(self) -> None:
         """Nothing to do."""

@@ -1,18 +1,19 @@
-"""How one sequence of many picks its tokens: the processors, their order and the draws of generate()."""
+"""How one sequence of many picks its tokens: the processors, their order and the draws of generate(). No torch here.
+
+Logits are numpy arrays, float32 or float64, and so are the ids (1, S) and scores (1, V) that processors are given.
+"""
 
 import math
 import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from llama2.generation.config import GenerationConfig
 from llama2.generation.fast_sampling import Shortlist, split
-from llama2.generation.sampler import Prompt, Sampler, build_processors, likeliest
-from llama2.rope import promoted
-from llama2.runners.contract import invalid_logits
+from llama2.generation.filters import Prompt, build_processors
+from llama2.generation.seeded import SeededSampler, invalid_logits, likeliest
 
 
 class Picked(NamedTuple):
@@ -39,29 +40,25 @@ class Choice:
         own: Sequence[Any] = (),
     ) -> None:
         """limit: tokens with the prompt at most. logprobs: how many likeliest tokens to tell, None for nothing."""
-        ids = torch.tensor([list(prompt)])
-        sample = bool(config.value("do_sample"))
+        ids = np.array([prompt], np.int64)
         self.seed = secrets.randbits(63) if seed is None else seed
         processors = build_processors(config, Prompt(ids), limit, own)
-        self._sampler = Sampler(sample, None, [self.seed] if sample else None)
+        self._sampler = SeededSampler(bool(config.value("do_sample")), [self.seed])
         self._before, self._filters, self._shortlist = split(processors, self._sampler)
-        self._guesser: tuple[Sampler, Shortlist | None] | None = None
+        self._guesser: tuple[SeededSampler, Shortlist | None] | None = None
         self._ids, self.length, self._logprobs = ids, ids.shape[1], logprobs
         if self._before:
-            self._ids = torch.cat((ids, torch.zeros((1, limit - self.length), dtype=torch.long)), 1)
+            self._ids = np.concatenate((ids, np.zeros((1, limit - self.length), np.int64)), 1)
 
-    def __call__(self, logits_V: Tensor) -> Picked:
+    def __call__(self, logits_V: np.ndarray) -> Picked:
         """The next token. Raises InputError where there is none to pick."""
-        raw_BV = self._promoted(logits_V)[None]
-        token = self._pick(raw_BV)
+        token = self._pick(logits_V[None])
         if self._before:
             self._ids[0, self.length] = token
         self.length += 1
-        if self._logprobs is None:
-            return Picked(token)
-        return self.rate(token, raw_BV[0].log_softmax(-1))
+        return Picked(token) if self._logprobs is None else self.rate(token, logits_V)
 
-    def _pick(self, raw_BV: Tensor) -> int:
+    def _pick(self, raw_BV: np.ndarray) -> int:
         ids_BS = self._ids[:, : self.length]
         scores_BV = self._before(ids_BS, raw_BV)
         found = None if self._shortlist is None else self._shortlist(scores_BV)
@@ -69,36 +66,43 @@ class Choice:
             return found[0]
         scores_BV = self._filters(ids_BS, scores_BV)
         token_B, peak_B = self._sampler(scores_BV)
-        if not math.isfinite(float(peak_B)):
-            raise invalid_logits(raw_BV, scores_BV, torch.ones(1, dtype=torch.bool), self.length)
-        return int(token_B)
+        if not math.isfinite(peak_B[0]):
+            raise invalid_logits(raw_BV, scores_BV, [0], self.length)
+        return int(token_B[0])
 
-    def guess(self, logits_V: Tensor, ahead: int) -> int:
+    def guess(self, logits_V: np.ndarray, ahead: int) -> int:
         """What a smaller model's logits give with the draw of the token `ahead` places behind the next; takes no draw.
 
         Penalties and other processors, which may count what they see, are left to the check of the guess.
         """
-        scores_BV = self._promoted(logits_V)[None]
+        scores_BV = logits_V[None]
         if not self._sampler.do_sample:
-            return int(likeliest(scores_BV)[0])
+            return int(likeliest(scores_BV)[0][0])
         if self._guesser is None:
-            sampler = Sampler(True, None, [self.seed])
+            sampler = SeededSampler(True, [self.seed])
             self._guesser = sampler, split(self._filters, sampler)[2]
         sampler, shortlist = self._guesser
         sampler.put_back(self._sampler.peek(ahead))
         found = None if shortlist is None else shortlist(scores_BV)
-        return found[0] if found is not None else int(sampler(self._filters(self._ids, scores_BV))[0])
+        return found[0] if found is not None else int(sampler(self._filters(self._ids, scores_BV))[0][0])
 
-    def log_probabilities(self, logits_TV: Tensor) -> Tensor:
-        """Those of the model's own logits."""
-        return self._promoted(logits_TV).log_softmax(-1)
+    def rate(self, token: int, logits_V: np.ndarray) -> Picked:
+        """A token with its log-probability in the model's own logits and as many of the likeliest as were asked for."""
+        with np.errstate(all="ignore"):
+            shifted_V = logits_V - logits_V.max()
+            total = np.log(np.exp(shifted_V).sum())
+            best = _likeliest_ids(logits_V, self._logprobs or 0)
+            top = tuple(zip(best.tolist(), (shifted_V[best] - total).tolist(), strict=True))
+            return Picked(token, float(shifted_V[token] - total), top)
 
-    def rate(self, token: int, log_V: Tensor) -> Picked:
-        """A token with its log-probability and as many of the likeliest as were asked for."""
-        best = log_V.topk(self._logprobs) if self._logprobs else None
-        top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Picked(token, float(log_V[token]), top)
 
-    @staticmethod
-    def _promoted(logits: Tensor) -> Tensor:
-        return logits if logits.dtype == torch.float32 else logits.to(promoted(logits.dtype))
+def _likeliest_ids(logits_V: np.ndarray, count: int) -> np.ndarray:
+    """The ids of the `count` largest, falling; equal ones in their order."""
+    size = len(logits_V)
+    if not count:
+        return np.zeros(0, np.int64)
+    ids = np.arange(size)
+    if count < size:
+        least = np.partition(logits_V, size - count)[size - count]
+        ids = np.flatnonzero(logits_V >= least)
+    return ids[np.argsort(-logits_V[ids], kind="stable")][:count]

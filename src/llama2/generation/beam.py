@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from llama2.generation.request import Request
+from llama2.generation.seeded import invalid_logits
 from llama2.outputs import GenerateBeamDecoderOnlyOutput
 from llama2.rope import promoted
-from llama2.runners.contract import invalid_logits
 
 _WORST = -1e9  # below any sum of log-probabilities, yet finite, so that no NaN can come of it
 
@@ -92,7 +92,7 @@ class Search:
         scores_BV = request.processors(request.ids[:, : self.length], raw_BV.log_softmax(-1))
         invalid_B = scores_BV.isnan().any(-1)
         if bool(invalid_B.any()):
-            raise invalid_logits(raw_BV, scores_BV, invalid_B, self.generated + 1)
+            raise invalid_logits(raw_BV, scores_BV, invalid_B.nonzero().flatten().tolist(), self.generated + 1)
         request.record.add(request.runner, raw_BV, scores_BV)
         return scores_BV
 

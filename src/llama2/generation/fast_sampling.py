@@ -1,27 +1,44 @@
 """Sampling from the few tokens that temperature, top-k and top-p leave, without a tensor of the whole vocabulary.
 
-The filters of `sampling` stay the definition. Here the compiled module finds the tokens that they leave in two passes
+The filters of `filters` stay the definition. Here the compiled module finds the tokens that they leave in two passes
 over the logits, computes in float64, and gives no answer where float32, in any order of summation, could decide
-otherwise: then the filters run, with the same random numbers. So the tokens are the same, draw for draw.
+otherwise: then the filters run, with the same random numbers. So the tokens are the same, draw for draw. No torch here.
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from llama2 import cpu
+from llama2.generation.arrays import Array
+from llama2.generation.filters import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from llama2.generation.processors import LogitsProcessorList
-from llama2.generation.sampler import Sampler, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from llama2.generation.seeded import Shortlisted
 
 _ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+
+
+class Among(Protocol):
+    """What draws a token a row from the few that are left: (their ids and probabilities, the vocabulary, how far these
+    may be wrong) -> tokens, or None where that decides."""
+
+    def __call__(self, rows: list[Shortlisted], vocabulary: int, margin: float, /) -> list[int] | None: ...
+
+
+class DrawsAmong(Protocol):
+    """The part of a sampler that is used."""
+
+    do_sample: bool
+
+    @property
+    def among(self) -> Among: ...
 
 
 class Shortlist:
     """Draws tokens from scores (B, V) as `filters` and `sampler` do one after the other; see `split`."""
 
-    def __init__(self, filters: list[Any], sampler: Sampler) -> None:
+    def __init__(self, filters: list[Any], sampler: DrawsAmong) -> None:
         self.sampler, self.temperature, self.most, self.top_p, self.keep = sampler, 1.0, 0, 1.0, 1
         for one in filters:
             if isinstance(one, TemperatureLogitsWarper):
@@ -31,11 +48,15 @@ class Shortlist:
             else:
                 self.top_p, self.keep = one.top_p, one.min_tokens_to_keep
 
-    def __call__(self, scores_BV: Tensor) -> list[int] | None:
+    def __call__(self, scores_BV: Array) -> list[int] | None:
         """A token a row, or None: the filters and the sampler have to say, which then draw the same."""
-        if scores_BV.device.type != "cpu" or scores_BV.dtype != torch.float32:
+        if not isinstance(scores_BV, np.ndarray):
+            if scores_BV.device.type != "cpu":
+                return None
+            scores_BV = scores_BV.numpy()
+        if scores_BV.dtype != np.float32:
             return None
-        found = cpu.shortlists(scores_BV.numpy(), self.temperature, self.most, self.top_p, self.keep)
+        found = cpu.shortlists(scores_BV, self.temperature, self.most, self.top_p, self.keep)
         rows = [row for row in found if row is not None]
         if len(rows) < len(found):
             return None
@@ -43,7 +64,7 @@ class Shortlist:
 
 
 def split(
-    processors: LogitsProcessorList, sampler: Sampler
+    processors: LogitsProcessorList, sampler: DrawsAmong
 ) -> tuple[LogitsProcessorList, LogitsProcessorList, Shortlist | None]:
     """What comes before the last filters, these filters, and what does their and the sampler's work at once.
 

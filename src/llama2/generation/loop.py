@@ -25,11 +25,12 @@ from llama2.generation.request import (
     prepare,
     settings,
 )
+from llama2.generation.seeded import invalid_logits
 from llama2.generation.speculative import PromptLookup, drafting_model, speculate
 from llama2.generation.streamers import BaseStreamer
 from llama2.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from llama2.rope import promoted
-from llama2.runners.contract import Runner, invalid_logits
+from llama2.runners.contract import Runner
 
 GenerateOutput = Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
@@ -94,7 +95,7 @@ def _picker(request: Request) -> Callable[[Tensor, Tensor, list[bool]], tuple[Te
             tokens = tokens_B.tolist()
             bad = [on and not math.isfinite(peak) for on, peak in zip(alive, peak_B.tolist(), strict=True)]
             if any(bad):
-                rows, step = torch.tensor(bad, device=ids_BS.device), ids_BS.shape[1] - request.width + 1
+                rows, step = [i for i, is_bad in enumerate(bad) if is_bad], ids_BS.shape[1] - request.width + 1
                 raise invalid_logits(raw_BV, scores_BV, rows, step)
         request.record.add(request.runner, raw_BV, scores_BV)
         return tokens_B, tokens

@@ -17,10 +17,13 @@ from llama2 import cpu
 from llama2.cache import KVCache
 from llama2.errors import ContextLengthError, InputError
 from llama2.generation.config import CACHE_ALIASES, DEFAULTS, GenerationConfig, as_list
+from llama2.generation.filters import Prompt, build_processors
+from llama2.generation.guidance import PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from llama2.generation.outputs import Record
 from llama2.generation.past_key_values import cache_to_run, given_cache
-from llama2.generation.processors import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
-from llama2.generation.sampler import Prompt, Sampler, build_processors, row_seeds
+from llama2.generation.processors import LogitsProcessorList
+from llama2.generation.sampler import Sampler
+from llama2.generation.seeded import row_seeds
 from llama2.generation.stopping import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -422,12 +425,13 @@ def prepare(model: CausalLM, call: GenerateArguments, config: GenerationConfig) 
     seeds = row_seeds(call.seed, len(prompt), 1 if beams > 1 else copies)
     if seeds is not None and call.generator is not None:
         raise InputError("seed and generator both given; seed draws each row by itself, generator the whole batch")
+    allowed = call.prefix_allowed_tokens_fn
     processors = build_processors(
         config,
-        Prompt(prompt, known, copies),
+        Prompt(prompt, known),
         width + new,
         call.logits_processor,
-        call.prefix_allowed_tokens_fn,
+        None if allowed is None else PrefixConstrainedLogitsProcessor(allowed, copies),
         _guidance(model, call, config),
     )
     return Request(

@@ -13,8 +13,9 @@ from torch import Tensor
 from llama2.cache import DynamicCache
 from llama2.errors import InputError
 from llama2.generation.request import GenerateArguments, Request
+from llama2.generation.seeded import invalid_logits
 from llama2.rope import promoted
-from llama2.runners.contract import Runner, invalid_logits, make_runner
+from llama2.runners.contract import Runner, make_runner
 from llama2.runners.native import NativeCache
 
 
@@ -149,7 +150,7 @@ class _Writer:
         scores: Tensor = request.processors(request.ids[:, : self.length], raw)
         invalid = ~scores.amax(-1).isfinite()
         if bool(invalid):
-            raise invalid_logits(raw, scores, invalid, self.length - request.width + 1)
+            raise invalid_logits(raw, scores, [0], self.length - request.width + 1)
         request.record.add(request.runner, raw, scores, place)
         return scores
 

@@ -168,23 +168,3 @@ def make_runner(
     if prepared:
         return PreparedRunner(model, attentions, hidden_states, extra)
     return TorchRunner(model, attentions, hidden_states, graphs=runner != "plain")
-
-
-def invalid_logits(raw_BV: Tensor, scores_BV: Tensor, rows: Tensor, step: int) -> InputError:
-    """The error for rows whose scores leave nothing to pick: was it the network or the settings?"""
-    names = rows.nonzero().flatten().tolist()
-    raw = raw_BV[rows]
-    if bool(raw.isnan().any()) or bool((raw == torch.inf).any()):
-        return InputError(
-            f"the model's logits hold NaN or inf in row {names} at new token {step}, so no probability tensor can be "
-            "made of them: float16 overflows where bfloat16 does not, so load with dtype=torch.bfloat16 or float32; "
-            "otherwise the weights are damaged. remove_invalid_values=True hides it"
-        )
-    if bool((scores_BV[rows] == -torch.inf).all()):
-        return InputError(
-            f"every token is forbidden in row {names} at new token {step}: the bans and constraints (bad_words_ids, "
-            "suppress_tokens, no_repeat_ngram_size, min_length, processors) leave none; relax one of them"
-        )
-    return InputError(
-        f"a logits processor made NaN or inf in row {names} at new token {step}; the model's logits were finite"
-    )

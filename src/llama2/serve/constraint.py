@@ -6,14 +6,14 @@ request. Whitespace of JSON is fixed to that of Python's json.dumps: a model tha
 
 import ctypes
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from llama2.errors import InputError, MissingDependencyError
+from llama2.generation.arrays import Array, of, on_arrays
 from llama2.serve.byte_cache import Kept
 from llama2.serve.proof import Proof, Prover
 from llama2.serve.prover import compile_source
@@ -112,7 +112,8 @@ class Constrained:
         self._bits = np.zeros(-(-vocabulary // 32), np.int32)
         self._vocabulary = vocabulary
 
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+    @on_arrays
+    def __call__(self, ids: Array, scores: Array) -> Array:
         new = ids[0, self._seen :].tolist()
         self._seen = ids.shape[1]
         if (new and not self._matcher.consume_tokens(new)) or self._matcher.is_error():
@@ -121,9 +122,10 @@ class Constrained:
         self._matcher.unsafe_compute_mask_ptr(address, self._bits.nbytes)
         if self._matcher.is_error():
             raise ConstraintError(f"the constraint could not be followed: {self._matcher.get_error()[:200]}")
-        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocabulary]
-        mask = torch.from_numpy(allowed.view(np.bool_)).to(scores.device)
-        return scores.masked_fill(~mask, -torch.inf)
+        np.invert(self._bits, out=self._bits)
+        forbidden = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocabulary].view(np.bool_)
+        arrays = of(scores)
+        return arrays.masked(scores, arrays.array(forbidden, scores), -math.inf)
 
 
 class _Pieces:

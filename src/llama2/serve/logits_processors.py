@@ -1,14 +1,19 @@
 """What a request adds to the logits beside the settings of generate(): penalties by count, biases, a watermark.
 
-Each is a logits processor for one sequence: ids (1, S) so far and scores (1, V).
+Each is a logits processor for one sequence: ids (1, S) so far and scores (1, V). No torch here.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from llama2.compiled import available, native
+from llama2.generation.arrays import Array, of, on_arrays
+from llama2.lazy import door
 
 WATERMARK_KEY = 15485863  # text-generation-inference's, so that its detectors work
+_permuted_by_torch = door("generation.tensors", "permuted", "The first of a permutation, from torch.")
 
 
 class CountPenalty:
@@ -17,28 +22,28 @@ class CountPenalty:
     Ids of the prompt do not count.
     """
 
-    def __init__(self, frequency: float, presence: float, prompt: int, vocabulary: int) -> None:
+    def __init__(self, frequency: float, presence: float, prompt: int) -> None:
         """prompt: tokens of the prompt."""
         self.frequency, self.presence, self.seen = frequency, presence, prompt
-        self.penalty_V = torch.zeros(vocabulary)
-        self._present: set[int] = set()
+        self._penalties: dict[int, float] = {}  # of each id of the answer
 
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+    @on_arrays
+    def __call__(self, ids: Array, scores: Array) -> Array:
         for token in ids[0, self.seen :].tolist():
-            self.penalty_V[token] += self.frequency + (0.0 if token in self._present else self.presence)
-            self._present.add(token)
+            self._penalties[token] = self._penalties.get(token, self.presence) + self.frequency
         self.seen = ids.shape[1]
-        return scores - self.penalty_V.to(scores.device)
+        return _plus(scores, list(self._penalties), [-penalty for penalty in self._penalties.values()])
 
 
 class Bias:
     """Adds a number to the scores of some ids."""
 
     def __init__(self, bias: Mapping[int, float]) -> None:
-        self.ids, self.values = torch.tensor(list(bias)), torch.tensor(list(bias.values()), dtype=torch.float32)
+        self.ids, self.values = list(bias), list(bias.values())
 
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.index_add(1, self.ids.to(scores.device), self.values.to(scores)[None])
+    @on_arrays
+    def __call__(self, ids: Array, scores: Array) -> Array:
+        return _plus(scores, self.ids, self.values)
 
 
 class Watermark:
@@ -47,11 +52,25 @@ class Watermark:
     def __init__(self, gamma: float = 0.5, delta: float = 2.0) -> None:
         self.gamma, self.delta = gamma, delta
 
-    def green(self, previous: int, vocabulary: int) -> Tensor:
-        """The favoured ids."""
-        generator = torch.Generator().manual_seed(WATERMARK_KEY * previous)
-        return torch.randperm(vocabulary, generator=generator)[: int(self.gamma * vocabulary)]
+    def green(self, previous: int, vocabulary: int) -> np.ndarray:
+        """The favoured ids: the first of torch's random permutation for the seed of the previous id."""
+        seed, count = WATERMARK_KEY * previous, int(self.gamma * vocabulary)
+        if not available():  # then torch runs the model, and is here
+            found: np.ndarray = _permuted_by_torch(seed, vocabulary, count)
+            return found
+        native().permutation(seed, vocabulary, ids := np.empty(count, np.int64))
+        return ids
 
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        green = self.green(int(ids[0, -1]), scores.shape[1]).to(scores.device)
-        return scores.index_add(1, green, torch.full((1, len(green)), self.delta).to(scores))
+    @on_arrays
+    def __call__(self, ids: Array, scores: Array) -> Array:
+        green = self.green(int(ids[0, -1]), scores.shape[1])
+        return _plus(scores, green, np.full(len(green), self.delta))
+
+
+def _plus(scores: Array, ids: Any, values: Any) -> Array:
+    """scores with values added to some ids, each of them there once."""
+    arrays = of(scores)
+    out = arrays.copy(scores)
+    if len(ids):
+        out[:, ids] += arrays.array(values, scores)
+    return out

@@ -183,17 +183,17 @@ class GenerationRequest:
             )
             for j in range(self.best_of):
                 seed = (self.seed + i * self.best_of + j) & SEED_BITS
-                processors = self._processors(len(prompt), engine.model.config.vocab_size, held)
+                processors = self._processors(len(prompt), held)
                 found.append(replace(ask, seed=seed, processors=processors, rate_prompt=ask.rate_prompt and j == 0))
         return found
 
-    def _processors(self, prompt: int, vocabulary: int, held: Callable[[int], Constrained] | None) -> tuple[Any, ...]:
+    def _processors(self, prompt: int, held: Callable[[int], Constrained] | None) -> tuple[Any, ...]:
         sampling = self.sampling
         found: list[Any] = [Watermark()] if sampling.watermark else []
         if sampling.bias:
             found.append(Bias(sampling.bias))
         if sampling.frequency_penalty or sampling.presence_penalty:
-            found.append(CountPenalty(sampling.frequency_penalty, sampling.presence_penalty, prompt, vocabulary))
+            found.append(CountPenalty(sampling.frequency_penalty, sampling.presence_penalty, prompt))
         if held is not None:
             found.append(held(prompt))
         return tuple(found)
