@@ -59,7 +59,7 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("auto", "engine"), 17),
     **dict.fromkeys(("pipelines", "peft_model", "train", "evaluate"), 18),
     "scoring": 19,
-    **dict.fromkeys(("serve", "quantize"), 20),
+    **dict.fromkeys(("serve", "quantize", "align"), 20),
     "cli": 21,
     **dict.fromkeys(("convert_llama_weights_to_hf", "__main__"), 22),
 }

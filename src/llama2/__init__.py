@@ -97,6 +97,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "outputs": ("ModelOutput",),
     "lora_config": ("LoraConfig", "TaskType"),
     "engine.engine": ("Engine",),
+    "align.configs": ("GRPOConfig", "PPOConfig", "RLOOConfig"),
+    "align.trainers": ("GRPOTrainer", "PPOTrainer", "RLOOTrainer"),
     "train.arguments": ("TrainingArguments",),
     "train.callbacks": (
         "EarlyStoppingCallback",

@@ -1,5 +1,7 @@
 """Written by tools/write_stub.py from `_HOMES` in __init__.py; do not edit."""
 
+from llama2.align.configs import GRPOConfig, PPOConfig, RLOOConfig
+from llama2.align.trainers import GRPOTrainer, PPOTrainer, RLOOTrainer
 from llama2.auto import (
     AutoConfig,
     AutoModel,
@@ -195,6 +197,8 @@ __all__ = [
     "ForcedBOSTokenLogitsProcessor",
     "ForcedEOSTokenLogitsProcessor",
     "GPTQConfig",
+    "GRPOConfig",
+    "GRPOTrainer",
     "GenerationConfig",
     "HfArgumentParser",
     "InfNanRemoveLogitsProcessor",
@@ -226,6 +230,8 @@ __all__ = [
     "ModelOutput",
     "NoBadWordsLogitsProcessor",
     "NoRepeatNGramLogitsProcessor",
+    "PPOConfig",
+    "PPOTrainer",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -235,6 +241,8 @@ __all__ = [
     "PreTrainedTokenizerFast",
     "PrefixConstrainedLogitsProcessor",
     "PrinterCallback",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RepetitionPenaltyLogitsProcessor",
     "RewardConfig",
     "RewardTrainer",

@@ -4,13 +4,14 @@ import math
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_ids, tiny_model
 from torch import Tensor
 
 from llama2 import cpu
-from llama2.generation.fast_sampling import Shortlist, split
+from llama2.generation.fast_sampling import Shortlist, split, whole_draw
 from llama2.generation.filters import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -20,6 +21,7 @@ from llama2.generation.filters import (
 from llama2.generation.loop import generate
 from llama2.generation.processors import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from llama2.generation.sampler import Sampler
+from llama2.generation.seeded import SeededSampler
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native engine is not built")
 V = 6400  # 100 blocks of 64
@@ -183,3 +185,29 @@ def test_one_openmp_thread_is_this_threads_only() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
+def test_the_draw_of_a_whole_row_is_that_of_the_sampler(temperature: float) -> None:
+    """Draw for draw, with the log-probability of the distribution that is drawn from."""
+    processors = LogitsProcessorList([] if temperature == 1 else [TemperatureLogitsWarper(temperature)])
+    short, long = SeededSampler(True, [5]), SeededSampler(True, [5])
+    draw = whole_draw(processors, short)
+    assert draw is not None
+    random, ids, missed = np.random.default_rng(1), np.zeros((1, 1), np.int64), 0
+    for i in range(400):
+        row = (random.normal(size=1000 + i % 70) * 3).astype(np.float32)
+        row[i % 9] = -math.inf
+        scores = processors(ids, row[None])
+        wanted = int(long(scores)[0][0])
+        log = float(torch.from_numpy(scores[0]).log_softmax(-1)[wanted])
+        found = draw(row)
+        if found is None:
+            missed += 1
+            found = (int(short(scores)[0][0]), log)
+        assert found[0] == wanted
+        assert found[1] == pytest.approx(log, abs=1e-5)
+    assert missed < 40  # tokens that are as rare as the margin
+    assert draw(np.full(100, math.nan, np.float32)) is None and draw(np.full(100, -math.inf, np.float32)) is None
+    assert whole_draw(LogitsProcessorList([TopKLogitsWarper(3)]), short) is None
+    assert whole_draw(processors, SeededSampler(False, [1])) is None

@@ -45,7 +45,7 @@ class _Live:
         tokens = list(ask.prompt if ask.score_from is None else ask.prompt[:-1])
         scored = len(ask.prompt) - 1 if ask.rate_prompt or ask.score_from is not None else 0
         self.sequence = Scheduled(tokens, limit, salt, scored, ask.owner, (ask.score_from or 1) - 1)
-        self.choice = Choice(ask.config, ask.prompt, limit, ask.seed, ask.logprobs, ask.processors)
+        self.choice = Choice(ask.config, ask.prompt, limit, ask.seed, ask.logprobs, ask.processors, ask.drawn)
         self.eos = frozenset(ask.config.eos_token_ids)
         if decoder is not None and ask.continues:
             decoder.put(list(ask.prompt[-8:]))  # a character has four bytes at most, and one token more tells the start

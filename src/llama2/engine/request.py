@@ -55,9 +55,10 @@ class Ask:
     """A request: a prompt of ids and how to continue it.
 
     config: settings of generate(), complete. stop: strings that end the text, left out of it unless keep_stop.
-    logprobs: how many likeliest tokens each event tells, None for none. tenant: requests of another tenant share no
-    cached prefix. owner: whose share of the engine it takes, where several have requests. lookup: tokens to guess from
-    earlier text and check in one step (prompt lookup), 0 for none.
+    logprobs: how many likeliest tokens each event tells, None for none; drawn: log-probabilities are those of the
+    distribution that tokens are drawn from, after penalties, temperature and filters. tenant: requests of another
+    tenant share no cached prefix. owner: whose share of the engine it takes, where several have requests. lookup:
+    tokens to guess from earlier text and check in one step (prompt lookup), 0 for none.
     rate_prompt: tell the log-probability of each prompt token but the first, as events before the first new token.
     continues: the text goes on from the prompt, so its first space counts; else it stands by itself.
     score_from: nothing is generated; the prompt's tokens from this index on are scored, in one event, and so is each of
@@ -81,6 +82,7 @@ class Ask:
     owner: str = ""
     score_from: int | None = None
     endings: tuple[int, ...] = ()
+    drawn: bool = False
 
 
 @dataclass

@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama2.generation.config import GenerationConfig
-from llama2.generation.fast_sampling import Shortlist, split
+from llama2.generation.fast_sampling import Shortlist, split, whole_draw
 from llama2.generation.filters import Prompt, build_processors
+from llama2.generation.processors import LogitsProcessorList
 from llama2.generation.seeded import SeededSampler, invalid_logits, likeliest
 
 
 class Picked(NamedTuple):
     """A token; with logprobs asked for its log-probability and the likeliest (id, log-probability), best first.
 
-    Log-probabilities are those of the model's own logits, before penalties, temperature and filters.
+    Log-probabilities are those of the model's own logits, before penalties, temperature and filters, unless `drawn`
+    asks for those after them.
     """
 
     token: int
@@ -38,8 +40,10 @@ class Choice:
         seed: int | None = None,
         logprobs: int | None = None,
         own: Sequence[Any] = (),
+        drawn: bool = False,
     ) -> None:
-        """limit: tokens with the prompt at most. logprobs: how many likeliest tokens to tell, None for nothing."""
+        """limit: tokens with the prompt at most. logprobs: how many likeliest tokens to tell, None for nothing. drawn:
+        rate tokens by the distribution that they are drawn from."""
         ids = np.array([prompt], np.int64)
         self.seed = secrets.randbits(63) if seed is None else seed
         processors = build_processors(config, Prompt(ids), limit, own)
@@ -47,28 +51,42 @@ class Choice:
         self._before, self._filters, self._shortlist = split(processors, self._sampler)
         self._guesser: tuple[SeededSampler, Shortlist | None] | None = None
         self._ids, self.length, self._logprobs = ids, ids.shape[1], logprobs
+        self._drawn = drawn and logprobs is not None
+        if self._drawn:  # the filters' scores are wanted, which the shortlist does without
+            self._before, self._filters, self._shortlist = processors, LogitsProcessorList(), None
+        self._whole = whole_draw(processors, self._sampler)
         if self._before:
             self._ids = np.concatenate((ids, np.zeros((1, limit - self.length), np.int64)), 1)
 
     def __call__(self, logits_V: np.ndarray) -> Picked:
         """The next token. Raises InputError where there is none to pick."""
-        token = self._pick(logits_V[None])
+        found = None if self._whole is None else self._whole(logits_V)
+        token, scores_V = (found[0], None) if found is not None else self._pick(logits_V[None])
         if self._before:
             self._ids[0, self.length] = token
         self.length += 1
-        return Picked(token) if self._logprobs is None else self.rate(token, logits_V)
+        if self._logprobs is None:
+            return Picked(token)
+        if found is not None and self._drawn and not self._logprobs:
+            return Picked(*found)
+        if not self._drawn:
+            return self.rate(token, logits_V)
+        if scores_V is None:
+            scores_V = self._before(self._ids, logits_V[None])[0]
+        return self.rate(token, scores_V)
 
-    def _pick(self, raw_BV: np.ndarray) -> int:
+    def _pick(self, raw_BV: np.ndarray) -> tuple[int, np.ndarray]:
+        """A token, and the scores (V,) as far as they were made for it."""
         ids_BS = self._ids[:, : self.length]
         scores_BV = self._before(ids_BS, raw_BV)
         found = None if self._shortlist is None else self._shortlist(scores_BV)
         if found is not None:
-            return found[0]
+            return found[0], scores_BV[0]
         scores_BV = self._filters(ids_BS, scores_BV)
         token_B, peak_B = self._sampler(scores_BV)
         if not math.isfinite(peak_B[0]):
             raise invalid_logits(raw_BV, scores_BV, [0], self.length)
-        return int(token_B[0])
+        return int(token_B[0]), scores_BV[0]
 
     def guess(self, logits_V: np.ndarray, ahead: int) -> int:
         """What a smaller model's logits give with the draw of the token `ahead` places behind the next; takes no draw.

@@ -3,6 +3,9 @@
 The filters of `filters` stay the definition. Here the compiled module finds the tokens that they leave in two passes
 over the logits, computes in float64, and gives no answer where float32, in any order of summation, could decide
 otherwise: then the filters run, with the same random numbers. So the tokens are the same, draw for draw. No torch here.
+
+`WholeDraw` does so where only a temperature shapes the draw: one pass of exponentials in a buffer that stays, sums of
+blocks, and a search in one of them.
 """
 
 import math
@@ -14,7 +17,7 @@ from llama2 import cpu
 from llama2.generation.arrays import Array
 from llama2.generation.filters import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from llama2.generation.processors import LogitsProcessorList
-from llama2.generation.seeded import Shortlisted
+from llama2.generation.seeded import SeededSampler, Shortlisted
 
 _ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
@@ -61,6 +64,54 @@ class Shortlist:
         if len(rows) < len(found):
             return None
         return self.sampler.among(rows, scores_BV.shape[-1], cpu.shortlist_margin(max(len(p) for _, p in rows)))
+
+
+class WholeDraw:
+    """Draws a token from a whole row of logits (V,) float32 at a temperature, with its log-probability, as `sampler`
+    would."""
+
+    _BLOCK = 64
+    _MARGIN = 1e-5  # a softmax in float32, in any order of summation, is within a few 1e-6 of a sum of probabilities
+
+    def __init__(self, temperature: float, sampler: SeededSampler) -> None:
+        self.temperature, self.sampler = temperature, sampler
+        self._buffer = np.zeros(0, np.float32)
+
+    def __call__(self, logits_V: np.ndarray) -> tuple[int, float] | None:
+        """A token and log p(token); None where the sampler has to say, which then draws the same."""
+        count, peak = len(logits_V), float(logits_V.max())
+        if logits_V.dtype != np.float32 or not math.isfinite(peak):
+            return None
+        size = -(-count // self._BLOCK) * self._BLOCK
+        if len(self._buffer) != size:
+            self._buffer = np.zeros(size, np.float32)
+        p = self._buffer[:count]
+        np.subtract(logits_V, np.float32(peak), out=p)
+        if self.temperature != 1:
+            np.divide(p, np.float32(self.temperature), out=p)
+        np.exp(p, out=p)
+        blocks = self._buffer.reshape(-1, self._BLOCK)
+        ends = blocks.sum(1).cumsum(dtype=np.float64)
+        uniform = self.sampler.uniform()
+        total = float(ends[-1])
+        at = float(uniform[0]) * total
+        block = min(int(ends.searchsorted(at, side="right")), len(ends) - 1)
+        begin = float(ends[block - 1]) if block else 0.0
+        inner = blocks[block].cumsum(dtype=np.float64) + begin
+        place = int(inner.searchsorted(at, side="right"))
+        token = block * self._BLOCK + place
+        low = float(inner[place - 1]) if place else begin
+        if place == self._BLOCK or token >= count or min(at - low, float(inner[place]) - at) < self._MARGIN * total:
+            self.sampler.put_back(uniform)
+            return None
+        return token, (float(logits_V[token]) - peak) / self.temperature - math.log(total)
+
+
+def whole_draw(processors: LogitsProcessorList, sampler: SeededSampler) -> WholeDraw | None:
+    """The draw of a whole row, where nothing but a temperature comes before it."""
+    if not sampler.do_sample or len(processors) > 1 or any(type(p) is not TemperatureLogitsWarper for p in processors):
+        return None
+    return WholeDraw(processors[0].temperature if processors else 1.0, sampler)
 
 
 def split(

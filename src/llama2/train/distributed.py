@@ -74,6 +74,24 @@ class Ranks:
         found: T = box[0]
         return found
 
+    def joined(self, ask: Callable[[], Sequence[T]]) -> list[T]:
+        """What the ranks make of their shares, in the order that `share` took them from; an error of one rank is raised
+        on every rank."""
+        if self.world == 1:
+            return list(ask())
+        box: tuple[list[T], Exception | None] = ([], None)
+        try:
+            box = (list(ask()), None)
+        except Exception as error:  # the others must not wait for what never comes
+            box = ([], error)
+        boxes: list[Any] = [None] * self.world
+        dist.all_gather_object(boxes, box)
+        for _, failed in boxes:
+            if failed is not None:
+                raise failed
+        parts: list[list[T]] = [part for part, _ in boxes]
+        return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
+
     def wait(self) -> None:
         """Until all ranks are here."""
         self.sums([0.0])

@@ -117,7 +117,7 @@ NUMBERS: dict[str, Number] = {
     "router_aux_loss_coef": _AT_LEAST_0,
     "label_pad_token_id": Number(-(2**31), whole=True),
     "padding_value": Number(-(2**31), whole=True),
-    "beta": Number(0, open=True),
+    "beta": _AT_LEAST_0,
     "label_smoothing": Number(0, 0.5),
     "precompute_ref_batch_size": _COUNT,
     "ld_alpha": Number(0, 1),

@@ -223,7 +223,7 @@ class Trainer(Loop):
     def _updates(self, given: Any) -> AdamW:
         args = self.args
         found = AdamW(
-            trained(self.network).items(),
+            self._trainable().items(),
             (args.adam_beta1, args.adam_beta2),
             args.adam_epsilon,
             args.weight_decay,
@@ -235,6 +235,10 @@ class Trainer(Loop):
             self.network.to(self._narrow)
         keep_reference(self.objective, self.network, self.ranks.first)
         return found
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        """What is updated, by name."""
+        return trained(self.network)
 
     def _shard(self) -> Root | None:
         self.ranks.match(parameter for parameter in self.network.parameters() if parameter.requires_grad)
