@@ -66,8 +66,8 @@ def shared_head(trainer: Any) -> Any:
 def test_the_update_of_ppo_is_that_of_plain_torch(tokenizer: Any, tmp_path: Path) -> None:
     config = PPOConfig(
         str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=4, num_mini_batches=2,
-        num_ppo_epochs=3, num_generations=3, learning_rate=3e-3, weight_decay=0.1, kl_coef=0.05, critic="shared", whiten_scores=True,
-        max_steps=6, temperature=0.7, gamma=0.98, max_completion_length=12, vf_coef=0.3, **QUIET,
+        num_ppo_epochs=3, num_generations=3, learning_rate=3e-3, weight_decay=0.1, kl_coef=0.05, critic="shared",
+        whiten_scores=True, max_steps=6, temperature=0.7, gamma=0.98, max_completion_length=12, vf_coef=0.3, **QUIET,
     )  # fmt: skip
     model = byte_model()
     plain = copy.deepcopy(model)
