@@ -22,7 +22,7 @@ from llama2.train.callbacks import plan_epoch, plan_step
 from llama2.train.encoding import CLASSIFIERS, Encoder
 from llama2.train.hooks import MEASURES, TRAINS, Hooks, accepts, overridden
 from llama2.train.objectives import Classification, Loss, NextToken
-from llama2.train.optim import clip
+from llama2.train.optim import clip, trained
 from llama2.train.saving import Saving, grouped, order_of
 from llama2.train.schedules import learning_rate
 
@@ -124,6 +124,10 @@ class Loop(Hooks, Saving):
         """Weights that multiply, for the operations of a token."""
         count = getattr(self.network, "num_parameters", None)
         return int(count(exclude_embeddings=True)) if count else sum(p.numel() for p in self.network.parameters())
+
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        """What is updated, by name."""
+        return trained(self.network)
 
     # -- which way -----------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from llama2.train.hooks import Hooks
 from llama2.train.loop import Loop, Rates
 from llama2.train.malloc import kept
 from llama2.train.objectives import Classification, NextToken, Objective, keep_reference
-from llama2.train.optim import AdamW, trained
+from llama2.train.optim import AdamW
 from llama2.train.precision import suit_processor
 from llama2.train.results import Results
 from llama2.train.saving import LOG, Saving
@@ -235,10 +235,6 @@ class Trainer(Loop):
             self.network.to(self._narrow)
         keep_reference(self.objective, self.network, self.ranks.first)
         return found
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        """What is updated, by name."""
-        return trained(self.network)
 
     def _shard(self) -> Root | None:
         self.ranks.match(parameter for parameter in self.network.parameters() if parameter.requires_grad)
