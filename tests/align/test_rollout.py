@@ -1,4 +1,4 @@
-"""Sampling from the model in training: mean-one importance weights, shared prompts, seeds, adapters without a merge."""
+"""RolloutSettings from the model in training: mean-one importance weights, shared prompts, seeds, adapters without a merge."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from tiny import random_adapter, tiny_model
 
 from llama2 import AutoTokenizer, InputError, LoraConfig, lora
 from llama2.align.policy import Item, PolicyGradient
-from llama2.align.rollout import Rollout, Sampler, Sampling, end_tokens, resting, seed_of
+from llama2.align.rollout import Rollout, RolloutSampler, RolloutSettings, end_tokens, resting, seed_of
 from llama2.train.distributed import Ranks
 from llama2.train.fused_layer import fused, fuses
 
@@ -45,10 +45,10 @@ def training_logs(model: Any, answers: list[Rollout], temperature: float) -> lis
 
 
 def sampled(
-    model: Any, tokenizer: Any, how: Sampling, count: int, runner: str = "auto"
-) -> tuple[Sampler, list[Rollout]]:
+    model: Any, tokenizer: Any, how: RolloutSettings, count: int, runner: str = "auto"
+) -> tuple[RolloutSampler, list[Rollout]]:
     prompts = [(i, list(tokenizer(f"the same beginning of a prompt, number {i}")["input_ids"])) for i in range(8)]
-    sampler = Sampler(model, tokenizer, how, Ranks(), runner)
+    sampler = RolloutSampler(model, tokenizer, how, Ranks(), runner)
     groups = sampler(prompts, [[seed_of(9, i, k) for k in range(count)] for i in range(8)])
     return sampler, [answer for group in groups for answer in group]
 
@@ -59,7 +59,7 @@ def test_importance_weights_average_one(temperature: float, dtype: torch.dtype, 
     """Of answers by the native engine with prefix hits, against the training forward pass with fused layers and packed
     rows: E[pi_train / pi_sampler] over the sampler's draws is 1, for every distribution that it may have."""
     model = model_of(dtype)
-    sampler, answers = sampled(model, tokenizer, Sampling(temperature=temperature, max_new_tokens=10), 24)
+    sampler, answers = sampled(model, tokenizer, RolloutSettings(temperature=temperature, max_new_tokens=10), 24)
     assert sampler.reused > 0
     train = training_logs(model, answers, temperature)
     weights = torch.stack(
@@ -74,7 +74,7 @@ def test_importance_weights_average_one(temperature: float, dtype: torch.dtype, 
 def test_top_p_is_in_the_sampler_s_own_probabilities(tokenizer: Any) -> None:
     """They are of what is left, so that they exceed the model's by the mass that was cut."""
     model = model_of()
-    _, answers = sampled(model, tokenizer, Sampling(top_p=0.7, max_new_tokens=6), 4)
+    _, answers = sampled(model, tokenizer, RolloutSettings(top_p=0.7, max_new_tokens=6), 4)
     train = training_logs(model, answers, 1.0)
     more = torch.cat([torch.tensor(a.logs) - t for t, a in zip(train, answers, strict=True)])
     assert bool((more > -1e-4).all()) and bool((more < -math.log(0.7) + 1e-4).all())
@@ -82,9 +82,11 @@ def test_top_p_is_in_the_sampler_s_own_probabilities(tokenizer: Any) -> None:
 
 
 def test_answers_are_a_function_of_their_seeds(tokenizer: Any) -> None:
-    model, how = model_of(), Sampling(max_new_tokens=8)
+    model, how = model_of(), RolloutSettings(max_new_tokens=8)
     _, all_of_them = sampled(model, tokenizer, how, 6)
-    alone = Sampler(model, tokenizer, how, Ranks())([(3, all_of_them[18].prompt_ids)], [[all_of_them[20].seed]])[0][0]
+    alone = RolloutSampler(model, tokenizer, how, Ranks())([(3, all_of_them[18].prompt_ids)], [[all_of_them[20].seed]])[
+        0
+    ][0]
     assert alone.ids == all_of_them[20].ids and alone.row == 3
     assert len({tuple(a.ids) for a in all_of_them[:6]}) > 1
     assert len({seed_of(1, 2, 3), seed_of(1, 23), seed_of(1, 3, 2), seed_of(12, 3)}) == 4
@@ -94,14 +96,14 @@ def test_answers_are_a_function_of_their_seeds(tokenizer: Any) -> None:
 
 def test_ends_are_told(tokenizer: Any) -> None:
     model = model_of()
-    _, answers = sampled(model, tokenizer, Sampling(max_new_tokens=24), 2)
+    _, answers = sampled(model, tokenizer, RolloutSettings(max_new_tokens=24), 2)
     for answer in answers:
         assert answer.ended == (answer.ids[-1] == 0) and (answer.ended or len(answer.ids) == 24)
         assert 0 not in answer.ids[:-1] and len(answer.logs) == len(answer.ids)
 
 
 def test_the_adapter_is_read_as_it_is_now_and_stays_apart(tokenizer: Any) -> None:
-    model, how = model_of(), Sampling(max_new_tokens=8)
+    model, how = model_of(), RolloutSettings(max_new_tokens=8)
     _, before = sampled(model, tokenizer, how, 2)
     with torch.no_grad():
         for layer in lora.layers(model).values():
@@ -125,7 +127,7 @@ def test_resting_leaves_modes_as_they_were() -> None:
 @pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}])
 def test_bounds(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=str(next(iter(bad.values())))):
-        Sampling(**bad)
+        RolloutSettings(**bad)
 
 
 def test_a_model_without_an_end_is_refused(tokenizer: Any) -> None:

@@ -25,9 +25,9 @@ from llama2.align import iteration as stored
 from llama2.align.critic import Critic
 from llama2.align.iteration import Iteration
 from llama2.align.policy import Item, PolicyGradient
-from llama2.align.prompts import Prompt
+from llama2.align.prompts import PromptRow
 from llama2.align.rewards import Judge
-from llama2.align.rollout import Rollout, Sampler, Sampling, seed_of
+from llama2.align.rollout import Rollout, RolloutSampler, RolloutSettings, seed_of
 from llama2.errors import InputError, Llama2Error
 from llama2.pretrained import PreTrainedModel
 from llama2.train.loop import PASS_TOKENS, Found
@@ -55,7 +55,7 @@ class Plan:
 
 
 @dataclass
-class Measured:
+class Readings:
     """What the forward passes say of answers: log-probabilities (T,) under the policy and the reference, values."""
 
     old: list[Tensor] | None = None
@@ -68,7 +68,7 @@ class PolicyTrainer(Tuner):
 
     objective: PolicyGradient
     plan: Plan
-    sampling: Sampling
+    sampling: RolloutSettings
     judge: Judge
     rollout_func: Rolled | None = None
     critic: Critic | None = None
@@ -81,7 +81,7 @@ class PolicyTrainer(Tuner):
 
     # -- of a method ---------------------------------------------------------------------------------------------
 
-    def _advantages(self, groups: Sequence[Sequence[Rollout]], found: Measured) -> tuple[list[Item], dict[str, float]]:
+    def _advantages(self, groups: Sequence[Sequence[Rollout]], found: Readings) -> tuple[list[Item], dict[str, float]]:
         """The items of an iteration, and what is told of them."""
         raise NotImplementedError
 
@@ -200,14 +200,14 @@ class PolicyTrainer(Tuner):
             logs[f"tokens_per_second/{name}"] = count / max(seconds, 1e-9)
         return Iteration(index, items, logs)
 
-    def _sampled(self, prompts: Sequence[tuple[int, Prompt]], seeds: Sequence[Sequence[int]]) -> list[list[Rollout]]:
+    def _sampled(self, prompts: Sequence[tuple[int, PromptRow]], seeds: Sequence[Sequence[int]]) -> list[list[Rollout]]:
         if self.rollout_func is not None:
             return self._by_function(prompts, seeds)
-        sampler = Sampler(self.network, self.processing_class, self.sampling, self.ranks)
+        sampler = RolloutSampler(self.network, self.processing_class, self.sampling, self.ranks)
         return sampler([(row, prompt.ids) for row, prompt in prompts], seeds)
 
     def _by_function(
-        self, prompts: Sequence[tuple[int, Prompt]], seeds: Sequence[Sequence[int]]
+        self, prompts: Sequence[tuple[int, PromptRow]], seeds: Sequence[Sequence[int]]
     ) -> list[list[Rollout]]:
         """Answers of the caller's own: rollout_func(prompts, trainer), each prompt as often as it has answers, gives
         prompt_ids, completion_ids and logprobs (or None)."""
@@ -250,10 +250,10 @@ class PolicyTrainer(Tuner):
 
     # -- what the models say of answers --------------------------------------------------------------------------
 
-    def _measure(self, answers: Sequence[Rollout]) -> Measured:
+    def _measure(self, answers: Sequence[Rollout]) -> Readings:
         """Log-probabilities from the training forward pass, of which each rank makes a share."""
         items = [Item(a.prompt_ids, a.ids, torch.zeros(len(a.ids))) for a in answers]
-        found, critic = Measured(), self.critic is not None
+        found, critic = Readings(), self.critic is not None
         if self._wants_old or critic:
             both = self._passes(items, lambda batch: self.objective.log_probs(self.network, batch, values=critic))
             found.old = [pair[0] for pair in both]
@@ -291,7 +291,7 @@ class PolicyTrainer(Tuner):
 
     # -- telling -------------------------------------------------------------------------------------------------
 
-    def _told(self, groups: Sequence[Sequence[Rollout]], found: Measured) -> dict[str, float]:
+    def _told(self, groups: Sequence[Sequence[Rollout]], found: Readings) -> dict[str, float]:
         answers = [answer for group in groups for answer in group]
         scores = torch.tensor([[a.score for a in group] for group in groups], dtype=torch.float64)
         valid = scores[~scores.isnan()]
@@ -331,7 +331,7 @@ class PolicyTrainer(Tuner):
 
     def _measured(self, dataset: Any, prefix: str) -> tuple[dict[str, float], int]:
         """One answer to each held-out prompt: mean reward, its standard error, length, KL to the reference."""
-        prompts: Sequence[Prompt] = self._eval_items(dataset)[0]
+        prompts: Sequence[PromptRow] = self._eval_items(dataset)[0]
         kept, rows = self.rows, list(range(len(prompts)))
         begin = self.network.training
         self._phases = {}
@@ -340,7 +340,7 @@ class PolicyTrainer(Tuner):
             seeds = [[seed_of(self.args.seed, "held out", row)] for row in rows]
             groups = self._scored(self._sampled(list(zip(rows, prompts, strict=True)), seeds))
             answers = [group[0] for group in groups]
-            found = Measured()
+            found = Readings()
             if self._wants_reference:
                 items = [Item(a.prompt_ids, a.ids, torch.zeros(len(a.ids))) for a in answers]
                 found.old = [

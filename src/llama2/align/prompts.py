@@ -13,7 +13,7 @@ _CHATS = ("messages", "conversations", "conversation")
 _ANSWERS = ("completion", "response", "chosen", "rejected", "output", "answer")
 
 
-class Prompt(NamedTuple):
+class PromptRow(NamedTuple):
     """ids: what the model continues. content: a text, or messages. tagged: judged by its safety alone. columns: the
     row's other columns, for reward functions."""
 
@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
         return text if isinstance(self.content, str) else [{"role": "assistant", "content": text}]
 
 
-def prompt_of(row: Row, tokenizer: TokenizerLike, chat: bool = False) -> Prompt:
+def prompt_of(row: Row, tokenizer: TokenizerLike, chat: bool = False) -> PromptRow:
     """The prompt of a row {"prompt"}: a text that is continued or messages, or {"messages"}, whose last answer is left
     out. chat: texts are what a user says. Raises InputError for a row without one, or for which there is no template.
     """
@@ -58,7 +58,7 @@ def prompt_of(row: Row, tokenizer: TokenizerLike, chat: bool = False) -> Prompt:
     if not ids:
         raise InputError("its prompt is empty")
     used = {name, "system", SAFETY, *_CHATS, *_ANSWERS}
-    return Prompt(ids, content, _flag(row.get(SAFETY)), {k: v for k, v in row.items() if k not in used})
+    return PromptRow(ids, content, _flag(row.get(SAFETY)), {k: v for k, v in row.items() if k not in used})
 
 
 def _chat_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
@@ -78,13 +78,13 @@ def _flag(value: object) -> bool:
 
 def prompts_of(
     rows: Iterable[Row], tokenizer: TokenizerLike, room: int, longest: int | None = None, chat: bool = False
-) -> tuple[list[Prompt], DataReport]:
+) -> tuple[list[PromptRow], DataReport]:
     """The prompts of rows, and the report. room: tokens that the context leaves beside the longest answer; longest:
     rows with more tokens are left out.
 
     Raises InputError where a prompt that is not left out is longer than the room.
     """
-    report, made, beyond = DataReport(max_length=longest), list[Prompt](), dict[int, int]()
+    report, made, beyond = DataReport(max_length=longest), list[PromptRow](), dict[int, int]()
     for number, row in enumerate(rows):
         report.rows += 1
         try:
@@ -110,7 +110,7 @@ def prompts_of(
     return made, report
 
 
-def columns_of(prompts: Sequence[Prompt]) -> Mapping[str, list[Any]]:
+def columns_of(prompts: Sequence[PromptRow]) -> Mapping[str, list[Any]]:
     """The other columns of rows, each a list with None where a row has none."""
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from llama2.align.advantages import GATE, gated
-from llama2.align.prompts import Prompt, columns_of
+from llama2.align.prompts import PromptRow, columns_of
 from llama2.align.rollout import Rollout, resting
 from llama2.auto import AutoModelForSequenceClassification, AutoTokenizer
 from llama2.checkpoint.load import head_follows
@@ -41,7 +41,7 @@ class Source(Protocol):
 
     name: str
 
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Rollout]) -> list[float]:
+    def __call__(self, prompts: Sequence[PromptRow], answers: Sequence[Rollout]) -> list[float]:
         """A number for each answer, NaN where there is none. Raises InputError where one cannot be had."""
 
 
@@ -52,7 +52,7 @@ class FunctionReward:
         self.function = function
         self.name = name or getattr(function, "__name__", type(function).__name__)
 
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Rollout]) -> list[float]:
+    def __call__(self, prompts: Sequence[PromptRow], answers: Sequence[Rollout]) -> list[float]:
         """As Source. Raises InputError where the function raises, or returns NaN or another count."""
         given: dict[str, Any] = {
             "prompts": [prompt.content for prompt in prompts],
@@ -127,7 +127,7 @@ class ModelReward:
         return cls(model, tokenizer, policy_tokenizer, path)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Rollout]) -> list[float]:
+    def __call__(self, prompts: Sequence[PromptRow], answers: Sequence[Rollout]) -> list[float]:
         """As Source."""
         rows = [encode(p.answered(a.text), self.tokenizer).input_ids for p, a in zip(prompts, answers, strict=True)]
         most = int(self.model.config.max_position_embeddings)
@@ -172,7 +172,7 @@ class ServerReward:
         self.name = base
         self._url, self._key = base if base.endswith("/v1/score") else f"{base}/v1/score", key
 
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Rollout]) -> list[float]:
+    def __call__(self, prompts: Sequence[PromptRow], answers: Sequence[Rollout]) -> list[float]:
         """As Source. Raises InputError where the server does not answer, or not with a number for each row."""
         rows = [p.answered(a.text) for p, a in zip(prompts, answers, strict=True)]
         found: list[float] = []
@@ -261,7 +261,7 @@ class Judge:
         told = [f"{w:g} {n}" if w != 1 else n for n, w in zip(self._names, self.weights, strict=True)]
         return " + ".join(told) + (f", safety {self.safety.name} below {self.threshold:g}" if self.safety else "")
 
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Rollout]) -> None:
+    def __call__(self, prompts: Sequence[PromptRow], answers: Sequence[Rollout]) -> None:
         """Gives each answer its score and its parts; prompts are those of the answers, one for each."""
         if not answers:
             return

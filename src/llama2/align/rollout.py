@@ -24,7 +24,7 @@ WIDTH = 128  # answers of one step at most
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class RolloutSettings:
     """How answers are drawn. Penalties and the rest of a model's own generation settings are left out, since training
     needs the probabilities of what was drawn. Raises InputError for a value beyond its bound."""
 
@@ -98,10 +98,12 @@ def resting(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class Sampler:
+class RolloutSampler:
     """Samples from `model` as it is at each call, a share of the prompts on each rank."""
 
-    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling, ranks: Ranks, runner: str = "auto") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, sampling: RolloutSettings, ranks: Ranks, runner: str = "auto"
+    ) -> None:
         self.model, self.tokenizer, self.sampling, self.ranks = model, tokenizer, sampling, ranks
         self.runner = runner
         self.reused = 0  # positions of the last call that were found in the cache

@@ -14,12 +14,12 @@ from llama2 import lora
 from llama2.align import advantages as made_of
 from llama2.align.configs import GRPOConfig, PolicyConfig, PPOConfig, RLOOConfig
 from llama2.align.critic import Critic
-from llama2.align.loop import Measured, Plan, PolicyTrainer, inner
+from llama2.align.loop import Plan, PolicyTrainer, Readings, inner
 from llama2.align.losses import kl
 from llama2.align.policy import Item, PolicyGradient
-from llama2.align.prompts import Prompt, prompts_of
+from llama2.align.prompts import PromptRow, prompts_of
 from llama2.align.rewards import Judge, source_of
-from llama2.align.rollout import Rollout, Sampling
+from llama2.align.rollout import Rollout, RolloutSettings
 from llama2.auto import AutoModelForCausalLM
 from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
@@ -38,7 +38,7 @@ class PromptEncoder(Encoder):
         rows = taken(dataset, None if name == TRAINED else EVAL_ROWS, name)
         if not rows:
             raise InputError(f"{name} has no rows; give prompts to {'train' if name == TRAINED else 'measure'} on")
-        if isinstance(rows[0], Prompt):
+        if isinstance(rows[0], PromptRow):
             return rows
         context = int(self.model.config.max_position_embeddings)
         assert self.tokenizer is not None
@@ -89,7 +89,7 @@ class _Policy(PolicyTrainer):
         """All that has to be known before the Trainer is made."""
         self._policy_tokenizer = self._tokenizer(tokenizer, model, config)
         self.plan, self.rollout_func = plan, rollout_func
-        self.sampling = Sampling(
+        self.sampling = RolloutSettings(
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
@@ -118,7 +118,7 @@ class _Policy(PolicyTrainer):
         bounds = self.args.reward_clip_range
         return scores if bounds is None else scores.clamp(*bounds)
 
-    def _items_of(self, answers: Sequence[Rollout], each: Tensor, found: Measured) -> list[Item]:
+    def _items_of(self, answers: Sequence[Rollout], each: Tensor, found: Readings) -> list[Item]:
         """Items with one advantage for all tokens of an answer; each: (P, G)."""
         dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
         items = []
@@ -129,7 +129,7 @@ class _Policy(PolicyTrainer):
             items.append(self._completed(item, i, answer, found))
         return items
 
-    def _completed(self, item: Item, i: int, answer: Rollout, found: Measured) -> Item:
+    def _completed(self, item: Item, i: int, answer: Rollout, found: Readings) -> Item:
         sampled = torch.tensor(answer.logs) if len(answer.logs) == len(answer.ids) else None
         return item._replace(
             old=None if found.old is None or not self._wants_old else found.old[i],
@@ -231,7 +231,7 @@ class GRPOTrainer(_Policy):
     def _wants_reference(self) -> bool:
         return bool(self._goal.beta)
 
-    def _advantages(self, groups: Sequence[Sequence[Rollout]], found: Measured) -> tuple[list[Item], dict[str, float]]:
+    def _advantages(self, groups: Sequence[Sequence[Rollout]], found: Readings) -> tuple[list[Item], dict[str, float]]:
         each = made_of.group_advantages(self._clipped(groups), self.args.scale_rewards)
         return self._items_of([a for group in groups for a in group], each, found), {}
 
@@ -261,7 +261,7 @@ class RLOOTrainer(GRPOTrainer):
     def _wants_reference(self) -> bool:
         return bool(self.args.beta)
 
-    def _advantages(self, groups: Sequence[Sequence[Rollout]], found: Measured) -> tuple[list[Item], dict[str, float]]:
+    def _advantages(self, groups: Sequence[Sequence[Rollout]], found: Readings) -> tuple[list[Item], dict[str, float]]:
         scores = self._clipped(groups)
         if found.reference is not None and found.old is not None:
             away = [float((old - ref).double().sum()) for old, ref in zip(found.old, found.reference, strict=True)]
@@ -337,7 +337,7 @@ class PPOTrainer(_Policy):
     def _wants_reference(self) -> bool:
         return True
 
-    def _advantages(self, groups: Sequence[Sequence[Rollout]], found: Measured) -> tuple[list[Item], dict[str, float]]:
+    def _advantages(self, groups: Sequence[Sequence[Rollout]], found: Readings) -> tuple[list[Item], dict[str, float]]:
         args, answers = self.args, [a for group in groups for a in group]
         assert found.old is not None and found.reference is not None and found.values is not None
         scores = self._clipped(groups).reshape(-1)
