@@ -1,4 +1,4 @@
-"""RolloutSettings from the model in training: mean-one importance weights, shared prompts, seeds, adapters without a merge."""
+"""Answers of the model in training: mean-one weights, shared prompts, seeds, adapters without a merge."""
 
 import math
 from typing import Any
