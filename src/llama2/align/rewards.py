@@ -25,11 +25,8 @@ from llama2.align.rollout import Rollout, resting
 from llama2.auto import AutoModelForSequenceClassification, AutoTokenizer
 from llama2.checkpoint.load import head_follows
 from llama2.errors import InputError
-from llama2.train.data import encode
-from llama2.train.fused_layer import fused
-from llama2.train.objectives import last_of, whole_rows
+from llama2.scoring import Scorer
 
-_PASS = 2048  # tokens of one pass of a reward model
 _PATIENCE = 600  # seconds for an answer of a server
 _BATCH = 32  # rows of a request to a server
 
@@ -101,12 +98,7 @@ class ModelReward:
 
     def __init__(self, model: Any, tokenizer: Any, policy_tokenizer: Any, name: str = "reward model") -> None:
         """Raises InputError for a model of several outputs or of another vocabulary than the policy's."""
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        if model.config.num_labels != 1:
-            raise InputError(
-                f"{name} has {model.config.num_labels} outputs, and a reward is one number; train one with "
-                "`llama2 finetune reward`"
-            )
+        self.name, self._score = name, Scorer(model, tokenizer)
         if policy_tokenizer is not None and tokenizer.get_vocab() != policy_tokenizer.get_vocab():
             raise InputError(
                 f"{name} has another vocabulary ({len(tokenizer):,} tokens) than the policy "
@@ -126,42 +118,11 @@ class ModelReward:
             raise InputError(f"{path} has no head that gives a reward; `llama2 finetune reward` trains one")
         return cls(model, tokenizer, policy_tokenizer, path)
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[PromptRow], answers: Sequence[Rollout]) -> list[float]:
         """As Source."""
-        rows = [encode(p.answered(a.text), self.tokenizer).input_ids for p, a in zip(prompts, answers, strict=True)]
-        most = int(self.model.config.max_position_embeddings)
-        if (longest := max(map(len, rows))) > most:
-            raise InputError(
-                f"an answer with its prompt has {longest} tokens, and {self.name} reads {most}; sample shorter answers"
-            )
-        found = [0.0] * len(rows)
-        with resting(self.model), fused(self.model):
-            for places in _batches(rows):
-                batch = whole_rows([rows[i] for i in places])
-                batch = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                logits, _ = self.model.classify(last_of(self.model, batch), None)
-                for place, value in zip(places, logits.squeeze(-1).float().tolist(), strict=True):
-                    found[place] = value
-        if bad := [i for i, value in enumerate(found) if not math.isfinite(value)]:
-            raise InputError(
-                f"{self.name} gives {found[bad[0]]} for the answer {answers[bad[0]].text[:80]!r}; load it in bfloat16 "
-                "or float32, or train it again"
-            )
-        return found
-
-
-def _batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Places of rows that run together, of about one length and together at most _PASS tokens."""
-    made: list[list[int]] = []
-    total = 0
-    for place in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        if not made or total + len(rows[place]) > _PASS:
-            made.append([])
-            total = 0
-        made[-1].append(place)
-        total += len(rows[place])
-    return made
+        rows = [prompt.answered(answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+        with resting(self._score.model):
+            return [rewards[0] for rewards in self._score(rows)]
 
 
 class ServerReward:

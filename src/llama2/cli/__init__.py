@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "llama2.cli.finetune",
         "train a model on your rows: sft, dpo, reward, classify, ...; LoRA, QLoRA or whole",
     ),
+    "align": ("llama2.cli.align", "make a policy better by rewards: rejection sampling, ppo, grpo, rloo"),
     "train": ("llama2.cli.train", "finetune as a SageMaker training job: hyperparameters and channels under /opt/ml"),
     "classify": ("llama2.cli.classify", "labels of texts, with their probabilities, by a classifier that was trained"),
     "score": ("llama2.cli.score", "rewards of answers, by a reward model that was trained"),

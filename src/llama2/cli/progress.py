@@ -149,12 +149,13 @@ class StepMeter:
 
     def __call__(self, entry: dict[str, Any]) -> None:
         self._loaded()
-        if "eval_loss" in entry:
+        if any(name.startswith("eval_") for name in entry):
             values = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
             found = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
             self._console.print(f"step {entry['step']}: held out, {found}")
             return
-        item = f"loss {entry['loss']:.4f}, {entry['tokens_per_second']:,.0f} tokens/s"
+        seen = f"reward {entry['reward']:.4f}, " if "reward" in entry else ""
+        item = f"{seen}loss {entry['loss']:.4f}, {entry['tokens_per_second']:,.0f} tokens/s"
         if not self._console.is_terminal:
             if entry["step"] % self.every == 0 or entry["step"] == entry["steps"]:
                 self._console.print(f"step {entry['step']} of {entry['steps']}: {item}", soft_wrap=True)

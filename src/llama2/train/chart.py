@@ -1,4 +1,4 @@
-"""The losses of a run as an SVG picture, drawn without any package."""
+"""Lines over steps as an SVG picture, drawn without any package."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,21 +6,30 @@ from typing import Any
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 36, 44
-COLOURS = {"loss": "#2563eb", "eval_loss": "#dc2626"}
-NAMES = {"loss": "training", "eval_loss": "held out"}
+COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+NAMES = {"loss": "training loss", "eval_loss": "held out loss"}
 _HEAD = (
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
     'font-family="sans-serif" font-size="12" fill="#333">'
     f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
 )
+Points = Sequence[tuple[float, float]]
 
 
 def loss_chart(history: Sequence[Mapping[str, Any]]) -> str:
     """The SVG of the entries' loss and eval_loss over their steps; "" where there is none."""
     lines = {
-        name: [(entry["step"], entry[name]) for entry in history if name in entry and math.isfinite(entry[name])]
-        for name in COLOURS
+        said: [(entry["step"], entry[name]) for entry in history if name in entry and math.isfinite(entry[name])]
+        for name, said in NAMES.items()
     }
+    return chart(lines, "step")
+
+
+def chart(lines: Mapping[str, Points], across: str) -> str:
+    """The SVG of lines by their names, each a list of points; across: what lies on the x axis. "" without points.
+
+    Lines keep their colour by their place, also where one has no points.
+    """
     points = [point for line in lines.values() for point in line]
     if not points:
         return ""
@@ -28,9 +37,9 @@ def loss_chart(history: Sequence[Mapping[str, Any]]) -> str:
     losses = ticks(min(y for _, y in points), max(y for _, y in points))
 
     def place(x: float, y: float) -> str:
-        across = (x - steps[0]) / (steps[-1] - steps[0]) * (WIDTH - LEFT - RIGHT)
+        right = (x - steps[0]) / (steps[-1] - steps[0]) * (WIDTH - LEFT - RIGHT)
         up = (y - losses[0]) / (losses[-1] - losses[0]) * (HEIGHT - TOP - BOTTOM)
-        return f"{LEFT + across:.1f},{HEIGHT - BOTTOM - up:.1f}"
+        return f"{LEFT + right:.1f},{HEIGHT - BOTTOM - up:.1f}"
 
     parts = [_HEAD]
     for y in losses:
@@ -40,17 +49,17 @@ def loss_chart(history: Sequence[Mapping[str, Any]]) -> str:
     for x_value in steps:
         x = place(x_value, losses[0]).split(",")[0]
         parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x_value:g}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
-    for i, (name, line) in enumerate((name, line) for name, line in lines.items() if line):
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{across}</text>')
+    shown = [(COLOURS[i % len(COLOURS)], name, line) for i, (name, line) in enumerate(lines.items()) if line]
+    space = (WIDTH - LEFT) // max(len(shown), 4)
+    for i, (colour, name, line) in enumerate(shown):
         way = " ".join(place(*point) for point in line)
-        parts.append(f'<polyline points="{way}" fill="none" stroke="{COLOURS[name]}" stroke-width="1.8"/>')
+        parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
         parts += [
-            f'<circle cx="{cx}" cy="{cy}" r="2.5" fill="{COLOURS[name]}"/>'
+            f'<circle cx="{cx}" cy="{cy}" r="2.5" fill="{colour}"/>'
             for cx, cy in (place(*point).split(",") for point in (line if len(line) < 60 else line[-1:]))
         ]
-        parts.append(
-            f'<text x="{LEFT + 150 * i}" y="20" fill="{COLOURS[name]}">{NAMES[name]} loss {line[-1][1]:.4g}</text>'
-        )
+        parts.append(f'<text x="{LEFT + space * i}" y="20" fill="{colour}">{name} {line[-1][1]:.4g}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 

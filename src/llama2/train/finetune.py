@@ -51,6 +51,8 @@ _WRITTEN = ("*.safetensors", "*.bin", "*.gguf", ADAPTER_CONFIG, "config.json", "
 class Finetune:
     """One job. `data` is read and checked when the job is made, the model is loaded by `run`."""
 
+    summary = SUMMARY  # the file that says what came of the run
+
     def __init__(self, recipe: Recipe, args: TrainingArguments, tell: Callable[[str], None] | None = None) -> None:
         """tell: hears what was found in the rows (`data.text()`) and how the model is computed; without it a warning
         says where answers are cut. Raises InputError for whatever can be known to be wrong before a model is loaded."""
@@ -88,7 +90,7 @@ class Finetune:
         if Path(self.recipe.model).exists() and Path(self.recipe.model).resolve() == self.folder.resolve():
             raise InputError(f"{self.folder} is the model itself, which would be overwritten; give a new folder")
         held = [path.name for pattern in _WRITTEN for path in sorted(self.folder.glob(pattern))]
-        ours = self.args.resume_from_checkpoint and (there or (self.folder / SUMMARY).exists())
+        ours = self.args.resume_from_checkpoint and (there or (self.folder / self.summary).exists())
         if held and not ours:
             raise InputError(f"{self.folder} holds {held[0]} already, of a model or another run; give a new folder")
 
@@ -185,6 +187,23 @@ class Finetune:
             self.ranks.told(lambda: stack.enter_context(locked(self.folder)))
             return self._run(report)
 
+    def _trainer(
+        self,
+        model: PreTrainedModel,
+        save: Callable[[Path], Any] | None,
+        report: Callable[[dict[str, Any]], None] | None,
+    ) -> Trainer:
+        """The trainer of this job over a model that is loaded."""
+        return Trainer(
+            model,
+            self.args,
+            objective=self.task.objective(),
+            rows=self.data.items,
+            eval_rows=self.data.eval_items,
+            save=save,
+            report=report,
+        )
+
     def _run(self, report: Callable[[dict[str, Any]], None] | None) -> TrainingResult:
         begin, recipe = time.perf_counter(), self.recipe
         model = self._model()
@@ -196,15 +215,7 @@ class Finetune:
         if self.data.eval_items and args.eval_strategy == "no":
             args.eval_strategy = "epoch"
         save = None if self.origin.lora is None else lambda folder: self._write_adapter(model, folder)
-        trainer = Trainer(
-            model,
-            args,
-            objective=self.task.objective(),
-            rows=self.data.items,
-            eval_rows=self.data.eval_items,
-            save=save,
-            report=report,
-        )
+        trainer = self._trainer(model, save, report)
         if (least := min(self.task.least_warmup, trainer.steps // 2)) > args.get_warmup_steps(trainer.steps) > 0:
             args.warmup_steps = least
         try:
@@ -219,7 +230,7 @@ class Finetune:
             result = TrainingResult(
                 self.folder, finished, state.step, trainer.steps, time.perf_counter() - begin, state.tokens
             )
-            measured = [_measured(entry) for entry in state.history if "eval_loss" in entry]
+            measured = [_measured(entry) for entry in state.history if "eval_runtime" in entry]
             if measured:
                 result.before, result.after = measured[0], measured[-1]
             if self.ranks.first:
