@@ -80,7 +80,7 @@ class Round:
 
 
 @dataclass
-class Outcome:
+class RoundOutcome:
     """What came of a round, as rejection.json holds it. best_of: N -> mean reward and standard error over prompts;
     sweep: the same by temperature."""
 
@@ -147,7 +147,7 @@ class Rejection:
 
     # -- the round -----------------------------------------------------------------------------------------------
 
-    def run(self, report: Callable[[int, int], None] | None = None) -> Outcome:
+    def run(self, report: Callable[[int, int], None] | None = None) -> RoundOutcome:
         """Samples, scores and writes. report: hears how many prompts are done, of how many.
 
         Raises InputError where a reward cannot be had; what was sampled before is kept, and `resume` goes on behind it.
@@ -157,7 +157,7 @@ class Rejection:
                 return self._run(report)
         return self._run(None)
 
-    def _run(self, report: Callable[[int, int], None] | None) -> Outcome:
+    def _run(self, report: Callable[[int, int], None] | None) -> RoundOutcome:
         round, policy = self.round, str(self.device)
         judge = Judge(
             [source_of(one, self.tokenizer, policy) for one in round.rewards],
@@ -276,7 +276,7 @@ class Rejection:
 
     # -- the best ------------------------------------------------------------------------------------------------
 
-    def _written(self, groups: Sequence[Sequence[Rollout]], judge: Judge, temperature: float) -> Outcome:
+    def _written(self, groups: Sequence[Sequence[Rollout]], judge: Judge, temperature: float) -> RoundOutcome:
         round, least = self.round, math.log(self.round.safety_threshold / (1 - self.round.safety_threshold))
         earlier = self.ranks.told(lambda: self._pooled(judge))
         rows: list[dict[str, Any]] = []
@@ -309,7 +309,7 @@ class Rejection:
                 file.writelines(_line(row) for row in rows)
         every = [a for group in groups for a in group]
         scores = [score for group in groups for score in _scores(group)]
-        return Outcome(
+        return RoundOutcome(
             True, len(self.prompts), len(rows), temperature, sum(scores) / max(len(scores), 1),
             curve([_scores(group) for group in groups]), divergence(round.count),
             sum(len({a.text for a in group}) for group in groups) / len(groups),
@@ -339,7 +339,7 @@ class Rejection:
                     found.setdefault(_key_of(row), []).append((answer.score, {**row, "lineage": told}))
         return found
 
-    def _summarise(self, outcome: Outcome, judge: Judge) -> None:
+    def _summarise(self, outcome: RoundOutcome, judge: Judge) -> None:
         lines = {f"T {outcome.temperature:g}": [(float(n), mean) for n, (mean, _) in outcome.best_of.items()]}
         for temperature, found in outcome.sweep.items():
             lines.setdefault(f"T {temperature:g}", [(float(n), mean) for n, (mean, _) in found.items()])
