@@ -293,7 +293,7 @@ def test_the_fields_of_trl(kind: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "given", "said"),
     [
-        (DPOConfig, {"beta": 0}, "beta is 0; it must be a number, above 0"),
+        (DPOConfig, {"beta": 0}, "beta is 0; it must be above 0"),
         (DPOConfig, {"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing is 0.1, which ipo does not have"),
         (DPOConfig, {"label_smoothing": 0.1, "loss_type": "hinge"}, "which hinge does not have; use sigmoid or robust"),
         (DPOConfig, {"label_smoothing": 0.5}, r"must lie in \[0, 0.5\)"),
