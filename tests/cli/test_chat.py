@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import llama2
 from llama2 import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from llama2.cli import terminal
 from llama2.cli.conversation import Conversation, Turn, render
+from llama2.cli.markdown import MarkdownWriter, split_blocks
 from llama2.cli.session import Speaker
 from llama2.errors import InputError
 
@@ -296,6 +298,66 @@ def test_answers_are_drawn_unless_told_otherwise(run: Run, monkeypatch: pytest.M
     assert answer("--seed", "1", "--greedy") == answer("--seed", "2", "--greedy")
 
 
+def test_a_file_goes_in_front_of_the_next_message(
+    run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("one\ntwo\n")
+    (tmp_path / "raw.bin").write_bytes(b"\xff\xfe\x00")
+    talk = tmp_path / "talk.json"
+    lines = [f"/read {tmp_path / 'notes.txt'}", "So?", "And?", f"/read {tmp_path / 'raw.bin'}", "/set temperature 0.5",
+             "/set temperatur 1", "/stats", f"/save {talk}"]  # fmt: skip
+    _, out, err = chat(run, monkeypatch, checkpoint, "\n".join(lines))
+    assert "8 characters" in out and "in front of the next message" in out
+    assert [turn.user for turn in Conversation.load(talk).turns] == ["one\ntwo\n\nSo?", "And?"]
+    assert "no text in UTF-8 (byte 0)" in err and "temperature: 0.5" in out and "did you mean temperature?" in err
+    assert "2 turns," in out and "last answer: prompt" in out
+
+
+def test_the_last_conversation_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    code, _, err = chat(run, monkeypatch, checkpoint, "Hi\n", "--resume")
+    assert code == 2 and "no conversation was kept" in err
+    for number, name in enumerate(("a", "b")):
+        file = tmp_path / "llama2" / "chats" / f"{name}.json"
+        Conversation(None, [Turn(f"from {name}", "Yes")]).keep(file)
+        os.utime(file, (number, number))
+    talk = tmp_path / "talk.json"
+    assert chat(run, monkeypatch, checkpoint, f"/save {talk}\n", "--resume")[0] == 0
+    assert Conversation.load(talk).turns == [Turn("from b", "Yes")]
+    assert oct(file.parent.stat().st_mode & 0o777) == "0o700"
+    code, _, err = chat(run, monkeypatch, checkpoint, "Hi\n", "--resume", "--load", str(talk))
+    assert code == 2 and "give one of them" in err
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_markdown_comes_out_the_same_however_it_is_cut(size: int) -> None:
+    text = (
+        "# Title\n\nOne **bold** word.\n\n```python\ndef f():\n\n    return 1\n```\n\n- a\n- b \x1b[31m\n\n1. x\n2. y"
+    )
+
+    def shown(size: int) -> str:
+        console = Console(file=StringIO(), width=60, color_system=None, highlight=False)
+        with MarkdownWriter(console) as writer:
+            for start in range(0, len(text), size):
+                writer.write(text[start : start + size])
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    out = shown(size)
+    assert out == shown(len(text))
+    for part in ("Title", "One bold word.", "def f():", "    return 1", "• a", "\ufffd[31m", "1 x", "2 y"):
+        assert part in out, part
+    assert "**" not in out and "```" not in out
+
+
+def test_blocks_end_at_blank_lines_outside_of_code() -> None:
+    assert split_blocks("a\n\nb") == ("a\n\n", "b")
+    assert split_blocks("a\nb") == ("", "a\nb")
+    assert split_blocks("a\n\n```\nx\n\ny") == ("a\n\n", "```\nx\n\ny")
+    assert split_blocks("~~~~\n~~~\n\nx\n~~~~\n\nz") == ("~~~~\n~~~\n\nx\n~~~~\n\n", "z")
+
+
 def test_a_loaded_question_is_answered(
     run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -312,14 +374,18 @@ def test_a_loaded_question_is_answered(
 # -- the loop, on a terminal -------------------------------------------------------------------------------------
 
 
+PROMPT_ENDS = "\x1b[?2004l"  # pasted text is no longer marked: the line has been taken
+
+
 class Terminal:
     """`llama2 chat` on a pseudo-terminal."""
 
-    def __init__(self, *argv: str) -> None:
+    def __init__(self, *argv: str, home: str = "/proc/nowhere") -> None:
         main, self.child = pty.openpty()
         self.main, self.text = main, ""
         path = str(Path(llama2.__file__).parent.parent)
-        env = {"PYTHONPATH": path, "PATH": os.environ["PATH"], "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+        env = {"PYTHONPATH": path, "PATH": os.environ["PATH"], "TERM": "xterm", "OMP_NUM_THREADS": "1", "HOME": home,
+               "PROMPT_TOOLKIT_NO_CPR": "1"}  # fmt: skip
         command = [sys.executable, "-m", "llama2.cli", "chat", *argv]
         self.process = subprocess.Popen(
             command, stdin=self.child, stdout=self.child, stderr=self.child, env=env, start_new_session=True,
@@ -348,14 +414,14 @@ class Terminal:
         return before + found
 
     def type(self, text: str) -> None:
-        """Keys at the prompt. Between printing it and waiting for keys, readline would miss a Ctrl-C."""
+        """Keys at the prompt. Before the prompt waits for keys, Ctrl-C is a signal."""
         while not self._waits():
             time.sleep(0.01)
         time.sleep(0.02)
         os.write(self.main, text.encode())
 
     def _waits(self) -> bool:
-        """Whether readline has the terminal in its own mode, and the process sleeps (where the system says so)."""
+        """Whether the prompt has the terminal in its own mode, and the process sleeps (where the system says so)."""
         import termios
 
         if termios.tcgetattr(self.child)[3] & termios.ICANON:
@@ -390,20 +456,23 @@ def long_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def test_on_a_terminal(long_checkpoint: Path) -> None:
-    screen = Terminal("-m", str(long_checkpoint), "-n", "100000", "--greedy")
+    screen = Terminal("-m", str(long_checkpoint), "-n", "100000", "--greedy", "--plain", home=str(long_checkpoint))
     try:
         assert "\x1b[2m" in screen.wait("Ctrl-D leaves")  # notices are dim here
-        screen.wait("> ")
-        screen.type("Hi\n")
-        screen.wait("Hi\r\n")
+        screen.wait(">")
+        screen.type("Hi\r")
+        screen.wait(PROMPT_ENDS)
         screen.interrupt()  # stops the answer, which has begun, not the program
         assert "Traceback" not in screen.wait("; interrupted]")
-        screen.wait("> ")
+        screen.wait(">")
         screen.type("\x03")
         screen.wait("Ctrl-C again or Ctrl-D leaves")
-        screen.wait("> ")
+        screen.wait(">")
         screen.type("\x04")
         assert screen.process.wait(60) == 0
+        (kept,) = (long_checkpoint / ".local/share/llama2/chats").glob("*.json")
+        assert [message["role"] for message in json.loads(kept.read_text())] == ["user", "assistant"]
+        assert "+Hi" in (long_checkpoint / ".local/state/llama2/history").read_text()
     finally:
         screen.close()
 
@@ -411,8 +480,9 @@ def test_on_a_terminal(long_checkpoint: Path) -> None:
 def test_second_interrupt_at_the_prompt_leaves(checkpoint: Path) -> None:
     screen = Terminal("-m", str(checkpoint))
     try:
+        screen.wait("lines are not kept for the next start")  # /proc/nowhere cannot be made
         for _ in range(2):
-            screen.wait("> ")
+            screen.wait(">")
             screen.type("\x03")
         assert screen.process.wait(60) == 0
     finally:

@@ -1,17 +1,23 @@
 """`llama2 chat`: a conversation at the terminal, or over a pipe."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from llama2.cli import explain, terminal
 from llama2.cli.args import nearest, option
-from llama2.cli.conversation import Conversation, TemplateOptions, Turn
+from llama2.cli.conversation import Conversation, TemplateOptions, Turn, new_kept, newest_kept, render
 from llama2.cli.loading import RunOptions, load, model_path
+from llama2.cli.pull import fetched_if_asked as fetched
 from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError, Llama2Error
 from llama2.generation.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from llama2.cli.session import SpokenAnswer
 
 # Where neither the user nor the checkpoint says how to choose: the values of Meta's chat example. Greedy answers of
 # small models run in circles.
@@ -26,38 +32,67 @@ class ChatOptions(SamplingOptions, TemplateOptions, RunOptions):
     and end a message of several lines. Without a terminal each line of the standard input is a message. Where neither
     a flag nor the checkpoint says otherwise, answers are drawn with temperature 0.6 and top-p 0.9."""
 
+    name: tuple[str, ...] = option((), "the same as -m MODEL", metavar="MODEL", positional=True, replaces="model")
     load: str | None = option(None, "go on with a conversation that /save wrote", metavar="FILE")
+    resume: bool = option(False, "go on with the last conversation that was kept")
+    no_keep: bool = option(False, "do not keep this conversation (at a terminal each one is, see --resume)")
+    plain: bool = option(False, "show answers as they are, and not as Markdown (at a terminal)")
 
 
 def run(options: ChatOptions) -> int:
     """Runs the command."""
     options.settings()
-    conversation = _start(options)
+    if len(options.name) + (options.model is not None) > 1:
+        raise InputError(f"chat talks with one model, but {[*options.name, options.model or '']} were given; give one")
+    options = replace(options, model=options.name[0] if options.name else options.model)
+    conversation, kept = _start(options)
     path = model_path(options.model)
+    read: Callable[[str], str] = terminal.read_line
     if terminal.interactive():
         terminal.notice(f"loading {Path(path).name} ...")
-        import readline  # noqa: F401 - gives input() editing and history
+        from llama2.cli.prompt import line_reader
+
+        read = line_reader([*COMMANDS, *_names(), "exit"], _WITH_PATHS)
+    options = replace(options, model=fetched(path, options.revision))
     model, tokenizer = load(options)
     from llama2.cli.session import Speaker
 
     options.install(tokenizer)
     speaker = Speaker(model, tokenizer, options.runner, options.cache_dtype, options.precision)
-    return ChatLoop(speaker, conversation, options).loop()
+    return ChatLoop(speaker, conversation, options, read, kept).loop()
 
 
-def _start(options: ChatOptions) -> Conversation:
-    conversation = Conversation() if options.load is None else Conversation.load(Path(options.load))
+def _start(options: ChatOptions) -> tuple[Conversation, Path | None]:
+    """The conversation, and the file in which it is kept; None where it is not. Raises InputError."""
+    if options.resume and options.load is not None:
+        raise InputError("--resume and --load each name a conversation to go on with; give one of them")
+    last = newest_kept() if options.resume else None
+    file = options.load if last is None else str(last)
+    conversation = Conversation() if file is None else Conversation.load(Path(file))
     if options.system is not None:
         conversation.system = options.system
-    return conversation
+    if options.no_keep or not terminal.interactive():
+        return conversation, None
+    return conversation, last or new_kept()
 
 
 class ChatLoop:
     """The loop: read, run a command or answer, until the end of the input."""
 
-    def __init__(self, speaker: Any, conversation: Conversation, options: ChatOptions) -> None:
+    def __init__(
+        self,
+        speaker: Any,
+        conversation: Conversation,
+        options: ChatOptions,
+        read: Callable[[str], str] = terminal.read_line,
+        kept: Path | None = None,
+    ) -> None:
+        """read: one line behind a prompt. kept: the file in which the conversation is kept after every answer."""
         self.speaker, self.conversation, self.options = speaker, conversation, options
+        self._read_line, self._kept = read, kept
+        self._prefix = ""  # what /read has put in front of the next message
         self._answers = 0
+        self._last: SpokenAnswer | None = None
         self._failed = False
 
     def loop(self) -> int:
@@ -84,7 +119,7 @@ class ChatLoop:
         warned = False
         while True:
             try:
-                return terminal.read_message(terminal.read_line)
+                return terminal.read_message(self._read_line)
             except EOFError:
                 if terminal.interactive():
                     print()
@@ -109,8 +144,9 @@ class ChatLoop:
 
     def tell(self, message: str) -> None:
         """One turn."""
-        self.conversation.turns.append(Turn(message))
+        self.conversation.turns.append(Turn(self._prefix + message))
         self._answer_or_forget()
+        self._prefix = ""
 
     def _answer_or_forget(self) -> None:
         """Answers the last turn; one that cannot be answered leaves no trace."""
@@ -129,16 +165,42 @@ class ChatLoop:
             terminal.notice(f"[the context of {context} tokens is full: the {dropped} oldest turns were dropped]")
         seed = None if self.options.seed is None else self.options.seed + self._answers
         self._answers += 1
-        with terminal.Interrupt() as interrupt:
+        with terminal.Interrupt() as interrupt, self._screen() as write:
             try:
-                answer = self.speaker.say(ids, settings, terminal.write, seed=seed, stopped=lambda: interrupt.requested)
+                answer = self.speaker.say(ids, settings, write, seed=seed, stopped=lambda: interrupt.requested)
             except KeyboardInterrupt:  # the second Ctrl-C: the step that was running is lost, and the turn with it
                 terminal.write("\n")
                 raise InputError("interrupted before the answer was complete; the message was taken back") from None
-        if not answer.text.endswith("\n"):
+        if not answer.text.endswith("\n") and not self._formatted():
             terminal.write("\n")
         self.conversation.turns[-1].answer = answer.text
+        self._last = answer
         terminal.notice(f"[{answer.speed()}]")
+        self._keep()
+
+    def _formatted(self) -> bool:
+        return terminal.interactive() and not self.options.plain
+
+    @contextmanager
+    def _screen(self) -> Iterator[Callable[[str], None]]:
+        """What takes an answer's pieces of text."""
+        if not self._formatted():
+            yield terminal.write
+            return
+        from llama2.cli.markdown import MarkdownWriter
+
+        with MarkdownWriter() as writer:
+            yield writer.write
+
+    def _keep(self) -> None:
+        """Keeps the conversation for --resume; a folder that cannot be written is told once."""
+        if self._kept is None:
+            return
+        try:
+            self.conversation.keep(self._kept)
+        except OSError as error:
+            terminal.notice(f"llama2: this conversation is not kept: {self._kept}: {error.strerror}")
+            self._kept = None
 
     def _sampling(self) -> GenerationConfig:
         settings = self.options.settings()
@@ -154,7 +216,7 @@ class ChatLoop:
         if name in _SETTINGS:
             return self._set(name, argument.strip())
         if word not in COMMANDS:
-            known = [*COMMANDS, *(setting.replace("_", "-") for setting in _SETTINGS), "exit"]
+            known = [*COMMANDS, *_names(), "exit"]
             hint = nearest(word, known) or "; /help lists them"
             raise InputError(f"/{word} is no command (to say it to the model, put a space in front){hint}")
         return COMMANDS[word][1](self, argument.strip())
@@ -164,6 +226,34 @@ class ChatLoop:
         rows += ["  /exit           leave (Ctrl-D too)"]
         settings = ", ".join(f"/{name.replace('_', '-')} X" for name in _SETTINGS)
         print("\n".join([*rows, f"  {settings}", "                  change a setting; without X, show it"]))
+
+    def _set_any(self, text: str) -> None:
+        name, _, value = text.partition(" ")
+        name = name.replace("-", "_")
+        if name not in _SETTINGS:
+            raise InputError(f"/set needs one of {', '.join(_names())}, and a value{nearest(name, _SETTINGS)}")
+        self._set(name, value.strip())
+
+    def _read_file(self, file: str) -> None:
+        if not file:
+            raise InputError("/read needs a file name")
+        path = Path(file).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is no text in UTF-8 (byte {error.start}); /read takes text files") from None
+        self._prefix += f"{text.rstrip()}\n\n"
+        count = len(self.speaker.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        print(f"{path.name}: {len(text):,} characters, {count:,} tokens, in front of the next message")
+
+    def _stats(self, _: str) -> None:
+        import resource
+
+        used = len(render(self.speaker.tokenizer, self.conversation.messages)) if self.conversation.turns else 0
+        context = "without a bound" if self.speaker.context is None else f"of {self.speaker.context:,}"
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        print(f"{len(self.conversation.turns)} turns, {used:,} tokens {context}; {self.speaker.engine}")
+        print(f"memory at most {memory / 1e6:,.0f} MB" + (f"; last answer: {self._last.speed()}" if self._last else ""))
 
     def _system(self, text: str) -> None:
         if text:
@@ -241,4 +331,13 @@ COMMANDS: dict[str, tuple[str, Callable[[ChatLoop, str], None], str]] = {
     "retry": ("/retry", ChatLoop._retry, "another answer to the last message"),
     "save": ("/save FILE", ChatLoop._save, "write the conversation as JSON"),
     "load": ("/load FILE", ChatLoop._load, "go on with a saved conversation"),
+    "read": ("/read FILE", ChatLoop._read_file, "put a text file in front of the next message"),
+    "set": ("/set NAME X", ChatLoop._set_any, "change a setting, as /NAME X does"),
+    "stats": ("/stats", ChatLoop._stats, "turns, tokens, memory and speed"),
 }
+_WITH_PATHS = ("save", "load", "read")
+
+
+def _names() -> list[str]:
+    """The settings as they are written behind a slash."""
+    return [name.replace("_", "-") for name in _SETTINGS]

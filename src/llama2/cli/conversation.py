@@ -1,6 +1,8 @@
 """A conversation: who said what, as messages, as token ids that fit the context, as a file. No torch, no terminal."""
 
 import json
+import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,11 @@ class Conversation:
             Conversation.load(path)
         write_text(path, json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n")
 
+    def keep(self, path: Path) -> None:
+        """Writes the messages to a file that only this user reads, in a folder that is made."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_text(path, json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n")
+
     @classmethod
     def load(cls, path: Path) -> "Conversation":
         """Reads what `save` wrote. Raises InputError for anything else, OSError where there is no file."""
@@ -121,3 +128,22 @@ class Conversation:
             else:
                 conversation.turns[-1].answer = message["content"]
         return conversation
+
+
+def kept_folder() -> Path:
+    """Where chats at a terminal are kept: $XDG_DATA_HOME/llama2/chats, by default ~/.local/share/llama2/chats."""
+    base = os.environ.get("XDG_DATA_HOME", "")
+    return (Path(base) if base.startswith("/") else Path("~/.local/share").expanduser()) / "llama2" / "chats"
+
+
+def new_kept() -> Path:
+    """The file of a conversation that begins now."""
+    return kept_folder() / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}.json"
+
+
+def newest_kept() -> Path:
+    """The file of the last conversation. Raises InputError where none was kept."""
+    files = sorted(kept_folder().glob("*.json"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise InputError(f"--resume: no conversation was kept in {kept_folder()}; chat first, or give --load FILE")
+    return files[-1]

@@ -166,3 +166,27 @@ def check_hashes(path: Path, files: "list[RepositoryFile]") -> None:
                     f"{file.name} is not what the hub holds (its size or SHA-256 differs), and was removed; run the "
                     "command again to fetch it anew"
                 )
+
+
+def fetched_if_asked(model: str, revision: str | None) -> str:
+    """The model itself; at a terminal one of the hub that is not on this machine is fetched after one question.
+
+    Raises InputError where the answer is no.
+    """
+    from llama2.checkpoint.hub import HubOptions, is_cached, repository_files
+    from llama2.checkpoint.source import local_path
+
+    if not terminal.interactive() or local_path(model) is not None:
+        return model
+    found, hub = hub_id_of(model), HubOptions(revision=revision)
+    if is_cached(found.repo):
+        return model
+    files = repository_files(found.repo, hub)
+    found = chosen(found, files)
+    wanted = selected(found, files)
+    total = sum(file.bytes for file in wanted)
+    answer = input(f"{text_of(found)} is not on this machine; fetch {size(total)}? [Y/n] ").strip().lower()
+    if answer not in ("", "y", "yes"):
+        raise InputError(f"{model} was not fetched; `llama2 list` shows what is on this machine")
+    check_hashes(fetched(text_of(found), found, hub, total), wanted)
+    return text_of(found)

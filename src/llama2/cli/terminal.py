@@ -9,12 +9,12 @@ from typing import Any, Self
 
 BLOCK = '"""'
 # What a model says may hold terminal control codes; they are shown as U+FFFD, tab and newline as they are.
-_CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def write(text: str) -> None:
     """Text of the model to the standard output, at once."""
-    sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+    sys.stdout.write(text.translate(CONTROLS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
