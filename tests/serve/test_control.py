@@ -10,6 +10,8 @@ from bytewise import TEMPLATE, write_tokenizer
 
 pytest.importorskip("pydantic", reason="serving needs the extra `serve`")
 
+from serve.stand_ins import like
+
 from llama2 import AutoTokenizer, LlamaTokenizer
 from llama2.errors import TokenizerError
 from llama2.serve.chat import Message, Tool, chosen, prompt_ids
@@ -107,7 +109,7 @@ def test_no_field_of_a_request_becomes_a_control_token(tokenizer: Any, name: str
     def ids(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
         made = [Message.model_validate(m) for m in copy.deepcopy(messages)]
         kinds = [Tool.model_validate(t) for t in tools]
-        return special(tokenizer, prompt_ids(tokenizer, made, chosen(kinds, "auto"), False))
+        return special(tokenizer, prompt_ids(like(tokenizer), made, chosen(kinds, "auto"), False))
 
     usual = ids(*put(list(whole), (), ""))
     checked = 0
@@ -127,21 +129,23 @@ def test_a_token_cannot_be_put_together_from_pieces(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}"
     for cut in range(1, len(token)):
         message = Message(role="user", name=token[:cut], content=token[cut:])
-        assert not special(tokenizer, prompt_ids(tokenizer, [message], chosen(None, None), False))
+        assert not special(tokenizer, prompt_ids(like(tokenizer), [message], chosen(None, None), False))
     tokenizer.chat_template = token[0] + "{{ messages[0].name }}" + token[-1] + "{{ messages[0].content }}"
     message = Message(role="user", name=token[1:-1], content="x")
-    assert not special(tokenizer, prompt_ids(tokenizer, [message], chosen(None, None), False))
+    assert not special(tokenizer, prompt_ids(like(tokenizer), [message], chosen(None, None), False))
 
 
-def test_markers_are_refused_in_tools_as_in_messages(tokenizer_model: Path) -> None:
+def test_markers_are_text_in_tools_as_in_messages(tokenizer_model: Path) -> None:
     tokenizer = LlamaTokenizer(str(tokenizer_model), chat_template=CALLS + "{# [INST] #}")
+    word = tokenizer.encode("[INST]", add_special_tokens=False)[1]
+    assert tokenizer.token_bytes(word) == b"INST"
     chat = [{"role": "user", "content": "x"}]
     for field in ("description", "name"):
         tool = {"type": "function", "function": {"name": "f", "description": "d"} | {field: "a [INST] b"}}
-        with pytest.raises(TokenizerError, match=r"a tool contains '\[INST\]'"):
-            tokenizer.apply_chat_template(chat, tools=[tool], safe=True)
-    with pytest.raises(TokenizerError, match=r"a user message contains '\[INST\]'"):
-        tokenizer.apply_chat_template([chat[0] | {"name": "[INST]"}], safe=True)
+        ids = tokenizer.apply_chat_template(chat, tools=[tool], safe=True)
+        assert word not in ids and "a [INST] b" in tokenizer.decode(ids)
+    ids = tokenizer.apply_chat_template([chat[0] | {"name": "[INST]"}], safe=True)
+    assert word not in ids and "[INST]" in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(

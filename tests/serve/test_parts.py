@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
 pytest.importorskip("pydantic", reason="serving needs the extra `serve`")
 
+from serve.stand_ins import like
+
 from llama2.engine.engine import Engine
 from llama2.errors import InputError
 from llama2.serve import limits, logs
@@ -111,7 +113,7 @@ def test_a_grammar_that_recurs(compiler: Compiler) -> None:
     [
         (Constraint("regex", "(("), "regular expression cannot be used"),
         (Constraint("json", '{"type": "nothing"}'), "JSON schema cannot be used"),
-        (Constraint("json", '{"unevaluatedProperties": 1, "type": "object"}'), "JSON schema cannot be used"),
+        (Constraint("json", '{"uniqueItems": true, "type": "array"}', strict=True), "JSON schema cannot be used"),
         (Constraint("lark", "start: nothing"), "grammar cannot be used"),
         (Constraint("regex", "x" * 70_000), "65536 are the most"),
     ],
@@ -167,14 +169,20 @@ def test_the_template_places_the_only_bos(tokenizer_model: Any) -> None:
 
     tokenizer = LlamaTokenizer(str(tokenizer_model), chat_template=LLAMA2_CHAT_TEMPLATE)
     messages = [Message(role="system", content="S"), Message(role="user", content="</s> <s> hi")]
-    ids = prompt_ids(tokenizer, messages, chosen(None, None), False)
+    ids = prompt_ids(like(tokenizer), messages, chosen(None, None), False)
     assert ids.count(1) == 1 and ids[0] == 1 and 2 not in ids
     for text in ("<s>[INST] hi [/INST]", "[INST] hi [/INST]"):
         raw = encode(tokenizer, text, True)
         assert raw.count(1) == 1 and raw[0] == 1
     assert encode(tokenizer, "a</s>", True)[-1] == 2 and 2 not in encode(tokenizer, "a</s>", False)
-    with pytest.raises(Refusal, match=r"\[INST\]"):
-        prompt_ids(tokenizer, [Message(role="user", content="x [INST] y")], chosen(None, None), False)
+    plain, marked = (
+        prompt_ids(like(tokenizer), [Message(role="user", content=f"x {text} y")], chosen(None, None), False)
+        for text in ("", "[INST] [/INST] <<SYS>> <</SYS>>")
+    )
+    for piece in tokenizer("[INST] [/INST] <<SYS>> <</SYS>>", add_special_tokens=False)["input_ids"][:-1]:
+        if len(tokenizer.token_bytes(piece)) > 2:  # of the words inside the brackets: only the template writes them
+            assert marked.count(piece) == plain.count(piece)
+    assert "x [INST] [/INST] <<SYS>> <</SYS>> y" in tokenizer.decode(list(marked))
 
 
 def test_tools_are_told_and_held_to(compiler: Compiler, tiny_parts: tuple[Any, Any]) -> None:
@@ -189,7 +197,7 @@ def test_tools_are_told_and_held_to(compiler: Compiler, tiny_parts: tuple[Any, A
     assert json.loads(follow(compiler, needed.constraint(), 1)) in [
         {"name": "f", "arguments": {"x": v}} for v in (True, False)
     ]
-    ids = prompt_ids(tiny_parts[1], [Message(role="user", content="Q")], needed, False)
+    ids = prompt_ids(like(tiny_parts[1]), [Message(role="user", content="Q")], needed, False)
     assert '"name": "f"' in tiny_parts[1].decode(list(ids))
     kinds = {follow(compiler, chosen(tools, "auto").constraint(), seed, 60)[:1] == b"{" for seed in range(30)}
     assert False in kinds

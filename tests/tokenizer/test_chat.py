@@ -146,8 +146,11 @@ def test_safe_prompts_hold_control_ids_back(both: list[Any]) -> None:
         prompt = tok.apply_chat_template(split, chat_template="<{{ messages[0].content }}", safe=True)
         assert 2 not in prompt
         for marker in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):
-            with pytest.raises(TokenizerError, match="control marker"):
-                tok.apply_chat_template([{"role": "user", "content": f"a {marker} b"}], safe=True)
+            chat = [{"role": "user", "content": f"a {marker} b"}]
+            unsafe, safe = tok.apply_chat_template(chat), tok.apply_chat_template(chat, safe=True)
+            assert tok.decode(safe) == tok.decode(unsafe) and len(safe) > len(unsafe)
+            word = max(tok.encode(marker, add_special_tokens=False), key=lambda i: len(tok.token_bytes(i)))
+            assert safe.count(word) == unsafe.count(word) - 1
 
 
 @pytest.mark.parametrize(

@@ -159,9 +159,16 @@ class ServeOptions(EngineOptions, RunOptions):
     )
     drain_delay: float | None = option(None, "seconds that SIGTERM still lets requests in (default: 0)")
     shutdown_timeout: float | None = option(None, "seconds that running answers have after SIGTERM (default: 25)")
-    unknown_fields: Literal["refuse", "ignore"] | None = option(
-        None, "what to do with fields of a body that are not known (default: refuse)"
+    unknown_fields: Literal["warn", "refuse", "ignore"] | None = option(
+        None, "what to do with fields of a body that are not known; warn: ignore them and say so (default: warn)"
     )
+    strict_roles: bool = option(
+        False, "refuse conversations that the chat template does not take as they are, which are merged else"
+    )
+    context_overflow: Literal["refuse", "truncate", "shift"] | None = option(
+        None, "prompts that are too long: refused; without their oldest turns or tokens; or that, and an answer that "
+        "fills the context goes on without its oldest tokens (default: refuse)",
+    )  # fmt: skip
     literal_prompts: bool = option(False, "in raw prompts, text such as </s> is text and no control token")
     log_level: Literal["debug", "info", "warning", "error"] | None = option(None, "how much is logged (default: info)")
 
@@ -271,6 +278,8 @@ def _service(options: ServeOptions, life: "Life", host: str) -> "Service":
     given: dict[str, Any] = {
         "revision": options.revision,
         "unknown_fields": options.unknown_fields,
+        "strict_roles": options.strict_roles,
+        "context_overflow": options.context_overflow,
         "parse_special": not options.literal_prompts,
         "payload_limit": options.payload_limit,
         "request_timeout": options.request_timeout,

@@ -16,14 +16,15 @@ class StopText:
     """Decodes tokens and ends at the first stop string, wherever in a token it begins or ends.
 
     What may still become a stop string is held back, so nothing of one is ever given out (keep=False); with keep=True
-    the text ends behind the stop string.
+    the text ends behind the stop string. While `searching` is off, text is given out as it comes and no stop string
+    begins in it.
     """
 
     def __init__(self, decoder: TextDecoder, stops: Sequence[str] = (), keep: bool = False) -> None:
         self._decoder, self._stops, self._keep = decoder, tuple(stops), keep
         self._longest = max(map(len, self._stops), default=1)
         self._held = ""
-        self.stopped = False
+        self.stopped, self.searching = False, True
 
     def put(self, token: int) -> str:
         """The text that is certain after this token."""
@@ -39,6 +40,8 @@ class StopText:
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
+        if not self.searching:
+            return text
         found = [(at, -len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             at, length = min(found)

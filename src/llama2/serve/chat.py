@@ -14,14 +14,24 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from llama2.errors import TokenizerError
-from llama2.serve.constraint import JSON_STYLE, Constraint
+from llama2.serve.constraint import Constraint, style_of
 from llama2.serve.errors import Refusal
 from llama2.serve.numbers import FIRST_FAULT
 from llama2.serve.proof import MAX_SOURCE
+from llama2.serve.roles import legal, merged
+from llama2.serve.served_model import ServedModel
 from llama2.serve.validation import Body, Text
+from llama2.tokenizer import marks
 
 _PREFIX = re.compile(r'\s*\{"name": "([^"]+)", "arguments": ')
 Choice = Literal["auto", "none", "required"]
+MERGED = "the messages do not alternate as this model's template wants them, and were merged into a dialogue that does"
+# What `apply_chat_template` takes that is no variable of the template.
+_RESERVED = frozenset((
+    "conversation", "chat", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "safe", "bos_token", "eos_token", "unk_token", "pad_token",
+))  # fmt: skip
 
 
 class Part(Body):
@@ -93,7 +103,7 @@ class Tools:
         rules = [f"call: {' | '.join(f'call{i}' for i in range(len(self.functions)))}"]
         for i, function in enumerate(self.functions):
             before = json.dumps(f'{{"name": "{function.name}", "arguments": ')
-            schema = json.dumps({**function.takes, "x-guidance": JSON_STYLE})
+            schema = json.dumps({**function.takes, "x-guidance": style_of(False)})
             rules += [f'call{i}: {before} arguments{i} "}}"', f"arguments{i}: %json {schema}"]
         start = "start: call"
         if self.choice == "auto":
@@ -141,13 +151,26 @@ def chosen(tools: Sequence[Tool] | None, choice: Any) -> Tools:
     return Tools(picked, "required")
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools, continues: bool) -> tuple[int, ...]:
+def prompt_ids(
+    model: ServedModel,
+    messages: Sequence[Message],
+    tools: Tools,
+    continues: bool,
+    variables: Mapping[str, Any] | None = None,
+    warnings: list[str] | None = None,
+) -> tuple[int, ...]:
     """The ids of a conversation whose next words are the model's; with `continues` they go on with the last message.
 
-    Raises Refusal where there is no template or it refuses the messages.
+    variables: further ones of the template. warnings: hears of what was changed. Raises Refusal where there is no
+    template or it refuses the messages.
     """
+    tokenizer = model.tokenizer
     if not messages:
         raise Refusal("validation", "messages is empty; give at least one", "messages")
+    if all(message.role in ("system", "developer") for message in messages):
+        raise Refusal(
+            "validation", "messages has system messages only, which nobody has to answer; add a user's", "messages"
+        )
     if tokenizer.chat_template is None:
         raise Refusal(
             "template", "this model has no chat template; use a completions route, or start with --chat-template llama2"
@@ -157,6 +180,10 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools, contin
     chat = _plain(messages, "tool_calls" in source)
     if tools.active and not native:
         chat = _instructed(chat, tools.instruction())
+    told = [] if warnings is None else warnings
+    if not model.policy.strict_roles and model.alternates and _mergeable(chat) and not legal(chat):
+        chat = merged(chat)
+        told.append(MERGED)
     shown = [{"type": "function", "function": f.model_dump(exclude_none=True)} for f in tools.functions]
     try:
         ids = tokenizer.apply_chat_template(
@@ -167,15 +194,70 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools, contin
             return_dict=False,
             safe=True,
             truncation=False,
+            **_variables(tokenizer, variables or {}),
         )
     except TokenizerError as error:
         raise Refusal("template", str(error), "messages") from None
     return tuple(ids)
 
 
+def fitting_ids(
+    model: ServedModel,
+    messages: Sequence[Message],
+    tools: Tools,
+    continues: bool,
+    room: int | None,
+    variables: Mapping[str, Any] | None = None,
+    warnings: list[str] | None = None,
+) -> tuple[int, ...]:
+    """As `prompt_ids`, without as many of the oldest turns as it takes to stay within `room` tokens; None for no bound.
+
+    System messages and the last turn stay. Where that is still too much, so are the ids.
+    """
+    told = [] if warnings is None else warnings
+    ids = prompt_ids(model, messages, tools, continues, variables, told)
+    if room is None or len(ids) <= room:
+        return ids
+    starts = [i for i, message in enumerate(messages) if message.role == "user"][1:]  # where a chat may begin anew
+    if not starts:
+        return ids
+    system = [message for message in messages if message.role in ("system", "developer")]
+
+    def shorter(start: int) -> tuple[int, ...]:
+        rest = [message for message in messages[start:] if message.role not in ("system", "developer")]
+        return prompt_ids(model, [*system, *rest], tools, continues, variables)
+
+    low, high = 0, len(starts) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(shorter(starts[middle])) <= room else (middle + 1, high)
+    told.append(f"the conversation was too long; its oldest {starts[low]} messages were left out")
+    return shorter(starts[low])
+
+
+def _mergeable(chat: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether turns are text only: calls and their results have rules of their own."""
+    return all(message["role"] in ("system", "user", "assistant") and "tool_calls" not in message for message in chat)
+
+
+def _variables(tokenizer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of the template that a request may set. Raises Refusal for those that could become control tokens."""
+    risky = marks.risky(tokenizer.special_contents)
+    for name, value in given.items():
+        if not name.isidentifier() or name in _RESERVED:
+            raise Refusal("template", f"chat_template_kwargs may not set {name[:40]!r}", "chat_template_kwargs")
+        if any(risky(text) for text in marks.strings(value)):
+            raise Refusal(
+                "template", f"chat_template_kwargs.{name[:40]} holds a control token of this model; drop it",
+                "chat_template_kwargs",
+            )  # fmt: skip
+    return dict(given)
+
+
 def _plain(messages: Sequence[Message], knows_calls: bool) -> list[dict[str, Any]]:
     """Messages as templates take them; for one that knows no calls, calls and their results become text."""
     found: list[dict[str, Any]] = []
+    joins = False  # what comes next to the result of a call: one turn
     for message in messages:
         role, text = message.role, message.text()
         role = "system" if role == "developer" else role
@@ -186,12 +268,14 @@ def _plain(messages: Sequence[Message], knows_calls: bool) -> list[dict[str, Any
             continue
         if message.tool_calls:
             text = "\n".join([*([text] if text else []), *map(_call_text, message.tool_calls)])
-        if role in ("tool", "function"):
+        is_result = role in ("tool", "function")
+        if is_result:
             role, text = "user", f"Result of the function{f' {message.name}' if message.name else ''}:\n{text}"
-        if found and role == found[-1]["role"] == "user":  # several results, or a result and a question: one turn
+        if found and role == found[-1]["role"] == "user" and (joins or is_result):
             found[-1]["content"] += f"\n\n{text}"
         else:
             found.append({"role": role, "content": text})
+        joins = is_result
     return found
 
 

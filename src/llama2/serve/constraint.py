@@ -7,7 +7,9 @@ request. Whitespace of JSON is fixed to that of Python's json.dumps: a model tha
 import ctypes
 import json
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +19,7 @@ from llama2.generation.arrays import Array, of, on_arrays
 from llama2.serve.byte_cache import Kept
 from llama2.serve.proof import Proof, Prover
 from llama2.serve.prover import compile_source
+from llama2.serve.schema import loosened, prepared
 
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # About 20 ms each for the lexer and for a step; the defaults allow hundreds.
@@ -27,6 +30,8 @@ LIBRARY_BOUNDS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
+_UNHELD_KEYS, _UNHELD_FORMAT = re.compile(r"Unimplemented keys: \[(.*)\]"), re.compile(r"Unknown format: (.*)")
+_MAY_BE_LEFT_OUT = re.compile(r"registry|not disjoint|regex parse error|lookaround|in regex")
 KEPT, KEPT_OF_ONE = 256 * 2**20, 64 * 2**20  # bytes of compiled constraints: of all keys, and of one key
 _OVERHEAD = 65_536  # bytes that every compiled constraint is counted for at least
 
@@ -37,10 +42,24 @@ class ConstraintError(InputError):
 
 @dataclass(frozen=True)
 class Constraint:
-    """What an answer must look like: JSON text of a schema, a regular expression, or a grammar in llguidance's Lark."""
+    """What an answer must look like: JSON text of a schema, a regular expression, or a grammar in llguidance's Lark.
+
+    strict: a schema with something that cannot be held is refused, where else it is held to the rest. warnings: of what
+    was left out of it already.
+    """
 
     kind: Literal["json", "regex", "lark"]
     source: str
+    strict: bool = False
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A constraint at work, to be copied for each answer, and what it does not hold an answer to."""
+
+    matcher: Any
+    warnings: tuple[str, ...] = ()
 
 
 class Compiler:
@@ -64,24 +83,23 @@ class Compiler:
         self._vocabulary = vocabulary
         pieces = _Pieces(tokenizer, vocabulary, eos[0])
         self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(pieces), n_vocab=vocabulary, eos_token=eos)
-        self._prover = Prover(LIBRARY_BOUNDS, JSON_STYLE, pieces, eos)
+        self._prover = Prover(LIBRARY_BOUNDS, pieces, eos)
         self.kept: Kept[Any] = Kept(KEPT, KEPT_OF_ONE)
 
     def __call__(self, constraint: Constraint, prompt: int, owner: str = "") -> "Constrained":
         """A processor for a sequence whose prompt has so many tokens. Raises InputError for what cannot be compiled."""
         return self.processor(self.compiled(constraint, owner), prompt)
 
-    def processor(self, compiled: Any, prompt: int) -> "Constrained":
+    def processor(self, compiled: Compiled, prompt: int) -> "Constrained":
         """A processor of a compiled constraint, for a sequence whose prompt has so many tokens."""
-        return Constrained(compiled.deep_copy(), prompt, self._vocabulary)
+        return Constrained(compiled.matcher.deep_copy(), prompt, self._vocabulary)
 
-    def compiled(self, constraint: Constraint, owner: str = "") -> Any:
+    def compiled(self, constraint: Constraint, owner: str = "") -> Compiled:
         """The compiled constraint, made or remembered. Takes up to seconds where it is new. Raises InputError."""
         found = self.kept.get(owner, constraint)
         if found is None:
             try:
-                proof = self._prover(constraint.kind, constraint.source)
-                found = self._compile(constraint)
+                found, proof = self._tried(constraint)
             except InputError as error:
                 found, proof = str(error), Proof(0, 0.0)
             self.kept.put(owner, constraint, found, max(proof.bytes, 2 * len(constraint.source)) + _OVERHEAD)
@@ -89,12 +107,26 @@ class Compiler:
             raise InputError(found)
         return found
 
+    def _tried(self, constraint: Constraint) -> tuple[Compiled, Proof]:
+        """Compiles; a schema that is refused for what may be left out is compiled without it."""
+        more: tuple[str, ...] = ()
+        try:
+            proof = self._prover(constraint.kind, constraint.source, style_of(constraint.strict))
+        except InputError as error:
+            if constraint.kind != "json" or constraint.strict or not _MAY_BE_LEFT_OUT.search(str(error)):
+                raise
+            source, more = loosened(constraint.source)
+            constraint = replace(constraint, source=source)
+            proof = self._prover(constraint.kind, constraint.source, style_of(False))
+        matcher = self._compile(constraint)
+        return Compiled(matcher, (*constraint.warnings, *more, *left_out(matcher))), proof
+
     def close(self) -> None:
         """Ends the process that tries constraints."""
         self._prover.close()
 
     def _compile(self, constraint: Constraint) -> Any:
-        arguments = LIBRARY_BOUNDS, constraint.kind, constraint.source, JSON_STYLE
+        arguments = LIBRARY_BOUNDS, constraint.kind, constraint.source, style_of(constraint.strict)
         try:
             return compile_source(self._library, self._tokenizer, *arguments)
         except ValueError as error:
@@ -144,11 +176,32 @@ class _Pieces:
         return ids
 
 
+def style_of(strict: bool) -> dict[str, Any]:
+    """How JSON is written, and whether keywords that cannot be held are an error."""
+    return {**JSON_STYLE, "lenient": not strict}
+
+
+def left_out(matcher: Any) -> tuple[str, ...]:
+    """Warnings of what a compiled grammar does not hold an answer to."""
+    found = []
+    for line in dict.fromkeys(matcher.get_grammar_warnings()):
+        if keys := _UNHELD_KEYS.search(line):
+            found.append(f"the schema has {keys[1].replace(chr(34), '')}, which cannot be held; an answer may break it")
+        elif name := _UNHELD_FORMAT.search(line):
+            found.append(f"the schema has the format {name[1]!r}, which cannot be held; any text is let through")
+        elif "oneOf" in line:
+            found.append("the schema has a oneOf whose cases overlap; an answer may fit several of them")
+        else:
+            found.append(f"the schema cannot be held in full: {' '.join(line.split())[:200]}")
+    return tuple(found[:16])
+
+
 def any_json() -> Constraint:
     """Any JSON object."""
     return Constraint("json", '{"type": "object"}')
 
 
-def json_schema(schema: Any) -> Constraint:
-    """JSON that fits a schema, a mapping."""
-    return Constraint("json", json.dumps(schema))
+def json_schema(schema: Mapping[str, Any], strict: bool = False) -> Constraint:
+    """JSON that fits a schema. Raises InputError for one that is nested too deeply."""
+    found, warnings = prepared(schema, strict)
+    return Constraint("json", json.dumps(found), strict, warnings)

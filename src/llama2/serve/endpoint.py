@@ -39,6 +39,7 @@ def endpoint(service: Service, dialect: Dialect, route: Route) -> Callable[[Requ
                 service.life.enter()
                 inside = True
             response = await route.handler(call)
+            response.headers.update(call.headers)
             if isinstance(response, EventStream):
                 response.leave, inside = service.life.leave if counted else None, False
             return response

@@ -29,6 +29,8 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope.get("http_version") == "1.0":
+            send = _at_once(send)
         state: dict[str, Any] = scope.setdefault("state", {})
         headers = scope["headers"]
         state["id"], state["notes"] = _request_id(headers), {}
@@ -70,7 +72,8 @@ class Envelope:
                 raise Refusal("headers", "the headers are too many or too long")
             if scope["path"] not in PROBES:  # whoever watches a server knows it by its address
                 host = next((value.decode("latin-1") for name, value in headers if name == b"host"), None)
-                check_host(host, self.service.policy.allowed_hosts)
+                if host is not None or scope.get("http_version") != "1.0":  # which has no such header
+                    check_host(host, self.service.policy.allowed_hosts)
         except Refusal as refusal:
             await self.dialect_at(scope["path"]).refuse(refusal, state["id"])(scope, receive, bounded)
         else:
@@ -90,6 +93,30 @@ class Envelope:
                 **state["notes"],
             }
             logger.log(level, "request", extra={"fields": fields})
+
+
+def _at_once(send: Send) -> Send:
+    """Sends a stream in one piece with its length: HTTP/1.0 knows no chunks, in which it would go out."""
+    start: Message | None = None
+    parts: list[bytes] = []
+
+    async def collected(message: Message) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start":
+            start = message
+            return
+        parts.append(message.get("body", b""))
+        if message.get("more_body", False) or start is None:
+            return
+        body = b"".join(parts)
+        headers = [(k, v) for k, v in start.get("headers", ()) if k.lower() != b"content-length"]
+        length = (b"content-length", str(len(body)).encode())
+        # What answers HEAD or 304 has no body and may tell another length.
+        kept = list(start.get("headers", ())) if not body else [*headers, length]
+        await send({**start, "headers": kept})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    return collected
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:

@@ -4,6 +4,7 @@ What is outside is refused with the field, the value and the bound before anythi
 check at the first entry that is wrong: a body of a million wrong entries makes one error and not a million.
 """
 
+import math
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, WithJsonSchema
@@ -16,8 +17,9 @@ Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]  # the vocabulary bounds it further
 Answers = Annotated[int, Field(ge=1, le=1024)]  # max_best_of bounds it further
 Tops = Annotated[int, Field(ge=0, le=20)]  # likeliest tokens that are told
+MaxTokens = Annotated[int, Field(ge=-2, le=2**53)]  # below 0: what the context holds
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-UnsignedSeed = Annotated[int, Field(ge=0, lt=2**64)]
+UnsignedSeed = Annotated[int, Field(ge=-1, lt=2**64)]  # -1: a new one
 Temperature = Annotated[float, Field(ge=0, le=100)]
 # Below 1e-5 the logits over the temperature leave float32, and every draw is the likeliest token long before.
 PositiveTemperature = Annotated[float, Field(ge=1e-5, le=100)]
@@ -26,27 +28,42 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100)]  # multiplies logits in one direction or the other
 CountPenalty = Annotated[float, Field(ge=-2, le=2)]  # OpenAI's bounds
 MAX_BIAS = 100.0  # OpenAI's
-Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+Bias = Annotated[float, AfterValidator(lambda value: clamped(value))]
 Dimensions = Annotated[int, Field(ge=1, le=1_000_000)]
 
 Ids = Annotated[list[TokenId], FIRST_FAULT, Field(max_length=1_000_000)]
 StopIds = Annotated[list[TokenId], FIRST_FAULT, Field(max_length=1024)]
 
 
+def clamped(bias: Any) -> float:
+    """A bias within OpenAI's bounds, behind which it decides alone. Raises ValueError for what is no finite number."""
+    if bias is False:  # llama.cpp's way to forbid
+        return -MAX_BIAS
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or bias != bias or bias in (math.inf, -math.inf):
+        raise ValueError(f"a bias is {str(bias)[:40]!r}; give a finite number")
+    return float(min(max(bias, -MAX_BIAS), MAX_BIAS))
+
+
 def _biases(given: dict[str, Any]) -> dict[str, float]:
-    for key, value in given.items():
+    for key in given:
         if not (key.isascii() and key.isdecimal() and len(key) < 10):
             raise ValueError(f"it has the key {key[:40]!r}; keys are token ids")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"the bias of {key} is {str(value)[:40]!r}; give a number")
-        if not -MAX_BIAS <= value <= MAX_BIAS:
-            raise ValueError(f"the bias of {key} is outside of {-MAX_BIAS:g} to {MAX_BIAS:g}")
-    return given
+    return {key: clamped(value) for key, value in given.items()}
+
+
+def _pairs(given: list[Any]) -> list[tuple[int | str, float]]:
+    found = []
+    for pair in given:
+        if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) in (int, str)):
+            raise ValueError(f"it has the entry {str(pair)[:40]}; give [token id or text, bias]")
+        found.append((pair[0], clamped(pair[1])))
+    return found
 
 
 _BIASES_SCHEMA: dict[str, Any] = {
     "type": "object",
     "maxProperties": 200_000,
-    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+    "additionalProperties": {"type": "number"},
 }
 Biases = Annotated[dict[str, Any], Field(max_length=200_000), AfterValidator(_biases), WithJsonSchema(_BIASES_SCHEMA)]
+Pairs = Annotated[list[Any], Field(max_length=200_000), AfterValidator(_pairs)]

@@ -1,6 +1,7 @@
 """/v1/chat/completions."""
 
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -9,23 +10,13 @@ from starlette.responses import JSONResponse, Response
 from llama2.engine.engine import Event
 from llama2.engine.sampler import Picked
 from llama2.serve import sse
-from llama2.serve.chat import CallReader, Message, Tool, Tools, chosen, prompt_ids
+from llama2.serve.chat import CallReader, Message, Tool, Tools, chosen, fitting_ids
+from llama2.serve.common import Common
 from llama2.serve.dialect import post
 from llama2.serve.errors import Refusal
-from llama2.serve.numbers import FIRST_FAULT, Count, Tops
-from llama2.serve.openai import (
-    REASONS,
-    Common,
-    Head,
-    OpenAI,
-    OpenAIWriter,
-    ResponseFormat,
-    drawn,
-    rated,
-    salt,
-    usage,
-)
-from llama2.serve.request import GenerationRequest
+from llama2.serve.numbers import FIRST_FAULT, MaxTokens, Tops
+from llama2.serve.openai import REASONS, Head, OpenAI, OpenAIWriter, rated, usage
+from llama2.serve.request import GenerationRequest, prompt_room
 from llama2.serve.served_model import ServedModel
 from llama2.serve.service import RouteCall
 from llama2.serve.session import Answer, Session, fold
@@ -38,20 +29,21 @@ class ChatBody(Common):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], FIRST_FAULT] = Field(min_length=1)
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Tops | None = None
     tools: Annotated[list[Tool], FIRST_FAULT] | None = Field(None, max_length=256)
     tool_choice: str | dict[str, Any] | None = Field(None, max_length=256)
     tool_prompt: str | None = Field(None, max_length=8192)
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     reasoning_effort: Any = None
     verbosity: Any = None
     modalities: Annotated[list[Literal["text"]], FIRST_FAULT] | None = None
     prediction: Any = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=64)
 
     @property
     def legacy(self) -> bool:
@@ -81,39 +73,36 @@ def parse(model: ServedModel, body: ChatBody, owner: str) -> tuple[GenerationReq
     if body.tools and len(body.tools) > model.bounds.max_tools:
         raise Refusal("tool", f"{len(body.tools)} tools; {model.bounds.max_tools} are the most", "tools")
     tools = chosen(body.tools, body.tool_choice)
-    constraint = body.response_format.constraint() if body.response_format else None
+    constraint = body.constraint()
     if tools.active:
         if constraint is not None:
             raise Refusal("tool", "tools and a response_format exclude each other; send one of them")
         constraint = tools.constraint()
     if body.tops and not body.logprobs:
         raise Refusal("validation", "top_logprobs needs logprobs: true", "top_logprobs")
-    ids = prompt_ids(model.tokenizer, body.messages, tools, body.continues)
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if wanted == 0:
         raise Refusal("validation", "max_tokens is 0; ask for at least 1", "max_tokens")
-    n = body.n or 1
-    return (
-        GenerationRequest(
-            prompts=(ids,),
-            sampling=body.sampling(model),
-            max_new_tokens=wanted,
-            n=n,
-            best_of=n,
-            seed=drawn(body.seed),
-            stop=body.stops,
-            keep_stop=bool(body.include_stop_str_in_output),
-            logprobs=body.tops if body.logprobs else None,
-            continues=body.continues,
-            constraint=constraint,
-            adapter=model.adapter(body.model),
-            salt=salt(owner, body.cache_salt),
-            owner=owner,
-            stream=bool(body.stream),
-            skip_special_tokens=body.skip_special_tokens is not False,
-        ),
-        tools,
+    if body.chat_template is not None:
+        raise Refusal("template", "requests cannot bring a chat template; the server's is used", "chat_template")
+    n, warnings = body.n or 1, list[str]()
+    room = None
+    if model.policy.context_overflow != "refuse":
+        room = prompt_room(model.bounds.within(body.num_ctx), None if wanted is None or wanted < 0 else wanted)
+    ids = fitting_ids(model, body.messages, tools, body.continues, room, body.chat_template_kwargs, warnings)
+    request = body.request(
+        model,
+        owner,
+        (ids,),
+        wanted,
+        n=n,
+        best_of=n,
+        logprobs=body.tops if body.logprobs else None,
+        continues=body.continues,
+        constraint=constraint,
+        warnings=warnings,
     )
+    return request, tools
 
 
 async def chat(call: RouteCall) -> Response:
@@ -124,11 +113,11 @@ async def chat(call: RouteCall) -> Response:
     session = await call.begin(generation)
     prompt = len(generation.prompts[0])
     if generation.stream:
-        writer = (LegacyWriter if body.legacy else ChatWriter)(model, body, tools, prompt, generation.n)
+        writer = (LegacyWriter if body.legacy else ChatWriter)(model, body, tools, prompt, generation.n, call.warnings)
         return sse.EventStream(call, session, writer)
     answers = await call.until_gone(session, fold(session, generation.n))
     choices = [_choice(model, body, tools, i, answer) for i, answer in enumerate(answers)]
-    head = Head(model, "chatcmpl", "chat.completion", body.model)
+    head = Head(model, "chatcmpl", "chat.completion", body.model, call.warnings)
     return JSONResponse(head(choices=choices, usage=usage(prompt, session)))
 
 
@@ -162,9 +151,11 @@ def _call_id() -> str:
 class ChatWriter(OpenAIWriter):
     """Chunks: the role, then text or a call piece by piece, then the reason, then the usage if asked, then [DONE]."""
 
-    def __init__(self, model: ServedModel, body: ChatBody, tools: Tools, prompt: int, n: int) -> None:
+    def __init__(
+        self, model: ServedModel, body: ChatBody, tools: Tools, prompt: int, n: int, warnings: Sequence[str] = ()
+    ) -> None:
         self.tokenizer, self.body, self.prompt, self.n = model.tokenizer, body, prompt, n
-        self.head = Head(model, "chatcmpl", "chat.completion.chunk", body.model)
+        self.head = Head(model, "chatcmpl", "chat.completion.chunk", body.model, warnings)
         self.readers = [CallReader() for _ in range(n)] if tools.active else []
         self.calling = [False] * n
 
@@ -228,8 +219,10 @@ class ChatWriter(OpenAIWriter):
 class LegacyWriter(ChatWriter):
     """Chunks as TGI wrote them for its own client: role and call in every one of them, nothing behind the last."""
 
-    def __init__(self, model: ServedModel, body: ChatBody, tools: Tools, prompt: int, n: int) -> None:
-        super().__init__(model, body, tools, prompt, n)
+    def __init__(
+        self, model: ServedModel, body: ChatBody, tools: Tools, prompt: int, n: int, warnings: Sequence[str] = ()
+    ) -> None:
+        super().__init__(model, body, tools, prompt, n, warnings)
         self._id, self._name = _call_id(), ""
 
     def begin(self) -> bytes:

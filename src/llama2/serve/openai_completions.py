@@ -1,6 +1,6 @@
 """/v1/completions: raw prompts, one or several, as texts or ids."""
 
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -9,22 +9,11 @@ from starlette.responses import JSONResponse, Response
 from llama2.engine.engine import Event
 from llama2.engine.sampler import Picked
 from llama2.serve import sse
+from llama2.serve.common import Common
 from llama2.serve.dialect import post
 from llama2.serve.errors import Refusal
 from llama2.serve.numbers import FIRST_FAULT, Answers, Ids, Tops
-from llama2.serve.openai import (
-    REASONS,
-    Common,
-    Head,
-    OpenAI,
-    OpenAIWriter,
-    ResponseFormat,
-    drawn,
-    finite,
-    salt,
-    token_text,
-    usage,
-)
+from llama2.serve.openai import REASONS, Head, OpenAI, OpenAIWriter, finite, token_text, usage
 from llama2.serve.request import GenerationRequest
 from llama2.serve.served_model import ServedModel
 from llama2.serve.service import RouteCall
@@ -42,8 +31,8 @@ class CompletionBody(Common):
     echo: bool | None = None
     logprobs: Tops | None = None
     suffix: str | None = None
-    response_format: ResponseFormat | None = None
     parse_special: bool | None = None
+    add_special_tokens: bool | None = None
 
 
 def encode(tokenizer: Any, text: str, special: bool) -> tuple[int, ...]:
@@ -70,8 +59,7 @@ def parse(model: ServedModel, body: CompletionBody, owner: str) -> GenerationReq
         raise Refusal(
             "validation", f"{len(given)} prompts; {model.bounds.max_client_batch_size} are the most", "prompt"
         )
-    special = model.policy.parse_special if body.parse_special is None else body.parse_special
-    prompts = tuple(encode(model.tokenizer, p, special) if isinstance(p, str) else tuple(p) for p in given)
+    prompts = tuple(_ids(model, body, p) if isinstance(p, str) else tuple(p) for p in given)
     n = body.n or 1
     best_of = n if body.best_of is None else body.best_of
     if body.stream and best_of != n:
@@ -82,25 +70,30 @@ def parse(model: ServedModel, body: CompletionBody, owner: str) -> GenerationReq
         raise Refusal("validation", "echo with logprobs needs the whole answer; set stream to false", "echo")
     if body.max_tokens == 0 and not body.echo:
         raise Refusal("validation", "max_tokens is 0; ask for at least 1, or echo the prompt", "max_tokens")
-    return GenerationRequest(
-        prompts=prompts,
-        sampling=body.sampling(model),
-        max_new_tokens=max(DEFAULT_NEW if body.max_tokens is None else body.max_tokens, 1),
+    return body.request(
+        model,
+        owner,
+        prompts,
+        max(body.max_tokens, 1)
+        if body.max_tokens == 0
+        else DEFAULT_NEW
+        if body.max_tokens is None
+        else body.max_tokens,
         n=n,
         best_of=best_of,
-        seed=drawn(body.seed),
-        stop=body.stops,
-        keep_stop=bool(body.include_stop_str_in_output),
         logprobs=body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         continues=True,
-        constraint=body.response_format.constraint() if body.response_format else None,
-        adapter=model.adapter(body.model),
-        salt=salt(owner, body.cache_salt),
-        owner=owner,
-        stream=bool(body.stream),
-        skip_special_tokens=_skips(body),
+        constraint=body.constraint(),
     )
+
+
+def _ids(model: ServedModel, body: CompletionBody, prompt: str) -> tuple[int, ...]:
+    special = model.policy.parse_special if body.parse_special is None else body.parse_special
+    ids = encode(model.tokenizer, prompt, special)
+    if body.add_special_tokens is False and ids[:1] == (model.tokenizer.bos_token_id,):
+        return ids[1:]
+    return ids
 
 
 def _skips(body: CompletionBody) -> bool:
@@ -118,7 +111,7 @@ async def completions(call: RouteCall) -> Response:
     generation = await call.parse(parse, model, body, call.owner)
     session = await call.begin(generation)
     if generation.stream:
-        return sse.EventStream(call, session, CompletionWriter(model, body, generation))
+        return sse.EventStream(call, session, CompletionWriter(model, body, generation, call.warnings))
     answers = await call.until_gone(session, fold(session, generation.answers))
     choices: list[dict[str, Any]] = []
     for i, prompt in enumerate(generation.prompts):
@@ -130,7 +123,7 @@ async def completions(call: RouteCall) -> Response:
             answer.prompt = first.prompt
             choices.append(_choice(model, body, prompt, len(choices), answer))
     held = sum(map(len, generation.prompts))
-    head = Head(model, "cmpl", "text_completion", body.model)
+    head = Head(model, "cmpl", "text_completion", body.model, call.warnings)
     return JSONResponse(head(choices=choices, usage=usage(held, session)))
 
 
@@ -145,37 +138,60 @@ def _choice(
     logprobs = None
     if body.logprobs is not None:
         before = [Picked(prompt[0]), *answer.prompt] if body.echo else []
-        logprobs = table(tokenizer, [*before, *picked], body.logprobs, skip=_skips(body))
+        offsets = Offsets(tokenizer, _skips(body), () if body.echo else prompt)
+        logprobs = table(tokenizer, [*before, *picked], body.logprobs, offsets)
     reason = "length" if body.max_tokens == 0 else REASONS[answer.finish or "length"]
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
-def table(tokenizer: Any, picked: list[Picked], tops: int, offset: int = 0, skip: bool = True) -> dict[str, Any]:
-    """The logprobs of a completion; offset: characters before its first token. A first token has none: null.
+class Offsets:
+    """Where in the text each token begins; those inside a character begin where it does."""
 
-    Special tokens are told too, `</s>` among them; where the text leaves them out (skip) they take no room in it.
+    def __init__(self, tokenizer: Any, skip: bool, prompt: Sequence[int] = ()) -> None:
+        """skip: special tokens take no room. prompt: what the text goes on from, where it is not part of it."""
+        self._decoder, self._at = tokenizer.stream_decoder(skip_special_tokens=skip), 0
+        for token in prompt[-8:]:
+            self._decoder.put(token)
+
+    def __call__(self, token: int) -> int:
+        """The place of the next token."""
+        at = self._at
+        self._at += len(self._decoder.put(token))
+        return at
+
+
+def table(tokenizer: Any, picked: list[Picked], tops: int, offsets: Offsets) -> dict[str, Any]:
+    """The logprobs of a completion. A first token has none: null.
+
+    Special tokens are told too, `</s>` among them. The token itself is always among the likeliest that are told.
     """
-    texts = [token_text(tokenizer, p.token) for p in picked]
-    sizes = [0 if skip and p.token in tokenizer.special_ids else len(t) for p, t in zip(picked, texts, strict=True)]
-    best = [
-        None if p.logprob is None else {token_text(tokenizer, token): finite(value) for token, value in p.top[:tops]}
-        for p in picked
-    ]
     return {
-        "tokens": texts,
+        "tokens": [token_text(tokenizer, p.token) for p in picked],
         "token_logprobs": [None if p.logprob is None else finite(p.logprob) for p in picked],
-        "top_logprobs": best if tops else None,
-        "text_offset": list(accumulate(sizes[:-1], initial=offset)) if texts else [],
+        "top_logprobs": [None if p.logprob is None else _likeliest(tokenizer, p, tops) for p in picked],
+        "text_offset": [offsets(p.token) for p in picked],
     }
+
+
+def _likeliest(tokenizer: Any, picked: Picked, tops: int) -> dict[str, float]:
+    """By their texts; of two with the same text, as broken bytes have it, the likelier."""
+    found: dict[str, float] = {}
+    for token, logprob in (*picked.top[:tops], (picked.token, picked.logprob)):
+        found.setdefault(token_text(tokenizer, token), finite(logprob))
+    return found
 
 
 class CompletionWriter(OpenAIWriter):
     """Chunks with the text of one answer each; the reason comes with the last."""
 
-    def __init__(self, model: ServedModel, body: CompletionBody, generation: GenerationRequest) -> None:
+    def __init__(
+        self, model: ServedModel, body: CompletionBody, generation: GenerationRequest, warnings: Sequence[str] = ()
+    ) -> None:
         self.tokenizer, self.body, self.generation = model.tokenizer, body, generation
-        self.head = Head(model, "cmpl", "text_completion", body.model)
-        self.offsets = [0] * generation.answers
+        self.head = Head(model, "cmpl", "text_completion", body.model, warnings)
+        self.offsets = [
+            Offsets(self.tokenizer, _skips(body), prompt) for prompt in generation.prompts for _ in range(generation.n)
+        ]
 
     def begin(self) -> bytes:
         """The prompts, where they are to be echoed."""
@@ -193,10 +209,8 @@ class CompletionWriter(OpenAIWriter):
         text = "" if self.body.max_tokens == 0 else event.text
         logprobs = None
         if self.body.logprobs is not None and event.token is not None:
-            picked, skip = Picked(event.token, event.logprob, event.top), _skips(self.body)
-            logprobs = table(self.tokenizer, [picked], self.body.logprobs, self.offsets[index], skip)
-            if not (skip and event.token in self.tokenizer.special_ids):
-                self.offsets[index] += len(logprobs["tokens"][0])
+            picked = Picked(event.token, event.logprob, event.top)
+            logprobs = table(self.tokenizer, [picked], self.body.logprobs, self.offsets[index])
         reason = None if event.finish is None else REASONS[event.finish]
         return self.chunk(index, text, logprobs, reason) if text or logprobs or reason else b""
 

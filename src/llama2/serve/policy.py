@@ -5,11 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Policy:
-    """Choices of whoever runs the server. names: of the model, the first one is shown."""
+    """Choices of whoever runs the server. names: of the model, the first one is shown. unknown_fields: warn,
+    refuse or ignore. strict_roles: conversations are refused that the template does not take as they are.
+    context_overflow: what happens to a prompt that is too long: refuse, truncate or shift."""
 
     names: tuple[str, ...] = ("llama2",)
     revision: str | None = None
-    unknown_fields: str = "refuse"
+    unknown_fields: str = "warn"
+    strict_roles: bool = False
+    context_overflow: str = "refuse"
     parse_special: bool = True
     payload_limit: int = 2_000_000
     request_timeout: float = 0.0

@@ -60,18 +60,18 @@ def check_source(kind: str, source: str) -> None:
 class Prover:
     """The process, started when it is first needed. Calls may come from any thread; one is answered at a time."""
 
-    def __init__(self, library_bounds: dict[str, Any], style: Any, pieces: Any, eos: list[int]) -> None:
-        """library_bounds: keywords of LLParserLimits. style: how JSON is written. pieces: the tokenizer's bytes."""
-        self._bounds, self._style, self._pieces, self._eos = library_bounds, style, pieces, eos
+    def __init__(self, library_bounds: dict[str, Any], pieces: Any, eos: list[int]) -> None:
+        """library_bounds: keywords of LLParserLimits. pieces: the tokenizer's bytes."""
+        self._bounds, self._pieces, self._eos = library_bounds, pieces, eos
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: weakref.finalize[[subprocess.Popen[bytes]], Prover] | None = None
 
-    def __call__(self, kind: str, source: str) -> Proof:
-        """Raises InputError for a constraint that cannot be used, with the reason."""
+    def __call__(self, kind: str, source: str, style: dict[str, Any]) -> Proof:
+        """style: how JSON is written. Raises InputError for a constraint that cannot be used, with the reason."""
         check_source(kind, source)
         with self._lock:
-            found = self._ask({"kind": kind, "source": source})
+            found = self._ask({"kind": kind, "source": source, "style": style})
         name = _NAMES[kind]
         if "error" in found:
             raise InputError(f"the {name} cannot be used: {' '.join(str(found['error']).split())[:300]}")
@@ -115,7 +115,6 @@ class Prover:
         assert process.stdin is not None
         hello = {
             "bounds": self._bounds,
-            "style": self._style,
             "tokens": [piece.hex() for piece in self._pieces.tokens],
             "special": self._pieces.special_token_ids,
             "eos": self._eos,

@@ -99,7 +99,7 @@ def _limit(limits: dict[str, Any]) -> None:
 
 def _try(library: Any, tokenizer: Any, hello: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     before, began = _resident(), resource.getrusage(resource.RUSAGE_SELF)
-    arguments = hello["bounds"], request["kind"], request["source"], hello["style"]
+    arguments = hello["bounds"], request["kind"], request["source"], request["style"]
     try:
         made = compile_source(library, tokenizer, *arguments)
         copy = made.deep_copy()

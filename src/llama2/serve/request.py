@@ -1,6 +1,6 @@
 """What is to be generated: the one type that every dialect parses into, and the bounds that hold for all of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,13 @@ class Bounds:
     max_tokenize_bytes: int = 262_144  # of the texts of /tokenize and /chat_tokenize
     max_told_tokens: int = 1_000_000  # tokens of an answer that is sent at once, likeliest ones that are told included
 
+    def within(self, context: int | None) -> "Bounds":
+        """These bounds for a request that asks for a smaller context itself."""
+        if context is None or context >= self.max_total_tokens:
+            return self
+        total = max(context, 2)
+        return replace(self, max_total_tokens=total, max_input_tokens=min(self.max_input_tokens, total - 1))
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -47,8 +54,10 @@ class Sampling:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_ids: tuple[int, ...] | None = None
 
-    def settings(self, eos: list[int]) -> dict[str, Any]:
+    def settings(self, eos: list[int], vocabulary: int) -> dict[str, Any]:
         """As settings of generate(), every one of them given, so that none comes from the checkpoint."""
         found: dict[str, Any] = {
             "do_sample": self.temperature is not None,
@@ -60,6 +69,10 @@ class Sampling:
             found |= {"typical_p": self.typical_p, "min_p": self.min_p or None}
         if self.min_tokens:
             found["min_new_tokens"] = self.min_tokens
+        if self.bad_words:
+            found["bad_words_ids"] = [list(word) for word in self.bad_words]
+        if self.allowed_ids is not None:
+            found["suppress_tokens"] = sorted(set(range(vocabulary)) - set(self.allowed_ids))
         return found
 
 
@@ -67,7 +80,9 @@ class Sampling:
 class GenerationRequest:
     """Prompts of ids and how each is continued `best_of` times, of which `n` are told.
 
-    max_new_tokens: None fills the context. prompt_logprobs, logprobs, continues, lookup: see `engine.Ask`. keep_stop:
+    max_new_tokens: None fills the context, as does a number beyond it. context: tokens of prompt and answer at most,
+    where the request asks for fewer than the server has. warnings: what of the body is not obeyed. prompt_logprobs,
+    logprobs, continues: see `engine.Ask`. keep_stop:
     the text ends behind the stop string. salt: requests of another salt share no cached prefix. owner: whose limits
     and whose share of the engine they take.
     """
@@ -89,19 +104,22 @@ class GenerationRequest:
     owner: str = ""
     stream: bool = False
     skip_special_tokens: bool = True
+    context: int | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def answers(self) -> int:
         """How many answers the engine makes."""
         return len(self.prompts) * self.best_of
 
-    @property
-    def new_tokens(self) -> int:
-        """The bound on new tokens of one answer; 0 where only the context bounds it."""
-        return self.max_new_tokens or 0
+    def new_tokens(self, prompt: int, bounds: Bounds) -> int:
+        """The most new tokens behind a prompt of so many, within bounds that hold for this request."""
+        room = bounds.max_total_tokens - prompt
+        return room if self.max_new_tokens is None else min(self.max_new_tokens, room)
 
     def check(self, bounds: Bounds, vocabulary: int) -> None:
         """Raises Refusal for what the bounds forbid; the engine checks what it alone knows."""
+        bounds = bounds.within(self.context)
         _most("the number of prompts", len(self.prompts), bounds.max_client_batch_size, "prompt")
         _most("n", self.n, bounds.max_best_of, "n")
         _most("best_of", self.best_of, bounds.max_best_of, "best_of")
@@ -111,13 +129,12 @@ class GenerationRequest:
             raise Refusal("validation", "a stop string is empty, which every text contains; leave it out", "stop")
         if self.best_of < self.n:
             raise Refusal("validation", f"best_of is {self.best_of}; it must be at least n, {self.n}", "best_of")
-        if self.best_of > 1 and self.sampling.temperature is None:
-            raise Refusal(
-                "validation", "more than one answer needs sampling; the likeliest tokens are one answer", "best_of"
-            )
         if self.logprobs is not None:
             _most("logprobs", self.logprobs, bounds.max_top_n_tokens, "logprobs")
-        for token in (*self.sampling.bias, *self.sampling.stop_ids):
+        allowed = self.sampling.allowed_ids
+        if allowed == ():
+            raise Refusal("validation", "allowed_token_ids is empty; allow at least one token", "allowed_token_ids")
+        for token in (*self.sampling.bias, *self.sampling.stop_ids, *(allowed or ())):
             if not 0 <= token < vocabulary:
                 raise Refusal("validation", f"token id {token} does not exist; ids run from 0 to {vocabulary - 1}")
         for prompt in self.prompts:
@@ -131,7 +148,7 @@ class GenerationRequest:
         each = 1 + (self.logprobs or 0)
         told = 0
         for prompt in self.prompts:
-            told += self.best_of * (self.new_tokens or bounds.max_total_tokens - len(prompt)) * each
+            told += self.best_of * self.new_tokens(len(prompt), bounds) * each
             told += len(prompt) * each if self.prompt_logprobs else 0
         if told > bounds.max_told_tokens:
             raise Refusal(
@@ -151,12 +168,6 @@ class GenerationRequest:
                 f"the prompt has {held} tokens but at most {bounds.max_input_tokens} are taken (max_input_tokens); "
                 "shorten it",
             )
-        if held + self.new_tokens > bounds.max_total_tokens:
-            raise Refusal(
-                "context",
-                f"{held} tokens of the prompt and {self.new_tokens} new ones are more than {bounds.max_total_tokens} "
-                f"(max_total_tokens); ask for at most {bounds.max_total_tokens - held} new tokens",
-            )
 
     def engine_requests(self, engine: Engine, bounds: Bounds, held: Callable[[int], Constrained] | None) -> list[Ask]:
         """The engine's requests, `best_of` for each prompt in turn. Raises InputError. May take milliseconds.
@@ -164,10 +175,11 @@ class GenerationRequest:
         held: makes what holds an answer behind so many tokens to the constraint, where there is one.
         """
         own: GenerationConfig = engine.model.generation_config
-        settings = self.sampling.settings(own.eos_token_ids)
+        bounds = bounds.within(self.context)
+        settings = self.sampling.settings(own.eos_token_ids, engine.model.config.vocab_size)
         found = []
         for i, prompt in enumerate(self.prompts):
-            settings["max_new_tokens"] = self.max_new_tokens or bounds.max_total_tokens - len(prompt)
+            settings["max_new_tokens"] = self.new_tokens(len(prompt), bounds)
             ask = engine.ask(
                 prompt,
                 stop=self.stop,
@@ -202,3 +214,39 @@ class GenerationRequest:
 def _most(what: str, value: int, bound: int, param: str) -> None:
     if value > bound:
         raise Refusal("validation", f"{what} is {value}; at most {bound} is allowed here", param)
+
+
+def placed(
+    prompts: Iterable[tuple[int, ...]], bounds: Bounds, wanted: int | None, overflow: str
+) -> tuple[tuple[tuple[int, ...], ...], list[str]]:
+    """Prompts that leave room for an answer, and warnings of what that took.
+
+    wanted: new tokens asked for, None for what there is room for. overflow: "refuse" leaves a prompt that is too long
+    to `GenerationRequest.check`, else its oldest tokens are left out.
+    """
+    warnings: list[str] = []
+    found = tuple(prompts)
+    if overflow != "refuse":
+        found = tuple(fitted(prompt, bounds, wanted, warnings) for prompt in found)
+    room = bounds.max_total_tokens - max(map(len, found), default=0)
+    if wanted is not None and wanted > room > 0:
+        warnings.append(f"{wanted} new tokens were asked for and {room} fit behind the prompt")
+    return found, warnings
+
+
+def prompt_room(bounds: Bounds, wanted: int | None) -> int:
+    """Tokens of a prompt that leave room for an answer of `wanted` tokens, but for half of the context at most."""
+    total = bounds.max_total_tokens
+    return min(bounds.max_input_tokens, total - min(total // 4 if wanted is None else wanted, total // 2))
+
+
+def fitted(prompt: tuple[int, ...], bounds: Bounds, wanted: int | None, warnings: list[str]) -> tuple[int, ...]:
+    """A prompt without its oldest tokens, as many as leave room for an answer; its first token, a BOS, stays.
+
+    wanted: new tokens asked for. Adds to warnings what it did.
+    """
+    most = prompt_room(bounds, wanted)
+    if len(prompt) <= (bounds.max_input_tokens if wanted is None else most):
+        return prompt
+    warnings.append(f"the prompt had {len(prompt)} tokens; its oldest {len(prompt) - most} were left out")
+    return (prompt[0], *prompt[len(prompt) - most + 1 :])

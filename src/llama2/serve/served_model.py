@@ -10,6 +10,7 @@ from llama2.serve.constraint import Compiler
 from llama2.serve.errors import Refusal
 from llama2.serve.policy import Policy
 from llama2.serve.request import Bounds, GenerationRequest
+from llama2.serve.roles import alternates
 
 ALIASES = ("tgi", "dummy", "default", "")  # what clients send that were given an address and no name
 
@@ -25,6 +26,7 @@ class ServedModel:
         self.names = names or policy.names
         self.tokenizer: Any = engine.tokenizer
         eos = engine.model.generation_config.eos_token_ids
+        self.alternates = self.tokenizer.chat_template is not None and alternates(self.tokenizer)
         self.compiler = Compiler(self.tokenizer, engine.model.config.vocab_size, eos) if eos else None
 
     @property

@@ -15,6 +15,7 @@ from llama2.errors import InputError
 from llama2.serve import validation
 from llama2.serve.auth import Keys
 from llama2.serve.budget import Budget
+from llama2.serve.chat import MERGED
 from llama2.serve.constraint import Constraint
 from llama2.serve.dialect import Dialect
 from llama2.serve.errors import Refusal, kind_of
@@ -165,6 +166,8 @@ class RouteCall:
     id: str = ""
     times: Times = field(default_factory=Times)
     notes: dict[str, Any] = field(default_factory=dict)  # for the log
+    warnings: list[str] = field(default_factory=list)  # what of the body is not obeyed
+    headers: dict[str, str] = field(default_factory=dict)  # of the response, beside its own
     held: int = 0  # bytes of the body that are counted
 
     def hold(self, size: int) -> None:
@@ -187,8 +190,8 @@ class RouteCall:
         unknown = self.service.policy.unknown_fields
         try:
             if len(self.data) < 16_384:
-                return validation.read(model, self.data, unknown)
-            return await self.service.check(self.owner, validation.read, model, self.data, unknown)
+                return validation.read(model, self.data, unknown, self.warnings)
+            return await self.service.check(self.owner, validation.read, model, self.data, unknown, self.warnings)
         finally:
             self.forget()
 
@@ -207,6 +210,9 @@ class RouteCall:
         await self.parse(model.check, request)
         if request.constraint is not None:
             compiled = await self.service.compiled(self.owner, model, request.constraint)
+        if MERGED in request.warnings:
+            self.headers["x-llama2-roles"] = "merged"
+        self.warnings += (*request.warnings, *(compiled.warnings if compiled is not None else ()))
         asks = await self.parse(model.engine_requests, request, compiled)
         session = self.service.session(model, request, asks, self.times)
         self.notes |= {"prompt_tokens": sum(map(len, request.prompts)), "answers": len(asks)}

@@ -13,27 +13,31 @@ from starlette.responses import JSONResponse, Response
 from llama2.engine.engine import Event, Finish
 from llama2.engine.sampler import Picked
 from llama2.serve import sse
-from llama2.serve.chat import prompt_ids
+from llama2.serve.chat import chosen, prompt_ids
+from llama2.serve.common import LEAST_TOP_P, drawn, salt
 from llama2.serve.constraint import Constraint, any_json, json_schema
 from llama2.serve.dialect import Dialect, Route, post
 from llama2.serve.errors import KINDS, Refusal
+from llama2.serve.forms import as_object
 from llama2.serve.json_response import answer
 from llama2.serve.numbers import (
     Answers,
+    Count,
     CountPenalty,
     Ids,
+    MaxTokens,
     Positive,
     PositiveShare,
-    PositiveTemperature,
     RepetitionPenalty,
     Share,
+    Temperature,
     Tops,
     UnsignedSeed,
 )  # fmt: skip
-from llama2.serve.openai import as_object, drawn, finite, salt
-from llama2.serve.openai_chat import ChatBody, Tools
+from llama2.serve.openai import finite
+from llama2.serve.openai_chat import ChatBody
 from llama2.serve.openai_completions import encode
-from llama2.serve.request import GenerationRequest, Sampling
+from llama2.serve.request import GenerationRequest, Sampling, placed
 from llama2.serve.served_model import ServedModel
 from llama2.serve.service import RouteCall
 from llama2.serve.session import Answer, Session, fold
@@ -86,16 +90,16 @@ class Parameters(Body):
     """parameters."""
 
     best_of: Answers | None = None
-    temperature: PositiveTemperature | None = None
+    temperature: Temperature | None = None
     repetition_penalty: RepetitionPenalty | None = None
     frequency_penalty: CountPenalty | None = None
     presence_penalty: CountPenalty | None = None
-    top_k: Positive | None = None
-    top_p: PositiveShare | None = None
+    top_k: Count | None = None
+    top_p: Share | None = None
     min_p: Share | None = None
     typical_p: PositiveShare | None = None
     do_sample: bool | None = None
-    max_new_tokens: Positive | None = None
+    max_new_tokens: MaxTokens | None = None
     return_full_text: bool | None = None
     stop: Text | Texts | None = None
     stop_sequences: Texts | None = None
@@ -112,7 +116,9 @@ class Parameters(Body):
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn: asked for, or anything set that shapes a draw."""
+        """Whether tokens are drawn: asked for, or anything set that shapes a draw, but for a temperature of 0."""
+        if self.temperature is not None and self.temperature < 1e-5:
+            return False
         shaping = (self.temperature, self.top_k, self.top_p, self.typical_p, self.min_p)
         return bool(self.do_sample) or any(value is not None for value in shaping)
 
@@ -121,7 +127,7 @@ class Parameters(Body):
         return Sampling(
             temperature=(self.temperature or 1.0) if self.samples else None,
             top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=1.0 if self.top_p is None else max(self.top_p, LEAST_TOP_P),
             min_p=self.min_p or 0.0,
             typical_p=1.0 if self.typical_p is None else self.typical_p,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
@@ -159,14 +165,22 @@ def parse(model: ServedModel, body: GenerateBody, owner: str, stream: bool) -> G
         )
     special = model.policy.parse_special if given.parse_special is None else given.parse_special
     ids = encode(model.tokenizer, body.inputs, special)
+    if given.max_new_tokens == 0:
+        raise Refusal("validation", "max_new_tokens is 0; ask for at least 1", "max_new_tokens")
+    wanted = None if given.max_new_tokens is None or given.max_new_tokens < 0 else given.max_new_tokens
+    cut = ids[-given.truncate :] if given.truncate else ids
+    prompts, warnings = placed((cut,), model.bounds, wanted, model.policy.context_overflow)
     stops = (given.stop,) if isinstance(given.stop, str) else tuple(given.stop or ())
+    stops += tuple(given.stop_sequences or ())
+    if "" in stops:
+        warnings.append("a stop string is empty, which every text contains; it is ignored")
     return GenerationRequest(
-        prompts=(ids[-given.truncate :] if given.truncate else ids,),
+        prompts=prompts,
         sampling=given.sampling(),
-        max_new_tokens=given.max_new_tokens,
+        max_new_tokens=wanted,
         best_of=best_of,
         seed=drawn(given.seed),
-        stop=(*stops, *(given.stop_sequences or ())),
+        stop=tuple(filter(None, stops)),
         keep_stop=True,
         logprobs=given.top_n_tokens or 0 if _wants_details(given) or stream else None,
         prompt_logprobs=bool(given.decoder_input_details),
@@ -176,6 +190,7 @@ def parse(model: ServedModel, body: GenerateBody, owner: str, stream: bool) -> G
         salt=salt(owner, given.cache_salt),
         owner=owner,
         stream=stream,
+        warnings=tuple(warnings),
     )
 
 
@@ -216,6 +231,8 @@ async def whole(call: RouteCall, body: GenerateBody, listed: bool = False) -> Re
         found["details"]["prefill"] = _prefill(call.model, generation, answers[0])
         if len(told) > 1:
             found["details"]["best_of_sequences"] = told[1:]
+    if call.warnings:
+        found["warnings"] = call.warnings
     headers = _headers(session, len(generation.prompts[0]), len(body.inputs))
     return JSONResponse([found] if listed else found, headers=headers)
 
@@ -224,7 +241,7 @@ async def streamed(call: RouteCall, body: GenerateBody) -> Response:
     """The answer token by token."""
     generation = await call.parse(parse, call.model, body, call.owner, True)
     session = await call.begin(generation)
-    writer = TokenWriter(call.model, body, generation)
+    writer = TokenWriter(call.model, body, generation, call.warnings)
     headers = {"x-compute-type": _compute_type(call.model), "x-compute-characters": str(len(body.inputs))}
     return sse.EventStream(call, session, writer, headers)
 
@@ -282,8 +299,10 @@ def _text(model: ServedModel, token_id: int) -> str:
 class TokenWriter(sse.Writer):
     """One event a token; the last one carries the whole text. Special tokens have no text: clients join it."""
 
-    def __init__(self, model: ServedModel, body: GenerateBody, generation: GenerationRequest) -> None:
-        self.model, self.body, self.generation = model, body, generation
+    def __init__(
+        self, model: ServedModel, body: GenerateBody, generation: GenerationRequest, warnings: list[str]
+    ) -> None:
+        self.model, self.body, self.generation, self.warnings = model, body, generation, warnings
         self.answer = Answer()
 
     def put(self, index: int, event: Event) -> bytes:
@@ -297,6 +316,8 @@ class TokenWriter(sse.Writer):
         }
         if self.body.given.top_n_tokens:
             told["top_tokens"] = [token(self.model, i, logprob) for i, logprob in event.top]
+        if self.warnings:
+            told["warnings"], self.warnings = self.warnings, []
         return sse.data(told | {"generated_text": None, "details": None} | self._last(event))
 
     def _last(self, event: Event) -> dict[str, Any]:
@@ -347,7 +368,7 @@ async def tokenize(call: RouteCall) -> Response:
     body = await call.read(GenerateBody)
     _check_bytes(call.model, [body.inputs])
     special = call.model.policy.parse_special
-    return await call.parse(answer, _pieces, call.model.tokenizer, body.inputs, True, special)
+    return await call.parse(answer, pieces, call.model.tokenizer, body.inputs, special)
 
 
 def _check_bytes(model: ServedModel, texts: list[str]) -> None:
@@ -357,13 +378,16 @@ def _check_bytes(model: ServedModel, texts: list[str]) -> None:
         raise Refusal("size", f"{held} bytes of text; {most} are the most that are tokenised at once, so send parts")
 
 
-def _pieces(tokenizer: Any, text: str, add: bool, special: bool) -> list[dict[str, Any]]:
-    found = tokenizer(
-        text, add_special_tokens=add, return_offsets_mapping=True, verbose=False, split_special_tokens=not special
-    )
+def pieces(tokenizer: Any, text: str, special: bool) -> list[dict[str, Any]]:
+    """The ids that a prompt becomes, each with its text and place. A BOS that the tokenizer adds has none."""
+    ids = encode(tokenizer, text, special)
+    found = tokenizer(text, return_offsets_mapping=True, verbose=False, split_special_tokens=not special)
+    rows = list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+    extra = len(rows) - len(ids)  # the BOS that was in the text already
+    places = [place for _, place in rows[extra:]] if extra >= 0 else [(0, 0)] * -extra + [place for _, place in rows]
     return [
         {"id": i, "text": text[a:b] or tokenizer.token_bytes(i).decode("utf-8", "replace"), "start": a, "stop": b}
-        for i, (a, b) in zip(found["input_ids"], found["offset_mapping"], strict=True)
+        for i, (a, b) in zip(ids, places, strict=True)
     ]
 
 
@@ -376,7 +400,8 @@ async def chat_tokenize(call: RouteCall) -> Response:
 
 def _rendered(model: ServedModel, body: ChatBody) -> dict[str, Any]:
     tokenizer = model.tokenizer
-    ids = prompt_ids(tokenizer, body.messages, Tools(), body.continues)
+    tools = chosen(body.tools, body.tool_choice)
+    ids = prompt_ids(model, body.messages, tools, body.continues, body.chat_template_kwargs)
     found, text = [], ""
     for i in ids:
         piece = tokenizer.token_bytes(i).decode("utf-8", "replace")

@@ -2,13 +2,16 @@
 
 import difflib
 import re
+from itertools import islice, takewhile
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from llama2.serve.errors import Refusal
+from llama2.serve.known_fields import trouble
 
+MAX_WARNINGS = 16
 MAX_DEPTH = 64  # of JSON: no schema or message needs more, and nothing behind this bound recurses further
 Text = Annotated[str, Field(max_length=4_000_000)]
 _STRUCTURE = re.compile(rb'["\[\]{}]')
@@ -22,9 +25,9 @@ def _closed(schema: dict[str, Any], model: type["Body"]) -> None:
 
 
 class Body(BaseModel):
-    """Base of every request body: JSON types as they are, finite numbers, no unknown fields but where open_ended.
+    """Base of every request body: JSON types as they are, finite numbers, and fields that are not known told of.
 
-    Unknown fields are taken in and then refused, the first of them only: a million would make a million errors.
+    Unknown fields are taken in and then looked at, a few of them only: a million would make a million words.
     """
 
     open_ended: ClassVar[bool] = False
@@ -33,23 +36,41 @@ class Body(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
-        if self.model_extra and not self.open_ended:
-            names = [field.alias or name for name, field in type(self).model_fields.items()]
-            raise PydanticCustomError("unknown", "unknown", {"field": next(iter(self.model_extra)), "names": names})
+    def _known(self, info: ValidationInfo) -> Self:
+        if not self.model_extra or self.open_ended:
+            return self
+        names = [field.alias or name for name, field in type(self).model_fields.items()]
+        told: list[str] | None = (info.context or {}).get("warnings")
+        for name, value in islice(self.model_extra.items(), 64):
+            problem = trouble(name, value)
+            if problem is None:
+                continue
+            if told is None:
+                context = {"field": name, "names": names, "problem": problem}
+                raise PydanticCustomError("unknown", "unknown", context)
+            if problem == "unknown":
+                problem = f"the field {name[:80]!r} is not known here{_near(name, names)}"
+            if len(told) < MAX_WARNINGS and f"{problem}; it is ignored" not in told:
+                told.append(f"{problem}; it is ignored")
         return self
 
 
-def read(model: type[M], data: bytes, unknown: str = "refuse") -> M:
-    """The body as a model. unknown: whether unknown fields are to "refuse" or to "ignore".
+def read(model: type[M], data: bytes, unknown: str = "refuse", warnings: list[str] | None = None) -> M:
+    """The body as a model. unknown: whether unknown fields are to "refuse", to "ignore" or to "warn" of in `warnings`.
 
     Raises Refusal: "malformed" for what is not JSON, "validation" for a field that is wrong.
     """
     check_depth(data)
+    told = None if unknown == "refuse" else warnings if unknown == "warn" and warnings is not None else []
     try:
-        return model.model_validate_json(data, extra="ignore" if unknown == "ignore" else None)
+        return model.model_validate_json(data, context={"warnings": told})
     except ValidationError as error:
         raise _refusal(error.errors(include_url=False)[0]) from None
+
+
+def _near(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name[:80], names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_depth(data: bytes) -> None:
@@ -87,13 +108,18 @@ def _closing_quote(data: bytes, at: int) -> int:
 def _refusal(problem: Any) -> Refusal:
     if problem["type"] == "json_invalid":
         return Refusal("malformed", f"the body is not JSON: {problem['msg'].removeprefix('Invalid JSON: ')}")
-    where = ".".join(str(part) for part in problem["loc"])[:200]
+    parts = takewhile(
+        lambda part: not re.search(r"[\[(]", str(part)), problem["loc"]
+    )  # behind them: pydantic's own types
+    where = ".".join(map(str, parts))[:200]
     if problem["type"] == "unknown":
         name = str(problem["ctx"]["field"])[:80]
         where = f"{where}.{name}" if where else name
-        near = difflib.get_close_matches(name, problem["ctx"]["names"], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return Refusal("validation", f"the field {where!r} is not known here{hint}", where)
+        if problem["ctx"]["problem"] != "unknown":
+            return Refusal("validation", f"{problem['ctx']['problem']}; leave it out", where)
+        return Refusal(
+            "validation", f"the field {where!r} is not known here{_near(name, problem['ctx']['names'])}", where
+        )
     if problem["type"] == "missing":
         return Refusal("validation", f"the field {where!r} is missing", where)
     value = repr(problem["input"])

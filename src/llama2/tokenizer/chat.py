@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llama2.errors import TokenizerError
@@ -93,8 +94,8 @@ class ChatTemplates(SpecialTokens):
         A tool is a JSON schema, or a Python function: then its signature and Google-style docstring make the schema. A
         content may be a list of text parts; a template that does not look into them gets their texts as lines.
         return_dict gives a BatchEncoding; with return_assistant_tokens_mask it has `assistant_masks`, 1 on the answers
-        and the token that ends each. safe=True: special-token strings in messages are plain text, and the markers of
-        the Llama 2 format ([INST], <<SYS>>, ...) in them are refused, as Meta's code does.
+        and the token that ends each. safe=True: special-token strings in messages are plain text, and so are the
+        markers of the Llama 2 format ([INST], <<SYS>>, ...): they become other ids than those that templates write.
         """
         if not isinstance(conversation, (list, tuple)) or not conversation:
             raise TokenizerError(f"a conversation is a non-empty list of messages, got {conversation!r}")
@@ -176,29 +177,30 @@ class ChatTemplates(SpecialTokens):
 
     def _encode_safely(self, renderer: _Renderer, chat: list[Message], text: str, prompt: bool) -> list[int]:
         """Ids of a rendered chat where only the template's own text may become special tokens."""
+        tok: Any = self
         markers = [marker for marker in LLAMA2_MARKERS if marker in renderer.source]
-        given = [(f"{message['role']} message", message) for message in chat]
-        for what, value in (
-            *given,
-            ("tool", renderer.variables["tools"]),
-            ("document", renderer.variables["documents"]),
-        ):
-            found = [marker for marker in markers if any(marker in text for text in marks.strings(value))]
-            if found:
-                raise TokenizerError(
-                    f"a {what} contains {found[0]!r}, a control marker of this chat format; remove it from the text"
-                )
         raw = {content: entry for content, entry in self._added.items() if entry[1].special}
         matcher = TokenMatcher(raw)
         parts: list[str | int] = []
-        for fragment, literal in renderer.fragments(chat, text, prompt):
-            for token_id, start, stop in [(None, 0, len(fragment))] if literal else matcher.split(fragment):
-                if token_id is not None:
-                    parts.append(token_id)
-                elif parts and isinstance(parts[-1], str):
-                    parts[-1] += fragment[start:stop]
-                elif start < stop:
-                    parts.append(fragment[start:stop])
+        apart = (
+            False  # whether a marker was written out since the last special token: what follows stands inside a text
+        )
+        for fragment, literal in renderer.fragments(chat, text, prompt, markers):
+            for piece, is_marker in _marked(fragment, markers) if literal else [(fragment, False)]:
+                if is_marker:
+                    parts += [token_id for character in piece for token_id in tok.encode_bytes(character.encode())]
+                    apart = True
+                    continue
+                for token_id, start, stop in [(None, 0, len(piece))] if literal else matcher.split(piece):
+                    if token_id is not None:
+                        parts.append(token_id)
+                        apart = False
+                    elif apart:
+                        parts += tok._encode_inside(piece[start:stop])
+                    elif parts and isinstance(parts[-1], str):
+                        parts[-1] += piece[start:stop]
+                    elif start < stop:
+                        parts.append(piece[start:stop])
         return self._encode_parts(parts)
 
 
@@ -216,11 +218,13 @@ class _Renderer:
         messages = [dict(message) if self.parts else _as_text(message) for message in chat]
         return render(self.source, {"messages": messages, "add_generation_prompt": prompt, **self.variables})
 
-    def fragments(self, chat: list[Message], text: str, prompt: bool) -> list[tuple[str, bool]]:
+    def fragments(
+        self, chat: list[Message], text: str, prompt: bool, markers: Sequence[str] = ()
+    ) -> list[tuple[str, bool]]:
         """The rendered chat in (text, whether it comes from the request) pieces."""
         given = [*chat, self.variables["tools"], self.variables["documents"]]
         pair = marks.unused((self.source, *marks.strings(given)))
-        test = marks.risky(self.tok.special_contents)
+        test = marks.risky([*self.tok.special_contents, *markers])
         shown = {name: marks.marked(self.variables[name], pair, test) for name in ("tools", "documents")}
         with_marks = _Renderer(self.tok, self.source, None, None, self.variables | shown)
         return marks.split(with_marks([marks.message(m, pair, test) for m in chat], prompt), pair, text)
@@ -245,6 +249,13 @@ class _Renderer:
                 answer = answer[: max(ends)]
             spans.append((len(before), len(before) + len(answer)))
         return spans
+
+
+def _marked(text: str, markers: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """A text in pieces, each marker in it one of its own, and whether a piece is one."""
+    pattern = "|".join(re.escape(marker) for marker in sorted(markers, key=len, reverse=True))
+    pieces = re.split(f"({pattern})", text) if markers else [text]
+    yield from ((piece, i % 2 == 1) for i, piece in enumerate(pieces) if piece)
 
 
 def _whole(renderer: _Renderer, chat: list[Message], prompt: bool) -> str:
