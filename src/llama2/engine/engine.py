@@ -49,8 +49,9 @@ class _Live:
         self.eos = frozenset(ask.config.eos_token_ids)
         if decoder is not None and ask.continues:
             decoder.put(list(ask.prompt[-8:]))  # a character has four bytes at most, and one token more tells the start
-        self.text = None if decoder is None else StopText(decoder, ask.stop, ask.keep_stop)
-        self.least = ask.config.min_new_tokens or 0  # tokens before which no stop string counts
+        self.text = (
+            None if decoder is None else StopText(decoder, ask.stop, ask.keep_stop, ask.config.min_new_tokens or 0)
+        )
         self.guesses = 0  # of the drafter in the next step; 0 for as many as it may make
         self.ended, self.rated = False, 0  # rated: tokens of the prompt that have been told
         self.scoring = None if ask.score_from is None else PromptScores(ask)
@@ -58,10 +59,7 @@ class _Live:
 
     def take(self, picked: Picked) -> bool:
         """Tells one token; whether it was the last."""
-        text = ""
-        if self.text is not None:
-            self.text.searching = self.choice.length - len(self.ask.prompt) > self.least
-            text = self.text.put(picked.token)
+        text = "" if self.text is None else self.text.put(picked.token)
         finish: Finish | None = None
         if picked.token in self.eos:
             finish = "eos"

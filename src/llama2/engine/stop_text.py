@@ -16,18 +16,19 @@ class StopText:
     """Decodes tokens and ends at the first stop string, wherever in a token it begins or ends.
 
     What may still become a stop string is held back, so nothing of one is ever given out (keep=False); with keep=True
-    the text ends behind the stop string. While `searching` is off, text is given out as it comes and no stop string
+    the text ends behind the stop string. The text of the first `least` tokens is given out as it comes: no stop string
     begins in it.
     """
 
-    def __init__(self, decoder: TextDecoder, stops: Sequence[str] = (), keep: bool = False) -> None:
+    def __init__(self, decoder: TextDecoder, stops: Sequence[str] = (), keep: bool = False, least: int = 0) -> None:
         self._decoder, self._stops, self._keep = decoder, tuple(stops), keep
         self._longest = max(map(len, self._stops), default=1)
         self._held = ""
-        self.stopped, self.searching = False, True
+        self.stopped, self._least, self._count = False, least, 0
 
     def put(self, token: int) -> str:
         """The text that is certain after this token."""
+        self._count += 1
         return self._release(self._decoder.put(token))
 
     def finish(self) -> str:
@@ -40,7 +41,7 @@ class StopText:
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        if not self.searching:
+        if self._count <= self._least:
             return text
         found = [(at, -len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
