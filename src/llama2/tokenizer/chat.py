@@ -50,6 +50,8 @@ class ChatTemplates(SpecialTokens):
     chat_template: str | dict[str, str] | None
     _added: dict[str, Any]
     _encode_parts: Callable[[Sequence[str | int]], list[int]]
+    _encode_inside: Callable[[str], list[int]]
+    encode_bytes: Callable[[bytes], list[int]]
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         """The template to use: the one given, or by its name, or the tokenizer's own ("tool_use" where tools are)."""
@@ -177,7 +179,6 @@ class ChatTemplates(SpecialTokens):
 
     def _encode_safely(self, renderer: _Renderer, chat: list[Message], text: str, prompt: bool) -> list[int]:
         """Ids of a rendered chat where only the template's own text may become special tokens."""
-        tok: Any = self
         markers = [marker for marker in LLAMA2_MARKERS if marker in renderer.source]
         raw = {content: entry for content, entry in self._added.items() if entry[1].special}
         matcher = TokenMatcher(raw)
@@ -188,7 +189,7 @@ class ChatTemplates(SpecialTokens):
         for fragment, literal in renderer.fragments(chat, text, prompt, markers):
             for piece, is_marker in _marked(fragment, markers) if literal else [(fragment, False)]:
                 if is_marker:
-                    parts += [token_id for character in piece for token_id in tok.encode_bytes(character.encode())]
+                    parts += [token_id for character in piece for token_id in self.encode_bytes(character.encode())]
                     apart = True
                     continue
                 for token_id, start, stop in [(None, 0, len(piece))] if literal else matcher.split(piece):
@@ -196,7 +197,7 @@ class ChatTemplates(SpecialTokens):
                         parts.append(token_id)
                         apart = False
                     elif apart:
-                        parts += tok._encode_inside(piece[start:stop])
+                        parts += self._encode_inside(piece[start:stop])
                     elif parts and isinstance(parts[-1], str):
                         parts[-1] += piece[start:stop]
                     elif start < stop:
