@@ -138,7 +138,7 @@ triton-check: .make/triton
 	@touch $@
 
 parity-peft: .make/test .make/parity-peft
-	LLAMA2_PEFT=$(VENV)-peft/bin/python $(BIN)/python -m pytest -m parity tests/parity/test_peft.py
+	LLAMA2_PEFT=$(VENV)-peft/bin/python $(BIN)/python -m pytest -m parity tests/parity/test_peft.py tests/parity/test_trl.py
 
 .make/page: .make/test
 	$(PIP) 'playwright>=1.49'

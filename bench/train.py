@@ -88,8 +88,9 @@ def ours(args: argparse.Namespace, rows: list[Row]) -> None:
 
     from llama2 import LlamaForCausalLM, LoraConfig, Trainer, TrainingArguments, lora
     from llama2.quantization_config import BitsAndBytesConfig
+    from llama2.train.answers import Preferences
     from llama2.train.data import EncodedPair, Example
-    from llama2.train.objectives import NextToken, Preferences
+    from llama2.train.objectives import NextToken
     from llama2.train.packing import pack
 
     torch.manual_seed(0)

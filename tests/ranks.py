@@ -19,9 +19,10 @@ from tiny import tiny_config, tiny_ids, tiny_model
 
 from llama2 import LlamaForSequenceClassification, lora
 from llama2.lora_config import LoraConfig
+from llama2.train.answers import Preferences
 from llama2.train.data import EncodedPair, Example
 from llama2.train.distributed import join, leave
-from llama2.train.objectives import Classification, NextToken, Preferences, packed_rows
+from llama2.train.objectives import Classification, NextToken, packed_rows
 from llama2.train.trainer import Trainer, TrainingArguments
 
 ROWS = 11  # no multiple of a step's rows, so that the last step of an epoch leaves a rank without any

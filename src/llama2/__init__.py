@@ -116,7 +116,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "default_data_collator",
     ),
     "train.completions": ("DataCollatorForCompletionOnlyLM", "DataCollatorWithFlattening"),
-    "train.configs": ("DPOConfig", "RewardConfig", "SFTConfig"),
+    "train.configs": ("CPOConfig", "DPOConfig", "KTOConfig", "ORPOConfig", "RewardConfig", "SFTConfig"),
     "train.evaluation": ("EvalPrediction",),
     "train.schedules": (
         "get_constant_schedule",
@@ -143,6 +143,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "train.streams": ("ConstantLengthDataset",),
     "train.trainer": ("Trainer",),
     "train.tuning": ("DPOTrainer", "RewardTrainer", "SFTTrainer"),
+    "train.tuning_tasks": ("CPOTrainer", "KTOTrainer", "ORPOTrainer"),
     "peft_model": (
         "AutoPeftModelForCausalLM",
         "AutoPeftModelForSequenceClassification",

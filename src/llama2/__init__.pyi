@@ -123,7 +123,7 @@ from llama2.train.collators import (
     default_data_collator,
 )
 from llama2.train.completions import DataCollatorForCompletionOnlyLM, DataCollatorWithFlattening
-from llama2.train.configs import DPOConfig, RewardConfig, SFTConfig
+from llama2.train.configs import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, RewardConfig, SFTConfig
 from llama2.train.evaluation import EvalPrediction
 from llama2.train.schedules import (
     get_constant_schedule,
@@ -150,6 +150,7 @@ from llama2.train.scripts import (
 from llama2.train.streams import ConstantLengthDataset
 from llama2.train.trainer import Trainer
 from llama2.train.tuning import DPOTrainer, RewardTrainer, SFTTrainer
+from llama2.train.tuning_tasks import CPOTrainer, KTOTrainer, ORPOTrainer
 
 __version__: str
 __all__ = [
@@ -167,6 +168,8 @@ __all__ = [
     "BaseStreamer",
     "BatchEncoding",
     "BitsAndBytesConfig",
+    "CPOConfig",
+    "CPOTrainer",
     "Cache",
     "CheckpointError",
     "ClassifierFreeGuidanceLogitsProcessor",
@@ -203,6 +206,8 @@ __all__ = [
     "HfArgumentParser",
     "InfNanRemoveLogitsProcessor",
     "InputError",
+    "KTOConfig",
+    "KTOTrainer",
     "KVCache",
     "Llama2Error",
     "LlamaConfig",
@@ -230,6 +235,8 @@ __all__ = [
     "ModelOutput",
     "NoBadWordsLogitsProcessor",
     "NoRepeatNGramLogitsProcessor",
+    "ORPOConfig",
+    "ORPOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "PeftConfig",

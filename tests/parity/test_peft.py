@@ -18,8 +18,9 @@ from tolerance import ADAPTERS, STEPS_BFLOAT16, STEPS_FLOAT32
 
 from llama2 import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, LoraConfig, lora
 from llama2.checkpoint.peft import load_adapter, save_adapter
+from llama2.train.answers import Preferences
 from llama2.train.data import prepare, prepare_pairs
-from llama2.train.objectives import NextToken, Preferences, packed_rows
+from llama2.train.objectives import NextToken, packed_rows
 from llama2.train.trainer import Trainer, TrainingArguments
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]

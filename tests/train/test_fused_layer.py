@@ -21,9 +21,10 @@ from llama2.compiled import available, instruction_sets, kernels, pool
 from llama2.lora_config import LoraConfig
 from llama2.quantization.int8 import Linear8bit
 from llama2.quantization_config import BitsAndBytesConfig
+from llama2.train.answers import Preferences
 from llama2.train.data import EncodedPair, Example
 from llama2.train.fused_layer import _Plan, ends_of, fused, plan_of
-from llama2.train.objectives import Classification, NextToken, Preferences, hidden_of, packed_rows
+from llama2.train.objectives import Classification, NextToken, hidden_of, packed_rows
 
 needs_kernels = pytest.mark.skipif(not available(), reason="the compiled module is not built")
 

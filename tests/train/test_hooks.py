@@ -24,10 +24,10 @@ from llama2 import (
     lora,
 )
 from llama2.train import hooks
+from llama2.train.answers import Preferences
 from llama2.train.arguments import TrainingArguments
 from llama2.train.callbacks import EVENTS, TrainerCallback
 from llama2.train.data import EncodedPair, Example
-from llama2.train.objectives import Preferences
 from llama2.train.trainer import Trainer
 
 ROWS = [{"input_ids": (ids := tiny_ids(1, 6, i)[0].tolist()), "labels": ids} for i in range(7)]

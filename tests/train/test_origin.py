@@ -41,9 +41,8 @@ def job(model: Path, out: Path, rows: list[Any] | None = None, task: str = "sft"
 
 def loss_of(model: Any, finetune: Finetune) -> float:
     args, data = TrainingArguments(output_dir=str(finetune.folder)), finetune.data
-    trainer = Trainer(
-        model=model, args=args, objective=finetune.task.objective(), rows=data.items, eval_rows=data.eval_items
-    )
+    objective = finetune.task.objective(data.items)
+    trainer = Trainer(model=model, args=args, objective=objective, rows=data.items, eval_rows=data.eval_items)
     return float(trainer.evaluate()["eval_loss"])
 
 

@@ -10,8 +10,8 @@ from bytewise import write_tokenizer
 from tiny import tiny_model
 
 from llama2 import AutoTokenizer, LoraConfig, Trainer, TrainingArguments, lora
+from llama2.train.answers import Preferences
 from llama2.train.data import prepare_pairs
-from llama2.train.objectives import Preferences
 
 ROWS = [{"prompt": f"{a} ", "chosen": f"{a} sky", "rejected": f"{a} sea"} for a in ("red", "blue", "green", "grey")]
 

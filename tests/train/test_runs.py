@@ -12,8 +12,8 @@ from tiny import tiny_model
 
 from llama2 import AutoTokenizer, InputError, LoraConfig, Trainer, TrainingArguments, lora
 from llama2.train import checkpoints
+from llama2.train.answers import Preferences
 from llama2.train.data import prepare_pairs
-from llama2.train.objectives import Preferences
 
 ROWS: list[Any] = [{"input_ids": [1 + i, 2, 3, 4]} for i in range(8)]
 

@@ -20,9 +20,10 @@ from llama2.checkpoint.peft import load_adapter
 from llama2.lora_config import LoraConfig
 from llama2.train import checkpoints
 from llama2.train import trainer as loop
+from llama2.train.answers import Preferences
 from llama2.train.callbacks import TrainerCallback
 from llama2.train.data import EncodedPair, Example
-from llama2.train.objectives import Classification, NextToken, Preferences, packed_rows
+from llama2.train.objectives import Classification, NextToken, packed_rows
 from llama2.train.optim import AdamW, clip, dynamic_code, from_codes, to_codes
 from llama2.train.schedules import learning_rate
 from llama2.train.trainer import Trainer, TrainingArguments

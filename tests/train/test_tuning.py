@@ -13,11 +13,14 @@ from llama2 import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    CPOConfig,
     DPOConfig,
     DPOTrainer,
     InputError,
+    KTOConfig,
     LlamaForSequenceClassification,
     LoraConfig,
+    ORPOConfig,
     RewardConfig,
     RewardTrainer,
     SFTConfig,
@@ -275,6 +278,13 @@ FIELDS = {
     generate_during_eval force_use_ref_model label_pad_token_id padding_value is_encoder_decoder""",
     RewardConfig: """model_init_kwargs trust_remote_code chat_template_path disable_dropout dataset_num_proc eos_token
     max_length pad_to_multiple_of center_rewards_coefficient activation_offloading pad_token""",
+    KTOConfig: """model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout dataset_num_proc max_length
+    pad_to_multiple_of precompute_ref_log_probs precompute_ref_batch_size loss_type beta desirable_weight
+    undesirable_weight activation_offloading sync_ref_model ref_model_mixup_alpha ref_model_sync_steps""",
+    ORPOConfig: """max_length max_completion_length beta disable_dropout padding_value generate_during_eval
+    is_encoder_decoder model_init_kwargs trust_remote_code dataset_num_proc""",
+    CPOConfig: """max_length max_completion_length beta label_smoothing loss_type disable_dropout cpo_alpha simpo_gamma
+    alpha generate_during_eval is_encoder_decoder model_init_kwargs trust_remote_code dataset_num_proc""",
 }
 
 
@@ -286,8 +296,8 @@ def test_the_fields_of_trl(kind: Any, tmp_path: Path) -> None:
         if any(word in str(f.type) for word in ("int", "float")) and f.name not in ("loss_weights",):
             assert f.name in fields.NUMBERS or f.name == "pad_to_multiple_of", f.name
     made = kind(str(tmp_path))
-    rates = {SFTConfig: 2e-5, DPOConfig: 1e-6, RewardConfig: 1e-4}
-    assert made.learning_rate == rates[kind] and made.logging_steps == 10 and made.max_length == 1024
+    rates = {SFTConfig: 2e-5, RewardConfig: 1e-4}
+    assert made.learning_rate == rates.get(kind, 1e-6) and made.logging_steps == 10 and made.max_length == 1024
 
 
 @pytest.mark.parametrize(

@@ -207,4 +207,92 @@ class RewardConfig(TuningArguments):
     center_rewards_coefficient: float | None = None
 
 
-CONFIGS = (SFTConfig, DPOConfig, RewardConfig)
+@dataclass
+class KTOConfig(TuningArguments):
+    """How to learn from answers with a label. beta, desirable_weight and undesirable_weight: see `tasks.kto`.
+
+    z0 compares with the answer of the row before in another prompt, over a whole step.
+    """
+
+    learning_rate: float = 1e-6
+    beta: float = 0.1
+    loss_type: str = "kto"
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    disable_dropout: bool = True
+    precompute_ref_log_probs: bool = False
+    precompute_ref_batch_size: int | None = None
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
+    generate_during_eval: bool = False
+    OWN_NO_EFFECT: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {
+        **_SHARED_NO_EFFECT,
+        "precompute_ref_log_probs": ("the reference is computed with each batch, to the same values", ()),
+        "precompute_ref_batch_size": ("the reference is computed with each batch, to the same values", ()),
+        "ref_model_mixup_alpha": ("the reference stays as it is", ()),
+        "ref_model_sync_steps": ("the reference stays as it is", ()),
+        "generate_during_eval": ("nothing is generated; a callback can", ()),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse(
+            loss_type="leave it at kto",
+            sync_ref_model="the reference stays as it is",
+            max_prompt_length="give max_length",
+            max_completion_length="give max_length",
+            disable_dropout="the dropout of adapters would tell policy and reference apart: leave it on",
+        )
+
+
+@dataclass
+class ORPOConfig(TuningArguments):
+    """How to tune and learn preferences in one. beta: the paper's lambda, see `tasks.orpo`.
+
+    The likelihood is that of the chosen answer, as in the paper; TRL adds that of its prompt.
+    """
+
+    learning_rate: float = 1e-6
+    beta: float = 0.1
+    disable_dropout: bool = True
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    generate_during_eval: bool = False
+    is_encoder_decoder: OptionalFlag = None
+    OWN_NO_EFFECT: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {
+        **_SHARED_NO_EFFECT,
+        "generate_during_eval": ("nothing is generated; a callback can", ()),
+        "is_encoder_decoder": ("a Llama model is a decoder", (False,)),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse(
+            max_prompt_length="give max_length",
+            max_completion_length="give max_length",
+            disable_dropout="leave it on",
+        )
+
+
+@dataclass
+class CPOConfig(ORPOConfig):
+    """How to learn preferences without a reference. loss_type: "sigmoid" (CPO) or "simpo", with simpo_gamma and
+    cpo_alpha=0; see `tasks.cpo` and `tasks.simpo`."""
+
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    cpo_alpha: float = 1.0
+    simpo_gamma: float = 0.5
+    alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_type not in ("sigmoid", "simpo"):
+            raise InputError(f"loss_type is {self.loss_type!r}; it must be sigmoid or simpo")
+        self._refuse(label_smoothing="leave it at 0", alpha="leave it at 0")
+
+
+CONFIGS = (SFTConfig, DPOConfig, RewardConfig, KTOConfig, ORPOConfig, CPOConfig)

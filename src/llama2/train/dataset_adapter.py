@@ -6,9 +6,10 @@ from typing import Any
 
 from llama2.errors import InputError
 from llama2.pretrained import PreTrainedModel
+from llama2.train.answers import Preferences
 from llama2.train.data import IGNORED, DataReport, Example, kind_of, prepare, prepare_pairs
 from llama2.train.labels import MULTI, REGRESSION, SINGLE, Labels, prepare_labelled
-from llama2.train.objectives import Classification, NextToken, Objective, Preferences, packed_rows
+from llama2.train.objectives import Classification, NextToken, Objective, packed_rows
 from llama2.train.readers import taken
 from llama2.train.shapes import PREFERENCE
 

@@ -127,6 +127,11 @@ NUMBERS: dict[str, Number] = {
     "ref_model_sync_steps": _COUNT,
     "rpo_alpha": _AT_LEAST_0,
     "center_rewards_coefficient": _AT_LEAST_0,
+    "desirable_weight": _AT_LEAST_0,
+    "undesirable_weight": _AT_LEAST_0,
+    "cpo_alpha": _AT_LEAST_0,
+    "simpo_gamma": _AT_LEAST_0,
+    "alpha": _AT_LEAST_0,
 }
 
 # Names of old -> today's.

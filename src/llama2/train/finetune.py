@@ -37,6 +37,7 @@ from llama2.train.chart import loss_chart
 from llama2.train.data import Row, held_out, read, renamed
 from llama2.train.distributed import join
 from llama2.train.origin import Origin, check_device, check_place
+from llama2.train.precomputed import with_reference
 from llama2.train.recipe import LENGTH, Data, Recipe, TrainingResult
 from llama2.train.tasks import Outcome, ScoreHead
 from llama2.train.trainer import Trainer, TrainingArguments
@@ -194,10 +195,12 @@ class Finetune:
         report: Callable[[dict[str, Any]], None] | None,
     ) -> Trainer:
         """The trainer of this job over a model that is loaded."""
+        objective = self.task.objective(self.data.items)
+        self._precompute(objective, model)
         return Trainer(
             model,
             self.args,
-            objective=self.task.objective(),
+            objective=objective,
             rows=self.data.items,
             eval_rows=self.data.eval_items,
             save=save,
@@ -246,6 +249,14 @@ class Finetune:
                 + (f"{kept[-1].name} is kept: make room and go on with --resume" if kept else "make room and try again")
             ) from error
         return result
+
+    def _precompute(self, objective: Any, model: PreTrainedModel) -> None:
+        """Gives the items what the reference gives them, where the task asks for that."""
+        if not getattr(objective, "precomputed", False):
+            return
+        data, size = self.data, self.args.per_device_train_batch_size
+        sets = with_reference(objective, model, (data.items, data.eval_items), self.ranks, self.folder, size)
+        data.items, data.eval_items = list(sets[0]), list(sets[1])
 
     def _write(self, model: PreTrainedModel) -> None:
         whole = self.origin.lora is None or self.recipe.merge

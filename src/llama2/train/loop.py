@@ -212,10 +212,12 @@ class Loop(Hooks, Saving):
 
     def _losses(self, rows: Sequence[Any], size: int, learn: bool) -> tuple[float, int, dict[str, float]]:
         """Sums over rows, of which each rank takes its share, `size` at once: losses, units, what is logged."""
+        if (before := getattr(self.objective, "before", None)) is not None:
+            self.objective.take(self._mean(before, rows, size))
         mine, total, units, logs = self.ranks.share(rows), 0.0, 0, dict[str, float]()
         device, most = self.args.per_device_train_batch_size, math.ceil(len(rows) / self.ranks.world)
         for start in range(0, most, size):
-            loss = self._loss(mine[start : start + size], rows)
+            loss = self._loss(mine[start : start + size], rows, self.objective)
             if learn:
                 (loss.total * self.scale).backward()
                 for _ in range(start // device, min(start + size, most - 1) // device):
@@ -227,11 +229,19 @@ class Loop(Hooks, Saving):
         self._agreed = self._agreed or stop > 0
         return total, int(count), dict(zip(logs, values, strict=True))
 
-    def _loss(self, rows: Sequence[Any], others: Sequence[Any]) -> Loss:
+    @torch.no_grad()
+    def _mean(self, objective: Any, rows: Sequence[Any], size: int) -> float:
+        """The mean of an objective's loss over rows of all ranks."""
+        mine, most = self.ranks.share(rows), math.ceil(len(rows) / self.ranks.world)
+        found = [self._loss(mine[start : start + size], rows, objective) for start in range(0, most, size)]
+        total, units = self.ranks.sums([sum(one.total.item() for one in found), sum(one.units for one in found)])
+        return total / max(units, 1)
+
+    def _loss(self, rows: Sequence[Any], others: Sequence[Any], objective: Any) -> Loss:
         """The loss of some rows. A rank that has none left runs another's for nothing, since ranks run in step."""
-        batch = self._prepare_inputs(self.objective.collate(rows or others[:1]))
+        batch = self._prepare_inputs(objective.collate(rows or others[:1]))
         root = self._root
-        loss = self.objective.loss(self.network, batch) if root is None else Loss(*root(self.objective, batch))
+        loss = objective.loss(self.network, batch) if root is None else Loss(*root(objective, batch))
         return loss if rows else Loss(loss.total * 0.0, 0, dict.fromkeys(loss.logs, 0.0))
 
     @property

@@ -3,8 +3,6 @@
 B rows, T tokens, D width.
 """
 
-import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,20 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama2 import lora
 from llama2.documents import within
 from llama2.errors import InputError
 from llama2.pretrained import PreTrainedModel
 from llama2.quantization.linear import PackedLinear
-from llama2.train.data import IGNORED, EncodedPair, Example
+from llama2.train.data import IGNORED, Example
 from llama2.train.fused_layer import fuses
-from llama2.train.losses import dpo_loss, head_loss, targets, token_log_probs
+from llama2.train.losses import head_loss, targets
 from llama2.train.packing import PackedRow, bins, pack
-from llama2.train.preference import Preference
-from llama2.train.reference import Start, is_fresh, without_dropout
 
 Batch = dict[str, Any]
-_TOLD = 64 << 20  # bytes of a reference
 ONE_ROW = 2048  # tokens at most: the mask of a row is their square
 
 
@@ -164,110 +158,6 @@ def packed_rows(examples: Sequence[Example], length: int | None, packing: bool =
     if not packing or length is None:
         return [pack([example]) for example in examples]
     return [pack([examples[i] for i in rows]) for rows in bins([len(e.input_ids) for e in examples], length)]
-
-
-@dataclass
-class Preferences:
-    """Direct preference optimisation. The reference is the model as it was before the first step, or another model.
-
-    A Trainer says where that is (`begin`). For a loss that is called without one it is the model without its adapters,
-    or what it was at the first call. reference: another model. reference_free leaves the reference out.
-    disable_dropout: of adapters, in policy and reference.
-    See `losses.dpo_loss` for the rest.
-    """
-
-    beta: float = 0.1
-    kind: Preference = "sigmoid"
-    label_smoothing: float = 0.0
-    reference: Any = None
-    reference_free: bool = False
-    disable_dropout: bool = True
-    _start: Start | None = field(default=None, init=False, repr=False, compare=False)
-
-    def begin(self, model: PreTrainedModel, apart: bool = False) -> int:
-        """Keeps the reference, if the model itself is to be it: as it is now. Returns the bytes that this takes.
-
-        apart: as a model of its own, for weights that are going to be sharded.
-        """
-        if self.reference_free or self.reference is not None or self._start is not None:
-            return 0
-        if apart and not is_fresh(model):
-            self.reference = copy.deepcopy(model).requires_grad_(False).eval()
-            return sum(p.nbytes for p in self.reference.parameters())
-        self._start = Start(model)
-        return self._start.nbytes
-
-    def tokens(self, item: EncodedPair) -> int:
-        """As Objective.tokens."""
-        return len(item.chosen.input_ids) + len(item.rejected.input_ids)
-
-    def collate(self, items: Sequence[EncodedPair]) -> Batch:
-        """As Objective.collate: input_ids, labels, position_ids (2 B, T), lengths (2 B,), the chosen answers first."""
-        examples = [item.chosen for item in items] + [item.rejected for item in items]
-        return {
-            "input_ids": padded([e.input_ids for e in examples], 0),
-            "labels": padded([e.labels for e in examples], IGNORED),
-            "position_ids": places([range(len(e.input_ids)) for e in examples]),
-            "lengths": torch.tensor([len(e.input_ids) for e in examples]),
-            "attention_mask": None,
-        }
-
-    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
-        """As Objective.loss; units are pairs."""
-        if self.disable_dropout:
-            without_dropout(model)
-        reference = self._of_reference(model, batch)
-        policy = self._answers(model, batch)
-        pairs = len(policy) // 2
-        if reference is None:
-            reference = torch.zeros_like(policy)
-        result = dpo_loss(
-            *policy.split(pairs), *reference.split(pairs),
-            beta=self.beta, kind=self.kind, label_smoothing=self.label_smoothing,
-        )  # fmt: skip
-        up, down = result.chosen_rewards, result.rejected_rewards
-        logs = {
-            "rewards/chosen": float(up.sum()),
-            "rewards/rejected": float(down.sum()),
-            "rewards/margins": float((up - down).sum()),
-            "rewards/accuracies": float((up > down).sum()),
-        }
-        return Loss(result.loss * pairs, pairs, logs)
-
-    @torch.no_grad()
-    def _of_reference(self, model: PreTrainedModel, batch: Batch) -> Tensor | None:
-        """log p of each answer (2 B,) under the reference."""
-        if self.reference_free:
-            return None
-        if self.reference is not None:
-            return self._answers(self.reference.to(batch["input_ids"].device), batch)
-        if self._start is None and not lora.names(model):
-            self.begin(model)
-        with lora.disabled(model) if self._start is None else self._start.restored():
-            return self._answers(model, batch)
-
-    def _answers(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """log p of each answer (2 B,): the sum over its targets, for ipo their mean."""
-        labels = batch["labels"]
-        rows, wanted = targets(*hidden_of(model, batch))
-        counts = (labels[:, 1:] != IGNORED).sum(1)
-        found = token_log_probs(rows, head_of(model, rows.dtype), wanted)
-        owner = torch.repeat_interleave(torch.arange(len(labels), device=found.device), counts)
-        sums = torch.zeros(len(labels), dtype=found.dtype, device=found.device).index_add(0, owner, found)
-        return sums / counts.clamp(min=1) if self.kind == "ipo" else sums
-
-
-def keep_reference(objective: Objective, model: PreTrainedModel, tell: bool = True, apart: bool = False) -> None:
-    """The model as it is now, for an objective that compares with it; a large copy is told by a warning.
-
-    apart: see `Preferences.begin`."""
-    nbytes = objective.begin(model, apart) if isinstance(objective, Preferences) else 0
-    if tell and nbytes > _TOLD:
-        warnings.warn(
-            f"the reference is a copy of what is trained, as it is now: {nbytes >> 20:,} MiB; a fresh adapter "
-            "(peft_config) needs none",
-            stacklevel=3,
-        )
 
 
 @dataclass

@@ -4,8 +4,7 @@ The order of rows is a function of seed, epoch and index, and the random numbers
 So a run that was killed and resumed ends with the same bits as one that was not, and several ranks, which share the
 rows of each step, do what one does. All ranks go through the same calls; rank 0 alone writes and reports.
 
-The loop computes losses without whole logits; what needs the model's own forward pass goes through `hooks`.
-"""
+Losses are computed without whole logits; what needs the model's own forward pass goes through `hooks`."""
 
 import inspect
 import json
@@ -26,6 +25,7 @@ from llama2.files import appending
 from llama2.lora_config import LoraConfig
 from llama2.protocols import TokenizerLike
 from llama2.train import checkpoints, hooks
+from llama2.train.answers import keep_reference
 from llama2.train.arguments import TrainingArguments
 from llama2.train.callbacks import Callbacks, TrainerControl, TrainerState
 from llama2.train.distributed import COMMAND, Root, join, shard
@@ -35,7 +35,7 @@ from llama2.train.fused_layer import fused
 from llama2.train.hooks import Hooks
 from llama2.train.loop import Loop, Rates
 from llama2.train.malloc import kept
-from llama2.train.objectives import Classification, NextToken, Objective, keep_reference
+from llama2.train.objectives import Classification, NextToken, Objective
 from llama2.train.optim import AdamW
 from llama2.train.precision import suit_processor
 from llama2.train.results import Results

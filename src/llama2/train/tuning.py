@@ -20,10 +20,11 @@ from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
 from llama2.quantization.gguf import GgufLinear
 from llama2.text_file import read_utf8
+from llama2.train.answers import Preferences
 from llama2.train.arguments import TrainingArguments
 from llama2.train.configs import DPOConfig, RewardConfig, SFTConfig, TuningArguments
 from llama2.train.encoding import Encoder
-from llama2.train.objectives import NextToken, Objective, Preferences
+from llama2.train.objectives import NextToken, Objective
 from llama2.train.precision import best_of_processor
 from llama2.train.reward import Rewards
 from llama2.train.trainer import Trainer
@@ -143,6 +144,15 @@ def _same(there: Any, peft_config: LoraConfig) -> bool:
     )
 
 
+def frozen_reference(ref_model: Any, model: Any, settings: Mapping[str, Any] | None = None) -> Any:
+    """Another model than the one that is trained, loaded with `settings` where it is a path; or None."""
+    if ref_model is model and model is not None and not isinstance(model, str | Path):
+        raise InputError("ref_model is the model itself; leave it out: the reference is the model as it is now")
+    if isinstance(ref_model, str | Path):
+        ref_model = AutoModelForCausalLM.from_pretrained(ref_model, **(settings or {}))
+    return None if ref_model is None else _inner(ref_model).requires_grad_(False).eval()
+
+
 class SFTTrainer(Tuner):
     """Tunes a model, or the one of a path, on texts, completions and chats: see `SFTConfig`.
 
@@ -231,7 +241,7 @@ class DPOTrainer(Tuner):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         config, model = self._set_up(model, args, old, quantization_config, peft_config)
-        self._reference = self._frozen(ref_model, model, config)
+        self._reference = frozen_reference(ref_model, model, config.ref_model_init_kwargs)
         self._construct(
             model,
             config,
@@ -242,16 +252,6 @@ class DPOTrainer(Tuner):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-
-    def _frozen(self, ref_model: Any, model: Any, config: DPOConfig) -> Any:
-        if ref_model is model:
-            raise InputError("ref_model is the model itself; leave it out: the reference is the model as it is now")
-        if isinstance(ref_model, str | Path):
-            ref_model = AutoModelForCausalLM.from_pretrained(ref_model, **(config.ref_model_init_kwargs or {}))
-        if ref_model is None:
-            return None
-        found: Any = _inner(ref_model).requires_grad_(False).eval()
-        return found
 
     def _encoder(self, objective: Objective | None) -> Encoder:
         args = self.args

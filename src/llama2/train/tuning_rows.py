@@ -31,7 +31,7 @@ def dft_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
     return -(logs * logs.detach().exp()).sum() / count
 
 
-class _Rows(Encoder):
+class RowEncoder(Encoder):
     """Reads the rows of a set and tells what is left out."""
 
     args: Any  # an SFTConfig, DPOConfig or RewardConfig
@@ -58,7 +58,7 @@ class _Rows(Encoder):
         raise NotImplementedError
 
 
-class TextEncoder(_Rows):
+class TextEncoder(RowEncoder):
     """Of SFTTrainer."""
 
     formatting_func: Callable[..., Any] | None = None
@@ -74,7 +74,7 @@ class TextEncoder(_Rows):
         super().__init__(model, tokenizer, collator, args, None if collator is not None else objective)
 
     def made(self, rows: list[Any], name: str) -> tuple[list[Any], DataReport]:
-        """As _Rows.made."""
+        """As RowEncoder.made."""
         args = self.args
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             return Encoder.items(self, rows, name), DataReport(rows=len(rows))
@@ -160,11 +160,11 @@ def _masked(number: int, row: Mapping[str, Any]) -> Example:
     return Example(ids, labels)
 
 
-class PairEncoder(_Rows):
+class PairEncoder(RowEncoder):
     """Of DPOTrainer."""
 
     def made(self, rows: list[Any], name: str) -> tuple[list[EncodedPair], DataReport]:
-        """As _Rows.made."""
+        """As RowEncoder.made."""
         args = self.args
         pairs, report = prepare_pairs(rows, self.tokenizer, None)
         report.max_length = args.max_length
@@ -195,9 +195,9 @@ class PairEncoder(_Rows):
         return found
 
 
-class RewardEncoder(_Rows):
+class RewardEncoder(RowEncoder):
     """Of RewardTrainer."""
 
     def made(self, rows: list[Any], name: str) -> tuple[list[Ranked], DataReport]:
-        """As _Rows.made."""
+        """As RowEncoder.made."""
         return reward_pairs(rows, self.tokenizer, self.args.max_length)

@@ -77,7 +77,7 @@ class Task:
         """The classifier's head, or None for a language model."""
         return None
 
-    def objective(self) -> "Objective":
+    def objective(self, items: Sequence[Any]) -> "Objective":
         """What the items are trained for."""
         raise NotImplementedError
 
@@ -111,7 +111,7 @@ class Texts(Task):
         """As Task.own_columns."""
         return {"text": self.text_column}
 
-    def objective(self) -> "Objective":
+    def objective(self, items: Sequence[Any]) -> "Objective":
         """As Task.objective."""
         made: Objective = next_token()
         return made

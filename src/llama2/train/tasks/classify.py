@@ -60,7 +60,7 @@ class Classify(Task):
         """As Task.head."""
         return ScoreHead(learnt.names or ("LABEL_0",), learnt.kind)
 
-    def objective(self) -> "Objective":
+    def objective(self, items: Sequence[Any]) -> "Objective":
         """As Task.objective."""
         made: Objective = classification(self.threshold)
         return made

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llama2.errors import InputError
 from llama2.lazy import door
 from llama2.options import option
 from llama2.protocols import TokenizerLike
@@ -14,7 +15,7 @@ from llama2.train.tasks.base import Chats
 if TYPE_CHECKING:
     from llama2.train.objectives import Objective
 
-preferences = door("train.objectives", "Preferences", "Direct preference optimisation.")
+preferences = door("train.answers", "Preferences", "Direct preference optimisation.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,16 @@ class Dpo(Chats):
     loss_type: Preference = option("sigmoid", "the loss")
     label_smoothing: float = option(0.0, "share of pairs that are taken to be the wrong way round")
     reference_free: bool = option(False, "without a reference")
+    precompute_reference: bool = option(
+        False,
+        "compute what the reference gives once and keep it in OUT: for all weights no copy of the model is needed",
+    )
 
     def check(self) -> None:
         """As Task.check."""
         check_preference(self.loss_type, self.beta, self.label_smoothing)
+        if self.reference_free and self.precompute_reference:
+            raise InputError("reference_free and precompute_reference exclude each other; leave one of them out")
 
     def items(
         self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Any
@@ -42,9 +49,13 @@ class Dpo(Chats):
         pairs, report = prepare_pairs(rows, tokenizer, length)
         return list(pairs), report
 
-    def objective(self) -> "Objective":
+    def objective(self, items: Sequence[Any]) -> "Objective":
         """As Task.objective."""
         made: Objective = preferences(
-            self.beta, self.loss_type, self.label_smoothing, reference_free=self.reference_free
+            self.beta,
+            self.loss_type,
+            self.label_smoothing,
+            reference_free=self.reference_free,
+            precomputed=self.precompute_reference,
         )
         return made

@@ -64,7 +64,7 @@ class Reward(Chats):
         """As Task.head: one output, given as it is (a regression's)."""
         return ScoreHead(("LABEL_0",), "regression")
 
-    def objective(self) -> "Objective":
+    def objective(self, items: Sequence[Any]) -> "Objective":
         """As Task.objective."""
         made: Objective = rewards(self.center or None, self.safety_weight)
         return made
