@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "engine/pack.h"
 #include "engine/step.h"
 
 namespace llama2 {
@@ -26,18 +25,8 @@ Adapter::Adapter(const Model& model) : all_(model.layers.size() * PARTS) { shape
 bool Adapter::fits(const Model& model) const {
   int64_t in[PARTS], out[PARTS];
   shapes(model, in, out);
-  return layers() == static_cast<int64_t>(model.layers.size()) && std::equal(in, in + PARTS, in_) && std::equal(out, out + PARTS, out_);
-}
-
-uint8_t* Adapter::take(int64_t bytes) {
-  bytes = (bytes + 63) / 64 * 64;
-  if (at_ + bytes > size_) {
-    size_ = std::max<int64_t>(bytes, int64_t{8} << 20);
-    memory_.push_back(allocate(size_));
-    at_ = 0;
-  }
-  at_ += bytes;
-  return memory_.back().get() + at_ - bytes;
+  return layers() == static_cast<int64_t>(model.layers.size()) && std::equal(in, in + PARTS, in_) &&
+         std::equal(out, out + PARTS, out_);
 }
 
 void Adapter::set(int64_t layer, Part part, const Matrix& a, const Matrix& b, float scale) {
@@ -48,8 +37,9 @@ void Adapter::set(int64_t layer, Part part, const Matrix& a, const Matrix& b, fl
   l.b_format = b.format;
   l.scale = scale;
   int64_t row = l.in * size(a.format), cell = size(b.format);
-  int64_t a_bytes = (l.padded_rank() * row + 63) / 64 * 64, b_bytes = b.tiles() * l.rank * TILE * cell;
-  uint8_t* rows = take(a_bytes + b_bytes);
+  int64_t a_bytes = Bump::rounded(l.padded_rank() * row), b_bytes = b.tiles() * l.rank * TILE * cell;
+  uint8_t* rows = arena_.take(a_bytes + b_bytes);
+  if (memory_.empty() || memory_.back() != arena_.memory()) memory_.push_back(arena_.memory());
   for (int64_t r = 0; r < l.rank; ++r) std::memcpy(rows + r * row, a.data + r * a.stride, row);
   uint8_t* tiles = rows + a_bytes;
   for (int64_t n = 0; n < b.rows; ++n)

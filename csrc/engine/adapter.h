@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "engine/memory.h"
 #include "kernels/kernels.h"
 
 namespace llama2 {
@@ -32,12 +33,10 @@ class Adapter {
   mutable Count steps;  // that run with it
 
  private:
-  uint8_t* take(int64_t bytes);  // zeroed, one matrix behind the other in the order a step reads them
-
   int64_t in_[PARTS], out_[PARTS], rank_ = 0, bytes_ = 0;
   std::vector<LowRank> all_;
-  std::vector<std::shared_ptr<uint8_t>> memory_;
-  int64_t at_ = 0, size_ = 0;  // in the last piece
+  Arena arena_{int64_t{8} << 20};                 // one matrix behind the other in the order a step reads them
+  std::vector<std::shared_ptr<uint8_t>> memory_;  // every piece of it
 };
 
 }  // namespace llama2

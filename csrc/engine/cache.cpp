@@ -1,8 +1,8 @@
-// The cache of keys and values: its memory, and the way in and out for what is not a step. kv.inl says how they lie in a
-// page and attends them.
+// The cache of keys and values: its memory, and the way in and out for what is not a step. kv.inl says how they lie in
+// a page and attends them.
 #include <cstring>
 
-#include "engine/pack.h"
+#include "engine/memory.h"
 #include "engine/step.h"
 
 namespace llama2 {
@@ -86,7 +86,8 @@ void KvCache::read(int64_t index, const int32_t* table, int64_t count, float* ke
     }
 }
 
-void KvCache::write(int64_t index, const int32_t* table, int64_t past, int64_t count, const float* keys, const float* values) {
+void KvCache::write(int64_t index, const int32_t* table, int64_t past, int64_t count, const float* keys,
+                    const float* values) {
   KvLayer l = layer(index);
   const Kernels* kernels = best_kernels();
   for (int64_t h = 0; h < l.heads; ++h)

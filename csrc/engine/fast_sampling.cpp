@@ -41,7 +41,9 @@ bool shortlist(const float* x, int64_t n, const Shortlist& how, std::vector<int3
   std::vector<float> best;
   best.reserve((n + BLOCK - 1) / BLOCK);
   constexpr float HOTTEST = 1e6f;  // above it quotients may be equal that the bound `least` does not reach
-  if (!maxima(x, n, best) || how.temperature > HOTTEST || how.top_k > static_cast<int64_t>(best.size()) || how.top_k > SHORTLIST_MOST) return false;
+  if (!maxima(x, n, best) || how.temperature > HOTTEST || how.top_k > static_cast<int64_t>(best.size()) ||
+      how.top_k > SHORTLIST_MOST)
+    return false;
   // top_k blocks have a maximum of at least `least`, so the top_k-th score is no smaller. A little below it, a score
   // may become its equal in the division.
   std::vector<float> order(best);

@@ -1,16 +1,14 @@
 #include "engine/pack.h"
 
-#include <sys/mman.h>
-
 #include <cstring>
-#include <new>
+#include <iterator>
 
 namespace llama2 {
 namespace {
 
 constexpr FileType TYPES[] = {
-    {2, "Q4_0", 32, 18, Format::W4},    {3, "Q4_1", 32, 20, Format::W4M},   {6, "Q5_0", 32, 22, Format::P5},
-    {7, "Q5_1", 32, 24, Format::P5M},   {8, "Q8_0", 32, 34, Format::W8},    {12, "Q4_K", 256, 144, Format::W4K},
+    {2, "Q4_0", 32, 18, Format::W4},     {3, "Q4_1", 32, 20, Format::W4M},    {6, "Q5_0", 32, 22, Format::P5},
+    {7, "Q5_1", 32, 24, Format::P5M},    {8, "Q8_0", 32, 34, Format::W8},     {12, "Q4_K", 256, 144, Format::W4K},
     {13, "Q5_K", 256, 176, Format::P5K}, {14, "Q6_K", 256, 210, Format::P6K},
 };
 
@@ -55,9 +53,12 @@ Words words(const uint8_t* p) {
 // 16 bytes of each of 16 rows to four lines, a word of each row in each: what put32 does word by word.
 void transpose(const uint8_t* const* rows, int64_t at, uint32_t flip, uint8_t* lines) {
   for (int lane = 0; lane < TILE; lane += 4) {
-    Words a = words(rows[lane] + at), b = words(rows[lane + 1] + at), c = words(rows[lane + 2] + at), d = words(rows[lane + 3] + at);
-    Words ab = MIX(a, b, 0, 4, 1, 5), cd = MIX(c, d, 0, 4, 1, 5), ab2 = MIX(a, b, 2, 6, 3, 7), cd2 = MIX(c, d, 2, 6, 3, 7);
-    Words out[4] = {MIX(ab, cd, 0, 1, 4, 5), MIX(ab, cd, 2, 3, 6, 7), MIX(ab2, cd2, 0, 1, 4, 5), MIX(ab2, cd2, 2, 3, 6, 7)};
+    Words a = words(rows[lane] + at), b = words(rows[lane + 1] + at), c = words(rows[lane + 2] + at),
+          d = words(rows[lane + 3] + at);
+    Words ab = MIX(a, b, 0, 4, 1, 5), cd = MIX(c, d, 0, 4, 1, 5), ab2 = MIX(a, b, 2, 6, 3, 7),
+          cd2 = MIX(c, d, 2, 6, 3, 7);
+    Words out[4] = {MIX(ab, cd, 0, 1, 4, 5), MIX(ab, cd, 2, 3, 6, 7), MIX(ab2, cd2, 0, 1, 4, 5),
+                    MIX(ab2, cd2, 2, 3, 6, 7)};
     for (int j = 0; j < 4; ++j) {
       out[j] ^= Words{flip, flip, flip, flip};
       std::memcpy(lines + 64 * j + 4 * lane, &out[j], 16);
@@ -68,7 +69,8 @@ void transpose(const uint8_t* const* rows, int64_t at, uint32_t flip, uint8_t* l
 // A whole tile of Q4_0, Q4_1 or Q8_0: group32 of all its rows at once.
 void whole_tile(const FileType& type, const uint8_t* const* rows, int64_t cols, uint8_t* out) {
   bool eight = type.id == 8, minimum = type.format == Format::W4M;
-  int64_t size = block_bytes(type.format), header = minimum ? 128 : 64, group = eight ? 512 : 256, codes = minimum ? 4 : 2;
+  int64_t size = block_bytes(type.format), header = minimum ? 128 : 64, group = eight ? 512 : 256,
+          codes = minimum ? 4 : 2;
   for (int64_t g = 0; g < cols / GROUP; ++g) {
     uint8_t *block = out + g / 2 * size, *scales = block + 32 * (g % 2), *lines = block + header + group * (g % 2);
     int64_t at = g * type.bytes;
@@ -143,26 +145,34 @@ const FileType* file_type(int id) {
   return nullptr;
 }
 
-std::shared_ptr<uint8_t> allocate(int64_t bytes, bool huge) {
-  constexpr size_t PAGE_2M = size_t{2} << 20;
-  size_t size = (static_cast<size_t>(bytes) + PAGE_2M - 1) / PAGE_2M * PAGE_2M, total = size + PAGE_2M;
-  void* p = mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
-  uint8_t* aligned = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(p) + PAGE_2M - 1) / PAGE_2M * PAGE_2M);
-  if (huge) madvise(aligned, size, MADV_HUGEPAGE);
-  return std::shared_ptr<uint8_t>(aligned, [p, total](uint8_t*) { munmap(p, total); });
+std::vector<FileType> file_types() { return {std::begin(TYPES), std::end(TYPES)}; }
+
+const char* format_name(Format f) {
+  switch (f) {
+    case Format::F32: return "F32";
+    case Format::F16: return "F16";
+    case Format::BF16: return "BF16";
+    case Format::W4: return "W4";
+    case Format::W4M: return "W4M";
+    case Format::W4K: return "W4K";
+    case Format::W8: return "W8";
+    case Format::C4: return "C4";
+    case Format::C4B: return "C4B";
+    case Format::G4: return "G4";
+    case Format::G8: return "G8";
+    case Format::R8: return "R8";
+    case Format::P5: return "P5";
+    case Format::P5M: return "P5M";
+    case Format::P5K: return "P5K";
+    case Format::P6K: return "P6K";
+  }
+  return "?";
 }
 
-void ask_for_huge_pages(void* p, int64_t bytes) {
-  constexpr uintptr_t PAGE_2M = uintptr_t{2} << 20;
-  uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + PAGE_2M - 1) / PAGE_2M * PAGE_2M;
-  uintptr_t end = (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / PAGE_2M * PAGE_2M;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
-void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* row_map, int64_t tile,
-               uint8_t* out) {
-  int64_t row_bytes = cols / type.columns * type.bytes, size = block_bytes(type.format), blocks = padded(cols) / BLOCK_K;
+void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* row_map,
+               int64_t tile, uint8_t* out) {
+  int64_t row_bytes = cols / type.columns * type.bytes, size = block_bytes(type.format),
+          blocks = padded(cols) / BLOCK_K;
   if ((type.id == 2 || type.id == 3 || type.id == 8) && tile * TILE + TILE <= rows) {
     const uint8_t* sources[TILE];
     for (int lane = 0; lane < TILE; ++lane) {
@@ -187,7 +197,8 @@ void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t c
         continue;
       }
       for (int h = 0; h < 2 && (2 * b + h) * GROUP < cols; ++h)
-        if (type.format == Format::P5 || type.format == Format::P5M) plane32(type, src + (2 * b + h) * type.bytes, block, h, lane);
+        if (type.format == Format::P5 || type.format == Format::P5M)
+          plane32(type, src + (2 * b + h) * type.bytes, block, h, lane);
         else group32(type, src + (2 * b + h) * type.bytes, block, h, lane);
     }
   }

@@ -1,14 +1,14 @@
 // From the blocks of a GGUF file to kernel tiles, losslessly.
 #pragma once
 #include <cstdint>
-#include <memory>
+#include <vector>
 
 #include "kernels/kernels.h"
 
 namespace llama2 {
 
 struct FileType {
-  int id;              // the number GGUF gives it
+  int id;  // the number GGUF gives it
   const char* name;
   int columns, bytes;  // of one block
   Format format;       // what it becomes
@@ -19,20 +19,17 @@ inline void six_bit(const uint8_t* s, int g, uint8_t* scale, uint8_t* minimum) {
   *minimum = static_cast<uint8_t>(g < 4 ? s[g + 4] & 63 : (s[g + 4] >> 4) | (s[g] >> 6 << 4));
 }
 
-const FileType* file_type(int id);  // null for a type without a packing
+const FileType* file_type(int id);   // null for a type without a packing
+std::vector<FileType> file_types();  // every type with one
 
-// Memory that is never copied: 2 MB aligned, zeroed, taken from the system as it is touched, freed with the last user.
-// huge: in pages of 2 MB where allowed, for what is going to be used whole.
-std::shared_ptr<uint8_t> allocate(int64_t bytes, bool huge = true);
-
-// Asks for pages of 2 MB where `bytes` behind p hold whole ones: for what is about to be written in one go.
-void ask_for_huge_pages(void* p, int64_t bytes);
+const char* format_name(Format f);  // as kernels.h writes it
 
 // Tile `tile` of a matrix of rows x cols; file row of row r is row_map[r], or r where row_map is null.
-void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* row_map, int64_t tile,
-               uint8_t* out);
+void pack_tile(const FileType& type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* row_map,
+               int64_t tile, uint8_t* out);
 
-// Bytes of a row of `cols` weights of a GGUF type that unpack_rows knows, 0 for another type or a row of no whole blocks.
+// Bytes of a row of `cols` weights of a GGUF type that unpack_rows knows, 0 for another type or a row of no whole
+// blocks.
 int64_t unpacked_row_bytes(int id, int64_t cols);
 // Rows [begin, end) of the unpacked matrix, float32 or bfloat16 (rounded once).
 void unpack_rows(int id, const uint8_t* raw, int64_t cols, bool bf16, int64_t begin, int64_t end, void* out);
@@ -41,15 +38,16 @@ void unpack_rows(int id, const uint8_t* raw, int64_t cols, bool bf16, int64_t be
 struct CodeSource {
   Format format = Format::C4;
   int64_t rows = 0, cols = 0;
-  int64_t group = 0;                 // columns of one scale
-  const uint8_t* codes = nullptr;    // rows x cols, a byte each; signed for R8
-  bool pairs = false;                // C4, C4B: two codes a byte, the first in the high nibble
-  const void* scales = nullptr;      // C4, C4B: float32 per `group` weights; G4, G8: float16 rows x groups; R8: float32 rows
-  const uint8_t* zeros = nullptr;    // G4, G8: rows x groups
-  const int32_t* order = nullptr;    // column j of the tile is column order[j] of the codes
+  int64_t group = 0;               // columns of one scale
+  const uint8_t* codes = nullptr;  // rows x cols, a byte each; signed for R8
+  bool pairs = false;              // C4, C4B: two codes a byte, the first in the high nibble
+  const void* scales =
+      nullptr;  // C4, C4B: float32 per `group` weights; G4, G8: float16 rows x groups; R8: float32 rows
+  const uint8_t* zeros = nullptr;  // G4, G8: rows x groups
+  const int32_t* order = nullptr;  // column j of the tile is column order[j] of the codes
 };
-// The forms of 16 values that the kernels want. The 8-bit step is the one whose rounding errs least (all values alike): the
-// largest value takes 64 to 127 steps. NF4: 112 and 0.33 % of the root mean square, 0.42 % with 127.
+// The forms of 16 values that the kernels want. The 8-bit step is the one whose rounding errs least (all values alike):
+// the largest value takes 64 to 127 steps. NF4: 112 and 0.33 % of the root mean square, 0.42 % with 127.
 Codebook codebook_of(const float* values);
 
 void pack_codes_tile(const CodeSource& from, int64_t tile, uint8_t* out);

@@ -119,7 +119,7 @@ double ping_pong(Pool& pool, int rounds) {
     }
     if (id == 0) {
       std::chrono::duration<double> d = std::chrono::steady_clock::now() - start;
-      seconds = d.count() / (rounds - rounds / 10 - 1);
+      seconds = d.count() / static_cast<double>(rounds - rounds / 10 - 1);
     }
   });
   return seconds;

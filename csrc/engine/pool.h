@@ -21,9 +21,11 @@ class Pool {
 
   int size() const { return size_; }
   void run(const std::function<void(int)>& work);  // work(thread) on every thread; returns when all have finished
-  void barrier() { barrier([] {}); }               // inside work only, by every thread
+  void barrier() {
+    barrier([] {});
+  }  // inside work only, by every thread
   template <class Idle>
-  void barrier(Idle&& idle);                       // idle() is called again and again while the others are awaited
+  void barrier(Idle&& idle);  // idle() is called again and again while the others are awaited
 
  private:
   void start();

@@ -6,43 +6,26 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "engine/pack.h"
+#include "engine/memory.h"
 
 namespace llama2 {
 namespace {
 
-constexpr int64_t DYNAMIC = 16;    // from this many tokens on, threads take work piece by piece
+constexpr int64_t DYNAMIC = 16;         // from this many tokens on, threads take work piece by piece
 constexpr int64_t FETCHED = 128 << 10;  // bytes of the next weights that a waiting thread brings in
 constexpr int64_t STEALABLE = 2 << 20;  // bytes a thread from which on the end of a product is shared by demand
-constexpr int64_t PIECE = 128 << 10;  // bytes of such a piece: shorter ones end before the hardware's prefetch has begun
-constexpr int64_t ATT_TOKENS = 16; // query tokens of one piece of prefill attention
-constexpr int SHARED = 3;          // linears that share an input, at most: q, k and v
+constexpr int64_t PIECE = 128 << 10;    // bytes of such a piece: shorter ones end before the hardware has prefetched
+constexpr int64_t ATT_TOKENS = 16;      // query tokens of one piece of prefill attention
+constexpr int SHARED = 3;               // linears that share an input, at most: q, k and v
 
-struct Range { int64_t begin, end; };
+struct Range {
+  int64_t begin, end;
+};
 
 Range share(int64_t n, int part, int parts, int64_t step = 1) {
   int64_t units = (n + step - 1) / step;
   return {std::min(n, units * part / parts * step), std::min(n, units * (part + 1) / parts * step)};
 }
-
-class Carver {  // hands out 64-byte aligned pieces of one allocation
- public:
-  explicit Carver(uint8_t* p) : at_(reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64)) {}
-  template <class T>
-  T* take(int64_t n) {
-    T* r = reinterpret_cast<T*>(at_);
-    at_ += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return r;
-  }
-  Acts acts(int64_t m, int64_t k) { return lay_out(take<uint8_t>(acts_bytes(m, k)), m, k); }
-
- private:
-  uint8_t* at_;
-};
-
-}  // namespace
-
-namespace {
 
 class Ahead {  // the lines of a matrix from a tile on, fetched a few at a time, as far as a cache holds them meanwhile
  public:
@@ -63,8 +46,15 @@ class Ahead {  // the lines of a matrix from a tile on, fetched a few at a time,
 class Step {  // one step as every thread sees it
  public:
   Step(const Kernels* k, Pool* pool, bool exact, const Model& m, const KvCache& cache, const Batch& b, uint8_t* memory)
-      : k_(k), pool_(pool), exact_(exact), m_(m), cache_(cache), b_(b), M_(b.tokens), counters_(m.layers.size() * 5 + 1) {
-    Carver c(memory);
+      : k_(k),
+        pool_(pool),
+        exact_(exact),
+        m_(m),
+        cache_(cache),
+        b_(b),
+        M_(b.tokens),
+        counters_(m.layers.size() * 5 + 1) {
+    Bump c(memory);
     int64_t D = m.hidden, A = m.heads * m.width, KV = m.kv_heads * m.width;
     x_ = c.take<float>(M_ * D);
     normed_ = c.take<float>(std::max(M_, b.rows) * D);
@@ -77,12 +67,12 @@ class Step {  // one step as every thread sees it
     sin_ = c.take<float>(M_ * m.width / 2);
     int copies = alone() ? pool->size() : 1;
     for (int i = 0; i < copies; ++i) {
-      narrow_.push_back(c.acts(std::max(M_, b.rows), D));
-      middle_.push_back(c.acts(M_, A));
-      wide_.push_back(c.acts(M_, m.ffn));
+      narrow_.push_back(lay_out(c, std::max(M_, b.rows), D));
+      middle_.push_back(lay_out(c, M_, A));
+      wide_.push_back(lay_out(c, M_, m.ffn));
       private_norm_.push_back(alone() ? c.take<float>(D) : normed_);
     }
-    for (int i = copies; i < copies * m.orders; ++i) narrow_.push_back(c.acts(std::max(M_, b.rows), D));
+    for (int i = copies; i < copies * m.orders; ++i) narrow_.push_back(lay_out(c, std::max(M_, b.rows), D));
     for (int i = 0; i < pool->size(); ++i) att_scratch_.push_back(c.take<float>(attention_scratch(m.width + 16)));
     if (b.adapters) plan_adapters(c);
     for (auto& n : counters_) n.store(0, std::memory_order_relaxed);
@@ -129,11 +119,14 @@ class Step {  // one step as every thread sees it
     }
   }
 
-  struct Inputs { Acts of[3]; };  // the activations of each matrix of a product, those of one order being the same
+  struct Inputs {  // the activations of each matrix of a product, those of one order being the same
+    Acts of[3];
+  };
 
   // x (tokens apart by ldx) in every order of columns and form that the matrices want; ends with a barrier unless every
   // thread has its own copy
-  Inputs prepare(int tid, const std::vector<Acts>& sets, const float* x, int64_t ldx, int64_t m, std::initializer_list<const Matrix*> ws) {
+  Inputs prepare(int tid, const std::vector<Acts>& sets, const float* x, int64_t ldx, int64_t m,
+                 std::initializer_list<const Matrix*> ws) {
     Inputs in;
     int slots = 0, forms[3] = {}, at = 0;
     Acts to[3];
@@ -158,7 +151,8 @@ class Step {  // one step as every thread sees it
   Inputs norm(int tid, const float* weight, std::initializer_list<const Matrix*> ws) {
     float* out = private_norm_[alone() ? tid : 0];
     Range r = alone() ? Range{0, M_} : share(M_, tid, pool_->size(), MAX_MR);
-    for (int64_t t = r.begin; t < r.end; ++t) k_->rmsnorm(x_ + t * m_.hidden, weight, m_.eps, m_.hidden, out + t * m_.hidden);
+    for (int64_t t = r.begin; t < r.end; ++t)
+      k_->rmsnorm(x_ + t * m_.hidden, weight, m_.eps, m_.hidden, out + t * m_.hidden);
     return prepare(tid, narrow_, out, m_.hidden, M_, ws);
   }
 
@@ -169,7 +163,7 @@ class Step {  // one step as every thread sees it
     return rank;
   }
 
-  void plan_adapters(Carver& c) {
+  void plan_adapters(Bump& c) {
     std::vector<const LowRank*> used;
     adapter_of_.resize(M_);
     for (int64_t s = 0; s < b_.sequences; ++s) {
@@ -197,7 +191,8 @@ class Step {  // one step as every thread sees it
     return addends_.empty() || !addends_[layer * PARTS + part].adapters ? nullptr : &addends_[layer * PARTS + part];
   }
 
-  // scale * A x of the linears first .. last, which share the input x; true if there were any, and a barrier must follow
+  // scale * A x of the linears first .. last, which share the input x; true if there were any, and a barrier must
+  // follow
   bool shrink(int tid, size_t layer, Part first, Part last, const float* x, int64_t ldx) {
     bool any = false;
     for (int part = first; part <= last; ++part) {
@@ -228,16 +223,25 @@ class Step {  // one step as every thread sees it
   Product qkv(size_t i) {
     const Layer& l = m_.layers[i];
     int64_t A = m_.heads * m_.width, KV = m_.kv_heads * m_.width;
-    return {{{&l.q, nullptr, q_, A, Epilogue::STORE, low(i, Q)}, {&l.k, nullptr, kn_, KV, Epilogue::STORE, low(i, K)},
-             {&l.v, nullptr, vn_, KV, Epilogue::STORE, low(i, V)}}, 3, &counters_[i * 5]};
+    return {{{&l.q, nullptr, q_, A, Epilogue::STORE, low(i, Q)},
+             {&l.k, nullptr, kn_, KV, Epilogue::STORE, low(i, K)},
+             {&l.v, nullptr, vn_, KV, Epilogue::STORE, low(i, V)}},
+            3,
+            &counters_[i * 5]};
   }
-  Product out(size_t i) { return {{{&m_.layers[i].o, nullptr, x_, m_.hidden, Epilogue::ADD, low(i, O)}}, 1, &counters_[i * 5 + 1]}; }
+  Product out(size_t i) {
+    return {{{&m_.layers[i].o, nullptr, x_, m_.hidden, Epilogue::ADD, low(i, O)}}, 1, &counters_[i * 5 + 1]};
+  }
   Product gated(size_t i) {
     const Layer& l = m_.layers[i];
     return {{{&l.gate, &l.up, ffn_, m_.ffn, Epilogue::SWIGLU, low(i, GATE), low(i, UP)}}, 1, &counters_[i * 5 + 2]};
   }
-  Product down(size_t i) { return {{{&m_.layers[i].down, nullptr, x_, m_.hidden, Epilogue::ADD, low(i, DOWN)}}, 1, &counters_[i * 5 + 3]}; }
-  Product head() { return {{{&m_.head, nullptr, b_.logits, m_.vocab, Epilogue::STORE}}, 1, &counters_[m_.layers.size() * 5]}; }
+  Product down(size_t i) {
+    return {{{&m_.layers[i].down, nullptr, x_, m_.hidden, Epilogue::ADD, low(i, DOWN)}}, 1, &counters_[i * 5 + 3]};
+  }
+  Product head() {
+    return {{{&m_.head, nullptr, b_.logits, m_.vocab, Epilogue::STORE}}, 1, &counters_[m_.layers.size() * 5]};
+  }
 
   bool by_demand(int64_t tokens) const { return tokens >= DYNAMIC && pool_->size() > 1; }
 
@@ -284,8 +288,14 @@ class Step {  // one step as every thread sees it
     const Job* job = next.jobs;
     while (tile >= job->w->tiles() && job + 1 < next.jobs + next.count) tile -= (job++)->w->tiles();
     Ahead streams[2] = {Ahead(job->w, tile), Ahead(job->w1, tile)};
-    pool_->barrier([&] { streams[0].fetch(); streams[1].fetch(); });
-    for (int i = 0; i < 3; ++i) { streams[0].fetch(); streams[1].fetch(); }
+    pool_->barrier([&] {
+      streams[0].fetch();
+      streams[1].fetch();
+    });
+    for (int i = 0; i < 3; ++i) {
+      streams[0].fetch();
+      streams[1].fetch();
+    }
   }
 
   void rope_and_store(const KvLayer& kv, int64_t s, int64_t t, int64_t head) {
@@ -369,8 +379,7 @@ class Step {  // one step as every thread sees it
     int64_t D = m_.hidden;
     float* out = private_norm_[alone() ? tid : 0];
     Range r = alone() ? Range{0, b_.rows} : share(b_.rows, tid, pool_->size(), MAX_MR);
-    for (int64_t i = r.begin; i < r.end; ++i)
-      k_->rmsnorm(x_ + b_.out_rows[i] * D, m_.norm, m_.eps, D, out + i * D);
+    for (int64_t i = r.begin; i < r.end; ++i) k_->rmsnorm(x_ + b_.out_rows[i] * D, m_.norm, m_.eps, D, out + i * D);
     matmul(tid, head(), prepare(tid, narrow_, out, D, b_.rows, {&m_.head}));
   }
 
@@ -386,12 +395,12 @@ class Step {  // one step as every thread sees it
   std::vector<Acts> narrow_, middle_, wide_;
   std::vector<float*> private_norm_, att_scratch_;
   std::vector<const LowRank*> adapter_of_;  // [token]
-  struct Group {  // tokens that read A together
+  struct Group {                            // tokens that read A together
     const LowRank* all;
     std::vector<int32_t> tokens;
   };
   std::vector<Group> groups_;
-  std::vector<Addend> addends_;             // [layer][part], or empty
+  std::vector<Addend> addends_;  // [layer][part], or empty
   float* shrunk_[SHARED] = {};
   int64_t rank_ = 0;
   std::vector<std::atomic<int64_t>> counters_;

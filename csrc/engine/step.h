@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "engine/adapter.h"
-#include "kernels/kernels.h"
 #include "engine/pool.h"
+#include "kernels/kernels.h"
 
 namespace llama2 {
 
@@ -49,7 +49,8 @@ class KvCache {
 // tables[s * table_width ..]. Everything is checked by the caller (bind/) before it arrives here.
 struct Batch {
   int64_t tokens = 0, sequences = 0, rows = 0, table_width = 0;
-  const int32_t *ids = nullptr, *positions = nullptr, *starts = nullptr, *past = nullptr, *tables = nullptr, *out_rows = nullptr;
+  const int32_t *ids = nullptr, *positions = nullptr, *starts = nullptr, *past = nullptr, *tables = nullptr,
+                *out_rows = nullptr;
   const float* inv_freq = nullptr;
   float rope_scale = 1;
   float* logits = nullptr;

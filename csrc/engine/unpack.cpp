@@ -1,9 +1,9 @@
-// GGUF blocks to numbers, for torch: ggml's own arithmetic, multiplication and addition rounded each for itself (this file
-// is compiled without contraction), so that every bit is that of quantization/ggml.py.
+// GGUF blocks to numbers, for torch: ggml's own arithmetic, multiplication and addition rounded each for itself (this
+// file is compiled without contraction), so that every bit is that of quantization/ggml.py.
 #include <cstring>
 
-#include "kernels/halves.h"
 #include "engine/pack.h"
+#include "kernels/halves.h"
 
 namespace llama2 {
 namespace {
@@ -71,7 +71,8 @@ void q3_k(const uint8_t* b, float* x) {
     float scale = d * static_cast<float>((low | top << 4) - 32);
     const uint8_t *q = b + 32 + 32 * (g / 8) + 16 * (g % 2), *mask = b + 16 * (g % 2);
     int shift = g / 2 % 4 * 2, bit = g / 2;
-    for (int j = 0; j < 16; ++j) x[16 * g + j] = static_cast<float>((q[j] >> shift & 3) - 4 + 4 * (mask[j] >> bit & 1)) * scale;
+    for (int j = 0; j < 16; ++j)
+      x[16 * g + j] = static_cast<float>((q[j] >> shift & 3) - 4 + 4 * (mask[j] >> bit & 1)) * scale;
   }
 }
 
@@ -95,7 +96,8 @@ void q5_k(const uint8_t* b, float* x) {
     six_bit(b + 4, g, &s, &m);
     float scale = d * static_cast<float>(s), minimum = dm * static_cast<float>(m);
     const uint8_t *q = b + 48 + 32 * (g / 2), *high = b + 16;
-    for (int j = 0; j < 32; ++j) x[32 * g + j] = static_cast<float>((q[j] >> shift & 15) | (high[j] >> g & 1) << 4) * scale - minimum;
+    for (int j = 0; j < 32; ++j)
+      x[32 * g + j] = static_cast<float>((q[j] >> shift & 15) | (high[j] >> g & 1) << 4) * scale - minimum;
   }
 }
 
@@ -106,7 +108,8 @@ void q6_k(const uint8_t* b, float* x) {
     int part = g / 2 % 4, at = 16 * (g % 2);
     const uint8_t *low = b + 64 * (g / 8) + 32 * (part % 2) + at, *high = b + 128 + 32 * (g / 8) + at;
     int shift = part / 2 * 4, two = part * 2;
-    for (int j = 0; j < 16; ++j) x[16 * g + j] = static_cast<float>(((low[j] >> shift & 15) | (high[j] >> two & 3) << 4) - 32) * scale;
+    for (int j = 0; j < 16; ++j)
+      x[16 * g + j] = static_cast<float>(((low[j] >> shift & 15) | (high[j] >> two & 3) << 4) - 32) * scale;
   }
 }
 
@@ -116,7 +119,7 @@ struct Decoder {
 };
 
 constexpr Decoder DECODERS[] = {
-    {2, 32, 18, q4_0},   {3, 32, 20, q4_1},   {6, 32, 22, q5_0},   {7, 32, 24, q5_1},   {8, 32, 34, q8_0},
+    {2, 32, 18, q4_0},   {3, 32, 20, q4_1},    {6, 32, 22, q5_0},    {7, 32, 24, q5_1},    {8, 32, 34, q8_0},
     {10, 256, 84, q2_k}, {11, 256, 110, q3_k}, {12, 256, 144, q4_k}, {13, 256, 176, q5_k}, {14, 256, 210, q6_k},
 };
 

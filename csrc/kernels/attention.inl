@@ -43,7 +43,8 @@ void attend_rows(const KvLayer& kv, const AttentionTask& t, int row0, int rows, 
   int64_t limit[R], keys = 0;
   for (int r = 0; r < R; ++r) {
     int row = row0 + (r < rows ? r : rows - 1), token = row / t.group, head = row % t.group;
-    for (int64_t d = 0; d < wide; ++d) q[r * wide + d] = d < width ? t.q[token * t.ldq + head * width + d] * t.scale : 0.0f;
+    for (int64_t d = 0; d < wide; ++d)
+      q[r * wide + d] = d < width ? t.q[token * t.ldq + head * width + d] * t.scale : 0.0f;
     for (int64_t d = 0; d < wide; ++d) o[r * wide + d] = 0;
     top[r] = -1e30f;
     total[r] = 0;
@@ -58,8 +59,11 @@ void attend_rows(const KvLayer& kv, const AttentionTask& t, int row0, int rows, 
       T::template scores<R>(read.page[j], read.page[j + T::AHEAD], width, query, s + PAGE * j);
     for (int r = 0; r < R; ++r) {
       int64_t left = limit[r] - k0;
-      softmax_step(s + r * ATT_KEYS, left < 0 ? 0 : left < ATT_KEYS ? (int)left : ATT_KEYS, top + r, total + r,
-                   o + r * wide, wide);
+      softmax_step(s + r * ATT_KEYS,
+                   left < 0          ? 0
+                   : left < ATT_KEYS ? (int)left
+                                     : ATT_KEYS,
+                   top + r, total + r, o + r * wide, wide);
     }
     T::template weigh<R>(read.page + Reading::STEP, read.page + Reading::STEP + T::AHEAD, read.keys, wide, s, o, rest);
   }

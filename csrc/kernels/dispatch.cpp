@@ -16,7 +16,8 @@
 namespace llama2 {
 namespace {
 
-// An instruction set: its kernels, and whether this processor has each feature that they use.
+// An instruction set: its kernels, null where the build leaves them out, and whether this processor has each feature
+// that they use.
 struct Row {
   const Kernels* (*kernels)();
   bool here;
@@ -25,6 +26,11 @@ struct Row {
 int runnable(const Kernels** to) {
 #if defined(__x86_64__)
 #define HAS(feature) static_cast<bool>(__builtin_cpu_supports(feature))
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 11
+#define HAS_AVXVNNI false  // the compiler knows neither the name nor the instructions
+#else
+#define HAS_AVXVNNI HAS("avxvnni")
+#endif
   __builtin_cpu_init();
   bool avx2 = HAS("avx2") && HAS("fma") && HAS("f16c");
   bool avx512 = avx2 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq");
@@ -32,10 +38,8 @@ int runnable(const Kernels** to) {
   const Row rows[] = {
       {kernels_avx512bf16, vnni && HAS("avx512vbmi") && HAS("avx512bf16")},  // Zen 4, Sapphire Rapids
       {kernels_avx512vnni, vnni},                                            // Cascade Lake, Ice Lake
-#if LLAMA2_AVXVNNI
-      {kernels_avxvnni, avx2 && HAS("avxvnni")},  // Alder Lake; before avx512, which has no dot product
-#endif
-      {kernels_avx512, avx512},  // Skylake-X
+      {kernels_avxvnni, avx2 && HAS_AVXVNNI},                                // Alder Lake; avx512 has no dot product
+      {kernels_avx512, avx512},                                              // Skylake-X
       {kernels_avx2, avx2},
       {kernels_scalar, true},
   };
@@ -50,7 +54,7 @@ int runnable(const Kernels** to) {
 #endif
   int n = 0;
   for (const Row& row : rows)
-    if (row.here) to[n++] = row.kernels();
+    if (row.kernels && row.here) to[n++] = row.kernels();
   return n;
 }
 
@@ -65,11 +69,12 @@ Usable find_usable() {
   Usable found;
   int n = runnable(all), first = 0;
   const char* asked = std::getenv("LLAMA2_ISA");
-  if (asked && *asked && std::strcmp(asked, "auto")) {
+  if (asked && *asked && std::strcmp(asked, "auto") != 0) {
     std::string names;
     for (int i = 0; i < n; ++i) names += std::string(", ") + all[i]->name;
-    while (first < n && std::strcmp(all[first]->name, asked)) ++first;
-    if (first == n) found.problem = std::string("LLAMA2_ISA is '") + asked + "'; this machine and build have auto" + names;
+    while (first < n && std::strcmp(all[first]->name, asked) != 0) ++first;
+    if (first == n)
+      found.problem = std::string("LLAMA2_ISA is '") + asked + "'; this machine and build have auto" + names;
   }
   for (int i = first; i < n; ++i) found.all[found.count++] = all[i];
   return found;

@@ -1,14 +1,21 @@
 // Included by isa_avx512.cpp alone: sums of products of bfloat16 matrices, added in float32 and rounded once.
-// The dot instruction wants pairs of the depth side by side in a lane. B is packed so, by panels of 64 columns that stay
-// in the second cache while rows of A pass by; A is read where it lies unless its depth runs across memory, or is odd.
-// 6 x 64 sums fill 24 registers, for each pair of the depth 24 products, 4 loads and 6 broadcasts: 0.93 to 0.98 of peak.
+// The dot instruction wants pairs of the depth side by side in a lane. B is packed so, by panels of 64 columns that
+// stay in the second cache while rows of A pass by; A is read where it lies unless its depth runs across memory, or is
+// odd. 6 x 64 sums fill 24 registers, for each pair of the depth 24 products, 4 loads and 6 broadcasts: 0.93 to 0.98 of
+// peak.
 
 constexpr int64_t DEPTH = PRODUCT_DEPTH;
 
 INLINE __m512i pairs32(const uint16_t* p) { return _mm512_loadu_si512(p); }
-INLINE __m512i pairs32(const float* p) { return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(p)); }
-INLINE __m512i widened(__mmask16 have, const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(have, p)); }
-INLINE __m512i widened(__mmask16 have, const float* p) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(have, p))); }
+INLINE __m512i pairs32(const float* p) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(p));
+}
+INLINE __m512i widened(__mmask16 have, const uint16_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(have, p));
+}
+INLINE __m512i widened(__mmask16 have, const float* p) {
+  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(have, p)));
+}
 INLINE uint32_t narrow(uint16_t v) { return v; }
 INLINE uint32_t narrow(float v) { return Half::put(v); }
 
@@ -18,10 +25,12 @@ struct Unpacked {  // 32 values behind each other: those at even places, and tho
 INLINE Unpacked unpacked(const CodedMatrix& c, int64_t at, __m512 table) {
   __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(c.codes + at / 2)));
   __m512 scale = _mm512_set1_ps(c.scales[at / c.block]);
-  return {_mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table), scale), _mm512_mul_ps(_mm512_permutexvar_ps(bytes, table), scale)};
+  return {_mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table), scale),
+          _mm512_mul_ps(_mm512_permutexvar_ps(bytes, table), scale)};
 }
 INLINE __m512i paired(__m512 low, __m512 high) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low)), _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high)), 16));
+  return _mm512_or_si512(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low)),
+                         _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high)), 16));
 }
 
 struct FourBits {  // places in a matrix of codes, for what takes a pointer to values
@@ -39,20 +48,23 @@ INLINE __m512i pairs32(const FourBits& p) {
 template <class P>
 INLINE void transpose16(P from, int64_t stride, uint32_t* to, int64_t ld) {
   __m512i a[16], b[16];
-  UNROLL(16) for (int i = 0; i < 16; ++i) a[i] = pairs32(from + i * stride);
-  UNROLL(8) for (int i = 0; i < 16; i += 2) {
+  UNROLLED(16, i, 16) a[i] = pairs32(from + i * stride);
+  UNROLLED(8, pair, 8) {
+    const int i = 2 * pair;
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
   }
-  UNROLL(4) for (int i = 0; i < 16; i += 4) {
+  UNROLLED(4, four, 4) {
+    const int i = 4 * four;
     a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
     a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
     a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
     a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
   }
-  UNROLL(4) for (int i = 0; i < 4; ++i) {  // a[4 g + i]: rows 4 g .. 4 g + 3 of columns i, i + 4, i + 8, i + 12
+  UNROLLED(4, i, 4) {  // a[4 g + i]: rows 4 g .. 4 g + 3 of columns i, i + 4, i + 8, i + 12
     __m512i lo = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), hi = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
-    __m512i lo2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88), hi2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+    __m512i lo2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88),
+            hi2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
     _mm512_storeu_si512(to + i * ld, _mm512_shuffle_i32x4(lo, lo2, 0x88));
     _mm512_storeu_si512(to + (i + 8) * ld, _mm512_shuffle_i32x4(lo, lo2, 0xdd));
     _mm512_storeu_si512(to + (i + 4) * ld, _mm512_shuffle_i32x4(hi, hi2, 0x88));
@@ -76,7 +88,8 @@ void pairs_along(const V* from, int64_t stride, int64_t count, int64_t depth, in
   }
 }
 
-alignas(64) constexpr uint16_t INTERLEAVE[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+alignas(64) constexpr uint16_t INTERLEAVE[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
 // The same of vectors that lie across memory: value k of vector n is from[k * stride + n].
 template <class V>
@@ -116,10 +129,12 @@ void pairs_along(FourBits from, int64_t stride, int64_t count, int64_t depth, in
 }
 
 void pairs_across(FourBits from, int64_t stride, int64_t count, int64_t depth, int64_t, uint32_t* to, int64_t ld) {
-  __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+          second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   for (int64_t k = 0; k < depth; k += 2)
     for (int64_t n = 0; n < count; n += 32) {
-      Unpacked p = unpacked(*from.codes, from.at + k * stride + n, from.table), q = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      Unpacked p = unpacked(*from.codes, from.at + k * stride + n, from.table),
+               q = {_mm512_setzero_ps(), _mm512_setzero_ps()};
       if (k + 1 < depth) q = unpacked(*from.codes, from.at + (k + 1) * stride + n, from.table);
       __m512i even = paired(p.even, q.even), odd = paired(p.odd, q.odd);
       _mm512_storeu_si512(to + k / 2 * ld + n, _mm512_permutex2var_epi32(even, first, odd));
@@ -127,14 +142,14 @@ void pairs_across(FourBits from, int64_t stride, int64_t count, int64_t depth, i
     }
 }
 
-struct Piece {  // of one term's depth
+struct Piece {        // of one term's depth
   const uint16_t* a;  // row 0
   int64_t stride;
   const uint32_t* b;  // packed
   int64_t pairs;
 };
 
-struct Tile {  // what a sum begins with and where it goes
+struct Tile {             // what a sum begins with and where it goes
   const uint16_t* added;  // or null
   int64_t added_ld;
   float* kept;  // sums between blocks of the depth, [row][64]
@@ -150,16 +165,20 @@ template <int M, int N>  // M rows of N registers
 INLINE void tile(const Piece* pieces, int count, int64_t row, const Tile& t) {
   __m512 acc[M][N];
   __mmask16 mask[N];
-  UNROLL(4) for (int n = 0; n < N; ++n) mask[n] = t.columns - 16 * n >= 16 ? 0xffff : (1u << (t.columns - 16 * n)) - 1;
-#define EACH UNROLL(12) for (int m = 0; m < M; ++m) UNROLL(4) for (int n = 0; n < N; ++n)
+  UNROLLED(4, n, N) mask[n] = t.columns - 16 * n >= 16 ? 0xffff : (1u << (t.columns - 16 * n)) - 1;
+#define EACH(m, n)   \
+  UNROLLED(12, m, M) \
+    UNROLLED(4, n, N)
   if (t.resume) {
-    EACH acc[m][n] = _mm512_loadu_ps(t.kept + (row + m) * PRODUCT_COLUMNS + 16 * n);
+    EACH(m, n) acc[m][n] = _mm512_loadu_ps(t.kept + (row + m) * PRODUCT_COLUMNS + 16 * n);
   } else if (t.grows) {
-    EACH acc[m][n] = _mm512_maskz_loadu_ps(mask[n], (float*)t.out + (row + m) * t.out_ld + 16 * n);
+    EACH(m, n) acc[m][n] = _mm512_maskz_loadu_ps(mask[n], (float*)t.out + (row + m) * t.out_ld + 16 * n);
   } else if (t.added) {
-    EACH acc[m][n] = _mm512_castsi512_ps(_mm512_slli_epi32(widened(mask[n], t.added + (row + m) * t.added_ld + 16 * n), 16));
+    EACH(m, n)
+      acc[m][n] =
+          _mm512_castsi512_ps(_mm512_slli_epi32(widened(mask[n], t.added + (row + m) * t.added_ld + 16 * n), 16));
   } else {
-    EACH acc[m][n] = _mm512_setzero_ps();
+    EACH(m, n) acc[m][n] = _mm512_setzero_ps();
   }
   for (int i = 0; i < count; ++i) {
     const Piece& p = pieces[i];
@@ -167,26 +186,29 @@ INLINE void tile(const Piece* pieces, int count, int64_t row, const Tile& t) {
     const uint32_t* b = p.b;
     for (int64_t k = 0; k < p.pairs; ++k, a += 2, b += 16 * N) {
       __m512i v[N];
-      UNROLL(4) for (int n = 0; n < N; ++n) v[n] = _mm512_loadu_si512(b + 16 * n);
-      UNROLL(12) for (int m = 0; m < M; ++m) {
+      UNROLLED(4, n, N) v[n] = _mm512_loadu_si512(b + 16 * n);
+      UNROLLED(12, m, M) {
         int32_t both;
         __builtin_memcpy(&both, a + m * p.stride, 4);
         __m512i x = _mm512_set1_epi32(both);
         asm("" : "+v"(x));  // one broadcast for N products
-        UNROLL(4) for (int n = 0; n < N; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], (__m512bh)v[n], (__m512bh)x);
+        UNROLLED(4, n, N) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], (__m512bh)v[n], (__m512bh)x);
       }
     }
   }
   if (t.keep) {
-    EACH _mm512_storeu_ps(t.kept + (row + m) * PRODUCT_COLUMNS + 16 * n, acc[m][n]);
+    EACH(m, n) _mm512_storeu_ps(t.kept + (row + m) * PRODUCT_COLUMNS + 16 * n, acc[m][n]);
     return;
   }
   __m512 scale = _mm512_set1_ps(t.scale);
-  if (t.scale != 1) EACH acc[m][n] = _mm512_mul_ps(acc[m][n], scale);
+  if (t.scale != 1)
+    EACH(m, n) acc[m][n] = _mm512_mul_ps(acc[m][n], scale);
   if (t.type == Real::F32) {
-    EACH _mm512_mask_storeu_ps((float*)t.out + (row + m) * t.out_ld + 16 * n, mask[n], acc[m][n]);
+    EACH(m, n) _mm512_mask_storeu_ps((float*)t.out + (row + m) * t.out_ld + 16 * n, mask[n], acc[m][n]);
   } else {
-    EACH _mm256_mask_storeu_epi16((uint16_t*)t.out + (row + m) * t.out_ld + 16 * n, mask[n], (__m256i)_mm512_cvtneps_pbh(acc[m][n]));
+    EACH(m, n)
+      _mm256_mask_storeu_epi16((uint16_t*)t.out + (row + m) * t.out_ld + 16 * n, mask[n],
+                               (__m256i)_mm512_cvtneps_pbh(acc[m][n]));
   }
 #undef EACH
 }
@@ -270,7 +292,10 @@ void products(const Products& p, int64_t row0, int64_t row1, int64_t column0, in
   int term = 0;
   int64_t at = 0;
   for (bool resume = false; term < p.count; resume = true) {
-    struct { int term; int64_t at, depth; } parts[MAX_TERMS];
+    struct {
+      int term;
+      int64_t at, depth;
+    } parts[MAX_TERMS];
     int count = 0;
     for (int64_t used = 0; term < p.count && used < DEPTH;) {
       int64_t left = p.terms[term].depth - at, room = (DEPTH - used) / 32 * 32, depth = left < room ? left : room;
@@ -278,7 +303,10 @@ void products(const Products& p, int64_t row0, int64_t row1, int64_t column0, in
       parts[count++] = {term, at, depth};
       used += (depth + 1) / 2 * 2;
       at += depth;
-      if (depth == left) { ++term; at = 0; }
+      if (depth == left) {
+        ++term;
+        at = 0;
+      }
     }
     float* sums = kept;
     for (int64_t column = column0; column < column1; column += PRODUCT_COLUMNS, sums += rows * PRODUCT_COLUMNS) {
@@ -289,13 +317,24 @@ void products(const Products& p, int64_t row0, int64_t row1, int64_t column0, in
       for (int i = 0; i < count; ++i) {
         const Term& x = p.terms[parts[i].term];
         int64_t k = parts[i].at, depth = parts[i].depth;
-        if (x.codes) pack_columns(FourBits{x.codes, _mm512_loadu_ps(x.codes->table), 0}, x, k, depth, column, columns, b);
+        if (x.codes)
+          pack_columns(FourBits{x.codes, _mm512_loadu_ps(x.codes->table), 0}, x, k, depth, column, columns, b);
         else if (x.b_type == Real::F32) pack_columns((const float*)x.b, x, k, depth, column, columns, b);
         else pack_columns((const uint16_t*)x.b, x, k, depth, column, columns, b);
         pieces[i] = {x.a + row0 * x.a_rows + k, x.a_rows, b, (depth + 1) / 2};
         b += (depth + 1) / 2 * 16 * n;
       }
-      Tile t{p.added ? p.added + row0 * p.added_ld + column : nullptr, p.added_ld, sums, resume, p.grows && !p.turned, term < p.count || p.turned, (uint8_t*)p.out + (row0 * p.out_ld + column) * bytes, p.out_ld, p.type, p.scale, columns};
+      Tile t{p.added ? p.added + row0 * p.added_ld + column : nullptr,
+             p.added_ld,
+             sums,
+             resume,
+             p.grows && !p.turned,
+             term < p.count || p.turned,
+             (uint8_t*)p.out + (row0 * p.out_ld + column) * bytes,
+             p.out_ld,
+             p.type,
+             p.scale,
+             columns};
       panel_tiles(n, pieces, count, rows, t);
       if (p.turned && term == p.count) turn(sums, p, row0, rows, column, columns);
     }

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/halves.h"
+#include "kernels/inline.h"
 #include "kernels/kernels.h"
 #include "kernels/training.h"
 
@@ -19,6 +21,7 @@
 
 namespace llama2 {
 namespace {
+// clang-format off: each is written over those before it
 #include LLAMA2_SIMD
 #include "kernels/pointwise.inl"
 #include "kernels/matmul.inl"
@@ -26,11 +29,22 @@ namespace {
 #include "kernels/attention.inl"
 #include "kernels/probes.inl"
 #include "kernels/training.inl"
+// clang-format on
 }  // namespace
 
 const Kernels* JOIN(kernels_, LLAMA2_ISA_NAME)() {
-  static const Kernels table = {TEXT(LLAMA2_ISA_NAME), prepare, rmsnorm, matmul, dequantize_row, rope, kv_store,
-                                attention, peak, read_bytes, shrink, &TRAIN};
+  static const Kernels table = {TEXT(LLAMA2_ISA_NAME),
+                                prepare,
+                                rmsnorm,
+                                matmul,
+                                dequantize_row,
+                                rope,
+                                kv_store,
+                                attention,
+                                peak,
+                                read_bytes,
+                                shrink,
+                                &TRAIN};
   return &table;
 }
 }  // namespace llama2

@@ -2,24 +2,20 @@
 //
 // Packed weights are cut into tiles of 16 rows; a tile is a run of blocks of 64 columns, read in ascending order.
 // Lane r of a vector accumulates row r, so no kernel needs a horizontal sum.
-//   4-bit block: header, then per group of 32 columns four lines of 64 bytes. Byte 4r+c of line j holds row r,
-//                column 4j+c in the low nibble and column 16+4j+c in the high nibble.
-//   8-bit block: header, then per group eight lines; byte 4r+c of line j is row r, column 4j+c, stored as value+128.
-// The formats from C4 on (quant_formats.inl) are units of a header and spans of lines; a span is 32 columns, 16 for P6K.
-//   C4, P5..: lines as in a 4-bit block. C4B: the dword of row r in line j holds column 8j+2i+c in bits 16c+4i.
-//   Planes come before the lines of their span: byte 4r+c holds bit 5 of columns 4b+c in bit b (P5..), bits 5 and 6 of
-//   columns 4b+c in bits 2b (P6K; low nibbles of line i are quad i, high ones quad 2+i).
+// The formats from C4 on (quant_formats.inl) are units of a header and spans of lines; a span is 32 columns (P6K: 16).
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/bump.h"
+
 namespace llama2 {
 
-constexpr int TILE = 16;       // rows of a packed tile
-constexpr int BLOCK_K = 64;    // columns of a packed block
-constexpr int GROUP = 32;      // columns that share one activation scale
-constexpr int MAX_MR = 8;      // tokens of one activation block
-constexpr int PAGE = 16;       // cached positions of one KV page
+constexpr int TILE = 16;     // rows of a packed tile
+constexpr int BLOCK_K = 64;  // columns of a packed block
+constexpr int GROUP = 32;    // columns that share one activation scale
+constexpr int MAX_MR = 8;    // tokens of one activation block
+constexpr int PAGE = 16;     // cached positions of one KV page
 
 enum class Format : int32_t {
   F32 = 0,   // row-major, in place
@@ -48,16 +44,17 @@ inline int64_t block_bytes(Format f) {  // bytes of 16 rows x 64 columns; 0 for 
     case Format::W4M: return 128 + 512;
     case Format::W4K: return 128 + 512;
     case Format::W8: return 64 + 1024;
-    case Format::C4: case Format::C4B: return 64 + 512;
+    case Format::C4:
+    case Format::C4B: return 64 + 512;
     case Format::P5: return 64 + 640;
     case Format::P5M: return 128 + 640;
-    case Format::P5K: return 80 + 640;   // a quarter of 16 x 256
+    case Format::P5K: return 80 + 640;  // a quarter of 16 x 256
     case Format::P6K: return 80 + 768;
     default: return 0;
   }
 }
 
-inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step; }
+inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step; }  // step > 0
 
 inline int64_t tile_bytes(Format f, int64_t cols, int64_t group = 0) {  // bytes of 16 rows; 0 for row-major formats
   int64_t spans = up(cols, GROUP);
@@ -79,9 +76,9 @@ struct Matrix {
   int64_t stride = 0;  // bytes from one row (row-major) or one tile (packed) to the next
   Format format = Format::F32;
   const float* bias = nullptr;
-  int64_t group = 0;               // G4, G8: columns that share a scale
+  int64_t group = 0;                   // G4, G8: columns that share a scale
   const Codebook* codebook = nullptr;  // C4, C4B
-  const int32_t* order = nullptr;  // column j of the tiles is column order[j] of the activations; null: the same
+  const int32_t* order = nullptr;      // column j of the tiles is column order[j] of the activations; null: the same
   int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };
 
@@ -92,14 +89,14 @@ inline int64_t padded(int64_t k) { return (k + BLOCK_K - 1) / BLOCK_K * BLOCK_K;
 // int24 form: the same arrays, with three rows for every token, x = sum of scale * q over them, blocks of 2 tokens
 // (the last of 1 or 2). Integer dots are exact, so three of them give a product to the last bits of float32.
 struct Acts {
-  int64_t m = 0, k = 0;         // k: the true width; rows are padded(k) apart
-  float* f32 = nullptr;         // [m][padded k]
-  uint16_t* bf16 = nullptr;     // [m][padded k]
+  int64_t m = 0, k = 0;      // k: the true width; rows are padded(k) apart
+  float* f32 = nullptr;      // [m][padded k]
+  uint16_t* bf16 = nullptr;  // [m][padded k]
   int8_t* q = nullptr;
   float* scale = nullptr;
-  int32_t* negsum = nullptr;    // -128 times the sum of the 32 quantised values
-  int32_t* negsum16 = nullptr;  // the same for halves of a group: [K/16][MR]
-  float* sum = nullptr;         // scale * sum of the quantised values
+  int32_t* negsum = nullptr;       // -128 times the sum of the 32 quantised values
+  int32_t* negsum16 = nullptr;     // the same for halves of a group: [K/16][MR]
+  float* sum = nullptr;            // scale * sum of the quantised values
   const int32_t* order = nullptr;  // the matrix's: every form holds the columns in this order
 };
 
@@ -132,23 +129,18 @@ inline int64_t acts_bytes(int64_t m, int64_t k) {
   return mp * kp * (4 + 2 + LIMBS) + LIMBS * mp * kp / GROUP * 20 + 8 * 64;
 }
 
-inline Acts lay_out(uint8_t* at, int64_t m, int64_t k) {
+inline Acts lay_out(Bump& from, int64_t m, int64_t k) {
   int64_t kp = padded(k), mp = (m + MAX_MR - 1) / MAX_MR * MAX_MR, groups = LIMBS * mp * kp / GROUP;
-  auto take = [&](int64_t bytes) {
-    uint8_t* p = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(at) + 63) / 64 * 64);
-    at = p + bytes;
-    return p;
-  };
   Acts a;
   a.m = m;
   a.k = k;
-  a.f32 = reinterpret_cast<float*>(take(mp * kp * 4));
-  a.bf16 = reinterpret_cast<uint16_t*>(take(mp * kp * 2));
-  a.q = reinterpret_cast<int8_t*>(take(mp * kp * LIMBS));
-  a.scale = reinterpret_cast<float*>(take(groups * 4));
-  a.sum = reinterpret_cast<float*>(take(groups * 4));
-  a.negsum = reinterpret_cast<int32_t*>(take(groups * 4));
-  a.negsum16 = reinterpret_cast<int32_t*>(take(groups * 8));
+  a.f32 = from.take<float>(mp * kp);
+  a.bf16 = from.take<uint16_t>(mp * kp);
+  a.q = from.take<int8_t>(mp * kp * LIMBS);
+  a.scale = from.take<float>(groups);
+  a.sum = from.take<float>(groups);
+  a.negsum = from.take<int32_t>(groups);
+  a.negsum16 = from.take<int32_t>(2 * groups);
   return a;
 }
 
@@ -206,10 +198,12 @@ struct KvLayer {
     return type == KvType::I8 ? kv_scales(width) + wide() * PAGE : wide() * PAGE * (type == KvType::F32 ? 4 : 2);
   }
   int64_t head_bytes() const { return (key_bytes() + value_bytes()) << shift; }  // of a run
-  uint8_t* key_page(int64_t head, int64_t page) const {
+  // Always inline, as is everything here that isa.cpp might leave a copy of: the linker keeps one copy for the whole
+  // program, and that of AVX-512 kernels must not run where there is no AVX-512.
+  __attribute__((always_inline)) uint8_t* key_page(int64_t head, int64_t page) const {
     return data + (page >> shift) * stride + head * head_bytes() + (page & ((1 << shift) - 1)) * key_bytes();
   }
-  uint8_t* value_page(int64_t head, int64_t page) const {
+  __attribute__((always_inline)) uint8_t* value_page(int64_t head, int64_t page) const {
     return data + (page >> shift) * stride + head * head_bytes() + (key_bytes() << shift) +
            (page & ((1 << shift) - 1)) * value_bytes();
   }
@@ -220,7 +214,7 @@ struct AttentionTask {
   float* out = nullptr;
   int64_t ldq = 0, ldo = 0;  // floats between tokens
   int tokens = 0, group = 0;
-  int64_t first = 0;         // cache slot of the first token; token i sees slots 0 .. first+i
+  int64_t first = 0;  // cache slot of the first token; token i sees slots 0 .. first+i
   const int32_t* table = nullptr;
   int64_t kv_head = 0;
   float scale = 1;
@@ -241,12 +235,13 @@ struct Kernels {
   double (*peak)(int kind, int64_t iterations);  // operations of a register-only loop: 0 int8 dot, 1 bf16 dot, 2 fma
   int64_t (*read)(const uint8_t* data, int64_t bytes);  // touch every line, as fast as a load can
   // rows row .. row+3 of scale * A x for `count` tokens of x, named by their index, to t[token][row]
-  void (*shrink)(const LowRank& l, const float* x, int64_t ldx, const int32_t* tokens, int64_t count, int64_t row, float* t, int64_t ldt);
+  void (*shrink)(const LowRank& l, const float* x, int64_t ldx, const int32_t* tokens, int64_t count, int64_t row,
+                 float* t, int64_t ldt);
   const TrainKernels* train;
 };
 
-constexpr int ATT_ROWS = 8;    // query rows handled together
-constexpr int ATT_KEYS = 64;   // keys of one online-softmax step
+constexpr int ATT_ROWS = 8;   // query rows handled together
+constexpr int ATT_KEYS = 64;  // keys of one online-softmax step
 // bytes of the int8 forms of one query row, and of its weights in one step
 inline int64_t int8_query(int64_t width) { return (width + GROUP - 1) / GROUP * (12 + 2 * GROUP); }
 inline int64_t int8_weights(int64_t width) { return (width + GROUP - 1) / GROUP * (4 + 2 * ATT_KEYS); }
@@ -254,13 +249,16 @@ inline int64_t attention_scratch(int64_t width) {  // floats: queries, outputs, 
   return ATT_ROWS * (2 * (width + 16) + ATT_KEYS + (int8_query(width) + int8_weights(width)) / 4) + 64;
 }
 
+// Each the last line of an object (isa.cpp). Weak: null where the build leaves the object out.
+#define LLAMA2_ROW __attribute__((weak)) const Kernels*
 const Kernels* kernels_scalar();
-const Kernels* kernels_avx2();
-const Kernels* kernels_avxvnni();
-const Kernels* kernels_avx512();
-const Kernels* kernels_avx512vnni();
-const Kernels* kernels_avx512bf16();
-const Kernels* kernels_neon();
+LLAMA2_ROW kernels_avx2();
+LLAMA2_ROW kernels_avxvnni();
+LLAMA2_ROW kernels_avx512();
+LLAMA2_ROW kernels_avx512vnni();
+LLAMA2_ROW kernels_avx512bf16();
+LLAMA2_ROW kernels_neon();
+#undef LLAMA2_ROW
 
 const Kernels* best_kernels();
 bool has_amx();  // whether the processor multiplies tiles of bfloat16 (Sapphire Rapids and later)

@@ -1,14 +1,11 @@
 // Included once per instruction set, inside an anonymous namespace: keys and values as they lie in a page.
 //
 // A family of formats with one interface, everything about one (kv head, page):
-//   store    32 channels from d on of one position, those beyond `width` zero; values end at `wide`
-//   Query    what `scores` reads of R query rows, made from their float32 form by `prepare`
-//   scores   16 query-key products a row, each query row's 64 apart
-//   weigh    adds the keys' values, weighted by p, to the R output rows; `keys` of them count
 // float32: keys [width][16], values [16][wide]. bfloat16: words of two channels [width/2][16] and of two positions
-// [8][wide], which one shift and one mask turn into floats. int8: first bfloat16 scales [groups of 32 channels][16], then
-// keys [width/4][16][4] stored +128 and values [4][wide][4]: every line is one dot instruction with 4 broadcast bytes.
-// Queries and weights then have 15 bits in two bytes, so that the rounding of keys and values is the whole error.
+// [8][wide], which one shift and one mask turn into floats. int8: first bfloat16 scales [groups of 32 channels][16],
+// then keys [width/4][16][4] stored +128 and values [4][wide][4]: every line is one dot instruction with 4 broadcast
+// bytes. Queries and weights then have 15 bits in two bytes, so that the rounding of keys and values is the whole
+// error.
 //
 // ahead: where the page lies that is read some 8 kB later; its lines are fetched one for each line worked on.
 
@@ -17,7 +14,8 @@ INLINE void fetch(const uint8_t* p, int64_t at) { prefetch_far(p + at); }
 struct KvF32 {
   static constexpr int AHEAD = 1;  // pages
 
-  static void store(const float* k, const float* v, int64_t d, int64_t width, int64_t wide, uint8_t* key, uint8_t* value, int slot) {
+  static void store(const float* k, const float* v, int64_t d, int64_t width, int64_t wide, uint8_t* key,
+                    uint8_t* value, int slot) {
     for (int64_t i = 0; i < GROUP && d + i < width; ++i) ((float*)key)[(d + i) * PAGE + slot] = k[i];
     for (int64_t i = 0; i < GROUP && d + i < wide; ++i) ((float*)value)[slot * wide + d + i] = v[i];
   }
@@ -28,41 +26,43 @@ struct KvF32 {
     int64_t ld;
   };
   template <int R>
-  INLINE Query<R> prepare(const float* q, int64_t wide, int64_t, uint8_t*) { return {q, wide}; }
+  INLINE Query<R> prepare(const float* q, int64_t wide, int64_t, uint8_t*) {
+    return {q, wide};
+  }
 
   template <int R>
   INLINE void scores(const uint8_t* key, const uint8_t* ahead, int64_t width, const Query<R>& query, float* s) {
     F acc[2][R];
-    UNROLL(8) for (int r = 0; r < R; ++r) acc[0][r] = acc[1][r] = fzero();
+    UNROLLED(8, r, R) acc[0][r] = acc[1][r] = fzero();
     for (int64_t d = 0; d < width; d += 2)
-      UNROLL(2) for (int u = 0; u < 2; ++u) {
+      UNROLLED(2, u, 2) {
         fetch(ahead, (d + u) * 64);
         F k = fload((const float*)key + (d + u) * PAGE);
-        UNROLL(8) for (int r = 0; r < R; ++r) acc[u][r] = fma(k, fset(query.q[r * query.ld + d + u]), acc[u][r]);
+        UNROLLED(8, r, R) acc[u][r] = fma(k, fset(query.q[r * query.ld + d + u]), acc[u][r]);
       }
-    UNROLL(8) for (int r = 0; r < R; ++r) fstore(s + r * ATT_KEYS, add(acc[0][r], acc[1][r]));
+    UNROLLED(8, r, R) fstore(s + r * ATT_KEYS, add(acc[0][r], acc[1][r]));
   }
 
   template <int R, int NV>
   INLINE void part(const uint8_t* const* pages, const uint8_t* const* ahead, int keys, int64_t wide, int64_t d,
                    const float* p, float* o) {
     F acc[R][NV];
-    UNROLL(8) for (int r = 0; r < R; ++r)
-      UNROLL(8) for (int v = 0; v < NV; ++v) acc[r][v] = fload(o + r * wide + d + 16 * v);
+    UNROLLED(8, r, R)
+      UNROLLED(8, v, NV) acc[r][v] = fload(o + r * wide + d + 16 * v);
     for (int key = 0; key < keys; ++key) {
       int64_t at = ((key % PAGE) * wide + d) * 4;
       F x[NV];
-      UNROLL(8) for (int v = 0; v < NV; ++v) {
+      UNROLLED(8, v, NV) {
         fetch(ahead[key / PAGE], at + 64 * v);
         x[v] = fload((const float*)(pages[key / PAGE] + at) + 16 * v);
       }
-      UNROLL(8) for (int r = 0; r < R; ++r) {
+      UNROLLED(8, r, R) {
         F w = fset(p[r * ATT_KEYS + key]);
-        UNROLL(8) for (int v = 0; v < NV; ++v) acc[r][v] = fma(x[v], w, acc[r][v]);
+        UNROLLED(8, v, NV) acc[r][v] = fma(x[v], w, acc[r][v]);
       }
     }
-    UNROLL(8) for (int r = 0; r < R; ++r)
-      UNROLL(8) for (int v = 0; v < NV; ++v) fstore(o + r * wide + d + 16 * v, acc[r][v]);
+    UNROLLED(8, r, R)
+      UNROLLED(8, v, NV) fstore(o + r * wide + d + 16 * v, acc[r][v]);
   }
 
   template <int R>
@@ -78,7 +78,8 @@ struct KvF32 {
 struct KvBF16 {
   static constexpr int AHEAD = 2;
 
-  static void store(const float* k, const float* v, int64_t d, int64_t width, int64_t wide, uint8_t* key, uint8_t* value, int slot) {
+  static void store(const float* k, const float* v, int64_t d, int64_t width, int64_t wide, uint8_t* key,
+                    uint8_t* value, int slot) {
     uint16_t* row = (uint16_t*)value + ((slot / 2) * wide + d) * 2 + slot % 2;
     uint16_t hk[GROUP], hv[GROUP];
     for (int i = 0; i < GROUP; i += 16) {
@@ -92,32 +93,34 @@ struct KvBF16 {
   template <int R>
   using Query = KvF32::Query<R>;
   template <int R>
-  INLINE Query<R> prepare(const float* q, int64_t wide, int64_t, uint8_t*) { return {q, wide}; }
+  INLINE Query<R> prepare(const float* q, int64_t wide, int64_t, uint8_t*) {
+    return {q, wide};
+  }
 
   template <int R>
   INLINE void scores(const uint8_t* key, const uint8_t* ahead, int64_t width, const Query<R>& query, float* s) {
     constexpr int U = R <= 2 ? 4 : 1;  // independent sums: a multiplication takes four cycles
     F even[U][R], odd[U][R];
-    UNROLL(4) for (int u = 0; u < U; ++u)
-      UNROLL(8) for (int r = 0; r < R; ++r) even[u][r] = odd[u][r] = fzero();
+    UNROLLED(4, u, U)
+      UNROLLED(8, r, R) even[u][r] = odd[u][r] = fzero();
     int64_t d = 0;
     for (; d + 2 * U <= width; d += 2 * U)
-      UNROLL(4) for (int u = 0; u < U; ++u) {
+      UNROLLED(4, u, U) {
         fetch(ahead, (d + 2 * u) * 32);
         F2 k = load_pairs(key + (d + 2 * u) * 32);
-        UNROLL(8) for (int r = 0; r < R; ++r) {
+        UNROLLED(8, r, R) {
           even[u][r] = fma(k.a, fset(query.q[r * query.ld + d + 2 * u]), even[u][r]);
           odd[u][r] = fma(k.b, fset(query.q[r * query.ld + d + 2 * u + 1]), odd[u][r]);
         }
       }
     for (; d < width; d += 2) {
       F2 k = load_pairs(key + d * 32);
-      UNROLL(8) for (int r = 0; r < R; ++r) {
+      UNROLLED(8, r, R) {
         even[0][r] = fma(k.a, fset(query.q[r * query.ld + d]), even[0][r]);
         odd[0][r] = fma(k.b, fset(query.q[r * query.ld + d + 1]), odd[0][r]);
       }
     }
-    UNROLL(8) for (int r = 0; r < R; ++r) {
+    UNROLLED(8, r, R) {
       for (int u = 1; u < U; ++u) {
         even[0][r] = add(even[0][r], even[u][r]);
         odd[0][r] = add(odd[0][r], odd[u][r]);
@@ -130,28 +133,28 @@ struct KvBF16 {
   INLINE void part(const uint8_t* const* pages, const uint8_t* const* ahead, int keys, int64_t wide, int64_t d,
                    const float* p, float* o) {
     F acc[R][NV];
-    UNROLL(8) for (int r = 0; r < R; ++r)
-      UNROLL(8) for (int v = 0; v < NV; ++v) acc[r][v] = fload(o + r * wide + d + 16 * v);
+    UNROLLED(8, r, R)
+      UNROLLED(8, v, NV) acc[r][v] = fload(o + r * wide + d + 16 * v);
     int key = 0;
     for (; key + 2 <= keys; key += 2) {
       int64_t at = ((key % PAGE / 2) * wide + d) * 4;
       F2 x[NV];
-      UNROLL(8) for (int v = 0; v < NV; ++v) {
+      UNROLLED(8, v, NV) {
         fetch(ahead[key / PAGE], at + 64 * v);
         x[v] = load_pairs(pages[key / PAGE] + at + 64 * v);
       }
-      UNROLL(8) for (int r = 0; r < R; ++r) {
+      UNROLLED(8, r, R) {
         F w0 = fset(p[r * ATT_KEYS + key]), w1 = fset(p[r * ATT_KEYS + key + 1]);
-        UNROLL(8) for (int v = 0; v < NV; ++v) acc[r][v] = fma(x[v].b, w1, fma(x[v].a, w0, acc[r][v]));
+        UNROLLED(8, v, NV) acc[r][v] = fma(x[v].b, w1, fma(x[v].a, w0, acc[r][v]));
       }
     }
     if (key < keys)  // the other half of the word is not written yet: it may hold anything
-      UNROLL(8) for (int v = 0; v < NV; ++v) {
+      UNROLLED(8, v, NV) {
         F x = load_pairs(pages[key / PAGE] + ((key % PAGE / 2) * wide + d) * 4 + 64 * v).a;
-        UNROLL(8) for (int r = 0; r < R; ++r) acc[r][v] = fma(x, fset(p[r * ATT_KEYS + key]), acc[r][v]);
+        UNROLLED(8, r, R) acc[r][v] = fma(x, fset(p[r * ATT_KEYS + key]), acc[r][v]);
       }
-    UNROLL(8) for (int r = 0; r < R; ++r)
-      UNROLL(8) for (int v = 0; v < NV; ++v) fstore(o + r * wide + d + 16 * v, acc[r][v]);
+    UNROLLED(8, r, R)
+      UNROLLED(8, v, NV) fstore(o + r * wide + d + 16 * v, acc[r][v]);
   }
 
   template <int R>
@@ -194,7 +197,8 @@ struct KvI8 {
     store_s8(q + 16, mul(b, inverse));
   }
 
-  static void store(const float* k, const float* v, int64_t d, int64_t width, int64_t wide, uint8_t* key, uint8_t* value, int slot) {
+  static void store(const float* k, const float* v, int64_t d, int64_t width, int64_t wide, uint8_t* key,
+                    uint8_t* value, int slot) {
     int64_t header = kv_scales(width);
     int8_t qk[GROUP], qv[GROUP];
     eight_bits(k, key + d + slot * 2, qk);
@@ -226,12 +230,14 @@ struct KvI8 {
         float top = hmax(fmax_(fabs_(v[0]), fabs_(v[1])));
         F inverse = fset(top > TINY ? FINE / top : 0.0f);
         int8_t digits[2][GROUP];
-        for (int i = 0; i < 2; ++i) two_digits(round_(mul(v[i], inverse)), fzero(), digits[0] + 16 * i, digits[1] + 16 * i);
+        for (int i = 0; i < 2; ++i)
+          two_digits(round_(mul(v[i], inverse)), fzero(), digits[0] + 16 * i, digits[1] + 16 * i);
         for (int part = 0; part < 2; ++part) {
           int32_t sum = 0;
           for (int i = 0; i < GROUP; ++i) sum += digits[part][i];
           neg[(g * 2 + part) * R + r] = -128 * sum;
-          for (int j = 0; j < 8; ++j) __builtin_memcpy(to + (((g * 2 + part) * 8 + j) * R + r) * 4, digits[part] + 4 * j, 4);
+          for (int j = 0; j < 8; ++j)
+            __builtin_memcpy(to + (((g * 2 + part) * 8 + j) * R + r) * 4, digits[part] + 4 * j, 4);
         }
         scale[g * R + r] = top * (1.0f / FINE);
       }
@@ -241,7 +247,7 @@ struct KvI8 {
   template <int R>
   INLINE void scores(const uint8_t* key, const uint8_t* ahead, int64_t width, const Query<R>& query, float* s) {
     F acc[R];
-    UNROLL(8) for (int r = 0; r < R; ++r) acc[r] = fzero();
+    UNROLLED(8, r, R) acc[r] = fzero();
     int64_t lines = (width + 3) / 4, header = kv_scales(width);
     fetch(ahead, 0);
     for (int64_t g = 0; g * 8 < lines; ++g) {
@@ -249,31 +255,31 @@ struct KvI8 {
       const int8_t* q = query.q + g * 64 * R;
       int count = (int)(lines - g * 8 < 8 ? lines - g * 8 : 8);
       D8 high[R], low[R];
-      UNROLL(8) for (int r = 0; r < R; ++r) {
+      UNROLLED(8, r, R) {
         high[r] = d8_begin(iload1(query.neg + g * 2 * R + r));
         low[r] = d8_begin(iload1(query.neg + (g * 2 + 1) * R + r));
       }
       for (int j = 0; j < count; ++j) {
         fetch(ahead, header + g * 512 + j * 64);
         B w = bload(at + j * 64);
-        UNROLL(8) for (int r = 0; r < R; ++r) {
+        UNROLLED(8, r, R) {
           high[r] = d8_dot(high[r], w, q + (j * R + r) * 4);
           low[r] = d8_dot(low[r], w, q + ((8 + j) * R + r) * 4);
         }
       }
       F scale = load_bf16(key + g * 32);
-      UNROLL(8) for (int r = 0; r < R; ++r) {
+      UNROLLED(8, r, R) {
         F sum = fma(cvt(d8_end(high[r])), fset(128.0f), cvt(d8_end(low[r])));
         acc[r] = fma(sum, mul(scale, fset(query.scale[g * R + r])), acc[r]);
       }
     }
-    UNROLL(8) for (int r = 0; r < R; ++r) fstore(s + r * ATT_KEYS, acc[r]);
+    UNROLLED(8, r, R) fstore(s + r * ATT_KEYS, acc[r]);
   }
 
   // p times the values' scales of one group, in two digits 0..127: [high, low][64]; returns the scale
   INLINE float weights(const uint8_t* const* pages, int keys, int64_t group, const float* p, int8_t* to) {
     F w[ATT_KEYS / PAGE], top = fzero();
-    UNROLL(4) for (int j = 0; j < ATT_KEYS / PAGE; ++j) {
+    UNROLLED(4, j, ATT_KEYS / PAGE) {
       int left = keys - j * PAGE;
       w[j] = left <= 0 ? fzero() : mul(fload(p + PAGE * j), load_bf16(pages[j] + group * 32));
       if (0 < left && left < PAGE) {  // scales of positions that are not written yet may be anything
@@ -286,7 +292,7 @@ struct KvI8 {
     }
     float most = hmax(top);
     F inverse = fset(most > TINY ? FINE / most : 0.0f);
-    UNROLL(4) for (int j = 0; j < ATT_KEYS / PAGE; ++j)
+    UNROLLED(4, j, ATT_KEYS / PAGE)
       two_digits(round_(mul(w[j], inverse)), fset(63.5f), to + PAGE * j, to + ATT_KEYS + PAGE * j);
     return most * (1.0f / FINE);
   }
@@ -297,22 +303,22 @@ struct KvI8 {
                    const int8_t* digits, const float* scale, float* o) {
     constexpr int ROW = 2 * ATT_KEYS;
     I high[R][NV], low[R][NV];
-    UNROLL(8) for (int r = 0; r < R; ++r)
-      UNROLL(8) for (int v = 0; v < NV; ++v) high[r][v] = low[r][v] = izero();
+    UNROLLED(8, r, R)
+      UNROLLED(8, v, NV) high[r][v] = low[r][v] = izero();
     for (int key = 0; key < keys; key += 4) {
       int64_t line = kv_scales(wide) + ((key % PAGE / 4) * wide + d) * 4;
-      UNROLL(8) for (int v = 0; v < NV; ++v) {
+      UNROLLED(8, v, NV) {
         fetch(ahead[key / PAGE], line + 64 * v);
         B x = bload(pages[key / PAGE] + line + 64 * v);
-        UNROLL(8) for (int r = 0; r < R; ++r) {
+        UNROLLED(8, r, R) {
           const int8_t* w = digits + ((d + 16 * v) / GROUP * R + r) * ROW + key;
           high[r][v] = weight_dot(high[r][v], x, w);
           low[r][v] = weight_dot(low[r][v], x, w + ATT_KEYS);
         }
       }
     }
-    UNROLL(8) for (int r = 0; r < R; ++r)
-      UNROLL(8) for (int v = 0; v < NV; ++v) {
+    UNROLLED(8, r, R)
+      UNROLLED(8, v, NV) {
         float* to = o + r * wide + d + 16 * v;
         F sum = fma(cvt(high[r][v]), fset(128.0f), cvt(low[r][v]));
         fstore(to, fma(sum, fset(scale[(d + 16 * v) / GROUP * R + r]), fload(to)));

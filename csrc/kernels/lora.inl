@@ -1,36 +1,37 @@
 // Included by matmul.inl: what a low-rank adapter adds to a linear, W x + scale * B (A x), in float32.
-// Every sum is formed in one order whatever is computed beside it, so a token's result does not depend on its neighbours.
+// Every sum is formed in one order whatever is computed beside it, so a token's result does not depend on its
+// neighbours.
 
 // Four rows of A against M tokens; neither is read past its width.
 template <class T, int M>
 INLINE void shrink_rows(const LowRank& l, int64_t row, const float* const* x, float* const* t) {
   const uint8_t* p[4];
   F acc[4][M];
-  UNROLL(4) for (int r = 0; r < 4; ++r) {
+  UNROLLED(4, r, 4) {
     p[r] = l.a + (row + r) * l.in * T::BYTES;
-    UNROLL(4) for (int m = 0; m < M; ++m) acc[r][m] = fzero();
+    UNROLLED(4, m, M) acc[r][m] = fzero();
   }
   int64_t i = 0;
   for (; i + 16 <= l.in; i += 16) {
     F v[4];
-    UNROLL(4) for (int r = 0; r < 4; ++r) v[r] = T::load(p[r] + i * T::BYTES);
-    UNROLL(4) for (int m = 0; m < M; ++m) {
+    UNROLLED(4, r, 4) v[r] = T::load(p[r] + i * T::BYTES);
+    UNROLLED(4, m, M) {
       F a = fload(x[m] + i);
-      UNROLL(4) for (int r = 0; r < 4; ++r) acc[r][m] = fma(v[r], a, acc[r][m]);
+      UNROLLED(4, r, 4) acc[r][m] = fma(v[r], a, acc[r][m]);
     }
   }
   if (i < l.in)
-    UNROLL(4) for (int m = 0; m < M; ++m) {
+    UNROLLED(4, m, M) {
       F a = load_tail<LoadF32>((const uint8_t*)(x[m] + i), l.in - i);
-      UNROLL(4) for (int r = 0; r < 4; ++r) acc[r][m] = fma(load_tail<T>(p[r] + i * T::BYTES, l.in - i), a, acc[r][m]);
+      UNROLLED(4, r, 4) acc[r][m] = fma(load_tail<T>(p[r] + i * T::BYTES, l.in - i), a, acc[r][m]);
     }
-  UNROLL(4) for (int r = 0; r < 4; ++r)
-    UNROLL(4) for (int m = 0; m < M; ++m) t[m][row + r] = l.scale * hsum(acc[r][m]);
+  UNROLLED(4, r, 4)
+    UNROLLED(4, m, M) t[m][row + r] = l.scale * hsum(acc[r][m]);
 }
 
 template <class T>
-void shrink_tokens(const LowRank& l, const float* x, int64_t ldx, const int32_t* tokens, int64_t count, int64_t row, float* t,
-                   int64_t ldt) {
+void shrink_tokens(const LowRank& l, const float* x, int64_t ldx, const int32_t* tokens, int64_t count, int64_t row,
+                   float* t, int64_t ldt) {
   for (int64_t k = 0; k < count; k += 4) {
     int m = (int)(count - k < 4 ? count - k : 4);
     const float* from[4];
@@ -46,7 +47,8 @@ void shrink_tokens(const LowRank& l, const float* x, int64_t ldx, const int32_t*
 }
 
 // Rows row .. row+3 of scale * A x for `count` tokens, to t[token][row].
-void shrink(const LowRank& l, const float* x, int64_t ldx, const int32_t* tokens, int64_t count, int64_t row, float* t, int64_t ldt) {
+void shrink(const LowRank& l, const float* x, int64_t ldx, const int32_t* tokens, int64_t count, int64_t row, float* t,
+            int64_t ldt) {
   if (l.a_format == Format::F32) shrink_tokens<LoadF32>(l, x, ldx, tokens, count, row, t, ldt);
   else if (l.a_format == Format::F16) shrink_tokens<LoadF16>(l, x, ldx, tokens, count, row, t, ldt);
   else shrink_tokens<LoadBF16>(l, x, ldx, tokens, count, row, t, ldt);
@@ -56,19 +58,19 @@ void shrink(const LowRank& l, const float* x, int64_t ldx, const int32_t* tokens
 template <class T, int M>
 INLINE void expand_tile(const uint8_t* p, int64_t rank, const float* const* t, float* const* c) {
   F acc[2][M];
-  UNROLL(2) for (int h = 0; h < 2; ++h)
-    UNROLL(4) for (int m = 0; m < M; ++m) acc[h][m] = fzero();
+  UNROLLED(2, h, 2)
+    UNROLLED(4, m, M) acc[h][m] = fzero();
   int64_t j = 0;
   for (; j + 2 <= rank; j += 2)
-    UNROLL(2) for (int h = 0; h < 2; ++h) {
+    UNROLLED(2, h, 2) {
       F v = T::load(p + (j + h) * TILE * T::BYTES);
-      UNROLL(4) for (int m = 0; m < M; ++m) acc[h][m] = fma(v, fset(t[m][j + h]), acc[h][m]);
+      UNROLLED(4, m, M) acc[h][m] = fma(v, fset(t[m][j + h]), acc[h][m]);
     }
   if (j < rank) {
     F v = T::load(p + j * TILE * T::BYTES);
-    UNROLL(4) for (int m = 0; m < M; ++m) acc[0][m] = fma(v, fset(t[m][j]), acc[0][m]);
+    UNROLLED(4, m, M) acc[0][m] = fma(v, fset(t[m][j]), acc[0][m]);
   }
-  UNROLL(4) for (int m = 0; m < M; ++m) fstore(c[m], add(fload(c[m]), add(acc[0][m], acc[1][m])));
+  UNROLLED(4, m, M) fstore(c[m], add(fload(c[m]), add(acc[0][m], acc[1][m])));
 }
 
 template <class T>

@@ -51,32 +51,32 @@ INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& 
   constexpr bool LARGE = HIGH_IN_PLACE && CHAINS == 2;
   D4 d[CHAINS][NR][MR];
   I start[MR];
-  UNROLL(8) for (int m = 0; m < MR; ++m) {
+  UNROLLED(8, m, MR) {
     start[m] = W::MINIMUM ? izero() : iload1(x.negsum + g * MR + m);  // -128 sums: 8 of them 16 times too large
     if (!LARGE && !W::MINIMUM) start[m] = sixteenth(start[m]);
   }
-  UNROLL(8) for (int n = 0; n < NR; ++n)
-    UNROLL(8) for (int m = 0; m < MR; ++m) {
+  UNROLLED(8, n, NR)
+    UNROLLED(8, m, MR) {
       d[0][n][m] = d4_begin(CHAINS == 1 ? start[m] : izero());
       if (CHAINS == 2) d[CHAINS - 1][n][m] = d4_begin(start[m]);
     }
-  UNROLL(4) for (int j = 0; j < 4; ++j) {
+  UNROLLED(4, j, 4) {
     B lo[NR], hi[NR];
-    UNROLL(8) for (int n = 0; n < NR; ++n) {
+    UNROLLED(8, n, NR) {
       const uint8_t* line = p[n] + W::HEAD + 256 * h + 64 * j;
       B v = bload(line);
       if (AHEAD) prefetch(line + AHEAD);
       lo[n] = low4(v);
       hi[n] = LARGE ? high4_large(v) : high4(v);
     }
-    UNROLL(8) for (int m = 0; m < MR; ++m)
-      UNROLL(8) for (int n = 0; n < NR; ++n) d[0][n][m] = d4_dot(d[0][n][m], lo[n], a + (j * MR + m) * 4);
-    UNROLL(8) for (int m = 0; m < MR; ++m)
-      UNROLL(8) for (int n = 0; n < NR; ++n) d[CHAINS - 1][n][m] = d4_dot(d[CHAINS - 1][n][m], hi[n], a + ((4 + j) * MR + m) * 4);
+    UNROLLED(8, m, MR)
+      UNROLLED(8, n, NR) d[0][n][m] = d4_dot(d[0][n][m], lo[n], a + (j * MR + m) * 4);
+    UNROLLED(8, m, MR)
+      UNROLLED(8, n, NR) d[CHAINS - 1][n][m] = d4_dot(d[CHAINS - 1][n][m], hi[n], a + ((4 + j) * MR + m) * 4);
   }
-  UNROLL(8) for (int n = 0; n < NR; ++n) {
+  UNROLLED(8, n, NR) {
     F s = W::scale(p[n], h), lowest = W::MINIMUM ? W::minimum(p[n], h) : fzero();
-    UNROLL(8) for (int m = 0; m < MR; ++m) {
+    UNROLLED(8, m, MR) {
       I whole = d4_end(d[CHAINS - 1][n][m], start[m]);
       if (LARGE) whole = sixteenth(whole);
       if (CHAINS == 2) whole = iadd(whole, d4_end(d[0][n][m], izero()));
@@ -93,25 +93,25 @@ INLINE void span8(const uint8_t* const* p, int h, const int8_t* a, const Block& 
   const int32_t* negsum = W::SPAN == 32 ? x.negsum : x.negsum16;
   constexpr int CHAINS = MR * NR <= 4 && LINES >= 8 ? 2 : 1, AHEAD = MR == 1 ? PREFETCH : PREFETCH_MANY;
   D8 d[CHAINS][NR][MR];
-  UNROLL(8) for (int n = 0; n < NR; ++n)
-    UNROLL(8) for (int m = 0; m < MR; ++m) {
+  UNROLLED(8, n, NR)
+    UNROLLED(8, m, MR) {
       d[0][n][m] = d8_begin(iload1(negsum + g * MR + m));
       if (CHAINS == 2) d[CHAINS - 1][n][m] = d8_begin(izero());
     }
-  UNROLL(8) for (int j = 0; j < LINES; ++j) {
+  UNROLLED(8, j, LINES) {
     B w[NR];
-    UNROLL(8) for (int n = 0; n < NR; ++n) {
+    UNROLLED(8, n, NR) {
       const uint8_t* line = p[n] + W::HEAD + 64 * LINES * h + 64 * j;
       w[n] = bload(line);
       if (AHEAD) prefetch(line + AHEAD);
     }
-    UNROLL(8) for (int m = 0; m < MR; ++m)
-      UNROLL(8) for (int n = 0; n < NR; ++n) d[j % CHAINS][n][m] = d8_dot(d[j % CHAINS][n][m], w[n], a + (j * MR + m) * 4);
+    UNROLLED(8, m, MR)
+      UNROLLED(8, n, NR) d[j % CHAINS][n][m] = d8_dot(d[j % CHAINS][n][m], w[n], a + (j * MR + m) * 4);
   }
   int64_t g32 = g * W::SPAN / 32;
-  UNROLL(8) for (int n = 0; n < NR; ++n) {
+  UNROLLED(8, n, NR) {
     F s = W::scale(p[n], h), lowest = W::MINIMUM ? W::minimum(p[n], h) : fzero();
-    UNROLL(8) for (int m = 0; m < MR; ++m) {
+    UNROLLED(8, m, MR) {
       I whole = d8_end(d[0][n][m]);
       if (CHAINS == 2) whole = iadd(whole, d8_end(d[CHAINS - 1][n][m]));
       F t = mul(cvt(whole), s);
@@ -126,23 +126,23 @@ __attribute__((noinline)) void packed_tile(const uint8_t* const* w, int64_t bloc
   F acc[NR][MR];
   const uint8_t* p[NR];
   constexpr int SPANS = BLOCK_K / W::SPAN, AHEAD = MR == 1 ? PREFETCH : PREFETCH_MANY;
-  UNROLL(8) for (int n = 0; n < NR; ++n) {
+  UNROLLED(8, n, NR) {
     p[n] = w[n];
-    UNROLL(8) for (int m = 0; m < MR; ++m) acc[n][m] = fzero();
+    UNROLLED(8, m, MR) acc[n][m] = fzero();
   }
   const int8_t* a = x.q;
   for (int64_t b = 0; b < blocks; ++b) {
-    UNROLL(8) for (int n = 0; n < NR; ++n)
+    UNROLLED(8, n, NR)
       if (AHEAD)
         for (int i = 0; i < W::HEAD; i += 64) prefetch(p[n] + AHEAD + i);
     for (int h = 0; h < SPANS; ++h, a += W::SPAN * MR) {
       if (W::BITS == 4) span4<W, MR, NR>(p, h, a, x, b * SPANS + h, acc);
       else span8<W, MR, NR>(p, h, a, x, b * SPANS + h, acc);
     }
-    UNROLL(8) for (int n = 0; n < NR; ++n) p[n] += W::BYTES;
+    UNROLLED(8, n, NR) p[n] += W::BYTES;
   }
-  UNROLL(8) for (int n = 0; n < NR; ++n)
-    UNROLL(8) for (int m = 0; m < MR; ++m) fstore(c + (n * MAX_MR + m) * TILE, acc[n][m]);
+  UNROLLED(8, n, NR)
+    UNROLLED(8, m, MR) fstore(c + (n * MAX_MR + m) * TILE, acc[n][m]);
 }
 
 struct LoadF32 {
@@ -170,31 +170,31 @@ template <class T, int R, int M>
 INLINE void rows_f32(const uint8_t* w, int64_t stride, int64_t k, const float* x, int64_t ld, float* c) {
   constexpr int U = R * M >= 8 ? 1 : 4;  // independent sums, so that one row does not wait for its own additions
   F acc[U][R][M];
-  UNROLL(8) for (int u = 0; u < U; ++u)
-    UNROLL(8) for (int r = 0; r < R; ++r)
-      UNROLL(8) for (int m = 0; m < M; ++m) acc[u][r][m] = fzero();
+  UNROLLED(8, u, U)
+    UNROLLED(8, r, R)
+      UNROLLED(8, m, M) acc[u][r][m] = fzero();
   int64_t i = 0;
   for (; i + 16 * U <= k; i += 16 * U)
-    UNROLL(8) for (int u = 0; u < U; ++u) {
+    UNROLLED(8, u, U) {
       F v[R];
-      UNROLL(8) for (int r = 0; r < R; ++r) {
+      UNROLLED(8, r, R) {
         const uint8_t* at = w + r * stride + (i + 16 * u) * T::BYTES;
         v[r] = T::load(at);
         if (PREFETCH && (T::BYTES == 4 || u % 2 == 0)) prefetch(at + PREFETCH);
       }
-      UNROLL(8) for (int m = 0; m < M; ++m) {
+      UNROLLED(8, m, M) {
         F a = fload(x + m * ld + i + 16 * u);
-        UNROLL(8) for (int r = 0; r < R; ++r) acc[u][r][m] = fma(v[r], a, acc[u][r][m]);
+        UNROLLED(8, r, R) acc[u][r][m] = fma(v[r], a, acc[u][r][m]);
       }
     }
   for (; i < k; i += 16)
-    UNROLL(8) for (int r = 0; r < R; ++r) {
+    UNROLLED(8, r, R) {
       const uint8_t* at = w + r * stride + i * T::BYTES;
       F v = k - i >= 16 ? T::load(at) : load_tail<T>(at, k - i);
-      UNROLL(8) for (int m = 0; m < M; ++m) acc[0][r][m] = fma(v, fload(x + m * ld + i), acc[0][r][m]);
+      UNROLLED(8, m, M) acc[0][r][m] = fma(v, fload(x + m * ld + i), acc[0][r][m]);
     }
-  UNROLL(8) for (int r = 0; r < R; ++r)
-    UNROLL(8) for (int m = 0; m < M; ++m) {
+  UNROLLED(8, r, R)
+    UNROLLED(8, m, M) {
       F s = acc[0][r][m];
       for (int u = 1; u < U; ++u) s = add(s, acc[u][r][m]);
       c[m * TILE + r] = hsum(s);
@@ -205,30 +205,29 @@ template <int R, int M>
 INLINE void rows_bf16(const uint8_t* w, int64_t stride, int64_t k, const uint16_t* x, int64_t ld, float* c) {
   constexpr int U = R * M >= 8 ? 1 : 4;
   F acc[U][R][M];
-  UNROLL(8) for (int u = 0; u < U; ++u)
-    UNROLL(8) for (int r = 0; r < R; ++r)
-      UNROLL(8) for (int m = 0; m < M; ++m) acc[u][r][m] = fzero();
+  UNROLLED(8, u, U)
+    UNROLLED(8, r, R)
+      UNROLLED(8, m, M) acc[u][r][m] = fzero();
   int64_t i = 0;
   for (; i + 32 * U <= k; i += 32 * U)
-    UNROLL(8) for (int u = 0; u < U; ++u)
-    {
+    UNROLLED(8, u, U) {
       H a[M];
-      UNROLL(8) for (int m = 0; m < M; ++m) a[m] = hload(x + m * ld + i + 32 * u);
-      UNROLL(8) for (int r = 0; r < R; ++r) {
+      UNROLLED(8, m, M) a[m] = hload(x + m * ld + i + 32 * u);
+      UNROLLED(8, r, R) {
         const uint16_t* at = (const uint16_t*)(w + r * stride) + i + 32 * u;
         H v = hload(at);
         if (PREFETCH) prefetch((const uint8_t*)at + PREFETCH);
-        UNROLL(8) for (int m = 0; m < M; ++m) acc[u][r][m] = dot_bf16(acc[u][r][m], v, a[m]);
+        UNROLLED(8, m, M) acc[u][r][m] = dot_bf16(acc[u][r][m], v, a[m]);
       }
     }
   for (; i < k; i += 32)
-    UNROLL(8) for (int r = 0; r < R; ++r) {
+    UNROLLED(8, r, R) {
       uint16_t t[32] = {};
       __builtin_memcpy(t, w + r * stride + i * 2, (k - i < 32 ? k - i : 32) * 2);
-      UNROLL(8) for (int m = 0; m < M; ++m) acc[0][r][m] = dot_bf16(acc[0][r][m], hload(t), hload(x + m * ld + i));
+      UNROLLED(8, m, M) acc[0][r][m] = dot_bf16(acc[0][r][m], hload(t), hload(x + m * ld + i));
     }
-  UNROLL(8) for (int r = 0; r < R; ++r)
-    UNROLL(8) for (int m = 0; m < M; ++m) {
+  UNROLLED(8, r, R)
+    UNROLLED(8, m, M) {
       F s = acc[0][r][m];
       for (int u = 1; u < U; ++u) s = add(s, acc[u][r][m]);
       c[m * TILE + r] = hsum(s);
@@ -345,7 +344,8 @@ void finish(const Job& job, const Matrix* w, int64_t tile, int64_t m0, int count
     F v = with_bias(fload(c + m * TILE), w, row);
     if (rows < TILE) __builtin_memcpy(t, out, rows * 4);
     F old = job.epilogue == Epilogue::STORE || c1 ? v : fload(rows < TILE ? t : out);
-    if (job.epilogue == Epilogue::SWIGLU) v = c1 ? mul(silu(v), with_bias(fload(c1 + m * TILE), job.w1, row)) : mul(silu(old), v);
+    if (job.epilogue == Epilogue::SWIGLU)
+      v = c1 ? mul(silu(v), with_bias(fload(c1 + m * TILE), job.w1, row)) : mul(silu(old), v);
     if (job.epilogue == Epilogue::ADD) v = add(old, v);
     if (rows == TILE) {
       fstore(out, v);
@@ -399,7 +399,8 @@ void matmul(const Job& job, const Acts& x, int64_t tile0, int64_t tile1, bool ex
   if (job.epilogue != Epilogue::SWIGLU) return product(job, job.w, x, tile0, tile1, exact);
   int form = form_of(job.w->format, exact), step = block_tokens(form);
   if (x.m <= step || !one_kernel(*job.w, *job.w1)) {
-    Job gate = job, up = job;  // one after the other: for few tokens weights come from memory, and turns would break its stream
+    // One after the other: for few tokens weights come from memory, and turns would break its stream.
+    Job gate = job, up = job;
     gate.epilogue = Epilogue::STORE;
     up.low = job.low1;
     product(gate, job.w, x, tile0, tile1, exact);
@@ -451,11 +452,19 @@ void dequantize_row(const Matrix& w, int64_t row, float* out) {
     case Format::F32: __builtin_memcpy(out, p, w.cols * 4); return;
     case Format::F16:
       for (; k + 16 <= w.cols; k += 16) fstore(out + k, load_f16(p + 2 * k));
-      if (k < w.cols) { float t[16]; fstore(t, load_tail<LoadF16>(p + 2 * k, w.cols - k)); __builtin_memcpy(out + k, t, (w.cols - k) * 4); }
+      if (k < w.cols) {
+        float t[16];
+        fstore(t, load_tail<LoadF16>(p + 2 * k, w.cols - k));
+        __builtin_memcpy(out + k, t, (w.cols - k) * 4);
+      }
       return;
     case Format::BF16:
       for (; k + 16 <= w.cols; k += 16) fstore(out + k, load_bf16(p + 2 * k));
-      if (k < w.cols) { float t[16]; fstore(t, load_tail<LoadBF16>(p + 2 * k, w.cols - k)); __builtin_memcpy(out + k, t, (w.cols - k) * 4); }
+      if (k < w.cols) {
+        float t[16];
+        fstore(t, load_tail<LoadBF16>(p + 2 * k, w.cols - k));
+        __builtin_memcpy(out + k, t, (w.cols - k) * 4);
+      }
       return;
     case Format::W4: return packed_row<W4>(p, lane, w.cols, out);
     case Format::W4M: return packed_row<W4M>(p, lane, w.cols, out);

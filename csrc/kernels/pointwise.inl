@@ -21,8 +21,14 @@ void rmsnorm(const float* x, const float* weight, float eps, int64_t k, float* o
   F s[4] = {fzero(), fzero(), fzero(), fzero()};
   int64_t i = 0;
   for (; i + 64 <= k; i += 64)
-    for (int u = 0; u < 4; ++u) { F v = fload(x + i + 16 * u); s[u] = fma(v, v, s[u]); }
-  for (; i + 16 <= k; i += 16) { F v = fload(x + i); s[0] = fma(v, v, s[0]); }
+    for (int u = 0; u < 4; ++u) {
+      F v = fload(x + i + 16 * u);
+      s[u] = fma(v, v, s[u]);
+    }
+  for (; i + 16 <= k; i += 16) {
+    F v = fload(x + i);
+    s[0] = fma(v, v, s[0]);
+  }
   float total = hsum(add(add(s[0], s[1]), add(s[2], s[3])));
   for (; i < k; ++i) total += x[i] * x[i];
   float r = 1.0f / __builtin_sqrtf(total / (float)k + eps);
@@ -56,7 +62,12 @@ struct QuantRow {  // where the group `g` of one row of an int8 or int24 block g
 
 INLINE QuantRow quant_row(const Acts& to, int64_t base, int lane, int mr) {
   int64_t kp = padded(to.k), at = base * (kp / GROUP) + lane;
-  return {to.q + base * kp + lane * 4, to.scale + at, to.sum + at, to.negsum + at, to.negsum16 + 2 * base * (kp / GROUP) + lane, mr};
+  return {to.q + base * kp + lane * 4,
+          to.scale + at,
+          to.sum + at,
+          to.negsum + at,
+          to.negsum16 + 2 * base * (kp / GROUP) + lane,
+          mr};
 }
 
 INLINE void put_group(const QuantRow& r, int64_t g, F a, F b, float scale) {  // a, b: 32 rounded values
@@ -72,7 +83,8 @@ INLINE void put_group(const QuantRow& r, int64_t g, F a, F b, float scale) {  //
   r.negsum16[(2 * g + 1) * r.mr] = -128 * sb;
 }
 
-INLINE float group_of(const float* row, int64_t k, int64_t g, F* a, F* b) {  // the group, zeros past k; its largest size
+// The group, zeros past k; its largest size.
+INLINE float group_of(const float* row, int64_t k, int64_t g, F* a, F* b) {
   float pad[GROUP];
   const float* x = row + g * GROUP;
   int64_t left = k - g * GROUP;

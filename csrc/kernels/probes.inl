@@ -4,15 +4,17 @@ double peak(int kind, int64_t iterations) {
   constexpr int N = sizeof(F) > 64 ? 4 : 16;
   alignas(64) uint8_t line[64];
   alignas(64) int8_t quad[64];
-  for (int i = 0; i < 64; ++i) { line[i] = (uint8_t)(i & 15); quad[i] = (int8_t)(i % 3); }
+  for (int i = 0; i < 64; ++i) {
+    line[i] = (uint8_t)(i & 15);
+    quad[i] = (int8_t)(i % 3);
+  }
   B w = bload(line);
   float sink = 0;
   if (kind == 0) {
     D4 d[N];
     for (int n = 0; n < N; ++n) d[n] = d4_begin(izero());
     for (int64_t i = 0; i < iterations; ++i)
-  UNROLL(16)
-      for (int n = 0; n < N; ++n) d[n] = d4_dot(d[n], w, quad);
+      UNROLLED(16, n, N) d[n] = d4_dot(d[n], w, quad);
     for (int n = 0; n < N; ++n) sink += hsum(cvt(d4_end(d[n], izero())));
   } else {
     F a[N], one = fset(0.5f);
@@ -20,12 +22,10 @@ double peak(int kind, int64_t iterations) {
     alignas(64) uint16_t h[32] = {};
     if (kind == 1) {
       for (int64_t i = 0; i < iterations; ++i)
-  UNROLL(16)
-        for (int n = 0; n < N; ++n) a[n] = dot_bf16(a[n], hload(h), hload(h));
+        UNROLLED(16, n, N) a[n] = dot_bf16(a[n], hload(h), hload(h));
     } else {
       for (int64_t i = 0; i < iterations; ++i)
-  UNROLL(16)
-        for (int n = 0; n < N; ++n) a[n] = fma(a[n], one, one);
+        UNROLLED(16, n, N) a[n] = fma(a[n], one, one);
     }
     for (int n = 0; n < N; ++n) sink += hsum(a[n]);
   }

@@ -2,7 +2,9 @@
 // they are used. A unit is the columns that share a header; what differs between formats is how a span becomes quads
 // (16 rows x 4 columns, one dot instruction) and what the header says.
 
-struct Quads { B a, b; };
+struct Quads {
+  B a, b;
+};
 
 struct Codes {  // the codebook of C4 and C4B in registers
   Table exact;
@@ -39,8 +41,9 @@ struct Five : Nibbles {
   }
 };
 
-// MINIMUM: the header adds minimum() times the sum of the activations. SHIFT: the values are 2^(7-SHIFT) too large, -1: are not.
-// FLAT: the scale waits for the end of the tile. LARGE: with two chains, the second may be 16 times too large till its end. UNIT: spans of a unit, 0 where the matrix says (its group, or a row).
+// MINIMUM: the header adds minimum() times the sum of the activations. SHIFT: the values are 2^(7-SHIFT) too large, -1:
+// are not. FLAT: the scale waits for the end of the tile. LARGE: with two chains, the second may be 16 times too large
+// till its end. UNIT: spans of a unit, 0 where the matrix says (its group, or a row).
 struct C4 : Nibbles {
   static constexpr int HEAD = 64, UNIT = 2, BITS = 8, SHIFT = 0;
   static constexpr bool MINIMUM = false, FLAT = false;
@@ -123,9 +126,18 @@ struct Dot8 {
   INLINE D dot(D d, B w, const int8_t* a) { return d8_dot(d, w, a); }
   INLINE I end(D d, I) { return d8_end(d); }
 };
-template <int BITS> struct DotOf { using T = Dot8; };
-template <> struct DotOf<4> { using T = Dot4; };
-template <> struct DotOf<6> { using T = Dot6; };
+template <int BITS>
+struct DotOf {
+  using T = Dot8;
+};
+template <>
+struct DotOf<4> {
+  using T = Dot4;
+};
+template <>
+struct DotOf<6> {
+  using T = Dot6;
+};
 
 // Span g of the row, the s-th of its unit, of NR tiles against MR tokens, added to acc.
 template <class W, int MR, int NR>
@@ -138,7 +150,7 @@ INLINE void stream_span(const uint8_t* const* p, const uint8_t* const* head, int
   const int8_t* a = x.q + g * W::SPAN * MR;
   typename Dot::D d[CHAINS][NR][MR];
   I start[MR];
-  UNROLL(8) for (int m = 0; m < MR; ++m) {
+  UNROLLED(8, m, MR) {
     if (W::SHIFT >= 0) {
       int32_t first = negsum[g * MR + m] >> (W::SHIFT < 0 ? 0 : W::SHIFT);
       start[m] = iload1(&first);
@@ -147,19 +159,19 @@ INLINE void stream_span(const uint8_t* const* p, const uint8_t* const* head, int
     }
   }
   B plane[NR] = {};
-  UNROLL(8) for (int n = 0; n < NR; ++n) {
+  UNROLLED(8, n, NR) {
     if (W::PLANE) {
       plane[n] = bload(p[n]);
       if (PREFETCH) prefetch(p[n] + PREFETCH);
     }
-    UNROLL(8) for (int m = 0; m < MR; ++m) {
+    UNROLLED(8, m, MR) {
       d[0][n][m] = Dot::begin(start[m]);
       if (CHAINS == 2) d[CHAINS - 1][n][m] = Dot::begin(izero());
     }
   }
-  UNROLL(4) for (int j = 0; j < W::STEPS; ++j) {
+  UNROLLED(4, j, W::STEPS) {
     Quads q[NR];
-    UNROLL(8) for (int n = 0; n < NR; ++n) {
+    UNROLLED(8, n, NR) {
       constexpr int STEP = (W::LINES - W::PLANE) / W::STEPS;
       if (LARGE) {
         B v = bload(p[n] + 64 * j);
@@ -170,16 +182,15 @@ INLINE void stream_span(const uint8_t* const* p, const uint8_t* const* head, int
       if (PREFETCH)
         for (int i = 0; i < STEP; i += 64) prefetch(p[n] + W::PLANE + STEP * j + i + PREFETCH);
     }
-    UNROLL(8) for (int m = 0; m < MR; ++m)
-      UNROLL(8) for (int n = 0; n < NR; ++n) d[0][n][m] = Dot::dot(d[0][n][m], q[n].a, a + (W::first(j) * MR + m) * 4);
-    UNROLL(8) for (int m = 0; m < MR; ++m)
-      UNROLL(8) for (int n = 0; n < NR; ++n)
-        d[CHAINS - 1][n][m] = Dot::dot(d[CHAINS - 1][n][m], q[n].b, a + (W::second(j) * MR + m) * 4);
+    UNROLLED(8, m, MR)
+      UNROLLED(8, n, NR) d[0][n][m] = Dot::dot(d[0][n][m], q[n].a, a + (W::first(j) * MR + m) * 4);
+    UNROLLED(8, m, MR)
+      UNROLLED(8, n, NR) d[CHAINS - 1][n][m] = Dot::dot(d[CHAINS - 1][n][m], q[n].b, a + (W::second(j) * MR + m) * 4);
   }
   int64_t g32 = g * W::SPAN / 32;
-  UNROLL(8) for (int n = 0; n < NR; ++n) {
+  UNROLLED(8, n, NR) {
     F scale = W::FLAT ? fzero() : W::scale(head[n], s, codes), lowest = W::MINIMUM ? W::minimum(head[n], s) : fzero();
-    UNROLL(8) for (int m = 0; m < MR; ++m) {
+    UNROLLED(8, m, MR) {
       I whole = Dot::end(d[0][n][m], start[m]);
       if (CHAINS == 2) {
         I second = Dot::end(d[CHAINS - 1][n][m], izero());
@@ -207,24 +218,24 @@ __attribute__((noinline)) void stream_tile(const uint8_t* const* w, const Plan& 
   F acc[NR][MR];
   const uint8_t *p[NR], *head[NR];
   const Codes codes = codes_of(plan.codebook);
-  UNROLL(8) for (int n = 0; n < NR; ++n) {
+  UNROLLED(8, n, NR) {
     p[n] = w[n];
-    UNROLL(8) for (int m = 0; m < MR; ++m) acc[n][m] = fzero();
+    UNROLLED(8, m, MR) acc[n][m] = fzero();
   }
   for (int64_t g = 0; g < plan.spans;) {
     int unit = (int)(plan.spans - g < plan.unit ? plan.spans - g : plan.unit);
-    UNROLL(8) for (int n = 0; n < NR; ++n) {
+    UNROLLED(8, n, NR) {
       head[n] = p[n];
       p[n] += W::HEAD;
       touch(head[n], W::HEAD);
     }
     for (int s = 0; s < unit; ++s, ++g) {
       stream_span<W, MR, NR>(p, head, s, g, x, codes, acc);
-      UNROLL(8) for (int n = 0; n < NR; ++n) p[n] += W::LINES;
+      UNROLLED(8, n, NR) p[n] += W::LINES;
     }
   }
-  UNROLL(8) for (int n = 0; n < NR; ++n)
-    UNROLL(8) for (int m = 0; m < MR; ++m)
+  UNROLLED(8, n, NR)
+    UNROLLED(8, m, MR)
       fstore(c + (n * MAX_MR + m) * TILE, W::FLAT ? mul(acc[n][m], W::scale(w[n], 0, codes)) : acc[n][m]);
 }
 
@@ -233,30 +244,30 @@ template <int MR>
 __attribute__((noinline)) void pairs_tile(const uint8_t* w, const Plan& plan, const Block& x, float* c) {
   const Codes codes = codes_of(plan.codebook);
   F acc[MR];
-  UNROLL(8) for (int m = 0; m < MR; ++m) acc[m] = fzero();
+  UNROLLED(8, m, MR) acc[m] = fzero();
   const uint16_t* a = x.bf16;
   for (int64_t g = 0; g < plan.spans; g += 2, w += 64 + 512) {
     constexpr int CHAINS = 4;  // for any MR, so that a token's sum does not depend on its neighbours
     F part[CHAINS][MR];
-    UNROLL(8) for (int i = 0; i < CHAINS; ++i)
-      UNROLL(8) for (int m = 0; m < MR; ++m) part[i][m] = fzero();
+    UNROLLED(8, i, CHAINS)
+      UNROLLED(8, m, MR) part[i][m] = fzero();
     touch(w, 64);
     for (int j = 0; j < 8; ++j, a += 8) {
       const uint8_t* line = w + 64 + 64 * j;
       B v = bload(line);
       if (PREFETCH) prefetch(line + PREFETCH);
-      UNROLL(4) for (int i = 0; i < 4; ++i)
-        UNROLL(8) for (int m = 0; m < MR; ++m)
+      UNROLLED(4, i, 4)
+        UNROLLED(8, m, MR)
           part[i % CHAINS][m] = dot_pairs(part[i % CHAINS][m], v, i, codes.pairs, a + m * x.ld + 2 * i);
     }
     F s = fload((const float*)w);
-    UNROLL(8) for (int m = 0; m < MR; ++m) {
+    UNROLLED(8, m, MR) {
       F sum = part[0][m];
-      UNROLL(8) for (int i = 1; i < CHAINS; ++i) sum = add(sum, part[i][m]);
+      UNROLLED(8, i, CHAINS - 1) sum = add(sum, part[i + 1][m]);
       acc[m] = fma(sum, s, acc[m]);
     }
   }
-  UNROLL(8) for (int m = 0; m < MR; ++m) fstore(c + m * TILE, acc[m]);
+  UNROLLED(8, m, MR) fstore(c + m * TILE, acc[m]);
 }
 
 // Values without rounding: value(e) of step j is column(j, e) of the span. offset: what minimum() is before its scale.
@@ -286,7 +297,10 @@ struct Exact<G4> {  // less 8, the usual zero, so that large sums do not have to
     for (int i = 0; i < 16; ++i) t[i] = (float)(i - 8);
     return table_of(t);
   }
-  INLINE Quads load(const uint8_t* p, B, int j, const Codes&) { B v = bload(p + 64 * j); return {v, v}; }
+  INLINE Quads load(const uint8_t* p, B, int j, const Codes&) {
+    B v = bload(p + 64 * j);
+    return {v, v};
+  }
   INLINE F value(const Quads& q, int e, Table t) { return lookup(q.a, 4 * e, t); }
   INLINE constexpr int column(int j, int e) { return 4 * j + e / 2 + 16 * (e & 1); }
   INLINE F scale(const uint8_t* head, int, const Codes&) { return load_f16(head); }
@@ -296,7 +310,10 @@ struct Exact<G4> {  // less 8, the usual zero, so that large sums do not have to
 template <>
 struct Exact<C4> {
   INLINE Table table(const Codes& c) { return c.exact; }
-  INLINE Quads load(const uint8_t* p, B, int j, const Codes&) { B v = bload(p + 64 * j); return {v, v}; }
+  INLINE Quads load(const uint8_t* p, B, int j, const Codes&) {
+    B v = bload(p + 64 * j);
+    return {v, v};
+  }
   INLINE F value(const Quads& q, int e, Table t) { return lookup(q.a, 4 * e, t); }
   INLINE constexpr int column(int j, int e) { return 4 * j + e / 2 + 16 * (e & 1); }
   INLINE F scale(const uint8_t* head, int, const Codes&) { return fload((const float*)head); }
@@ -318,7 +335,7 @@ __attribute__((noinline)) void stream_exact(const uint8_t* w, const Plan& plan, 
   const Table table = E::table(codes);
   const float* a = x.f32;
   F acc[MR];
-  UNROLL(8) for (int m = 0; m < MR; ++m) acc[m] = fzero();
+  UNROLLED(8, m, MR) acc[m] = fzero();
   for (int64_t g = 0; g < plan.spans;) {
     int unit = (int)(plan.spans - g < plan.unit ? plan.spans - g : plan.unit);
     const uint8_t* head = w;
@@ -327,24 +344,23 @@ __attribute__((noinline)) void stream_exact(const uint8_t* w, const Plan& plan, 
     for (int s = 0; s < unit; ++s, ++g, w += W::LINES, a += W::SPAN) {
       constexpr int CHAINS = MR == 1 ? 4 : 2;
       F part[CHAINS][MR];
-      UNROLL(8) for (int i = 0; i < CHAINS; ++i)
-        UNROLL(8) for (int m = 0; m < MR; ++m) part[i][m] = fzero();
+      UNROLLED(8, i, CHAINS)
+        UNROLLED(8, m, MR) part[i][m] = fzero();
       B plane = {};
       if (W::PLANE) plane = bload(w);
       if (PREFETCH)
         for (int i = 0; i < W::LINES; i += 64) prefetch(w + i + PREFETCH);
-      UNROLL(4) for (int j = 0; j < W::STEPS; ++j) {
+      UNROLLED(4, j, W::STEPS) {
         Quads q = E::load(w + W::PLANE, plane, j, codes);
-        UNROLL(8) for (int e = 0; e < 8; ++e) {
+        UNROLLED(8, e, 8) {
           F value = E::value(q, e, table);
-          UNROLL(8) for (int m = 0; m < MR; ++m)
-            part[e % CHAINS][m] = fma(value, fset(a[m * x.ld + E::column(j, e)]), part[e % CHAINS][m]);
+          UNROLLED(8, m, MR) part[e % CHAINS][m] = fma(value, fset(a[m * x.ld + E::column(j, e)]), part[e % CHAINS][m]);
         }
       }
       F scale = E::scale(head, s, codes);
-      UNROLL(8) for (int m = 0; m < MR; ++m) {
+      UNROLLED(8, m, MR) {
         F sum = part[0][m];
-        UNROLL(8) for (int i = 1; i < CHAINS; ++i) sum = add(sum, part[i][m]);
+        UNROLLED(8, i, CHAINS - 1) sum = add(sum, part[i + 1][m]);
         acc[m] = fma(sum, scale, acc[m]);
         if (W::MINIMUM) {
           F all = add(fload(a + m * x.ld), fload(a + m * x.ld + 16));
@@ -353,7 +369,7 @@ __attribute__((noinline)) void stream_exact(const uint8_t* w, const Plan& plan, 
       }
     }
   }
-  UNROLL(8) for (int m = 0; m < MR; ++m) fstore(c + m * TILE, acc[m]);
+  UNROLLED(8, m, MR) fstore(c + m * TILE, acc[m]);
 }
 
 INLINE Block from_token(const Block& x, int m) {
@@ -439,7 +455,8 @@ void stream_row(const Matrix& w, const uint8_t* p, int lane, float* out) {
           int64_t at = k + E::column(j, e);
           if (at >= w.cols) continue;
           fstore(t, E::value(q, e, table));
-          float v = W::UNIT ? __builtin_fmaf(t[lane], scale[lane], lowest[lane]) : (t[lane] + lowest[lane]) * scale[lane];
+          float v =
+              W::UNIT ? __builtin_fmaf(t[lane], scale[lane], lowest[lane]) : (t[lane] + lowest[lane]) * scale[lane];
           out[w.order ? w.order[at] : at] = v;
         }
       }

@@ -1,15 +1,5 @@
 // AVX2 with FMA and F16C (and, compiled with -mavxvnni, the 256-bit dot product): 16 rows are two registers.
-#include <immintrin.h>
-#include <cstdint>
-
-#define PRAGMA(text) _Pragma(#text)
-#ifdef LLAMA2_NO_UNROLL  // sanitizer builds: minutes of compilation otherwise
-#define UNROLL(n)
-#else
-#define UNROLL(n) PRAGMA(GCC unroll n)
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
+// clang-format off: a table, one operation a line
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };
 struct B { __m256i a, b; };
@@ -120,7 +110,8 @@ INLINE D4 d4_dot(D4 d, B w, const int8_t* a) {
 }
 INLINE I d4_end(D4 d, I start) {
   __m256i one = _mm256_set1_epi16(1);
-  return {_mm256_add_epi32(start.a, _mm256_madd_epi16(d.a, one)), _mm256_add_epi32(start.b, _mm256_madd_epi16(d.b, one))};
+  return {_mm256_add_epi32(start.a, _mm256_madd_epi16(d.a, one)),
+          _mm256_add_epi32(start.b, _mm256_madd_epi16(d.b, one))};
 }
 INLINE D8 d8_begin(I) { return izero(); }
 INLINE __m256i d8_half(__m256i d, __m256i stored, __m256i x) {  // |w| times sign(w) x: no 16-bit saturation
@@ -128,12 +119,18 @@ INLINE __m256i d8_half(__m256i d, __m256i stored, __m256i x) {  // |w| times sig
   __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
   return _mm256_add_epi32(d, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-INLINE D8 d8_dot(D8 d, B w, const int8_t* a) { __m256i x = quad(a); return {d8_half(d.a, w.a, x), d8_half(d.b, w.b, x)}; }
+INLINE D8 d8_dot(D8 d, B w, const int8_t* a) {
+  __m256i x = quad(a);
+  return {d8_half(d.a, w.a, x), d8_half(d.b, w.b, x)};
+}
 INLINE I d8_end(D8 d) { return d; }
 INLINE __m256i weight_half(__m256i d, __m256i w, __m256i x) {
   return _mm256_add_epi32(d, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
 }
-INLINE I weight_dot(I d, B w, const int8_t* a) { __m256i x = quad(a); return {weight_half(d.a, w.a, x), weight_half(d.b, w.b, x)}; }
+INLINE I weight_dot(I d, B w, const int8_t* a) {
+  __m256i x = quad(a);
+  return {weight_half(d.a, w.a, x), weight_half(d.b, w.b, x)};
+}
 #endif
 struct F2 { F a, b; };
 INLINE F2 load_pairs(const uint8_t* p) {
@@ -163,7 +160,10 @@ INLINE D6 d6_dot(D6 d, B w, const int8_t* a) { return d4_dot(d, w, a); }
 INLINE __m256i d6_half(__m256i d, __m256i w, __m256i x) {  // two products of 63 * 127 fit in 16 bits, four do not
   return _mm256_add_epi32(d, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
 }
-INLINE D6 d6_dot(D6 d, B w, const int8_t* a) { __m256i x = quad(a); return {d6_half(d.a, w.a, x), d6_half(d.b, w.b, x)}; }
+INLINE D6 d6_dot(D6 d, B w, const int8_t* a) {
+  __m256i x = quad(a);
+  return {d6_half(d.a, w.a, x), d6_half(d.b, w.b, x)};
+}
 #endif
 INLINE I d6_end(D6 d) { return d; }
 INLINE __m256i with_bits_half(__m256i low, __m256i plane, int shift, __m256i mask) {
@@ -181,7 +181,9 @@ INLINE __m256 lookup_half(__m256i v, int shift, Table t) {  // the permutation r
   return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index), upper);
 }
 INLINE F lookup(B v, int shift, Table t) { return {lookup_half(v.a, shift, t), lookup_half(v.b, shift, t)}; }
-INLINE Bytes bytes_of(const uint8_t* codes) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)codes)); }
+INLINE Bytes bytes_of(const uint8_t* codes) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)codes));
+}
 INLINE B lookup8(B nibbles, Bytes t) { return {_mm256_shuffle_epi8(t, nibbles.a), _mm256_shuffle_epi8(t, nibbles.b)}; }
 INLINE B lookup_low(B v, Bytes t) { return lookup8(low4(v), t); }
 INLINE B lookup_high(B v, Bytes t) { return lookup8(high4(v), t); }

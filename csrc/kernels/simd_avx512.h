@@ -1,16 +1,6 @@
 // AVX-512 with F, BW, VL and DQ, and whichever of VNNI, VBMI and BF16 it is compiled for: one register holds 16 rows.
 // Without VNNI bytes are multiplied in pairs into 16 bits, without BF16 two shifts make a register of bfloat16 float32.
-#include <immintrin.h>
-#include <cstdint>
-
-#define PRAGMA(text) _Pragma(#text)
-#ifdef LLAMA2_NO_UNROLL  // sanitizer builds: minutes of compilation otherwise
-#define UNROLL(n)
-#else
-#define UNROLL(n) PRAGMA(GCC unroll n)
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
+// clang-format off: a table, one operation a line
 using F = __m512;
 using I = __m512i;
 using B = __m512i;
@@ -149,7 +139,8 @@ INLINE Table table_of(const float* codes) { return fload(codes); }
 INLINE F lookup(B v, int shift, Table t) { return digits(v, shift, t); }
 INLINE Bytes bytes_of(const uint8_t* codes) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)codes)); }
 #ifdef __AVX512VBMI__
-// A permutation of 64 bytes reads six bits of its index and finds the 16 four times: no mask for the other nibble's bits.
+// A permutation of 64 bytes reads six bits of its index and finds the 16 four times: no mask for the other nibble's
+// bits.
 INLINE B lookup_low(B v, Bytes t) { return _mm512_permutexvar_epi8(v, t); }
 INLINE B lookup_high(B v, Bytes t) { return _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), t); }
 #else
@@ -171,5 +162,6 @@ INLINE F dot_pairs(F acc, B v, int i, Pairs t, const uint16_t* x) {
 }
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // not into the first cache
-constexpr int PREFETCH = 0;          // one token: the hardware's own prefetch alone keeps up with the memory (1.01 of a read; 0.96 with 8 kB)
+// One token: the hardware's own prefetch alone keeps up with the memory (1.01 of a read; 0.96 with 8 kB).
+constexpr int PREFETCH = 0;
 constexpr int PREFETCH_MANY = 4096;  // several: loads are too far apart for it

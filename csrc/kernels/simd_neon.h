@@ -1,16 +1,7 @@
 // ARMv8.2 NEON with the int8 dot product: 16 rows are four registers.
-#include <arm_neon.h>
-#include <cstdint>
-
-#define PRAGMA(text) _Pragma(#text)
-#ifdef LLAMA2_NO_UNROLL  // sanitizer builds: minutes of compilation otherwise
-#define UNROLL(n)
-#else
-#define UNROLL(n) PRAGMA(GCC unroll n)
-#endif
-#define INLINE static inline __attribute__((always_inline))
 #define QUADS for (int i = 0; i < 4; ++i)
 
+// clang-format off: a table, one operation a line
 struct F { float32x4_t v[4]; };
 struct I { int32x4_t v[4]; };
 struct B { uint8x16_t v[4]; };
@@ -31,7 +22,10 @@ INLINE F fabs_(F a) { F r; QUADS r.v[i] = vabsq_f32(a.v[i]); return r; }
 INLINE F round_(F a) { F r; QUADS r.v[i] = vrndnq_f32(a.v[i]); return r; }
 INLINE F pow2(F m, F n) {  // n >= -126
   F r;
-  QUADS r.v[i] = vmulq_f32(m.v[i], vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.v[i]), vdupq_n_s32(127)), 23)));
+  QUADS {
+    int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.v[i]), vdupq_n_s32(127));
+    r.v[i] = vmulq_f32(m.v[i], vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
+  }
   return r;
 }
 INLINE float hsum(F a) { return vaddvq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[1]), vaddq_f32(a.v[2], a.v[3]))); }
@@ -109,7 +103,10 @@ INLINE F2 load_pairs(const uint8_t* p) {
 }
 INLINE F bits(B b, int shift, uint32_t mask) {
   F r;
-  QUADS r.v[i] = vcvtq_f32_u32(vandq_u32(vshlq_u32(vreinterpretq_u32_u8(b.v[i]), vdupq_n_s32(-shift)), vdupq_n_u32(mask)));
+  QUADS {
+    uint32x4_t shifted = vshlq_u32(vreinterpretq_u32_u8(b.v[i]), vdupq_n_s32(-shift));
+    r.v[i] = vcvtq_f32_u32(vandq_u32(shifted, vdupq_n_u32(mask)));
+  }
   return r;
 }
 INLINE F nibble(B b, int shift) { return bits(b, shift, 15); }
@@ -126,7 +123,10 @@ INLINE D6 d6_begin(I start) { return start; }
 INLINE D6 d6_dot(D6 d, B w, const int8_t* a) { return d4_dot(d, w, a); }
 INLINE I d6_end(D6 d) { return d; }
 INLINE B with_bits(B low, B plane, int shift, int mask) {  // low | plane * 2^shift & mask, in bytes
-  QUADS low.v[i] = vorrq_u8(low.v[i], vandq_u8(vshlq_u8(plane.v[i], vdupq_n_s8((int8_t)shift)), vdupq_n_u8((uint8_t)mask)));
+  QUADS {
+    uint8x16_t shifted = vshlq_u8(plane.v[i], vdupq_n_s8((int8_t)shift));
+    low.v[i] = vorrq_u8(low.v[i], vandq_u8(shifted, vdupq_n_u8((uint8_t)mask)));
+  }
   return low;
 }
 INLINE Table table_of(const float* codes) {

@@ -1,14 +1,7 @@
 // Plain C++: the oracle of every other instruction set, and what runs where none fits.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "kernels/halves.h"
-
-#define UNROLL(n)
-#define INLINE static inline __attribute__((always_inline))
 #define LANES for (int i = 0; i < 16; ++i)
 
+// clang-format off: a table, one operation a line
 struct F { float v[16]; };
 struct I { int32_t v[16]; };
 struct B { uint8_t v[64]; };
@@ -73,6 +66,7 @@ INLINE F2 load_pairs(const uint8_t* p) {  // 16 words of two bfloat16: the first
   return r;
 }
 INLINE F nibble(B b, int shift) { F r; LANES r.v[i] = (float)(b.v[4 * i + shift / 8] >> (shift % 8) & 15); return r; }
+// NOLINTNEXTLINE(bugprone-integer-division)
 INLINE F byte_(B b, int shift) { F r; LANES r.v[i] = (float)b.v[4 * i + shift / 8]; return r; }
 struct H { F a, b; };
 INLINE H hload(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 16)}; }
@@ -96,7 +90,10 @@ INLINE F lookup(B b, int shift, const Table& t) {
   return r;
 }
 INLINE Bytes bytes_of(const uint8_t* codes) { Bytes r; std::memcpy(r.v, codes, 16); return r; }
-INLINE B lookup8(B nibbles, const Bytes& t) { for (int i = 0; i < 64; ++i) nibbles.v[i] = t.v[nibbles.v[i]]; return nibbles; }
+INLINE B lookup8(B nibbles, const Bytes& t) {
+  for (int i = 0; i < 64; ++i) nibbles.v[i] = t.v[nibbles.v[i]];
+  return nibbles;
+}
 INLINE B lookup_low(B v, const Bytes& t) { return lookup8(low4(v), t); }
 INLINE B lookup_high(B v, const Bytes& t) { return lookup8(high4(v), t); }
 INLINE Pairs pairs_of(const float* codes) { Pairs r; LANES r.v[i] = bf16_to_float(float_to_bf16(codes[i])); return r; }

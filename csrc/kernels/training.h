@@ -1,4 +1,5 @@
-// What training computes besides matrix products, in plain data types: forward and backward, each one pass over its data.
+// What training computes besides matrix products, in plain data types: forward and backward, each one pass over its
+// data.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,7 +19,7 @@ struct NormGrad {
   const void* grad = nullptr;      // of the output
   const void* residual = nullptr;  // added to the gradient of x, or null
   void* to_x = nullptr;
-  float* to_weight = nullptr;      // [width], added to; null: not wanted
+  float* to_weight = nullptr;  // [width], added to; null: not wanted
 };
 
 // Which values a step leaves out: a function of seed and place alone, so that the backward pass finds them again.
@@ -50,7 +51,7 @@ struct TextsGrad {
   void *to_q = nullptr, *to_k = nullptr, *to_v = nullptr;
 };
 
-constexpr int TEXT_ROWS = 48, TEXT_ASKED = 64;  // queries of one pass, in float32 and in bfloat16
+constexpr int TEXT_ROWS = 48, TEXT_ASKED = 64;                 // queries of one pass, in float32 and in bfloat16
 inline int64_t texts_scratch(int64_t length, int64_t width) {  // floats that either direction needs for one text
   int64_t n = (length + 63) / 64 * 64, e = (width + 63) / 64 * 64;
   return 5 * n * e + TEXT_ASKED * (4 * e + 4 * n) + 1024;
@@ -89,8 +90,10 @@ struct Products {
   bool turned = false;  // out is (columns, rows); nothing is added before
 };
 
-inline int64_t products_scratch(int64_t rows, int64_t columns) {  // bytes for so many rows and columns at once, aligned to 64
-  return PRODUCT_DEPTH / 2 * PRODUCT_COLUMNS * 4 + (rows + 15) / 16 * 16 * ((columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS * PRODUCT_COLUMNS) * 4;
+inline int64_t products_scratch(int64_t rows,
+                                int64_t columns) {  // bytes for so many rows and columns at once, aligned to 64
+  return PRODUCT_DEPTH / 2 * PRODUCT_COLUMNS * 4 +
+         (rows + 15) / 16 * 16 * ((columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS * PRODUCT_COLUMNS) * 4;
 }
 
 struct ProductKernels {  // null where the processor has no bfloat16
@@ -103,15 +106,19 @@ struct TrainKernels {
   void (*norm_grad)(Real t, const Norm& n, const NormGrad& g, int64_t row0, int64_t row1);
   void (*swiglu)(Real t, const void* gate, const void* up, int64_t begin, int64_t end, void* out);  // multiples of 16
   // grad of silu(gate) * up: to_gate and to_up, which may be grad itself, and the product again
-  void (*swiglu_grad)(Real t, const void* gate, const void* up, const void* grad, int64_t begin, int64_t end, void* to_gate, void* to_up, void* product);
-  void (*texts)(Real t, const Texts& x, const TextsOut& to, int64_t first, int64_t last, int64_t kv_head, float* scratch);
-  void (*texts_grad)(Real t, const Texts& x, const TextsGrad& g, int64_t first, int64_t last, int64_t kv_head, float* scratch);
+  void (*swiglu_grad)(Real t, const void* gate, const void* up, const void* grad, int64_t begin, int64_t end,
+                      void* to_gate, void* to_up, void* product);
+  void (*texts)(Real t, const Texts& x, const TextsOut& to, int64_t first, int64_t last, int64_t kv_head,
+                float* scratch);
+  void (*texts_grad)(Real t, const Texts& x, const TextsGrad& g, int64_t first, int64_t last, int64_t kv_head,
+                     float* scratch);
   // x without what is dropped, the rest scaled, + added (or null); values [begin, end), begin a multiple of 32
   void (*drop)(Real t, const void* x, const Dropout& d, const void* added, int64_t begin, int64_t end, void* out);
   // log p(target) of one row of logits; with `factor`, the logits become factor * (1 at the target - p)
   float (*log_prob)(Real t, void* logits, int64_t vocabulary, int64_t target, const float* factor, float* scratch);
   // values [begin, end), multiples of the block, of two codes a byte, the first in the high nibble
-  void (*unpack4)(Real t, const uint8_t* codes, const float* scales, const float* table, int64_t block, int64_t begin, int64_t end, void* out);
+  void (*unpack4)(Real t, const uint8_t* codes, const float* scales, const float* table, int64_t block, int64_t begin,
+                  int64_t end, void* out);
   ProductKernels product;
 };
 

@@ -36,7 +36,10 @@ INLINE F rounded(Half, F v) {  // to bfloat16 and back, as a tensor in between w
 template <class T>
 float inverse_rms(const typename T::V* x, int64_t width, float eps) {
   F s = fzero();
-  for (int64_t i = 0; i < width; i += 16) { F v = T::load(x + i); s = fma(v, v, s); }
+  for (int64_t i = 0; i < width; i += 16) {
+    F v = T::load(x + i);
+    s = fma(v, v, s);
+  }
   return 1.0f / __builtin_sqrtf(hsum(s) / (float)width + eps);
 }
 
@@ -48,7 +51,8 @@ void norm_rows(const Norm& n, int64_t row0, int64_t row1, void* out) {
     const V* x = (const V*)n.x + row * n.width;
     F r = fset(inverse_rms<T>(x, n.width, n.eps));
     V* y = (V*)out + row * n.width;
-    for (int64_t i = 0; i < n.width; i += 16) T::store(y + i, mul(rounded(T{}, mul(T::load(x + i), r)), T::load(w + i)));
+    for (int64_t i = 0; i < n.width; i += 16)
+      T::store(y + i, mul(rounded(T{}, mul(T::load(x + i), r)), T::load(w + i)));
   }
 }
 
@@ -82,7 +86,8 @@ void swiglu_values(const void* gate, const void* up, int64_t begin, int64_t end,
 }
 
 template <class T>
-void swiglu_grad_values(const void* gate, const void* up, const void* grad, int64_t begin, int64_t end, void* to_gate, void* to_up, void* product) {
+void swiglu_grad_values(const void* gate, const void* up, const void* grad, int64_t begin, int64_t end, void* to_gate,
+                        void* to_up, void* product) {
   using V = typename T::V;
   F one = fset(1.0f);
   for (int64_t i = begin; i < end; i += 16) {
@@ -129,7 +134,8 @@ void drop_values(const void* x, const Dropout& d, const void* added, int64_t beg
         T::store(to + i + j, more ? add(v, T::load(more + i + j)) : v);
       }
     } else {
-      for (int64_t j = 0; i + j < end; ++j) to[i + j] = T::put(T::one(from[i + j]) * keep[j] + (more ? T::one(more[i + j]) : 0.0f));
+      for (int64_t j = 0; i + j < end; ++j)
+        to[i + j] = T::put(T::one(from[i + j]) * keep[j] + (more ? T::one(more[i + j]) : 0.0f));
     }
   }
 }
@@ -148,18 +154,18 @@ struct Left {  // element (m, k) of a matrix at p[m * rows + k * cols]
 template <int M, int N>
 INLINE void product_block(const Left& a, int64_t depth, const float* b, int64_t ldb, float* c, int64_t ldc, bool more) {
   F acc[M][N];
-  UNROLL(8) for (int m = 0; m < M; ++m)
-    UNROLL(8) for (int n = 0; n < N; ++n) acc[m][n] = more ? fload(c + m * ldc + 16 * n) : fzero();
+  UNROLLED(8, m, M)
+    UNROLLED(8, n, N) acc[m][n] = more ? fload(c + m * ldc + 16 * n) : fzero();
   for (int64_t k = 0; k < depth; ++k) {
     F v[N];
-    UNROLL(8) for (int n = 0; n < N; ++n) v[n] = fload(b + k * ldb + 16 * n);
-    UNROLL(8) for (int m = 0; m < M; ++m) {
+    UNROLLED(8, n, N) v[n] = fload(b + k * ldb + 16 * n);
+    UNROLLED(8, m, M) {
       F x = fset(a.p[m * a.rows + k * a.cols]);
-      UNROLL(8) for (int n = 0; n < N; ++n) acc[m][n] = fma(x, v[n], acc[m][n]);
+      UNROLLED(8, n, N) acc[m][n] = fma(x, v[n], acc[m][n]);
     }
   }
-  UNROLL(8) for (int m = 0; m < M; ++m)
-    UNROLL(8) for (int n = 0; n < N; ++n) fstore(c + m * ldc + 16 * n, acc[m][n]);
+  UNROLLED(8, m, M)
+    UNROLLED(8, n, N) fstore(c + m * ldc + 16 * n, acc[m][n]);
 }
 
 #ifdef __AVX512F__
@@ -176,24 +182,21 @@ void product_panel(Left a, int64_t rows, int64_t depth, const float* b, int64_t 
 }
 
 // c (rows, columns) = a (rows, depth) b (depth, columns), or added to it; columns: a multiple of 16.
-void small_product(Left a, int64_t rows, int64_t depth, const float* b, int64_t ldb, int64_t columns, float* c, int64_t ldc, bool more = false) {
+void small_product(Left a, int64_t rows, int64_t depth, const float* b, int64_t ldb, int64_t columns, float* c,
+                   int64_t ldc, bool more = false) {
   int64_t n = 0;
   for (; n + 16 * PANEL <= columns; n += 16 * PANEL) product_panel<PANEL>(a, rows, depth, b + n, ldb, c + n, ldc, more);
   for (; n < columns; n += 16) product_panel<1>(a, rows, depth, b + n, ldb, c + n, ldc, more);
 }
 
-struct Take {  // pieces of the scratch memory, one behind the other
-  float* at;
-  float* floats(int64_t n) { float* p = at; at += sixteens(n); return p; }
-  uint32_t* pairs(int64_t n) { return (uint32_t*)floats(n); }
-  uint16_t* halves(int64_t n) { return (uint16_t*)floats((n + 1) / 2); }
-};
-
 template <class T>
 struct Heads {  // one head of tokens [first, last) in [token][heads][width]
   typename T::V* at;
   int64_t stride, width;
-  Heads(const void* p, int64_t first, int64_t head, int64_t heads, int64_t w) : at((typename T::V*)p + (first * heads + head) * w), stride(heads * w), width(w) {}
+  Heads(const void* p, int64_t first, int64_t head, int64_t heads, int64_t w)
+      : at((typename T::V*)p + (first * heads + head) * w),
+        stride(heads * w),
+        width(w) {}
 
   bool vectors() const { return width % 32 == 0; }  // halves of whole registers
 
@@ -240,9 +243,9 @@ INLINE void transpose(const float* from, int64_t rows, int64_t columns, int64_t 
 template <class T>
 void texts_forward(const Texts& x, const TextsOut& to, int64_t first, int64_t last, int64_t kv_head, float* scratch) {
   int64_t n = last - first, wide = sixteens(n), e = x.width, ep = sixteens(e), group = x.heads / x.kv_heads;
-  Take take{scratch};
-  float *v = take.floats(wide * ep), *k = take.floats(wide * ep), *kt = take.floats(ep * wide);
-  float *q = take.floats(ROWS * ep), *s = take.floats(ROWS * wide), *o = take.floats(ROWS * ep);
+  Bump memory(scratch);
+  float *v = memory.take<float>(wide * ep), *k = memory.take<float>(wide * ep), *kt = memory.take<float>(ep * wide);
+  float *q = memory.take<float>(ROWS * ep), *s = memory.take<float>(ROWS * wide), *o = memory.take<float>(ROWS * ep);
   __builtin_memset(v, 0, (size_t)(q - v) * 4);
   __builtin_memset(q, 0, ROWS * ep * 4);
   Heads<T> keys(x.k, first, kv_head, x.kv_heads, e), values(x.v, first, kv_head, x.kv_heads, e);
@@ -284,11 +287,11 @@ void texts_forward(const Texts& x, const TextsOut& to, int64_t first, int64_t la
 template <class T>
 void texts_backward(const Texts& x, const TextsGrad& g, int64_t first, int64_t last, int64_t kv_head, float* scratch) {
   int64_t n = last - first, wide = sixteens(n), e = x.width, ep = sixteens(e), group = x.heads / x.kv_heads;
-  Take take{scratch};
-  float *k = take.floats(wide * ep), *kt = take.floats(ep * wide), *vt = take.floats(ep * wide);
-  float *dk = take.floats(wide * ep), *dv = take.floats(wide * ep);
-  float *q = take.floats(ROWS * ep), *d = take.floats(ROWS * ep), *dq = take.floats(ROWS * ep);
-  float *s = take.floats(ROWS * wide), *ds = take.floats(ROWS * wide);
+  Bump memory(scratch);
+  float *k = memory.take<float>(wide * ep), *kt = memory.take<float>(ep * wide), *vt = memory.take<float>(ep * wide);
+  float *dk = memory.take<float>(wide * ep), *dv = memory.take<float>(wide * ep);
+  float *q = memory.take<float>(ROWS * ep), *d = memory.take<float>(ROWS * ep), *dq = memory.take<float>(ROWS * ep);
+  float *s = memory.take<float>(ROWS * wide), *ds = memory.take<float>(ROWS * wide);
   __builtin_memset(k, 0, (size_t)(s - k) * 4);
   Heads<T> keys(x.k, first, kv_head, x.kv_heads, e), values(x.v, first, kv_head, x.kv_heads, e);
   const float *cos = x.cos + first * e, *sin = x.sin + first * e;
@@ -369,7 +372,8 @@ float log_prob_row(void* logits, int64_t vocabulary, int64_t target, const float
 }
 
 template <class T>
-void unpack4_values(const uint8_t* codes, const float* scales, const float* table, int64_t block, int64_t begin, int64_t end, void* out) {
+void unpack4_values(const uint8_t* codes, const float* scales, const float* table, int64_t block, int64_t begin,
+                    int64_t end, void* out) {
   using V = typename T::V;
   float pairs[512];
   for (int c = 0; c < 256; ++c) {
@@ -394,8 +398,10 @@ void unpack4_values(const uint8_t* codes, const float* scales, const float* tabl
 }
 
 #ifdef __AVX512BF16__
+// clang-format off: the second is written over the first
 #include "kernels/gemm_bf16.inl"
 #include "kernels/attention_varlen.inl"
+// clang-format on
 #else
 constexpr ProductKernels PRODUCTS = {nullptr, nullptr};
 constexpr auto texts_forward_bf16 = texts_forward<Half>;
@@ -405,17 +411,32 @@ constexpr auto texts_backward_bf16 = texts_backward<Half>;
 #define EITHER(function, ...) (t == Real::F32 ? function<Wide>(__VA_ARGS__) : function<Half>(__VA_ARGS__))
 
 void train_norm(Real t, const Norm& n, int64_t a, int64_t b, void* out) { EITHER(norm_rows, n, a, b, out); }
-void train_norm_grad(Real t, const Norm& n, const NormGrad& g, int64_t a, int64_t b) { EITHER(norm_grad_rows, n, g, a, b); }
-void train_swiglu(Real t, const void* gate, const void* up, int64_t a, int64_t b, void* out) { EITHER(swiglu_values, gate, up, a, b, out); }
-void train_swiglu_grad(Real t, const void* gate, const void* up, const void* grad, int64_t a, int64_t b, void* to_gate, void* to_up, void* product) {
+void train_norm_grad(Real t, const Norm& n, const NormGrad& g, int64_t a, int64_t b) {
+  EITHER(norm_grad_rows, n, g, a, b);
+}
+void train_swiglu(Real t, const void* gate, const void* up, int64_t a, int64_t b, void* out) {
+  EITHER(swiglu_values, gate, up, a, b, out);
+}
+void train_swiglu_grad(Real t, const void* gate, const void* up, const void* grad, int64_t a, int64_t b, void* to_gate,
+                       void* to_up, void* product) {
   EITHER(swiglu_grad_values, gate, up, grad, a, b, to_gate, to_up, product);
 }
-void train_texts(Real t, const Texts& x, const TextsOut& to, int64_t a, int64_t b, int64_t head, float* s) { t == Real::F32 ? texts_forward<Wide>(x, to, a, b, head, s) : texts_forward_bf16(x, to, a, b, head, s); }
-void train_texts_grad(Real t, const Texts& x, const TextsGrad& g, int64_t a, int64_t b, int64_t head, float* s) { t == Real::F32 ? texts_backward<Wide>(x, g, a, b, head, s) : texts_backward_bf16(x, g, a, b, head, s); }
-void train_drop(Real t, const void* x, const Dropout& d, const void* added, int64_t a, int64_t b, void* out) { EITHER(drop_values, x, d, added, a, b, out); }
-float train_log_prob(Real t, void* logits, int64_t v, int64_t target, const float* factor, float* s) { return EITHER(log_prob_row, logits, v, target, factor, s); }
-void train_unpack4(Real t, const uint8_t* codes, const float* scales, const float* table, int64_t block, int64_t a, int64_t b, void* out) {
+void train_texts(Real t, const Texts& x, const TextsOut& to, int64_t a, int64_t b, int64_t head, float* s) {
+  t == Real::F32 ? texts_forward<Wide>(x, to, a, b, head, s) : texts_forward_bf16(x, to, a, b, head, s);
+}
+void train_texts_grad(Real t, const Texts& x, const TextsGrad& g, int64_t a, int64_t b, int64_t head, float* s) {
+  t == Real::F32 ? texts_backward<Wide>(x, g, a, b, head, s) : texts_backward_bf16(x, g, a, b, head, s);
+}
+void train_drop(Real t, const void* x, const Dropout& d, const void* added, int64_t a, int64_t b, void* out) {
+  EITHER(drop_values, x, d, added, a, b, out);
+}
+float train_log_prob(Real t, void* logits, int64_t v, int64_t target, const float* factor, float* s) {
+  return EITHER(log_prob_row, logits, v, target, factor, s);
+}
+void train_unpack4(Real t, const uint8_t* codes, const float* scales, const float* table, int64_t block, int64_t a,
+                   int64_t b, void* out) {
   EITHER(unpack4_values, codes, scales, table, block, a, b, out);
 }
 
-constexpr TrainKernels TRAIN = {train_norm, train_norm_grad, train_swiglu, train_swiglu_grad, train_texts, train_texts_grad, train_drop, train_log_prob, train_unpack4, PRODUCTS};
+constexpr TrainKernels TRAIN = {train_norm,       train_norm_grad, train_swiglu,   train_swiglu_grad, train_texts,
+                                train_texts_grad, train_drop,      train_log_prob, train_unpack4,     PRODUCTS};

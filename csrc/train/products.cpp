@@ -9,8 +9,8 @@
 namespace llama2 {
 namespace {
 
-// Columns [0, whole) in jobs of `columns` and all of `rows`; those behind in jobs of `columns` and `few` rows, so that the
-// threads end together. A job packs its columns of B: with fewer rows that is more of the work.
+// Columns [0, whole) in jobs of `columns` and all of `rows`; those behind in jobs of `columns` and `few` rows, so that
+// the threads end together. A job packs its columns of B: with fewer rows that is more of the work.
 struct Plan {
   int64_t rows, few, columns, whole;
 };
@@ -20,7 +20,8 @@ int64_t twelve(int64_t rows) { return (rows + 11) / 12 * 12; }  // tiles have 6 
 Plan plan_of(const Products& p, int threads) {
   int64_t depth = 0, panels = (p.columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS, group = 1;
   for (int i = 0; i < p.count; ++i) depth += (p.terms[i].depth + 1) / 2 * 2;
-  int64_t rows = std::min<int64_t>(p.rows, 1024), few = std::max<int64_t>(96, (rows + 2 * threads - 1) / (2 * threads)), whole = 0;
+  int64_t rows = std::min<int64_t>(p.rows, 1024), few = std::max<int64_t>(96, (rows + 2 * threads - 1) / (2 * threads)),
+          whole = 0;
   if (depth <= PRODUCT_DEPTH || panels >= 8 * threads) {
     // Sums over a depth of several panels take columns together, so that A comes from memory once a block of the depth.
     if (depth > PRODUCT_DEPTH) group = std::min<int64_t>(panels / (4 * threads), 12);

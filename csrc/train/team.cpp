@@ -36,8 +36,11 @@ void run_team(Pool& pool, const std::function<void(int, int)>& work) {
   if (!o.there()) return pool.run([&](int thread) { work(thread, pool.size()); });
   int threads = o.most();
   if (threads < 2) return work(0, 1);
-  o.parallel([](void* data) { (*static_cast<const std::function<void(int, int)>*>(data))(open_mp().number(), open_mp().count()); },
-             const_cast<void*>(static_cast<const void*>(&work)), static_cast<unsigned>(threads), 0);
+  o.parallel(
+      [](void* data) {
+        (*static_cast<const std::function<void(int, int)>*>(data))(open_mp().number(), open_mp().count());
+      },
+      const_cast<void*>(static_cast<const void*>(&work)), static_cast<unsigned>(threads), 0);
 }
 
 }  // namespace llama2

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "engine/pool.h"
+#include "kernels/bump.h"
 #include "kernels/training.h"
 
 namespace llama2 {
@@ -13,8 +14,8 @@ struct Scratch {  // memory of a thread that stays, aligned, not cleared
   std::unique_ptr<uint8_t[]> bytes;
   int64_t size = 0;
   void* take(int64_t n) {
-    if (size < n + 64) bytes.reset(new uint8_t[size = n + 64]);
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) / 64 * 64);
+    if (size < n + Bump::LINE) bytes.reset(new uint8_t[size = n + Bump::LINE]);
+    return Bump(bytes.get()).take<uint8_t>(n);
   }
 };
 

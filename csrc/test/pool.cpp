@@ -1,0 +1,127 @@
+// The threads: that spin, yield or sleep between runs, of several callers, on one processor, in a forked child; and the
+// team that training runs on, which is the pool or torch's own OpenMP threads.
+#include <dlfcn.h>
+#include <sched.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "test/support.h"
+#include "train/team.h"
+
+namespace check {
+
+#ifdef __SANITIZE_THREAD__
+bool forks = false;  // ThreadSanitizer allows no threads in a child, and sees no synchronisation inside libgomp
+#else
+bool forks = true;
+#endif
+
+namespace {
+
+void check_team(bool open_mp) {  // every thread of the team once, as often as it is asked
+  Pool pool(3, {});
+  for (int round = 0; round < 50; ++round) {
+    std::vector<int> seen(64);
+    int count = 0;
+    run_team(pool, [&](int thread, int threads) {
+      ++seen[thread];
+      if (thread == 0) count = threads;
+    });
+    for (int i = 0; i < 64; ++i)
+      if (seen[i] != (i < count)) return expect(false, "team", open_mp ? "OpenMP" : "pool", i, seen[i], count);
+    expect(count == (open_mp ? 2 : 3), "size of the team", open_mp ? "OpenMP" : "pool", count, 0, 0);
+  }
+}
+
+int in_child(const std::function<bool()>& work) {  // 0: it came back true
+  std::fflush(stdout);
+  pid_t child = fork();
+  if (child == 0) {
+    bool fine = work();
+    std::fflush(stdout);
+    _exit(fine ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return status;
+}
+
+bool turns(Pool& pool, int rounds) {  // threads write to one plain variable in turns; barriers alone keep them apart
+  int64_t written = 0, idle = 0, want = 0;
+  std::vector<int64_t> each(pool.size() * 16);
+  for (int round = 0; round < rounds; ++round) {
+    pool.run([&](int id) {
+      for (int i = 0; i < pool.size(); ++i) {
+        if (i == id) ++written;
+        pool.barrier([&] { each[id * 16] |= 1; });
+      }
+    });
+    want += pool.size();
+    if (written != want) return false;
+    if (round % 16 == 5) std::this_thread::sleep_for(std::chrono::microseconds(300));  // they spin still, or yield
+    if (round % 16 == 15) std::this_thread::sleep_for(std::chrono::milliseconds(4));   // they sleep
+  }
+  for (int64_t i : each) idle += i;
+  return idle <= pool.size();
+}
+
+}  // namespace
+
+void check_pool() {
+  for (int threads : {1, 2, 3, 5}) {
+    Pool pool(threads, {});
+    expect(turns(pool, 64), "turns", "", threads, 0, 0);
+    for (int i = 0; i < 5; ++i) Pool(threads, {});  // ends while its threads begin
+  }
+  cpu_set_t allowed;
+  sched_getaffinity(0, sizeof allowed, &allowed);
+  int cpu = 0;
+  while (!CPU_ISSET(cpu, &allowed)) ++cpu;
+  Pool pinned(2, {cpu, cpu});
+  expect(turns(pinned, 16), "turns on one processor", "", 0, 0, 0);
+  cpu_set_t after;
+  sched_getaffinity(0, sizeof after, &after);
+  expect(CPU_EQUAL(&allowed, &after), "the caller is left pinned", "", 0, 0, 0);
+  Pool pool(2, {});
+  int64_t calls = 0;  // by several callers, one after the other
+  auto call = [&] {
+    for (int i = 0; i < 50; ++i) pool.run([&](int id) { calls += id == 0; });
+  };
+  std::vector<std::thread> callers;
+  callers.reserve(3);
+  for (int i = 0; i < 3; ++i) callers.emplace_back(call);
+  for (auto& c : callers) c.join();
+  expect(calls == 150, "calls of several threads", "", calls, 0, 0);
+  expect(ping_pong(pool, 100) > 0, "ping-pong", "", 0, 0, 0);
+  if (forks) expect(in_child([&] { return turns(pool, 20); }) == 0, "a forked child", "", 0, 0, 0);
+}
+
+void check_teams(const Isas& isas) {
+  if (forks) {  // torch's team in a child, because this process must have none to try the pool
+    int status = in_child([&] {
+      setenv("OMP_NUM_THREADS", "2", 1);
+      if (!dlopen("libgomp.so.1", RTLD_NOW | RTLD_GLOBAL))
+        return std::printf("no libgomp: its team was not checked\n") > 0;
+      check_team(true);
+      Pool pool(3, {});
+      check_training({isas.front()}, pool);
+      check_gemm({isas.front()}, pool);
+      std::printf("OpenMP's team checked\n");
+      return failures() == 0;
+    });
+    expect(status == 0, "OpenMP's team", "", status, 0, 0);
+  }
+  check_team(false);
+  Pool pool(3, {});
+  check_training(isas, pool);
+  check_gemm(isas, pool);
+}
+
+}  // namespace check
