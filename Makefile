@@ -1,6 +1,6 @@
 # make demo     set up, then a real Llama-architecture model answers
 # make test     set up, then the test suite passes
-# make check    format, lint, types and the map of imports
+# make check    format, lint, types, the map of imports; csrc by clang-format and clang-tidy
 # make parity   the comparisons with transformers and gguf (installs them)
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
 # make parity-bitsandbytes  packed weights and files beside bitsandbytes, in an environment of its own
@@ -13,6 +13,7 @@
 # make bench    every measured claim, beside its rival
 # make bench-train  training beside TRL and PEFT, in an environment of their own
 # make check-native  the kernels under sanitizers (needs cmake, a C++ compiler)
+# make fuzz-native   the compiled module under sanitizers, called with changed arguments; make fuzz does it too
 # make gpu-check  parity and speed on a CUDA machine; says so where there is none
 
 PYTHON ?= python3
@@ -62,12 +63,14 @@ check: .make/test
 	$(BIN)/ruff format --check src tests bench examples tools
 	$(BIN)/ruff check src tests bench examples tools
 	$(BIN)/mypy
+	$(BIN)/python tools/check_native_style.py
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 format: .make/test
 	$(BIN)/python tools/write_stub.py
 	$(BIN)/ruff check --fix src tests bench examples tools
 	$(BIN)/ruff format src tests bench examples tools
+	$(BIN)/python tools/check_native_style.py --fix
 
 parity: .make/parity
 	$(BIN)/python -m pytest -m parity
@@ -161,6 +164,7 @@ fuzz: .make/test
 	LLAMA2_FUZZ=$(FUZZ) LLAMA2_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/serve/test_fuzz.py tests/hostile/test_fuzz_files.py -o timeout=36000
 	LLAMA2_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_interruptions.py -o timeout=36000
 	LLAMA2_KILLS=$(KILLS) LLAMA2_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -m slow tests/test_kills.py -o timeout=36000
+	$(MAKE) fuzz-native CALLS=$(FUZZ)
 
 .make/bench: .make/parity
 	$(PIP) 'llama-cpp-python[server]==0.3.36'
@@ -191,17 +195,39 @@ bench-train: .make/demo .make/bench-train
 	for mode in lora full dpo; do LLAMA2_TRL_PYTHON=$(VENV)-trl/bin/python $(BIN)/python bench/train.py --mode $$mode || exit 1; done
 	$(BIN)/python bench/train.py --mode qlora --shape 1.1b --batch 1 --rounds 2
 
-# Kernels and step under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; NEON where qemu is installed.
-check-native:
-	cmake -S . -B build/check -DLLAMA2_CHECK=ON -DLLAMA2_SANITIZE=address,undefined
-	cmake --build build/check && build/check/check_native
-	cmake -S . -B build/tsan -DLLAMA2_CHECK=ON -DLLAMA2_SANITIZE=thread
-	cmake --build build/tsan && build/tsan/check_native
+# Kernels, step and threads without Python (csrc/test): each mode and what it is for stand in docs/native.md.
+JOBS ?= $(shell nproc)
+NATIVE := cmake -S . -DLLAMA2_CHECK=ON -DLLAMA2_MODULE=OFF
+SANITIZED := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_stack_use_after_return=1
+.PHONY: check-native-address check-native-thread check-native-neon fuzz-native
+check-native: check-native-address check-native-thread check-native-neon
+
+check-native-address:
+	$(NATIVE) -B build/check -DLLAMA2_SANITIZE=address,undefined
+	cmake --build build/check -j $(JOBS) --target check_native
+	$(SANITIZED) build/check/check_native
+
+# What the threads share is the same for every instruction set: one, and the scalar kernels it is compared with.
+check-native-thread:
+	$(NATIVE) -B build/tsan -DLLAMA2_SANITIZE=thread -DLLAMA2_ISAS=avx2
+	cmake --build build/tsan -j $(JOBS) --target check_native
+	build/tsan/check_native --family models --family training --family pool
+
+check-native-neon:
 	if command -v qemu-aarch64 aarch64-linux-gnu-g++; then \
-	  cmake -S . -B build/neon -DLLAMA2_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ && cmake --build build/neon && \
+	  $(NATIVE) -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ && cmake --build build/neon -j $(JOBS) && \
 	  qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu max build/neon/check_native --no-forks; \
 	else echo "qemu-aarch64 or the aarch64 compiler is not installed: NEON was not checked"; fi
+
+# The compiled module under the same sanitizers, called with arguments changed at random (tests/hostile/calls.py).
+CALLS ?= 5000
+fuzz-native: .make/test
+	cmake -S . -B build/check -DLLAMA2_CHECK=ON -DLLAMA2_MODULE=ON -DLLAMA2_SANITIZE=address,undefined \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake --build build/check -j $(JOBS) --target _native
+	LLAMA2_CALLS=$(CALLS) LLAMA2_FUZZ_SEED=$(SEED) LLAMA2_SANITIZED_MODULE=$$(ls build/check/_native*.so) \
+	  $(BIN)/python -m pytest tests/hostile/test_calls.py -o timeout=36000
 
 gpu-check: .make/demo
 	$(BIN)/python bench/gpu.py
