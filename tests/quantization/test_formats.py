@@ -1,5 +1,8 @@
 """The table of formats: one row a format, and the same rows in csrc."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -63,6 +66,24 @@ def test_the_table_of_csrc_is_this_one() -> None:
         raw, out = np.zeros(512 // row.weights * row.bytes, np.uint8), np.ones((1, 512), np.float32)
         compiled.native().unpack_blocks(compiled.make_pool(1), raw, number, out)
         assert not out.any(), row.id
+
+
+@needs_engine
+def test_each_packed_block_has_the_layout_that_its_row_names() -> None:
+    """Number, name, block and layout: csrc/engine/pack.cpp beside the rows here."""
+    rows = {(row.ggml, row.id, row.weights, row.bytes, row.engine) for row in BLOCKS.values()}
+    there = set(compiled.native().block_types())
+    assert there <= rows
+    assert {row[1] for row in there} == set(PACKED_BLOCKS)
+
+
+def test_the_readme_of_csrc_names_every_layout() -> None:
+    csrc = Path(__file__).parents[2] / "csrc"
+    listed = re.findall(r"^  ([A-Z]\w+) = \d+,", (csrc / "kernels" / "kernels.h").read_text(), re.MULTILINE)
+    table = re.findall(r"^\| ([A-Z][\w, ]*) \|", (csrc / "README.md").read_text(), re.MULTILINE)
+    assert len(listed) >= 16 and sorted(", ".join(table).split(", ")) == sorted(listed)
+    engine = {name for row in FORMATS for name in row.engine.split(", ") if name.isupper()}
+    assert engine <= set(listed)
 
 
 def test_an_unknown_method_is_told_with_those_that_are_read() -> None:
