@@ -87,6 +87,17 @@ void Pool::worker(int id, uint32_t seen) {
   }
 }
 
+void Pool::sleep_until_after(uint32_t phase) {
+  waiting_.fetch_add(1, std::memory_order_seq_cst);
+  if (phase_.load(std::memory_order_seq_cst) == phase) {
+    sleeps_.fetch_add(1, std::memory_order_relaxed);
+    futex_wait(&phase_, phase);
+  }
+  waiting_.fetch_sub(1, std::memory_order_seq_cst);
+}
+
+void Pool::wake_waiting() { futex_wake(&phase_); }
+
 void Pool::run(const std::function<void(int)>& work) {
   std::lock_guard<std::mutex> lock(one_at_a_time_);
   if (getpid() != owner_) {  // after fork: the workers stayed in the parent
@@ -94,6 +105,7 @@ void Pool::run(const std::function<void(int)>& work) {
     threads_.clear();
     arrived_.store(0);
     sleepers_.store(0);
+    waiting_.store(0);
     start();
   }
   Pinned pin(size_ > 1 && !cpus_.empty() ? cpus_[0] : -1);

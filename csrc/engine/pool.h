@@ -1,4 +1,5 @@
-// Threads that run one function together: spin briefly while work is near, sleep in the kernel when it is not.
+// Threads that run one function together: they spin briefly while work or the others are near, and sleep in the kernel
+// when they are not.
 #pragma once
 #include <sched.h>
 
@@ -20,6 +21,7 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   int size() const { return size_; }
+  uint64_t sleeps() const { return sleeps_.load(std::memory_order_relaxed); }  // in barriers, so far
   void run(const std::function<void(int)>& work);  // work(thread) on every thread; returns when all have finished
   void barrier() {
     barrier([] {});
@@ -30,6 +32,8 @@ class Pool {
  private:
   void start();
   void worker(int id, uint32_t seen);
+  void sleep_until_after(uint32_t phase);
+  void wake_waiting();
 
   int size_;
   std::vector<int> cpus_;
@@ -42,9 +46,13 @@ class Pool {
   alignas(64) std::atomic<bool> quit_{false};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
+  std::atomic<uint32_t> waiting_{0};  // that sleep in a barrier
+  std::atomic<uint64_t> sleeps_{0};
 };
 
-constexpr int PATIENCE = 20000;  // turns inside a barrier before yielding the core to whoever wants it
+// Turns inside a barrier before a thread sleeps: 100 to 200 us, a few times what a wake-up costs. Who comes later than
+// that has lost its core to another process, and gets it back sooner from a sleeper than from one that spins.
+constexpr int PATIENCE = 4000;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -60,13 +68,14 @@ void Pool::barrier(Idle&& idle) {
   uint32_t phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
     arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
+    phase_.store(phase + 1, std::memory_order_seq_cst);
+    if (waiting_.load(std::memory_order_seq_cst)) wake_waiting();
     return;
   }
   for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) {
     idle();
     if (spin < PATIENCE) relax();
-    else sched_yield();
+    else sleep_until_after(phase);
   }
 }
 

@@ -72,9 +72,28 @@ bool turns(Pool& pool, int rounds) {  // threads write to one plain variable in 
   return idle <= pool.size();
 }
 
+// A thread that comes late to a barrier finds the others asleep; one that is there in time, awake.
+void check_late(int threads) {
+  Pool pool(threads, {});
+  auto rounds = [&](int count, std::chrono::milliseconds late) {
+    uint64_t before = pool.sleeps();
+    pool.run([&](int id) {
+      for (int i = 0; i < count; ++i) {
+        if (id == i % threads) std::this_thread::sleep_for(late);
+        pool.barrier();
+      }
+    });
+    return static_cast<int64_t>(pool.sleeps() - before);
+  };
+  int64_t slept = rounds(6, std::chrono::milliseconds(20));
+  // Each of 6 times all but the late one sleep; on a busy machine some of them may be late themselves.
+  expect(slept >= 3 * (threads - 1), "sleeps beside a late thread", "", threads, slept, 0);
+}
+
 }  // namespace
 
 void check_pool() {
+  for (int threads : {2, 3}) check_late(threads);
   for (int threads : {1, 2, 3, 5}) {
     Pool pool(threads, {});
     expect(turns(pool, 64), "turns", "", threads, 0, 0);
