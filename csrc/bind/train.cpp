@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -98,6 +99,7 @@ void norm_grad(Pool& pool, Tensor x, Tensor weight, float eps, Tensor grad, std:
     }
     kernels().norm_grad(t, n, mine, a, b);
   });
+  if (!to_weight) return;
   for (const auto& sum : sums)
     for (size_t i = 0; i < sum.size(); ++i) to_weight->data()[i] += sum[i];
 }
@@ -125,7 +127,7 @@ void drop(Pool& pool, Tensor x, uint64_t seed, double share, std::optional<Tenso
   same(x, out);
   if (added) same(x, *added);
   require(share >= 0 && share < 1, "the share that is dropped lies in [0, 1)");
-  Dropout d{seed, std::min<uint32_t>(65535, static_cast<uint32_t>(share * 65536 + 0.5))};
+  Dropout d{seed, std::min<uint32_t>(65535, static_cast<uint32_t>(std::lround(share * 65536)))};
   Real t = real_of(x);
   pieces(pool, size_of(x), 32, [&](int64_t a, int64_t b, int) {
     kernels().drop(t, x.data(), d, added ? added->data() : nullptr, a, b, out.data());

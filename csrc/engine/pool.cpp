@@ -131,7 +131,8 @@ double ping_pong(Pool& pool, int rounds) {
     }
     if (id == 0) {
       std::chrono::duration<double> d = std::chrono::steady_clock::now() - start;
-      seconds = d.count() / static_cast<double>(rounds - rounds / 10 - 1);
+      int untimed = rounds / 10 + 1;
+      seconds = d.count() / (rounds - untimed);
     }
   });
   return seconds;
