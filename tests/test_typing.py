@@ -13,9 +13,9 @@ import llama2
 from llama2.call_options import AsStored, ConfigOptions, GenerationSettings, TokenizerOptions
 from llama2.checkpoint import load, quantized, save
 from llama2.checkpoint.source import HUB_OPTIONS
+from llama2.generation.call_settings import CALL_ARGUMENTS
 from llama2.generation.config import DEFAULTS
 from llama2.generation.loop import compute_transition_scores, generate
-from llama2.generation.request import CALL_ARGUMENTS
 from llama2.model_methods import LOAD_DEFAULTS, LoadOptions, ModelMethods
 from llama2.tokenizer import LlamaTokenizer, LlamaTokenizerFast
 

@@ -16,8 +16,8 @@ from llama2.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 from llama2.checkpoint.arguments import resolve_device
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
+from llama2.generation.call_settings import CALL_ARGUMENTS
 from llama2.generation.config import DEFAULTS
-from llama2.generation.request import CALL_ARGUMENTS
 from llama2.keywords import NO_EFFECT
 
 Record = dict[str, Any]

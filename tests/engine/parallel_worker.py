@@ -12,8 +12,9 @@ from llama2 import LlamaForCausalLM
 from llama2.engine.blocks import BlockPool
 from llama2.engine.engine import Engine
 from llama2.engine.parallel import follow, join, load_part
-from llama2.engine.plan_runners import PAGE, TorchPlanRunner
+from llama2.engine.plan_runners import PAGE
 from llama2.engine.scheduler import ScheduledSequence, Scheduler
+from llama2.engine.torch_plan_runner import TorchPlanRunner
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 33, 7, 21, 60, 2, 8, 90, 11] * 4, [1, 2, 3], [44]]

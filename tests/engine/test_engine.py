@@ -17,8 +17,8 @@ from llama2.cpu import PAGE
 from llama2.engine.engine import Engine, EngineBusyError, Event, Stream, look_up
 from llama2.engine.sampler import Choice
 from llama2.engine.stop_text import StopText
+from llama2.generation.call_settings import settings
 from llama2.generation.processors import LogitsProcessorList
-from llama2.generation.request import settings
 
 RUNNERS = ["torch", *(["native"] if cpu.available() else [])]
 WAYS: list[dict[str, Any]] = [

@@ -12,8 +12,8 @@ from tiny import VARIANTS, tiny_config, tiny_model
 
 from llama2 import InputError
 from llama2.engine.parallel import Place, load_part, packed, part_of, unpacked
-from llama2.engine.plan_runners import TorchPlanRunner
 from llama2.engine.scheduler import Chunk, ScheduledSequence
+from llama2.engine.torch_plan_runner import TorchPlanRunner
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 needs_gloo = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")

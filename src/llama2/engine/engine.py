@@ -29,8 +29,8 @@ from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.engine.scoring import PromptScores, scored_limit
 from llama2.engine.stop_text import StopText
 from llama2.errors import ContextLengthError, InputError
+from llama2.generation.call_settings import settings
 from llama2.generation.config import GenerationConfig
-from llama2.generation.request import settings
 from llama2.protocols import CausalLM
 
 DRAFTING = 8  # requests that run, above which a drafter rests

@@ -30,9 +30,9 @@ from llama2.checkpoint.load import fill, match
 from llama2.checkpoint.quantized import settings_of
 from llama2.checkpoint.source import open_source
 from llama2.config import LlamaConfig
-from llama2.engine.plan_runners import TorchPlanRunner
 from llama2.engine.scheduler import Chunk
 from llama2.engine.scheduler import ScheduledSequence as Scheduled
+from llama2.engine.torch_plan_runner import TorchPlanRunner
 from llama2.errors import InputError
 from llama2.generation.config import GenerationConfig
 from llama2.model import LlamaForCausalLM

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llama2.generation.arrays import NUMPY
 from llama2.generation.config import GenerationConfig
 from llama2.generation.fast_sampling import Shortlist, split, whole_draw
 from llama2.generation.filters import Prompt, build_processors
@@ -121,6 +122,5 @@ def _likeliest_ids(logits_V: np.ndarray, count: int) -> np.ndarray:
         return np.zeros(0, np.int64)
     ids = np.arange(size)
     if count < size:
-        least = np.partition(logits_V, size - count)[size - count]
-        ids = np.flatnonzero(logits_V >= least)
+        ids = np.flatnonzero(logits_V >= NUMPY.kth(logits_V[None], count)[0])
     return ids[np.argsort(-logits_V[ids], kind="stable")][:count]

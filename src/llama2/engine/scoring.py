@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from llama2.engine.request import Ask, Event, Score
 from llama2.engine.scheduler import Chunk
@@ -16,8 +15,6 @@ def scores(logits_TV: Any, targets: Sequence[int], endings: Sequence[int] = ()) 
 
     The sum of a row is taken in float64, whatever the logits are in.
     """
-    if isinstance(logits_TV, torch.Tensor):
-        logits_TV = (logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()).numpy()
     most_T = logits_TV.max(-1)
     total_T = np.exp(logits_TV - most_T[:, None]).sum(-1, dtype=np.float64)
     rows = [*range(len(targets)), *[len(targets) - 1] * len(endings)]

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from llama2.errors import InputError
 from llama2.generation.beam import beam_search
+from llama2.generation.call_settings import CALL_ARGUMENTS, settings
 from llama2.generation.config import GenerationConfig
 from llama2.generation.fast_sampling import Shortlist, split
 from llama2.generation.processors import LogitsProcessorList
 from llama2.generation.request import (
-    CALL_ARGUMENTS,
     GenerateArguments,
     Request,
     prepare,
-    settings,
 )
 from llama2.generation.seeded import invalid_logits
 from llama2.generation.speculative import PromptLookup, drafting_model, speculate

@@ -3,7 +3,6 @@
 The buffers are made once. A decoding step then only takes views of them.
 """
 
-import difflib
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +15,7 @@ from torch import Tensor
 from llama2 import cpu
 from llama2.cache import KVCache
 from llama2.errors import ContextLengthError, InputError
-from llama2.generation.config import CACHE_ALIASES, DEFAULTS, GenerationConfig, as_list
+from llama2.generation.config import DEFAULTS, GenerationConfig
 from llama2.generation.filters import Prompt, build_processors
 from llama2.generation.guidance import PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from llama2.generation.outputs import Record
@@ -31,26 +30,10 @@ from llama2.generation.stopping import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from llama2.keywords import drop
-from llama2.plain import plain
 from llama2.protocols import CausalLM
 from llama2.runners.contract import Runner, make_runner
 from llama2.runners.native import NATIVE_CACHES, NativeCache, NativeModel, NativeRunner
-from llama2.runners.prepared import PreparedRunner, arguments_of
-
-CALL_ARGUMENTS = (
-    "attention_mask",
-    "position_ids",
-    "inputs_embeds",
-    "past_key_values",
-    "input_ids",
-    "tokenizer",
-    "assistant_tokenizer",
-    "seed",
-    "generator",
-    "runner",
-    "precision",
-)
+from llama2.runners.prepared import PreparedRunner
 
 
 @dataclass
@@ -143,50 +126,6 @@ class GenerateArguments:
     runner: str | Runner = "auto"
     precision: str = "fast"  # of the activations in the native engine
     extra: dict[str, Any] = field(default_factory=dict)  # arguments of the forward of a model's own class
-
-
-def settings(model: CausalLM, given: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
-    """Takes the settings out of `kwargs`: they win over `given`, that over the model's own, those over the defaults.
-
-    Raises InputError for a keyword that is neither a setting nor an argument, naming the nearest.
-    """
-    own = GenerationConfig.of(getattr(model, "generation_config", None) or GenerationConfig())
-    given = None if given is None else GenerationConfig.of(given)
-    asked = {name: plain(kwargs.pop(name)) for name in list(kwargs) if name in DEFAULTS}
-    drop("generate", kwargs, stacklevel=5)
-    known = {*CALL_ARGUMENTS, *arguments_of(model)}
-    for name in kwargs:
-        if name not in known:
-            near = difflib.get_close_matches(name, [*DEFAULTS, *CALL_ARGUMENTS], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; see GenerationConfig for the settings there are"
-            raise InputError(f"generate() got {name!r}, which is no setting and no argument it knows{hint}")
-    config = (given or GenerationConfig()).over(own)
-    explicit = {**(vars(given) if given is not None else {}), **asked}
-    vars(config).update(asked)
-    if explicit.get("max_length") is not None and explicit.get("max_new_tokens") is None:
-        config.update(max_new_tokens=None)  # the caller's length wins over the one stored with the model
-    config.validate()
-    _settle(config, explicit)
-    config.warn_of_unused(explicit, stacklevel=4)
-    return config
-
-
-def _settle(config: GenerationConfig, explicit: dict[str, Any]) -> None:
-    """Says which of two settings counts, and replaces values that have another name here."""
-    for winner, loser in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
-        if explicit.get(winner) is not None and explicit.get(loser) is not None:
-            warnings.warn(f"{winner} and {loser} are both given; {winner} counts", stacklevel=5)
-    if negative := [i for i in as_list(config.eos_token_id) if i < 0]:
-        warnings.warn(
-            f"eos_token_id holds {negative}, which no token has: no row ends there, only at the length", stacklevel=5
-        )
-    kind = config.cache_implementation
-    if kind in CACHE_ALIASES:
-        if "offloaded" in kind:
-            warnings.warn(
-                f"cache_implementation={kind!r}: nothing is offloaded; the cache stays where the model is", stacklevel=5
-            )
-        config.update(cache_implementation=CACHE_ALIASES[kind])
 
 
 def _prompt(model: CausalLM, call: GenerateArguments, config: GenerationConfig) -> Tensor:

@@ -86,22 +86,3 @@ def _called(function: Callable[..., dict[str, Any]], ids: Tensor, **arguments: A
         names = {p.name for p in parameters}
         arguments = {name: value for name, value in arguments.items() if name in names}
     return dict(function(ids, **arguments))
-
-
-def arguments_of(model: Any) -> set[str]:
-    """The arguments that forward or prepare_inputs_for_generation of a class of another library takes beside ours."""
-    found: set[str] = set()
-    own: set[str] = set()
-    for function in (getattr(type(model), "forward", None), getattr(model, "prepare_inputs_for_generation", None)):
-        if function is not None and not function.__module__.startswith("llama2."):
-            found |= _names(function)
-    if found:
-        for base in (cls for cls in type(model).__mro__ if cls.__module__.startswith("llama2.")):
-            for name in ("forward", "prepare_inputs_for_generation"):
-                own |= _names(vars(base)[name]) if name in vars(base) else set()
-    return found - own
-
-
-def _names(function: Callable[..., Any]) -> set[str]:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds and name != "self"}

@@ -3,11 +3,11 @@
 import base64
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from starlette.responses import Response
 
-from llama2.model import LlamaForCausalLM
+from llama2.engine.plan_runners import packed_weights
+from llama2.lazy import door
 from llama2.serve.dialect import post
 from llama2.serve.errors import Refusal
 from llama2.serve.json_response import answer
@@ -17,6 +17,8 @@ from llama2.serve.openai_completions import encode
 from llama2.serve.served_model import ServedModel
 from llama2.serve.service import RouteCall
 from llama2.serve.validation import Body, Text, Texts
+
+_mean_state = door("engine.torch_plan_runner", "mean_state", "The mean of the last hidden states of a torch model.")
 
 
 class EmbeddingBody(Body):
@@ -34,7 +36,7 @@ def embed(served: ServedModel, body: EmbeddingBody) -> dict[str, Any]:
     model = served.engine.model
     if hasattr(model, "plan_runner"):
         raise Refusal("unable", "this model runs in several processes, which tell no hidden states")
-    if not isinstance(model, LlamaForCausalLM):
+    if packed_weights(model) is not None:
         raise Refusal(
             "unable", "this model is the native engine's alone, which tells no hidden states; --runner torch does"
         )
@@ -56,12 +58,10 @@ def embed(served: ServedModel, body: EmbeddingBody) -> dict[str, Any]:
         _check(row, served.bounds.max_input_tokens, model.config.vocab_size)
     data = []
     for i, row in enumerate(rows):
-        with torch.inference_mode():
-            states_TD = model.model(torch.tensor([row], device=model.device)).last_hidden_state[0]
-            mean_D = torch.nn.functional.normalize(states_TD.float().mean(0), dim=0).cpu()
+        mean_D = _mean_state(model, row)
         vector: Any = mean_D.tolist()
         if body.encoding_format == "base64":
-            vector = base64.b64encode(mean_D.numpy().astype("<f4").tobytes()).decode()
+            vector = base64.b64encode(mean_D.astype("<f4").tobytes()).decode()
         data.append({"object": "embedding", "index": i, "embedding": vector})
     held = sum(map(len, rows))
     return {

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from llama2.engine.draft import Drafter
 from llama2.engine.engine import Engine
 from llama2.engine.plan_runners import PAGE, make_plan_runner
@@ -31,9 +29,11 @@ class Wanted:
     max_client_batch_size: int = 32
 
 
-def available(device: torch.device) -> int:
-    """Bytes that can still be taken on a device."""
+def available(device: Any) -> int:
+    """Bytes that can still be taken on a torch.device."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
     return available_bytes()
 
