@@ -23,6 +23,7 @@ from llama2.serve.lifecycle import Life
 from llama2.serve.metrics import Metrics
 from llama2.serve.policy import Policy
 from llama2.serve.quota import Places, Rate
+from llama2.serve.readers import LARGE, Readers
 from llama2.serve.request import Bounds, GenerationRequest
 from llama2.serve.served_model import ServedModel
 from llama2.serve.session import Mailbox, Session, Times
@@ -55,6 +56,7 @@ class Service:
         self.rate = Rate(policy.tokens_per_minute)
         self.check = Workers(policy.workers, policy.validation_timeout)  # parses, renders, tokenises
         self._compile, self._embed = Workers(1, 0), Workers(1, 0)  # bounded by their own means
+        self.readers, self._prepare = Readers(policy.workers), Workers(1, 0)
         self._mailbox: Mailbox | None = None
 
     # -- the model -----------------------------------------------------------------------------------------------
@@ -121,6 +123,11 @@ class Service:
             raise Refusal("unable", "this server was started without constrained answers; leave the format out")
         return await self._compile(owner, refusing, model.compiler.compiled, constraint, owner)
 
+    async def apart(self, owner: str, task: Callable[..., T], *args: Any) -> T:
+        """What a function of a module gives for a large body, in another process. Raises Refusal."""
+        await self._prepare(owner, self.readers.prepare)
+        return await self.check(owner, self.readers, task, *args)
+
     async def embedded(self, owner: str, task: Callable[..., T], *args: Any) -> T:
         """Runs a forward pass beside the event loop, one at a time. Raises Refusal."""
         return await self._embed(owner, refusing, task, *args)
@@ -146,6 +153,7 @@ class Service:
 
     def close(self) -> None:
         """Ends the engine; what runs is cancelled."""
+        self.readers.close()
         if self._model is not None:
             self._model.close()
 
@@ -185,13 +193,21 @@ class RouteCall:
         """A request id."""
         return secrets.token_hex(12)
 
+    async def look(self, task: Callable[[bytes], T]) -> T:
+        """What a function of a module tells of the body. Raises Refusal."""
+        if len(self.data) < LARGE:
+            return task(self.data)
+        return await self.service.apart(self.owner, task, self.data)
+
     async def read(self, model: type[M]) -> M:
         """The body as a checked model. Raises Refusal."""
         unknown = self.service.policy.unknown_fields
         try:
-            if len(self.data) < 16_384:
+            if len(self.data) < LARGE:
                 return validation.read(model, self.data, unknown, self.warnings)
-            return await self.service.check(self.owner, validation.read, model, self.data, unknown, self.warnings)
+            body, warnings = await self.service.apart(self.owner, validation.read_apart, model, self.data, unknown)
+            self.warnings += warnings
+            return body
         finally:
             self.forget()
 

@@ -14,6 +14,8 @@ from llama2.serve.known_fields import trouble
 MAX_WARNINGS = 16
 MAX_DEPTH = 64  # of JSON: no schema or message needs more, and nothing behind this bound recurses further
 Text = Annotated[str, Field(max_length=4_000_000)]
+MAX_VALUES = 300_000  # of JSON: the ids of 32 prompts of 8,192 fit
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"')
 _STRUCTURE = re.compile(rb'["\[\]{}]')
 Texts = Annotated[list[Text], Field(fail_fast=True)]
 M = TypeVar("M", bound="Body")
@@ -61,6 +63,7 @@ def read(model: type[M], data: bytes, unknown: str = "refuse", warnings: list[st
     Raises Refusal: "malformed" for what is not JSON, "validation" for a field that is wrong.
     """
     check_depth(data)
+    check_values(data)
     told = None if unknown == "refuse" else warnings if unknown == "warn" and warnings is not None else []
     try:
         return model.model_validate_json(data, context={"warnings": told})
@@ -68,9 +71,24 @@ def read(model: type[M], data: bytes, unknown: str = "refuse", warnings: list[st
         raise _refusal(error.errors(include_url=False)[0]) from None
 
 
+def read_apart(model: type[M], data: bytes, unknown: str) -> tuple[M, list[str]]:
+    """As `read`, and the warnings; for another process, whose lists nobody here sees."""
+    warnings: list[str] = []
+    return read(model, data, unknown, warnings), warnings
+
+
 def _near(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name[:80], names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_values(data: bytes) -> None:
+    """Raises Refusal for more than MAX_VALUES values in lists and objects; text in strings counts for nothing."""
+    if data.count(b",") < MAX_VALUES:
+        return
+    values = _STRING.sub(b"", data).count(b",") + 1
+    if values > MAX_VALUES:
+        raise Refusal("malformed", f"the JSON holds {values} values; {MAX_VALUES} are the most, so send less at once")
 
 
 def check_depth(data: bytes) -> None:
