@@ -83,7 +83,7 @@ TORCH = (
     ),
     *("model.py", "noise.py", "outputs.py", "peft_model.py", "pipelines.py", "plain_network.py", "pretrained.py"),
     *("recompute.py", "rope.py", "scoring.py", "seeds.py"),
-    *("checkpoint", "quantization", "quantize", "runners", "train"),
+    *("align", "checkpoint", "quantization", "quantize", "runners", "train"),
     *("cli/session.py", "cpu/modules.py", "cpu/reference.py", "engine/parallel.py", "engine/torch_plan_runner.py"),
     *("evaluate/compare.py", "evaluate/perplexity.py", "evaluate/speed.py"),
     *("generation/beam.py", "generation/guidance.py", "generation/loop.py", "generation/outputs.py"),

@@ -15,6 +15,7 @@ MAX_WARNINGS = 16
 MAX_DEPTH = 64  # of JSON: no schema or message needs more, and nothing behind this bound recurses further
 Text = Annotated[str, Field(max_length=4_000_000)]
 MAX_VALUES = 300_000  # of JSON: the ids of 32 prompts of 8,192 fit
+MAX_CONTAINERS = 32_768  # lists and objects: each is made, and made again from what another process has read
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"')
 _STRUCTURE = re.compile(rb'["\[\]{}]')
 Texts = Annotated[list[Text], Field(fail_fast=True)]
@@ -83,12 +84,23 @@ def _near(name: str, names: list[str]) -> str:
 
 
 def check_values(data: bytes) -> None:
-    """Raises Refusal for more than MAX_VALUES values in lists and objects; text in strings counts for nothing."""
-    if data.count(b",") < MAX_VALUES:
+    """Raises Refusal for too many values, lists and objects; text in strings counts for nothing."""
+    values, containers = data.count(b",") + 1, _opened(data)
+    if values <= MAX_VALUES and containers <= MAX_CONTAINERS:
         return
-    values = _STRING.sub(b"", data).count(b",") + 1
+    outside = _STRING.sub(b"", data)
+    values, containers = outside.count(b",") + 1, _opened(outside)
     if values > MAX_VALUES:
         raise Refusal("malformed", f"the JSON holds {values} values; {MAX_VALUES} are the most, so send less at once")
+    if containers > MAX_CONTAINERS:
+        raise Refusal(
+            "malformed",
+            f"the JSON holds {containers} lists and objects; {MAX_CONTAINERS} are the most, so send less at once",
+        )
+
+
+def _opened(data: bytes) -> int:
+    return data.count(b"[") + data.count(b"{")
 
 
 def check_depth(data: bytes) -> None:
