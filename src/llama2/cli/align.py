@@ -170,10 +170,67 @@ class RlooOptions(PolicyOptions):
     normalize: bool = option(False, "advantages with mean 0 and standard deviation 1 over the iteration")
 
 
-Options = RejectionOptions | PolicyOptions
+@dataclass(frozen=True, kw_only=True)
+class SynthesisOptions:
+    """sampling."""
+
+    temperature: float = option(0.7, "of sampling")
+    top_p: float = option(1.0, "of the likeliest tokens, those that make up this share")
+    max_new_tokens: int = option(256, "tokens of an answer, at most")
+    columns: str | None = option(None, "columns that are called otherwise in PROMPTS: prompt=question",
+                                 metavar="NAME=COLUMN,...")  # fmt: skip
+    revision: str | None = revision_option("POLICY")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "number format of the policy")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one", metavar="DEVICE")
+    seed: int = option(42, "of the answers and of what is drawn besides")
+    resume: bool = option(False, "go on where the run in the folder has ended")
+    quiet: bool = option(False, "no progress")
+    json: bool = option(False, "the result as JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GhostOptions(SynthesisOptions):
+    """Ghost Attention: dialogues that obey an instruction of their first turn, as rows for `llama2 finetune sft`. It is
+    said on every turn while answers are sampled, and stands on the first one only in the rows; the last answer alone is
+    learnt. PROMPTS holds dialogues ({"messages"}, of which the user's turns are used) or prompts."""
+
+    name: ClassVar[str] = "ghost"
+
+    paths: tuple[str, ...] = _PATHS
+    k: int = option(4, "answers of each turn, of which one that obeys is kept", alias="-k")
+    turns: int = option(4, "turns of a dialogue; a row with fewer is filled up with those of others")
+    combine: int = option(2, "instructions at once, at most, of different categories")
+    plain: float = option(0.0, "share of dialogues whose earlier answers do not know the instruction")
+    instructions: str | None = option(None, "rows of {text, short, category, check} (default: hobbies, figures, "
+                                      "languages and forms)", metavar="FILE")  # fmt: skip
+    reward: str | None = option(None, "prefers among answers that no program tells apart", metavar="REWARD")
+    max_length: int | None = option(None, "tokens of a row, at most; middle turns go (default: the model's context)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilOptions(SynthesisOptions):
+    """Safety context distillation: each prompt is answered as it is and behind a pre-prompt; where the safety model
+    prefers the second answer it becomes a row for `llama2 finetune sft`, without the pre-prompt. A row's column
+    category (illegal, hateful, unqualified, or one of --templates) adds the template of that risk."""
+
+    name: ClassVar[str] = "distil"
+
+    paths: tuple[str, ...] = _PATHS
+    safety_reward: str | None = option(None, "what scores safety: a reward model, module:function, or the URL of a "
+                                       "server", metavar="REWARD")  # fmt: skip
+    reward: str | None = option(None, "what scores helpfulness, which may fall by --loss", metavar="REWARD")
+    margin: float = option(0.0, "deviations of the first answers' safety by which the second has to be better")
+    loss: float = option(1.0, "deviations of helpfulness that the second answer may lose")
+    k: int = option(1, "answers behind the pre-prompt, of which the safest is taken", alias="-k")
+    templates: str | None = option(None, "rows of {category, text}", metavar="FILE")
+
+
+Options = RejectionOptions | PolicyOptions | GhostOptions | DistilOptions
 # One row a task: its flags, what --help says, and what runs it.
 _ROWS: dict[str, tuple[type[Any], str, str]] = {
     "rejection": (RejectionOptions, "K answers to each prompt; the best become rows to tune on", "_reject"),
+    "ghost": (GhostOptions, "dialogues that obey their first turn, as rows to tune on", "_synthesise"),
+    "distil": (DistilOptions, "safer answers under a pre-prompt, as rows to tune on", "_synthesise"),
     "ppo": (PpoOptions, "the paper's policy optimisation, with a critic", "_optimize"),
     "grpo": (GrpoOptions, "several answers to a prompt beside each other, without a critic", "_optimize"),
     "rloo": (RlooOptions, "the same, measured by the other answers' mean", "_optimize"),
@@ -190,7 +247,11 @@ def words(given: Sequence[str]) -> list[str]:
 def run(options: Options) -> int:
     """Runs the command."""
     bound_caches()
-    runs: dict[str, Callable[[Any], int]] = {"_reject": _reject, "_optimize": _optimize}
+    runs: dict[str, Callable[[Any], int]] = {
+        "_reject": _reject,
+        "_optimize": _optimize,
+        "_synthesise": _synthesise,
+    }
     return runs[_ROWS[options.name][2]](options)
 
 
@@ -253,6 +314,44 @@ def _numbers(flag: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise InputError(f"{flag} is {text!r}; give a number, or several with commas") from error
+
+
+# -- rows to tune on -----------------------------------------------------------------------------------------------
+
+
+def _synthesise(options: GhostOptions | DistilOptions) -> int:
+    from llama2.align.distil import Distillation, DistilPlan
+    from llama2.align.ghost import Ghost, GhostPlan
+    from llama2.train.distributed import leave
+
+    policy, prompts, folder = _paths(options)
+    settings = {f.name: getattr(options, f.name) for f in fields(SynthesisOptions)}
+    resume, quiet, as_json = (settings.pop(name) for name in ("resume", "quiet", "json"))
+    settings |= {"policy": policy, "prompts": prompts, "output_dir": folder, "count": options.k,
+                 "columns": _columns(options.columns), "reward": options.reward}  # fmt: skip
+    job: Ghost | Distillation
+    if isinstance(options, GhostOptions):
+        own = ("turns", "combine", "plain", "instructions", "max_length")
+        job = Ghost(GhostPlan(**settings, **{name: getattr(options, name) for name in own}), resume)
+    else:
+        if options.safety_reward is None:
+            raise InputError("align distil needs --safety-reward: a reward model, module:function, or an URL")
+        chosen = {name: getattr(options, name) for name in ("margin", "loss", "templates")}
+        job = Distillation(DistilPlan(**settings, **chosen, safety=options.safety_reward), resume)
+
+    def report(done: int, of: int) -> None:
+        if not quiet:
+            terminal.notice(f"{done:,} of {of:,} prompts")
+
+    outcome = job.run(report)
+    if job.ranks.first and as_json:
+        print(json.dumps({"folder": folder, "rows": outcome.rows, **outcome.values}))
+    elif job.ranks.first:
+        print("\n".join(outcome.texts))
+        again = shlex.join(["llama2", "finetune", "sft", policy, f"{folder}/rows.jsonl", f"{folder}-sft"])
+        print(f"{folder} holds rows.jsonl, samples.jsonl and report.json; tune on the rows with\n  {again}")
+    leave()
+    return 0
 
 
 # -- policy optimisation -----------------------------------------------------------------------------------------
