@@ -327,3 +327,23 @@ def test_models_that_give_no_reward(tok: Any) -> None:
         broken.score.weight.fill_(math.nan)
     with pytest.raises(InputError, match="row 0: the reward is nan"):
         score(broken, tok, ["abc"])
+
+
+def test_a_mixture_holds_out_of_every_set(run: Run, checkpoint: Path, pairs: Path, tmp_path: Path) -> None:  # noqa: F811
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"{i} ", "chosen": "a", "rejected": "b"}) + "\n" for i in range(40)))
+    words = (
+        "finetune",
+        "reward",
+        checkpoint,
+        pairs,
+        tmp_path / "out",
+        *QUICK,
+        "--max-steps",
+        "1",
+        "--eval-split",
+        "0.25",
+    )
+    code, _, err = run(*words, "--mix", f"{other}=0.25", "--lora-r", "2")
+    assert code == 0, err
+    assert "training: 36 rows" in err and "held out: 19 rows" in err and "9 of 30 rows, 25.0% of all" in err

@@ -11,6 +11,7 @@ from llama2 import InputError, TrainingArguments
 from llama2.cli.args import parse
 from llama2.cli.finetune import SUMMARY, arguments, recipe_of
 from llama2.cli.finetune import TASKS as OPTIONS
+from llama2.train.mixing import mixed
 from llama2.train.recipe import Recipe
 from llama2.train.tasks import TASKS, Task
 
@@ -76,3 +77,32 @@ def test_the_first_tasks_train_as_they_did(task: str, rates: tuple[float, float]
 def test_a_setting_of_another_task_is_refused(task: str, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         Recipe(task=task, **COMMON, **settings)
+
+
+def test_data_sets_are_mixed_by_their_shares(tmp_path: Path) -> None:
+    rows = [{"text": f"a{i}"} for i in range(60)]
+    others = [("b", 0.3, [{"text": f"b{i}"} for i in range(100)]), ("c", 0.1, [{"text": f"c{i}"} for i in range(4)])]
+    found, lines = mixed(rows, others, 1)
+    texts = [row["text"] for row in found]
+    assert texts[:60] == [row["text"] for row in rows] and len(set(texts)) == len(texts)
+    assert [sum(text[0] == name for text in texts) for name in "abc"] == [60, 30, 4]
+    assert lines == ["b: 30 of 100 rows, 31.9% of all", "c: 4 of 4 rows, 4.3% of all instead of 10.0%: it has no more"]
+    assert mixed(rows, others, 1)[0] == found != mixed(rows, others, 2)[0]
+    assert mixed(rows, [], 1) == (rows, [])
+
+
+@pytest.mark.parametrize(
+    ("mix", "said"),
+    [(("b.jsonl",), "mix is 'b.jsonl'; give DATA=SHARE"), (("b=1.5",), "mix is 'b=1.5'"), (("b=x",), "mix is 'b=x'"),
+     (("b=0.5", "c=0.5"), "the shares of mix are 1 in all")],
+)  # fmt: skip
+def test_shares_that_make_no_sense(mix: tuple[str, ...], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Recipe(task="sft", **COMMON, mix=mix)
+
+
+def test_the_flag_of_a_mixture() -> None:
+    assert recipe_of(parse(OPTIONS["reward"], "", ["m", "d", "o", "--mix", "b.jsonl=0.3,c=0.1"])).mix == (
+        "b.jsonl=0.3",
+        "c=0.1",
+    )

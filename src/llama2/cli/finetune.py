@@ -111,6 +111,9 @@ class SavingOptions:
     keep: int = option(2, "checkpoints at a time")
     logging_steps: int = option(10, "a line of log.jsonl every N steps")
     report_to: Literal["none", "all", "tensorboard", "wandb", "mlflow", "trackio"] = option("none", "besides log.jsonl")
+    samples_every: int = option(0, "answer the first held-out prompts every N steps, into samples.jsonl (0: never)")
+    dry_run: bool = option(False, "check the rows, take two steps, and say the memory, hours and files of the run; "
+                           "nothing is written")  # fmt: skip
     resume: bool = option(False, "go on from the newest checkpoint of the folder")
     quiet: bool = option(False, "no progress, no report of the rows")
     json: bool = option(False, "the result as JSON")
@@ -130,6 +133,8 @@ class TaskOptions(AdapterOptions, Training, SavingOptions):
     split: str = option("train", "part of a data set, of a folder, or of a .json file with several lists")
     columns: str | None = option(None, "columns that are called otherwise in DATA: prompt=question,chosen=response_j",
                                  metavar="NAME=COLUMN,...")  # fmt: skip
+    mix: tuple[str, ...] = option((), "further data sets, each with its share of all rows: a.jsonl=0.3,b.jsonl=0.1",
+                                  metavar="DATA=SHARE,...", commas=True)  # fmt: skip
     data_config: str | None = option(None, "configuration of a data set of the hub", metavar="NAME")
     data_dir: str | None = option(None, "folder in a data set of the hub", metavar="FOLDER")
 
@@ -187,6 +192,8 @@ def run(options: TaskOptions) -> int:
 
     recipe, args = recipe_of(options), arguments(options)
     job = Finetune(recipe, args, _silent if options.quiet else terminal.notice)
+    if options.dry_run:
+        return _rehearsed(job, options)
     with progress(options, job.ranks.first) as report:
         result = job.run(report)
     if job.ranks.first and not result.finished:
@@ -199,6 +206,23 @@ def run(options: TaskOptions) -> int:
         show(job, result, options)
     leave()
     return 0 if result.finished else 130
+
+
+def _rehearsed(job: "Finetune", options: TaskOptions) -> int:
+    from dataclasses import asdict
+
+    from llama2.train.distributed import leave
+    from llama2.train.rehearsal import rehearse
+
+    found = rehearse(job)
+    if job.ranks.first and options.json:
+        import json
+
+        print(json.dumps(asdict(found)))
+    elif job.ranks.first:
+        print("\n".join(found.lines()))
+    leave()
+    return 0
 
 
 def _silent(_: str) -> None:

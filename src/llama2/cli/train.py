@@ -93,6 +93,8 @@ def _train(root: Path) -> int:
     from llama2.train.finetune import Finetune
 
     options = _options(root)
+    if options.dry_run:
+        raise InputError("dry_run is for `llama2 finetune`: a training job has to leave a model; leave it out")
     recipe = finetune.recipe_of(options)
     args = finetune.arguments(options, str(root / "checkpoints"))
     args.resume_from_checkpoint = True

@@ -253,6 +253,8 @@ class _Mismatched:
         return answer_batch([item.mismatched for item in items])
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
+        if self._owner.disable_dropout:
+            without_dropout(model)
         policy, reference = answer_log_probs(model, batch).sums, self._owner.of_reference(model, batch)
         ratios = policy if reference is None else policy - reference.sums
         return Loss(ratios.sum(), len(ratios))

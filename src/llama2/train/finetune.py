@@ -36,9 +36,11 @@ from llama2.train import checkpoints
 from llama2.train.chart import loss_chart
 from llama2.train.data import Row, held_out, read, renamed
 from llama2.train.distributed import join
+from llama2.train.mixing import mixed, shares_of
 from llama2.train.origin import Origin, check_device, check_place
 from llama2.train.precomputed import with_reference
 from llama2.train.recipe import LENGTH, Data, Recipe, TrainingResult
+from llama2.train.samples import SampledAnswers, prompts_of_items
 from llama2.train.tasks import Outcome, ScoreHead
 from llama2.train.trainer import Trainer, TrainingArguments
 
@@ -70,6 +72,11 @@ class Finetune:
         self.dtype, said = self.origin.dtype(place, args.bf16)
         self.tokenizer = self._tokenizer()
         self.data = self._data()
+        self.tell = tell
+        if recipe.samples_every and (args.fsdp or self.task.head(self.data.learnt) is not None):
+            raise InputError("samples_every needs a language model whose weights are whole; leave it, or fsdp, out")
+        if recipe.samples_every:
+            prompts_of_items(self.data.eval_items or self.data.items)
         if self.ranks.first:
             self._tell(tell, said)
 
@@ -109,22 +116,34 @@ class Finetune:
         length = min(LENGTH, context) if recipe.max_length is None else recipe.max_length
         if length > context:
             raise InputError(f"max_length is {length}, beyond the model's context of {context}; lower it")
-        rows = self._read(recipe.data)
-        rest: Sequence[Any] = ()
-        if recipe.eval_data is not None:
-            rest = self._read(recipe.eval_data)
-        elif recipe.eval_split is not None:
-            rows, rest = held_out(rows, recipe.eval_split, self.args.seed)
+        rows, rest, mixture = self._rows()
         learnt = self.task.learnt_of(rows)
         items, report = self.task.items(rows, self.tokenizer, length, learnt)
         if not items:
             raise InputError(f"no row of {recipe.data} can be used. {report.text()}")
-        data = Data(items, report, learnt=learnt)
+        data = Data(items, report, mixture=mixture, learnt=learnt)
         if rest:
             data.eval_items, data.eval_report = self.task.items(rest, self.tokenizer, length, learnt)
             if not data.eval_items:
                 raise InputError(f"no row that is held out can be used. {data.eval_report.text()}")
         return data
+
+    def _rows(self) -> tuple[list[Row], list[Row], list[str]]:
+        """The rows to train on, mixed, those to measure on, and a line on each further data set."""
+        recipe, seed = self.recipe, self.args.seed
+        rest = [] if recipe.eval_data is None else self._read(recipe.eval_data)
+
+        def parted(rows: list[Row]) -> list[Row]:
+            if recipe.eval_split is None:
+                return rows
+            kept, out = held_out(rows, recipe.eval_split, seed)
+            rest.extend(out)
+            return kept
+
+        rows = parted(self._read(recipe.data))
+        others = [(name, share, parted(self._read(name))) for name, share in shares_of(recipe.mix)]
+        found, lines = mixed(rows, others, seed)
+        return found, rest, lines
 
     def _read(self, source: str) -> list[Row]:
         recipe = self.recipe
@@ -177,6 +196,19 @@ class Finetune:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
 
+    def loaded(self) -> Any:
+        """The model as it is trained: with its new adapter or head."""
+        model = self._model()
+        if self.recipe.lora is not None:
+            lora.add_adapter(model, self.recipe.lora)
+        if self.origin.lora is not None and hasattr(model, "score"):
+            model.score.requires_grad_(True)
+        return model
+
+    def trainer(self, model: PreTrainedModel, report: Callable[[dict[str, Any]], None] | None = None) -> Trainer:
+        """A trainer of this job over a model that `loaded` gave; its checkpoints hold no files for others."""
+        return self._trainer(model, None, report)
+
     # -- the run -------------------------------------------------------------------------------------------------
 
     def run(self, report: Callable[[dict[str, Any]], None] | None = None) -> TrainingResult:
@@ -205,16 +237,19 @@ class Finetune:
             eval_rows=self.data.eval_items,
             save=save,
             report=report,
+            callbacks=self._samples(),
         )
 
+    def _samples(self) -> list[SampledAnswers]:
+        """Answers to held-out prompts on the way, where the recipe asks for them."""
+        if not self.recipe.samples_every:
+            return []
+        prompts = prompts_of_items(self.data.eval_items or self.data.items)
+        return [SampledAnswers(prompts, self.recipe.samples_every, self.tokenizer, self.folder, self.tell)]
+
     def _run(self, report: Callable[[dict[str, Any]], None] | None) -> TrainingResult:
-        begin, recipe = time.perf_counter(), self.recipe
-        model = self._model()
-        if recipe.lora is not None:
-            lora.add_adapter(model, recipe.lora)
-        if self.origin.lora is not None and hasattr(model, "score"):
-            model.score.requires_grad_(True)
-        args = self.args
+        begin, recipe, args = time.perf_counter(), self.recipe, self.args
+        model = self.loaded()
         if self.data.eval_items and args.eval_strategy == "no":
             args.eval_strategy = "epoch"
         save = None if self.origin.lora is None else lambda folder: self._write_adapter(model, folder)

@@ -9,6 +9,7 @@ from typing import Any, Self
 from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
 from llama2.train.data import DataReport
+from llama2.train.mixing import shares_of
 from llama2.train.tasks import TASKS, Task
 
 LENGTH = 1024  # tokens of a row where nothing is said
@@ -25,7 +26,9 @@ class Recipe:
     weights while they train; auto is float32 for all weights, and beneath an adapter what they are stored in, or on a
     CPU what it computes fast. max_length: tokens of a row, by default 1024 or the model's context. eval_data: rows to
     measure on, or eval_split, a share of the training rows that is held out. split, data_config, data_dir: of a data
-    set of the hub. columns: the name of a column here -> its name in the rows.
+    set of the hub. columns: the name of a column here -> its name in the rows. samples_every: steps between answers to
+    the first held-out prompts, which go to samples.jsonl; 0 for none. mix: further data sets, DATA=SHARE
+    each, of which as many rows are drawn as make that share of all (`mixing`).
     """
 
     task: str
@@ -46,6 +49,8 @@ class Recipe:
     columns: Mapping[str, str] = field(default_factory=dict)
     eval_data: str | None = None
     eval_split: float | None = None
+    samples_every: int = 0
+    mix: tuple[str, ...] = ()
 
     def __new__(cls, **settings: Any) -> Self:
         """An instance of the class that has the settings of the task too."""
@@ -63,6 +68,9 @@ class Recipe:
             raise InputError("load_in_4bit and load_in_8bit are both set; set one of them")
         if self.max_length is not None and self.max_length < 2:
             raise InputError(f"max_length is {self.max_length}; it must be at least 2")
+        shares_of(self.mix)
+        if self.samples_every < 0:
+            raise InputError(f"samples_every is {self.samples_every}; it must be a number of steps, or 0")
         if self.eval_data is not None and self.eval_split is not None:
             raise InputError("eval_data and eval_split are both given; give one of them")
         if isinstance(self, Task):
@@ -107,6 +115,7 @@ class Data:
     report: DataReport
     eval_items: list[Any] = field(default_factory=list)
     eval_report: DataReport | None = None
+    mixture: list[str] = field(default_factory=list)  # what came of each further data set
     learnt: Any = None  # what the task learns of all rows together
 
     def text(self) -> str:
@@ -114,6 +123,7 @@ class Data:
         found = [f"training: {self.report.text()}"]
         if self.eval_report is not None:
             found.append(f"held out: {self.eval_report.text()}")
+        found += self.mixture
         if self.learnt is not None:
             found.append(self.learnt.text())
         return "\n".join(found)
