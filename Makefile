@@ -141,7 +141,7 @@ triton-check: .make/triton
 	@touch $@
 
 parity-peft: .make/test .make/parity-peft
-	LLAMA2_PEFT=$(VENV)-peft/bin/python $(BIN)/python -m pytest -m parity tests/parity/test_peft.py tests/parity/test_trl.py
+	LLAMA2_PEFT=$(VENV)-peft/bin/python $(BIN)/python -m pytest -m parity tests/parity/test_peft.py tests/parity/test_trl.py tests/parity/test_trl_policy.py
 
 .make/page: .make/test
 	$(PIP) 'playwright>=1.49'
@@ -194,6 +194,7 @@ bench: .make/bench
 bench-train: .make/demo .make/bench-train
 	for mode in lora full dpo; do LLAMA2_TRL_PYTHON=$(VENV)-trl/bin/python $(BIN)/python bench/train.py --mode $$mode || exit 1; done
 	$(BIN)/python bench/train.py --mode qlora --shape 1.1b --batch 1 --rounds 2
+	LLAMA2_TRL_PYTHON=$(VENV)-trl/bin/python $(BIN)/python bench/align.py
 
 # Kernels, step and threads without Python (csrc/test): each mode and what it is for stand in docs/native.md.
 JOBS ?= $(shell nproc)
