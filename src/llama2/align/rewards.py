@@ -126,7 +126,7 @@ class ModelReward:
 
 
 class ServerReward:
-    """A running `llama2 serve` of a reward model, asked at its /v1/score."""
+    """A running server, asked at its /v1/score: {"input": rows}, answered by {"data": [{"index", "score"}, ...]}."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         base = url.rstrip("/")
@@ -154,7 +154,7 @@ class ServerReward:
             raise InputError(f"{self._url} answered {error.code}: {said}; serve a reward model there") from error
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(
-                f"{self._url} gave no rewards ({error}); is `llama2 serve` of a reward model running there? Then go on "
+                f"{self._url} gave no rewards ({error}); is a server of a reward model running there? Then go on "
                 "with --resume"
             ) from error
         if len(found) != len(rows) or not all(map(math.isfinite, found)):
