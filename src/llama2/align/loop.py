@@ -228,8 +228,8 @@ class PolicyTrainer(Tuner):
                     self.processing_class.decode(answer, skip_special_tokens=True), answer[-1] in ends, list(log))
             for (row, _, k, seed), ids, answer, log in zip(pairs, *lists, logs, strict=True)
         ]  # fmt: skip
-        size = self.plan.answers
-        return [flat[i : i + size] for i in range(0, len(flat), size)]
+        rest = iter(flat)
+        return [[next(rest) for _ in own] for own in seeds]
 
     def _scored(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
         """The groups with their scores, of which each rank makes a share. A failure leaves a checkpoint."""

@@ -21,6 +21,8 @@ from llama2.generation.config import GenerationConfig
 from llama2.train.distributed import Ranks
 
 WIDTH = 128  # answers of one step at most
+CACHE_BYTES = 1 << 30  # of keys and values that answers may take, unless a few answers need more
+_LEAST = 8  # answers of one step at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ class RolloutSampler:
             return []
         asks = [(row, k, self._ask(ids, seed)) for (row, ids), seeds in pairs for k, seed in enumerate(seeds)]
         longest = max(len(ask.prompt) for _, _, ask in asks) + self.sampling.max_new_tokens
-        width = min(len(asks), WIDTH)
+        width = min(len(asks), WIDTH, max(CACHE_BYTES // (longest * self._bytes_per_token()), _LEAST))
         with resting(self.model), torch.no_grad():
             engine = Engine(
                 self.model,
@@ -146,6 +148,11 @@ class RolloutSampler:
             self.reused = engine.tokens_reused
         rest = iter(found)
         return [[next(rest) for _ in seeds] for _, seeds in pairs]
+
+    def _bytes_per_token(self) -> int:
+        """Of keys and values."""
+        config, size = self.model.config, next(self.model.parameters()).itemsize
+        return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * min(size, 4))
 
     @staticmethod
     def _streams(engine: Engine, asks: Sequence[tuple[int, int, Ask]]) -> list[tuple[int, int, Ask, Stream]]:
