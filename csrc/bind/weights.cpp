@@ -73,6 +73,7 @@ struct Blocks {
     out.m.cols = cols;
     out.m.format = type.format;
     out.m.stride = tile_bytes(type.format, cols);
+    out.m.codebook = type_codebook(type_id);
     return out;
   }
 
@@ -148,7 +149,7 @@ PyMatrix pack_codes(PyArena& arena, Pool& pool, CodeSource from, const Codebook*
   out.m.cols = from.cols;
   out.m.format = from.format;
   out.m.stride = tile_bytes(from.format, from.cols, from.group);
-  if (from.format == Format::G4 || from.format == Format::G8) out.m.group = from.group;
+  if (from.format == Format::G4 || from.format == Format::G8 || from.minima) out.m.group = from.group;
   if (codebook) out.m.codebook = reinterpret_cast<const Codebook*>(arena.shared(codebook, sizeof *codebook));
   if (from.order) out.m.order = reinterpret_cast<const int32_t*>(arena.shared(from.order, from.cols * 4));
   if (codebook || from.order) out.shared = arena.kept();
@@ -196,6 +197,19 @@ PyMatrix pack_codebook(PyArena& arena, Pool& pool, Bytes codes, Floats scales, F
   return pack_codes(arena, pool, s, &codebook);
 }
 
+std::vector<int32_t> column_order(const Ints& order, int64_t cols) {
+  require(static_cast<int64_t>(order.size()) == cols,
+          "order has " + str(order.size()) + " entries for " + str(cols) + " columns");
+  std::vector<int32_t> columns = copied(order);
+  std::vector<bool> seen(cols);
+  for (int64_t i = 0; i < cols; ++i) {
+    if (columns[i] < 0 || columns[i] >= cols || seen[columns[i]])
+      require(false, "order[" + str(i) + "] = " + str(columns[i]) + ": order is a permutation of 0.." + str(cols - 1));
+    seen[columns[i]] = true;
+  }
+  return columns;
+}
+
 PyMatrix pack_groups(PyArena& arena, Pool& pool, Bytes codes, Halves scales, Bytes zeros, int64_t rows, int64_t cols,
                      int64_t group, int bits, std::optional<Ints> order) {
   require(bits == 4 || bits == 8, "groups are packed of 4 or 8 bits, not " + str(bits));
@@ -210,20 +224,47 @@ PyMatrix pack_groups(PyArena& arena, Pool& pool, Bytes codes, Halves scales, Byt
   s.scales = scales.data();
   s.zeros = zeros.data();
   if (bits == 4) require_nibbles(s.codes, n);
-  std::vector<int32_t> columns;
-  if (order) {
-    require(static_cast<int64_t>(order->size()) == cols,
-            "order has " + str(order->size()) + " entries for " + str(cols) + " columns");
-    columns = copied(*order);
-    s.order = columns.data();
-    std::vector<bool> seen(cols);
-    for (int64_t i = 0; i < cols; ++i) {
-      if (s.order[i] < 0 || s.order[i] >= cols || seen[s.order[i]])
-        require(false,
-                "order[" + str(i) + "] = " + str(s.order[i]) + ": order is a permutation of 0.." + str(cols - 1));
-      seen[s.order[i]] = true;
-    }
-  }
+  std::vector<int32_t> columns = order ? column_order(*order, cols) : std::vector<int32_t>();
+  if (order) s.order = columns.data();
+  return pack_codes(arena, pool, s, nullptr);
+}
+
+// 4-bit codes into a table of 16 numbers with a scale for every 16 or 32 columns of a row.
+PyMatrix pack_table(PyArena& arena, Pool& pool, Bytes codes, Floats scales, Floats table, int64_t rows, int64_t cols,
+                    int64_t group) {
+  require(group == 16 || group == 32, "tables take a scale for every 16 or 32 columns, not " + str(group));
+  CodeSource s = source(group == 32 ? Format::T4 : Format::T4H, rows, cols, GROUP);
+  require(cols % group == 0, "rows of " + str(cols) + " columns are no multiple of " + str(group));
+  s.group = group;
+  require(static_cast<int64_t>(codes.size()) == rows * cols,
+          "codes of " + shape_of(rows, cols) + " take " + str(rows * cols) + " bytes, got " + str(codes.size()));
+  require(static_cast<int64_t>(scales.size()) == rows * cols / group,
+          "groups of " + str(group) + " take " + str(rows * cols / group) + " scales, got " + str(scales.size()));
+  require(table.size() == 16, "a table has 16 values, got " + str(table.size()));
+  require_nibbles(codes.data(), rows * cols);
+  s.codes = codes.data();
+  s.scales = scales.data();
+  const Codebook codebook = codebook_of(table.data());
+  return pack_codes(arena, pool, s, &codebook);
+}
+
+// w = scale * code + minimum, both float32 for every row and group of columns.
+PyMatrix pack_affine(PyArena& arena, Pool& pool, Bytes codes, Floats scales, Floats minima, int64_t rows, int64_t cols,
+                     int64_t group, int bits, std::optional<Ints> order) {
+  require(bits == 4 || bits == 8, "groups are packed of 4 or 8 bits, not " + str(bits));
+  CodeSource s = source(bits == 4 ? Format::A4 : Format::A8, rows, cols, group);
+  int64_t n = rows * cols, groups = rows * up(cols, group);
+  require(static_cast<int64_t>(codes.size()) == n,
+          "codes of " + shape_of(rows, cols) + " take " + str(n) + " bytes, got " + str(codes.size()));
+  require(static_cast<int64_t>(scales.size()) == groups && static_cast<int64_t>(minima.size()) == groups,
+          "groups of " + str(group) + " take " + str(groups) + " scales and minima, got " + str(scales.size()) +
+              " and " + str(minima.size()));
+  if (bits == 4) require_nibbles(codes.data(), n);
+  s.codes = codes.data();
+  s.scales = scales.data();
+  s.minima = minima.data();
+  std::vector<int32_t> columns = order ? column_order(*order, cols) : std::vector<int32_t>();
+  if (order) s.order = columns.data();
   return pack_codes(arena, pool, s, nullptr);
 }
 
@@ -335,6 +376,11 @@ void bind_weights(nb::module_& m) {
         nb::arg("table"), nb::arg("rows"), nb::arg("cols"), nb::arg("block"), nb::arg("bfloat16"));
   m.def("pack_groups", &pack_groups, nb::arg("arena"), nb::arg("pool"), nb::arg("codes"), nb::arg("scales"),
         nb::arg("zeros"), nb::arg("rows"), nb::arg("cols"), nb::arg("group"), nb::arg("bits"),
+        nb::arg("order") = nb::none());
+  m.def("pack_table", &pack_table, nb::arg("arena"), nb::arg("pool"), nb::arg("codes"), nb::arg("scales"),
+        nb::arg("table"), nb::arg("rows"), nb::arg("cols"), nb::arg("group"));
+  m.def("pack_affine", &pack_affine, nb::arg("arena"), nb::arg("pool"), nb::arg("codes"), nb::arg("scales"),
+        nb::arg("minima"), nb::arg("rows"), nb::arg("cols"), nb::arg("group"), nb::arg("bits"),
         nb::arg("order") = nb::none());
   m.def("pack_rows", &pack_rows, nb::arg("arena"), nb::arg("pool"), nb::arg("values"), nb::arg("scales"),
         nb::arg("rows"), nb::arg("cols"));

@@ -1,5 +1,6 @@
 // From the blocks of a GGUF file to kernel tiles, losslessly.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -18,6 +19,19 @@ inline void six_bit(const uint8_t* s, int g, uint8_t* scale, uint8_t* minimum) {
   *scale = static_cast<uint8_t>(g < 4 ? s[g] & 63 : (s[g + 4] & 15) | (s[g - 4] >> 6 << 4));
   *minimum = static_cast<uint8_t>(g < 4 ? s[g + 4] & 63 : (s[g + 4] >> 4) | (s[g] >> 6 << 4));
 }
+
+// Codes and scales of one block of a codebook type.
+struct Coded {
+  uint8_t code[256];
+  float scale[16];  // of every 16 columns
+};
+struct CodedType {
+  int id, columns, bytes;
+  const float* table;  // 16 numbers
+  void (*decode)(const uint8_t* block, Coded& out);
+};
+const CodedType* coded_type(int id);    // null for a type of another kind
+const Codebook* type_codebook(int id);  // its table as the kernels want it, null for a type of another kind
 
 const FileType* file_type(int id);   // null for a type without a packing
 std::vector<FileType> file_types();  // every type with one
@@ -41,8 +55,9 @@ struct CodeSource {
   int64_t group = 0;               // columns of one scale
   const uint8_t* codes = nullptr;  // rows x cols, a byte each; signed for R8
   bool pairs = false;              // C4, C4B: two codes a byte, the first in the high nibble
-  const void* scales =
-      nullptr;  // C4, C4B: float32 per `group` weights; G4, G8: float16 rows x groups; R8: float32 rows
+  const void* scales = nullptr;    // C4, C4B: float32 per `group` weights; T4, T4H, A4, A8: float32, G4, G8: float16
+                                   // rows x groups; R8: float32 rows
+  const float* minima = nullptr;   // A4, A8: rows x groups
   const uint8_t* zeros = nullptr;  // G4, G8: rows x groups
   const int32_t* order = nullptr;  // column j of the tile is column order[j] of the codes
 };

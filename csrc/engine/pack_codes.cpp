@@ -15,7 +15,9 @@ uint8_t code(const CodeSource& s, int64_t row, int64_t col) {
 
 // Column k of a span of 32 into the nibble lines of lane `lane`.
 void put_nibble(Format f, uint8_t* line, int lane, int k, uint8_t value) {
-  if (f == Format::C4B) {  // line k/8; bits 16c+4i of the dword for column 2i+c
+  if (f == Format::T4H) {  // two spans of 16
+    line[128 * (k / 16) + 64 * (k % 8 / 4) + 4 * lane + k % 4] |= static_cast<uint8_t>(k % 16 < 8 ? value : value << 4);
+  } else if (f == Format::C4B) {  // line k/8; bits 16c+4i of the dword for column 2i+c
     int bit = 16 * (k & 1) + 4 * (k % 8 / 2);
     line[64 * (k / 8) + 4 * lane + bit / 8] |= static_cast<uint8_t>(value << bit % 8);
   } else {
@@ -26,6 +28,18 @@ void put_nibble(Format f, uint8_t* line, int lane, int k, uint8_t value) {
 void head_codebook(const CodeSource& s, int64_t row, int64_t col, uint8_t* head, int lane) {
   const float* scales = static_cast<const float*>(s.scales);
   std::memcpy(head + 4 * lane, scales + (row * s.cols + col) / s.group, 4);
+}
+
+void head_table(const CodeSource& s, int64_t row, int64_t col, uint8_t* head, int lane) {  // T4: 2 scales, T4H: 4
+  const float* scales = static_cast<const float*>(s.scales) + row * up(s.cols, s.group);
+  for (int64_t g = 0; g < BLOCK_K / s.group && col + g * s.group < s.cols; ++g)
+    std::memcpy(head + 64 * g + 4 * lane, scales + col / s.group + g, 4);
+}
+
+void head_affine(const CodeSource& s, int64_t row, int64_t col, uint8_t* head, int lane) {
+  int64_t at = row * up(s.cols, s.group) + col / s.group;
+  std::memcpy(head + 4 * lane, static_cast<const float*>(s.scales) + at, 4);
+  std::memcpy(head + 64 + 4 * lane, s.minima + at, 4);
 }
 
 void head_group(const CodeSource& s, int64_t row, int64_t col, uint8_t* head, int lane) {
@@ -58,9 +72,12 @@ Codebook codebook_of(const float* values) {
 }
 
 void pack_codes_tile(const CodeSource& s, int64_t tile, uint8_t* out) {
-  bool codebook = s.format == Format::C4 || s.format == Format::C4B, four = codebook || s.format == Format::G4;
-  auto head = codebook ? head_codebook : s.format == Format::R8 ? head_row : head_group;
-  int64_t unit = codebook ? 64 : s.format == Format::R8 ? up(s.cols, GROUP) * GROUP : s.group, size = four ? 256 : 512;
+  bool codebook = s.format == Format::C4 || s.format == Format::C4B, table = s.format == Format::T4 || s.format == Format::T4H;
+  bool affine = s.format == Format::A4 || s.format == Format::A8;
+  bool four = codebook || table || s.format == Format::G4 || s.format == Format::A4;
+  auto head = codebook ? head_codebook : table ? head_table : affine ? head_affine : s.format == Format::R8 ? head_row : head_group;
+  int64_t unit = codebook || table ? BLOCK_K : s.format == Format::R8 ? up(s.cols, GROUP) * GROUP : s.group, size = four ? 256 : 512;
+  int64_t header = s.format == Format::T4H ? 256 : table || affine ? 128 : 64;
   uint8_t flip = s.format == Format::R8 ? 128 : 0;  // signed bytes become value + 128
   for (int lane = 0; lane < TILE && tile * TILE + lane < s.rows; ++lane) {
     int64_t row = tile * TILE + lane;
@@ -68,7 +85,7 @@ void pack_codes_tile(const CodeSource& s, int64_t tile, uint8_t* out) {
     for (int64_t k = 0; k < s.cols; k += GROUP, to += size) {
       if (k % unit == 0) {
         head(s, row, k, to, lane);
-        to += 64;
+        to += header;
       }
       for (int i = 0; i < GROUP && k + i < s.cols; ++i) {
         uint8_t value = code(s, row, k + i);

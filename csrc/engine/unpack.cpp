@@ -129,14 +129,29 @@ const Decoder* decoder(int id) {
   return nullptr;
 }
 
+void unpack_coded(const CodedType& type, const uint8_t* raw, int64_t cols, bool bf16, int64_t begin, int64_t end, void* out) {
+  int64_t blocks = cols / type.columns;
+  Coded coded;
+  for (int64_t b = begin * blocks; b < end * blocks; ++b) {
+    type.decode(raw + b * type.bytes, coded);
+    for (int j = 0; j < type.columns; ++j) {
+      float x = type.table[coded.code[j]] * coded.scale[j / 16];
+      if (bf16) static_cast<uint16_t*>(out)[b * type.columns + j] = float_to_bf16(x);
+      else static_cast<float*>(out)[b * type.columns + j] = x;
+    }
+  }
+}
+
 }  // namespace
 
 int64_t unpacked_row_bytes(int id, int64_t cols) {
+  if (const CodedType* t = coded_type(id)) return cols > 0 && cols % t->columns == 0 ? cols / t->columns * t->bytes : 0;
   const Decoder* d = decoder(id);
   return d && cols > 0 && cols % d->weights == 0 ? cols / d->weights * d->bytes : 0;
 }
 
 void unpack_rows(int id, const uint8_t* raw, int64_t cols, bool bf16, int64_t begin, int64_t end, void* out) {
+  if (const CodedType* t = coded_type(id)) return unpack_coded(*t, raw, cols, bf16, begin, end, out);
   const Decoder& d = *decoder(id);
   int64_t blocks = cols / d.weights, row_bytes = blocks * d.bytes;
   float buffer[256];

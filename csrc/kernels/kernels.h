@@ -2,7 +2,7 @@
 //
 // Packed weights are cut into tiles of 16 rows; a tile is a run of blocks of 64 columns, read in ascending order.
 // Lane r of a vector accumulates row r, so no kernel needs a horizontal sum.
-// The formats from C4 on (quant_formats.inl) are units of a header and spans of lines; a span is 32 columns (P6K: 16).
+// The formats from C4 on (quant_formats.inl) are units of a header and spans of lines; a span is 32 columns (P6K, T4H: 16).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -34,11 +34,15 @@ enum class Format : int32_t {
   P5M = 16,  // scale f16, minimum f16
   P5K = 17,  // as W4K, 5 bits, in blocks of 256 columns
   P6K = 18,  // nibbles and planes of two bits; super-scale f16 d, s8 scale per 16, in blocks of 256 columns
+  T4 = 19,   // 4-bit codes into a table of 16 floats, scale f32 per 32
+  T4H = 20,  // the same, scale f32 per 16
+  A4 = 21,   // scale f32 and minimum f32 per `group` columns, w = s * q + m
+  A8 = 22,   // the same with 8-bit values
 };
 
 inline bool row_major(Format f) { return f == Format::F32 || f == Format::F16 || f == Format::BF16; }
 
-inline int64_t block_bytes(Format f) {  // bytes of 16 rows x 64 columns; 0 for row-major formats and G4, G8, R8
+inline int64_t block_bytes(Format f) {  // bytes of 16 rows x 64 columns; 0 for row-major formats and G4, G8, A4, A8, R8
   switch (f) {
     case Format::W4: return 64 + 512;
     case Format::W4M: return 128 + 512;
@@ -46,6 +50,8 @@ inline int64_t block_bytes(Format f) {  // bytes of 16 rows x 64 columns; 0 for 
     case Format::W8: return 64 + 1024;
     case Format::C4:
     case Format::C4B: return 64 + 512;
+    case Format::T4: return 128 + 512;
+    case Format::T4H: return 256 + 512;
     case Format::P5: return 64 + 640;
     case Format::P5M: return 128 + 640;
     case Format::P5K: return 80 + 640;  // a quarter of 16 x 256
@@ -60,10 +66,11 @@ inline int64_t tile_bytes(Format f, int64_t cols, int64_t group = 0) {  // bytes
   int64_t spans = up(cols, GROUP);
   if (f == Format::R8) return 64 + spans * 512;
   if (f == Format::G4 || f == Format::G8) return up(cols, group) * 64 + spans * (f == Format::G4 ? 256 : 512);
+  if (f == Format::A4 || f == Format::A8) return up(cols, group) * 128 + spans * (f == Format::A4 ? 256 : 512);
   return up(cols, BLOCK_K) * block_bytes(f);
 }
 
-struct Codebook {  // of C4 and C4B, made once a matrix (codebook_of in pack.h)
+struct Codebook {  // of C4, C4B, T4 and T4H, made once a matrix (codebook_of in pack.h)
   float value[16];
   uint8_t byte[16];  // 128 + value / step, rounded: the 8-bit form
   float step;
@@ -76,8 +83,8 @@ struct Matrix {
   int64_t stride = 0;  // bytes from one row (row-major) or one tile (packed) to the next
   Format format = Format::F32;
   const float* bias = nullptr;
-  int64_t group = 0;                   // G4, G8: columns that share a scale
-  const Codebook* codebook = nullptr;  // C4, C4B
+  int64_t group = 0;                   // G4, G8, A4, A8: columns that share a scale
+  const Codebook* codebook = nullptr;  // C4, C4B, T4, T4H
   const int32_t* order = nullptr;      // column j of the tiles is column order[j] of the activations; null: the same
   int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };

@@ -21,13 +21,13 @@ Codes codes_of(const Codebook* codebook) {
 
 struct Nibbles {  // low nibbles are quad j, high ones quad 4 + j
   static constexpr int SPAN = 32, STEPS = 4, PLANE = 0, LINES = 256;
-  static constexpr bool PAIRS = false, LARGE = false;
+  static constexpr bool PAIRS = false, LARGE = false, ZERO = false;
   INLINE constexpr int first(int j) { return j; }
   INLINE constexpr int second(int j) { return 4 + j; }
 };
 struct Whole {  // two lines of bytes a step
   static constexpr int SPAN = 32, STEPS = 4, PLANE = 0, LINES = 512;
-  static constexpr bool PAIRS = false, LARGE = false;
+  static constexpr bool PAIRS = false, LARGE = false, ZERO = false;
   static constexpr int BITS = 8, SHIFT = 0;
   INLINE constexpr int first(int j) { return 2 * j; }
   INLINE constexpr int second(int j) { return 2 * j + 1; }
@@ -41,7 +41,7 @@ struct Five : Nibbles {
   }
 };
 
-// MINIMUM: the header adds minimum() times the sum of the activations. SHIFT: the values are 2^(7-SHIFT) too large, -1:
+// ZERO: the matrix has zeros, subtracted before the scale. MINIMUM: the header adds minimum() times the sum of the activations. SHIFT: the values are 2^(7-SHIFT) too large, -1:
 // are not. FLAT: the scale waits for the end of the tile. LARGE: with two chains, the second may be 16 times too large
 // till its end. UNIT: spans of a unit, 0 where the matrix says (its group, or a row).
 struct C4 : Nibbles {
@@ -56,7 +56,7 @@ struct C4 : Nibbles {
 };
 struct G4 : Nibbles {
   static constexpr int HEAD = 64, UNIT = 0, BITS = 4, SHIFT = -1;
-  static constexpr bool MINIMUM = true, FLAT = false, LARGE = HIGH_IN_PLACE;
+  static constexpr bool MINIMUM = true, FLAT = false, LARGE = HIGH_IN_PLACE, ZERO = true;
   INLINE Quads quads(const uint8_t* p, B, int j, const Codes&) {
     B v = bload(p + 64 * j);
     return {low4(v), high4(v)};
@@ -66,7 +66,7 @@ struct G4 : Nibbles {
 };
 struct G8 : Whole {
   static constexpr int HEAD = 64, UNIT = 0;
-  static constexpr bool MINIMUM = true, FLAT = false;
+  static constexpr bool MINIMUM = true, FLAT = false, ZERO = true;
   INLINE F scale(const uint8_t* head, int, const Codes&) { return load_f16(head); }
   INLINE F minimum(const uint8_t* head, int) { return mul(load_f16(head), sub(fset(128), load_u8(head + 32))); }
 };
@@ -97,7 +97,7 @@ struct P5K : Five {
 struct P6K {
   static constexpr int SPAN = 16, STEPS = 2, PLANE = 64, LINES = 64 + 128, BITS = 6;
   static constexpr int HEAD = 320, UNIT = 16, SHIFT = 2;
-  static constexpr bool MINIMUM = false, FLAT = false, PAIRS = false, LARGE = false;
+  static constexpr bool MINIMUM = false, FLAT = false, PAIRS = false, LARGE = false, ZERO = false;
   INLINE constexpr int first(int j) { return j; }
   INLINE constexpr int second(int j) { return 2 + j; }
   INLINE Quads quads(const uint8_t* p, B plane, int j, const Codes&) {
@@ -106,6 +106,33 @@ struct P6K {
   }
   INLINE F scale(const uint8_t* head, int s, const Codes&) { return mul(load_f16(head), load_s8(head + 64 + 16 * s)); }
   INLINE F minimum(const uint8_t*, int) { return fzero(); }
+};
+
+struct T4 : C4 {
+  static constexpr int HEAD = 128;
+  INLINE F scale(const uint8_t* head, int s, const Codes& t) { return mul(fload((const float*)(head + 64 * s)), fset(t.step)); }
+};
+struct T4H {
+  static constexpr int SPAN = 16, STEPS = 2, PLANE = 0, LINES = 128, HEAD = 256, UNIT = 4, BITS = 8, SHIFT = 0;
+  static constexpr bool MINIMUM = false, FLAT = false, PAIRS = false, LARGE = false, ZERO = false;
+  INLINE constexpr int first(int j) { return j; }
+  INLINE constexpr int second(int j) { return 2 + j; }
+  INLINE Quads quads(const uint8_t* p, B plane, int j, const Codes& t) { return C4::quads(p, plane, j, t); }
+  INLINE F scale(const uint8_t* head, int s, const Codes& t) { return T4::scale(head, s, t); }
+  INLINE F minimum(const uint8_t*, int) { return fzero(); }
+};
+struct A4 : G4 {
+  static constexpr int HEAD = 128;
+  static constexpr bool ZERO = false;
+  INLINE F scale(const uint8_t* head, int, const Codes&) { return fload((const float*)head); }
+  INLINE F minimum(const uint8_t* head, int) { return fload((const float*)(head + 64)); }
+};
+struct A8 : Whole {
+  static constexpr int HEAD = 128, UNIT = 0;
+  static constexpr bool MINIMUM = true, FLAT = false;
+  INLINE F scale(const uint8_t* head, int, const Codes&) { return fload((const float*)head); }
+  // What is stored is the value + 128, which the integer sum takes off again: SHIFT is 0.
+  INLINE F minimum(const uint8_t* head, int) { return add(fload((const float*)(head + 64)), mul(fset(128), fload((const float*)head))); }
 };
 
 struct Dot4 {
@@ -320,6 +347,30 @@ struct Exact<C4> {
   INLINE F minimum(const uint8_t*, int) { return fzero(); }
   INLINE F offset(const uint8_t*) { return fzero(); }
 };
+template <>
+struct Exact<T4> : Exact<C4> {
+  INLINE F scale(const uint8_t* head, int s, const Codes&) { return fload((const float*)(head + 64 * s)); }
+};
+template <>
+struct Exact<T4H> : Exact<T4> {
+  INLINE constexpr int column(int j, int e) { return 4 * j + e / 2 + 8 * (e & 1); }
+};
+template <>
+struct Exact<A4> : Exact<G4> {
+  INLINE Table table(const Codes&) {
+    alignas(64) float t[16];
+    for (int i = 0; i < 16; ++i) t[i] = (float)i;
+    return table_of(t);
+  }
+  INLINE F scale(const uint8_t* head, int, const Codes&) { return fload((const float*)head); }
+  INLINE F minimum(const uint8_t* head, int) { return fload((const float*)(head + 64)); }
+};
+template <>
+struct Exact<A8> : Exact<Whole> {
+  INLINE F value(const Quads& q, int e, Table) { return byte_(e < 4 ? q.a : q.b, 8 * (e % 4)); }
+  INLINE F scale(const uint8_t* head, int, const Codes&) { return fload((const float*)head); }
+  INLINE F minimum(const uint8_t* head, int) { return fload((const float*)(head + 64)); }
+};
 struct C4B : C4 {
   static constexpr bool PAIRS = true;
 };
@@ -428,6 +479,10 @@ bool with_stream(Format f, Visit&& visit) {
     case Format::P5M: visit(P5M{}); return true;
     case Format::P5K: visit(P5K{}); return true;
     case Format::P6K: visit(P6K{}); return true;
+    case Format::T4: visit(T4{}); return true;
+    case Format::T4H: visit(T4H{}); return true;
+    case Format::A4: visit(A4{}); return true;
+    case Format::A8: visit(A8{}); return true;
     default: return false;
   }
 }
@@ -448,7 +503,7 @@ void stream_row(const Matrix& w, const uint8_t* p, int lane, float* out) {
       B plane = {};
       if (W::PLANE) plane = bload(p);
       fstore(scale, E::scale(head, s, codes));
-      fstore(lowest, W::UNIT ? E::minimum(head, s) : E::offset(head));
+      fstore(lowest, W::ZERO ? E::offset(head) : E::minimum(head, s));
       for (int j = 0; j < W::STEPS; ++j) {
         Quads q = E::load(p + W::PLANE, plane, j, codes);
         for (int e = 0; e < 8; ++e) {
@@ -456,7 +511,7 @@ void stream_row(const Matrix& w, const uint8_t* p, int lane, float* out) {
           if (at >= w.cols) continue;
           fstore(t, E::value(q, e, table));
           float v =
-              W::UNIT ? __builtin_fmaf(t[lane], scale[lane], lowest[lane]) : (t[lane] + lowest[lane]) * scale[lane];
+              W::ZERO ? (t[lane] + lowest[lane]) * scale[lane] : __builtin_fmaf(t[lane], scale[lane], lowest[lane]);
           out[w.order ? w.order[at] : at] = v;
         }
       }

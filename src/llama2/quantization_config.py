@@ -71,6 +71,10 @@ class QuantizationConfig:
         """What the linear at this path is stored as, for people."""
         return self.quant_method
 
+    def describes_others(self, name: str) -> bool:
+        """Whether a tensor is no weight but a note on how other programs quantise, such as the scale of a KV cache."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json's quantization_config."""
         raise NotImplementedError
@@ -258,13 +262,8 @@ def _pattern(key: str) -> str:
 
 
 def auto_round(content: Mapping[str, Any]) -> GPTQConfig:
-    """AutoRound's own files, of which those in GPTQ's layout are read. Zeros are one less in those called auto_gptq."""
+    """AutoRound's own files in GPTQ's layout. Zeros are one less in those called auto_gptq."""
     packing = str(content.get("packing_format", ""))
-    if "awq" in packing or "llm_compressor" in packing or "fp8" in packing or "mlx" in packing:
-        raise InputError(
-            f"the packing_format of AutoRound is {packing!r}; those in GPTQ's layout are supported: export the model "
-            "again with format auto_gptq, or quantise the unquantised checkpoint"
-        )
     older = "gptq" in packing and "gptqmodel" not in packing
     dynamic: dict[str, Mapping[str, Any]] = {}
     check(content, _SCHEMA, "quantization_config", InputError)

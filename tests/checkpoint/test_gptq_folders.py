@@ -107,7 +107,7 @@ def test_names_of_fields_of_other_programs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"zero_point": True}, "the quantisation method is 'awq'"),
+        ({"zero_point": True}, r"qweight is torch.int32 \(20, 64\); torch.int32 \(160, 8\) is needed"),
         ({"is_marlin_format": True}, "the GPTQ format is 'marlin'; 'gptq' and 'gptq_v2' are supported"),
         ({"checkpoint_format": "gptq_v2", "format": "gptq"}, "format is 'gptq' and checkpoint_format 'gptq_v2'"),
         ({"bits": 5}, "bits is 5"),

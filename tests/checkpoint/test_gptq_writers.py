@@ -19,7 +19,6 @@ from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.quantized import packed_layers
 from llama2.cli.inspect import read
 from llama2.errors import InputError
-from llama2.quantization.formats import parse
 from llama2.runners.native import NativeModel, NativeRunner
 
 SIZES: dict[str, Any] = {
@@ -159,8 +158,3 @@ def test_auto_rounds_own_settings(tmp_path: Path, packing: str, stored: int) -> 
     weights = write(tmp_path / "packed", bits, stored, quant_method="auto-round", packing_format=packing,
                     extra_config=extra, data_type="int", autoround_version="0.16.1")  # fmt: skip
     check(tmp_path / "packed", weights, tmp_path)
-
-
-def test_auto_round_in_other_layouts_is_refused() -> None:
-    with pytest.raises(InputError, match="packing_format of AutoRound is 'auto_round:auto_awq'"):
-        parse({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_awq"})

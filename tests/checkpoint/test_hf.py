@@ -327,7 +327,7 @@ def test_missing_paths(tmp_path: Path) -> None:
     [
         ({"model_type": "mistral"}, "describes a 'mistral' model"),
         ({"model_type": None, "architectures": ["MistralForCausalLM"]}, "describes a 'MistralForCausalLM' model"),
-        ({"quantization_config": {"quant_method": "awq"}}, "the quantisation method is 'awq'"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "the quantisation method is 'aqlm'"),
     ],
 )
 def test_foreign_models(saved: Path, tmp_path: Path, fields: dict[str, Any], message: str) -> None:

@@ -156,7 +156,7 @@ def test_base_model_takes_the_packed_layers(folder: Path, config: Any, tmp_path:
     ("given", "message"),
     [
         ({"quantization_config": {"bits": 4}}, "quantisation method is None"),
-        ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "not quantised to awq while it is loaded"),
         ({"quantization_config": 5}, "quantization_config is 5"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "set exactly one"),
         (

@@ -59,6 +59,30 @@ HAND = {
     ),
     # d = 0.5, scales 0 and 4 are 2 and -1. Weight 0: (1 | 3 << 4) - 32 = 17; weight 64: 2 - 32 = -30
     "Q6_K": (put(128, b0=0x21) + put(64, b0=3) + put(16, b0=2, b4=0xFF) + half(0.5), {0: 17.0, 64: 15.0}),
+    # d = 1. Codes 0 and 15 of the table are -127 and 113
+    "IQ4_NL": (half(1) + put(16, b0=0xF0), {0: -127.0, 1: -127.0, 16: 113.0}),
+    # d = 1, the first scale is (1 | 2 << 4) - 32 = 1
+    "IQ4_XS": (half(1) + put(2, b0=2) + put(4, b0=1) + put(128, b0=0xF0), {0: -127.0, 16: 113.0}),
+    # Point 0 is eight times 8; signs 1 with their parity are bits 0 and 7; scale (0.5 + 1) / 4
+    "IQ2_XXS": (half(1) + put(64, b4=0x81, b7=0x10), {0: -3.0, 1: 3.0, 7: -3.0}),
+    # The same, scale 0.5 / 4
+    "IQ2_XS": (half(1) + put(64, b1=2) + put(8), {0: -1.0, 1: 1.0, 7: -1.0}),
+    "IQ2_S": (half(1) + put(32) + put(32, b0=1) + put(16), {0: -1.0, 1: 1.0, 7: 1.0}),
+    # Point 0 is four times 4; scale (0.5 + 1) / 2
+    "IQ3_XXS": (half(1) + put(64) + put(32, b0=0x81, b3=0x10), {0: -3.0, 1: 3.0, 7: -3.0}),
+    # Point 0 is four times 1; scale 1 + 2
+    "IQ3_S": (half(1) + put(64) + put(8) + put(32, b0=1) + put(4, b0=1), {0: -3.0, 1: 3.0}),
+    # Point 0 is eight times -1; an eighth more, and in the second run an eighth less; d = 8
+    "IQ1_S": (half(8) + put(32) + put(16, b3=0x80), {0: -7.0, 32: -9.0}),
+    # d = 8 = 0x4800 in the top nibbles of the four scales; bit 3 of the first nibble: an eighth less
+    "IQ1_M": (put(32) + put(16, b0=8) + put(8, b5=0x80, b7=0x40), {0: -9.0, 8: -7.0}),
+    # Digits of 0xFF are 2, of 0 are 0, and 1 is taken off
+    "TQ1_0": (put(52, b0=0xFF) + half(1), {0: 1.0, 1: -1.0, 32: 1.0}),
+    "TQ2_0": (put(64, b0=0xE4) + half(1), {0: -1.0, 32: 0.0, 64: 1.0, 96: 2.0}),
+    # 2^(128 - 127); codes 10 and 7 are -1 and 6
+    "MXFP4": (put(17, b0=0x80, b1=0x7A), {0: -2.0, 16: 12.0}),
+    # 0x38 is 1; codes 2 and 3 are 1 and 1.5
+    "NVFP4": (put(36, b0=0x38, b4=0x32), {0: 1.0, 8: 1.5}),
 }
 
 
@@ -113,8 +137,8 @@ def test_dense_types_are_views_where_aligned() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(CheckpointError, match="IQ2_XXS is not supported; supported are F32"):
-        block_type(16)
+    with pytest.raises(CheckpointError, match="Q8_K is not supported; supported are F32"):
+        block_type(15)
     with pytest.raises(CheckpointError, match="999"):
         block_type(999)
     with pytest.raises(CheckpointError, match="48 weights cannot be stored as Q8_0"):

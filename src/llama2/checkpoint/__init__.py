@@ -154,8 +154,10 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
 _PART = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 # Where AutoGPTQ put the settings of a quantised folder before config.json had them, in the order in which it looks.
 QUANTIZE_CONFIGS = ("quantize_config.json", "quant_config.json")
+MODELOPT = "hf_quant_config.json"  # of NVIDIA's ModelOpt
 # What describes a model in a repository, beside its weights.
-CONFIG_FILES = ("config.json", "generation_config.json", "params.json", *QUANTIZE_CONFIGS, "adapter_config.json")
+CONFIG_FILES = ("config.json", "generation_config.json", "params.json", *QUANTIZE_CONFIGS, MODELOPT,
+                "adapter_config.json")  # fmt: skip
 TOKENIZER_FILES = (
     "config.json",
     "tokenizer*",
@@ -179,6 +181,11 @@ def read_config(file: Path) -> dict[str, Any]:
     check_fields(fields, file)
     fields = repaired(fields, file)
     if fields.get("quantization_config") is None:
+        if (file.parent / MODELOPT).exists():
+            inner = read_json(file.parent / MODELOPT).get("quantization")
+            inner = inner if isinstance(inner, dict) else {}
+            said = {"quant_method": "modelopt", "format": inner.get("quant_algo"), **inner}
+            return {**fields, "quantization_config": said}
         for name in QUANTIZE_CONFIGS:
             if (file.parent / name).exists():
                 return {**fields, "quantization_config": completed(read_json(file.parent / name))}

@@ -22,7 +22,8 @@ BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
+READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0",
+            "U32", "U16")  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors package
 MAX_TENSORS = 200_000  # the largest Llama, quantised with all its parts, has 10,000
 _COUNT = whole(0, 2**63)

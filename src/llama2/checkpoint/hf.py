@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2.checkpoint import Checkpoint, RawTensor, Stored, pickles, read_config, read_generation, read_index
+from llama2.checkpoint import (
+    Checkpoint,
+    RawTensor,
+    Stored,
+    pickles,
+    read_config,
+    read_generation,
+    read_index,
+    read_json,
+)
 from llama2.checkpoint.directory import found, read_directory
 from llama2.checkpoint.unwrap import inner_dict, plain_names, without_wrappers
 from llama2.config import LlamaConfig
@@ -35,6 +44,9 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _META_NAMES = ("tok_embeddings.weight", "layers.0.attention.wq.weight")
@@ -144,16 +156,21 @@ class HfCheckpoint(Checkpoint):
 
 def find_files(folder: Path, use_safetensors: bool | None = None, variant: str | None = None) -> list[Path]:
     """The first of the four places transformers looks in: a single safetensors file, its index, .bin, its index; then
-    AutoGPTQ's, gptq_model-4bit-128g.safetensors, its index, .bin."""
+    AutoGPTQ's, gptq_model-4bit-128g.safetensors, its index, .bin; ExLlamaV2's output.safetensors or its shards, beside
+    which the index of the source may have been left; MLX's weights.00.safetensors."""
     infix = "" if variant is None else f".{variant}"
     names = []
     if use_safetensors is not False:
         names += [f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"]
     if use_safetensors is not True:
         names += [f"pytorch_model{infix}.bin", f"pytorch_model.bin.index{infix}.json"]
+    others = sorted(folder.glob("output*.safetensors")) or sorted(folder.glob("weights.*.safetensors"))
+    others = others if use_safetensors is not False and variant is None else []
     for name in names:
-        if (folder / name).exists():
+        if (folder / name).exists() and not (others and not _is_whole(folder / name)):
             return [folder / name]
+    if others:
+        return others
     for suffix in ("safetensors", "safetensors.index.json", "bin"):
         found = sorted(folder.glob(f"gptq_model-*bit-*g.{suffix}"))
         if use_safetensors is (suffix != "bin") or use_safetensors is None:
@@ -169,6 +186,15 @@ def find_files(folder: Path, use_safetensors: bool | None = None, variant: str |
         + (f"it holds {', '.join(there[:8])}" if there else "it holds no weights at all")
         + ". Check the path, `variant` and `use_safetensors`"
     )
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the shards that an index names are there; a file that is none is."""
+    if file.suffix != ".json":
+        return True
+    weight_map = read_json(file).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    return all(isinstance(name, str) and (file.parent / name).exists() for name in names)
 
 
 def is_safetensors(path: Path) -> bool:

@@ -245,8 +245,8 @@ def _filled(
 ) -> Coverage:
     """Gives the model its weights, packed as `packing` says; what was found of them."""
     if packing.stored is not None:
-        used = place(model, translated(model, weights.tensors), weights, packing.stored)
-        weights = Rest(weights, used)
+        used, given = place(model, translated(model, weights.tensors), weights, packing.stored)
+        weights = Rest(weights, used, given)
     report = match(model, weights, ignore_mismatched_sizes)
     if packing.file is not None and packing.blocks:
         keep_blocks(model, packing.file, report.found, dtype)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from llama2.architecture import linear_shapes
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
-from llama2.checkpoint.foreign import described, mlx_settings
 from llama2.checkpoint.hf import CODES
 from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
-from llama2.quantization.formats import layer_class, parse
+from llama2.quantization.formats import layer_class, parse, settings_in
 from llama2.quantization.gguf import GgufEmbedding, GgufLinear, checked
 from llama2.quantization.linear import PackedLinear
+from llama2.quantization.settings import MlxConfig
 from llama2.quantization_config import GgufConfig, GPTQConfig, QuantizationConfig
 
 PackedLayer = PackedLinear | GgufEmbedding
@@ -26,16 +26,8 @@ PackedLayer = PackedLinear | GgufEmbedding
 
 def settings_of(config: LlamaConfig, where: Path | str) -> QuantizationConfig | None:
     """The quantisation that a configuration names, or None. Raises CheckpointError for one that is not supported."""
-    content = getattr(config, "quantization_config", None)
-    if mlx_settings(vars(config)) is not None and not (content or {}).get("quant_method"):
-        raise CheckpointError(
-            f"{where} is quantised by MLX ({described(vars(config))}), which is not run here; fetch the model that it "
-            "was made from, or in GPTQ, bitsandbytes or GGUF"
-        )
-    if content is None:
-        return None
     try:
-        return parse(content)
+        return settings_in(vars(config))
     except InputError as error:
         raise CheckpointError(f"{where}: quantization_config: {error}") from error
 
@@ -113,21 +105,31 @@ def matrices(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
     return {**embeddings, **linears(model)}
 
 
-def place(model: nn.Module, names: Mapping[str, str], weights: Any, config: QuantizationConfig) -> set[str]:
-    """Puts the packed linears of a file in the place of the model's; returns the names of the file's tensors it used.
+def place(
+    model: nn.Module, names: Mapping[str, str], weights: Any, config: QuantizationConfig
+) -> tuple[set[str], dict[str, Tensor]]:
+    """Puts the packed linears of a file in the place of the model's; returns the names of the file's tensors it used,
+    and by the model's names the weights that it unpacked.
 
     names: the file's tensors, from the model's name to the file's. Raises CheckpointError where one cannot be right.
     """
     blocks = isinstance(config, GgufConfig)
-    there: Mapping[str, Any] = matrices(model) if blocks else linears(model)
-    used: set[str] = set()
+    there: Mapping[str, Any] = matrices(model)
+    given: dict[str, Tensor] = {}
+    used = {name for said, name in names.items() if config.describes_others(said)}
     tied = getattr(model, "config", None) is not None and model.config.tie_word_embeddings  # type: ignore[union-attr]
     for path, found in packed_parts(names, there).items():
         if path == "lm_head" and tied:
+            if isinstance(config, MlxConfig):  # a copy of the embedding's
+                used |= {names[name] for name in found.values()}
+                continue
             raise MismatchError("the head is packed but the configuration ties it to the embedding; untie them")
         parts = {part: names[name] for part, name in found.items()}
         used |= set(parts.values())
         linear = there[path]
+        if isinstance(linear, nn.Embedding) and not blocks:
+            given[f"{path}.weight"] = _unpacked_table(weights, path, parts, linear, model, config)
+            continue
         if isinstance(linear, nn.Embedding):
             model.set_submodule(path, _embedding(weights, path, parts, linear, model))
             continue
@@ -135,14 +137,23 @@ def place(model: nn.Module, names: Mapping[str, str], weights: Any, config: Quan
         model.set_submodule(path, load_layer(weights, path, parts, shape, linear.bias, config))
         if linear.bias is None and (stray := names.get(f"{path}.bias")) and is_zero(weights, stray):
             used.add(stray)
-    if not used:
+    if not packed_layers(model):
         raise CheckpointError(
             f"the configuration says {config.quant_method}, but no linear of the file is packed; remove "
             "quantization_config from config.json, or fetch the file again"
         )
     if blocks:
         tie(model)
-    return used
+    return used, given
+
+
+def _unpacked_table(
+    weights: Any, path: str, parts: Mapping[str, str], plain: nn.Embedding, model: nn.Module, config: QuantizationConfig
+) -> Tensor:
+    """An embedding that a folder packs, unpacked: rows are looked up, which no kernel of linears does."""
+    shape = (plain.num_embeddings, plain.embedding_dim)
+    dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]
+    return load_layer(weights, path, parts, shape, None, config).dequantize(dtype)
 
 
 def _embedding(
@@ -192,11 +203,18 @@ def dequantize_as(model: Any, dtype: torch.dtype) -> Any:
     model.tie_weights()
     before = model.config
     config = copy.deepcopy(before)
-    del config.quantization_config
+    _forget(config)
     for module in model.modules():  # those that hold the model's configuration go on with the same one
         if getattr(module, "config", None) is before:
             module.config = config
     return model
+
+
+def _forget(config: LlamaConfig) -> None:
+    """Takes what says that weights are packed out of a configuration."""
+    for name in ("quantization_config", "quantization", "compression_config"):
+        if hasattr(config, name):
+            delattr(config, name)
 
 
 def unpack_layer(model: Any, path: str) -> nn.Module:
@@ -244,13 +262,13 @@ class UnpackedCheckpoint(SeenCheckpoint):
         self._blocks = isinstance(config, GgufConfig)  # which stay what they are where GGUF is written
         self._shapes = linear_shapes(source.config)
         head = (source.config.vocab_size, source.config.hidden_size)
-        self._shapes |= dict.fromkeys(("lm_head", *(["model.embed_tokens"] if self._blocks else [])), head)
+        self._shapes |= dict.fromkeys(("lm_head", "model.embed_tokens"), head)
         self._parts = packed_parts(source.tensors, self._shapes)
 
     @cached_property
     def config(self) -> LlamaConfig:
         config = copy.deepcopy(self.source.config)
-        del config.quantization_config  # type: ignore[attr-defined]
+        _forget(config)
         return config
 
     @cached_property
@@ -261,6 +279,8 @@ class UnpackedCheckpoint(SeenCheckpoint):
         owners = {name: path for path, parts in self._parts.items() for name in parts.values()}
         for name, stored in self.source.tensors.items():
             path = owners.get(name)
+            if path is None and self._settings.describes_others(name):
+                continue
             if path is None:
                 if not self._needless(name):
                     yield name, stored

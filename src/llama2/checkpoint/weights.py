@@ -42,17 +42,20 @@ class GivenWeights:
 
 
 class Rest:
-    """Weights without those that are used already."""
+    """Weights without those that are used already, and with those that were made of them."""
 
-    def __init__(self, weights: Weights, used: set[str]) -> None:
-        self._weights = weights
+    def __init__(self, weights: Weights, used: set[str], given: Mapping[str, Tensor]) -> None:
+        self._weights, self._given = weights, given
         self.tensors = {name: stored for name, stored in weights.tensors.items() if name not in used}
+        self.tensors |= {name: Stored(tuple(t.shape), CODES[t.dtype]) for name, t in given.items()}
 
     @property
     def auto_dtype(self) -> str:
         return self._weights.auto_dtype
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        if (made := self._given.get(name)) is not None:
+            return made if dtype is None else made.to(dtype)
         return self._weights.read(name, dtype)
 
 

@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from llama2.architecture import linear_shapes
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
-from llama2.quantization.formats import parse
+from llama2.quantization.formats import settings_in
 from llama2.quantization_config import QuantizationConfig
 
 
 class Packing:
     """The packed matrices of a checkpoint whose tensors have these names; none where nothing is packed."""
 
-    def __init__(self, config: LlamaConfig, settings: object, names: Iterable[str]) -> None:
-        """settings: the content of quantization_config, None without one."""
-        self._settings = _settings(settings)
+    def __init__(self, config: LlamaConfig, names: Iterable[str]) -> None:
+        self._settings = _settings(config)
         head = (config.vocab_size, config.hidden_size)
         self._shapes = {**linear_shapes(config), "lm_head": head, "model.embed_tokens": head}
         self._parts: dict[str, list[str]] = {}
@@ -37,8 +36,8 @@ class Packing:
         return self._settings.label(path), math.prod(self._shapes[path]) if name == self._parts[path][0] else 0
 
 
-def _settings(content: object) -> QuantizationConfig | None:
+def _settings(config: LlamaConfig) -> QuantizationConfig | None:
     try:
-        return None if content is None else parse(content)
+        return settings_in(vars(config))
     except InputError:
         return None

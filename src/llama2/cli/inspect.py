@@ -118,14 +118,10 @@ def _sized(headers: Headers, folder: Path) -> Headers:
 
 
 def _fields(folder: Path) -> dict[str, Any]:
-    """The content of config.json, and of the file that ModelOpt puts beside it; {} where there is none."""
+    """The content of config.json; {} where there is none."""
     if not (folder / "config.json").exists():
         return {}
-    fields = checkpoint.read_config(folder / "config.json")
-    if fields.get("quantization_config") is None and (folder / "hf_quant_config.json").exists():
-        inner = checkpoint.read_json(folder / "hf_quant_config.json").get("quantization") or {}
-        fields["quantization_config"] = {"quant_method": "modelopt", "format": inner.get("quant_algo"), **inner}
-    return fields
+    return checkpoint.read_config(folder / "config.json")
 
 
 def _gguf(path: Path) -> Headers:
@@ -174,7 +170,7 @@ def _folder(path: Path) -> Headers:
     for file in files:
         headers.file_bytes += file.stat().st_size
         entries |= _safetensors_header(file)
-    packing = Packing(config, getattr(config, "quantization_config", None), entries)
+    packing = Packing(config, entries)
     for name, entry in entries.items():
         if not is_table(name):
             start, end = entry["data_offsets"]

@@ -10,8 +10,17 @@ from typing import Any
 
 from llama2.errors import InputError
 from llama2.lazy import resolve
+from llama2.quantization.settings import (
+    AwqConfig,
+    CompressedTensorsConfig,
+    Exl2Config,
+    Float8Config,
+    HqqConfig,
+    MlxConfig,
+    TorchaoConfig,
+)
 from llama2.quantization_config import BitsAndBytesConfig, GgufConfig, GPTQConfig, QuantizationConfig
-from llama2.quantization_config import auto_round as _auto_round
+from llama2.quantization_config import auto_round as _auto_round_gptq
 from llama2.text_file import shown
 
 IN_PLACE, BFLOAT16 = "in place", "bfloat16"
@@ -25,7 +34,7 @@ class Format:
     weights, bytes: of a block; 0 where the settings of the file say. ggml: the number that GGUF gives it, None for the
     formats of folders. layer: the class of its linears, "module:Class". engine: how the native engine takes it, layouts
     of csrc/kernels.h; IN_PLACE as it lies, BFLOAT16 unpacked. methods: quant_method in a configuration.
-    settings: the class of its settings.
+    settings: the class of its settings. reader: of a format that is only read, what its tensors mean, "module:NAME".
     """
 
     id: str
@@ -37,6 +46,7 @@ class Format:
     layer: str = "quantization.gguf:GgufLinear"
     methods: tuple[str, ...] = ()
     settings: type[QuantizationConfig] = GgufConfig
+    reader: str = ""
 
     @property
     def layer_class(self) -> Any:
@@ -47,6 +57,13 @@ class Format:
 
 def _block(ggml: int, name: str, weights: int, size: int, engine: str) -> Format:
     return Format(name, name, weights, size, engine, ggml)
+
+
+def _folder(
+    name: str, label: str, engine: str, settings: type[QuantizationConfig], reader: str, *methods: str
+) -> Format:
+    layer = "quantization.file_linear:FileLinear"
+    return Format(name, label, 0, 0, engine, None, layer, methods or (name,), settings, f"quantization.{reader}")
 
 
 FORMATS: tuple[Format, ...] = (
@@ -64,6 +81,19 @@ FORMATS: tuple[Format, ...] = (
     _block(12, "Q4_K", 256, 144, "W4K"),
     _block(13, "Q5_K", 256, 176, "P5K"),
     _block(14, "Q6_K", 256, 210, "P6K"),
+    _block(20, "IQ4_NL", 32, 18, "T4"),
+    _block(23, "IQ4_XS", 256, 136, "T4"),
+    _block(18, "IQ3_XXS", 256, 98, "T4"),
+    _block(21, "IQ3_S", 256, 110, "T4"),
+    _block(16, "IQ2_XXS", 256, 66, "T4"),
+    _block(17, "IQ2_XS", 256, 74, "T4H"),
+    _block(22, "IQ2_S", 256, 82, "T4H"),
+    _block(19, "IQ1_S", 256, 50, "T4"),
+    _block(29, "IQ1_M", 256, 56, "T4H"),
+    _block(34, "TQ1_0", 256, 54, "T4"),
+    _block(35, "TQ2_0", 256, 66, "T4"),
+    _block(39, "MXFP4", 32, 17, "T4"),
+    _block(40, "NVFP4", 64, 36, "T4H"),
     # Formats of folders: quantization_config of config.json names the method
     Format("nf4", "NF4", 64, 36, "C4", None, "quantization.nf4:Linear4bit", ("bitsandbytes",), BitsAndBytesConfig),
     Format("fp4", "FP4", 64, 36, "C4", None, "quantization.nf4:Linear4bit", ("bitsandbytes",), BitsAndBytesConfig),
@@ -71,6 +101,14 @@ FORMATS: tuple[Format, ...] = (
            BitsAndBytesConfig),
     Format("gptq", "GPTQ", 0, 0, "G4, G8", None, "quantization.gptq:GptqLinear", ("gptq",), GPTQConfig),
     Format("gguf", "GGUF blocks", 0, 0, "as its type", None, "quantization.gguf:GgufLinear", ("gguf",), GgufConfig),
+    _folder("awq", "AWQ", "G4; A4 of gemv_fast", AwqConfig, "awq:AWQ"),
+    _folder("compressed-tensors", "compressed-tensors", "G4, G8, A4, A8, R8; T4, T4H of FP4; bfloat16 of FP8",
+            CompressedTensorsConfig, "compressed_tensors:READER"),
+    _folder("fp8", "FP8", BFLOAT16, Float8Config, "float8:READER", "fp8", "fbgemm_fp8", "modelopt"),
+    _folder("torchao", "torchao", "G4, G8, A4, A8, R8 of integers; bfloat16 of FP8", TorchaoConfig, "float8:TORCHAO"),
+    _folder("hqq", "HQQ", "A4, A8; bfloat16 where groups cross rows", HqqConfig, "hqq:READER"),
+    _folder("exl2", "EXL2", BFLOAT16, Exl2Config, "exl2:READER"),
+    _folder("mlx", "MLX", "A4, A8; T4, T4H of FP4; bfloat16 of FP8", MlxConfig, "mlx:READER"),
 )  # fmt: skip
 
 BY_ID: dict[str, Format] = {row.id: row for row in FORMATS}
@@ -80,9 +118,8 @@ PACKED_BLOCKS: dict[str, int] = {
 }
 # Numbers of GGUF that are not read, for messages.
 FOREIGN_BLOCKS: dict[int, str] = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
-    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 31: "Q4_0_4_4",
+    32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 41: "Q1_0",
 }  # fmt: skip
 
 
@@ -109,11 +146,31 @@ def _methods() -> dict[str, Any]:
 def settings_in(fields: Mapping[str, Any]) -> QuantizationConfig | None:
     """The quantisation that the content of a config.json names; None where it names none. Raises as `parse`."""
     content = fields.get("quantization_config")
+    mlx = fields.get("quantization")
+    if isinstance(mlx, Mapping) and {"bits", "group_size"} <= set(mlx) and not (content or {}).get("quant_method"):
+        return MlxConfig.from_dict(mlx)
+    if content is None:
+        content = fields.get("compression_config")  # compressed-tensors before 2024
     return None if content is None else parse(content)
 
 
 METHODS: dict[str, type[QuantizationConfig]] = _methods()
 _AUTO_ROUND = ("auto-round", "intel/auto-round")
+
+
+# What stands in AutoRound's packing_format, where the layout is not GPTQ's.
+_PACKINGS: dict[str, type[QuantizationConfig]] = {
+    "awq": AwqConfig, "llm_compressor": CompressedTensorsConfig, "fp8": Float8Config, "mlx": MlxConfig,
+}  # fmt: skip
+
+
+def _auto_round(content: Mapping[str, Any]) -> QuantizationConfig:
+    """AutoRound's own files: its name for one of the layouts."""
+    packing = str(content.get("packing_format") or "")
+    for word, settings in _PACKINGS.items():
+        if word in packing:
+            return settings.from_dict(content)
+    return _auto_round_gptq(content)
 
 
 def parse(content: Any) -> QuantizationConfig:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama2.compiled import kernels, pool
 from llama2.errors import CheckpointError, InputError
+from llama2.quantization.codebook_blocks import CODED, decoder
 from llama2.quantization.formats import BLOCKS, FOREIGN_BLOCKS, Format
 
 # Blocks decoded in one go hold this many weights: the float32 working set (2 MiB) stays near a core's cache.
@@ -211,6 +212,7 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    **{name: decoder(name) for name in CODED},
 }
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

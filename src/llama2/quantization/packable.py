@@ -180,3 +180,66 @@ class Int8Weight:
     def pack(self, arena: Any, pool: Any) -> Any:
         values, scales = np.ascontiguousarray(self.values).reshape(-1), np.ascontiguousarray(self.scales)
         return native().pack_rows(arena, pool, values, scales, *self.values.shape)
+
+
+@dataclass(frozen=True)
+class TableWeight:
+    """w = table[code] * scale of its group. codes: uint8 (rows, columns) below 16; scales: float32 (rows, columns /
+    group); table: 16 numbers; group: 16 or 32 columns."""
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    table: tuple[float, ...]
+    group: int = 32
+
+    def __post_init__(self) -> None:
+        if self.group not in (16, 32):
+            raise InputError(f"a group of {self.group} columns; tables take 16 or 32")
+        if self.codes.ndim != 2 or not self.codes.size or self.codes.shape[1] % self.group:
+            raise MismatchError(
+                f"codes has the shape {self.codes.shape}; rows of whole groups of {self.group} are needed"
+            )
+        _dtype(self.codes, np.uint8, "codes")
+        _dtype(self.scales, np.float32, "scales")
+        _shape(self.scales, (self.codes.shape[0], self.codes.shape[1] // self.group), "scales")
+        _finite(self.scales, "scale")
+
+    def pack(self, arena: Any, pool: Any) -> Any:
+        arrays = (np.ascontiguousarray(a).reshape(-1) for a in (self.codes, self.scales))
+        table = np.asarray(self.table, np.float32)
+        return native().pack_table(arena, pool, *arrays, table, *self.codes.shape, self.group)
+
+
+@dataclass(frozen=True)
+class AffineWeight:
+    """w = scale * code + minimum, both float32 for every row and group of columns: what GroupWeight's float16 scales
+    and whole zeros cannot hold. The other fields are GroupWeight's."""
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    minima: NDArray[np.float32]
+    group: int = 128
+    bits: int = 4
+    order: NDArray[np.int32] | None = None
+
+    def __post_init__(self) -> None:
+        groups = 1 if self.group == -1 else -(-self.codes.shape[1] // self.group)
+        if self.bits not in (4, 8) or (self.group != -1 and self.group % GPTQ_SPAN):
+            raise InputError(
+                f"{self.bits} bits in groups of {self.group}; 4 or 8 in multiples of {GPTQ_SPAN} are packed"
+            )
+        _dtype(self.codes, np.uint8, "codes")
+        for array, what in ((self.scales, "scales"), (self.minima, "minima")):
+            _dtype(array, np.float32, what)
+            _shape(array, (self.codes.shape[0], groups), what)
+            _finite(array, what)
+
+    @property
+    def width(self) -> int:
+        """Columns of a group; for -1 those of the row, filled up to whole spans."""
+        return self.group if self.group != -1 else -(-self.codes.shape[1] // GPTQ_SPAN) * GPTQ_SPAN
+
+    def pack(self, arena: Any, pool: Any) -> Any:
+        arrays = (np.ascontiguousarray(a).reshape(-1) for a in (self.codes, self.scales, self.minima))
+        order = None if self.order is None else np.ascontiguousarray(self.order)
+        return native().pack_affine(arena, pool, *arrays, *self.codes.shape, self.width, self.bits, order)
