@@ -59,8 +59,9 @@ class ConversionSettings:
     """How to convert. dtype: "keep", a float dtype, or for gguf a block type such as "q4_0". shards: of meta.
     shard_size: of hf, bytes or "5GB". kv_heads: pool key and value heads to this number. chat: add Llama 2's chat
     template; None does so for Meta folders whose name ends in "-chat". adapter: folder of a LoRA adapter to merge.
-    imatrix: for gguf, the file of an importance matrix. calibrated: for gguf, whether tensors get the types that
-    llama.cpp gives them with an importance matrix; None: if there is one."""
+    split_size: of gguf, bytes or "2GB" above which another part begins. imatrix: for gguf, the file of an
+    importance matrix. calibrated: for gguf, whether tensors get the types that llama.cpp gives them with an
+    importance matrix; None: if there is one."""
 
     to: str = "hf"
     dtype: str = "keep"
@@ -71,6 +72,7 @@ class ConversionSettings:
     adapter: str | None = None
     imatrix: str | None = None
     calibrated: bool | None = None
+    split_size: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def make_target(source: Checkpoint, file: str, options: ConversionSettings) -> T
         kind = gguf_type(options.dtype)
         keys = gguf_keys(source.tokenizer_source, source.config.vocab_size, wants_chat(source, options))
         importance = None if options.imatrix is None else read_imatrix(options.imatrix).importance()
-        return GgufTarget(source, names, kind, file, keys, importance, options.calibrated)
+        split = None if options.split_size is None else parse_size(options.split_size)
+        return GgufTarget(source, names, kind, file, keys, importance, options.calibrated, split)
     dtypes = {name: dtype_of(source, name, options.dtype) for name in names}
     if options.to == "meta":
         return MetaTarget(source, dtypes, options.shards)
@@ -243,12 +246,15 @@ class _Run:
                 rename(hidden, self.folder / name)
         shutil.rmtree(self.small, ignore_errors=True)
         self.journal.unlink()
-        return ConversionResult(self.path, self.target.format, state["bytes"], resumed)
+        made = self.folder / self.target.files[0] if self.target.format == "gguf" else self.path
+        return ConversionResult(made, self.target.format, state["bytes"], resumed)
 
     def _resume(self) -> dict[str, Any]:
         """The journal of an interrupted run of the same conversion, or {}; raises where the target is taken."""
         if not self.journal.exists():
-            if self.path.is_file() or (self.path.is_dir() and any(self._strangers())):
+            if any((self.folder / file).is_file() for file in (self.path.name, *self.target.files)) or (
+                self.path.is_dir() and any(self._strangers())
+            ):
                 raise CheckpointError(f"{self.path} exists and is not empty; give a new path, nothing is overwritten")
             return {}
         try:
@@ -339,10 +345,11 @@ class _Run:
         small = sorted(file.name for file in self.small.iterdir())
         sums = {name: file.hexdigest() for name, file in zip(self.target.files, out, strict=True)}
         sums |= {name: sha256(self.small / name) for name in small}
-        manifest = SUMS if last is not None else f"{self.path.name}.sha256"
+        first = self.target.files[0]
+        manifest = SUMS if last is not None else f"{first}.sha256"
         write_text(self.small / manifest, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
         sync_tree(self.small)
-        final = last or self.path.name
+        final = last or first
         order = [name for name in (*self.target.files, *small, manifest) if name != final] + [final]
         state = {
             "identity": self.identity,

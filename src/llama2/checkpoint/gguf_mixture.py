@@ -37,10 +37,15 @@ FILE_TYPES: dict[str, FileType] = {
     "Q5_K_S": FileType(16, "Q5_K"),
     "Q5_K_M": FileType(17, "Q5_K"),
     "Q6_K": FileType(18, "Q6_K"),
+    "IQ4_NL": FileType(25, "IQ4_NL"),
+    "IQ4_XS": FileType(30, "IQ4_XS"),
 }
+# general.file_type of files that are kept as they are, of types that are read only.
+KEPT_IDS = {"IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ3_S": 26, "IQ2_S": 28, "IQ1_M": 31, "TQ1_0": 36,
+            "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39}  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 # For rows that super-blocks do not divide.
-_NARROWER = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_NARROWER = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.weight")
 
 
@@ -93,6 +98,8 @@ def _values(layer: int, kind: str, default: str, config: LlamaConfig) -> str:
         return "Q5_K" if layer < 2 else "Q4_K"
     if kind in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, config.num_hidden_layers):
         return "Q6_K"
+    if kind in ("IQ4_NL", "IQ4_XS") and config.num_attention_heads // config.num_key_value_heads >= 4:
+        return "Q5_K"
     return "Q5_K" if kind == "Q3_K_L" or (kind == "Q4_K_S" and layer < 4) else default
 
 
@@ -104,7 +111,7 @@ def _down(layer: int, layers: int, kind: str, default: str, calibrated: bool) ->
     if kind in ("Q4_K_M", "Q5_K_M"):
         return "Q6_K" if _more_bits(layer, layers) else default
     if layer < layers // 8:
-        if kind == "Q4_K_S":
+        if kind == "Q4_K_S" or (kind in ("IQ4_NL", "IQ4_XS") and not calibrated):
             return "Q5_K"
         if calibrated:
             return {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}.get(kind, default)

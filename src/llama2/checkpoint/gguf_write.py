@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.gguf_config import yarn_attention
-from llama2.checkpoint.gguf_mixture import FILE_TYPES, fitting, tensor_type
+from llama2.checkpoint.gguf_mixture import FILE_TYPES, KEPT_IDS, fitting, tensor_type
 from llama2.checkpoint.names import hf_to_gguf, rotated_heads, to_pairs
 from llama2.checkpoint.parallel_read import in_single_threads
 from llama2.checkpoint.writer import Appender, Target, row_blocks, row_ranges
@@ -26,7 +26,7 @@ from llama2.quantization.ggml_encode import ENCODERS, quantize
 from llama2.rope_types import attention_scaling
 
 ALIGNMENT = 32
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_UINT16, _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 2, 4, 5, 6, 7, 8, 9
 # The file type that is named where stored types are kept and most of the weights are of this one.
 _KEPT = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
@@ -49,6 +49,7 @@ class GgufTarget(Target):
 
     Vectors are float32, which llama.cpp demands. `tokenizer`: keys to store beside the architecture's. `importance`:
     what errors in the columns of a tensor count for, by Hugging Face name; tensors without it are rounded as they are.
+    `split_size`: bytes above which another file begins, PREFIX-00001-of-0000N.gguf and on, each with its own directory.
     `calibrated`: whether the types are those that llama.cpp takes with an importance matrix (None: if there is one).
     """
 
@@ -63,19 +64,43 @@ class GgufTarget(Target):
         tokenizer: Mapping[str, Any],
         importance: Mapping[str, Tensor] | None = None,
         calibrated: bool | None = None,
+        split_size: int | None = None,
     ) -> None:
         self.config, self._importance = source.config, importance or {}
         self._calibrated = bool(importance) if calibrated is None else calibrated
         if odd := [name for name in names if hf_to_gguf(name) is None]:
             raise InputError(f"GGUF has no place for {odd[0]} ({len(odd)} such tensors); convert to hf instead")
-        self.files, self.steps = [file], list(names)
+        self.steps = list(names)
         self._entries = {name: self._entry(name, source, kind) for name in names}
         metadata = {"general.name": source.path.resolve().stem, **source.card, **architecture(self.config), **tokenizer}
-        metadata["general.file_type"] = FILE_TYPES[kind or self._kept()].id
+        metadata["general.file_type"] = _file_type(kind or self._kept())
         metadata["general.quantization_version"] = 2
         self._tables = {"rope_freqs.weight": table} if (table := rope_divisors(self.config)) is not None else {}
-        self._head = self._header(metadata)
-        self.size = len(self._head) + sum(entry.bytes + ALIGNMENT for entry in self._entries.values())
+        parts = self._parts(split_size)
+        self._file_of = {name: i for i, part in enumerate(parts) for name in part}
+        self.files = part_names(file, len(parts))
+        self._heads = [self._header(self._keys(metadata, i, len(parts)), part, i == 0) for i, part in enumerate(parts)]
+        self.size = sum(map(len, self._heads)) + sum(entry.bytes + ALIGNMENT for entry in self._entries.values())
+
+    def _parts(self, size: int | None) -> list[list[str]]:
+        """The tensors of each file: none above `size` bytes, unless one tensor is."""
+        parts: list[list[str]] = [[]]
+        filled = 0
+        for name, entry in self._entries.items():
+            if size is not None and parts[-1] and filled + entry.bytes > size:
+                parts.append([])
+                filled = 0
+            parts[-1].append(name)
+            filled += entry.bytes + ALIGNMENT
+        return parts
+
+    def _keys(self, metadata: Mapping[str, Any], part: int, count: int) -> dict[str, Any]:
+        """The metadata of one file: all of it in the first, and in each of several which of them it is."""
+        if count == 1:
+            return dict(metadata)
+        total = len(self._entries) + len(self._tables)
+        split = {"split.no": Short(part), "split.count": Short(count), "split.tensors.count": Signed(total)}
+        return {**(metadata if part == 0 else {}), **split}
 
     def _entry(self, name: str, source: Checkpoint, kind: str | None) -> _Entry:
         shape, stored = source.tensors[name].shape, source.kept_type(name)
@@ -100,22 +125,24 @@ class GgufTarget(Target):
         """The type that a tensor is stored as."""
         return self._entries[name].block
 
-    def _header(self, metadata: Mapping[str, Any]) -> bytes:
+    def _header(self, metadata: Mapping[str, Any], names: Sequence[str], first: bool) -> bytes:
+        tables = self._tables if first else {}
         tensors: list[tuple[str, tuple[int, ...], int, int]]
-        tensors = [(name, (len(table),), 0, 4 * len(table)) for name, table in self._tables.items()]
-        tensors += [(hf_to_gguf(name) or "", entry.shape, entry.block.id, entry.bytes)
-                    for name, entry in self._entries.items()]  # fmt: skip
+        tensors = [(name, (len(table),), 0, 4 * len(table)) for name, table in tables.items()]
+        entries = [(name, self._entries[name]) for name in names]
+        tensors += [(hf_to_gguf(name) or "", entry.shape, entry.block.id, entry.bytes) for name, entry in entries]
         head = container_head(metadata, tensors)
-        for table in self._tables.values():
+        for table in tables.values():
             data = struct.pack(f"<{len(table)}f", *table)
             head += data + bytes(-len(data) % ALIGNMENT)
         return head
 
     def begin(self, out: Sequence[Appender]) -> None:
-        out[0].write(self._head)
+        for file, head in zip(out, self._heads, strict=True):
+            file.write(head)
 
     def write(self, name: str, source: Checkpoint, out: Sequence[Appender]) -> None:
-        entry, file = self._entries[name], out[0]
+        entry, file = self._entries[name], out[self._file_of[name]]
         heads = rotated_heads(name, self.config.num_attention_heads, self.config.num_key_value_heads)
         width = self.config.head_dim
 
@@ -138,8 +165,27 @@ class GgufTarget(Target):
         return None
 
 
+def _file_type(kind: str) -> int:
+    """general.file_type of a file type, or of blocks that are kept."""
+    return FILE_TYPES[kind].id if kind in FILE_TYPES else KEPT_IDS[kind]
+
+
 def _in_pairs(rows: Tensor, heads: int | None) -> Tensor:
     return rows if heads is None else to_pairs(rows, heads)
+
+
+class Short(int):
+    """A key of 16 bits without sign."""
+
+
+class Signed(int):
+    """A key of 32 bits with a sign."""
+
+
+def part_names(file: str, count: int) -> list[str]:
+    """The names of the parts of a split file; the file's own where there is one."""
+    stem = file.removesuffix(".gguf")
+    return [file] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
 
 
 def _aligned(at: int) -> int:
@@ -172,6 +218,10 @@ def encode(key: str, value: Any) -> bytes:
     """A metadata value with its type in front. Whole numbers are u32 alone and i32 in arrays, as llama.cpp writes."""
     if isinstance(value, bool):
         return struct.pack("<I?", _BOOL, value)
+    if isinstance(value, Short):
+        return struct.pack("<IH", _UINT16, value)
+    if isinstance(value, Signed):
+        return struct.pack("<Ii", _INT32, value)
     if isinstance(value, int):
         return struct.pack("<II", _UINT32, value) if value >= 0 else struct.pack("<Ii", _INT32, value)
     if isinstance(value, float):

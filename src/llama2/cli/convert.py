@@ -21,9 +21,12 @@ class ConvertOptions:
                                     positional=True)  # fmt: skip
     to: Literal["hf", "meta", "gguf"] | None = option(None, "format (default: gguf where DST ends in .gguf, else hf)")
     dtype: str = option("keep", "keep, float16, bfloat16, float32; for gguf also q8_0, q6_k, q5_k_m, q5_k_s, q5_1, "
-                        "q5_0, q4_k_m, q4_k_s, q4_1, q4_0, q3_k_l, q3_k_m, q3_k_s, q2_k", metavar="TYPE")  # fmt: skip
+                        "q5_0, q4_k_m, q4_k_s, iq4_xs, iq4_nl, q4_1, q4_0, q3_k_l, q3_k_m, q3_k_s, "
+                        "q2_k", metavar="TYPE")  # fmt: skip
     shard_size: str = option("5GB", "largest file of --to hf, such as 500MB or 5GiB", metavar="SIZE")
     shards: int = option(1, "number of files of --to meta")
+    split_size: str | None = option(None, "of gguf: parts of at most this size, such as 2GB; any part, or the name "
+                                    "without its number, is the model", metavar="SIZE")  # fmt: skip
     kv_heads: int | None = option(None, "pool the key and value heads to this many, by their mean (for uptraining)")
     imatrix: str | None = option(None, "importance matrix (a file of llama-imatrix) for the block types "
                                  "of gguf", metavar="FILE")  # fmt: skip
@@ -46,6 +49,7 @@ def run(options: ConvertOptions) -> int:
         kv_heads=options.kv_heads,
         chat=options.chat or None,
         imatrix=options.imatrix,
+        split_size=options.split_size,
         revision=options.revision,
         quiet=options.quiet,
     )
@@ -63,6 +67,7 @@ def convert(
     chat: bool | None = None,
     adapter: str | None = None,
     imatrix: str | None = None,
+    split_size: str | None = None,
     revision: str | None = None,
     quiet: bool = False,
 ) -> int:
@@ -70,7 +75,9 @@ def convert(
     from llama2.checkpoint import convert as engine
     from llama2.checkpoint.source import locate_all
 
-    settings = engine.ConversionSettings(to, dtype, shard_size, shards, kv_heads, chat, adapter, imatrix)
+    settings = engine.ConversionSettings(
+        to, dtype, shard_size, shards, kv_heads, chat, adapter, imatrix, split_size=split_size
+    )
     try:
         with Meter("converting" if adapter is None else "merging", quiet) as meter:
             result = engine.convert(locate_all(source, revision), target, settings, meter)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import CheckpointError
-from llama2.quantization.file_linear import FLOATS, FileReader, Part
+from llama2.quantization.file_linear import FLOATS, FileReader, TensorPart
 from llama2.quantization.forms import Form, Integers
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble of each output: the inverse of 0, 2, 4, 6, 1, 3, 5, 7
@@ -43,28 +43,28 @@ def _sizes(shape: tuple[int, int], settings: Any) -> tuple[int, int, int]:
     return group, columns // group, -(-words // step) * step
 
 
-def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Part]:
+def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, TensorPart]:
     (rows, columns), (_, groups, padded) = shape, _sizes(shape, settings)
     if rows % 8 or columns % 8:
         raise CheckpointError(f"the weight is {shape}; AWQ packs multiples of 8: the configuration is of another model")
     if settings.version == "gemm":
         return {
-            "qweight": Part((torch.int32,), (columns, rows // 8)),
-            "qzeros": Part((torch.int32,), (groups, rows // 8), optional=True),
-            "scales": Part(FLOATS, (groups, rows)),
+            "qweight": TensorPart((torch.int32,), (columns, rows // 8)),
+            "qzeros": TensorPart((torch.int32,), (groups, rows // 8), optional=True),
+            "scales": TensorPart(FLOATS, (groups, rows)),
         }
     if settings.version == "gemv":
         return {
-            "qweight": Part((torch.int32,), (rows, columns // 8)),
-            "qzeros": Part((torch.int32,), (rows, padded), optional=True),
-            "scales": Part(FLOATS, (rows, 8 * padded)),
+            "qweight": TensorPart((torch.int32,), (rows, columns // 8)),
+            "qzeros": TensorPart((torch.int32,), (rows, padded), optional=True),
+            "scales": TensorPart(FLOATS, (rows, 8 * padded)),
         }
     if rows % 4 or columns % 64:
         raise CheckpointError(f"the weight is {shape}; gemv_fast interleaves 4 rows by 64 inputs: it is another layout")
     return {
-        "qweight": Part((torch.int16,), (rows // 4, columns)),
-        "qzeros": Part((torch.float16,), (8 * padded, rows)),
-        "scales": Part((torch.float16,), (8 * padded, rows)),
+        "qweight": TensorPart((torch.int16,), (rows // 4, columns)),
+        "qzeros": TensorPart((torch.float16,), (8 * padded, rows)),
+        "scales": TensorPart((torch.float16,), (8 * padded, rows)),
     }
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import CheckpointError
-from llama2.quantization.file_linear import FLOATS, FileReader, Part, unpack_rows
+from llama2.quantization.file_linear import FLOATS, FileReader, TensorPart, unpack_rows
 from llama2.quantization.forms import Form, Integers, ScaledFloats, TableCodes
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -25,9 +25,9 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_global_scale")
 
 
-def activations() -> dict[str, Part]:
+def activations() -> dict[str, TensorPart]:
     """What files hold of the inputs and outputs of a linear, which here stay floats."""
-    return {name: Part((*FLOATS, *FLOAT8, torch.int8, torch.uint8), None, True, False) for name in _ACTIVATIONS}
+    return {name: TensorPart((*FLOATS, *FLOAT8, torch.int8, torch.uint8), None, True, False) for name in _ACTIVATIONS}
 
 
 def _old_width(settings: Any, columns: int, tensors: Mapping[str, Tensor]) -> bool:
@@ -37,39 +37,43 @@ def _old_width(settings: Any, columns: int, tensors: Mapping[str, Tensor]) -> bo
     return held is not None and held.ndim == 2 and straight != whole and held.shape[1] == whole
 
 
-def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Part]:
+def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, TensorPart]:
     (rows, columns), kind = shape, settings.kind
     group = settings.group(columns)
     if kind in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
         step, dtype = (16, FLOAT8[0]) if kind.startswith("nv") else (32, torch.uint8)
         if columns % step:
             raise CheckpointError(f"{columns} inputs are no multiple of {step}, the group of {kind}")
-        overall = {"weight_global_scale": Part(FLOATS, (1,))} if step == 16 else {}
+        overall = {"weight_global_scale": TensorPart(FLOATS, (1,))} if step == 16 else {}
         return {
-            "weight_packed": Part((torch.uint8,), (rows, columns // 2)),
-            "weight_scale": Part((dtype,), (rows, columns // step)),
+            "weight_packed": TensorPart((torch.uint8,), (rows, columns // 2)),
+            "weight_scale": TensorPart((dtype,), (rows, columns // step)),
             **overall,
             **activations(),
         }
-    scale = Part(FLOATS, tuple(tensors["weight_scale"].shape) if "weight_scale" in tensors else (1,))
+    scale = TensorPart(FLOATS, tuple(tensors["weight_scale"].shape) if "weight_scale" in tensors else (1,))
     if kind == "pack-quantized":
         bits, groups = settings.bits, -(-columns // group)
         width = -(-columns // (32 // bits)) if _old_width(settings, columns, tensors) else -(-columns * bits // 32)
         height = -(-rows // (32 // bits)) if _old_width(settings, columns, tensors) else -(-rows * bits // 32)
         plain = tensors.get("weight_zero_point", torch.empty(0)).dtype == torch.int8
-        zeros = Part((torch.int8,), (rows, groups), True) if plain else Part((torch.int32,), (height, groups), True)
+        zeros = (
+            TensorPart((torch.int8,), (rows, groups), True)
+            if plain
+            else TensorPart((torch.int32,), (height, groups), True)
+        )
         return {
-            "weight_packed": Part((torch.int32,), (rows, width)),
-            "weight_scale": Part(FLOATS, (rows, groups)),
-            "weight_shape": Part((torch.int64, torch.int32), (2,), True),
+            "weight_packed": TensorPart((torch.int32,), (rows, width)),
+            "weight_scale": TensorPart(FLOATS, (rows, groups)),
+            "weight_shape": TensorPart((torch.int64, torch.int32), (2,), True),
             "weight_zero_point": zeros,
-            "weight_g_idx": Part((torch.int32,), (columns,), True),
+            "weight_g_idx": TensorPart((torch.int32,), (columns,), True),
             **activations(),
         }
     dtypes = FLOAT8 if settings.type == "float" else (torch.int8,)
     _check_scale(scale.shape, shape, settings)
-    zeros = Part((torch.int8, *FLOAT8, torch.float32), scale.shape, True, settings.type != "float")
-    return {"weight": Part(dtypes, shape), "weight_scale": scale, "weight_zero_point": zeros, **activations()}
+    zeros = TensorPart((torch.int8, *FLOAT8, torch.float32), scale.shape, True, settings.type != "float")
+    return {"weight": TensorPart(dtypes, shape), "weight_scale": scale, "weight_zero_point": zeros, **activations()}
 
 
 def _check_scale(found: tuple[int, ...] | None, shape: tuple[int, int], settings: Any) -> None:

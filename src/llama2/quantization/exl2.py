@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import CheckpointError
-from llama2.quantization.file_linear import FileReader, Part, unpack_rows
+from llama2.quantization.file_linear import FileReader, TensorPart, unpack_rows
 from llama2.quantization.forms import Form
 
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -60,7 +60,7 @@ def _groups(tensors: Mapping[str, Tensor], columns: int) -> list[tuple[int, int,
     return found
 
 
-def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Part]:
+def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, TensorPart]:
     rows, columns = shape
     groups, width = _groups(tensors, columns), -(-rows // 32) * 32
     for name in ("q_invperm", "q_perm"):
@@ -68,12 +68,12 @@ def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]
         if order is not None and not torch.equal(order.flatten().long().sort().values, torch.arange(columns)):
             raise CheckpointError(f"{name} is no permutation of the {columns} inputs: fetch the file again")
     return {
-        "q_weight": Part((torch.int32,), (tensors["q_weight"].shape[0], width)),
-        "q_scale": Part((torch.int32,), (len(groups), width // 8)),
-        "q_scale_max": Part((torch.float16,), (len(groups),)),
-        "q_groups": Part((torch.int16,), (2 * len(groups),)),
-        "q_invperm": Part((torch.int32, torch.int16), (columns,), optional=True),
-        "q_perm": Part((torch.int32, torch.int16), (columns,), optional=True),
+        "q_weight": TensorPart((torch.int32,), (tensors["q_weight"].shape[0], width)),
+        "q_scale": TensorPart((torch.int32,), (len(groups), width // 8)),
+        "q_scale_max": TensorPart((torch.float16,), (len(groups),)),
+        "q_groups": TensorPart((torch.int16,), (2 * len(groups),)),
+        "q_invperm": TensorPart((torch.int32, torch.int16), (columns,), optional=True),
+        "q_perm": TensorPart((torch.int32, torch.int16), (columns,), optional=True),
     }
 
 

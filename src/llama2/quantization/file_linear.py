@@ -19,7 +19,7 @@ FLOATS: Dtypes = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """What a tensor must be. shape: None for any. optional: whether a file may lack it. read: whether it is part of the
     weight; the others (scales of activations) are left out of the layer."""
 
@@ -34,7 +34,7 @@ class FileReader:
     """How a format's tensors are read. layout: the parts by name, for a weight (out, in), its settings and what is
     there; form: what they mean."""
 
-    layout: Callable[[tuple[int, int], Any, Mapping[str, Tensor]], Mapping[str, Part]]
+    layout: Callable[[tuple[int, int], Any, Mapping[str, Tensor]], Mapping[str, TensorPart]]
     form: Callable[[Mapping[str, Tensor], tuple[int, int], Any], Form]
 
 
@@ -119,7 +119,7 @@ def _reader(settings: Any) -> FileReader:
     return found
 
 
-def _check(name: str, tensor: Tensor | None, part: Part) -> None:
+def _check(name: str, tensor: Tensor | None, part: TensorPart) -> None:
     if tensor is None:
         if part.optional:
             return

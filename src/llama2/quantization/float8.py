@@ -15,30 +15,30 @@ from torch import Tensor
 
 from llama2.errors import CheckpointError
 from llama2.quantization.compressed_tensors import E2M1, FLOAT8
-from llama2.quantization.file_linear import FLOATS, FileReader, Part, unpack_rows
+from llama2.quantization.file_linear import FLOATS, FileReader, TensorPart, unpack_rows
 from llama2.quantization.forms import Form, Integers, ScaledFloats, TableCodes
 
 _E8M0 = (torch.float8_e8m0fnu, torch.uint8)
 _UNUSED = ("activation_scale", "input_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale", "kv_scale")
 
 
-def _unused() -> dict[str, Part]:
-    return {name: Part((*FLOATS, *FLOAT8), None, True, False) for name in _UNUSED}
+def _unused() -> dict[str, TensorPart]:
+    return {name: TensorPart((*FLOATS, *FLOAT8), None, True, False) for name in _UNUSED}
 
 
 def _scale_name(tensors: Mapping[str, Tensor]) -> str:
     return next((name for name in ("weight_scale_inv", "weight_scale") if name in tensors), "weight_scale_inv")
 
 
-def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Part]:
+def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, TensorPart]:
     (rows, columns), name = shape, _scale_name(tensors)
     if settings.is_nvfp4:
         if columns % 16:
             raise CheckpointError(f"{columns} inputs are no multiple of 16, the group of NVFP4")
         return {
-            "weight": Part((torch.uint8,), (rows, columns // 2)),
-            "weight_scale": Part(FLOAT8[:1], (rows, columns // 16)),
-            "weight_scale_2": Part(
+            "weight": TensorPart((torch.uint8,), (rows, columns // 2)),
+            "weight_scale": TensorPart(FLOAT8[:1], (rows, columns // 16)),
+            "weight_scale_2": TensorPart(
                 FLOATS, tuple(tensors["weight_scale_2"].shape) if "weight_scale_2" in tensors else ()
             ),
             **_unused(),
@@ -51,7 +51,7 @@ def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]
             f"{name} has the shape {held}; {wanted} is needed for blocks of {block}: correct quantization_config, or "
             "fetch the file again"
         )
-    return {"weight": Part(FLOAT8, shape), name: Part((*FLOATS, *_E8M0), held), **_unused()}
+    return {"weight": TensorPart(FLOAT8, shape), name: TensorPart((*FLOATS, *_E8M0), held), **_unused()}
 
 
 def _scales(held: Tensor) -> Tensor:
@@ -75,16 +75,16 @@ READER = FileReader(_layout, _form)
 # -- torchao -----------------------------------------------------------------------------------------------------
 
 
-def _ao_layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Part]:
+def _ao_layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, TensorPart]:
     scale = tensors.get("_weight_scale")
     groups = scale.shape[1] if scale is not None and scale.ndim == 2 else 1
     if groups < 1 or shape[1] % groups:
         raise CheckpointError(f"_weight_scale has {groups} groups, which do not divide {shape[1]} inputs")
     return {
-        "_weight_qdata": Part((torch.int8, *FLOAT8), shape),
-        "_weight_scale": Part(FLOATS, (shape[0], groups)),
-        "_weight_zero_point": Part((torch.int8, torch.int32, *FLOATS), (shape[0], groups), optional=True),
-        "_weight_act_pre_scale": Part(FLOATS, None, True, False),
+        "_weight_qdata": TensorPart((torch.int8, *FLOAT8), shape),
+        "_weight_scale": TensorPart(FLOATS, (shape[0], groups)),
+        "_weight_zero_point": TensorPart((torch.int8, torch.int32, *FLOATS), (shape[0], groups), optional=True),
+        "_weight_act_pre_scale": TensorPart(FLOATS, None, True, False),
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import InputError
+from llama2.quantization.codebook_encode import IQ4, encode
 from llama2.quantization.ggml import BlockType, block_type
 from llama2.quantization.ggml_pack import LAYOUTS, Fit, Layout, layout_of, pack
 from llama2.quantization.ggml_search import WeightGroups, by_block, fit
@@ -20,7 +21,7 @@ _CHUNK = 1 << 19  # weights encoded in one go; the searches hold a dozen copies 
 # No column counts for less than this part of the mean: the calibration text is a sample.
 _LEAST_IMPORTANCE = 1e-4
 
-ENCODERS = tuple(LAYOUTS)
+ENCODERS = (*LAYOUTS, *IQ4)
 # How a group's values are spread in the attempts of the search (`ggml_search.fit`).
 _K_TRIALS: dict[str, tuple[float, ...]] = {
     "Q2_K": (3.0, 2.2, 2.5, 2.8, 3.2, 3.5, 3.8),
@@ -49,7 +50,7 @@ def quantize(weights: Tensor, kind: str | BlockType, importance: Tensor | None =
     row_bytes = block.row_bytes(weights.shape[-1])
     if block.dense is not None:
         return weights.to(block.dense).contiguous().view(torch.uint8)
-    layout = layout_of(block.name)
+    layout = None if block.name in IQ4 else layout_of(block.name)
     per_column = None if importance is None else usable(importance, weights.shape[-1])
     rows = weights.reshape(-1, weights.shape[-1])
     out = torch.empty(len(rows), row_bytes, dtype=torch.uint8)
@@ -78,7 +79,9 @@ def usable(importance: Tensor, columns: int) -> Tensor:
     return torch.ones(columns) if mean == 0 else (x / mean).clamp(min=_LEAST_IMPORTANCE).float()
 
 
-def _encode(block: BlockType, layout: Layout, x: Tensor, w: Tensor | None) -> Tensor:
+def _encode(block: BlockType, layout: Layout | None, x: Tensor, w: Tensor | None) -> Tensor:
+    if layout is None:
+        return encode(block.name, x, w)
     if w is None and block.name in _PLAIN:
         return _PLAIN[block.name](block, layout, x)
     weight = _magnitude(x, layout) if w is None else w

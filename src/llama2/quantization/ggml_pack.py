@@ -44,7 +44,10 @@ LAYOUTS: dict[str, Layout] = {
 def layout_of(kind: str) -> Layout:
     """The layout of a type. Raises InputError for one that nothing here writes."""
     if kind not in LAYOUTS:
-        raise InputError(f"nothing here writes {kind}; the types are F32, F16, BF16, {', '.join(LAYOUTS)}")
+        raise InputError(
+            f"nothing here writes {kind} so; the types are F32, F16, BF16, {', '.join(LAYOUTS)}, without the "
+            "solver IQ4_NL and IQ4_XS"
+        )
     return LAYOUTS[kind]
 
 

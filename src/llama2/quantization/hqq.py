@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import CheckpointError
-from llama2.quantization.file_linear import FLOATS, FileReader, Part
+from llama2.quantization.file_linear import FLOATS, FileReader, TensorPart
 from llama2.quantization.forms import Form, Integers
 
 _RUNS = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}
@@ -32,12 +32,17 @@ def _geometry(shape: tuple[int, int], settings: Any) -> tuple[int, tuple[int, in
     return group, view, -(-view[0] // _RUNS[settings.bits])
 
 
-def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Part]:
+def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, TensorPart]:
     _, view, packed = _geometry(shape, settings)
     each = (view[0], 1) if settings.axis == 1 else (1, view[1])
     dtype = torch.int32 if settings.bits == 3 else torch.uint8
-    said = {name: Part(_ANY, None, True, False) for name in _SAID}
-    return {"W_q": Part((dtype,), (packed, view[1])), "scale": Part(FLOATS, each), "zero": Part(FLOATS, each), **said}
+    said = {name: TensorPart(_ANY, None, True, False) for name in _SAID}
+    return {
+        "W_q": TensorPart((dtype,), (packed, view[1])),
+        "scale": TensorPart(FLOATS, each),
+        "zero": TensorPart(FLOATS, each),
+        **said,
+    }
 
 
 def _form(tensors: Mapping[str, Tensor], shape: tuple[int, int], settings: Any) -> Form:

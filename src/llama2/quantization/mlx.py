@@ -12,19 +12,19 @@ from torch import Tensor
 
 from llama2.errors import CheckpointError
 from llama2.quantization.compressed_tensors import E2M1
-from llama2.quantization.file_linear import FLOATS, FileReader, Part, unpack_rows
+from llama2.quantization.file_linear import FLOATS, FileReader, TensorPart, unpack_rows
 from llama2.quantization.forms import Form, Integers, ScaledFloats, TableCodes
 
 
-def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Part]:
+def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, TensorPart]:
     rows, columns = shape
     bits, group = settings.bits, settings.group_size
     if columns % group or columns * bits % 32:
         raise CheckpointError(f"{columns} inputs are no multiple of the groups of {group}; correct quantization")
-    weight = {"weight": Part((torch.uint32,), (rows, columns * bits // 32))}
+    weight = {"weight": TensorPart((torch.uint32,), (rows, columns * bits // 32))}
     if settings.mode != "affine":
-        return {**weight, "scales": Part((torch.uint8,), (rows, columns // group))}
-    each = Part(FLOATS, (rows, columns // group))
+        return {**weight, "scales": TensorPart((torch.uint8,), (rows, columns // group))}
+    each = TensorPart(FLOATS, (rows, columns // group))
     return {**weight, "scales": each, "biases": each}
 
 
