@@ -33,11 +33,11 @@ def llama2c(vocab: int, version: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"lmgg" + GGML, ("legacy GGML (ggml)", "32 layers, width 4096, 32 heads", "convert_llama_ggml_to_gguf.py")),
+        (b"lmgg" + GGML, ("legacy GGML (ggml)", "32 layers, width 4096, 32 heads")),
         (b"fmgg" + struct.pack("<I", 1) + GGML, ("legacy GGML (ggmf version 1)", "32,000")),
         (b"tjgg" + struct.pack("<I", 3) + GGML, ("legacy GGML (ggjt version 3)",)),
         (llama2c(-40, 0), ("llama2.c version 0", "2 layers, width 8, feed-forward 24, 4 heads (2 for", "40, separate")),
-        (llama2c(40, 0), ("llama2.c version 0", "40, tied head", "16 tokens", "export.py")),
+        (llama2c(40, 0), ("llama2.c version 0", "40, tied head", "16 tokens")),
         (llama2c(40, 1), ("llama2.c version 1", "40, tied head")),
         (llama2c(-40, 2), ("llama2.c version 2", "40, separate head")),
     ],
@@ -51,7 +51,10 @@ def test_files_of_other_programs(run: Run, tmp_path: Path, content: bytes, said:
     assert shown["format"] == said[0] and "parameters" not in shown
     code, _, err = run("generate", "-m", file, "Hi")
     assert code == 2
-    with pytest.raises(CheckpointError, match=said[0].replace("(", ".").replace(")", ".")):
+    if said[0] == "llama2.c version 0":  # whole
+        assert LlamaForCausalLM.from_pretrained(file).config.hidden_size == 8
+        return
+    with pytest.raises(CheckpointError, match="truncated|announces|do not divide"):
         LlamaForCausalLM.from_pretrained(file)
 
 

@@ -4,12 +4,17 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bytewise import write_tokenizer
 from checkpoint.adapter_files import tensors_for, write_adapter
+from checkpoint.gguf_package import write_blocks
+from checkpoint.packers import FORMATS as PACKED
+from checkpoint.packers import write as write_packed
+from checkpoint.test_legacy import ggml, llama2c
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
 
@@ -34,6 +39,7 @@ from llama2.checkpoint.peft_files import read_config
 from llama2.cli import inspect
 from llama2.errors import Llama2Error
 from llama2.files import JOURNAL
+from llama2.quantization.codebook_blocks import CODED
 from llama2.runners.native import NativeModel
 from llama2.text_file import read_object
 from llama2.tokenizer import LlamaTokenizer
@@ -327,6 +333,15 @@ def imatrix(folder: Path) -> None:
         write_imatrix(folder / name, from_importance(sums, 64, 32, "words.txt"))
 
 
+def legacy(folder: Path) -> None:
+    """Files before GGUF."""
+    folder.mkdir()
+    ggml(folder / "old.bin", "ggjt", 1, "Q4_0")
+    ggml(folder / "new.bin", "ggjt", 3, "F16")
+    for version in (0, 2):
+        llama2c(folder / f"c{version}.bin", version, tied=False)
+
+
 def each(suffixes: tuple[str, ...], read: Callable[[Path, Attempts], None]) -> Callable[[Path, Attempts], None]:
     """Reads each file of a folder that ends so."""
 
@@ -370,6 +385,12 @@ KINDS: dict[str, tuple[Make, Callable[[Path, Attempts], None]]] = {
     "tables": (tables, read_tables),
     "patterns": (patterns, read_cuts),
     "imatrix": (imatrix, each((".dat", ".gguf"), read_sums)),
+    "codebook_blocks": (
+        lambda folder: (folder.mkdir(), write_blocks(folder / "m.gguf", tuple(CODED))),
+        each((".gguf",), read_gguf),
+    ),
+    "legacy": (legacy, each((".bin",), read_model)),
+    **{f"read_{kind}": (partial(write_packed, kind), read_model) for kind in PACKED},
 }
 
 

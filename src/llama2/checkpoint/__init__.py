@@ -207,6 +207,8 @@ _FORMATS: dict[str, Callable[..., Checkpoint]] = {
     "hf": door("checkpoint.hf", "HfCheckpoint", "Folders and files that transformers writes."),
     "meta": door("checkpoint.meta", "MetaCheckpoint", "A folder of Meta's original files."),
     "gguf": door("checkpoint.gguf_weights", "GgufCheckpoint", "A GGUF file."),
+    "ggml": door("checkpoint.legacy", "GgmlCheckpoint", "A file of llama.cpp before GGUF."),
+    "llama2c": door("checkpoint.legacy", "Llama2cCheckpoint", "A .bin file of llama2.c."),
 }
 
 
@@ -294,7 +296,10 @@ def _sniff_file(path: Path) -> str:
     # safetensors: 8 bytes of header length, then JSON; torch.save: a zip archive, or a bare pickle before 1.6.
     if head[8:9] == b"{" or head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
         return "hf"
-    if (known := recognise(path)) is not None:
+    known = recognise(path)
+    if known is not None and known.reader:
+        return known.reader
+    if known is not None:
         raise CheckpointError(f"{path} is {known.format}, which is not run here; {known.remedy}")
     raise CheckpointError(
         f"{path} starts with {head[:8]!r}, which is neither GGUF, safetensors nor a PyTorch file; "

@@ -1,5 +1,5 @@
-"""Llama models in formats that are not run here: recognised by their content, described from their headers, and told
-with the way to a format that is. Standard library only.
+"""Llama models in files of other programs: recognised by their content, described from their headers, and those that
+are not read told with the way to a format that is. Standard library only.
 
 Legacy GGML (llama.cpp before August 2023): a magic word, from ggmf on a version, then n_vocab, n_embd, n_mult, n_head,
 n_layer, n_rot, ftype. llama2.c: version 0 is dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative where
@@ -29,6 +29,7 @@ class Foreign:
     format: str
     remedy: str
     facts: dict[str, str] = field(default_factory=dict)
+    reader: str = ""  # the format of `checkpoint.open`, "" where it is not read
 
 
 def recognise(path: Path) -> Foreign | None:
@@ -57,7 +58,7 @@ def _ggml(head: bytes) -> Foreign:
             "architecture": f"Llama: {layers} layers, width {width}, {heads} heads",
             "vocabulary": f"{vocab:,}",
         }
-    return Foreign(f"legacy GGML ({kind}{version})", remedy, facts)
+    return Foreign(f"legacy GGML ({kind}{version})", remedy, facts, "ggml")
 
 
 def _llama2c(name: str, sizes: list[int], tied: bool) -> Foreign:
@@ -68,7 +69,8 @@ def _llama2c(name: str, sizes: list[int], tied: bool) -> Foreign:
         "vocabulary": f"{vocab:,}, {'tied' if tied else 'separate'} head",
         "context": f"{context:,} tokens",
     }
-    return Foreign(name, "export the model again with llama2.c's export.py --version -1, which writes a folder", facts)
+    remedy = "export the model again with llama2.c's export.py --version -1, which writes a folder"
+    return Foreign(name, remedy, facts, "llama2c")
 
 
 def _bare_llama2c(head: bytes, size: int) -> Foreign | None:

@@ -49,7 +49,8 @@ def run(options: InfoOptions) -> int:
 
 def _show_foreign(path: Path, known: Foreign, as_json: bool) -> int:
     """What is known of a file that is not run here."""
-    facts = {"format": f"{known.format}, {size(path.stat().st_size)}", **known.facts, "not run here": known.remedy}
+    facts = {"format": f"{known.format}, {size(path.stat().st_size)}", **known.facts}
+    facts |= {} if known.reader else {"not run here": known.remedy}
     if as_json:
         import json
 

@@ -39,19 +39,21 @@ _SETTINGS = (
         "eval_tokens",
     ),
 )
-METHODS = "gptq, nf4, fp4, int8, or gguf:TYPE such as gguf:q4_k"
+METHODS = "gptq, awq, w4a16 and fp8 (compressed-tensors), nf4, fp4, int8, or gguf:TYPE such as gguf:q4_k"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """calibration (gptq and gguf; the others with --calibrate)."""
+    """calibration (gptq, awq, w4a16 and gguf; nf4, fp4 and int8 with --calibrate)."""
 
     data: str | None = option(None, "text to calibrate on, or .jsonl of texts or messages (default: the one that comes "
                               "with llama2)", metavar="FILE")  # fmt: skip
     samples: int = option(128, "windows of that text, at most")
     length: int = option(512, "tokens of a window")
     seed: int = option(0, "which windows")
-    calibrate: bool | None = option(None, "round with the inputs of each layer in mind (default: gptq and gguf)")
+    calibrate: bool | None = option(
+        None, "round with the inputs of each layer in mind (default: gptq, awq, w4a16, gguf)"
+    )
     solve: bool = option(False, "of gguf: compensate the errors of rounded columns, which else are only weighed")
     true_sequential: bool = option(True, "linears see the inputs that those before them in the layer, quantised, give")
     token_weights: bool = option(True, "tokens count by the attention that they receive; --no-token-weights: all alike")
@@ -61,7 +63,7 @@ class CalibrationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq:
-    """gptq."""
+    """gptq, and of awq and w4a16 all but bits, asym and format."""
 
     bits: int = option(4, "of a weight: 2, 3, 4 or 8")
     group_size: int | None = option(None, "columns that share a scale, -1: whole rows (default: the largest of 128, "

@@ -7,17 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llama2.errors import InputError
+from llama2.quantization.awq import pack_nibbles
 from llama2.quantization.codebook_grids import solved
 from llama2.quantization.formats import layer_class
 from llama2.quantization.ggml import BlockType, dequantize
 from llama2.quantization.ggml_grid import gguf_rows
-from llama2.quantization.gptq import GptqLinear, grid_of
+from llama2.quantization.gptq import GptqLinear, grid_of, pack
 from llama2.quantization.gptq_solver import solve
 from llama2.quantization.int8 import Linear8bit
 from llama2.quantization.integer_grid import Steps
 from llama2.quantization.nf4 import Linear4bit
+from llama2.quantization.settings import AwqConfig, CompressedTensorsConfig
 from llama2.quantization_config import GPTQConfig, QuantizationConfig
-from llama2.quantize.options import QuantizationSettings
+from llama2.quantize.options import SOLVED, QuantizationSettings
 
 
 class Made(NamedTuple):
@@ -60,6 +63,40 @@ class BlockMethod(Method):
         return Made(layer.packed, layer.dequantize(), kind, damp)
 
 
+class Float8Method(Method):
+    """compressed-tensors' floats of 8 bits: each row by its largest magnitude, which becomes 448."""
+
+    def make(self, path: str, weight: Tensor, hessian: Tensor | None) -> Made:
+        """As Method.make."""
+        rows = weight.float()
+        peaks = rows.abs().amax(1, keepdim=True)
+        if not bool(peaks.isfinite().all()):
+            raise InputError(f"{path} holds NaN or infinity and cannot be quantised; check the checkpoint")
+        scale = torch.where(peaks > 0, peaks / 448, 1.0)
+        values = (rows / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return Made({"weight": values, "weight_scale": scale}, values.float() * scale, "fp8")
+
+
+def _awq_tensors(layer: GptqLinear) -> dict[str, Tensor]:
+    """AWQ's gemm layout of the same integers."""
+    codes_KN, zeros_GN = layer.codes()
+    return {"qweight": pack_nibbles(codes_KN), "qzeros": pack_nibbles(zeros_GN), "scales": layer.packed["scales"]}
+
+
+def _compressed_tensors(layer: GptqLinear) -> dict[str, Tensor]:
+    """compressed-tensors' pack-quantized layout of the same symmetric integers."""
+    codes_KN, _ = layer.codes()
+    shape = torch.tensor([layer.out_features, layer.in_features])
+    return {
+        "weight_packed": pack(codes_KN, layer.bits).mT.contiguous(),
+        "weight_scale": layer.packed["scales"].mT.contiguous(),
+        "weight_shape": shape,
+    }
+
+
+_LAYOUTS = {"awq": _awq_tensors, "w4a16": _compressed_tensors}
+
+
 class GptqMethod(Method):
     """GPTQ's integers. Linears that share an input are solved as one, for which H is factored once."""
 
@@ -89,7 +126,9 @@ class GptqMethod(Method):
             rows = slice(start, start + len(weight))
             params = [_rows(steps, rows) for steps in found.params]
             layer = GptqLinear.of_values(found.weight[rows], params, found.order, None, self.config)
-            made.append(Made(layer.packed, found.weight[rows], f"gptq {self.config.bits}", found.damp))
+            tensors = _LAYOUTS[options.kind](layer) if options.kind in _LAYOUTS else layer.packed
+            name = options.kind if options.kind in _LAYOUTS else f"gptq {self.config.bits}"
+            made.append(Made(tensors, found.weight[rows], name, found.damp))
             start = rows.stop
         return made
 
@@ -123,7 +162,19 @@ def make_method(
     if block_of is not None:
         return GgufMethod(options, block_of)
     assert config is not None
-    return GptqMethod(config, options) if isinstance(config, GPTQConfig) else BlockMethod(config, options)
+    if options.kind == "fp8":
+        return Float8Method()
+    if options.kind in SOLVED:
+        return GptqMethod(options.grid(_group(config)), options)
+    return BlockMethod(config, options)
+
+
+def _group(config: QuantizationConfig) -> int:
+    """Columns of a group, -1 for rows, of one of the formats of solved integers."""
+    if isinstance(config, CompressedTensorsConfig):
+        return int(config.weights.get("group_size") or -1)
+    assert isinstance(config, GPTQConfig | AwqConfig)
+    return config.group_size
 
 
 # -- how good it is ----------------------------------------------------------------------------------------------

@@ -6,21 +6,25 @@ from typing import Any
 from llama2.checkpoint.gguf_mixture import ALIASES, FILE_TYPES, file_type
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
+from llama2.quantization.settings import AwqConfig, CompressedTensorsConfig
 from llama2.quantization_config import BitsAndBytesConfig, GPTQConfig, QuantizationConfig
 
-METHODS = ("gptq", "nf4", "fp4", "int8")
+METHODS = ("gptq", "awq", "w4a16", "fp8", "nf4", "fp4", "int8")
+SOLVED = ("gptq", "awq", "w4a16")  # integers that the solver chooses
 GROUP_SIZES = (128, 64, 32)
 _DENSE = ("F32", "F16", "BF16")
-CALIBRATED = ("gptq", "gguf")  # unless told otherwise
+CALIBRATED = (*SOLVED, "gguf")  # unless told otherwise
 
 
 @dataclass(frozen=True)
 class QuantizationSettings:
     """How to quantise.
 
-    method: "gptq", "nf4", "fp4", "int8", or "gguf:" and a block type. bits, group_size, act_order, static_groups, sym,
-    mse, passes, damp, format: of gptq; group_size -1 for whole rows, None for the largest of 128, 64, 32 that divides
-    every width; mse: search each group's scale; passes: see quant.solve. double_quant: of nf4 and fp4.
+    method: "gptq", "awq" and "w4a16" (the same integers as AWQ and compressed-tensors lay them out), "fp8" (of
+    compressed-tensors, a scale a row), "nf4", "fp4", "int8", or "gguf:" and a block type. bits, group_size, act_order,
+    static_groups, sym, mse, passes, damp, format: of gptq; group_size -1 for whole rows, None for the largest of 128,
+    64, 32 that divides every width; mse: search each group's scale; passes: see quant.solve. double_quant: of nf4 and
+    fp4.
     calibrate: round with the inputs in mind, None: gptq and gguf do. solve: of gguf, compensate errors with the
     Hessian; else they are weighed by an importance matrix. samples windows of `length` tokens, drawn by `seed`.
     true_sequential: each group of linears sees inputs that those before it in the layer, already quantised, give it.
@@ -65,8 +69,14 @@ class QuantizationSettings:
             raise InputError(f"passes is {self.passes}; it must be at least 0")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise InputError(f"precision is {self.precision!r}; it must be auto, float32 or bfloat16")
-        if kind == "gptq" and self.calibrate is False:
-            raise InputError("gptq is made from calibration data; leave calibrate=False out, or take nf4 or int8")
+        if kind in SOLVED and self.calibrate is False:
+            raise InputError(f"{kind} is made from calibration data; leave calibrate=False out, or take nf4 or int8")
+        if kind == "fp8" and self.calibrate:
+            raise InputError("fp8 is rounded by itself; leave calibrate out")
+        if kind in ("awq", "w4a16") and self.bits != 4:
+            raise InputError(f"{kind} has 4 bits, and bits is {self.bits}; take gptq for others")
+        if kind in ("awq", "w4a16") and self.act_order and not self.static_groups:
+            raise InputError(f"{kind} has groups of neighbouring columns; give static_groups with act_order")
         if self.kind == "gptq":
             self.gptq(32)
 
@@ -96,6 +106,10 @@ class QuantizationSettings:
             return None
         if self.kind == "gptq":
             return self.gptq(group_size(config, self.group_size))
+        if self.kind in SOLVED:
+            return self._layout(group_size(config, self.group_size))
+        if self.kind == "fp8":
+            return _compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"})
         if self.kind == "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
         return BitsAndBytesConfig(
@@ -104,6 +118,20 @@ class QuantizationSettings:
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype="bfloat16" if dtype == "bfloat16" else dtype,
         )
+
+    def _layout(self, group: int) -> QuantizationConfig:
+        """The settings of a folder whose integers the solver chooses, in another layout than GPTQ's."""
+        if self.kind == "awq":
+            return AwqConfig.from_dict({"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True,
+                                        "version": "gemm", "modules_to_not_convert": None})  # fmt: skip
+        strategy = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+        return _compressed("pack-quantized", {"num_bits": 4, "type": "int", **strategy})
+
+    def grid(self, group: int) -> GPTQConfig:
+        """The integers that the solver chooses: AWQ's have zeros of their own, compressed-tensors' are symmetric."""
+        if self.kind == "gptq":
+            return self.gptq(group)
+        return GPTQConfig(bits=4, group_size=group, damp_percent=self.damp, sym=self.kind == "w4a16", format="gptq_v2")
 
     def gptq(self, group: int) -> GPTQConfig:
         """The settings of a GPTQ folder."""
@@ -117,6 +145,15 @@ class QuantizationSettings:
             true_sequential=self.true_sequential,
             format=self.format,
         )
+
+
+def _compressed(format: str, weights: dict[str, Any]) -> QuantizationConfig:
+    """The settings of a folder of compressed-tensors, as vLLM reads them."""
+    scheme = {"symmetric": True, "dynamic": False, "actorder": None, **weights}
+    group = {"targets": ["Linear"], "weights": scheme, "input_activations": None, "output_activations": None}
+    content = {"quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
+               "config_groups": {"group_0": group}, "ignore": ["lm_head"], "kv_cache_scheme": None}  # fmt: skip
+    return CompressedTensorsConfig.from_dict(content)
 
 
 def widths(config: LlamaConfig) -> dict[str, int]:
