@@ -50,6 +50,8 @@ def _ggml(head: bytes) -> Foreign:
     if kind == "ggla":
         return Foreign("legacy GGML LoRA adapter", "use the adapter as peft wrote it")
     start = 4 if kind == "ggml" else 8
+    if len(head) < start:
+        return Foreign(f"legacy GGML ({kind}), cut short", remedy, {}, "ggml")
     version = "" if kind == "ggml" else f" version {struct.unpack_from('<I', head, 4)[0]}"
     facts = {}
     if len(head) >= start + 28:
