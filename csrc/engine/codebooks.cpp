@@ -1,9 +1,9 @@
-// GGUF's blocks of codebooks (IQ4, IQ3, IQ2, IQ1, TQ, FP4) as codes of 4 bits into a table of 16 numbers and a scale for
-// every 16 columns: what quantization/codebook_blocks.py decodes to, block by block.
+// GGUF's blocks of codebooks (IQ4, IQ3, IQ2, IQ1, TQ, FP4) as codes of 4 bits into a table of 16 numbers and a
+// scale for every 16 columns: what quantization/codebook_blocks.py decodes to, block by block.
 #include <cstring>
 
-#include "kernels/halves.h"
 #include "engine/pack.h"
+#include "kernels/halves.h"
 
 namespace llama2 {
 namespace {
@@ -22,7 +22,9 @@ float half(const uint8_t* p) {
   return half_to_float(h);
 }
 int short_(const uint8_t* p) { return p[0] | p[1] << 8; }
-uint32_t word(const uint8_t* p) { return static_cast<uint32_t>(short_(p)) | static_cast<uint32_t>(short_(p + 2)) << 16; }
+uint32_t word(const uint8_t* p) {
+  return static_cast<uint32_t>(short_(p)) | static_cast<uint32_t>(short_(p + 2)) << 16;
+}
 int nibble(const uint8_t* p, int i) { return p[i / 2] >> 4 * (i % 2) & 15; }
 int with_parity(int seven) { return seven | __builtin_parity(static_cast<unsigned>(seven)) << 7; }
 
@@ -48,7 +50,8 @@ void iq2_xxs(const uint8_t* b, Coded& c) {
   for (int k = 0; k < 8; ++k) {
     const uint8_t* q = b + 2 + 8 * k;
     uint32_t aux = word(q + 4);
-    for (int l = 0; l < 4; ++l) eight(GRIDS + IQ2_XXS + 8 * q[l], with_parity(aux >> 7 * l & 127), c.code + 32 * k + 8 * l);
+    for (int l = 0; l < 4; ++l)
+      eight(GRIDS + IQ2_XXS + 8 * q[l], with_parity(aux >> 7 * l & 127), c.code + 32 * k + 8 * l);
     both(c, k, half(b) * (0.5f + static_cast<float>(aux >> 28)) * 0.25f);
   }
 }
@@ -94,7 +97,8 @@ void less(const uint8_t* point, int negative, uint8_t* code) {
 void iq1_s(const uint8_t* b, Coded& c) {
   for (int k = 0; k < 8; ++k) {
     int h = short_(b + 34 + 2 * k);
-    for (int l = 0; l < 4; ++l) less(GRIDS + IQ1_S + 8 * (b[2 + 4 * k + l] | (h >> 3 * l & 7) << 8), h >> 15, c.code + 32 * k + 8 * l);
+    for (int l = 0; l < 4; ++l)
+      less(GRIDS + IQ1_S + 8 * (b[2 + 4 * k + l] | (h >> 3 * l & 7) << 8), h >> 15, c.code + 32 * k + 8 * l);
     both(c, k, half(b) * static_cast<float>(2 * (h >> 12 & 7) + 1));
   }
 }
@@ -106,7 +110,8 @@ void iq1_m(const uint8_t* b, Coded& c) {
     int h = nibble(b + 32, e);
     less(GRIDS + IQ1_S + 8 * (b[e] | (h & 7) << 8), h >> 3, c.code + 8 * e);
   }
-  for (int j = 0; j < 16; ++j) c.scale[j] = d * static_cast<float>(2 * (short_(b + 48 + j / 4 * 2) >> 3 * (j % 4) & 7) + 1);
+  for (int j = 0; j < 16; ++j)
+    c.scale[j] = d * static_cast<float>(2 * (short_(b + 48 + j / 4 * 2) >> 3 * (j % 4) & 7) + 1);
 }
 constexpr int POWERS[] = {1, 3, 9, 27, 81};
 void tq1_0(const uint8_t* b, Coded& c) {
@@ -133,7 +138,9 @@ void mxfp4(const uint8_t* b, Coded& c) {
 void nvfp4(const uint8_t* b, Coded& c) {
   for (int j = 0; j < 4; ++j) {
     int e = b[j] >> 3 & 15, m = b[j] & 7;
-    float value = e == 0 ? static_cast<float>(m) / 512 : (1 + static_cast<float>(m) / 8) * (e < 7 ? 1.0f / static_cast<float>(1 << (7 - e)) : static_cast<float>(1 << (e - 7)));
+    float value = e == 0 ? static_cast<float>(m) / 512
+                         : (1 + static_cast<float>(m) / 8) *
+                               (e < 7 ? 1.0f / static_cast<float>(1 << (7 - e)) : static_cast<float>(1 << (e - 7)));
     c.scale[j] = b[j] == 0 || b[j] == 0x7F ? 0 : value * 0.5f;
     split(b + 4 + 8 * j, 8, c.code + 16 * j);
   }
@@ -148,10 +155,10 @@ constexpr float TERNARY[16] = {-1, 0, 1, 2};
 constexpr float E2M1_TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 constexpr CodedType CODED[] = {
-    {20, 32, 18, IQ4, iq4_nl},       {23, 256, 136, IQ4, iq4_xs},    {16, 256, 66, IQ2, iq2_xxs},
-    {17, 256, 74, IQ2, iq2_xs},      {22, 256, 82, IQ2, iq2_s},      {18, 256, 98, IQ3X, iq3_xxs},
-    {21, 256, 110, IQ3, iq3_s},      {19, 256, 50, IQ1, iq1_s},      {29, 256, 56, IQ1, iq1_m},
-    {34, 256, 54, TERNARY, tq1_0},   {35, 256, 66, TERNARY, tq2_0},  {39, 32, 17, E2M1_TWICE, mxfp4},
+    {20, 32, 18, IQ4, iq4_nl},       {23, 256, 136, IQ4, iq4_xs},   {16, 256, 66, IQ2, iq2_xxs},
+    {17, 256, 74, IQ2, iq2_xs},      {22, 256, 82, IQ2, iq2_s},     {18, 256, 98, IQ3X, iq3_xxs},
+    {21, 256, 110, IQ3, iq3_s},      {19, 256, 50, IQ1, iq1_s},     {29, 256, 56, IQ1, iq1_m},
+    {34, 256, 54, TERNARY, tq1_0},   {35, 256, 66, TERNARY, tq2_0}, {39, 32, 17, E2M1_TWICE, mxfp4},
     {40, 64, 36, E2M1_TWICE, nvfp4},
 };
 

@@ -7,14 +7,13 @@ namespace llama2 {
 namespace {
 
 constexpr FileType TYPES[] = {
-    {2, "Q4_0", 32, 18, Format::W4},     {3, "Q4_1", 32, 20, Format::W4M},    {6, "Q5_0", 32, 22, Format::P5},
-    {7, "Q5_1", 32, 24, Format::P5M},    {8, "Q8_0", 32, 34, Format::W8},     {12, "Q4_K", 256, 144, Format::W4K},
-    {13, "Q5_K", 256, 176, Format::P5K}, {14, "Q6_K", 256, 210, Format::P6K},
-    {20, "IQ4_NL", 32, 18, Format::T4}, {23, "IQ4_XS", 256, 136, Format::T4}, {16, "IQ2_XXS", 256, 66, Format::T4},
-    {17, "IQ2_XS", 256, 74, Format::T4H}, {22, "IQ2_S", 256, 82, Format::T4H}, {18, "IQ3_XXS", 256, 98, Format::T4},
-    {21, "IQ3_S", 256, 110, Format::T4}, {19, "IQ1_S", 256, 50, Format::T4}, {29, "IQ1_M", 256, 56, Format::T4H},
-    {34, "TQ1_0", 256, 54, Format::T4}, {35, "TQ2_0", 256, 66, Format::T4}, {39, "MXFP4", 32, 17, Format::T4},
-    {40, "NVFP4", 64, 36, Format::T4H},
+    {2, "Q4_0", 32, 18, Format::W4},      {3, "Q4_1", 32, 20, Format::W4M},     {6, "Q5_0", 32, 22, Format::P5},
+    {7, "Q5_1", 32, 24, Format::P5M},     {8, "Q8_0", 32, 34, Format::W8},      {12, "Q4_K", 256, 144, Format::W4K},
+    {13, "Q5_K", 256, 176, Format::P5K},  {14, "Q6_K", 256, 210, Format::P6K},  {20, "IQ4_NL", 32, 18, Format::T4},
+    {23, "IQ4_XS", 256, 136, Format::T4}, {16, "IQ2_XXS", 256, 66, Format::T4}, {17, "IQ2_XS", 256, 74, Format::T4H},
+    {22, "IQ2_S", 256, 82, Format::T4H},  {18, "IQ3_XXS", 256, 98, Format::T4}, {21, "IQ3_S", 256, 110, Format::T4},
+    {19, "IQ1_S", 256, 50, Format::T4},   {29, "IQ1_M", 256, 56, Format::T4H},  {34, "TQ1_0", 256, 54, Format::T4},
+    {35, "TQ2_0", 256, 66, Format::T4},   {39, "MXFP4", 32, 17, Format::T4},    {40, "NVFP4", 64, 36, Format::T4H},
 };
 
 uint32_t get32(const uint8_t* p) {
@@ -147,7 +146,8 @@ void coded(Format f, const Coded& from, int columns, int64_t col, uint8_t* out, 
   bool halves = f == Format::T4H;
   for (int k = 0; k < columns; k += 16) {
     int64_t at = col + k, s = at % BLOCK_K;
-    uint8_t *block = out + at / BLOCK_K * block_bytes(f), *lines = block + (halves ? 256 + 128 * (s / 16) : 128 + 256 * (s / 32));
+    uint8_t *block = out + at / BLOCK_K * block_bytes(f),
+            *lines = block + (halves ? 256 + 128 * (s / 16) : 128 + 256 * (s / 32));
     if (halves || k % 32 == 0) std::memcpy(block + 64 * (halves ? s / 16 : s / 32) + 4 * lane, from.scale + k / 16, 4);
     for (int i = 0; i < 16; ++i) {
       uint8_t code = from.code[k + i];

@@ -72,11 +72,19 @@ Codebook codebook_of(const float* values) {
 }
 
 void pack_codes_tile(const CodeSource& s, int64_t tile, uint8_t* out) {
-  bool codebook = s.format == Format::C4 || s.format == Format::C4B, table = s.format == Format::T4 || s.format == Format::T4H;
+  bool codebook = s.format == Format::C4 || s.format == Format::C4B,
+       table = s.format == Format::T4 || s.format == Format::T4H;
   bool affine = s.format == Format::A4 || s.format == Format::A8;
   bool four = codebook || table || s.format == Format::G4 || s.format == Format::A4;
-  auto head = codebook ? head_codebook : table ? head_table : affine ? head_affine : s.format == Format::R8 ? head_row : head_group;
-  int64_t unit = codebook || table ? BLOCK_K : s.format == Format::R8 ? up(s.cols, GROUP) * GROUP : s.group, size = four ? 256 : 512;
+  auto head = codebook                 ? head_codebook
+              : table                  ? head_table
+              : affine                 ? head_affine
+              : s.format == Format::R8 ? head_row
+                                       : head_group;
+  int64_t unit = codebook || table        ? BLOCK_K
+                 : s.format == Format::R8 ? up(s.cols, GROUP) * GROUP
+                                          : s.group,
+          size = four ? 256 : 512;
   int64_t header = s.format == Format::T4H ? 256 : table || affine ? 128 : 64;
   uint8_t flip = s.format == Format::R8 ? 128 : 0;  // signed bytes become value + 128
   for (int lane = 0; lane < TILE && tile * TILE + lane < s.rows; ++lane) {

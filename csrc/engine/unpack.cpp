@@ -129,7 +129,8 @@ const Decoder* decoder(int id) {
   return nullptr;
 }
 
-void unpack_coded(const CodedType& type, const uint8_t* raw, int64_t cols, bool bf16, int64_t begin, int64_t end, void* out) {
+void unpack_coded(const CodedType& type, const uint8_t* raw, int64_t cols, bool bf16, int64_t begin, int64_t end,
+                  void* out) {
   int64_t blocks = cols / type.columns;
   Coded coded;
   for (int64_t b = begin * blocks; b < end * blocks; ++b) {

@@ -2,7 +2,8 @@
 //
 // Packed weights are cut into tiles of 16 rows; a tile is a run of blocks of 64 columns, read in ascending order.
 // Lane r of a vector accumulates row r, so no kernel needs a horizontal sum.
-// The formats from C4 on (quant_formats.inl) are units of a header and spans of lines; a span is 32 columns (P6K, T4H: 16).
+// The formats from C4 on (quant_formats.inl) are units of a header and spans of lines; a span is 32 columns, or 16 of
+// P6K and T4H.
 #pragma once
 #include <cstddef>
 #include <cstdint>

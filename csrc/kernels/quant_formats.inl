@@ -41,9 +41,10 @@ struct Five : Nibbles {
   }
 };
 
-// ZERO: the matrix has zeros, subtracted before the scale. MINIMUM: the header adds minimum() times the sum of the activations. SHIFT: the values are 2^(7-SHIFT) too large, -1:
-// are not. FLAT: the scale waits for the end of the tile. LARGE: with two chains, the second may be 16 times too large
-// till its end. UNIT: spans of a unit, 0 where the matrix says (its group, or a row).
+// ZERO: the matrix has zeros, subtracted before the scale. MINIMUM: the header adds minimum() times the sum of the
+// activations. SHIFT: the values are 2^(7-SHIFT) too large, -1: are not. FLAT: the scale waits for the end of the
+// tile. LARGE: with two chains, the second may be 16 times too large till its end. UNIT: spans of a unit, 0 where the
+// matrix says (its group, or a row).
 struct C4 : Nibbles {
   static constexpr int HEAD = 64, UNIT = 2, BITS = 8, SHIFT = 0;
   static constexpr bool MINIMUM = false, FLAT = false;
@@ -110,7 +111,9 @@ struct P6K {
 
 struct T4 : C4 {
   static constexpr int HEAD = 128;
-  INLINE F scale(const uint8_t* head, int s, const Codes& t) { return mul(fload((const float*)(head + 64 * s)), fset(t.step)); }
+  INLINE F scale(const uint8_t* head, int s, const Codes& t) {
+    return mul(fload((const float*)(head + 64 * s)), fset(t.step));
+  }
 };
 struct T4H {
   static constexpr int SPAN = 16, STEPS = 2, PLANE = 0, LINES = 128, HEAD = 256, UNIT = 4, BITS = 8, SHIFT = 0;
@@ -132,7 +135,9 @@ struct A8 : Whole {
   static constexpr bool MINIMUM = true, FLAT = false;
   INLINE F scale(const uint8_t* head, int, const Codes&) { return fload((const float*)head); }
   // What is stored is the value + 128, which the integer sum takes off again: SHIFT is 0.
-  INLINE F minimum(const uint8_t* head, int) { return add(fload((const float*)(head + 64)), mul(fset(128), fload((const float*)head))); }
+  INLINE F minimum(const uint8_t* head, int) {
+    return add(fload((const float*)(head + 64)), mul(fset(128), fload((const float*)head)));
+  }
 };
 
 struct Dot4 {

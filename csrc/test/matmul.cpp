@@ -58,9 +58,15 @@ void check_codes(const Isas& isas) {
   };
   const std::vector<Shape> codebooks = {{64, 64, false}, {192, 128, false}, {320, 64, false}};
   const std::vector<Shape> others = {{64, 32, false}, {200, 64, true}, {7, 32, false}, {384, 128, true}};
-  for (Format f : {Format::C4, Format::C4B, Format::G4, Format::G8, Format::R8})
+  const std::vector<Shape> tables = {{64, 32, false}, {224, 32, false}, {32, 32, false}};
+  const std::vector<Shape> halves = {{64, 16, false}, {208, 16, false}, {16, 16, false}};
+  for (Format f :
+       {Format::C4, Format::C4B, Format::G4, Format::G8, Format::R8, Format::T4, Format::T4H, Format::A4, Format::A8})
     for (int64_t rows : {5, 16, 50})
-      for (const Shape& s : f == Format::C4 || f == Format::C4B ? codebooks : others) {
+      for (const Shape& s : f == Format::C4 || f == Format::C4B ? codebooks
+                            : f == Format::T4                   ? tables
+                            : f == Format::T4H                  ? halves
+                                                                : others) {
         Given given(f, rows, s.cols, s.group, s.shuffled && f != Format::R8);
         Packed w = given.pack();
         compare_rows(isas, w.m);

@@ -52,7 +52,11 @@ struct Coded {  // a model of codes or of rows, with biases, and with orders of 
   explicit Coded(Format f) {
     auto make = [&](int64_t rows, int64_t cols, bool shuffled) {
       if (row_major(f)) return dense.emplace_back(rows, cols, f, 0.2f).m;
-      Given& g = given.emplace_back(f, rows, cols, f == Format::G4 ? 32 : 64, shuffled && f == Format::G4);
+      Given& g = given.emplace_back(f, rows, cols,
+                                    f == Format::G4 || f == Format::T4 ? 32
+                                    : f == Format::T4H                 ? 16
+                                                                       : 64,
+                                    shuffled && f == Format::G4);
       for (float& scale : g.floats) scale = f == Format::R8 ? 0.001f : 0.05f;
       return tiny.packed.emplace_back(g.pack()).m;
     };
@@ -169,7 +173,8 @@ void check_adapters(const Isas& isas) {
 }
 
 void check_coded(const Isas& isas) {
-  for (Format f : {Format::C4, Format::C4B, Format::G4, Format::R8, Format::F16, Format::BF16}) {
+  for (Format f : {Format::C4, Format::C4B, Format::G4, Format::R8, Format::T4, Format::T4H, Format::A4, Format::A8,
+                   Format::F16, Format::BF16}) {
     Coded model(f);
     int kind = static_cast<int>(f);
     std::vector<float> want = run_model(kernels_scalar(), model.tiny, 1, KvType::F32, true);

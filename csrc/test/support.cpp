@@ -87,15 +87,19 @@ Packed pack(const FileType& t, int64_t rows, int64_t cols) {
 
 Given::Given(Format f, int64_t rows, int64_t cols, int64_t group, bool shuffled) {
   bool codebook = f == Format::C4 || f == Format::C4B, groups = f == Format::G4 || f == Format::G8;
-  int64_t count = groups ? rows * up(cols, group) : codebook ? up(rows * cols, group) : rows;
+  bool table_of = f == Format::T4 || f == Format::T4H, affine = f == Format::A4 || f == Format::A8;
+  bool four = f == Format::G4 || f == Format::A4 || table_of;
+  int64_t count = groups || table_of || affine ? rows * up(cols, group) : codebook ? up(rows * cols, group) : rows;
   codes.resize(codebook ? rows * cols / 2 : rows * cols);
-  for (auto& c : codes) c = static_cast<uint8_t>(f == Format::G4 ? rng() & 15 : rng());
+  for (auto& c : codes) c = static_cast<uint8_t>(four ? rng() & 15 : rng());
   zeros.resize(groups ? count : 0);
   for (auto& z : zeros) z = static_cast<uint8_t>(f == Format::G4 ? rng() % 17 : rng());
   halves.resize(groups ? count : 0);
   for (auto& h : halves) h = static_cast<uint16_t>(0x2100 | (rng() & 255));
   floats.resize(groups ? 0 : count);
   for (auto& v : floats) v = 0.01f + 0.01f * static_cast<float>(rng() % 100);
+  minima.resize(affine ? count : 0);
+  for (auto& v : minima) v = -0.1f * static_cast<float>(rng() % 100);
   float table[16];
   for (auto& v : table) v = normal();
   forms = codebook_of(table);
@@ -110,6 +114,7 @@ Given::Given(Format f, int64_t rows, int64_t cols, int64_t group, bool shuffled)
   source.pairs = codebook;
   source.scales = groups ? static_cast<const void*>(halves.data()) : floats.data();
   source.zeros = zeros.data();
+  source.minima = affine ? minima.data() : nullptr;
   source.order = shuffled ? order.data() : nullptr;
 }
 
@@ -122,7 +127,7 @@ Packed Given::pack() const {
   p.m.stride = tile_bytes(f, source.cols, source.group);
   p.m.codebook = &forms;
   p.m.order = source.order;
-  if (f == Format::G4 || f == Format::G8) p.m.group = source.group;
+  if (f == Format::G4 || f == Format::G8 || source.minima) p.m.group = source.group;
   p.memory.resize(p.m.tiles() * p.m.stride);
   p.m.data = p.memory.data();
   for (int64_t i = 0; i < p.m.tiles(); ++i) pack_codes_tile(source, i, p.memory.data() + i * p.m.stride);

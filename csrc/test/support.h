@@ -42,7 +42,7 @@ struct Given {  // random codes with their scales
   CodeSource source;
   std::vector<uint8_t> codes, zeros;
   std::vector<uint16_t> halves;
-  std::vector<float> floats;
+  std::vector<float> floats, minima;
   Codebook forms;
   std::vector<int32_t> order;
 

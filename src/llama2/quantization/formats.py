@@ -101,14 +101,14 @@ FORMATS: tuple[Format, ...] = (
            BitsAndBytesConfig),
     Format("gptq", "GPTQ", 0, 0, "G4, G8", None, "quantization.gptq:GptqLinear", ("gptq",), GPTQConfig),
     Format("gguf", "GGUF blocks", 0, 0, "as its type", None, "quantization.gguf:GgufLinear", ("gguf",), GgufConfig),
-    _folder("awq", "AWQ", "G4; A4 of gemv_fast", AwqConfig, "awq:AWQ"),
-    _folder("compressed-tensors", "compressed-tensors", "G4, G8, A4, A8, R8; T4, T4H of FP4; bfloat16 of FP8",
+    _folder("awq", "AWQ", "G4, A4", AwqConfig, "awq:AWQ"),
+    _folder("compressed-tensors", "compressed-tensors", "G4, G8, A4, A8, R8, T4, T4H, bfloat16 of FP8",
             CompressedTensorsConfig, "compressed_tensors:READER"),
     _folder("fp8", "FP8", BFLOAT16, Float8Config, "float8:READER", "fp8", "fbgemm_fp8", "modelopt"),
-    _folder("torchao", "torchao", "G4, G8, A4, A8, R8 of integers; bfloat16 of FP8", TorchaoConfig, "float8:TORCHAO"),
-    _folder("hqq", "HQQ", "A4, A8; bfloat16 where groups cross rows", HqqConfig, "hqq:READER"),
+    _folder("torchao", "torchao", "G4, G8, A4, A8, R8, bfloat16 of FP8", TorchaoConfig, "float8:TORCHAO"),
+    _folder("hqq", "HQQ", "A4, A8, bfloat16 where groups cross rows", HqqConfig, "hqq:READER"),
     _folder("exl2", "EXL2", BFLOAT16, Exl2Config, "exl2:READER"),
-    _folder("mlx", "MLX", "A4, A8; T4, T4H of FP4; bfloat16 of FP8", MlxConfig, "mlx:READER"),
+    _folder("mlx", "MLX", "A4, A8, T4, T4H, bfloat16 of FP8", MlxConfig, "mlx:READER"),
 )  # fmt: skip
 
 BY_ID: dict[str, Format] = {row.id: row for row in FORMATS}
