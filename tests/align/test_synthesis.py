@@ -151,6 +151,12 @@ def test_answers_that_disobey_are_left_out(made: Path, tmp_path: Path) -> None:
         Ghost(plan).run()
 
 
+def test_answers_that_do_not_end_are_left_out(made: Path, tmp_path: Path) -> None:
+    outcome = Ghost(ghost_of(made, tmp_path, max_new_tokens=3)).run()
+    ended = [line["number"] for line in lines(tmp_path / SAMPLES)[1:] if line["ended"] and all(line["answers"])]
+    assert [row["lineage"]["number"] for row in lines(tmp_path / ROWS)] == ended and 0 < outcome.values["endless"] < 11
+
+
 def test_a_run_that_was_killed_ends_with_the_same_bytes(made: Path, tmp_path: Path) -> None:
     Ghost(ghost_of(made, tmp_path / "a")).run()
     whole = (tmp_path / "a" / SAMPLES).read_bytes()

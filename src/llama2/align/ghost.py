@@ -103,6 +103,7 @@ class Ghost(Synthesis):
         plan, talks = self.plan, [self.talk(number) for number in numbers]
         plains = [random.Random(f"{plan.seed}/plain/{n}").random() < plan.plain for n in numbers]
         obeyed: list[list[bool | None]] = [[] for _ in talks]
+        ended = [False] * len(talks)
         while open_talks := [(i, talk) for i, talk in enumerate(talks) if len(talk.answers) < len(talk.users)]:
             last = {i: len(talk.answers) == len(talk.users) - 1 for i, talk in open_talks}
             silent = {i: plains[i] and not last[i] for i in last}
@@ -115,10 +116,11 @@ class Ghost(Synthesis):
                 best = self._best(talk, messages, group)
                 talk.answers.append(said(best))
                 obeyed[i].append(talk.order.obeyed(said(best)))
+                ended[i] = best.ended
         return [
             {"number": talk.number, "users": talk.users, "instruction": talk.order.text, "checks": talk.order.checks,
-             "shortened": talk.order.shortened, "plain": plain, "answers": talk.answers, "obeyed": found}
-            for talk, plain, found in zip(talks, plains, obeyed, strict=True)
+             "shortened": talk.order.shortened, "plain": plain, "answers": talk.answers, "obeyed": found, "ended": end}
+            for talk, plain, found, end in zip(talks, plains, obeyed, ended, strict=True)
         ]  # fmt: skip
 
     def _best(self, talk: Talk, messages: Messages, group: Sequence[Rollout]) -> Rollout:
@@ -133,10 +135,13 @@ class Ghost(Synthesis):
     def written(self, lines: Sequence[dict[str, Any]]) -> tuple[list[Row], dict[str, Any], list[str]]:
         """As Synthesis.written: dialogues whose last answer obeys, or cannot be checked."""
         rows: list[Row] = []
-        refused = empty = cut = 0
+        refused = empty = cut = endless = 0
         for line in lines:
             if line["obeyed"][-1] is False:
                 refused += 1
+                continue
+            if not line["ended"]:  # its end would be learnt where the answer was cut off
+                endless += 1
                 continue
             if not all(line["answers"]):
                 empty += 1
@@ -150,11 +155,12 @@ class Ghost(Synthesis):
             known = [line["obeyed"][turn] for line in lines if len(line["obeyed"]) > turn]
             checked = [one for one in known if one is not None]
             shares[turn + 1] = sum(checked) / len(checked) if checked else None
-        values = {"dialogues": len(lines), "disobeyed": refused, "empty": empty, "cut": cut, "obeyed": shares,
-                  "checked": sum(bool(line["checks"]) for line in lines)}  # fmt: skip
+        values = {"dialogues": len(lines), "disobeyed": refused, "empty": empty, "endless": endless, "cut": cut,
+                  "obeyed": shares, "checked": sum(bool(line["checks"]) for line in lines)}  # fmt: skip
         texts = [f"{len(rows):,} rows of {len(lines):,} dialogues, {values['checked']:,} with an instruction that a "
                  "program checks"]  # fmt: skip
         told = {"left out, for the last answer disobeys": refused, "left out, for an answer is empty": empty,
+                "left out, for the last answer does not end (--max-new-tokens)": endless,
                 "without some of their middle turns, to fit": cut}  # fmt: skip
         texts += [f"{count:,} dialogues {why}" for why, count in told.items() if count]
         texts += [f"turn {turn}: {share:.1%} obey" for turn, share in shares.items() if share is not None]

@@ -59,6 +59,7 @@ def reward_pairs(
                 report.problems[number] = f"an answer is longer than {max_length} tokens (max_length)"
                 continue
             made.append(Ranked(pair, margin, rating, safe))
+            report.targets += len(pair)  # a reward is read at the last token of each answer
             report.tokens += sum(len(answer.input_ids) for answer in pair)
     return _weighted(made), report
 
