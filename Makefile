@@ -5,6 +5,7 @@
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
 # make parity-bitsandbytes  packed weights and files beside bitsandbytes, in an environment of its own
 # make interop  peft, TRL, accelerate, transformers, lm-eval, torchao, bitsandbytes, datasets on these classes, each in an environment of its own
+# make clients  the clients of other projects (openai, anthropic, ollama, langchain, lm-eval, ...) against llama2 serve, in an environment of their own
 # make peers    the test suites of transformers and PEFT on these classes (T446=, T5=, PEFT=: tests/peers/README.md)
 # make triton-check  the GPU kernels of packed weights in Triton's interpreter, in an environment of its own
 # make parity-peft  adapters beside peft, training steps beside trl, in an environment of its own
@@ -25,7 +26,7 @@ PROMPT ?= Explain in two sentences why the sky is blue.
 
 PEERS_ROOT ?= $(CURDIR)/$(VENV)-peers
 
-.PHONY: demo test check check-native format peers interop parity parity-446 parity-bitsandbytes parity-peft triton-check page ray fuzz \
+.PHONY: demo test check check-native format peers interop clients parity parity-446 parity-bitsandbytes parity-peft triton-check page ray fuzz \
   bench bench-train gpu-check clean
 
 $(BIN)/python:
@@ -101,6 +102,20 @@ INTEROP_trl := trl==1.16.0 peft==0.21.2 transformers>=5.23 accelerate datasets
 
 interop: .make/test $(foreach library,$(INTEROP),.make/interop-$(library))
 	LLAMA2_INTEROP=$(CURDIR)/$(VENV)-interop $(BIN)/python -m pytest -m parity tests/interop
+
+CLIENTS := openai anthropic ollama huggingface_hub langchain-openai llama-index-llms-openai-like llama-index-llms-ollama \
+  litellm instructor 'pydantic-ai-slim[openai,anthropic]' 'lm-eval[api]'
+
+# lm-eval's API models import torch, though they run nothing with it; text-generation's bound on huggingface-hub is old.
+.make/clients: constraints.txt
+	@mkdir -p .make
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip install -q -c constraints.txt $(CLIENTS)
+	$(VENV)-clients/bin/python -m pip install -q --no-deps 'text-generation>=0.7'
+	@touch $@
+
+clients: .make/test .make/clients
+	LLAMA2_CLIENTS=$(CURDIR)/$(VENV)-clients/bin/python $(BIN)/python -m pytest -m parity tests/clients
 
 # 4.46 and 5.x want different tokenizers and hub packages.
 .make/parity-446: constraints.txt
@@ -234,4 +249,4 @@ gpu-check: .make/demo
 	$(BIN)/python bench/gpu.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes $(VENV)-peft $(VENV)-triton $(VENV)-peers $(VENV)-interop .make build dist
+	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes $(VENV)-peft $(VENV)-triton $(VENV)-peers $(VENV)-interop $(VENV)-clients .make build dist

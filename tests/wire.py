@@ -22,6 +22,9 @@ class Reply:
         """The data of its server-sent events; [DONE] as a string."""
         found = []
         for block in self.content.decode().split("\n\n"):
+            if block.startswith("event: "):
+                name, _, block = block.partition("\n")
+                assert name.removeprefix("event: ") == json.loads(block.removeprefix("data: "))["type"]
             if block.startswith("data: "):
                 text = block.removeprefix("data: ")
                 found.append(text if text == "[DONE]" else json.loads(text))

@@ -34,7 +34,8 @@ from llama2.serve.embeddings import EmbeddingBody
 from llama2.serve.errors import Refusal
 from llama2.serve.openai_chat import ChatBody
 from llama2.serve.openai_completions import CompletionBody
-from llama2.serve.tgi import DetokenizeBody, GenerateBody
+from llama2.serve.tgi import GenerateBody
+from llama2.serve.tokenization import DetokenizeBody
 from llama2.serve.validation import read
 from llama2.serve.workers import Gate, Workers
 
@@ -275,6 +276,8 @@ def test_every_number_of_the_api_has_bounds(served: Served) -> None:
     ]
     assert len(found) > 60
     for path, schema in found:
+        if "/logit_bias/" in path:  # any finite number, which is rounded to the bound: see the next test
+            continue
         assert {"minimum", "exclusiveMinimum"} & schema.keys(), path
         assert {"maximum", "exclusiveMaximum"} & schema.keys(), path
 
@@ -284,14 +287,11 @@ WRONG_NUMBERS: list[tuple[str, str]] = [
     ("/v1/completions", f'{{"prompt": [{2**63}]}}'),
     ("/v1/completions", f'{{"prompt": [[1, {2**63}]]}}'),
     ("/v1/completions", '{"prompt": [-1]}'),
-    ("/v1/completions", '{"prompt": "x", "logit_bias": {"5": 3.5e38}}'),
-    ("/v1/completions", '{"prompt": "x", "logit_bias": [0, 3.5e38]}'),
     ("/v1/completions", '{"prompt": "x", "logit_bias": {"5": true}}'),
     ("/v1/completions", '{"prompt": "x", "repetition_penalty": 1e-300}'),
     ("/v1/completions", f'{{"prompt": "x", "stop_token_ids": [{2**63}]}}'),
     ("/v1/completions", f'{{"prompt": "x", "seed": {2**64}}}'),
     ("/v1/completions", f'{{"prompt": "x", "max_tokens": {HUGE}}}'),
-    ("/generate", '{"inputs": "x", "parameters": {"temperature": 1e-300}}'),
     ("/generate", '{"inputs": "x", "parameters": {"repetition_penalty": 1e-300}}'),
     ("/detokenize", f'{{"tokens": [{2**63}]}}'),
     ("/detokenize", f'{{"tokens": [{HUGE}]}}'),
@@ -480,7 +480,7 @@ def test_too_many_connections_are_refused_and_the_others_live(guarded: Served) -
     freed(guarded)
     kept = http.client.HTTPConnection("127.0.0.1", guarded.port, timeout=30)
     kept.request("GET", "/health")
-    assert kept.getresponse().read() == b""
+    assert kept.getresponse().read() == b'{"status":"ok"}'
     more = [connect(guarded.port) for _ in range(20)]
     replies = [rest(sock) for sock in more[10:]]
     assert all(reply.startswith(b"HTTP/1.1 503 ") and b"retry-after" in reply for reply in replies)

@@ -90,19 +90,26 @@ def test_no_request_is_a_failure_of_the_server(fuzzed: Served) -> None:
     routes = [
         (path, methods["post"]["requestBody"]["content"]["application/json"]["schema"])
         for path, methods in document["paths"].items()
-        if "post" in methods
+        if "requestBody" in methods.get("post", {})
     ]
     began_with, most = peak.begin(), 0
     for i in range(COUNT):
         rng = random.Random(f"{SEED}/{i}")
         path, schema = routes[i % len(routes)]
         body = members(schema, rng, 0)
-        for name in ("max_tokens", "max_completion_tokens"):  # not every answer is to be a long one
+        for name in (
+            "max_tokens",
+            "max_completion_tokens",
+            "max_output_tokens",
+            "n_predict",
+        ):  # not every answer is to be a long one
             if rng.random() < 0.95 and name in schema["properties"]:
                 body[name] = 2
         if "parameters" in schema["properties"] and rng.random() < 0.95:
             given = body.get("parameters")
             body["parameters"] = {**(given if isinstance(given, dict) else {}), "max_new_tokens": 2}
+        if "options" in schema["properties"] and rng.random() < 0.95:
+            body["options"] = {"num_predict": 2}
         began, before, sent = time.monotonic(), peak.begin(), json.dumps(body).encode()
         reply = post(fuzzed.port, path, sent)
         grown = peak.peak() - before

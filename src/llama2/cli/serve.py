@@ -60,8 +60,9 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(EngineOptions, RunOptions):
-    """Serve a model over HTTP: OpenAI's API (/v1/chat/completions, ...), text-generation-inference's (/generate, ...)
-    and SageMaker's (/ping, /invocations), with a page at /ui.
+    """Serve a model over HTTP: the APIs of OpenAI (/v1/chat/completions, /v1/responses, ...), Anthropic (/v1/messages),
+    Ollama (/api/chat, ...), llama.cpp's server (/completion, ...), vLLM, text-generation-inference (/generate, ...) and
+    SageMaker (/invocations), with a page at /ui.
 
     Every option can be given in the environment as LLAMA2_NAME (LLAMA2_MAX_TOTAL_TOKENS), and under the names that TGI
     and SageMaker use (HF_MODEL_ID, MAX_TOTAL_TOKENS, PORT, API_KEY, ...); an option on the command line wins."""

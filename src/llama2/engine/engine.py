@@ -71,7 +71,8 @@ class _Live:
             text += self.text.finish()
             if self.text.stopped and finish == "length":  # bytes that were held back as half a character completed it
                 finish = "stop"
-        self.tell(Event(picked.token, text, picked.logprob, picked.top, finish))
+        stop = self.text.stop if finish == "stop" and self.text is not None else None
+        self.tell(Event(picked.token, text, picked.logprob, picked.top, finish, stop=stop))
         return finish is not None
 
     def rate(self, chunk: Chunk, logits_TV: Any) -> None:

@@ -37,7 +37,7 @@ class Event:
     token: None where only text that was held back, prompt tokens, or the end, are told. logprob, top: see `Picked`.
     prompt: ratings of the next tokens of the prompt, where they were asked for. scores: all that `Ask.score_from` asks
     for, in the last event. finish: why the request ended, in its last event; error: what went wrong where that is
-    "error".
+    "error"; stop: the stop string where that is "stop".
     """
 
     token: int | None = None
@@ -48,6 +48,7 @@ class Event:
     error: Exception | None = None
     prompt: tuple[Picked, ...] = ()
     scores: tuple[Score, ...] = ()
+    stop: str | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,13 @@ class StopText:
         self._decoder, self._stops, self._keep = decoder, tuple(stops), keep
         self._longest = max(map(len, self._stops), default=1)
         self._held = ""
-        self.stopped, self._least, self._count = False, least, 0
+        self._least, self._count = least, 0
+        self.stop: str | None = None  # the stop string that has ended the text
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.stop is not None
 
     def put(self, token: int) -> str:
         """The text that is certain after this token."""
@@ -43,11 +49,11 @@ class StopText:
         text = self._held + piece
         if self._count <= self._least:
             return text
-        found = [(at, -len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            at, length = min(found)
-            self._held, self.stopped = "", True
-            return text[: at - length if self._keep else at]
+            at, _, self.stop = min(found)
+            self._held = ""
+            return text[: at + len(self.stop) if self._keep else at]
         for size in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stops):
                 self._held = text[-size:]

@@ -9,7 +9,22 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 import llama2
-from llama2.serve import embeddings, models, openai_chat, openai_completions, sagemaker, state, static, tgi
+from llama2.serve import (
+    anthropic,
+    embeddings,
+    llamacpp,
+    models,
+    ollama,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+    sagemaker,
+    state,
+    static,
+    tgi,
+    tokenization,
+    vllm,
+)
 from llama2.serve.dialect import Dialect, Route, get
 from llama2.serve.endpoint import endpoint
 from llama2.serve.envelope import Envelope
@@ -19,8 +34,14 @@ from llama2.serve.service import RouteCall, Service
 DIALECTS: tuple[Dialect, ...] = (
     openai_chat.DIALECT,
     openai_completions.DIALECT,
+    openai_responses.DIALECT,
     embeddings.DIALECT,
     models.DIALECT,
+    anthropic.DIALECT,
+    ollama.DIALECT,
+    llamacpp.DIALECT,
+    vllm.DIALECT,
+    tokenization.DIALECT,
     tgi.DIALECT,
     sagemaker.DIALECT,
     state.DIALECT,
@@ -57,7 +78,7 @@ def make_app(service: Service) -> FastAPI:
         allow_origins=service.policy.cors_origins,
         allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
         allow_headers=["*"],
-        expose_headers=["x-request-id", "retry-after", "x-generated-tokens", "x-time-per-token"],
+        expose_headers=["x-request-id", "request-id", "retry-after", "x-generated-tokens", "x-time-per-token"],
     )
     app.add_middleware(Envelope, service=service, dialect_at=dialect_at)
     return app

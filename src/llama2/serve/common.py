@@ -21,6 +21,7 @@ from llama2.serve.numbers import (
     Count,
     CountPenalty,
     Ids,
+    KeepAlive,
     MaxTokens,
     Pairs,
     Positive,
@@ -79,7 +80,7 @@ class Common(Body):
     skip_special_tokens: bool | None = None
     cache_salt: str | None = Field(None, max_length=1024)
     cache_prompt: bool | None = None
-    keep_alive: Annotated[str, Field(max_length=64)] | int | float | None = None
+    keep_alive: KeepAlive | None = None
     num_ctx: Positive | None = None
     bad_words: Annotated[list[Annotated[str, Field(max_length=512)]], FIRST_FAULT, Field(max_length=1024)] | None = None
     allowed_token_ids: Ids | None = None

@@ -1,5 +1,6 @@
 """What surrounds every route alike: its key, its body within bounds, its refusals, its place in a drain."""
 
+import json
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,6 +15,7 @@ from llama2.serve.service import Gone, RouteCall, Service
 from llama2.serve.sse import EventStream
 
 _INTERNAL = Refusal("internal", "the server failed on this request; its log has the reason under this request id")
+MAX_WARNINGS = 4096  # characters in a header
 KEY_HEADERS = ("x-api-key", "api-key")  # beside Authorization: what Anthropic's and Azure's clients send
 
 
@@ -40,6 +42,8 @@ def endpoint(service: Service, dialect: Dialect, route: Route) -> Callable[[Requ
                 inside = True
             response = await route.handler(call)
             response.headers.update(call.headers)
+            if call.warnings:  # beside the field that some dialects have: others have no place for one
+                response.headers["x-llama2-warnings"] = json.dumps(call.warnings)[:MAX_WARNINGS]
             if isinstance(response, EventStream):
                 response.leave, inside = service.life.leave if counted else None, False
             return response

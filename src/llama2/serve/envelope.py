@@ -34,7 +34,8 @@ class Envelope:
         state: dict[str, Any] = scope.setdefault("state", {})
         headers = scope["headers"]
         state["id"], state["notes"] = _request_id(headers), {}
-        stamp = (b"x-request-id", state["id"].encode()), (b"x-content-type-options", b"nosniff")
+        id = state["id"].encode()
+        stamp = (b"x-request-id", id), (b"request-id", id), (b"x-content-type-options", b"nosniff")
         began, status = time.monotonic(), 0
 
         start: Message | None = None  # sent with the first part of the body: until then it may become a refusal

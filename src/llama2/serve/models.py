@@ -1,10 +1,11 @@
-"""/v1/models: the names under which the model and its adapters are asked for."""
+"""/v1/models: the names under which the model and its adapters are asked for, as OpenAI and Anthropic tell them."""
 
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
 from llama2.serve.dialect import get
+from llama2.serve.facts import timestamp
 from llama2.serve.openai import OpenAI
 from llama2.serve.service import RouteCall, Service
 
@@ -19,6 +20,10 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "llama2",
         "max_model_len": length,
+        "type": "model",
+        "display_name": name,
+        "created_at": timestamp(service.created),
+        "lifecycle": "active",
         **more,
     }
 
@@ -27,7 +32,9 @@ async def models(call: RouteCall) -> Response:
     """/v1/models."""
     service = call.service
     names = (*service.policy.names, *service.model.adapters)
-    return JSONResponse({"object": "list", "data": [_card(service, name) for name in names]})
+    cards = [_card(service, name) for name in names]
+    ends = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
+    return JSONResponse({"object": "list", "data": cards, **ends})
 
 
 async def model(call: RouteCall) -> Response:
@@ -39,7 +46,7 @@ async def model(call: RouteCall) -> Response:
 
 DIALECT = OpenAI(
     "openai models",
-    get("/v1/models", models, "the models by name"),
-    get("/v1/models/{id:path}", model, "one of them"),
+    *(get(f"{base}/models", models, "the models by name") for base in ("/v1", "")),
+    *(get(f"{base}/models/{{id:path}}", model, "one of them") for base in ("/v1", "")),
     prefixes=("/v1/",),
 )

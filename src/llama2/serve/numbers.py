@@ -20,6 +20,9 @@ Tops = Annotated[int, Field(ge=0, le=20)]  # likeliest tokens that are told
 MaxTokens = Annotated[int, Field(ge=-2, le=2**53)]  # below 0: what the context holds
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 UnsignedSeed = Annotated[int, Field(ge=-1, lt=2**64)]  # -1: a new one
+# Seconds, or a duration such as 5m.
+KeepAlive = Annotated[float, Field(ge=-MAX_COUNT, le=MAX_COUNT)] | Annotated[str, Field(max_length=32)]
+MaxNew = Annotated[int, Field(ge=-2, le=MAX_COUNT)]  # llama.cpp's: below 0 for as many as there is room for
 Temperature = Annotated[float, Field(ge=0, le=100)]
 # Below 1e-5 the logits over the temperature leave float32, and every draw is the likeliest token long before.
 PositiveTemperature = Annotated[float, Field(ge=1e-5, le=100)]

@@ -1,7 +1,6 @@
 """/v1/chat/completions."""
 
-import secrets
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -10,16 +9,17 @@ from starlette.responses import JSONResponse, Response
 from llama2.engine.engine import Event
 from llama2.engine.sampler import Picked
 from llama2.serve import sse
-from llama2.serve.chat import CallReader, Message, Tool, Tools, chosen, fitting_ids
+from llama2.serve.chat import Message, Tool, Tools, chosen, fitting_ids
 from llama2.serve.common import Common
 from llama2.serve.dialect import post
 from llama2.serve.errors import Refusal
 from llama2.serve.numbers import FIRST_FAULT, MaxTokens, Tops
-from llama2.serve.openai import REASONS, Head, OpenAI, OpenAIWriter, rated, usage
+from llama2.serve.openai import Head, OpenAI, OpenAIWriter, rated, usage
 from llama2.serve.request import GenerationRequest, prompt_room
 from llama2.serve.served_model import ServedModel
 from llama2.serve.service import RouteCall
 from llama2.serve.session import Answer, Session, fold
+from llama2.serve.turn import FunctionCall, ModelTurn
 
 # What the `text-generation` client always sends, set or not; see `ChatBody.legacy`.
 _LEGACY_FIELDS = {"model", "messages", "repetition_penalty", "logit_bias", "top_logprobs", "tool_choice", "seed", "n"}
@@ -105,87 +105,93 @@ def parse(model: ServedModel, body: ChatBody, owner: str) -> tuple[GenerationReq
     return request, tools
 
 
-async def chat(call: RouteCall) -> Response:
-    """Answers one request."""
-    body = await call.read(ChatBody)
+@dataclass(frozen=True)
+class Begun:
+    """A chat that the engine has: what it was read as, and the session that answers it."""
+
+    body: ChatBody
+    model: ServedModel
+    generation: GenerationRequest
+    tools: Tools
+    session: Session
+    warnings: list[str] = field(default_factory=list)  # what of the body is not obeyed
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the rendered conversation."""
+        return len(self.generation.prompts[0])
+
+    async def turns(self, call: RouteCall) -> list[tuple[ModelTurn, Answer]]:
+        """Every answer, complete. Raises Refusal, Gone."""
+        answers = await call.until_gone(self.session, fold(self.session, self.generation.n))
+        return [(ModelTurn.whole(self.tools, answer), answer) for answer in answers]
+
+
+async def begin(call: RouteCall, body: ChatBody) -> Begun:
+    """Submits a chat, for every dialect that has chats. Raises Refusal."""
     model = call.model
     generation, tools = await call.parse(parse, model, body, call.owner)
-    session = await call.begin(generation)
-    prompt = len(generation.prompts[0])
-    if generation.stream:
-        writer = (LegacyWriter if body.legacy else ChatWriter)(model, body, tools, prompt, generation.n, call.warnings)
-        return sse.EventStream(call, session, writer)
-    answers = await call.until_gone(session, fold(session, generation.n))
-    choices = [_choice(model, body, tools, i, answer) for i, answer in enumerate(answers)]
+    return Begun(body, model, generation, tools, await call.begin(generation), call.warnings)
+
+
+async def chat(call: RouteCall) -> Response:
+    """Answers one request."""
+    begun = await begin(call, await call.read(ChatBody))
+    body, model = begun.body, begun.model
+    if begun.generation.stream:
+        return sse.EventStream(call, begun.session, (LegacyWriter if body.legacy else ChatWriter)(begun))
+    turns = await begun.turns(call)
+    choices = [_choice(begun, i, *turn) for i, turn in enumerate(turns)]
     head = Head(model, "chatcmpl", "chat.completion", body.model, call.warnings)
-    return JSONResponse(head(choices=choices, usage=usage(prompt, session)))
+    return JSONResponse(head(choices=choices, usage=usage(begun.prompt_tokens, begun.session)))
 
 
-def _choice(model: ServedModel, body: ChatBody, tools: Tools, index: int, answer: Answer) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-    reason = REASONS[answer.finish or "length"]
-    if tools.active:
-        reader = CallReader()
-        parts = [reader.put(answer.text), reader.finish(reason == "stop")]
-        text, arguments = ("".join(part) for part in zip(*parts, strict=True))
-        if reader.name is not None:
-            message |= {"content": None, "tool_calls": [_call(reader.name, arguments)]}
-            reason = "tool_calls" if reason == "stop" else reason
-        else:
-            message["content"] = text
+def _choice(begun: Begun, index: int, turn: ModelTurn, answer: Answer) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": turn.text, "refusal": None}
+    if turn.calls:
+        message |= {"content": turn.text or None, "tool_calls": [_call(call) for call in turn.calls]}
     logprobs = None
-    if body.logprobs:
-        entries = [rated(model.tokenizer, p, body.tops) for p in answer.picked]
+    if begun.body.logprobs:
+        entries = [rated(begun.model.tokenizer, p, begun.body.tops) for p in answer.picked]
         logprobs = {"content": entries, "refusal": None}
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": turn.reason}
 
 
-def _call(name: str, arguments: str) -> dict[str, Any]:
-    return {"id": _call_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _call_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
+def _call(call: FunctionCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 class ChatWriter(OpenAIWriter):
     """Chunks: the role, then text or a call piece by piece, then the reason, then the usage if asked, then [DONE]."""
 
-    def __init__(
-        self, model: ServedModel, body: ChatBody, tools: Tools, prompt: int, n: int, warnings: Sequence[str] = ()
-    ) -> None:
-        self.tokenizer, self.body, self.prompt, self.n = model.tokenizer, body, prompt, n
-        self.head = Head(model, "chatcmpl", "chat.completion.chunk", body.model, warnings)
-        self.readers = [CallReader() for _ in range(n)] if tools.active else []
-        self.calling = [False] * n
+    def __init__(self, begun: Begun) -> None:
+        self.tokenizer, self.body, self.prompt = begun.model.tokenizer, begun.body, begun.prompt_tokens
+        self.head = Head(begun.model, "chatcmpl", "chat.completion.chunk", begun.body.model, begun.warnings)
+        self.turns = [ModelTurn(begun.tools) for _ in range(begun.generation.n)]
 
     def begin(self) -> bytes:
         """The role of every answer."""
-        return b"".join(self.chunk(i, {"role": "assistant", "content": ""}) for i in range(self.n))
+        return b"".join(self.chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.turns)))
 
     def put(self, index: int, event: Event) -> bytes:
         """One token, and the end."""
-        found = b""
-        text, arguments = event.text, ""
-        complete = event.finish in ("eos", "stop")
-        if self.readers:
-            reader = self.readers[index]
-            text, arguments = reader.put(event.text)
-            if event.finish is not None:
-                rest = reader.finish(complete)
-                text, arguments = text + rest[0], arguments + rest[1]
-            if reader.name is not None and not self.calling[index]:
-                self.calling[index] = True
-                found += self.chunk(index, self.call_delta(reader.name))
+        found, turn = b"", self.turns[index]
         logprobs = self.logprobs(event)
-        if arguments:
-            found += self.chunk(index, self.arguments_delta(arguments), logprobs)
-        elif text or logprobs:
-            found += self.chunk(index, {"content": text}, logprobs)
+        for piece in turn.put(event):
+            if piece.call is None:
+                found += self.chunk(index, {"content": piece.text}, logprobs)
+                logprobs = None
+            elif piece.begins:
+                found += self.chunk(index, self.call_delta(piece.call, turn.calls[piece.call]))
+            else:
+                found += self.chunk(
+                    index, self.arguments_delta(piece.call, turn.calls[piece.call], piece.arguments), logprobs
+                )
+                logprobs = None
+        if logprobs:  # of a token whose text is held back, or is none
+            found += self.chunk(index, {"content": ""}, logprobs)
         if event.finish is not None:
-            reason = REASONS[event.finish]
-            reason = "tool_calls" if reason == "stop" and self.calling[index] else reason
-            found += self.chunk(index, {}, None, reason)
+            found += self.chunk(index, {}, None, turn.reason)
         return found
 
     def logprobs(self, event: Event) -> dict[str, Any] | None:
@@ -194,13 +200,13 @@ class ChatWriter(OpenAIWriter):
             return None
         return {"content": [rated(self.tokenizer, _picked(event), self.body.tops)], "refusal": None}
 
-    def call_delta(self, name: str) -> dict[str, Any]:
+    def call_delta(self, number: int, call: FunctionCall) -> dict[str, Any]:
         """The begin of a call."""
-        return {"tool_calls": [{"index": 0, **_call(name, "")}]}
+        return {"tool_calls": [{"index": number, **_call(FunctionCall(call.name, "", call.id))}]}
 
-    def arguments_delta(self, arguments: str) -> dict[str, Any]:
+    def arguments_delta(self, number: int, call: FunctionCall, arguments: str) -> dict[str, Any]:
         """More of its arguments."""
-        return {"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]}
+        return {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]}
 
     def chunk(
         self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
@@ -219,25 +225,18 @@ class ChatWriter(OpenAIWriter):
 class LegacyWriter(ChatWriter):
     """Chunks as TGI wrote them for its own client: role and call in every one of them, nothing behind the last."""
 
-    def __init__(
-        self, model: ServedModel, body: ChatBody, tools: Tools, prompt: int, n: int, warnings: Sequence[str] = ()
-    ) -> None:
-        super().__init__(model, body, tools, prompt, n, warnings)
-        self._id, self._name = _call_id(), ""
-
     def begin(self) -> bytes:
         """Nothing: the role comes with the text."""
         return b""
 
-    def call_delta(self, name: str) -> dict[str, Any]:
+    def call_delta(self, number: int, call: FunctionCall) -> dict[str, Any]:
         """The begin of a call."""
-        self._name = name
-        return self.arguments_delta("")
+        return self.arguments_delta(number, call, "")
 
-    def arguments_delta(self, arguments: str) -> dict[str, Any]:
+    def arguments_delta(self, number: int, call: FunctionCall, arguments: str) -> dict[str, Any]:
         """More of its arguments."""
-        function = {"name": self._name, "arguments": arguments}
-        return {"tool_calls": {"index": 0, "id": self._id, "type": "function", "function": function}}
+        function = {"name": call.name, "arguments": arguments}
+        return {"tool_calls": {"index": number, "id": call.id, "type": "function", "function": function}}
 
     def chunk(
         self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None

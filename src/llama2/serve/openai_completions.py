@@ -1,6 +1,7 @@
 """/v1/completions: raw prompts, one or several, as texts or ids."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -104,12 +105,20 @@ def _is_ids(prompt: list[Any]) -> bool:
     return bool(prompt) and isinstance(prompt[0], int)
 
 
+async def begin(call: RouteCall, body: CompletionBody, **changes: Any) -> tuple[GenerationRequest, Session]:
+    """Submits prompts, for every dialect that has raw ones. changes: fields of the request that the body cannot name.
+
+    Raises Refusal.
+    """
+    generation = replace(await call.parse(parse, call.model, body, call.owner), **changes)
+    return generation, await call.begin(generation)
+
+
 async def completions(call: RouteCall) -> Response:
     """Answers one request."""
     body = await call.read(CompletionBody)
     model = call.model
-    generation = await call.parse(parse, model, body, call.owner)
-    session = await call.begin(generation)
+    generation, session = await begin(call, body)
     if generation.stream:
         return sse.EventStream(call, session, CompletionWriter(model, body, generation, call.warnings))
     answers = await call.until_gone(session, fold(session, generation.answers))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -211,6 +212,15 @@ class RouteCall:
         finally:
             self.forget()
 
+    async def peek(self) -> frozenset[str]:
+        """The names of the body's fields, for routes that two APIs share. Raises Refusal for what is no object."""
+        return await self.look(validation.names)
+
+    async def translate(self, convert: Callable[..., dict[str, Any]], *args: Any, to: type[M]) -> M:
+        """Another dialect's body as one of OpenAI's: what `convert` makes is read as if it had been sent."""
+        self.data = await self.parse(_dumped, convert, *args)
+        return await self.read(to)
+
     async def parse(self, task: Callable[..., T], *args: Any) -> T:
         """Runs a dialect's parser beside the event loop. Raises Refusal, also for the library's own errors."""
         return await self.service.check(self.owner, refusing, task, *args)
@@ -271,6 +281,10 @@ class RouteCall:
             self.notes |= {"tokens": session.tokens, "cached_tokens": session.reused}
             if session.times.first:
                 self.notes["first_token_s"] = round(session.times.first - self.times.came, 4)
+
+
+def _dumped(convert: Callable[..., dict[str, Any]], *args: Any) -> bytes:
+    return json.dumps(convert(*args)).encode()
 
 
 def late(policy: Policy) -> Refusal:

@@ -151,6 +151,7 @@ class Answer:
     pieces: list[str] = field(default_factory=list)  # the text that came with each token
     prompt: list[Picked] = field(default_factory=list)
     finish: Finish | None = None
+    stop: str | None = None  # the stop string that ended it
 
     def add(self, event: Event) -> None:
         """Takes one event in."""
@@ -160,6 +161,7 @@ class Answer:
             self.picked.append(Picked(event.token, event.logprob, event.top))
             self.pieces.append(event.text)
         self.finish = event.finish or self.finish
+        self.stop = event.stop or self.stop
 
     @property
     def mean_logprob(self) -> float:

@@ -1,6 +1,6 @@
 """Routes about the server itself: whether it lives, what it serves, its metrics."""
 
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 
 import llama2
 from llama2.serve import tgi
@@ -8,10 +8,19 @@ from llama2.serve.dialect import get
 from llama2.serve.service import RouteCall
 
 
+async def root(call: RouteCall) -> Response:
+    """/: the chat page in a browser, and for clients of Ollama the words that they look for."""
+    if "text/html" in call.request.headers.get("accept", ""):
+        return RedirectResponse("ui/", headers={"vary": "accept"})  # relative: a proxy may have put a prefix before it
+    if not call.service.alive():
+        return await health(call)
+    return PlainTextResponse("Ollama is running", headers={"vary": "accept"})
+
+
 async def health(call: RouteCall) -> Response:
     """/health: 503 where the engine has stopped."""
     if call.service.alive():
-        return Response(status_code=200)
+        return JSONResponse({"status": "ok"})
     return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
 
 
@@ -66,8 +75,8 @@ async def version(call: RouteCall) -> Response:
 
 DIALECT = tgi.TGI(
     "state",
-    get("/", health, "whether the process works", "open"),
-    get("/health", health, "whether the process works", "open"),
+    get("/", root, "the chat page, or whether the process works", "open"),
+    *(get(path, health, "whether the process works", "open") for path in ("/health", "/v1/health")),
     get("/ready", ready, "whether requests should be sent here", "open"),
     get("/metrics", metrics, "Prometheus metrics", "metrics"),
     get("/info", info, "the model and the bounds"),

@@ -7,7 +7,7 @@ exact across tokens, errors before the first byte with their status, log-probabi
 import time
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from llama2.engine.engine import Event, Finish
@@ -24,7 +24,6 @@ from llama2.serve.numbers import (
     Answers,
     Count,
     CountPenalty,
-    Ids,
     MaxTokens,
     Positive,
     PositiveShare,
@@ -366,12 +365,12 @@ def _headers(session: Session, prompt: int, characters: int) -> dict[str, str]:
 async def tokenize(call: RouteCall) -> Response:
     """/tokenize: the ids of a prompt with their places in it."""
     body = await call.read(GenerateBody)
-    _check_bytes(call.model, [body.inputs])
+    check_bytes(call.model, [body.inputs])
     special = call.model.policy.parse_special
     return await call.parse(answer, pieces, call.model.tokenizer, body.inputs, special)
 
 
-def _check_bytes(model: ServedModel, texts: list[str]) -> None:
+def check_bytes(model: ServedModel, texts: list[str]) -> None:
     """Each byte may become a token, and each token an object of the answer."""
     held, most = sum(len(text.encode()) for text in texts), model.bounds.max_tokenize_bytes
     if held > most:
@@ -394,7 +393,7 @@ def pieces(tokenizer: Any, text: str, special: bool) -> list[dict[str, Any]]:
 async def chat_tokenize(call: RouteCall) -> Response:
     """/chat_tokenize: the ids and the text of a rendered conversation."""
     body = await call.read(ChatBody)
-    _check_bytes(call.model, [message.text() for message in body.messages])
+    check_bytes(call.model, [message.text() for message in body.messages])
     return await call.parse(answer, _rendered, call.model, body)
 
 
@@ -408,32 +407,6 @@ def _rendered(model: ServedModel, body: ChatBody) -> dict[str, Any]:
         found.append({"id": i, "text": piece, "start": len(text), "stop": len(text) + len(piece)})
         text += piece
     return {"tokenize_response": found, "templated_text": tokenizer.decode(list(ids))}
-
-
-class DetokenizeBody(Body):
-    """The body of /detokenize: vLLM's `tokens` or TGI's `ids`."""
-
-    model_config = ConfigDict(extra="ignore")
-    tokens: Ids | None = Field(None, max_length=262_144)
-    ids: Ids | None = Field(None, max_length=262_144)
-    skip_special_tokens: bool | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> "DetokenizeBody":
-        if (self.tokens is None) == (self.ids is None):
-            raise ValueError("give the ids in `tokens`")
-        return self
-
-
-async def detokenize(call: RouteCall) -> Response:
-    """/detokenize: the text of ids."""
-    body = await call.read(DetokenizeBody)
-    ids = body.tokens if body.tokens is not None else body.ids or []
-    size = len(call.model.tokenizer)
-    if bad := [i for i in ids if not 0 <= i < size]:
-        raise Refusal("validation", f"id {bad[0]} does not exist; ids run from 0 to {size - 1}", "tokens")
-    text = await call.parse(call.model.tokenizer.decode, ids, bool(body.skip_special_tokens))
-    return JSONResponse({"prompt": text, "text": text})
 
 
 class TGI(Dialect):
@@ -456,8 +429,6 @@ DIALECT = TGI(
     post("/", compat, GenerateBody, "continue a prompt: /generate in a list, or its stream", counted=True),
     post("/generate", generate, GenerateBody, "continue a prompt", counted=True),
     post("/generate_stream", generate_stream, GenerateBody, "continue a prompt, token by token", counted=True),
-    post("/tokenize", tokenize, GenerateBody, "the ids of a text"),
     post("/chat_tokenize", chat_tokenize, ChatBody, "the ids of a conversation"),
-    post("/detokenize", detokenize, DetokenizeBody, "the text of ids"),
     prefixes=("/",),
 )

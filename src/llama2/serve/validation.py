@@ -1,6 +1,7 @@
 """From the bytes of a body to a checked model, or a refusal that names the field, the value and the bound."""
 
 import difflib
+import json
 import re
 from itertools import islice, takewhile
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -101,6 +102,19 @@ def check_values(data: bytes) -> None:
 
 def _opened(data: bytes) -> int:
     return data.count(b"[") + data.count(b"{")
+
+
+def names(data: bytes) -> frozenset[str]:
+    """The names of a body's fields. Raises Refusal for what is no JSON object."""
+    check_depth(data)
+    check_values(data)
+    try:
+        content: Any = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Refusal("malformed", "the body is not JSON") from None
+    if not isinstance(content, dict):
+        raise Refusal("validation", "the body is no object; send {...}")
+    return frozenset(content)
 
 
 def check_depth(data: bytes) -> None:

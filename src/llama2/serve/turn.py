@@ -1,0 +1,84 @@
+"""The model's turn in a chat, as it comes: what it says, and which functions it calls with what.
+
+Every dialect that has chats renders these pieces. How a call is told apart from text is `chat.CallReader`'s.
+"""
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llama2.engine.engine import Event, Finish
+from llama2.serve.chat import CallReader, Tools
+from llama2.serve.session import Answer
+
+Reason = Literal["stop", "length", "tool_calls"]
+
+
+def call_id() -> str:
+    """A new id of a call."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+@dataclass
+class FunctionCall:
+    """A call; arguments: JSON text, complete once the turn has ended."""
+
+    name: str
+    arguments: str = ""
+    id: str = field(default_factory=call_id)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one event adds to a turn: text that is said, or arguments of call number `call`, which may begin here."""
+
+    text: str = ""
+    call: int | None = None
+    begins: bool = False
+    arguments: str = ""
+
+
+class ModelTurn:
+    """One answer. Its pieces joined are its text and its calls."""
+
+    def __init__(self, tools: Tools) -> None:
+        self.text, self.calls = "", list[FunctionCall]()
+        self.finish: Finish | None = None
+        self.stop: str | None = None
+        self._reader = CallReader() if tools.active else None
+
+    @classmethod
+    def whole(cls, tools: Tools, answer: Answer) -> "ModelTurn":
+        """The turn of a complete answer."""
+        turn = cls(tools)
+        turn.put(Event(text=answer.text, finish=answer.finish, stop=answer.stop))
+        return turn
+
+    @property
+    def reason(self) -> Reason:
+        """Why it ended, as OpenAI names it."""
+        if self.finish == "length" or self.finish is None:
+            return "length"
+        return "tool_calls" if self.calls else "stop"
+
+    def put(self, event: Event) -> list[Piece]:
+        """The pieces that an event adds."""
+        self.finish, self.stop = event.finish or self.finish, event.stop or self.stop
+        if self._reader is None:
+            self.text += event.text
+            return [Piece(event.text)] if event.text else []
+        text, arguments = self._reader.put(event.text)
+        if event.finish is not None:
+            rest = self._reader.finish(event.finish in ("eos", "stop"))
+            text, arguments = text + rest[0], arguments + rest[1]
+        found = []
+        if self._reader.name is not None and not self.calls:
+            self.calls.append(FunctionCall(self._reader.name))
+            found.append(Piece(call=0, begins=True))
+        if arguments:
+            self.calls[0].arguments += arguments
+            found.append(Piece(call=0, arguments=arguments))
+        if text:
+            self.text += text
+            found.append(Piece(text))
+        return found
