@@ -49,7 +49,7 @@ class ChatServer:
         self.http.server_close()
 
     def answer(self, body: dict[str, Any]) -> str:
-        text = body["messages"][-1]["content"]
+        text = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         return self.answers.get(text, f"You said: {text}")
 
 

@@ -71,8 +71,9 @@ def test_a_chat_with_a_model(browser: Any, serve: Serve) -> None:
     tab.wait_for_function("(told) => document.querySelectorAll('.token').length > told", arg=told)
     idle(tab)
     assert answers(tab).inner_text().startswith(first) and tab.locator(".error").count() == 0
-    tab.fill("#set-max_tokens", "100000")
-    send(tab, "More")
-    assert "1024" in tab.get_by_role("alert").inner_text()  # the server says its bound
+    send(tab, "More " * 400)
+    refused = tab.get_by_role("alert")
+    assert "max_input_tokens" in refused.inner_text()  # the server says its bound
+    assert refused.get_by_role("button").all_inner_texts() == ["Drop the oldest turns", "New chat", "Edit", "Retry"]
     tab.close()
     assert model.quiet()

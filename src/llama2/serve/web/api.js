@@ -77,9 +77,12 @@ export async function info() {
   }
 }
 
-/** Streams a chat completion: yields its chunks; throws ApiError, also when the stream breaks off before its end. */
+/**
+ * Streams a chat, or with `prompt` in the place of `messages` a completion: yields chunks in a chat's form; throws ApiError,
+ * also when the stream breaks off before its end.
+ */
 export async function* chat(body, signal) {
-  const response = await request("v1/chat/completions", {
+  const response = await request(body.messages ? "v1/chat/completions" : "v1/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json", Accept: "text/event-stream" },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
@@ -92,6 +95,7 @@ export async function* chat(body, signal) {
       const chunk = JSON.parse(data);
       if (chunk.error) throw new ApiError(reason(chunk, response.status), { status: chunk.error.http_status_code ?? 200, code: chunk.error.code });
       finished ||= Boolean(chunk.choices?.[0]?.finish_reason);
+      for (const choice of chunk.choices ?? []) choice.delta ??= { content: choice.text ?? "" };
       yield chunk;
     }
   } catch (error) {

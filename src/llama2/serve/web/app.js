@@ -11,7 +11,7 @@ import { TokenCard } from "./probabilities.js";
 import { reply } from "./reply.js";
 import { Sidebar } from "./sidebar.js";
 import { Thread } from "./thread.js";
-import { add, DEFAULTS, newConversation, path, requestFor, turn } from "./tree.js";
+import { add, DEFAULTS, newConversation, olderHalf, path, requestFor, turn } from "./tree.js";
 
 const KEPT = "llama2.settings"; // what new conversations begin with
 const SPOKEN = 1500; // characters of an answer that are read out
@@ -45,6 +45,9 @@ class App {
       goOn: (message) => this.run(this.current, message, true),
       retry: (message) => this.retry(message),
       turn: (message, step) => this.turn(message, step),
+      drop: (message) => this.drop(message),
+      begin: () => this.newChat(),
+      editAbove: (message) => this.thread.editAbove(message),
     });
     this.composer = new Composer($("composer"), { send: (text) => this.send(text), stop: () => this.stop(), editLast: () => this.thread.editLast() });
     this.sidebar = new Sidebar($("list"), {
@@ -59,6 +62,7 @@ class App {
     this.side = new Drawer(side, { width: 860, wide: true, shade, rest: [main, panel], buttons: [$("menu"), $("hide")] });
     this.tune = new Drawer(panel, { width: 1180, wide: false, shade, rest: [main, side], buttons: [$("tune"), $("untune")] });
     $("tune").addEventListener("click", () => this.panel.fitAll());
+    this.drops(main);
     $("new").addEventListener("click", () => this.newChat());
     $("new-top").addEventListener("click", () => this.newChat());
     $("export").addEventListener("click", () => this.library.exportAll());
@@ -68,6 +72,24 @@ class App {
     this.theme();
     for (const idea of IDEAS) $("ideas").append(h("button.idea", { type: "button", on: { click: () => this.send(idea) } }, idea));
     for (const button of document.querySelectorAll("[data-icon]")) button.prepend(icon(button.dataset.icon));
+  }
+
+  /** Text files can be dropped anywhere on the chat. */
+  drops(main) {
+    const files = (event) => event.dataTransfer?.types.includes("Files");
+    main.addEventListener("dragover", (event) => {
+      if (!files(event)) return;
+      event.preventDefault();
+      main.classList.add("dropping");
+    });
+    main.addEventListener("dragleave", (event) => event.relatedTarget && main.contains(event.relatedTarget) || main.classList.remove("dropping"));
+    main.addEventListener("drop", async (event) => {
+      if (!files(event)) return;
+      event.preventDefault();
+      main.classList.remove("dropping");
+      const fault = await this.composer.take(event.dataTransfer.files);
+      if (fault) this.notices.show(fault);
+    });
   }
 
   theme() {
@@ -316,6 +338,13 @@ class App {
   retry(message) {
     if (message.content) this.answer(this.current, message.parent);
     else this.run(this.current, message);
+  }
+
+  /** Leaves the older half of the turns out of what is sent from now on, and asks again. */
+  drop(message) {
+    this.current.from = olderHalf(this.current, message);
+    this.notices.show("The oldest turns stay here, but the model no longer reads them.");
+    this.retry(message);
   }
 
   answer(conversation, parent) {

@@ -2,6 +2,8 @@
 
 import { fit, h, icon } from "./dom.js";
 
+const MOST_BYTES = 1_000_000; // of a file that is dropped in
+
 /** `actions`: {send(text), stop(), editLast()}. */
 export class Composer {
   constructor(root, actions) {
@@ -51,6 +53,21 @@ export class Composer {
   changed() {
     fit(this.area);
     this.button.disabled = !this.live && this.area.value.trim() === "";
+  }
+
+  /** Puts text files behind what is written, each with its name and in a block of its own. */
+  async take(files) {
+    const parts = [];
+    for (const file of files) {
+      const text = file.size <= MOST_BYTES ? await file.text() : null;
+      if (text === null) return `${file.name} is larger than ${MOST_BYTES / 1e6} MB.`;
+      if (text.includes("\0")) return `${file.name} is no text file.`;
+      const fence = "`".repeat(Math.max(3, ...Array.from(text.matchAll(/`+/g), ([ticks]) => ticks.length + 1)));
+      parts.push(`${file.name}:\n${fence}\n${text.trimEnd()}\n${fence}`);
+    }
+    this.write([this.area.value.trimEnd(), ...parts].filter(Boolean).join("\n\n"));
+    this.focus();
+    return "";
   }
 
   /** live: an answer is being written, so the button stops it. */

@@ -1,11 +1,13 @@
 // Markdown within a line: emphasis, code, links, breaks. Gives DOM nodes; every loop is bounded for hostile text.
 
 import { h } from "./dom.js";
+import { character } from "./entities.js";
 
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
 const BARE = /https?:\/\/[^\s<>[\]`"]+/y;
 const ANGLED = /<(https?:\/\/[^\s<>]*)>/y;
 const TARGET = /\(\s{0,9}(?:<([^<>\n]*)>|((?:[^\s()<>\\]|\\[^\n]|\((?:[^\s()\\]|\\[^\n])*\))*))(?:\s{1,9}(?:"([^"]*)"|'([^']*)'))?\s{0,9}\)/y;
+const ENTITY = /&(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});/y;
 const SPACE = /\s|^$/;
 const SIGN = /[\p{P}\p{S}]/u;
 const DEEPEST = 24; // a page nested thousands deep overflows the browser's own stack
@@ -43,7 +45,7 @@ class Scanner {
   }
 
   run() {
-    const steps = { "\\": this.escape, "`": this.code, "\n": this.lineBreak, "[": this.open, "!": this.image, "]": this.close, "<": this.angled, h: this.bare, "*": this.mark, "_": this.mark, "~": this.mark };
+    const steps = { "\\": this.escape, "`": this.code, "\n": this.lineBreak, "[": this.open, "!": this.image, "]": this.close, "<": this.angled, "&": this.entity, h: this.bare, "*": this.mark, "_": this.mark, "~": this.mark };
     while (this.at < this.source.length) {
       const char = this.source[this.at];
       if (!steps[char]?.call(this, char)) {
@@ -73,6 +75,17 @@ class Scanner {
     if (!PUNCTUATION.test(next)) return false;
     this.plain += next;
     this.at += 2;
+    return true;
+  }
+
+  /** &amp; and the like, by name or number; what names no character stays as it is. */
+  entity() {
+    ENTITY.lastIndex = this.at;
+    const found = ENTITY.exec(this.source);
+    const text = found && character(found[1]);
+    if (!text) return false;
+    this.plain += text;
+    this.at += found[0].length;
     return true;
   }
 

@@ -6,7 +6,8 @@ import { TokenView } from "./probabilities.js";
 import { perplexity, rate } from "./reply.js";
 
 /**
- * `actions`: {edit(message, text), regenerate(message), goOn(message), turn(message, step), retry(message), card}. `update`
+ * `actions`: {edit(message, text), regenerate(message), goOn(message), turn(message, step), retry(message), drop(message),
+ * begin(), editAbove(message), card}. `update`
  * shows the message as it stands: {place: {index, count}, live: being written, locked: an answer is being written
  * somewhere below, last: nothing stands below, probabilities: shown as tokens where these are known}.
  */
@@ -69,14 +70,21 @@ export class MessageView {
     return [h("p.aside", {}, said[finish], goOn)];
   }
 
-  errorNote({ message, retryAfter }) {
+  errorNote({ message, retryAfter, code, status }) {
     const wait = retryAfter ? ` The server asks to wait ${retryAfter} s.` : "";
+    const button = (label, click) => h("button.button", { type: "button", on: { click } }, label);
+    // What the server refused it will refuse again, unless the message or the settings change.
+    const refused = status >= 400 && status < 500 && ![401, 408, 429].includes(status);
+    const full = code === "context_length_exceeded";
     return h(
       "div.error",
       { role: "alert" },
       icon("alert"),
       h("p", {}, message + wait),
-      h("button.button", { type: "button", on: { click: () => this.actions.retry(this.message) } }, "Retry"),
+      full && button("Drop the oldest turns", () => this.actions.drop(this.message)),
+      full && button("New chat", () => this.actions.begin()),
+      refused && button("Edit", () => this.actions.editAbove(this.message)),
+      button("Retry", () => this.actions.retry(this.message)),
     );
   }
 

@@ -55,6 +55,11 @@ export class Thread {
     if (last) this.views.get(last.id).edit();
   }
 
+  /** Opens the editor of the message that an answer was to. */
+  editAbove(message) {
+    this.views.get(message.parent)?.edit();
+  }
+
   focusMessage(message) {
     const button = this.views.get(message.id)?.node.querySelector(".branches button:not(:disabled)");
     button?.focus();
@@ -66,9 +71,10 @@ export class Thread {
     this.latest.hidden = this.pinned;
   }
 
+  /** Stays at the end where it was; a chat that has become short enough to fit has no end to go to. */
   follow() {
     if (this.pinned) this.root.scrollTop = this.root.scrollHeight;
-    else this.latest.hidden = false;
+    this.scrolled();
   }
 
   toEnd(smooth = false) {

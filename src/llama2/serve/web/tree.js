@@ -6,8 +6,11 @@ const FORMAT = "llama2-conversations";
 
 /** What a request may carry; null means the server's own default. */
 export const DEFAULTS = Object.freeze({
-  system: "", temperature: null, top_p: null, top_k: null, max_tokens: null, seed: null, stop: [], probabilities: false,
+  system: "", temperature: null, top_p: null, top_k: null, min_p: null, repetition_penalty: null, max_tokens: null, seed: null,
+  stop: [], form: "text", schema: "", base: false, probabilities: false,
 });
+
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
 
 export function newId() {
   // crypto.randomUUID wants a secure page; plain http on a local network is not one.
@@ -79,6 +82,8 @@ export function turn(conversation, message, step) {
 export function prompt(conversation, message) {
   const above = [];
   for (let at = conversation.nodes.get(message.parent); at.id !== ROOT; at = conversation.nodes.get(at.parent)) above.unshift(at);
+  const first = above.findIndex(({ id }) => id === conversation.from);
+  if (first > 0) above.splice(0, first);
   const sent = conversation.settings.system.trim() ? [{ role: "system", content: conversation.settings.system }] : [];
   for (const { role, content } of above) {
     if (role === "assistant" && !content) continue;
@@ -89,18 +94,38 @@ export function prompt(conversation, message) {
   return sent;
 }
 
+/**
+ * The id of the first message to send once the older half of those that are sent above `message` is left out: one of the
+ * user's, and the last one where there is no other.
+ */
+export function olderHalf(conversation, message) {
+  const above = path(conversation).slice(0, path(conversation).findIndex(({ id }) => id === message.id));
+  const sent = above.slice(Math.max(above.findIndex(({ id }) => id === conversation.from), 0));
+  const asked = sent.filter(({ role }) => role === "user");
+  return (asked[Math.ceil(asked.length / 2)] ?? asked.at(-1))?.id ?? null;
+}
+
 /** The body of the request for an answer at `message`, or for the rest of the one that it holds where `goOn`. */
 export function requestFor(conversation, message, model, goOn = false) {
-  const { temperature, top_p, top_k, max_tokens, seed, stop, probabilities } = conversation.settings;
-  const given = Object.entries({ temperature, top_p, top_k, max_tokens, seed }).filter(([, value]) => value !== null);
+  const { stop, probabilities, base } = conversation.settings;
+  const given = NUMBERS.map((name) => [name, conversation.settings[name] ?? null]).filter(([, value]) => value !== null);
+  const sent = [...prompt(conversation, message), ...(goOn ? [{ role: "assistant", content: message.content }] : [])];
   return {
     ...(model ? { model } : {}),
-    messages: [...prompt(conversation, message), ...(goOn ? [{ role: "assistant", content: message.content }] : [])],
-    ...(goOn ? { continue_final_message: true, add_generation_prompt: false } : {}),
+    // A base model knows no turns: it goes on with the text as it stands, to the end of the context unless bounded.
+    ...(base ? { prompt: sent.filter(({ role }) => role !== "system").map(({ content }) => content).join(""), max_tokens: -1 } : { messages: sent }),
+    ...(goOn && !base ? { continue_final_message: true, add_generation_prompt: false } : {}),
     ...Object.fromEntries(given),
     ...(stop.length ? { stop } : {}),
-    ...(probabilities ? { logprobs: true, top_logprobs: 5 } : {}),
+    ...formOf(conversation.settings),
+    ...(probabilities && !base ? { logprobs: true, top_logprobs: 5 } : {}),
   };
+}
+
+function formOf({ form, schema }) {
+  if (form === "json") return { response_format: { type: "json_object" } };
+  if (form !== "schema" || !schema.trim()) return {};
+  return { response_format: { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(schema) } } };
 }
 
 // -- files ------------------------------------------------------------------------------------------------------
@@ -164,9 +189,13 @@ function conversationFrom(value) {
 }
 
 function settingsFrom(value = {}) {
-  const numbers = ["temperature", "top_p", "top_k", "max_tokens", "seed"].map((name) => [name, number(value?.[name])]);
+  const numbers = NUMBERS.map((name) => [name, number(value?.[name])]);
   const stop = Array.isArray(value?.stop) ? value.stop.filter((word) => typeof word === "string") : [];
-  return { system: text(value?.system), ...Object.fromEntries(numbers), stop, probabilities: value?.probabilities === true };
+  return {
+    system: text(value?.system), ...Object.fromEntries(numbers), stop,
+    form: ["json", "schema"].includes(value?.form) ? value.form : "text", schema: text(value?.schema), base: value?.base === true,
+    probabilities: value?.probabilities === true,
+  };
 }
 
 function answerFrom({ tokens, stats, finish, error, edited }) {
