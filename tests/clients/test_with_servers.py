@@ -85,7 +85,7 @@ def _ready(process: "subprocess.Popen[bytes]", log: Path) -> str:
 def outcomes(client: str, url: str, model: str) -> dict[str, str]:
     """What each case of a client ended with. One process for all of them."""
     environment = {
-        **os.environ, "OPENAI_API_KEY": "none", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
+        **os.environ, "OPENAI_API_KEY": "none", "PYTHONWARNINGS": "ignore",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

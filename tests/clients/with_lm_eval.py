@@ -28,7 +28,7 @@ def case_the_backend_is_the_servers(server: Server) -> None:
     model = remote(server)
     assert model.tokenizer_backend == "remote"
     ids = model.tok_encode("The sky")
-    assert model.tok_decode(ids).strip() == "The sky"
+    assert len(ids) and model.decode_batch([ids])[0].strip() == "The sky"
 
 
 def case_generate(server: Server) -> None:

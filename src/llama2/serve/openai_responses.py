@@ -28,7 +28,7 @@ _TEXT_PARTS = ("input_text", "output_text", "text")
 _LOGPROBS = "message.output_text.logprobs"
 
 
-class Item(Body):
+class ResponsesItem(Body):
     """One item of an input: a message, a call, or its result. What other fields say is not looked at."""
 
     model_config = ConfigDict(extra="ignore")
@@ -70,7 +70,7 @@ class InputBody(Body):
     """The body of /v1/responses/input_tokens: what is rendered."""
 
     model: str | None = Field(None, max_length=512)
-    input: Text | Annotated[list[Item], FIRST_FAULT] | None = None
+    input: Text | Annotated[list[ResponsesItem], FIRST_FAULT] | None = None
     instructions: Text | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -144,7 +144,7 @@ class ResponsesBody(InputBody):
         return found
 
 
-def _add(found: list[dict[str, Any]], item: Item, names: dict[str, str]) -> None:
+def _add(found: list[dict[str, Any]], item: ResponsesItem, names: dict[str, str]) -> None:
     """Puts an item behind the messages so far; names: of the calls so far, by their ids. Raises Refusal."""
     last = found[-1] if found else {}
     if item.type in (None, "message") and item.role is not None:
