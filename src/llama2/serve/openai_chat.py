@@ -255,4 +255,7 @@ def _picked(event: Event) -> Picked:
     return Picked(event.token or 0, event.logprob, event.top)
 
 
-DIALECT = OpenAI("openai chat", post("/v1/chat/completions", chat, ChatBody, "answer a conversation", counted=True))
+DIALECT = OpenAI(
+    "openai chat",
+    *(post(f"{base}/chat/completions", chat, ChatBody, "answer a conversation", counted=True) for base in ("/v1", "")),
+)
