@@ -12,7 +12,7 @@ import datetime
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,20 @@ def read(path: str | Path) -> EvaluationReport:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} is no whole report ({error}); write it again with --json") from error
     return report
+
+
+def merged(reports: Sequence[EvaluationReport], names: Sequence[str]) -> EvaluationReport:
+    """One report with the rows of several; a model's name has its report's where two measured models of one name."""
+    held = [set(_models(report)) for report in reports]
+    rows: list[Row] = []
+    models: dict[str, Mapping[str, Any]] = {}
+    for i, report in enumerate(reports):
+        twice = set().union(*held[:i], *held[i + 1 :])
+        rows += [replace(r, model=f"{r.model} ({names[i]})") if r.model in twice else r for r in report.rows]
+        for name, about in report.models.items():
+            models[f"{name} ({names[i]})" if name in twice else name] = about
+    settings = {name: dict(report.settings) for name, report in zip(names, reports, strict=True)}
+    return EvaluationReport("report", rows, settings, models)
 
 
 def table(reports: Sequence[EvaluationReport], names: Sequence[str] = ()) -> str:

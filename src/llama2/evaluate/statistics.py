@@ -83,6 +83,11 @@ def share(hits: float, total: int) -> Interval:
     return Interval(p, middle - half, middle + half)
 
 
+def percent(share: float | None) -> float | None:
+    """A share in percent."""
+    return None if share is None else 100 * share
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """The percentile of sorted values, linear between two of them."""
     place = (len(values) - 1) * percent / 100
