@@ -7,6 +7,7 @@ InputError, before any model is loaded.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("llama2_bold", None, "sentiment of completions by VADER, as in the paper; its groups' means"),
     ),
 }
+CODE_TASKS = ("humaneval", "mbpp")
 BOLD = "llama2_bold"
 BOLD_DATA = "AlexaAI/bold"
 
@@ -108,12 +110,15 @@ def load(
     Raises InputError for a name that lm-eval does not know, for data that cannot be read, and for tasks that run a
     model's code where `unsafe` does not allow it.
     """
-    manager = TaskManager(include_path=include)
+    own = include is None and all(e.name == BOLD or Path(e.name).is_file() for e in wanted)
+    manager = _manager(None if own else include, not own)
     known = set(manager.all_tasks)
     unknown = [e.name for e in wanted if e.name not in known and e.name != BOLD and not Path(e.name).is_file()]
     if unknown:
         near = _near(unknown[0], known)
         raise InputError(f"lm-eval has no task {unknown[0]!r}{near}; `llama2 evaluate --list` names them all")
+    if not unsafe and (code := [e.name for e in wanted if e.name.startswith(CODE_TASKS)]):
+        raise _unsafe(code[0])  # before lm-eval fetches what runs the code
     found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     with local_data(data_dir):
         for entry in wanted:
@@ -121,15 +126,24 @@ def load(
             number = entry.shots if entry.shots is not None else shots
             for task in part["tasks"].values():
                 if getattr(task.config, "unsafe_code", False) and not unsafe:
-                    raise InputError(
-                        f"task {task.config.task} runs code that the model writes; add --confirm-unsafe-code in a "
-                        "sandbox, or leave it out"
-                    )
+                    raise _unsafe(task.config.task)
                 if number is not None and task.get_config("num_fewshot") != 0:
                     task.set_config(key="num_fewshot", value=number)
             for key, values in part.items():
                 found[key].update(values)
     return Loaded(manager, found)
+
+
+@cache
+def _manager(include: str | None, defaults: bool) -> TaskManager:
+    """lm-eval's index of tasks, which takes seconds to read; without its own tasks where none is asked for."""
+    return TaskManager(include_path=include, include_defaults=defaults)
+
+
+def _unsafe(name: str) -> InputError:
+    return InputError(
+        f"task {name} runs code that the model writes; add --confirm-unsafe-code in a sandbox, or leave it out"
+    )
 
 
 def _read(manager: TaskManager, entry: Entry) -> dict[str, Any]:
