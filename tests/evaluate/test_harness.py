@@ -153,6 +153,13 @@ def test_wrong_arguments(folder: Path, settings: dict[str, Any], said: str) -> N
         HarnessModel(str(folder), **settings)
 
 
+def test_the_gpu_that_lm_eval_asks_for_by_default_may_be_absent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    lm = HarnessModel(str(folder), device="cuda:0")
+    assert lm.loglikelihood(asked("loglikelihood", PAIRS[:1]), disable_tqdm=True)[0][0] < 0
+    lm.close()
+
+
 def test_a_damaged_store(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("no database, and longer than a header of one is")
     with pytest.raises(OSError, match="cannot keep results"):

@@ -9,6 +9,7 @@ the harness's own `hf` class.
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class HarnessModel(TemplateLM):
         if adapter is not None and peft is not None and adapter != peft:
             raise InputError(f"adapter={adapter} and peft={peft} name two adapters; give one")
         self._asked: dict[str, Any] = {
-            "dtype": dtype, "device": device, "runner": runner, "adapter": adapter or peft, "revision": revision,
+            "dtype": dtype, "device": _present(device), "runner": runner, "adapter": adapter or peft, "revision": revision,
         }  # fmt: skip
         self._pretrained, self._model = pretrained, None if isinstance(pretrained, str) else pretrained
         self._path = str(locate_all(pretrained, revision).path) if isinstance(pretrained, str) else ""
@@ -305,6 +306,19 @@ class HarnessModel(TemplateLM):
             kv_cache=kv,
             precision=self._precision,
         )
+
+
+def _present(device: str | None) -> str | None:
+    """The device; None, which is the best one here, for a GPU that this machine lacks: lm-eval's command line asks for
+    cuda:0 where its user says nothing, and its hf class falls back too."""
+    if device is None or not device.startswith("cuda"):
+        return device
+    import torch
+
+    if torch.cuda.is_available():
+        return device
+    logging.getLogger("lm_eval").warning("device %s is not here; the CPU computes", device)
+    return None
 
 
 def _seed(request: Any) -> int:
