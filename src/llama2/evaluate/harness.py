@@ -82,8 +82,12 @@ class HarnessModel(TemplateLM):
         if adapter is not None and peft is not None and adapter != peft:
             raise InputError(f"adapter={adapter} and peft={peft} name two adapters; give one")
         self._asked: dict[str, Any] = {
-            "dtype": dtype, "device": _present(device), "runner": runner, "adapter": adapter or peft, "revision": revision,
-        }  # fmt: skip
+            "dtype": dtype,
+            "device": _present(device),
+            "runner": runner,
+            "adapter": adapter or peft,
+            "revision": revision,
+        }
         self._pretrained, self._model = pretrained, None if isinstance(pretrained, str) else pretrained
         self._path = str(locate_all(pretrained, revision).path) if isinstance(pretrained, str) else ""
         self.tokenizer = self._tokenizer(tokenizer, revision)
