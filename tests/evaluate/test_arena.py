@@ -9,7 +9,7 @@ import pytest
 
 from llama2.errors import InputError
 from llama2.evaluate import arena
-from llama2.evaluate.arena import JudgeError, Outcome, judge_pair, read_verdict
+from llama2.evaluate.arena import JudgedPair, JudgeError, judge_pair, read_verdict
 
 
 @pytest.mark.parametrize(
@@ -37,15 +37,15 @@ def test_verdicts(said: Any, verdict: str) -> None:
 
 
 def test_a_judge_that_prefers_a_place_makes_ties() -> None:
-    assert judge_pair(lambda p, a, b: "A", "q", "x", "y") == Outcome("tie", "first", "second")
+    assert judge_pair(lambda p, a, b: "A", "q", "x", "y") == JudgedPair("tie", "first", "second")
     longer = lambda p, a, b: "A" if len(a) > len(b) else "B"  # noqa: E731
-    assert judge_pair(longer, "q", "xx", "y") == Outcome("first", "first", "first")
-    assert judge_pair(longer, "q", "x", "yy") == Outcome("second", "second", "second")
+    assert judge_pair(longer, "q", "xx", "y") == JudgedPair("first", "first", "first")
+    assert judge_pair(longer, "q", "x", "yy") == JudgedPair("second", "second", "second")
     assert judge_pair(lambda p, a, b: "no", "q", "x", "yy").winner == "tie"
 
 
 def test_win_rate_counts_ties_as_half() -> None:
-    outcomes = [Outcome(w, w, w) for w in ("first", "first", "second", "tie")]  # type: ignore[arg-type]
+    outcomes = [JudgedPair(w, w, w) for w in ("first", "first", "second", "tie")]  # type: ignore[arg-type]
     rows = {row.test: row for row in arena.rows("a", "b", outcomes)}
     rate = rows["win rate against b"]
     assert rate.value == 62.5 and rate.low is not None and rate.high is not None and rate.low < 62.5 < rate.high

@@ -33,7 +33,7 @@ _WORDS: dict[str, Verdict] = {
 }  # fmt: skip
 
 
-class Outcome(NamedTuple):
+class JudgedPair(NamedTuple):
     """A pair as it was judged in both orders; `winner` is a tie where the two contradict each other."""
 
     winner: Verdict
@@ -55,15 +55,15 @@ def read_verdict(said: Any) -> Verdict:
     return _WORDS.get(str(said).strip().strip(".").lower(), "unreadable")
 
 
-def judge_pair(judge: Judge, prompt: str, first: str, second: str) -> Outcome:
+def judge_pair(judge: Judge, prompt: str, first: str, second: str) -> JudgedPair:
     """Asks a judge in both orders."""
     forward, back = read_verdict(judge(prompt, first, second)), read_verdict(judge(prompt, second, first))
     turned: dict[Verdict, Verdict] = {"first": "second", "second": "first"}
     swapped = turned.get(back, back)
-    return Outcome(forward if forward == swapped and forward != "unreadable" else "tie", forward, swapped)
+    return JudgedPair(forward if forward == swapped and forward != "unreadable" else "tie", forward, swapped)
 
 
-def rows(first: str, second: str, outcomes: Sequence[Outcome]) -> list[Row]:
+def rows(first: str, second: str, outcomes: Sequence[JudgedPair]) -> list[Row]:
     """The report's rows: the win rate with ties as half a win, its Wilson interval, and how the judge behaved."""
     count = len(outcomes)
     wins = sum(o.winner == "first" for o in outcomes)
@@ -84,7 +84,7 @@ def rows(first: str, second: str, outcomes: Sequence[Outcome]) -> list[Row]:
     ]
 
 
-def read_ratings(lines: Sequence[Any]) -> list[Outcome]:
+def read_ratings(lines: Sequence[Any]) -> list[JudgedPair]:
     """Outcomes from people's 7-point ratings, as numbers or as objects with "rating". Raises InputError for others."""
     found = []
     for number, line in enumerate(lines):
@@ -92,7 +92,7 @@ def read_ratings(lines: Sequence[Any]) -> list[Outcome]:
         if isinstance(rating, bool) or not isinstance(rating, int | float) or not 1 <= rating <= 7:
             raise InputError(f'line {number + 1} has the rating {rating!r}; give a number from 1 to 7 as "rating"')
         verdict = read_verdict(rating)
-        found.append(Outcome(verdict, verdict, verdict))
+        found.append(JudgedPair(verdict, verdict, verdict))
     return found
 
 

@@ -21,7 +21,7 @@ FILE_BYTES = 1_000_000_000
 _SPLIT_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
-class Entry(NamedTuple):
+class TaskEntry(NamedTuple):
     """A task or group of lm-eval, the examples before each question (None: its own), and how it differs from what it
     stands for."""
 
@@ -31,45 +31,47 @@ class Entry(NamedTuple):
 
 
 _PROMPTS = "lm-eval's prompts are not the paper's"
-GROUPS: dict[str, tuple[Entry, ...]] = {
+GROUPS: dict[str, tuple[TaskEntry, ...]] = {
     # Touvron et al. 2023, Table 3 and the academic benchmarks of its appendix A.2.2
     "llama2-paper": (
-        Entry("humaneval", 0, "runs the model's code: needs --confirm-unsafe-code"),
-        Entry("mbpp", 3, "runs the model's code: needs --confirm-unsafe-code"),
-        Entry("piqa", 0),
-        Entry("social_iqa", 0),
-        Entry("hellaswag", 0),
-        Entry("winogrande", 0),
-        Entry("arc_easy", 0),
-        Entry("arc_challenge", 0),
-        Entry("openbookqa", 0),
-        Entry("commonsense_qa", 7, "letters are scored, not answers"),
-        Entry("nq_open", 5),
-        Entry("triviaqa", 5),
-        Entry("squadv2", 0, "exact match of lm-eval; QuAC, the paper's other one, is no task of lm-eval"),
-        Entry("boolq", 0),
-        Entry("gsm8k_cot", None, "its 8 examples are those of chain-of-thought prompting"),
-        Entry("minerva_math", None, "4 examples, answers compared as Minerva does"),
-        Entry("mmlu", 5),
-        Entry("bbh", None, "3 examples with chains of thought"),
-        Entry("agieval_en", 3, _PROMPTS + "; the paper has 3 to 5 examples"),
+        TaskEntry("humaneval", 0, "runs the model's code: needs --confirm-unsafe-code"),
+        TaskEntry("mbpp", 3, "runs the model's code: needs --confirm-unsafe-code"),
+        TaskEntry("piqa", 0),
+        TaskEntry("social_iqa", 0),
+        TaskEntry("hellaswag", 0),
+        TaskEntry("winogrande", 0),
+        TaskEntry("arc_easy", 0),
+        TaskEntry("arc_challenge", 0),
+        TaskEntry("openbookqa", 0),
+        TaskEntry("commonsense_qa", 7, "letters are scored, not answers"),
+        TaskEntry("nq_open", 5),
+        TaskEntry("triviaqa", 5),
+        TaskEntry("squadv2", 0, "exact match of lm-eval; QuAC, the paper's other one, is no task of lm-eval"),
+        TaskEntry("boolq", 0),
+        TaskEntry("gsm8k_cot", None, "its 8 examples are those of chain-of-thought prompting"),
+        TaskEntry("minerva_math", None, "4 examples, answers compared as Minerva does"),
+        TaskEntry("mmlu", 5),
+        TaskEntry("bbh", None, "3 examples with chains of thought"),
+        TaskEntry("agieval_en", 3, _PROMPTS + "; the paper has 3 to 5 examples"),
     ),
     # The Open LLM Leaderboard as Llama 2 was ranked on it (its first version, 2023)
     "open-llm": (
-        Entry("arc_challenge", 25),
-        Entry("hellaswag", 10),
-        Entry("mmlu", 5),
-        Entry("truthfulqa_mc2", 0),
-        Entry("winogrande", 5),
-        Entry("gsm8k", 5),
+        TaskEntry("arc_challenge", 25),
+        TaskEntry("hellaswag", 10),
+        TaskEntry("mmlu", 5),
+        TaskEntry("truthfulqa_mc2", 0),
+        TaskEntry("winogrande", 5),
+        TaskEntry("gsm8k", 5),
     ),
     # Section 4.1 and appendix A.4.7 of the paper
     "safety": (
-        Entry("truthfulqa_gen", 0, "BLEU and ROUGE against the references; the paper's judge is a tuned GPT-3"),
-        Entry("truthfulqa_mc1", 0, "not in the paper; needs no judge"),
-        Entry("truthfulqa_mc2", 0, "not in the paper; needs no judge"),
-        Entry("toxigen", 0, "the model labels statements; the paper classifies what it writes with a tuned RoBERTa"),
-        Entry("llama2_bold", None, "sentiment of completions by VADER, as in the paper; its groups' means"),
+        TaskEntry("truthfulqa_gen", 0, "BLEU and ROUGE against the references; the paper's judge is a tuned GPT-3"),
+        TaskEntry("truthfulqa_mc1", 0, "not in the paper; needs no judge"),
+        TaskEntry("truthfulqa_mc2", 0, "not in the paper; needs no judge"),
+        TaskEntry(
+            "toxigen", 0, "the model labels statements; the paper classifies what it writes with a tuned RoBERTa"
+        ),
+        TaskEntry("llama2_bold", None, "sentiment of completions by VADER, as in the paper; its groups' means"),
     ),
 }
 CODE_TASKS = ("humaneval", "mbpp")
@@ -77,7 +79,7 @@ BOLD = "llama2_bold"
 BOLD_DATA = "AlexaAI/bold"
 
 
-class Loaded(TaskManager):
+class LoadedTasks(TaskManager):
     """A task manager whose tasks are there already, whatever names are asked for again."""
 
     def __init__(self, manager: TaskManager, found: dict[str, Any]) -> None:
@@ -89,22 +91,22 @@ class Loaded(TaskManager):
         return self._found
 
 
-def entries(words: Sequence[str]) -> list[Entry]:
+def entries(words: Sequence[str]) -> list[TaskEntry]:
     """The entries of words, which are groups of GROUPS, names of lm-eval, or files. Raises InputError for none."""
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
     if not names:
         raise InputError(f"no task was given; add --tasks NAME,... of lm-eval, a group ({', '.join(GROUPS)}) or a file")
-    found = [entry for name in names for entry in GROUPS.get(name, (Entry(name),))]
+    found = [entry for name in names for entry in GROUPS.get(name, (TaskEntry(name),))]
     return list({entry.name: entry for entry in found}.values())
 
 
 def load(
-    wanted: Sequence[Entry],
+    wanted: Sequence[TaskEntry],
     shots: int | None = None,
     data_dir: str | None = None,
     include: str | None = None,
     unsafe: bool = False,
-) -> Loaded:
+) -> LoadedTasks:
     """The tasks with their data. shots: examples before each question, of all tasks that have no number in a group.
 
     Raises InputError for a name that lm-eval does not know, for data that cannot be read, and for tasks that run a
@@ -131,7 +133,7 @@ def load(
                     task.set_config(key="num_fewshot", value=number)
             for key, values in part.items():
                 found[key].update(values)
-    return Loaded(manager, found)
+    return LoadedTasks(manager, found)
 
 
 @cache
@@ -146,7 +148,7 @@ def _unsafe(name: str) -> InputError:
     )
 
 
-def _read(manager: TaskManager, entry: Entry) -> dict[str, Any]:
+def _read(manager: TaskManager, entry: TaskEntry) -> dict[str, Any]:
     spec: Any = entry.name
     if entry.name == BOLD:
         spec = bold_config()
