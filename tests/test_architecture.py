@@ -85,7 +85,7 @@ TORCH = (
     *("recompute.py", "rope.py", "scoring.py", "seeds.py"),
     *("align", "checkpoint", "quantization", "quantize", "runners", "train"),
     *("cli/session.py", "cpu/modules.py", "cpu/reference.py", "engine/parallel.py", "engine/torch_plan_runner.py"),
-    *("evaluate/compare.py", "evaluate/perplexity.py", "evaluate/speed.py"),
+    *("evaluate/compare.py", "evaluate/embedding.py", "evaluate/perplexity.py", "evaluate/speed.py"),
     *("generation/beam.py", "generation/guidance.py", "generation/loop.py", "generation/outputs.py"),
     *("generation/past_key_values.py", "generation/request.py", "generation/sampler.py", "generation/speculative.py"),
     *("generation/stopping.py", "generation/tensors.py"),
