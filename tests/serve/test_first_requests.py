@@ -5,6 +5,7 @@ On Llama 2's own tokenizer, a byte-level one and SmolLM2's.
 
 import http.client
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from serve.conftest import Served
 
 from llama2 import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from llama2.runners.native import NativeModel
+from llama2.serve.names import answers_to, names_of, short_name
 from llama2.serve.policy import Policy
 from llama2.serve.roles import legal, merged
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, LlamaTokenizerFast
@@ -295,3 +297,92 @@ def test_variables_of_the_template(served: Served) -> None:
     for wrong in ({"safe": False}, {"messages": []}, {"x": served.engine.tokenizer.eos_token}):
         assert chat(served, chat_template_kwargs=wrong).status == 400
     assert chat(served, chat_template="{{ x }}").status == 400
+
+
+# -- forms, whole and streamed -----------------------------------------------------------------------------------
+
+SCHEMA: dict[str, Any] = {  # no type: it names properties, so it is an object, and closed
+    "properties": {
+        "place": {"enum": ["Zürich", "東京", "naïve 🦙"]},
+        "n": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["place", "n"],
+}  # fmt: skip
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+FORMS: dict[str, dict[str, Any]] = {
+    "grammar": {"response_format": {"type": "grammar", "value": 'start: "yes" | "no" | "Zürich 東京"'}},
+    "gbnf": {"grammar": 'root ::= "yes" | "no" | "Zürich 東京"'},
+    "regex": {"response_format": {"type": "regex", "value": "[0-9]{3}-[a-f]{2} (ja|nein) ▁é"}},
+    "schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+    "tools": {"tools": [WEATHER], "tool_choice": "required"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_whole_and_streamed(served: Served, form: str) -> None:
+    for seed in range(12):
+        body = CHAT | FORMS[form] | {"max_tokens": 120, "seed": seed}
+        whole = post(served.port, "/v1/chat/completions", body)
+        assert whole.status == 200, whole.json
+        (choice,) = whole.json["choices"]
+        events = post(served.port, "/v1/chat/completions", body | {"stream": True}).events[:-1]
+        deltas = [event["choices"][0]["delta"] for event in events]
+        words = "".join(delta.get("content") or "" for delta in deltas)
+        made = [call["function"] for delta in deltas for call in delta.get("tool_calls", ())]
+        arguments = "".join(call.get("arguments", "") for call in made)
+        assert (choice["message"]["content"] or "") == words
+        if form == "tools":
+            (call,) = choice["message"]["tool_calls"]
+            assert (call["function"]["name"], call["function"]["arguments"]) == ("weather", arguments)
+            words = arguments
+        if form in ("grammar", "gbnf"):
+            assert words in ("yes", "no", "Zürich 東京")
+        elif form == "regex":
+            assert re.fullmatch("[0-9]{3}-[a-f]{2} (ja|nein) ▁é", words)
+        else:
+            assert set(json.loads(words)) == {"place", "n"} and json.loads(words)["place"] in SCHEMA["properties"][
+                "place"]["enum"]  # fmt: skip
+
+
+def test_what_cannot_be_held_is_told(served: Served) -> None:
+    pairs = {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "maxItems": 2}
+    data = {"type": "string", "format": "binary", "maxLength": 4}
+    schema = {"properties": {"a": pairs, "b": data}, "required": ["a"]}
+    for strict in (False, True):
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": strict}}
+        reply = chat(served, response_format=form, max_tokens=100)
+        assert reply.status == (400 if strict else 200)
+        if not strict:
+            told = " ".join(reply.json["warnings"])
+            assert "uniqueItems" in told and "binary" in told
+            assert set(json.loads(text(reply))) <= {"a", "b"}
+
+
+# -- names -------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "Tiny.Q4_0.gguf"
+    file.touch()
+    names, aliases = names_of(str(file))
+    assert names == ("Tiny.Q4_0",) and "Tiny.Q4_0.gguf" in aliases
+    assert names_of("org/name") == (("org/name",), ("name",))
+    assert names_of(str(file), ("mine", "other"))[0] == ("mine", "other")
+    assert short_name("/cache/models--org--name/snapshots/0123") == "org/name"
+    for name in ("mine", "Mine", "mine:latest"):
+        assert answers_to(name, ("mine",))
+    assert not answers_to("yours", ("mine",)) and answers_to("yours", ("mine", "*"))
+
+
+def test_a_model_answers_to_its_names(llama2: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama2).eval()
+    names, aliases = names_of(str(llama2), ("shown",))
+    served = Served(model, AutoTokenizer.from_pretrained(llama2), Policy(names, aliases=aliases), None, {})
+    try:
+        for name in ("shown", "SHOWN:latest", llama2.name, "tgi", ""):
+            assert complete(served, model=name).status == 200, name
+        reply = complete(served, model="gpt-9")
+        assert reply.status == 404 and str(llama2.parent) not in reply.json["error"]["message"]
+        assert str(llama2) not in call(served.port, "GET", "/v1/models", None, {}).content.decode()
+    finally:
+        served.close()

@@ -20,7 +20,7 @@ from llama2.engine.engine import Engine
 from llama2.errors import InputError
 from llama2.serve import limits, logs
 from llama2.serve.app import DIALECTS, dialect_at
-from llama2.serve.chat import CallReader, Message, Tool, chosen, prompt_ids
+from llama2.serve.chat import Message, Tool, chosen, prompt_ids
 from llama2.serve.constraint import Compiler, Constraint, json_schema
 from llama2.serve.dialect import Dialect
 from llama2.serve.errors import KINDS, Refusal
@@ -132,35 +132,6 @@ def test_requests_do_not_share_a_matcher(compiler: Compiler) -> None:
 
 
 # -- chat --------------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(st.sampled_from(["f", "a.b-c_1"]), JSON, st.randoms())
-def test_a_call_is_read_the_same_in_any_pieces(name: str, arguments: Any, rng: Any) -> None:
-    arguments = json.dumps({"x": arguments})
-    text = f'{{"name": "{name}", "arguments": {arguments}}}'
-    cuts = sorted(rng.randrange(len(text) + 1) for _ in range(5))
-    reader, found = CallReader(), []
-    for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        found.append(reader.put(text[a:b]))
-    found.append(reader.finish(True))
-    assert reader.name == name and "".join(f[1] for f in found) == arguments and not any(f[0] for f in found)
-
-
-@settings(deadline=None)
-@given(st.text(), st.randoms())
-def test_words_are_told_as_they_are(text: str, rng: Any) -> None:
-    text = "w" + text
-    cut = rng.randrange(len(text) + 1)
-    reader = CallReader()
-    pieces = [reader.put(" \n"), reader.put(text[:cut]), reader.put(text[cut:]), reader.finish(True)]
-    assert "".join(p[0] for p in pieces) == " \n" + text and reader.name is None
-
-
-def test_a_call_that_was_cut_off_keeps_its_last_character() -> None:
-    reader = CallReader()
-    assert reader.put('{"name": "f", "arguments": {"a') == ("", '{"')
-    assert reader.finish(False) == ("", "a")
 
 
 def test_the_template_places_the_only_bos(tokenizer_model: Any) -> None:

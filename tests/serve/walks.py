@@ -38,8 +38,11 @@ class EndlessError(AssertionError):
     """A walk found no end, as none does where a key must end in a certain word that chance does not spell."""
 
 
-def walk(tokenizer: Any, compiler: Compiler, constraint: Constraint, seed: int) -> str:
-    """One answer, to its end. Raises EndlessError where there is none within LONG tokens."""
+def walk(tokenizer: Any, compiler: Compiler, constraint: Constraint, seed: int, short: int = SHORT) -> str:
+    """One answer, to its end. short: tokens behind which an end is sought.
+
+    Raises EndlessError where there is none within LONG tokens.
+    """
     processor, ids, size = compiler(constraint, 2), [5, 6], compiler._vocabulary
     generator, zeros, eos = random.Random(seed), torch.zeros(1, size), tokenizer.eos_token_id
     table = _ending(tokenizer)
@@ -47,7 +50,7 @@ def walk(tokenizer: Any, compiler: Compiler, constraint: Constraint, seed: int) 
         scores = processor(torch.tensor([ids]), zeros)
         allowed = np.flatnonzero(np.isfinite(np.asarray(scores[0])))
         picked = int(allowed[generator.randrange(len(allowed))])
-        if step > SHORT:
+        if step > short:
             open_to = [token for token in table if np.isfinite(float(scores[0, token]))]
             ends = [token for token in table[: len(_CLOSE) + 1] if token in open_to]
             if ends and generator.random() < 0.7:

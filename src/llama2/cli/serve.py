@@ -272,6 +272,7 @@ def need_server() -> None:
 
 def _service(options: ServeOptions, life: "Life", host: str) -> "Service":
     from llama2.serve.auth import Keys
+    from llama2.serve.names import names_of
     from llama2.serve.origin import allowed_hosts
     from llama2.serve.policy import Policy
     from llama2.serve.service import Service
@@ -297,8 +298,8 @@ def _service(options: ServeOptions, life: "Life", host: str) -> "Service":
         "max_requests_per_key": options.max_requests_per_key,
         "tokens_per_minute": options.tokens_per_minute,
     }
-    names = options.served_model_name or (options.model or Path(model_path(None)).stem,)
-    policy = Policy(names=names, **{name: value for name, value in given.items() if value is not None})
+    names, aliases = names_of(options.model or model_path(None), options.served_model_name)
+    policy = Policy(names=names, aliases=aliases, **{name: value for name, value in given.items() if value is not None})
     keys = Keys(options.api_key, Path(options.api_key_file) if options.api_key_file else None)
     return Service(policy, keys, life, Keys(options.metrics_key))
 
@@ -403,8 +404,27 @@ def open_model(
     for adapter in adapters:
         _add_adapter(engine, adapter)
     bounds = limits.bounds(engine, wanted)
+    if tokenizer.chat_template is None:
+        _without_template(tokenizer, model_path(options.model), tell)
     tell(f"llama2: what fits\n{limits.table(engine, bounds, source)}")
     service.open(engine, bounds)
+
+
+def _without_template(tokenizer: Any, name: str, tell: Callable[[str], None]) -> None:
+    """Gives a GGUF file of Llama 2's vocabulary Llama 2's chat template, and says so, or that there are no chats."""
+    from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE
+
+    marker = [b" [", b"INST", b"]", b" q", b" [", b"/", b"INST", b"]"]
+    ids = tokenizer("[INST] q [/INST]", add_special_tokens=False)["input_ids"]
+    own = len(tokenizer) >= 32_000 and [tokenizer.token_bytes(i) for i in ids] == marker
+    if own and (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2) and name.endswith(".gguf"):
+        tokenizer.chat_template = LLAMA2_CHAT_TEMPLATE
+        tell("llama2: the file has no chat template; its vocabulary is Llama 2's, so chats have Llama 2's")
+    else:
+        tell(
+            "llama2: the model has no chat template, so chats are refused; --chat-template FILE gives one, or "
+            "--chat-template llama2 that of Llama 2"
+        )
 
 
 def _add_adapter(engine: Any, adapter: str) -> None:

@@ -8,7 +8,7 @@ it cannot write anything else.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -19,11 +19,12 @@ from llama2.serve.errors import Refusal
 from llama2.serve.numbers import FIRST_FAULT
 from llama2.serve.proof import MAX_SOURCE
 from llama2.serve.roles import legal, merged
+from llama2.serve.schema import moved, prepared, without_notes
 from llama2.serve.served_model import ServedModel
+from llama2.serve.tool_calls import JSON, LLAMA3, CallReader, ToolDialect, call_grammar, hidden_marks
 from llama2.serve.validation import Body, Text
 from llama2.tokenizer import marks
 
-_PREFIX = re.compile(r'\s*\{"name": "([^"]+)", "arguments": ')
 Choice = Literal["auto", "none", "required"]
 MERGED = "the messages do not alternate as this model's template wants them, and were merged into a dialogue that does"
 # What `apply_chat_template` takes that is no variable of the template.
@@ -69,7 +70,8 @@ class Function(Body):
 
     model_config = ConfigDict(extra="ignore")
     name: str = Field(pattern=r"^[a-zA-Z0-9_.\-]{1,64}$")
-    description: str | None = Field(None, max_length=8192)
+    description: str | None = Field(None, max_length=65_536)
+    strict: bool | None = None
     parameters: dict[str, Any] | None = None
     arguments: dict[str, Any] | None = None  # TGI's name for the parameters
 
@@ -88,67 +90,155 @@ class Tool(Body):
 
 @dataclass(frozen=True)
 class Tools:
-    """Functions and whether one must be called."""
+    """Functions, whether one must be called, and how the model writes calls.
+
+    several: whether an answer may hold more than one call. marks: ids of the dialect's marks that are control tokens.
+    hidden: texts of control tokens that an answer shows none of, where the marks' have to be shown to be read.
+    """
 
     functions: tuple[Function, ...] = ()
     choice: Choice = "none"
+    dialect: ToolDialect = JSON
+    several: bool = False
+    marks: Mapping[str, int] = field(default_factory=dict)
+    hidden: tuple[str, ...] = ()
 
     @property
     def active(self) -> bool:
         """Whether the answer may be a call."""
         return self.choice != "none" and bool(self.functions)
 
-    def constraint(self) -> Constraint:
-        """A grammar of exactly one call, or with "auto" also of any text that does not begin with a brace."""
-        rules = [f"call: {' | '.join(f'call{i}' for i in range(len(self.functions)))}"]
-        for i, function in enumerate(self.functions):
-            before = json.dumps(f'{{"name": "{function.name}", "arguments": ')
-            schema = json.dumps({**function.takes, "x-guidance": style_of(False)})
-            rules += [f'call{i}: {before} arguments{i} "}}"', f"arguments{i}: %json {schema}"]
-        start = "start: call"
-        if self.choice == "auto":
-            start += " | TEXT"
-            rules.append(r"TEXT: /[ \n\t]*[^{ \n\t](.|\n)*/")
-        source = "\n".join([start, *rules])
+    def reader(self) -> CallReader:
+        """Reads one answer."""
+        return CallReader(self.dialect, (f.name for f in self.functions), self.hidden)
+
+    def constraint(self, form: Constraint | None = None) -> Constraint:
+        """A grammar of calls, or with "auto" also of any other text, or of a form that other answers have."""
+        functions, warnings = [], list[str]()
+        for function in self.functions:
+            strict = bool(function.strict)
+            schema, told = prepared(without_notes(function.takes), strict)
+            functions.append((function.name, json.dumps({**schema, "x-guidance": style_of(strict)})))
+            warnings += [f"tool {function.name}: {warning}" for warning in told]
+        rules = call_grammar(self.dialect, functions, self.several, dict(self.marks))
+        if self.choice == "required":
+            rules.insert(0, "start: calls")
+        elif form is not None and form.kind == "json" and self.dialect.bare:
+            # One schema for both: a lexer that has read `{"` for a call does not go back to read it as a key.
+            takes = [(name, json.loads(schema)) for name, schema in functions]
+            rules = [f"start: %json {json.dumps(call_or_form(takes, self.dialect.key, json.loads(form.source)))}"]
+            warnings += form.warnings
+        elif form is not None:
+            rules[:0] = ["start: calls | form", f"form: {_embedded(form)}"]
+            warnings += form.warnings
+        else:
+            rules[:0] = self._free_text()
+        source = "\n".join(rules)
         if len(source) > MAX_SOURCE:
             raise Refusal(
                 "tool", f"the tools have {len(source)} characters of schemas; {MAX_SOURCE} are the most", "tools"
             )
-        return Constraint("lark", source)
+        return Constraint("lark", source, warnings=tuple(warnings[:16]))
+
+    def _free_text(self) -> list[str]:
+        """Calls or any text that is none; in front of marks there may be text, too."""
+        if self.dialect.bare:
+            marked = "".join(f" | <[{token}]> calls" for mark, token in self.marks.items())
+            return [f"start: calls | TEXT{marked}", r"TEXT: /[ \n\t]*[^{ \n\t](.|\n)*/"]
+        mark = self.dialect.opening[0]
+        other = "" if mark in self.marks else rf" & ~/(.|\n)*{re.escape(mark)}(.|\n)*/"
+        return ["start: TEXT | calls | TEXT calls", rf"TEXT: /(.|\n)+/{other}"]
 
     def instruction(self) -> str:
         """What tells a model whose template knows no tools."""
         told = [{"name": f.name, "description": f.description or "", "parameters": f.takes} for f in self.functions]
         rule = "Answer with nothing but" if self.choice == "required" else "To call one, answer with nothing but"
+        more = " Write one call per line." if self.several else ""
         return (
             f"You can call these functions:\n{json.dumps(told, ensure_ascii=False)}\n"
-            f'{rule} JSON of the form {{"name": <function>, "arguments": <its arguments>}}.'
+            f'{rule} JSON of the form {{"name": <function>, "arguments": <its arguments>}}.{more}'
         )
 
 
-def chosen(tools: Sequence[Tool] | None, choice: Any) -> Tools:
-    """The tools of a request. choice: none, auto, required, a function's name, or an object that names one."""
+def call_or_form(functions: Sequence[tuple[str, Any]], key: str, form: Any) -> dict[str, Any]:
+    """A schema of one call, or of what fits a form. functions: names and schemas of what they take."""
+    parts = {f"f{i}": schema for i, (_, schema) in enumerate(functions)} | {"form": form}
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, key: {"$ref": f"#/$defs/f{i}"}},
+            "required": ["name", key],
+            "additionalProperties": False,
+        }
+        for i, (name, _) in enumerate(functions)
+    ]
+    defined = {name: moved(schema, f"#/$defs/{name}") for name, schema in parts.items()}
+    return {"anyOf": [*calls, {"$ref": "#/$defs/form"}], "$defs": defined, "x-guidance": style_of(False)}
+
+
+def _embedded(form: Constraint) -> str:
+    """The right side of a rule for a form. Raises Refusal for a grammar of several rules."""
+    if form.kind == "json":
+        return f"%json {json.dumps({**json.loads(form.source), 'x-guidance': style_of(form.strict)})}"
+    if form.kind == "regex":
+        return "/" + re.sub(r"(?<!\\)/", r"\/", form.source) + "/"
+    if form.source.startswith("start:") and "\n" not in form.source:
+        return form.source.removeprefix("start:").strip()
+    raise Refusal("tool", "tools and a grammar of several rules exclude each other; send one of them", "tools")
+
+
+def chosen(
+    tools: Sequence[Tool] | None, choice: Any, parallel: bool | None = None, model: ServedModel | None = None
+) -> Tools:
+    """The tools of a request. choice: none, auto, required, a function's name, or an object that names one or several.
+
+    parallel: whether an answer may hold several calls; None leaves that to the model where its template knows tools.
+    """
     functions = tuple(tool.function for tool in tools or ())
-    if isinstance(choice, Mapping):
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        functions, choice = _allowed(functions, choice)
+    elif isinstance(choice, Mapping):
         named = choice.get("function")
-        choice = named.get("name") if isinstance(named, Mapping) else named
+        choice = named.get("name") if isinstance(named, Mapping) else named or choice.get("name")
         if not isinstance(choice, str):
             raise Refusal("tool", "tool_choice must name a function: {'type': 'function', 'function': {'name': ...}}")
-    if choice is None:
-        return Tools(functions, "auto" if functions else "none")
+    choice = ("auto" if functions else "none") if choice is None else "required" if choice == "any" else choice
+    dialect, marks, hidden = JSON, dict[str, int](), ()
+    if model is not None and functions:
+        dialect = model.tool_dialect
+        marks = hidden_marks(model.tokenizer, dialect)
+        hidden = tuple(model.tokenizer.special_contents) if marks else ()
+    several = dialect is not JSON if parallel is None else parallel
     if choice in ("auto", "none"):
-        return Tools(functions, choice)
+        return Tools(functions, choice, dialect, several, marks, hidden)
     if not functions:
         raise Refusal("tool", f"tool_choice is {choice!r} but the request has no tools; add them", "tool_choice")
     if choice == "required":
-        return Tools(functions, "required")
+        return Tools(functions, "required", dialect, several, marks, hidden)
     picked = tuple(f for f in functions if f.name == choice)
     if not picked:
         known = ", ".join(f.name for f in functions)
         raise Refusal(
-            "tool", f"tool_choice names {choice[:64]!r}, which is not among the tools: {known}", "tool_choice"
+            "tool", f"tool_choice names {choice[:64]!r}, which is not among the tools: {known[:500]}", "tool_choice"
         )
-    return Tools(picked, "required")
+    return Tools(picked, "required", dialect, False, marks, hidden)
+
+
+def _allowed(functions: tuple[Function, ...], choice: Mapping[str, Any]) -> tuple[tuple[Function, ...], str]:
+    """The functions that tool_choice allows, and its mode. Raises Refusal for one that is not among the tools."""
+    inner = choice.get("allowed_tools")
+    given = inner if isinstance(inner, Mapping) else choice
+    names = []
+    for tool in given.get("tools") or ():
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        names.append(function.get("name") if isinstance(function, Mapping) else dict(tool).get("name"))
+    mode = given.get("mode", "auto")
+    known = {function.name for function in functions}
+    if wrong := [name for name in names if name not in known]:
+        raise Refusal("tool", f"tool_choice allows {str(wrong[0])[:64]!r}, which is not among the tools", "tool_choice")
+    if not names or mode not in ("auto", "required"):
+        raise Refusal("tool", "allowed_tools needs tools and a mode, auto or required", "tool_choice")
+    return tuple(f for f in functions if f.name in names), mode
 
 
 def prompt_ids(
@@ -178,6 +268,8 @@ def prompt_ids(
     source = tokenizer.get_chat_template()
     native = tools.active and "tools" in source
     chat = _plain(messages, "tool_calls" in source)
+    if model.tool_dialect is LLAMA3:
+        chat = _one_call_a_turn(chat)
     if tools.active and not native:
         chat = _instructed(chat, tools.instruction())
     told = [] if warnings is None else warnings
@@ -263,7 +355,8 @@ def _plain(messages: Sequence[Message], knows_calls: bool) -> list[dict[str, Any
         role = "system" if role == "developer" else role
         if knows_calls:
             entry: dict[str, Any] = {"role": role, "content": text}
-            entry |= {"tool_calls": message.tool_calls} if message.tool_calls else {}
+            entry |= {"tool_calls": [_as_mapping(call) for call in message.tool_calls]} if message.tool_calls else {}
+            entry |= {"tool_call_id": message.tool_call_id} if message.tool_call_id else {}
             found.append(entry | ({"name": message.name} if message.name else {}))
             continue
         if message.tool_calls:
@@ -279,6 +372,36 @@ def _plain(messages: Sequence[Message], knows_calls: bool) -> list[dict[str, Any
     return found
 
 
+def _as_mapping(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call as templates take it: its arguments a mapping, where a client has them as JSON text."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(text := function.get("arguments"), str):
+        return dict(call)
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return dict(call)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _one_call_a_turn(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A chat in which every turn has one call, with its result behind it, for templates that take no more."""
+    found, waiting = list[dict[str, Any]](), list[dict[str, Any]]()
+    for message in chat:
+        if message["role"] in ("tool", "function", "ipython") and waiting:
+            found += [waiting.pop(0), message]
+            continue
+        found += waiting
+        calls = message.get("tool_calls") or ()
+        if len(calls) > 1:
+            waiting = [{**message, "content": message["content"] if not i else "", "tool_calls": [call]}
+                       for i, call in enumerate(calls)]  # fmt: skip
+        else:
+            waiting = []
+            found.append(message)
+    return found + waiting
+
+
 def _call_text(call: Mapping[str, Any]) -> str:
     function = call.get("function")
     if not isinstance(function, Mapping):
@@ -292,38 +415,3 @@ def _instructed(chat: list[dict[str, Any]], instruction: str) -> list[dict[str, 
     if chat and chat[0]["role"] == "system":
         return [{**chat[0], "content": f"{chat[0]['content']}\n\n{instruction}"}, *chat[1:]]
     return [{"role": "system", "content": instruction}, *chat]
-
-
-class CallReader:
-    """Splits an answer's text, as it comes, into what is said and the call that is made."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._text, self._held, self._called = False, "", False
-
-    def put(self, piece: str) -> tuple[str, str]:
-        """The text to say and the arguments to add; `name` is set once a call has begun."""
-        if self._text:
-            return piece, ""
-        self._held += piece
-        if self.name is None:
-            found = _PREFIX.match(self._held)
-            if found is None:
-                return self._undecided()
-            self.name, self._held = found[1], self._held[found.end() :]
-        told, self._held = self._held[:-1], self._held[-1:]  # the last brace closes the call, not its arguments
-        return "", told
-
-    def _undecided(self) -> tuple[str, str]:
-        start = self._held.lstrip()
-        if not start or start.startswith("{"):
-            return "", ""
-        self._text, held, self._held = True, self._held, ""
-        return held, ""
-
-    def finish(self, complete: bool) -> tuple[str, str]:
-        """What was held back, at the end; complete: whether the model ended by itself."""
-        held, self._held = self._held, ""
-        if self.name is None:
-            return held, ""
-        return "", "" if complete else held

@@ -85,7 +85,7 @@ async def apply_template(call: RouteCall) -> Response:
     body = await call.read(openai_chat.ChatBody)
 
     def rendered() -> str:
-        tools = chosen(body.tools, body.tool_choice)
+        tools = chosen(body.tools, body.tool_choice, body.parallel_tool_calls, call.model)
         ids = prompt_ids(call.model, body.messages, tools, body.continues)
         text: str = call.model.tokenizer.decode(list(ids))
         return text

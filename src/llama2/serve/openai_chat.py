@@ -1,6 +1,6 @@
 """/v1/chat/completions."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -32,8 +32,8 @@ class ChatBody(Common):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Tops | None = None
-    tools: Annotated[list[Tool], FIRST_FAULT] | None = Field(None, max_length=256)
-    tool_choice: str | dict[str, Any] | None = Field(None, max_length=256)
+    tools: Annotated[list[Tool], FIRST_FAULT] | None = Field(None, max_length=1024)
+    tool_choice: Annotated[str, Field(max_length=256)] | dict[str, Any] | None = None
     tool_prompt: str | None = Field(None, max_length=8192)
     parallel_tool_calls: bool | None = None
     reasoning_effort: Any = None
@@ -72,12 +72,10 @@ def parse(model: ServedModel, body: ChatBody, owner: str) -> tuple[GenerationReq
         )
     if body.tools and len(body.tools) > model.bounds.max_tools:
         raise Refusal("tool", f"{len(body.tools)} tools; {model.bounds.max_tools} are the most", "tools")
-    tools = chosen(body.tools, body.tool_choice)
+    tools = chosen(body.tools, body.tool_choice, body.parallel_tool_calls, model)
     constraint = body.constraint()
     if tools.active:
-        if constraint is not None:
-            raise Refusal("tool", "tools and a response_format exclude each other; send one of them")
-        constraint = tools.constraint()
+        constraint = tools.constraint(constraint)
     if body.tops and not body.logprobs:
         raise Refusal("validation", "top_logprobs needs logprobs: true", "top_logprobs")
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -102,6 +100,8 @@ def parse(model: ServedModel, body: ChatBody, owner: str) -> tuple[GenerationReq
         constraint=constraint,
         warnings=warnings,
     )
+    if tools.active and tools.marks:  # they are control tokens, and have to be seen to be read
+        request = replace(request, skip_special_tokens=False)
     return request, tools
 
 

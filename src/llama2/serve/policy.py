@@ -5,11 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Policy:
-    """Choices of whoever runs the server. names: of the model, the first one is shown. unknown_fields: warn,
-    refuse or ignore. strict_roles: conversations are refused that the template does not take as they are.
-    context_overflow: what happens to a prompt that is too long: refuse, truncate or shift."""
+    """Choices of whoever runs the server.
+
+    names: of the model, as it is shown; aliases: others that it answers to. unknown_fields: warn, refuse or ignore.
+    strict_roles: conversations are refused that the template does not take as they are. context_overflow: what happens
+    to a prompt that is too long: refuse, truncate or shift.
+    """
 
     names: tuple[str, ...] = ("llama2",)
+    aliases: tuple[str, ...] = ()
     revision: str | None = None
     unknown_fields: str = "warn"
     strict_roles: bool = False

@@ -25,7 +25,7 @@ class Bounds:
     max_top_n_tokens: int = 20
     max_client_batch_size: int = 32
     max_messages: int = 2048
-    max_tools: int = 64
+    max_tools: int = 512
     max_tokenize_bytes: int = 262_144  # of the texts of /tokenize and /chat_tokenize
     max_told_tokens: int = 1_000_000  # tokens of an answer that is sent at once, likeliest ones that are told included
 

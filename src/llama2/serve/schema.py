@@ -55,6 +55,27 @@ def prepared(schema: Mapping[str, Any], strict: bool = False) -> tuple[dict[str,
     return found.root, tuple(found.warnings)
 
 
+def without_notes(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without what holds an answer to nothing, which the prompt tells and a grammar need not hold."""
+    _check_depth(schema)
+    found = _Schema(copy.deepcopy(dict(schema)), True)
+    for _, node in found.nodes:
+        for name in ("title", "description", "examples", "default", "$comment", "deprecated"):
+            node.pop(name, None)
+    return found.root
+
+
+def moved(schema: Any, place: str) -> Any:
+    """A prepared schema as part of another, its references to itself followed to its new place."""
+    found = _Schema(copy.deepcopy(dict(schema)), True)
+    for _, node in found.nodes:
+        if isinstance(reference := node.get("$ref"), str) and reference.startswith("#"):
+            node["$ref"] = place + reference[1:]
+    for name in ("x-guidance", "$schema"):
+        found.root.pop(name, None)
+    return found.root
+
+
 def loosened(source: str) -> tuple[str, tuple[str, ...]]:
     """A prepared schema without anything that the engine has refused in some document, and warnings of it."""
     found = _Schema(json.loads(source), False)

@@ -8,25 +8,38 @@ from llama2.engine.engine import Ask, Engine
 from llama2.errors import InputError
 from llama2.serve.constraint import Compiler
 from llama2.serve.errors import Refusal
+from llama2.serve.names import ALIASES, answers_to
 from llama2.serve.policy import Policy
 from llama2.serve.request import Bounds, GenerationRequest
 from llama2.serve.roles import alternates
-
-ALIASES = ("tgi", "dummy", "default", "")  # what clients send that were given an address and no name
+from llama2.serve.tool_calls import dialect_of
 
 
 class ServedModel:
     """A model behind its engine. Parsers and writers of every dialect take one; its attributes do not change."""
 
-    def __init__(self, engine: Engine, bounds: Bounds, policy: Policy, names: tuple[str, ...] | None = None) -> None:
-        """names: those it answers to, the policy's if None. Raises InputError for an engine without tokenizer."""
+    def __init__(
+        self,
+        engine: Engine,
+        bounds: Bounds,
+        policy: Policy,
+        names: tuple[str, ...] | None = None,
+        aliases: tuple[str, ...] | None = None,
+    ) -> None:
+        """names: those it is shown under, aliases: further ones that it answers to; the policy's if None.
+
+        Raises InputError for an engine without tokenizer.
+        """
         if engine.tokenizer is None:
             raise InputError("a server needs the tokenizer: Engine(model, tokenizer)")
         self.engine, self.bounds, self.policy = engine, bounds, policy
         self.names = names or policy.names
+        self.aliases = policy.aliases if aliases is None else aliases
         self.tokenizer: Any = engine.tokenizer
         eos = engine.model.generation_config.eos_token_ids
         self.alternates = self.tokenizer.chat_template is not None and alternates(self.tokenizer)
+        template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template is not None else None
+        self.tool_dialect = dialect_of(template)
         self.compiler = Compiler(self.tokenizer, engine.model.config.vocab_size, eos) if eos else None
 
     @property
@@ -36,13 +49,17 @@ class ServedModel:
 
     def adapter(self, name: str | None) -> str | None:
         """The adapter that a model name asks for; None for the model alone. Raises Refusal for another name."""
-        if name is None or name in ALIASES or name in self.names:
+        if name is None or name in ALIASES or self.answers_to(name):
             own: str | None = getattr(self.engine.model, "adapter", None)
             return own
-        if name in self.adapters:
-            return name
+        if name.removesuffix(":latest") in self.adapters:
+            return name.removesuffix(":latest")
         known = ", ".join((*self.names, *self.adapters))
         raise Refusal("model", f"the model {name[:100]!r} is not served here; there is {known}", "model")
+
+    def answers_to(self, name: str) -> bool:
+        """Whether a name is this model's; that of an adapter is not."""
+        return name.removesuffix(":latest") not in self.adapters and answers_to(name, (*self.names, *self.aliases))
 
     def check(self, request: GenerationRequest) -> None:
         """Raises Refusal for what the bounds forbid."""

@@ -399,7 +399,7 @@ async def chat_tokenize(call: RouteCall) -> Response:
 
 def _rendered(model: ServedModel, body: ChatBody) -> dict[str, Any]:
     tokenizer = model.tokenizer
-    tools = chosen(body.tools, body.tool_choice)
+    tools = chosen(body.tools, body.tool_choice, body.parallel_tool_calls, model)
     ids = prompt_ids(model, body.messages, tools, body.continues, body.chat_template_kwargs)
     found, text = [], ""
     for i in ids:

@@ -1,6 +1,6 @@
 """The model's turn in a chat, as it comes: what it says, and which functions it calls with what.
 
-Every dialect that has chats renders these pieces. How a call is told apart from text is `chat.CallReader`'s.
+Every dialect that has chats renders these pieces. How a call is told apart from text is `tool_calls.CallReader`'s.
 """
 
 import secrets
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llama2.engine.engine import Event, Finish
-from llama2.serve.chat import CallReader, Tools
+from llama2.serve.chat import Tools
 from llama2.serve.session import Answer
 
 Reason = Literal["stop", "length", "tool_calls"]
@@ -45,7 +45,7 @@ class ModelTurn:
         self.text, self.calls = "", list[FunctionCall]()
         self.finish: Finish | None = None
         self.stop: str | None = None
-        self._reader = CallReader() if tools.active else None
+        self._reader = tools.reader() if tools.active else None
 
     @classmethod
     def whole(cls, tools: Tools, answer: Answer) -> "ModelTurn":
@@ -67,18 +67,18 @@ class ModelTurn:
         if self._reader is None:
             self.text += event.text
             return [Piece(event.text)] if event.text else []
-        text, arguments = self._reader.put(event.text)
+        said = self._reader.put(event.text)
         if event.finish is not None:
-            rest = self._reader.finish(event.finish in ("eos", "stop"))
-            text, arguments = text + rest[0], arguments + rest[1]
+            said += self._reader.finish()
         found = []
-        if self._reader.name is not None and not self.calls:
-            self.calls.append(FunctionCall(self._reader.name))
-            found.append(Piece(call=0, begins=True))
-        if arguments:
-            self.calls[0].arguments += arguments
-            found.append(Piece(call=0, arguments=arguments))
-        if text:
-            self.text += text
-            found.append(Piece(text))
+        for piece in said:
+            if piece.name is not None:
+                self.calls.append(FunctionCall(piece.name))
+                found.append(Piece(call=len(self.calls) - 1, begins=True))
+            elif piece.arguments:
+                self.calls[-1].arguments += piece.arguments
+                found.append(Piece(call=len(self.calls) - 1, arguments=piece.arguments))
+            else:
+                self.text += piece.text
+                found.append(Piece(piece.text))
         return found

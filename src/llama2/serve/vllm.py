@@ -96,7 +96,7 @@ def _tokenized(model: ServedModel, body: TokenizeBody) -> dict[str, Any]:
     if body.prompt is not None:
         ids = encoded(model, body.prompt, body.add_special_tokens is not False, True)
     else:
-        tools = chosen(body.tools, body.tool_choice)
+        tools = chosen(body.tools, body.tool_choice, None, model)
         ids = list(prompt_ids(model, body.messages or (), tools, body.continues, body.chat_template_kwargs))
     strings = [model.tokenizer.convert_ids_to_tokens(i) for i in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": model.bounds.max_total_tokens, "tokens": ids, "token_strs": strings}

@@ -1,0 +1,288 @@
+"""How models write that they call functions: the dialects of Llama's family, written by grammars and read as they come.
+
+| dialect | a call | several |
+| --- | --- | --- |
+| json | `{"name": "f", "arguments": {...}}` | one a line; prompted, for templates that know no tools |
+| llama3 | `{"name": "f", "parameters": {...}}`, also behind `<|python_tag|>` | `; ` between them |
+| hermes | `<tool_call>\n{"name": "f", "arguments": {...}}\n</tool_call>` | one behind the other |
+| mistral | `[TOOL_CALLS] [{"name": "f", "arguments": {...}}]` | in the list |
+| mistral-args | `[TOOL_CALLS]f[ARGS]{...}` | one behind the other |
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+MOST_CALLS = 16  # in one answer, where it is held to a grammar
+_PREFIX = re.compile(
+    r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+
+
+@dataclass(frozen=True)
+class ToolDialect:
+    """One way to write calls. opening: marks before calls; bare: a call may also begin the answer without one.
+
+    args: the mark between a name and its arguments, where calls are no JSON objects.
+    """
+
+    name: str
+    key: str = "arguments"
+    opening: tuple[str, ...] = ()
+    closing: str = ""
+    between: str = "\n"
+    before: str = ""
+    after: str = ""
+    bare: bool = False
+    listed: bool = False
+    args: str = ""
+
+
+JSON = ToolDialect("json", bare=True)
+LLAMA3 = ToolDialect("llama3", "parameters", ("<|python_tag|>",), between="; ", bare=True)
+HERMES = ToolDialect("hermes", opening=("<tool_call>",), closing="</tool_call>", before="\n", after="\n")
+MISTRAL = ToolDialect("mistral", opening=("[TOOL_CALLS]",), between=", ", before=" [", after="]", listed=True)
+MISTRAL_ARGS = ToolDialect("mistral-args", opening=("[TOOL_CALLS]",), between="", args="[ARGS]")
+
+
+def dialect_of(template: str | None) -> ToolDialect:
+    """The dialect that a chat template has its model write."""
+    if template is None or "tools" not in template:
+        return JSON
+    if "[TOOL_CALLS]" in template:
+        return MISTRAL_ARGS if "[ARGS]" in template else MISTRAL
+    if "<tool_call>" in template:
+        return HERMES
+    return LLAMA3 if "<|python_tag|>" in template or '"parameters": ' in template else JSON
+
+
+def call_grammar(
+    dialect: ToolDialect, functions: Sequence[tuple[str, str]], several: bool, marks: dict[str, int]
+) -> list[str]:
+    """Rules of a grammar, `calls` the first of them, in llguidance's Lark.
+
+    functions: names, and JSON schemas of what they take. marks: ids of those marks that are tokens of their own.
+    """
+
+    def text(value: str) -> str:
+        return f"<[{marks[value]}]>" if value in marks else json.dumps(value)
+
+    def joined(*parts: str) -> str:
+        return " ".join(text(part) if part in marks or part else "" for part in parts if part)
+
+    rules = [f"call: {' | '.join(f'call{i}' for i in range(len(functions)))}"]
+    for i, (name, schema) in enumerate(functions):
+        if dialect.args:
+            rules.append(f"call{i}: {text(dialect.opening[0])} {json.dumps(name)} {text(dialect.args)} arguments{i}")
+        else:
+            begin = json.dumps(f'{{"name": {json.dumps(name)}, "{dialect.key}": ')
+            rules.append(f'call{i}: {begin} arguments{i} "}}"')
+        rules.append(f"arguments{i}: %json {schema}")
+    between = json.dumps(dialect.between) if dialect.between else ""
+    tail = f"({between} call){{0,{MOST_CALLS - 1}}}" if several else ""
+    if dialect.closing:  # each call between marks of its own
+        one = joined(dialect.opening[0], dialect.before) + " call " + joined(dialect.after, dialect.closing)
+        rules.append(f"marked: {one}")
+        tail = tail.replace(" call)", " marked)")
+        return [f"calls: marked {tail}", *rules]
+    if dialect.listed:
+        return [f"calls: {joined(dialect.opening[0], dialect.before)} call {tail} {joined(dialect.after)}", *rules]
+    return [f"calls: call {tail}", *rules]
+
+
+class Said(NamedTuple):
+    """A piece of an answer: text, the name of a call that begins, or more of the arguments of the last one."""
+
+    text: str = ""
+    name: str | None = None
+    arguments: str = ""
+
+
+class CallReader:
+    """Splits an answer's text, as it comes, into what is said and the calls that are made.
+
+    A JSON object is a call only where it names one of the functions; else it is text like any other.
+    """
+
+    def __init__(self, dialect: ToolDialect = JSON, names: Iterable[str] = (), hidden: Iterable[str] = ()) -> None:
+        """names: of the functions; none for any. hidden: texts of control tokens, which are left out."""
+        self.dialect, self.names = dialect, frozenset(names)
+        self._hidden = tuple(text for text in hidden if text and text not in (*dialect.opening, dialect.args))
+        self._held, self._state = "", "start" if dialect.bare else "text"
+        self._depth, self._in_string, self._escaped = 0, False, False
+        self._marked = self._spoken = False
+
+    def put(self, piece: str) -> list[Said]:
+        """What a piece of text adds."""
+        for text in self._hidden:
+            piece = piece.replace(text, "")
+        self._held += piece
+        found: list[Said] = []
+        while True:
+            before = self._state, len(self._held)
+            found += getattr(self, f"_in_{self._state}")()
+            if (self._state, len(self._held)) == before:
+                return found
+
+    def finish(self) -> list[Said]:
+        """What was held back, at the end."""
+        held, self._held = self._held, ""
+        if self._state == "open" and (said := self._whole(held)):
+            return said
+        if self._state in ("start", "text", "open") and held:
+            return [Said(held)]
+        return []
+
+    # -- states: each takes what it can from the front of what is held -----------------------------------------------
+
+    def _in_start(self) -> list[Said]:
+        """Nothing but white space yet."""
+        text = self._held.lstrip()
+        if not text:
+            return []
+        if any(mark.startswith(text) and mark != text for mark in self.dialect.opening):
+            return []
+        self._state = "open" if text.startswith("{") else "text"
+        return []
+
+    def _in_text(self) -> list[Said]:
+        """Words, until a mark begins."""
+        text, marks = self._held, self.dialect.opening
+        places = [(text.find(mark), mark) for mark in marks if mark in text]
+        if places:
+            at, mark = min(places)
+            self._held, self._state, self._marked = text[at + len(mark) :], "open", True
+            said = (
+                text[:at] if self._spoken or text[:at].strip() else ""
+            )  # white space alone before a call says nothing
+            return [Said(said)] if said else []
+        if not self._spoken and not text.strip():
+            return []
+        keep = max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        said = text[: len(text) - keep]
+        self._spoken = self._spoken or bool(said.strip())
+        if not self._spoken:
+            self._held, said = text, ""
+        return [Said(said)] if said else []
+
+    def _in_open(self) -> list[Said]:
+        """Behind a mark, or at a brace that may begin a call."""
+        if self.dialect.args:
+            name, mark, rest = self._held.partition(self.dialect.args)
+            if not mark:
+                return []
+            self._held, self._state = rest, "arguments"
+            self._depth = 0
+            return [Said(name=name.strip())]
+        if self.dialect.listed and self._held.lstrip().startswith("["):
+            self._held = self._held.lstrip()[1:]
+        if (found := _PREFIX.match(self._held)) is not None and self._known(found[1]):
+            self._held, self._state, self._depth = self._held[found.end() :], "arguments", 0
+            return [Said(name=found[1])]
+        start = self._held.lstrip()
+        if start and not start.startswith(("{", "[")):
+            return self._as_text()
+        end = _end_of_value(start) if start else 0
+        if not end:
+            return []
+        said = self._whole(start[:end])
+        if not said:
+            return self._as_text()
+        self._held, self._state = start[end:], "between"
+        return said
+
+    def _as_text(self) -> list[Said]:
+        """What is held is no call after all."""
+        self._state, held, self._held = "text", self._held, ""
+        return [Said(held)] if held else []
+
+    def _whole(self, text: str) -> list[Said]:
+        """A complete object as a call; nothing where it is none."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return []
+        if not isinstance(found, dict) or not isinstance(found.get("name"), str) or not self._known(found["name"]):
+            return []
+        arguments = found.get("arguments", found.get("parameters", {} if self._marked else None))
+        if isinstance(arguments, str):
+            return [Said(name=found["name"]), Said(arguments=arguments)]
+        if not isinstance(arguments, dict):
+            return []
+        return [Said(name=found["name"]), Said(arguments=json.dumps(arguments, ensure_ascii=False))]
+
+    def _known(self, name: str) -> bool:
+        return not self.names or name in self.names
+
+    def _in_arguments(self) -> list[Said]:
+        """Inside the arguments, up to the brace that closes them."""
+        text = self._held if self._depth else self._held.lstrip()
+        for i, character in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped, self._in_string = character == "\\", character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    self._held, self._state = text[i + 1 :], "between" if self.dialect.args else "close"
+                    return [Said(arguments=text[: i + 1])]
+        self._held = ""
+        return [Said(arguments=text)] if text else []
+
+    def _in_close(self) -> list[Said]:
+        """Behind the arguments: the brace of the call itself."""
+        text = self._held.lstrip()
+        if text:
+            self._held, self._state = text.removeprefix("}"), "between"
+        return []
+
+    def _in_between(self) -> list[Said]:
+        """Behind a call: its closing mark, then another call, or words."""
+        text = self._held.lstrip(" \n\r\t;,]")
+        closing = self.dialect.closing
+        if closing and text and (text.startswith(closing) or closing.startswith(text)):
+            if text.startswith(closing):
+                self._held = text[len(closing) :]
+            return []
+        if not text or any(mark.startswith(text) and mark != text for mark in self.dialect.opening):
+            return []
+        self._held = text
+        self._state = "open" if text.startswith("{") and not closing and not self.dialect.args else "text"
+        return []
+
+
+def _end_of_value(text: str) -> int:
+    """Where the JSON object or list that begins a text ends; 0 where it does not yet."""
+    depth, in_string, escaped = 0, False, False
+    for i, character in enumerate(text):
+        if escaped:
+            escaped = False
+        elif in_string:
+            escaped, in_string = character == "\\", character != '"'
+        elif character == '"':
+            in_string = True
+        elif character in "{[":
+            depth += 1
+        elif character in "}]":
+            depth -= 1
+            if depth <= 0:
+                return i + 1
+    return 0
+
+
+def hidden_marks(tokenizer: Any, dialect: ToolDialect) -> dict[str, int]:
+    """Those marks of a dialect that are control tokens of a vocabulary, with their ids."""
+    found = {}
+    for mark in (*dialect.opening, dialect.closing, dialect.args):
+        token = tokenizer.convert_tokens_to_ids(mark) if mark in tokenizer.special_contents else None
+        if isinstance(token, int):
+            found[mark] = token
+    return found
