@@ -4,6 +4,7 @@ Float weights stay where they are (the file's memory map, or the module's own pa
 are repacked once into tiles of 16 rows, losslessly. No torch here, except inside `from_module`.
 """
 
+import copy
 import warnings
 from typing import Any, Protocol
 
@@ -44,6 +45,8 @@ class CpuWeights:
         self.inv_freq = inverse_frequencies(config, xp=np, dtype=np.float32)
         self.dynamic = ROPE_TYPES[config.rope_parameters["rope_type"]].base is not None
         self.model: Any = None
+        self._layers_made: list[tuple[Any, ...]] = []  # what `states` makes a second model of
+        self._states: CpuWeights | None = None
         self._arena = native().Arena()
         self._packed: PackedMatrices | None = None
         self._beside: GgufSource | None = None  # whose packed file that is
@@ -161,6 +164,24 @@ class CpuWeights:
             raise InputError(f"there is no adapter {name!r}; there are: {there}. add_adapter adds one")
         return self._adapters[name]
 
+    def states(self) -> "CpuWeights":
+        """The same weights with the identity for a head: the first hidden_size "logits" are the final hidden states.
+
+        Matrices are shared; the head takes vocabulary x width bfloat16, made at the first call. Adapters are left out.
+        """
+        if self._states is None:
+            c, twin = self.config, copy.copy(self)
+            identity = np.zeros((c.vocab_size, c.hidden_size), np.uint16)
+            np.fill_diagonal(identity, 0x3F80)  # 1.0
+            sizes = (c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size)
+            head = native().view(identity, True)
+            twin.model = native().make_model(*sizes, c.vocab_size, c.rms_norm_eps, self.model_embed, head, self._norm)
+            twin._adapters, twin.own = {}, None
+            for layer in self._layers_made:
+                twin.model.add_layer(*layer)
+            self._states = twin
+        return self._states
+
     def refresh(self) -> None:
         """Copies norms, biases and adapters from the module again; a change through `.data` leaves no other trace."""
         for array, tensor in self._copies:
@@ -277,7 +298,7 @@ class CpuWeights:
         c = self.config
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         sizes = (c.hidden_size, heads, kv_heads, c.head_dim, c.intermediate_size, c.vocab_size)
-        self.model_embed, self.model_head = embed, head
+        self.model_embed, self.model_head, self._norm = embed, head, norm
         try:
             self.model = native().make_model(*sizes, c.rms_norm_eps, embed, head, norm)
         except ValueError as error:
@@ -285,6 +306,8 @@ class CpuWeights:
 
     def _layer(self, norm1: NDArray[np.float32], norm2: NDArray[np.float32], p: dict[str, Any]) -> None:
         try:
-            self.model.add_layer(norm1, p["q"], p["k"], p["v"], p["o"], norm2, p["gate"], p["up"], p["down"])
+            layer = (norm1, p["q"], p["k"], p["v"], p["o"], norm2, p["gate"], p["up"], p["down"])
+            self.model.add_layer(*layer)
+            self._layers_made.append(layer)
         except ValueError as error:
             raise MismatchError(f"layer {self.model.layers} does not fit the configuration: {error}") from error

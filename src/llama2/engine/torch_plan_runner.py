@@ -98,8 +98,8 @@ def runner_of(model: CausalLM, pages: int, runner: str, dtype: cpu.KvDtype | Non
 
 
 @torch.inference_mode()
-def mean_state(model: LlamaForCausalLM, ids: Sequence[int]) -> np.ndarray:
-    """The mean (D,) of the last hidden states of a text, float32, of length 1."""
-    states_TD = model.model(torch.tensor([list(ids)], device=model.device)).last_hidden_state[0]
-    mean_D: np.ndarray = torch.nn.functional.normalize(states_TD.float().mean(0), dim=0).cpu().numpy()
-    return mean_D
+def pooled_state(model: LlamaForCausalLM, ids: Sequence[int], pooling: str) -> np.ndarray:
+    """The "mean" or the "last" (D,) of the final hidden states of a text, float32."""
+    states_TD = model.model(torch.tensor([list(ids)], device=model.device)).last_hidden_state[0].float()
+    pooled_D: np.ndarray = (states_TD.mean(0) if pooling == "mean" else states_TD[-1]).cpu().numpy()
+    return pooled_D

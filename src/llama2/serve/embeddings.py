@@ -1,11 +1,14 @@
-"""/v1/embeddings: the mean of the last hidden states of a text, of length 1. Only a model that torch runs has them."""
+"""/v1/embeddings: the mean of the final hidden states of a text, or the last of them, of length 1."""
 
 import base64
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 from starlette.responses import Response
 
+from llama2.cpu import PAGE, CpuRunner, PagedCache
 from llama2.engine.plan_runners import packed_weights
 from llama2.lazy import door
 from llama2.serve.dialect import post
@@ -18,7 +21,10 @@ from llama2.serve.served_model import ServedModel
 from llama2.serve.service import RouteCall
 from llama2.serve.validation import Body, Text, Texts
 
-_mean_state = door("engine.torch_plan_runner", "mean_state", "The mean of the last hidden states of a torch model.")
+MAX_TEXTS = 8192  # of one request
+AT_ONCE = 64  # texts in one step of the native engine
+CHUNK = 256  # tokens of one step of the native engine: their states stand in rows as wide as the vocabulary
+_pooled_state = door("engine.torch_plan_runner", "pooled_state", "A pooled final hidden state of a torch model.")
 
 
 class EmbeddingBody(Body):
@@ -28,41 +34,38 @@ class EmbeddingBody(Body):
     model: str | None = Field(None, max_length=512)
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Dimensions | None = None
+    pooling: Literal["mean", "last"] | None = None
     user: Any = None
 
 
-def embed(served: ServedModel, body: EmbeddingBody) -> dict[str, Any]:
-    """The answer. Raises Refusal where the model has no torch module, and for inputs that do not fit."""
+def embed(served: ServedModel, body: EmbeddingBody, pooling: str | None = None) -> dict[str, Any]:
+    """The answer. Raises Refusal where the model tells no hidden states, and for inputs that do not fit.
+
+    pooling: of whoever asks for the route's; the body's own counts first.
+    """
     model = served.engine.model
     if hasattr(model, "plan_runner"):
         raise Refusal("unable", "this model runs in several processes, which tell no hidden states")
-    if packed_weights(model) is not None:
-        raise Refusal(
-            "unable", "this model is the native engine's alone, which tells no hidden states; --runner torch does"
-        )
     width = model.config.hidden_size
-    if body.dimensions not in (None, width):
-        raise Refusal(
-            "validation", f"dimensions is {body.dimensions}; this model has {width} and no fewer", "dimensions"
-        )
+    if body.dimensions is not None and body.dimensions > width:
+        raise Refusal("validation", f"dimensions is {body.dimensions}; this model has {width}", "dimensions")
     served.adapter(body.model)
     given: list[Any] = [body.input] if isinstance(body.input, str) else list(body.input)
     if given and isinstance(given[0], int):
         given = [given]
-    if not given or len(given) > served.bounds.max_client_batch_size:
-        raise Refusal(
-            "validation", f"input has {len(given)} texts; give 1 to {served.bounds.max_client_batch_size}", "input"
-        )
+    if not given or len(given) > MAX_TEXTS:
+        raise Refusal("validation", f"input has {len(given)} texts; give 1 to {MAX_TEXTS}", "input")
     rows = [encode(served.tokenizer, text, False) if isinstance(text, str) else tuple(text) for text in given]
     for row in rows:
         _check(row, served.bounds.max_input_tokens, model.config.vocab_size)
-    data = []
-    for i, row in enumerate(rows):
-        mean_D = _mean_state(model, row)
-        vector: Any = mean_D.tolist()
+    data: list[dict[str, Any]] = []
+    for vector in vectors(model, rows, body.pooling or pooling or "mean"):
+        vector = vector[: body.dimensions]
+        vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+        told: Any = vector.tolist()
         if body.encoding_format == "base64":
-            vector = base64.b64encode(mean_D.astype("<f4").tobytes()).decode()
-        data.append({"object": "embedding", "index": i, "embedding": vector})
+            told = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        data.append({"object": "embedding", "index": len(data), "embedding": told})
     held = sum(map(len, rows))
     return {
         "object": "list",
@@ -70,6 +73,61 @@ def embed(served: ServedModel, body: EmbeddingBody) -> dict[str, Any]:
         "model": body.model or served.names[0],
         "usage": {"prompt_tokens": held, "total_tokens": held},
     }
+
+
+def vectors(model: Any, rows: Sequence[Sequence[int]], pooling: str) -> Iterator[np.ndarray]:
+    """The mean of the final hidden states of each row of ids, or the last of them, float32 (D,).
+
+    Raises Refusal where the model tells no hidden states.
+    """
+    weights = packed_weights(model)
+    if weights is None:
+        yield from (_pooled_state(model, row, pooling) for row in rows)
+        return
+    yield from _native_vectors(weights, rows, pooling)
+
+
+def _native_vectors(weights: Any, rows: Sequence[Sequence[int]], pooling: str) -> Iterator[np.ndarray]:
+    """As `vectors`, by the native engine: short rows share a step, long ones take several."""
+    runner, width = CpuRunner(weights.states(), "exact"), weights.config.hidden_size
+    cache = PagedCache(weights, max(*map(len, rows), 0) + AT_ONCE * PAGE + CHUNK, "float32")
+
+    def states(counts: Sequence[tuple[Any, Sequence[int]]]) -> list[np.ndarray]:
+        """Of further tokens of some sequences: all of their states, or with "last" the last of each."""
+        view = cache.view([(sequence, len(ids)) for sequence, ids in counts])
+        places = np.concatenate([np.arange(s.length, s.length + len(ids), dtype=np.int32) for s, ids in counts])
+        ids = [i for _, part in counts for i in part]
+        wanted = np.arange(len(ids), dtype=np.int32) if pooling == "mean" else None
+        found = runner.step(ids, places, view, wanted)[:, :width].copy()
+        ends = np.cumsum([len(part) if pooling == "mean" else 1 for _, part in counts])
+        return np.split(found, ends[:-1])
+
+    for batch in batches(rows):
+        counts = [(cache.sequence(), row) for row in batch]
+        try:
+            if len(batch) > 1 or len(batch[0]) <= CHUNK:
+                parts = [[found] for found in states(counts)]
+            else:
+                sequence, row = counts[0]
+                parts = [[states([(sequence, row[at : at + CHUNK])])[0] for at in range(0, len(row), CHUNK)]]
+        finally:
+            for sequence, _ in counts:
+                sequence.free()
+        for part in parts:
+            states_TD = np.concatenate(part)
+            yield states_TD.mean(0) if pooling == "mean" else states_TD[-1]
+
+
+def batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Rows in their order, as many at once as a step of CHUNK tokens takes."""
+    batch: list[Sequence[int]] = []
+    for row in rows:
+        if batch and (len(batch) == AT_ONCE or sum(map(len, batch)) + len(row) > CHUNK):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def _check(row: tuple[int, ...], most: int, vocabulary: int) -> None:
