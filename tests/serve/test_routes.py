@@ -388,7 +388,7 @@ def test_an_assistant_at_the_end_is_continued(served: Served) -> None:
         ("/v1/chat/completions", b"[" * 10_000 + b"]" * 10_000, 400, "nested"),
         ("/v1/chat/completions", b'{"a":' * 10_000, 400, "nested"),
         ("/v1/chat/completions", b"x" * 2_000_001, 413, "payload_limit"),
-        ("/v1/embeddings", {"input": "x", "dimensions": 8}, 400, "dimensions"),
+        ("/v1/embeddings", {"input": "x", "dimensions": 80}, 400, "dimensions"),
     ],
 )  # fmt: skip
 def test_a_wrong_request_gets_its_status_and_reason(
