@@ -166,10 +166,9 @@ class ServeOptions(EngineOptions, RunOptions):
     strict_roles: bool = option(
         False, "refuse conversations that the chat template does not take as they are, which are merged else"
     )
-    context_overflow: Literal["refuse", "truncate", "shift"] | None = option(
-        None, "prompts that are too long: refused; without their oldest turns or tokens; or that, and an answer that "
-        "fills the context goes on without its oldest tokens (default: refuse)",
-    )  # fmt: skip
+    context_overflow: Literal["refuse", "truncate"] | None = option(
+        None, "prompts that are too long: refused, or without their oldest turns or tokens (default: refuse)"
+    )
     literal_prompts: bool = option(False, "in raw prompts, text such as </s> is text and no control token")
     log_level: Literal["debug", "info", "warning", "error"] | None = option(None, "how much is logged (default: info)")
 

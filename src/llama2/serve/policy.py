@@ -9,7 +9,7 @@ class Policy:
 
     names: of the model, as it is shown; aliases: others that it answers to. unknown_fields: warn, refuse or ignore.
     strict_roles: conversations are refused that the template does not take as they are. context_overflow: what happens
-    to a prompt that is too long: refuse, truncate or shift.
+    to a prompt that is too long: refuse or truncate.
     """
 
     names: tuple[str, ...] = ("llama2",)
