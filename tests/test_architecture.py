@@ -63,13 +63,14 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("pipelines", "peft_model", "train", "evaluate"), 18),
     "scoring": 19,
     **dict.fromkeys(("serve", "quantize", "align"), 20),
-    "cli": 21,
-    **dict.fromkeys(("convert_llama_weights_to_hf", "__main__"), 22),
+    "llama": 21,
+    "cli": 22,
+    **dict.fromkeys(("convert_llama_weights_to_hf", "__main__"), 23),
 }
 STRANGERS = {"quantization": {"layers", "model"}, "layers": {"quantization"}, "model": {"quantization"}}
 # The third column: where torch may be imported at import time; a folder, or a file. Nowhere else. What is named here
 # besides the network, training, quantising and the runners of torch stands between a model file and its answers: the
-# loaders (checkpoint), the native engine behind generate()'s contract (runners/native), perplexity and `chat`.
+# loaders (checkpoint), the native engine behind generate()'s contract (runners/native), and perplexity.
 TORCH = (
     *(
         "attention.py",
@@ -84,7 +85,7 @@ TORCH = (
     *("model.py", "noise.py", "outputs.py", "peft_model.py", "pipelines.py", "plain_network.py", "pretrained.py"),
     *("recompute.py", "rope.py", "scoring.py", "seeds.py"),
     *("align", "checkpoint", "quantization", "quantize", "runners", "train"),
-    *("cli/session.py", "cpu/modules.py", "cpu/reference.py", "engine/parallel.py", "engine/torch_plan_runner.py"),
+    *("cpu/modules.py", "cpu/reference.py", "engine/parallel.py", "engine/torch_plan_runner.py"),
     *("evaluate/compare.py", "evaluate/embedding.py", "evaluate/perplexity.py", "evaluate/speed.py"),
     *("generation/beam.py", "generation/guidance.py", "generation/loop.py", "generation/outputs.py"),
     *("generation/past_key_values.py", "generation/request.py", "generation/sampler.py", "generation/speculative.py"),

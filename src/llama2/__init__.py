@@ -76,6 +76,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "StoppingCriteriaList",
     ),
     "generation.streamers": ("AsyncTextIteratorStreamer", "BaseStreamer", "TextIteratorStreamer", "TextStreamer"),
+    "llama": ("Llama",),
     "pipelines": ("TextClassificationPipeline", "TextGenerationPipeline", "pipeline"),
     "seeds": ("set_seed",),
     "availability": (
@@ -175,7 +176,17 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'llama2' has no attribute {name!r}; it exports {', '.join(__all__)}")
-    value = getattr(import_module(f"llama2.{_HOME[name]}"), name)
+    try:
+        value = getattr(import_module(f"llama2.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        from llama2.errors import MissingDependencyError
+
+        raise MissingDependencyError(
+            f"{name} needs torch, which is not installed: run `pip install torch`. llama2.Llama and the commands that "
+            "run GGUF files do without"
+        ) from error
     globals()[name] = value
     return value
 

@@ -83,6 +83,7 @@ from llama2.generation.stopping import (
 )
 from llama2.generation.streamers import AsyncTextIteratorStreamer, BaseStreamer, TextIteratorStreamer, TextStreamer
 from llama2.hf_argument_parser import HfArgumentParser
+from llama2.llama import Llama
 from llama2.lora_config import LoraConfig, TaskType
 from llama2.model import LlamaForCausalLM, LlamaModel
 from llama2.outputs import ModelOutput
@@ -209,6 +210,7 @@ __all__ = [
     "KTOConfig",
     "KTOTrainer",
     "KVCache",
+    "Llama",
     "Llama2Error",
     "LlamaConfig",
     "LlamaForCausalLM",

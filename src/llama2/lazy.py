@@ -11,13 +11,20 @@ from functools import cache, wraps
 from importlib import import_module
 from typing import Any, TypeVar
 
+from llama2.errors import MissingDependencyError
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @cache
 def resolve(module: str, name: str) -> Callable[..., Any]:
     """`llama2.<module>.<name>`, imported at the first call: what a table names without importing it."""
-    function: Callable[..., Any] = getattr(import_module(f"llama2.{module}"), name)
+    try:
+        function: Callable[..., Any] = getattr(import_module(f"llama2.{module}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingDependencyError("this needs torch, which is not installed; run `pip install torch`") from error
     return function
 
 

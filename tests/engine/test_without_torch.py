@@ -25,18 +25,11 @@ from pathlib import Path
 from llama2 import cpu
 from llama2.checkpoint.gguf import GgufFile
 from llama2.engine.engine import Engine
-from llama2.generation.config import GenerationConfig
-
-class Model:
-    def __init__(self, path):
-        self.weights = cpu.CpuWeights.from_gguf(GgufFile(Path(path)))
-        self.config, self.cache_dtype, self.adapter = self.weights.config, "bfloat16", None
-        self.generation_config = GenerationConfig.from_model_config(self.config)
 
 path, ways = json.loads(sys.argv[1])
-draft = Model(path)
+draft = cpu.CpuModel.from_source(GgufFile(Path(path)))
 for given in (None, draft):
-    with Engine(Model(path), draft=given) as engine:
+    with Engine(cpu.CpuModel.from_source(GgufFile(Path(path))), draft=given) as engine:
         found = [engine.generate([[1, 5, 9], [7, 3]], max_new_tokens=12, eos_token_id=None, seed=3, logprobs=2, **way)
                  for way in ways]
     print(json.dumps([[c.tokens for c in each] for each in found]))

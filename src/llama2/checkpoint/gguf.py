@@ -22,6 +22,7 @@ from llama2.checkpoint.gguf_config import config_from
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError
 from llama2.mapping import mapped
+from llama2.quantization.formats import BLOCKS
 from llama2.text_file import opened, shown
 
 # GGUF value type -> struct code; 8 is a string, 9 an array.
@@ -133,6 +134,20 @@ class GgufFile:
         info = self.tensors[name]
         part = self._parts[info.part]
         return part.map, part.data_start + info.offset
+
+    def check_extents(self) -> None:
+        """Raises CheckpointError for a tensor of a type that is not known, or that does not lie within its file."""
+        for info in self.tensors.values():
+            if info.type_id not in BLOCKS:
+                continue  # who reads it names the types that it has
+            block = BLOCKS[info.type_id]
+            data, start = self.place(info.name)
+            end = start + math.prod(info.shape[:-1]) * (info.shape[-1] // block.weights * block.bytes)
+            if info.offset % 8 or end > len(data):
+                raise CheckpointError(
+                    f"{self.files[info.part]} is truncated or malformed: tensor {info.name!r} ({block.id}, "
+                    f"{info.shape}) lies at bytes {start} to {end}, the file ends at byte {len(data)}. Fetch it again"
+                )
 
     def floats(self, name: str) -> tuple[float, ...]:
         """A small F32 tensor as numbers."""

@@ -39,21 +39,12 @@ class GgufCheckpoint(Checkpoint):
                     f"{path}: the tensor {info.name!r} {info.shape} belongs to no Llama model; "
                     "load the file with a library for its architecture"
                 )
-            self._check_extent(info, block)
             self._infos[name] = info, block
+        self.file.check_extents()
         # llama.cpp reads each bias of a Llama for itself; one that is left out is 0.
         parameters = parameter_shapes(self.config)
         self._zeros = {name: parameters[name] for name in parameters if name.endswith(".bias")} if self._infos else {}
         self._zeros = {name: shape for name, shape in self._zeros.items() if name not in self._infos}
-
-    def _check_extent(self, info: TensorInfo, block: BlockType) -> None:
-        data, start = self.file.place(info.name)
-        end = start + math.prod(info.shape[:-1]) * block.row_bytes(info.shape[-1])
-        if info.offset % 8 or end > len(data):
-            raise CheckpointError(
-                f"{self.file.files[info.part]} is truncated or malformed: tensor {info.name!r} ({block.name}, "
-                f"{info.shape}) lies at bytes {start} to {end}, the file ends at byte {len(data)}. Fetch the file again"
-            )
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from llama2.cli import explain, terminal
 from llama2.cli.args import nearest, option
 from llama2.cli.conversation import Conversation, TemplateOptions, Turn, new_kept, newest_kept, render
-from llama2.cli.loading import RunOptions, load, model_path
+from llama2.cli.forms import FormOptions, Forms
+from llama2.cli.loading import RunOptions, load_light, model_path
 from llama2.cli.pull import fetched_if_asked as fetched
 from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError, Llama2Error
@@ -26,7 +27,7 @@ _SETTINGS = [f.name for f in fields(SamplingOptions) if f.name not in ("greedy",
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions(SamplingOptions, TemplateOptions, RunOptions):
+class ChatOptions(SamplingOptions, FormOptions, TemplateOptions, RunOptions):
     """Talk with a model. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, leaves; /help lists the
     commands. A line that ends with a backslash goes on in the next; three double quotes on a line of their own begin
     and end a message of several lines. Without a terminal each line of the standard input is a message. Where neither
@@ -42,6 +43,7 @@ class ChatOptions(SamplingOptions, TemplateOptions, RunOptions):
 def run(options: ChatOptions) -> int:
     """Runs the command."""
     options.settings()
+    form = options.form()
     if len(options.name) + (options.model is not None) > 1:
         raise InputError(f"chat talks with one model, but {[*options.name, options.model or '']} were given; give one")
     options = replace(options, model=options.name[0] if options.name else options.model)
@@ -54,12 +56,16 @@ def run(options: ChatOptions) -> int:
 
         read = line_reader([*COMMANDS, *_names(), "exit"], _WITH_PATHS)
     options = replace(options, model=fetched(path, options.revision))
-    model, tokenizer = load(options)
+    model, tokenizer = load_light(options)
     from llama2.cli.session import Speaker
 
     options.install(tokenizer)
     speaker = Speaker(model, tokenizer, options.runner, options.cache_dtype, options.precision)
-    return ChatLoop(speaker, conversation, options, read, kept).loop()
+    forms = Forms(form, tokenizer, model)
+    try:
+        return ChatLoop(speaker, conversation, options, read, kept, forms).loop()
+    finally:
+        forms.close()
 
 
 def _start(options: ChatOptions) -> tuple[Conversation, Path | None]:
@@ -86,10 +92,12 @@ class ChatLoop:
         options: ChatOptions,
         read: Callable[[str], str] = terminal.read_line,
         kept: Path | None = None,
+        forms: Forms | None = None,
     ) -> None:
-        """read: one line behind a prompt. kept: the file in which the conversation is kept after every answer."""
+        """read: one line behind a prompt. kept: the file in which the conversation is kept after every answer. forms:
+        that of all answers."""
         self.speaker, self.conversation, self.options = speaker, conversation, options
-        self._read_line, self._kept = read, kept
+        self._read_line, self._kept, self._forms = read, kept, forms
         self._prefix = ""  # what /read has put in front of the next message
         self._answers = 0
         self._last: SpokenAnswer | None = None
@@ -167,7 +175,10 @@ class ChatLoop:
         self._answers += 1
         with terminal.Interrupt() as interrupt, self._screen() as write:
             try:
-                answer = self.speaker.say(ids, settings, write, seed=seed, stopped=lambda: interrupt.requested)
+                processors = () if self._forms is None else self._forms.processors(len(ids))
+                answer = self.speaker.say(
+                    ids, settings, write, seed=seed, stopped=lambda: interrupt.requested, processors=processors
+                )
             except KeyboardInterrupt:  # the second Ctrl-C: the step that was running is lost, and the turn with it
                 terminal.write("\n")
                 raise InputError("interrupted before the answer was complete; the message was taken back") from None

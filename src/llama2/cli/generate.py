@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from llama2.cli import terminal
 from llama2.cli.args import option
 from llama2.cli.conversation import TemplateOptions, render
-from llama2.cli.loading import RunOptions, load
+from llama2.cli.forms import FormOptions, Forms
+from llama2.cli.loading import RunOptions, load_light
 from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(SamplingOptions, TemplateOptions, RunOptions):
+class GenerateOptions(SamplingOptions, FormOptions, TemplateOptions, RunOptions):
     """Continue a prompt, or answer it with --chat. The text goes to the standard output as it comes, the speed to the
     standard error."""
 
@@ -29,17 +30,26 @@ class GenerateOptions(SamplingOptions, TemplateOptions, RunOptions):
 
 def run(options: GenerateOptions) -> int:
     """Runs the command."""
-    settings = options.settings()
+    settings, form = options.settings(), options.form()
     prompt = _prompt(options)
     began = time.perf_counter()
-    model, tokenizer = load(options)
+    model, tokenizer = load_light(options)
     from llama2.cli.session import Speaker
 
     loaded = time.perf_counter() - began
     ids = _encode(prompt, options, tokenizer)
-    answer = Speaker(model, tokenizer, options.runner, options.cache_dtype, options.precision).say(
-        ids, settings, terminal.write, seed=options.seed, continues=not options.chat
-    )
+    forms = Forms(form, tokenizer, model)
+    try:
+        answer = Speaker(model, tokenizer, options.runner, options.cache_dtype, options.precision).say(
+            ids,
+            settings,
+            terminal.write,
+            seed=options.seed,
+            continues=not options.chat,
+            processors=forms.processors(len(ids)),
+        )
+    finally:
+        forms.close()
     if not answer.text.endswith("\n"):
         terminal.write("\n")
     terminal.notice(_speed_line(answer, loaded))

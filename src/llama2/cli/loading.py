@@ -125,6 +125,40 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     return AutoTokenizer.from_pretrained(path, **revision_of(path, revision))
 
 
+def load_light(options: RunOptions) -> tuple[Any, Any]:
+    """As `load`; a GGUF file that the native engine runs is held by it alone (`cpu.CpuModel`), and torch, whose import
+    takes longer than the rest of a start, is not imported."""
+    from llama2 import checkpoint, cpu
+    from llama2.checkpoint.gguf import GgufFile
+    from llama2.checkpoint.source import local_path
+    from llama2.llama import engine_runs
+
+    name = model_path(options.model)
+    plain = (options.adapter, options.attn_implementation, options.dtype) == (None, None, "auto")
+    if not plain or options.runner == "torch" or not cpu.available() or not on_cpu(options.device):
+        return load(options)
+    path = local_path(name) if options.revision is None else None
+    file = None if path is None else checkpoint.find_gguf(path)
+    if file is None or not engine_runs(GgufFile(file)):
+        return load(options)
+    with Waiting(f"loading {name}"), reading_whole(options.no_mmap), _keeping_interrupts():
+        tokenizer = load_tokenizer(name)
+        return cpu.CpuModel.from_source(GgufFile(file)), tokenizer
+
+
+def on_cpu(device: str) -> bool:
+    """Whether `device` means a CPU; "auto" is a GPU where the driver of one finds it. No torch is imported for it."""
+    if device != "auto":
+        return device == "cpu"
+    import ctypes
+
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+        return driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0
+    except (OSError, AttributeError):
+        return True
+
+
 def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
     """The model with its adapter, and its tokenizer.
 

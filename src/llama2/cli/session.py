@@ -1,20 +1,14 @@
 """One model answering prompts at a terminal: the cache kept between prompts, the text as it comes, the speeds."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
+from llama2.cli.steps import make_steps
 from llama2.cpu import KvDtype
 from llama2.errors import InputError
 from llama2.generation.config import GenerationConfig
-from llama2.generation.loop import stream
-from llama2.model import LlamaForCausalLM
-from llama2.runners.contract import make_runner
-from llama2.runners.native import NativeModel, NativeRunner
 
 
 @dataclass
@@ -53,23 +47,22 @@ class Speaker:
 
     def __init__(
         self,
-        model: LlamaForCausalLM | NativeModel,
+        model: Any,
         tokenizer: Any,
         runner: str = "auto",
         cache_dtype: KvDtype | None = None,
         precision: str = "fast",
     ) -> None:
+        """model: CpuModel, NativeModel or LlamaForCausalLM."""
         self.model, self.tokenizer = model, tokenizer
-        self._runner = make_runner(runner, model, cache_dtype=cache_dtype, precision=precision)
+        self._steps = make_steps(model, runner, cache_dtype, precision)
         self._held: list[int] = []  # the ids whose keys and values the cache holds
         self.forget()
 
     @property
     def engine(self) -> str:
         """What runs the network, in a few words."""
-        if isinstance(self._runner, NativeRunner):
-            return f"native engine ({self._runner.isa}, {self._runner.weights.nbytes / 1e6:,.0f} MB of weights)"
-        return f"torch ({str(self.model.dtype).removeprefix('torch.')} on {self.model.device})"
+        return self._steps.engine
 
     @property
     def context(self) -> int | None:
@@ -87,10 +80,12 @@ class Speaker:
         seed: int | None = None,
         stopped: Callable[[], bool] = lambda: False,
         continues: bool = False,
+        processors: Sequence[Any] = (),
     ) -> SpokenAnswer:
         """Continues the prompt, handing each piece of text to `write`, until it ends or `stopped` says so.
 
         continues=True: the text goes on from the prompt, so its first space counts; else it stands by itself.
+        processors: logits processors of this answer alone.
         Raises InputError for an empty prompt and for one that leaves no room in the context.
         """
         ids = list(ids)
@@ -103,14 +98,14 @@ class Speaker:
         said: list[int] = []
         pieces: list[str] = []
         try:
-            for step in self._steps(ids, settings, new, seed):
-                said += step.tokens.tolist()
+            for number, token in enumerate(self._steps.tokens(ids, settings, self.tokenizer, new, seed, processors), 1):
+                said.append(token)
                 if len(said) == 1:
                     answer.first = time.perf_counter() - began
                 if piece := decoder.put(said[-1]):
                     pieces.append(piece)
                     write(piece)
-                if not step.last and stopped():
+                if number < new and stopped():
                     answer.ended = "interrupt"
                     break
         except BaseException:
@@ -123,35 +118,20 @@ class Speaker:
         answer.text, answer.tokens = "".join(pieces), len(said)
         if answer.ended == "end" and len(said) == new and said[-1] not in self._end_ids(settings):
             answer.ended = "context" if limited else "length"
-        self._held = (ids + said)[: self._cache.get_seq_length()]
+        self._held = (ids + said)[: self._steps.length]
         return answer
 
     def forget(self) -> None:
         """Empties the cache."""
         # Without a bound on the context the native cache still needs one; its pages cost memory only once written.
-        self._cache = self._runner.new_cache(None, 1, self.context or 16 * self.model.config.max_position_embeddings)
+        self._steps.forget(self.context or 16 * self.model.config.max_position_embeddings)
         self._held = []
-
-    def _steps(self, ids: list[int], settings: GenerationConfig, new: int, seed: int | None) -> Any:
-        extra: dict[str, Any] = {"tokenizer": self.tokenizer} if settings.stop_strings else {}
-        return stream(
-            self.model,
-            torch.tensor([ids], device=self.model.device),
-            settings,
-            max_new_tokens=new,
-            past_key_values=self._cache,
-            runner=self._runner,
-            # torch's own state starts the same in every process, so without a seed every run would say the same.
-            seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
-            attention_mask=torch.ones((1, len(ids)), dtype=torch.long, device=self.model.device),
-            **extra,
-        )
 
     def _reuse(self, ids: list[int]) -> int:
         """Crops the cache to the beginning that it shares with `ids`, at most all but the last; its length."""
         most = min(len(self._held), len(ids) - 1)
         shared = next((i for i in range(most) if self._held[i] != ids[i]), most)
-        self._cache.crop(shared)
+        self._steps.crop(shared)
         return shared
 
     def _room(self, ids: list[int], settings: GenerationConfig) -> tuple[int, bool]:

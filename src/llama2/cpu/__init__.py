@@ -13,6 +13,7 @@ use raises MissingDependencyError with the remedy.
 
 from llama2.compiled import OneOpenMpThread, available, default_threads, instruction_sets
 from llama2.cpu.cache import KV_DTYPES, PAGE, CachedSequence, CacheView, KvDtype, PagedCache
+from llama2.cpu.model import CpuModel
 from llama2.cpu.packed_file import PackedFile
 from llama2.cpu.packed_file import find as find_packed
 from llama2.cpu.packed_file import write as write_packed
@@ -25,6 +26,7 @@ __all__ = [
     "PAGE",
     "CacheView",
     "CachedSequence",
+    "CpuModel",
     "CpuRunner",
     "CpuWeights",
     "KvDtype",

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from llama2.engine.plan_runners import PlanRunner, make_plan_runner, packed_weights
+from llama2.cpu import CpuModel
+from llama2.engine.plan_runners import PlanRunner, make_plan_runner
 from llama2.engine.sampler import Choice
 from llama2.engine.scheduler import Chunk
 from llama2.engine.scheduler import ScheduledSequence as Scheduled
@@ -41,7 +42,7 @@ class Drafter:
         if count < 1:
             raise InputError(f"guesses is {count}, so the draft model would never run; give at least 1, or no draft")
         self.runner: PlanRunner = make_plan_runner(
-            draft, pages, "auto" if packed_weights(draft) is not None else runner, dtype
+            draft, pages, "auto" if isinstance(draft, CpuModel) else runner, dtype
         )
         self.count, self._context = count, int(draft.config.max_position_embeddings)
         self._missing: WeakKeyDictionary[Scheduled, int] = WeakKeyDictionary()  # last positions it has not run

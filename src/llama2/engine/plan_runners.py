@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -82,14 +82,7 @@ def make_plan_runner(
             raise InputError("the native engine runs whole models in one process; use runner='torch'")
         found: PlanRunner = model.plan_runner(pages)
         return found
-    weights = packed_weights(model)
-    if weights is not None and runner != "torch":
-        return NativePlanRunner(weights, pages, dtype or model.cache_dtype, precision)  # type: ignore[attr-defined]
+    if isinstance(model, cpu.CpuModel) and runner != "torch":
+        return NativePlanRunner(model.weights, pages, dtype or model.cache_dtype, precision)
     made: PlanRunner = _of_torch_model(model, pages, runner, dtype, precision)
     return made
-
-
-def packed_weights(model: Any) -> cpu.CpuWeights | None:
-    """The weights of a model that the native engine alone holds (`NativeModel`), None for a torch module."""
-    weights = getattr(model, "weights", None)
-    return weights if isinstance(weights, cpu.CpuWeights) else None

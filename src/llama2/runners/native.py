@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from llama2 import cpu
 from llama2.cache import Cache, KVCache
-from llama2.checkpoint.gguf_weights import GgufCheckpoint
+from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.packing import warn_of_packing
 from llama2.checkpoint.peft import read_adapter
-from llama2.config import LlamaConfig
 from llama2.errors import InputError, Llama2Error
-from llama2.generation.config import GenerationConfig
 from llama2.lora import LoraLinear
 from llama2.model import LlamaForCausalLM
 from llama2.model_methods import GenerationMethods
@@ -326,34 +324,20 @@ class NativeRunner:
             raise
 
 
-class NativeModel(GenerationMethods):
-    """A causal language model that only the native engine holds, for generation on a CPU.
+class NativeModel(cpu.CpuModel, GenerationMethods):
+    """A model of the native engine with generate(): tensors of torch in and out, and no torch parameters.
 
-    It has what `generate` needs of a model (config, generation_config, device, dtype) and no torch parameters, so a
-    4-bit file stays 4-bit. For forward passes, training or other devices load the file with AutoModelForCausalLM.
+    It has what `generate` needs of a model (config, generation_config, device, dtype), so a 4-bit file stays 4-bit. For
+    forward passes, training or other devices load the file with AutoModelForCausalLM.
     """
 
     device = torch.device("cpu")
     dtype = torch.float32
-    training = False
-
-    def __init__(
-        self,
-        weights: cpu.CpuWeights,
-        generation_config: GenerationConfig | None = None,
-        cache_dtype: cpu.KvDtype = "bfloat16",
-    ) -> None:
-        self.config: LlamaConfig = weights.config
-        self.cache_dtype = cache_dtype
-        self.adapter: str | None = None  # what generation uses; see set_adapter
-        self.generation_config = generation_config or GenerationConfig.from_model_config(weights.config)
-        self.weights = weights
 
     @classmethod
     def from_gguf(cls, path: str | Path, threads: int | None = None) -> "NativeModel":
-        """The model of a GGUF file, its blocks repacked losslessly for the kernels, or found packed beside the file."""
-        file = GgufCheckpoint(Path(path)).file  # refuses foreign, malformed and truncated files before any is packed
-        return cls(cpu.CpuWeights.from_gguf(file, threads, cpu.find_packed(file)))
+        """The model of a GGUF file; see `cpu.CpuModel.from_source`."""
+        return cls.from_source(GgufFile(path), threads)
 
     @classmethod
     def from_module(cls, model: LlamaForCausalLM, threads: int | None = None) -> "NativeModel":
@@ -368,14 +352,7 @@ class NativeModel(GenerationMethods):
         Raises as `checkpoint.peft.read_adapter`, and InputError where there is an adapter of that name.
         """
         warn_of_packing(Path(folder), self.config)
-        self.weights.add_adapter(name, read_adapter(folder, self.config).plain)
-        self.adapter = name
-
-    def set_adapter(self, name: str | None) -> None:
-        """Which of the loaded adapters generation uses from its next call on; None: the model alone."""
-        if name is not None:
-            self.weights.adapter(name)
-        self.adapter = name
+        self.add_adapter(name, read_adapter(folder, self.config).plain)
 
 
 class _Held:
@@ -426,7 +403,7 @@ def unsuited(model: Any, wanted: Any = LlamaForCausalLM) -> str:
 
 def why_not(model: Any) -> str:
     """Why torch has to run `model` whatever its weights are, or "": known without looking at a parameter's content."""
-    return "" if isinstance(model, NativeModel) else unsuited(model) or difference(model)
+    return "" if isinstance(model, cpu.CpuModel) else unsuited(model) or difference(model)
 
 
 def native_weights(model: Any) -> cpu.CpuWeights | None:
@@ -435,7 +412,7 @@ def native_weights(model: Any) -> cpu.CpuWeights | None:
     What makes it another network than the engine computes (`plain_network.difference`, adapters, an activation without
     a kernel) is said in a warning, once per model and reason.
     """
-    if isinstance(model, NativeModel):
+    if isinstance(model, cpu.CpuModel):
         return model.weights
     if unsuited(model):
         return None
@@ -465,7 +442,7 @@ _TORCH_RUNS = "torch runs this model, not the native engine"
 def kept_in(model: Any) -> cpu.KvDtype:
     """What the engine keeps keys and values of `model` in unless told: float32 for float32 weights, else bfloat16, and
     so for GGUF's blocks, whatever dtype torch computes in."""
-    if isinstance(model, NativeModel):
+    if isinstance(model, cpu.CpuModel):
         return model.cache_dtype
     packed = (getattr(model.config, "quantization_config", None) or {}).get("quant_method")
     return "float32" if getattr(model, "dtype", None) == torch.float32 and packed != "gguf" else "bfloat16"
@@ -476,7 +453,7 @@ def native_runner(model: Any, cache_dtype: cpu.KvDtype | None = None, precision:
     weights = native_weights(model)
     if weights is None:
         return None
-    if isinstance(model, NativeModel):
+    if isinstance(model, cpu.CpuModel):
         return NativeRunner(weights, cache_dtype or model.cache_dtype, model.adapter, precision=precision)
     return NativeRunner(weights, cache_dtype or kept_in(model), dtype=model.dtype, precision=precision)
 

@@ -8,8 +8,7 @@ import numpy as np
 from pydantic import Field
 from starlette.responses import Response
 
-from llama2.cpu import PAGE, CpuRunner, PagedCache
-from llama2.engine.plan_runners import packed_weights
+from llama2.cpu import PAGE, CpuModel, CpuRunner, PagedCache
 from llama2.lazy import door
 from llama2.serve.dialect import post
 from llama2.serve.errors import Refusal
@@ -77,7 +76,7 @@ def embed(served: ServedModel, body: EmbeddingBody, pooling: str | None = None) 
 
 def vectors(model: Any, rows: Sequence[Sequence[int]], pooling: str) -> Iterator[np.ndarray]:
     """The "mean" of the final hidden states of each row of ids, or the "last" of them, float32 (D,)."""
-    weights = packed_weights(model)
+    weights = (model.weights if isinstance(model, CpuModel) else None)
     if weights is None:
         yield from (_pooled_state(model, row, pooling) for row in rows)
         return
