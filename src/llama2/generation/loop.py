@@ -103,13 +103,17 @@ def _picker(request: Request) -> Callable[[Tensor, Tensor, list[bool]], tuple[Te
 
 
 def stream(
-    model: Any, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    model: Any,
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: Sequence[Any] | None = None,
+    **kwargs: Any,
 ) -> Iterator[Step]:
     """The events of greedy search or sampling as they happen, for the arguments of `generate`."""
     config = settings(model, generation_config, kwargs)
     if config.value("num_beams") > 1:
         raise InputError("beam search has no token until its end; stream with num_beams=1")
-    return _handing_back(prepare(model, _call(inputs, kwargs), config))
+    return _handing_back(prepare(model, _call(inputs, kwargs, logits_processor=logits_processor), config))
 
 
 def _handing_back(request: Request) -> Iterator[Step]:
