@@ -76,7 +76,7 @@ def embed(served: ServedModel, body: EmbeddingBody, pooling: str | None = None) 
 
 def vectors(model: Any, rows: Sequence[Sequence[int]], pooling: str) -> Iterator[np.ndarray]:
     """The "mean" of the final hidden states of each row of ids, or the "last" of them, float32 (D,)."""
-    weights = (model.weights if isinstance(model, CpuModel) else None)
+    weights = model.weights if isinstance(model, CpuModel) else None
     if weights is None:
         yield from (_pooled_state(model, row, pooling) for row in rows)
         return
