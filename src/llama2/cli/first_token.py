@@ -1,10 +1,10 @@
 """From the start of a process to its first token, as whoever types `llama2 generate` meets it; and its memory."""
 
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from llama2.cli.loading import RunOptions
@@ -31,18 +31,24 @@ def measure(options: RunOptions, model: str) -> FirstToken | str:
     assert process.stdout is not None and process.stderr is not None
     first = process.stdout.read(1)
     seconds = time.perf_counter() - began
+    peak = _high_water(process.pid)
     process.stdout.read()
     said = process.stderr.read().decode(errors="replace").strip()
-    peak: int | None = None
-    if hasattr(os, "wait4"):
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    else:
-        process.wait()
+    process.wait()
     if process.returncode or not first:
         return said.splitlines()[-1] if said else f"exit code {process.returncode}"
     return FirstToken(seconds, peak)
+
+
+def _high_water(pid: int) -> int | None:
+    """Bytes of memory that a running process has held at most, where the system tells it. Not ru_maxrss, which a
+    process inherits from whoever started it."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    return int(found[0]) * 1024 if found else None
 
 
 def words(options: RunOptions, model: str) -> Sequence[str]:
