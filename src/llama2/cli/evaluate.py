@@ -127,7 +127,9 @@ def _list() -> int:
 def _setups(options: EvaluateOptions) -> "dict[str, variants.Variant]":
     """The models by the names that the report gives them."""
     given = [*([] if options.model is None else [options.model]), *options.models]
-    base = local_model(given[0], options.revision) if given and "=" not in given[0].split(",")[0] else None
+    base = (
+        local_model(given[0].split(",")[0], options.revision) if given and "=" not in given[0].split(",")[0] else None
+    )
     found: dict[str, variants.Variant] = {}
     if base is None:
         base = model_path(None)
