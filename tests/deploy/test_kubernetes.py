@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from llama2.cli.serve import ServeOptions, settled
+from llama2.cli.args import parse
+from llama2.cli.serve import ServeOptions
 
 yaml = pytest.importorskip("yaml", reason="needs pyyaml")
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
@@ -31,7 +32,7 @@ def test_fits_the_schema(path: Path) -> None:
 
 def test_the_map_of_options_is_what_the_server_takes(pod: Any) -> None:
     given = read("configmap")["data"]
-    found = settled(ServeOptions(), given)
+    found = parse(ServeOptions, "llama2 serve", (), given)
     assert found.model == given["HF_MODEL_ID"] and found.max_total_tokens == 4096 and found.public_metrics
     names = {f"LLAMA2_{name.upper()}" for name in ServeOptions.__dataclass_fields__}
     assert {name for name in given if name.startswith("LLAMA2_")} <= names

@@ -6,6 +6,7 @@ torchrun ... parallel_worker.py FOLDER, or each process with parallel_worker.py 
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from llama2 import LlamaForCausalLM
@@ -34,7 +35,7 @@ def logits_of(runner: object, pages: int) -> torch.Tensor:
             scheduler.commit(chunk, [(7 * step + len(rows)) % 90] if chunk.sampled else ())
             if chunk.sampled:
                 chunk.sequence.draft = [3, 4]
-    return torch.cat(rows)
+    return torch.from_numpy(np.concatenate(rows))
 
 
 def main(folder: Path, *given: str) -> None:

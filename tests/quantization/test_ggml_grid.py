@@ -10,6 +10,8 @@ from llama2.quantization.ggml_encode import ENCODERS, quantize
 from llama2.quantization.ggml_grid import BlockGrid, block_order, gguf_rows
 from llama2.quantization.gptq_solver import solve
 
+SOLVED = [kind for kind in ENCODERS if not kind.startswith("IQ")]  # the rows of IQ4 types are searched, not solved
+
 
 def problem(rows: int = 24, columns: int = 512, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A weight and the Hessian of correlated inputs, a few of them large."""
@@ -28,7 +30,7 @@ def lost(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     return float(((change @ hessian.double()) * change).sum())
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", SOLVED)
 def test_the_solver_loses_less_than_rounding(kind: str) -> None:
     """Outputs: plain rounding, rounding by importance, the solver. Measured, squared errors: importance 0.23 to 0.48 of
     plain rounding's, the solver 0.11 to 0.36 of those of importance."""
@@ -45,7 +47,7 @@ def test_the_solver_loses_less_than_rounding(kind: str) -> None:
     assert solved < 0.45 * weighted
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", SOLVED)
 @pytest.mark.parametrize("ordered", [False, True])
 def test_packing_is_exact(kind: str, ordered: bool) -> None:
     """Rows decode to what the solver rounded to, bit for bit; rows of zeros, constants and outliers among them."""

@@ -383,7 +383,6 @@ def test_an_assistant_at_the_end_is_continued(served: Served) -> None:
         ("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "text"),
         ("/v1/chat/completions", CHAT | {"tool_choice": "required"}, 400, "no tools"),
         ("/v1/chat/completions", CHAT | {"tools": TOOLS, "tool_choice": "third"}, 400, "third"),
-        ("/v1/chat/completions", CHAT | {"tools": TOOLS, "response_format": {"type": "json_object"}}, 400, "exclude"),
         ("/v1/chat/completions", CHAT | {"top_logprobs": 2}, 400, "logprobs"),
         ("/v1/chat/completions", b"[" * 10_000 + b"]" * 10_000, 400, "nested"),
         ("/v1/chat/completions", b'{"a":' * 10_000, 400, "nested"),

@@ -157,6 +157,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         if not all(isinstance(row, str) for row in rows):
             raise InputError(f"{name} is {value!r}; it must be a text, or a list of texts")
         return tuple(rows)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # such as one temperature where a command takes several
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a text"}[kind]
     fits: Any = {bool: bool, int: int, float: (int, float), str: str, Path: str}[kind]
     if not isinstance(value, fits) or (isinstance(value, bool) and kind is not bool):

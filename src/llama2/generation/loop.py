@@ -113,7 +113,7 @@ def stream(
     config = settings(model, generation_config, kwargs)
     if config.value("num_beams") > 1:
         raise InputError("beam search has no token until its end; stream with num_beams=1")
-    return _handing_back(prepare(model, _call(inputs, kwargs, logits_processor=logits_processor), config))
+    return _handing_back(prepare(model, _call(inputs, kwargs, logits_processor=logits_processor or ()), config))
 
 
 def _handing_back(request: Request) -> Iterator[Step]:
