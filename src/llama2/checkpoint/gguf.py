@@ -146,7 +146,8 @@ class GgufFile:
             if info.offset % 8 or end > len(data):
                 raise CheckpointError(
                     f"{self.files[info.part]} is truncated or malformed: tensor {info.name!r} ({block.id}, "
-                    f"{info.shape}) lies at bytes {start} to {end}, the file ends at byte {len(data)}. Fetch the file again"
+                    f"{info.shape}) lies at bytes {start} to {end}, the file ends at byte {len(data)}. Fetch the file "
+                    "again"
                 )
 
     def floats(self, name: str) -> tuple[float, ...]:
