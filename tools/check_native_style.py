@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 BIN = Path(sys.executable).parent
 PASSED = ROOT / ".make" / "tidy"
+GENERATED = ROOT / ".make" / "generated"
+GRIDS = ROOT / "src" / "llama2" / "quantization" / "grids.bin"
 WIDTH = 120
 
 # Files that include in their middle: each is written over the kernels before it.
@@ -56,7 +58,8 @@ def check_lines(path: Path) -> Iterator[str]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if len(line) > WIDTH:
             yield f"{path}:{number}: {len(line)} columns; {WIDTH} at most"
-        if line.startswith("#include") and code and path.name not in LATE_INCLUDES:
+        table = line.startswith("#include") and '.inc"' in line  # numbers within an initialiser
+        if line.startswith("#include") and code and not table and path.name not in LATE_INCLUDES:
             yield f"{path}:{number}: an include below code"
         code = code or (bool(line) and not line.startswith(("#", "//")))
         found = INTRINSIC.search(line.split("//")[0])
@@ -76,13 +79,19 @@ def units() -> dict[Path, list[str]]:
     return flags | {path: [f"-isystem{h}" for h in headers] for path in sources(".cpp") if path.parent.name == "bind"}
 
 
+def write_generated() -> None:
+    """Makes what CMakeLists.txt generates: the grids of GGUF's IQ types as a list of numbers."""
+    GENERATED.mkdir(parents=True, exist_ok=True)
+    (GENERATED / "grids.inc").write_text("".join(f"{byte}," for byte in GRIDS.read_bytes()) + "\n")
+
+
 def tidy(unit: tuple[Path, list[str]], shared: bytes) -> str:
     path, flags = unit
     digest = hashlib.sha256(shared + path.read_bytes() + repr(flags).encode()).hexdigest()
     stamp = PASSED / f"{path.parent.name}-{path.stem}"
     if stamp.exists() and stamp.read_text() == digest:
         return ""
-    command = [BIN / "clang-tidy", "--quiet", path, "--", "-std=c++17", f"-I{CSRC}", *flags]
+    command = [BIN / "clang-tidy", "--quiet", path, "--", "-std=c++17", f"-I{CSRC}", f"-I{GENERATED}", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         return done.stdout + done.stderr
@@ -98,6 +107,7 @@ def main() -> int:
         problems += check_lines(path)
     if not fix:
         PASSED.mkdir(parents=True, exist_ok=True)
+        write_generated()
         version = subprocess.run([BIN / "clang-tidy", "--version"], capture_output=True, check=True).stdout
         headers = b"".join(path.read_bytes() for path in sources(".h", ".inl"))
         shared = hashlib.sha256(version + (ROOT / ".clang-tidy").read_bytes() + headers).digest()
