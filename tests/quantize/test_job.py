@@ -295,7 +295,7 @@ def test_another_command_is_refused(source: Path, tmp_path: Path, text: str, let
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "awq"}, "one of gptq, nf4, fp4, int8, or gguf"),
+        ({"method": "hqq"}, "it must be one of gptq, .*awq.* or gguf"),
         ({"method": "gguf:q9"}, "gguf: takes one of"),
         ({"method": "gguf:f16"}, "gguf: takes one of"),
         ({"bits": 5}, "2, 3, 4 or 8"),

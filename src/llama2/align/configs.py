@@ -21,7 +21,8 @@ _NO_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
          "ds3_gather_for_generation"), (_ENGINE, ())),
     "log_multimodal": ("models here read text alone", (True,)),
     "log_unique_prompts": ("completions are not logged to a table", ()),
-    "num_completions_to_print": ("give log_completions, which writes completions.jsonl", ()),
+    "num_completions_to_print": ("completions are not printed", ()),
+    "log_completions": ("completions are not written to a file", (False,)),
     "num_generations_eval": ("a held-out prompt is answered once", (1,)),
     "max_length": ("prompts have max_prompt_length, answers max_completion_length", (1024,)),
 }  # fmt: skip
@@ -206,7 +207,7 @@ class PPOConfig(PolicyConfig):
     OWN_NO_EFFECT: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {
         **_NO_EFFECT,
         "local_rollout_forward_batch_size": ("passes are as large as memory makes sense", ()),
-        "num_sample_generations": ("log_completions writes completions", (0,)),
+        "num_sample_generations": ("completions are not sampled for a table", (0,)),
         "exp_name": ("output_dir names the run", ()),
     }
 
