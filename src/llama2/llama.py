@@ -12,23 +12,23 @@ import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Self
 
 from llama2 import checkpoint, cpu
 from llama2.auto import AutoModelForCausalLM, AutoTokenizer
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.source import locate_all
-from llama2.engine.engine import Engine, Stream
+from llama2.engine.engine import Engine
 from llama2.engine.request import Ask, Completion
+from llama2.engine.stream import Stream, complete
 from llama2.errors import InputError
+from llama2.generation.call_settings import choosing
 from llama2.memory import available_bytes
 from llama2.quantization.formats import BFLOAT16, BLOCKS
 from llama2.serve.constraint import Compiler, Constraint, json_schema
 
 Prompt = str | Sequence[int]
 Messages = str | Sequence[Mapping[str, Any]]
-_FILTERS = ("temperature", "top_p", "top_k", "min_p")
 _FORMS: dict[str, Any] = {"schema": "json", "regex": "regex", "grammar": "lark"}
 CACHE_SHARE = 0.4  # of the free memory, for keys and values
 
@@ -149,14 +149,15 @@ class Llama:
         a list of them. Prompt i of several takes the seed `seed` + i."""
         if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int)):
             one: Any = prompt
-            return self._together([self._ask(one, settings)])[0]
+            return complete(self.engine, [self._ask(one, settings)])[0]
         several: Any = prompt
         seed = settings.pop("seed", None)
-        return self._together(
+        return complete(
+            self.engine,
             [
                 self._ask(one, settings | ({} if seed is None else {"seed": seed + number}))
                 for number, one in enumerate(several)
-            ]
+            ],
         )
 
     def stream(self, prompt: Prompt, **settings: Any) -> Iterator[str]:
@@ -168,7 +169,7 @@ class Llama:
     ) -> Completion:
         """Answers a message, or the last of a list of messages ({"role": ..., "content": ...})."""
         ids = self.render(messages, system=system, tools=tools)
-        return self._together([self._ask(ids, settings, continues=False)])[0]
+        return complete(self.engine, [self._ask(ids, settings, continues=False)])[0]
 
     def stream_chat(
         self, messages: Messages, *, system: str | None = None, tools: Sequence[Any] | None = None, **settings: Any
@@ -210,12 +211,7 @@ class Llama:
         chosen = [(kind, value) for name, kind in _FORMS.items() if (value := given.pop(name, None)) is not None]
         if len(chosen) > 1:
             raise InputError("schema, regex and grammar each hold the whole answer to a form; give one of them")
-        if given.get("temperature") == 0:
-            del given["temperature"]
-            if given.setdefault("do_sample", False):
-                raise InputError("temperature 0 takes the likeliest token, so do_sample=True contradicts it; drop one")
-        elif any(given.get(name) is not None for name in _FILTERS):
-            given.setdefault("do_sample", True)
+        given = choosing(given)
         ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
             raise InputError("the prompt is empty and this tokenizer adds no token of its own; give some text")
@@ -233,26 +229,6 @@ class Llama:
         for text in compiled.warnings:
             warnings.warn(text, stacklevel=4)
         return self._compiler.processor(compiled, prompt)
-
-    def _together(self, asks: Sequence[Ask]) -> list[Completion]:
-        events: SimpleQueue[tuple[int, Any]] = SimpleQueue()
-        results, open_ones = [Completion() for _ in asks], len(asks)
-
-        def heard(number: int) -> Any:
-            return lambda event: events.put((number, event))
-
-        lives = self.engine.submit_together([(ask, heard(number)) for number, ask in enumerate(asks)])
-        try:
-            while open_ones:
-                number, event = events.get()
-                if event.error is not None:
-                    raise event.error
-                results[number].add(event)
-                open_ones -= event.finish is not None
-        finally:
-            for live in lives:
-                self.engine.cancel(live)
-        return results
 
     def _pieces(self, ask: Ask) -> Iterator[str]:
         for event in Stream(self.engine, ask):

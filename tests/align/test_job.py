@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from bytewise import write_tokenizer
+from align.policies import write_policy
 from safetensors.torch import load_file
-from tiny import tiny_model
 
 from llama2.cli import main
 
@@ -20,11 +18,7 @@ def short(completions, **_):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    model = tiny_model(torch.float32, 0, vocab_size=260, eos_token_id=0, bos_token_id=None)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.3)
-    model.save_pretrained(folder / "policy")
-    write_tokenizer(folder / "policy")
+    write_policy(folder / "policy")
     rows = [{"prompt": f"prompt {i}"} for i in range(10)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reward_of_jobs.py").write_text(REWARD)

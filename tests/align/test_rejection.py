@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from align.policies import write_policy
 from bytewise import write_tokenizer
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config
 
 from llama2 import AutoTokenizer, InputError, LlamaForSequenceClassification
 from llama2.align.rejection import REPORT, ROWS, SAMPLES, Rejection, Round
@@ -44,11 +45,7 @@ def never(completions, **_):
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy, prompts and a module of rewards."""
     folder = tmp_path_factory.mktemp("made")
-    model = tiny_model(torch.float32, 0, vocab_size=260, eos_token_id=0, bos_token_id=None)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.3)
-    model.save_pretrained(folder / "policy")
-    write_tokenizer(folder / "policy")
+    write_policy(folder / "policy")
     rows = [{"prompt": f"prompt {i}"} for i in range(19)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "rewards_of_tests.py").write_text(REWARDS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bytewise import write_tokenizer
+from align.policies import write_policy
 from tiny import tiny_model
 
 from llama2 import AutoTokenizer, InputError
@@ -36,12 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model whose answers are short noise, dialogues and prompts."""
     folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
-    model = tiny_model(torch.float32, 0, vocab_size=260, eos_token_id=[0, *range(100, 160)],
-                       bos_token_id=None, max_position_embeddings=512)  # fmt: skip
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.3)
-    model.save_pretrained(folder / "policy")
-    write_tokenizer(folder / "policy")
+    write_policy(folder / "policy", eos_token_id=[0, *range(100, 160)], max_position_embeddings=512)
     talks = [{"messages": [{"role": "user", "content": f"talk {i} turn {t}"} if t % 2 == 0 else
                            {"role": "assistant", "content": "old"} for t in range(5)]} for i in range(11)]  # fmt: skip
     (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))

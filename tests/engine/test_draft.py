@@ -12,7 +12,8 @@ from tiny import tiny_ids, tiny_model
 
 from llama2 import InputError, cpu
 from llama2.cpu import PAGE
-from llama2.engine.engine import Engine, Stream
+from llama2.engine.engine import Engine
+from llama2.engine.stream import Stream
 from llama2.generation.seeded import SeededSampler
 
 RUNNERS = ["torch", *(["native"] if cpu.available() else [])]

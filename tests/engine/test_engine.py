@@ -14,9 +14,10 @@ from tiny import tiny_ids, tiny_model
 
 from llama2 import InputError, cpu
 from llama2.cpu import PAGE
-from llama2.engine.engine import Engine, EngineBusyError, Event, Stream, look_up
+from llama2.engine.engine import Engine, EngineBusyError, Event, look_up
 from llama2.engine.sampler import Choice
 from llama2.engine.stop_text import StopText
+from llama2.engine.stream import Stream
 from llama2.generation.call_settings import settings
 from llama2.generation.processors import LogitsProcessorList
 

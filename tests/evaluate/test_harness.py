@@ -166,10 +166,13 @@ def test_a_damaged_store(tmp_path: Path) -> None:
         BlockStore(tmp_path / "x")
 
 
+HOOK = Path(__file__).resolve().parents[2] / "llama2_lm_eval.pth"
+
+
 def test_lm_eval_finds_the_class_when_its_table_is_imported() -> None:
     code = (
-        "from llama2.evaluate import plugin; plugin.install(); from lm_eval.api.registry import get_model;"
-        "m = get_model('llama2'); get_model('dummy'); print(m.__module__)"
+        f"exec({HOOK.read_text()!r}); import sys; assert not any(n.startswith('llama2.') for n in sys.modules);"
+        "from lm_eval.api.registry import get_model; m = get_model('llama2'); get_model('dummy'); print(m.__module__)"
     )
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert ran.stdout.strip() == "llama2.evaluate.harness", ran.stderr

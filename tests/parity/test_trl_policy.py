@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from bytewise import write_tokenizer
+from align.policies import write_policy
 from safetensors.torch import load_file
-from tiny import tiny_model
 
 from llama2 import AutoTokenizer, GRPOConfig, GRPOTrainer, LlamaForCausalLM, RLOOConfig, RLOOTrainer
 
@@ -69,11 +68,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not INTERPRETER:
         pytest.skip("needs LLAMA2_PEFT, a Python with TRL (make parity-peft)")
     folder = tmp_path_factory.mktemp("trl")
-    model = tiny_model(torch.float32, 0, vocab_size=260, eos_token_id=0, bos_token_id=None)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.3)
-    model.save_pretrained(folder / "model")
-    write_tokenizer(folder / "model")
+    write_policy(folder / "model")
     runs = [[name, kind, {**SHARED, **how, **THEIRS}] for name, (kind, how) in RUNS.items()]
     job = {"model": str(folder / "model"), "prompts": PROMPTS, "answers": answers(), "runs": runs, "out": str(folder)}
     (folder / "job.json").write_text(json.dumps(job))

@@ -14,6 +14,8 @@ from bytewise import write_tokenizer
 
 from llama2 import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from llama2.engine.engine import Engine
+from llama2.serve.constraint import Compiler
+from llama2.tokenizer import LlamaTokenizerFast
 
 CONTEXT = 1024
 EXTRA = ("fastapi", "uvicorn", "llguidance")
@@ -133,6 +135,21 @@ Serve = Callable[..., Served]
 @pytest.fixture(scope="session")
 def tiny_parts(tiny_folder: Path) -> tuple[Any, Any]:
     return LlamaForCausalLM.from_pretrained(tiny_folder).eval(), AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="module", params=["llama", "bytes", "smollm2"])
+def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Compiler]:
+    """The three kinds of tokenizer, SentencePiece with a dummy space, bytes alone and byte-level BPE, each with the
+    compiler of its constraints."""
+    if request.param == "bytes":
+        folder = tmp_path_factory.mktemp("bytes")
+        write_tokenizer(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    elif request.param == "smollm2":
+        tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue("smollm2"))
+    else:
+        tokenizer = LlamaTokenizerFast(request.getfixturevalue("tokenizer_model"))
+    return tokenizer, Compiler(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
 
 
 @pytest.fixture(scope="module")

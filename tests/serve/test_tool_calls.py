@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bytewise import write_tokenizer
 
 pytest.importorskip("llguidance", reason="serving needs the extra `serve`")
 pytest.importorskip("pydantic", reason="serving needs the extra `serve`")
 
 from serve.walks import walk
 
-from llama2 import AutoTokenizer
 from llama2.serve.chat import Message, Tool, Tools, chosen, prompt_ids
 from llama2.serve.constraint import Compiler, Constraint, json_schema
 from llama2.serve.errors import Refusal
@@ -136,19 +134,6 @@ SCHEMA: dict[str, Any] = {
 TOOLS = [
     Tool.model_validate({"type": "function", "function": {"name": name, "parameters": SCHEMA}}) for name in ("f", "g-1")
 ]
-
-
-@pytest.fixture(scope="module", params=["llama", "bytes", "smollm2"])
-def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Compiler]:
-    if request.param == "bytes":
-        folder = tmp_path_factory.mktemp("bytes")
-        write_tokenizer(folder)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    elif request.param == "smollm2":
-        tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue("smollm2"))
-    else:
-        tokenizer = LlamaTokenizerFast(request.getfixturevalue("tokenizer_model"))
-    return tokenizer, Compiler(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
 
 
 @pytest.mark.parametrize("dialect", [JSON, LLAMA3, HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda d: d.name)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from llama2.engine.engine import Engine, Stream
+from llama2.engine.engine import Engine
 from llama2.engine.request import Ask, Completion
+from llama2.engine.stream import Stream
 from llama2.errors import InputError
 from llama2.generation.config import GenerationConfig
 from llama2.train.distributed import Ranks

@@ -81,9 +81,14 @@ def list_files(repo_id: str, options: HubOptions) -> list[str]:
     return sorted(name.removeprefix(inside) for name in names if name.startswith(inside))
 
 
+def _repository(repo_id: str, cache_dir: str | Path | None = None) -> Path:
+    """The folder of a repository in the cache."""
+    return Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+
+
 def _snapshot(repo_id: str, options: HubOptions) -> Path:
     """The folder of a revision in the cache; some of its files may never have been fetched. Raises CheckpointError."""
-    root = Path(options.cache_dir or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    root = _repository(repo_id, options.cache_dir)
     revision = options.revision or "main"
     reference = root / "refs" / revision
     folder = root / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
@@ -224,12 +229,12 @@ def cached_snapshots() -> list[tuple[str, Path]]:
 
 def is_cached(repo_id: str) -> bool:
     """Whether anything of a repository is in the cache."""
-    return any(repo == repo_id for repo, _ in cached_snapshots())
+    return any(any(folder.iterdir()) for folder in _repository(repo_id).glob("snapshots/*"))
 
 
 def incomplete_bytes(repo_id: str) -> int:
     """Bytes of a repository in the cache, those of files that are still being fetched among them."""
-    blobs = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
+    blobs = _repository(repo_id) / "blobs"
     return sum(file.stat().st_size for file in blobs.glob("*") if file.is_file()) if blobs.is_dir() else 0
 
 

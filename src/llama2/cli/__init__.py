@@ -20,12 +20,15 @@ from llama2.errors import InputError, Llama2Error
 COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("llama2.cli.chat", "talk with a model"),
     "generate": ("llama2.cli.generate", "continue a prompt, or answer it with --chat"),
-    "serve": ("llama2.cli.serve", "many users at once over HTTP: the APIs of OpenAI, TGI and SageMaker"),
+    "serve": (
+        "llama2.cli.serve",
+        "many users at once over HTTP: OpenAI's, Anthropic's, Ollama's, TGI's, ... APIs",
+    ),
     "batch": ("llama2.cli.batch", "answer a file of requests, line by line; resumable"),
     "tokenize": ("llama2.cli.tokenize", "text to token ids and back"),
     "info": ("llama2.cli.info", "what a model file is, its size and the memory it needs"),
     "convert": ("llama2.cli.convert", "between Hugging Face, Meta and GGUF checkpoints, in bounded memory"),
-    "quantize": ("llama2.cli.quantize", "a checkpoint in fewer bits: GPTQ, NF4, int8 or GGUF, with a report"),
+    "quantize": ("llama2.cli.quantize", "a checkpoint in fewer bits: GPTQ, AWQ, NF4, int8, FP8 or GGUF, with a report"),
     "finetune": (
         "llama2.cli.finetune",
         "train a model on your rows: sft, dpo, reward, classify, ...; LoRA, QLoRA or whole",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.cli.args import option
+from llama2.cli.settings import user_folder
 from llama2.errors import InputError
 from llama2.files import write_text
 
@@ -132,8 +133,7 @@ class Conversation:
 
 def kept_folder() -> Path:
     """Where chats at a terminal are kept: $XDG_DATA_HOME/llama2/chats, by default ~/.local/share/llama2/chats."""
-    base = os.environ.get("XDG_DATA_HOME", "")
-    return (Path(base) if base.startswith("/") else Path("~/.local/share").expanduser()) / "llama2" / "chats"
+    return user_folder(os.environ, "XDG_DATA_HOME", "~/.local/share") / "chats"
 
 
 def new_kept() -> Path:

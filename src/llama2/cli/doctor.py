@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +14,6 @@ import llama2
 from llama2.cli.args import option
 from llama2.cli.info import size
 
-BUFFER_BYTES = 256 << 20  # larger than the caches of most processors
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub", "fastapi", "uvicorn",
              "llguidance", "datasets", "transformers")  # fmt: skip
 
@@ -76,8 +74,9 @@ def _software(problems: list[str]) -> dict[str, str]:
 
 def _processor(problems: list[str]) -> dict[str, str]:
     from llama2 import compiled
+    from llama2.evaluate.machine import processor
 
-    rows = {"model": _model_name(), "threads": f"{compiled.default_threads()} used"}
+    rows = {"model": processor(), "threads": f"{compiled.default_threads()} used"}
     rows["threads"] += f", {os.cpu_count()} processors"
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
@@ -98,40 +97,19 @@ def _processor(problems: list[str]) -> dict[str, str]:
     return rows
 
 
-def _model_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        return next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _memory(measure: bool, problems: list[str]) -> dict[str, str]:
     from llama2 import compiled
+    from llama2.evaluate.machine import READ_BYTES, limits
     from llama2.memory import available_bytes, total_bytes
 
     rows = {"in all": size(total_bytes()), "available": size(available_bytes())}
     if available_bytes() < 1 << 30:
         problems.append(f"only {size(available_bytes())} of memory are available")
-    if measure and compiled.available():
-        rows["read"] = (
-            f"{_read_bandwidth() / 1e9:.1f} GB/s ({size(BUFFER_BYTES)} on {compiled.default_threads()} threads)"
-        )
+    found = limits(compiled.make_pool(None)) if measure and compiled.available() else None
+    if found is not None:
+        threads = compiled.default_threads()
+        rows["read"] = f"{found.read / 1e9:.1f} GB/s ({size(READ_BYTES)} on {threads} threads)"
     return rows
-
-
-def _read_bandwidth() -> float:
-    """Bytes per second at which all threads read memory together, the best of a second's tries."""
-    import numpy
-
-    from llama2 import compiled
-
-    pool, native = compiled.make_pool(None), compiled.native()
-    buffer = numpy.ones(BUFFER_BYTES, numpy.uint8)
-    best, began = 0.0, time.perf_counter()
-    while time.perf_counter() - began < 1.0:
-        best = max(best, float(native.read_bandwidth(pool, "auto", buffer)))
-    return best
 
 
 def _gpu() -> dict[str, str]:

@@ -138,12 +138,12 @@ def load_light(options: RunOptions) -> tuple[Any, Any]:
     if not plain or options.runner == "torch" or not cpu.available() or not on_cpu(options.device):
         return load(options)
     path = local_path(name) if options.revision is None else None
-    file = None if path is None else checkpoint.find_gguf(path)
-    if file is None or not engine_runs(GgufFile(file)):
+    found = None if path is None else checkpoint.find_gguf(path)
+    if found is None or not engine_runs(file := GgufFile(found)):
         return load(options)
     with Waiting(f"loading {name}"), reading_whole(options.no_mmap), _keeping_interrupts():
         tokenizer = load_tokenizer(name)
-        return cpu.CpuModel.from_source(GgufFile(file)), tokenizer
+        return cpu.CpuModel.from_source(file), tokenizer
 
 
 def on_cpu(device: str) -> bool:

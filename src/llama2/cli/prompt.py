@@ -4,8 +4,7 @@ prompt_toolkit and not readline: a pasted text of many lines is one message, and
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -16,12 +15,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 
 from llama2.cli import terminal
-
-
-def state_folder(environment: Mapping[str, str]) -> Path:
-    """Where the history of typed lines is: $XDG_STATE_HOME/llama2, by default ~/.local/state/llama2."""
-    base = environment.get("XDG_STATE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path("~/.local/state").expanduser()) / "llama2"
+from llama2.cli.settings import user_folder
 
 
 class CommandCompleter(Completer):
@@ -62,8 +56,9 @@ def line_reader(commands: Sequence[str], with_paths: Sequence[str]) -> Callable[
 
 
 def _history() -> History:
-    """The lines of earlier chats; kept in memory alone where the file cannot be written."""
-    file = state_folder(os.environ) / "history"
+    """The lines of earlier chats, in $XDG_STATE_HOME/llama2, by default ~/.local/state/llama2; kept in memory alone
+    where the file cannot be written."""
+    file = user_folder(os.environ, "XDG_STATE_HOME", "~/.local/state") / "history"
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)

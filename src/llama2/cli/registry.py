@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama2.cli.settings import user_folder
 from llama2.errors import CheckpointError
 from llama2.files import write_text
 from llama2.text_file import read_object
@@ -33,7 +34,7 @@ def folder() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime.startswith("/") and Path(runtime).is_dir():
         return Path(runtime) / "llama2"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "llama2" / "run"
+    return user_folder(os.environ, "XDG_CACHE_HOME", "~/.cache") / "run"
 
 
 @contextmanager

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from llama2.cli.args import option
 from llama2.errors import InputError
+from llama2.generation.call_settings import FILTERS, choosing
 from llama2.generation.config import GenerationConfig
-
-_FILTERS = ("temperature", "top_p", "top_k", "min_p")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +27,12 @@ class SamplingOptions:
         self._check()
         given = {
             name: getattr(self, name)
-            for name in ("max_new_tokens", *_FILTERS, "repetition_penalty")
+            for name in ("max_new_tokens", *FILTERS, "repetition_penalty")
             if getattr(self, name) is not None
         }
-        if self.greedy or self.temperature == 0:
+        if self.greedy:
             given["do_sample"] = False
-            given.pop("temperature", None)
-        elif any(name in given for name in _FILTERS):
-            given["do_sample"] = True
+        given = choosing(given)
         if self.stop:
             given["stop_strings"] = list(self.stop)
         return GenerationConfig(**given)
@@ -46,7 +43,7 @@ class SamplingOptions:
                 f"--temperature is {self.temperature}; it must be at least 0, where 0 takes the most likely token "
                 "every time and 0.7 is a usual value"
             )
-        idle = [f"--{name.replace('_', '-')}" for name in _FILTERS if getattr(self, name)]
+        idle = [f"--{name.replace('_', '-')}" for name in FILTERS if getattr(self, name)]
         if idle and (self.greedy or self.temperature == 0):
             reason = "--greedy" if self.greedy else "--temperature 0"
             raise InputError(f"{reason} takes the most likely token, so {', '.join(idle)} would do nothing; drop one")

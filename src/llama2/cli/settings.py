@@ -27,10 +27,16 @@ class Setting:
     origin: str
 
 
+def user_folder(environment: Mapping[str, str], variable: str, default: str) -> Path:
+    """Our folder within one of those of the XDG base directory specification: of $XDG_..., where that is an absolute
+    path, else of the default."""
+    base = environment.get(variable, "")
+    return (Path(base) if base.startswith("/") else Path(default).expanduser()) / "llama2"
+
+
 def config_folder(environment: Mapping[str, str]) -> Path:
     """Where a user's settings are: $XDG_CONFIG_HOME/llama2, by default ~/.config/llama2."""
-    base = environment.get("XDG_CONFIG_HOME", "")
-    return (Path(base) if base.startswith("/") else Path("~/.config").expanduser()) / "llama2"
+    return user_folder(environment, "XDG_CONFIG_HOME", "~/.config")
 
 
 def config_path(environment: Mapping[str, str]) -> Path:

@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Self
 
 from llama2.engine.blocks import BlockPool
@@ -28,6 +28,7 @@ from llama2.engine.scheduler import Chunk, Scheduler
 from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.engine.scoring import PromptScores, scored_limit
 from llama2.engine.stop_text import StopText
+from llama2.engine.stream import Stream, complete
 from llama2.errors import ContextLengthError, InputError
 from llama2.generation.call_settings import settings
 from llama2.generation.config import GenerationConfig
@@ -88,31 +89,6 @@ class _Live:
         if not self.ended:
             self.ended = event.finish is not None
             self.sink(event)
-
-
-class Stream:
-    """The events of one request, for a plain loop, which raises its error; leaving the loop or `cancel` ends it."""
-
-    def __init__(self, engine: "Engine", ask: Ask) -> None:
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._engine = engine
-        self._live = engine.submit(ask, self._events.put)
-
-    def cancel(self) -> None:
-        """Ends the request within one step."""
-        self._engine.cancel(self._live)
-
-    def __iter__(self) -> Iterator[Event]:
-        try:
-            while True:
-                event = self._events.get()
-                if event.error is not None:
-                    raise event.error
-                yield event
-                if event.finish is not None:
-                    return
-        finally:
-            self.cancel()
 
 
 class Engine:
@@ -217,16 +193,7 @@ class Engine:
         several = [prompts] if isinstance(prompts, str) or is_ids(prompts) else list(prompts)
         seed = kwargs.pop("seed", None)
         asks = [self.ask(p, *args, seed=None if seed is None else seed + i, **kwargs) for i, p in enumerate(several)]
-        streams = [Stream(self, ask) for ask in asks]
-        results = [Completion() for _ in streams]
-        try:
-            for result, stream in zip(results, streams, strict=True):
-                for event in stream:
-                    result.add(event)
-        finally:
-            for stream in streams:
-                stream.cancel()
-        return results
+        return complete(self, asks)
 
     def stream(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> Stream:
         """The events of one request as they happen; arguments as `ask`."""

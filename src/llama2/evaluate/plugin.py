@@ -2,16 +2,14 @@
 
 Newer ones read the entry point group `lm_eval.models`. lm-eval 0.4.13 has a registry and nothing that fills it from
 outside before its command line looks a name up, so `register` is called when `lm_eval.models`, its table of models, has
-been imported: by a finder that `install` puts in front of Python's, from llama2_lm_eval.pth beside the package. Nothing
-but the standard library is imported here, because that file is read whenever Python starts.
+been imported: by a finder in front of Python's, which llama2_lm_eval.pth beside the package makes. That file is read
+whenever Python starts, so it imports nothing of ours before that table is asked for.
 """
 
-import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 NAME, TARGET = "llama2", "llama2.evaluate.harness:HarnessModel"
-_TABLE = "lm_eval.models"
 
 
 class _Loader:
@@ -31,23 +29,12 @@ class _Loader:
         register()
 
 
-class _Finder:
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != _TABLE:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
-        return spec
-
-
-def install() -> None:
-    """Registers the class once lm-eval's table of models is there."""
-    if _TABLE in sys.modules:
-        register()
-    elif _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
+def find_spec(name: str, path: Any = None) -> ModuleSpec | None:
+    """lm-eval's table of models, whose loader registers our class behind it."""
+    spec = PathFinder.find_spec(name, path)
+    if spec is not None and spec.loader is not None:
+        spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
+    return spec
 
 
 def register() -> None:

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama2.errors import InputError
@@ -25,6 +25,22 @@ CALL_ARGUMENTS = (
     "runner",
     "precision",
 )
+
+
+FILTERS = ("temperature", "top_p", "top_k", "min_p")
+
+
+def choosing(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the way of choosing that they imply: temperature 0 takes the likeliest token every time, any of
+    FILTERS asks for a random choice. Raises InputError where do_sample=True contradicts temperature 0."""
+    found = dict(given)
+    if found.get("temperature") == 0:
+        del found["temperature"]
+        if found.setdefault("do_sample", False):
+            raise InputError("temperature 0 takes the likeliest token, so do_sample=True contradicts it; drop one")
+    elif any(found.get(name) is not None for name in FILTERS):
+        found.setdefault("do_sample", True)
+    return found
 
 
 def settings(model: CausalLM, given: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
