@@ -48,7 +48,7 @@ def run(options: InfoOptions) -> int:
 
 
 def _show_foreign(path: Path, known: Foreign, as_json: bool) -> int:
-    """What is known of a file that is not run here."""
+    """What the header of a file of another program says, and that it is not run here where that is so."""
     facts = {"format": f"{known.format}, {size(path.stat().st_size)}", **known.facts}
     facts |= {} if known.reader else {"not run here": known.remedy}
     if as_json:
