@@ -24,7 +24,7 @@ _METHODS = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "hqq": "HQQ", "aqlm": "A
 
 @dataclass(frozen=True)
 class Foreign:
-    """A recognised file: what it is called, what its header says, and what reads it, or how to get to a file that runs."""
+    """A recognised file: its name, what its header says, and what reads it, or how to get to a file that runs."""
 
     format: str
     remedy: str
