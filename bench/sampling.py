@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from llama2.engine.sampler import Choice
+from llama2.engine.sampler import TokenSampler
 from llama2.generation.config import GenerationConfig
 from llama2.serve.logits_processors import Bias, CountPenalty
 
@@ -51,11 +51,11 @@ class Half:
         return self.processor(ids, scores)
 
 
-def cases(vocabulary: int) -> dict[str, Callable[[], Choice]]:
+def cases(vocabulary: int) -> dict[str, Callable[[], TokenSampler]]:
     """What makes a sequence's choice, by name."""
 
-    def choice(own: Callable[[], list[Any]] = list, logprobs: int | None = None, **settings: Any) -> Choice:
-        return Choice(GenerationConfig(**settings), PROMPT, 100_000, 7, logprobs, own())
+    def choice(own: Callable[[], list[Any]] = list, logprobs: int | None = None, **settings: Any) -> TokenSampler:
+        return TokenSampler(GenerationConfig(**settings), PROMPT, 100_000, 7, logprobs, own())
 
     def penalties() -> list[Any]:
         return [Bias({5: 1.0, 6: -1.0}), CountPenalty(0.5, 0.5, len(PROMPT))]
@@ -93,7 +93,7 @@ def busy() -> Iterator[None]:
         thread.join()
 
 
-def measure(choice: Choice, logits: list[Any]) -> float:
+def measure(choice: TokenSampler, logits: list[Any]) -> float:
     """Median microseconds a row."""
     took = []
     for row in logits:

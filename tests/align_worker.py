@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 
 from llama2 import AutoTokenizer, GRPOConfig, GRPOTrainer, LoraConfig, PPOConfig, PPOTrainer
-from llama2.train.distributed import join, leave
+from llama2.train.distributed import join, shutdown
 
 PHASES = {"sampling": "_sampled", "scoring": "_scored", "forward": "_measure", "training": "_losses",
           "update": "_update", "saving": "_write_state"}  # fmt: skip
@@ -73,7 +73,7 @@ def main(job: dict[str, Any]) -> None:
         save_file(
             {n: p.detach().contiguous() for n, p in trainer.updates.parameters.items()}, folder / "after.safetensors"
         )
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

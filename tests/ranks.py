@@ -21,7 +21,7 @@ from llama2 import LlamaForSequenceClassification, lora
 from llama2.lora_config import LoraConfig
 from llama2.train.answers import Preferences
 from llama2.train.data import EncodedPair, Example
-from llama2.train.distributed import join, leave
+from llama2.train.distributed import join, shutdown
 from llama2.train.objectives import Classification, NextToken, packed_rows
 from llama2.train.trainer import Trainer, TrainingArguments
 
@@ -99,6 +99,6 @@ if __name__ == "__main__":
     join()
     for wanted in json.loads(sys.argv[1]):
         run(wanted)
-    leave()
+    shutdown()
     threads = [Path(name).read_text().strip() for name in glob("/proc/self/task/*/comm")]
     assert not [name for name in threads if "gloo" in name], threads  # they would outlive Python

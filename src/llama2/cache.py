@@ -2,7 +2,7 @@
 
     Cache                    base class of both
     KVCache (DynamicCache)   grows with the sequence; appends without copying what is there
-                             or fills buffers that it is lodged in, see `graphs`
+                             or fills buffers that it has claimed, see `graphs`
                              or stands for a store elsewhere (the native engine's pages) until someone looks into it
     StaticCache              fixed length, fixed addresses: for compiled steps and CUDA graphs
 
@@ -256,15 +256,15 @@ class KVCache(Cache):
             keys, values = layer.views
             layer.replace(change(keys), change(values))
 
-    def lodge(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def claim(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Moves into buffers (B, K, room, E), one of each a layer, which stay their owner's; grows out of them."""
         held = self.layers
         self.layers = [_Lodged(k, v) for k, v in zip(keys, values, strict=True)]
         for old, new in zip(held, self.layers, strict=False):
             new.append(*old.views)
 
-    def lodges_in(self, keys: Sequence[Tensor]) -> bool:
-        """Whether all layers still lie in the buffers that `lodge` was given."""
+    def lies_in(self, keys: Sequence[Tensor]) -> bool:
+        """Whether all layers still lie in the buffers that `claim` was given."""
         return len(self.layers) == len(keys) and all(map(_Layer.fills, self.layers, keys))
 
     def move_out(self) -> None:

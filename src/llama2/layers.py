@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llama2.attention import ATTENTION, Mask
 from llama2.cache import DynamicCache, StaticCache
 from llama2.config import LlamaConfig
-from llama2.linear import is_plain, together
+from llama2.linear import fused_linear, is_plain
 from llama2.rope import promoted, rotate
 
 Cache = DynamicCache | StaticCache
@@ -57,7 +57,7 @@ def split_output(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
     Only plain linears can be sliced; a packed or adapted one has its own fixed order and is called as it is.
     """
     if parts == 1 or not is_plain(layer):
-        return together((layer,), x)[0]
+        return fused_linear((layer,), x)[0]
     weights = layer.weight.tensor_split(parts)
     biases = layer.bias.tensor_split(parts) if layer.bias is not None else [None] * parts
     return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
@@ -65,13 +65,13 @@ def split_output(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
 
 def split_outputs(layers: tuple[nn.Module, ...], x: Tensor, parts: int) -> tuple[Tensor, ...]:
     """The outputs of several layers on the same x, each as `split_output`."""
-    return together(layers, x) if parts == 1 else tuple(split_output(layer, x, parts) for layer in layers)
+    return fused_linear(layers, x) if parts == 1 else tuple(split_output(layer, x, parts) for layer in layers)
 
 
 def split_input(layer: nn.Module, x: Tensor, parts: int) -> Tensor:
     """layer(x) as the sum over `parts` slices of the input features (pretraining_tp, row parallel)."""
     if parts == 1 or not is_plain(layer):
-        return together((layer,), x)[0]
+        return fused_linear((layer,), x)[0]
     pieces = zip(x.tensor_split(parts, dim=-1), layer.weight.tensor_split(parts, dim=1), strict=True)
     total: Tensor = sum(F.linear(xs, w) for xs, w in pieces)  # type: ignore[assignment]
     return total if layer.bias is None else total + layer.bias

@@ -58,7 +58,7 @@ def is_plain(layer: Any) -> TypeGuard[nn.Linear]:
     return type(layer) is nn.Linear and runs_as_written(layer)
 
 
-def together(layers: Group, x: Tensor) -> tuple[Tensor, ...]:
+def fused_linear(layers: Group, x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers that share the input x, as one product where `prepack` has put their weights together."""
     if _REORDERED and not torch.is_grad_enabled() and x.dtype == torch.bfloat16:
         held = _valid(layers)

@@ -19,7 +19,7 @@ from llama2.auto import AutoModelForCausalLM, AutoTokenizer
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.source import locate_all
 from llama2.engine.engine import Engine
-from llama2.engine.request import Ask, Completion
+from llama2.engine.request import Completion, EngineRequest
 from llama2.engine.stream import Stream, complete
 from llama2.errors import InputError
 from llama2.generation.call_settings import choosing
@@ -205,7 +205,7 @@ class Llama:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _ask(self, prompt: Prompt, settings: Mapping[str, Any], continues: bool = True) -> Ask:
+    def _ask(self, prompt: Prompt, settings: Mapping[str, Any], continues: bool = True) -> EngineRequest:
         """A checked request."""
         given = dict(settings)
         chosen = [(kind, value) for name, kind in _FORMS.items() if (value := given.pop(name, None)) is not None]
@@ -230,12 +230,12 @@ class Llama:
             warnings.warn(text, stacklevel=4)
         return self._compiler.processor(compiled, prompt)
 
-    def _pieces(self, ask: Ask) -> Iterator[str]:
+    def _pieces(self, ask: EngineRequest) -> Iterator[str]:
         for event in Stream(self.engine, ask):
             if event.text:
                 yield event.text
 
-    async def _fold(self, ask: Ask) -> Completion:
+    async def _fold(self, ask: EngineRequest) -> Completion:
         result = Completion()
         async for event in self.engine.astream(ask):
             result.add(event)

@@ -14,8 +14,8 @@ from tiny import tiny_ids, tiny_model
 
 from llama2 import InputError, cpu
 from llama2.cpu import PAGE
-from llama2.engine.engine import Engine, EngineBusyError, Event, look_up
-from llama2.engine.sampler import Choice
+from llama2.engine.engine import Engine, EngineBusyError, TokenEvent, look_up
+from llama2.engine.sampler import TokenSampler
 from llama2.engine.stop_text import StopText
 from llama2.engine.stream import Stream
 from llama2.generation.call_settings import settings
@@ -225,7 +225,7 @@ def test_the_failure_of_one_is_not_that_of_others(model: Any) -> None:
         def __call__(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
             return np.full_like(scores, np.nan)
 
-    events: list[Event] = []
+    events: list[TokenEvent] = []
     done = threading.Event()
     with Engine(model, runner="torch") as engine:
         good = engine.ask([1, 2, 3], max_new_tokens=20, eos_token_id=None)
@@ -318,10 +318,10 @@ def test_what_a_processor_or_a_listener_raises_ends_its_request_only(model: Any)
         def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             raise IndexError("broken")
 
-    def deaf(event: Event) -> None:
+    def deaf(event: TokenEvent) -> None:
         raise RuntimeError("deaf")
 
-    events: list[Event] = []
+    events: list[TokenEvent] = []
     with Engine(model, runner="torch") as engine:
         ask = engine.ask([1, 2, 3], max_new_tokens=20, eos_token_id=None)
         engine.submit(replace(ask, processors=(Broken(),)), events.append)
@@ -364,9 +364,9 @@ class _Always:
 
 def test_sampling_looks_at_few_tokens_only(model: Any) -> None:
     config = settings(model, None, {"do_sample": True, "top_k": 20, "top_p": 0.9})
-    choice = Choice(config, [1, 2], 30, seed=3)
+    choice = TokenSampler(config, [1, 2], 30, seed=3)
     assert (choice._shortlist is not None) == cpu.available() and not choice._before
-    long = Choice(config, [1, 2], 30, seed=3)
+    long = TokenSampler(config, [1, 2], 30, seed=3)
     long._before, long._filters, long._shortlist = long._filters, LogitsProcessorList(), None
     long._ids = np.zeros((1, 30), np.int64)
     rows = np.random.default_rng(1).standard_normal((28, 97), np.float32) * 3

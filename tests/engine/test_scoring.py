@@ -9,19 +9,19 @@ import torch
 from tiny import tiny_ids, tiny_model
 
 from llama2 import Engine
-from llama2.engine.request import Ask, Event, Score
+from llama2.engine.request import EngineRequest, Score, TokenEvent
 from llama2.errors import ContextLengthError, InputError
 from llama2.generation.config import GenerationConfig
 
 CONFIG = GenerationConfig()
 
 
-def score(engine: Engine, asks: Sequence[Ask]) -> list[tuple[Score, ...]]:
-    found: dict[int, Event] = {}
+def score(engine: Engine, asks: Sequence[EngineRequest]) -> list[tuple[Score, ...]]:
+    found: dict[int, TokenEvent] = {}
     done = threading.Semaphore(0)
 
     def hear(i: int) -> Any:
-        def sink(event: Event) -> None:
+        def sink(event: TokenEvent) -> None:
             found[i] = event
             done.release()
 
@@ -48,7 +48,7 @@ def test_scores_are_the_networks(runner: str, budget: int) -> None:
     ids = tiny_ids(tokens=60)[0].tolist()
     cases = [(ids[:40], 30), (ids[:40] + ids[50:53], 40), (ids[:2], 1), (ids, 1), ([*ids[:40], 5], 40), (ids[:33], 20)]
     with Engine(model, budget=budget, runner=runner) as engine:
-        found = score(engine, [Ask(tokens, CONFIG, score_from=start) for tokens, start in cases])
+        found = score(engine, [EngineRequest(tokens, CONFIG, score_from=start) for tokens, start in cases])
     for (tokens, start), scores in zip(cases, found, strict=True):
         wanted = expected(model, tokens, start)
         assert [s.first for s in scores] == [s.first for s in wanted]
@@ -59,18 +59,18 @@ def test_a_prompt_one_longer_than_the_context() -> None:
     model = tiny_model(torch.float32)
     ids = tiny_ids(tokens=65)[0].tolist()
     with Engine(model) as engine:
-        (found,) = score(engine, [Ask(ids, CONFIG, score_from=60)])
+        (found,) = score(engine, [EngineRequest(ids, CONFIG, score_from=60)])
         assert len(found) == 5
         with pytest.raises(ContextLengthError, match="64 before the last"):
-            engine.submit(Ask([*ids, 1], CONFIG, score_from=60), lambda event: None)
+            engine.submit(EngineRequest([*ids, 1], CONFIG, score_from=60), lambda event: None)
 
 
 def test_endings_are_what_each_would_be_alone() -> None:
     model = tiny_model(torch.float32)
     ids = tiny_ids(tokens=20)[0].tolist()
     with Engine(model) as engine:
-        (found,) = score(engine, [Ask([*ids, 5], CONFIG, score_from=18, endings=(6, 7))])
-        alone = score(engine, [Ask([*ids, token], CONFIG, score_from=20) for token in (5, 6, 7)])
+        (found,) = score(engine, [EngineRequest([*ids, 5], CONFIG, score_from=18, endings=(6, 7))])
+        alone = score(engine, [EngineRequest([*ids, token], CONFIG, score_from=20) for token in (5, 6, 7)])
     assert len(found) == 5
     assert [s.logprob for s in found[2:]] == pytest.approx([s[0].logprob for s in alone], abs=1e-5)
 
@@ -79,7 +79,7 @@ def test_a_common_beginning_is_computed_once() -> None:
     model = tiny_model(torch.float32)
     ids = tiny_ids(tokens=48)[0].tolist()
     with Engine(model) as engine:
-        score(engine, [Ask([*ids, token, 9], CONFIG, score_from=48) for token in range(1, 5)])
+        score(engine, [EngineRequest([*ids, token, 9], CONFIG, score_from=48) for token in range(1, 5)])
         assert engine.tokens_reused == 3 * 32  # 47 computed tokens may be shared: two pages of 16
 
 
@@ -88,8 +88,8 @@ def test_the_same_company_gives_the_same_bits() -> None:
     model = tiny_model(torch.float32)
     ids = tiny_ids(tokens=60)[0].tolist()
 
-    def asks(tenant: str) -> list[Ask]:
-        return [Ask(ids[: 20 + i], CONFIG, score_from=12, tenant=tenant) for i in range(30)]
+    def asks(tenant: str) -> list[EngineRequest]:
+        return [EngineRequest(ids[: 20 + i], CONFIG, score_from=12, tenant=tenant) for i in range(30)]
 
     with Engine(model) as engine:
         first = score(engine, asks("a"))
@@ -101,15 +101,18 @@ def test_the_same_company_gives_the_same_bits() -> None:
 @pytest.mark.parametrize("start", [0, 20, -1])
 def test_places_that_cannot_be_scored(start: int) -> None:
     with Engine(tiny_model(torch.float32)) as engine, pytest.raises(InputError, match="between 1 and 19"):
-        engine.submit(Ask(list(range(1, 21)), CONFIG, score_from=start), lambda event: None)
+        engine.submit(EngineRequest(list(range(1, 21)), CONFIG, score_from=start), lambda event: None)
 
 
 def test_one_refused_and_none_begins() -> None:
-    heard: list[Event] = []
+    heard: list[TokenEvent] = []
     with Engine(tiny_model(torch.float32)) as engine:
         with pytest.raises(InputError, match="id 97"):
             engine.submit_together(
-                [(Ask([1, 2], CONFIG, score_from=1), heard.append), (Ask([97], CONFIG), heard.append)]
+                [
+                    (EngineRequest([1, 2], CONFIG, score_from=1), heard.append),
+                    (EngineRequest([97], CONFIG), heard.append),
+                ]
             )
-        score(engine, [Ask([1, 2, 3], CONFIG, score_from=1)])
+        score(engine, [EngineRequest([1, 2, 3], CONFIG, score_from=1)])
         assert not heard and engine.waiting == engine.running == 0

@@ -15,7 +15,7 @@ def test_energy_counts_packages_and_their_wrap(tmp_path: Path) -> None:
         (tmp_path / name / "energy_uj").write_text(f"{value}\n")
         (tmp_path / name / "max_energy_range_uj").write_text("999\n")
     energy = machine.Energy(tmp_path)
-    assert energy.told
+    assert energy.measurable
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("100\n")  # from 900 over 999: 200
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("150\n")
     assert energy.used() == pytest.approx(250e-6)
@@ -23,7 +23,7 @@ def test_energy_counts_packages_and_their_wrap(tmp_path: Path) -> None:
 
 
 def test_no_energy(tmp_path: Path) -> None:
-    assert not machine.Energy(tmp_path).told and machine.Energy(tmp_path).used() is None
+    assert not machine.Energy(tmp_path).measurable and machine.Energy(tmp_path).used() is None
 
 
 def test_others_share(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama2.engine.sampler import Choice
+from llama2.engine.sampler import TokenSampler
 from llama2.generation import filters, tensors
 from llama2.generation import processors as pr
 from llama2.generation.config import GenerationConfig
@@ -147,7 +147,7 @@ def test_seeds_give_what_they_gave(name: str) -> None:
     drawn = json.loads((Path(__file__).parent / "drawn.json").read_text())[name]
     seed, size, prompt = 2**40 + 5, 2000, list(range(3, 40))
     own = [Bias({5: 3.0, 6: -3.0}), CountPenalty(0.5, 0.5, len(prompt))] if name in ("penp", "greedy") else []
-    choice = Choice(GenerationConfig(**DRAWN[name]), prompt, 1000, seed, None, own)
+    choice = TokenSampler(GenerationConfig(**DRAWN[name]), prompt, 1000, seed, None, own)
     numbers, found = np.random.default_rng(seed + 1), []
     for _ in drawn:
         row = numbers.choice([1.0, 2.5, 4.0]) * numbers.standard_normal(size, np.float32)
@@ -160,13 +160,13 @@ def test_a_token_is_picked_where_there_is_no_torch() -> None:
 import sys
 sys.modules["torch"] = None  # an import raises
 import numpy as np
-from llama2.engine.sampler import Choice
+from llama2.engine.sampler import TokenSampler
 from llama2.generation.config import GenerationConfig
 from llama2.serve.logits_processors import Bias, CountPenalty, Watermark
 rows = np.random.default_rng(1).standard_normal((8, 300), np.float32)
 for given in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 0, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9,
         "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "min_new_tokens": 3, "eos_token_id": 2}):
-    choice = Choice(GenerationConfig(**given), [1, 2], 20, 3, 4, [Bias({3: 1.0}), CountPenalty(0.5, 0.5, 2)])
+    choice = TokenSampler(GenerationConfig(**given), [1, 2], 20, 3, 4, [Bias({3: 1.0}), CountPenalty(0.5, 0.5, 2)])
     print([choice(row).token for row in rows])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -366,7 +366,7 @@ class PolicyTrainer(Tuner):
         self._iteration = None
         place = None
         if wanted or self.ranks.restarts:
-            place = self.ranks.told(lambda: self._chosen(wanted or True))
+            place = self.ranks.broadcast(lambda: self._chosen(wanted or True))
         super()._resume(wanted)
         if place is not None:
             self.kl_coef, self._iteration = stored.read(place)

@@ -177,7 +177,7 @@ class Rejection:
         groups = self._groups(model, judge, SAMPLES, range(len(self.prompts)), (temperature,), report)
         outcome = self._written(groups, judge, temperature)
         outcome.sweep = sweep
-        self.ranks.told(lambda: self._summarise(outcome, judge))
+        self.ranks.broadcast(lambda: self._summarise(outcome, judge))
         return outcome
 
     def _swept(self, model: Any, judge: Judge) -> dict[float, dict[int, tuple[float, float]]]:
@@ -193,7 +193,7 @@ class Rejection:
     ) -> list[list[Rollout]]:  # fmt: skip
         """The answers to prompts at temperatures, as far as they are not in the file already."""
         todo = [(temperature, row) for temperature in temperatures for row in rows]
-        found, size = self.ranks.told(lambda: self._held(name, temperatures, judge))
+        found, size = self.ranks.broadcast(lambda: self._held(name, temperatures, judge))
         if len(found) > len(todo):
             raise InputError(
                 f"{self.folder / name} holds {len(found)} prompts, and there are {len(todo)}; give another folder"
@@ -278,7 +278,7 @@ class Rejection:
 
     def _written(self, groups: Sequence[Sequence[Rollout]], judge: Judge, temperature: float) -> RoundOutcome:
         round, least = self.round, math.log(self.round.safety_threshold / (1 - self.round.safety_threshold))
-        earlier = self.ranks.told(lambda: self._pooled(judge))
+        earlier = self.ranks.broadcast(lambda: self._pooled(judge))
         rows: list[dict[str, Any]] = []
         equal = unsafe = pooled = 0
         for group, prompt in zip(groups, self.prompts, strict=True):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from llama2.engine.engine import Engine
-from llama2.engine.request import Ask, Completion
+from llama2.engine.request import Completion, EngineRequest
 from llama2.engine.stream import Stream
 from llama2.errors import InputError
 from llama2.generation.config import GenerationConfig
@@ -156,14 +156,16 @@ class RolloutSampler:
         return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * min(size, 4))
 
     @staticmethod
-    def _streams(engine: Engine, asks: Sequence[tuple[int, int, Ask]]) -> list[tuple[int, int, Ask, Stream]]:
+    def _streams(
+        engine: Engine, asks: Sequence[tuple[int, int, EngineRequest]]
+    ) -> list[tuple[int, int, EngineRequest, Stream]]:
         return [(row, k, ask, Stream(engine, ask)) for row, k, ask in asks]
 
-    def _ask(self, ids: Sequence[int], seed: int) -> Ask:
-        return Ask(list(ids), self.config, seed, logprobs=0, drawn=True)
+    def _ask(self, ids: Sequence[int], seed: int) -> EngineRequest:
+        return EngineRequest(list(ids), self.config, seed, logprobs=0, drawn=True)
 
 
-def _told(row: int, k: int, ask: Ask, stream: Stream) -> Rollout:
+def _told(row: int, k: int, ask: EngineRequest, stream: Stream) -> Rollout:
     done = Completion()
     for event in stream:
         done.add(event)

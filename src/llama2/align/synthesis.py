@@ -123,7 +123,7 @@ class Synthesis:
 
     def _run(self, report: Callable[[int, int], None] | None) -> Synthesised:
         self.begin()
-        lines, size = self.ranks.told(self._held)
+        lines, size = self.ranks.broadcast(self._held)
         todo = list(range(len(lines), self.count_of()))
         if todo:
             model = AutoModelForCausalLM.from_pretrained(

@@ -277,7 +277,7 @@ def _columns(text: str | None) -> dict[str, str]:
 
 def _reject(options: RejectionOptions) -> int:
     from llama2.align.rejection import Rejection, Round, next_command
-    from llama2.train.distributed import leave
+    from llama2.train.distributed import shutdown
 
     policy, prompts, folder = _paths(options)
     round = Round(
@@ -305,7 +305,7 @@ def _reject(options: RejectionOptions) -> int:
         print("\n".join(outcome.lines()))
         print(f"{folder} holds rows.jsonl, samples.jsonl and best-of-n.svg; tune the base model on the rows with\n  "
               f"{shlex.join(next_command(round))}")  # fmt: skip
-    leave()
+    shutdown()
     return 0
 
 
@@ -322,7 +322,7 @@ def _numbers(flag: str, text: str) -> tuple[float, ...]:
 def _synthesise(options: GhostOptions | DistilOptions) -> int:
     from llama2.align.distil import Distillation, DistilPlan
     from llama2.align.ghost import Ghost, GhostPlan
-    from llama2.train.distributed import leave
+    from llama2.train.distributed import shutdown
 
     policy, prompts, folder = _paths(options)
     settings = {f.name: getattr(options, f.name) for f in fields(SynthesisOptions)}
@@ -350,7 +350,7 @@ def _synthesise(options: GhostOptions | DistilOptions) -> int:
         print("\n".join(outcome.texts))
         again = shlex.join(["llama2", "finetune", "sft", policy, f"{folder}/rows.jsonl", f"{folder}-sft"])
         print(f"{folder} holds rows.jsonl, samples.jsonl and report.json; tune on the rows with\n  {again}")
-    leave()
+    shutdown()
     return 0
 
 
@@ -359,7 +359,7 @@ def _synthesise(options: GhostOptions | DistilOptions) -> int:
 
 def _optimize(options: PolicyOptions) -> int:
     from llama2.align.job import Alignment, AlignmentGoal
-    from llama2.train.distributed import leave
+    from llama2.train.distributed import shutdown
     from llama2.train.recipe import Recipe
 
     policy, prompts, folder = _paths(options)
@@ -383,7 +383,7 @@ def _optimize(options: PolicyOptions) -> int:
             result = job.run(report)
     if job.ranks.first:
         _show(result, options)
-    leave()
+    shutdown()
     return 0 if result.finished else 130
 
 

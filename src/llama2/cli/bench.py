@@ -73,7 +73,7 @@ def run(options: BenchOptions) -> int:
         for test in tests:
             _checked(test, setups[1])
     warn_if_busy(machine.busy_now())
-    if not machine.Energy().told:
+    if not machine.Energy().measurable:
         terminal.notice("llama2: this machine does not tell its energy (no readable RAPL counter)")
     printer = bench_output.Printer(options)
     records: list[bench_output.BenchRecord] = []

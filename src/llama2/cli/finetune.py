@@ -187,7 +187,7 @@ def bound_caches() -> None:
 def run(options: TaskOptions) -> int:
     """Runs the command."""
     bound_caches()
-    from llama2.train.distributed import leave
+    from llama2.train.distributed import shutdown
     from llama2.train.finetune import Finetune
 
     recipe, args = recipe_of(options), arguments(options)
@@ -204,14 +204,14 @@ def run(options: TaskOptions) -> int:
         )
     elif job.ranks.first:
         show(job, result, options)
-    leave()
+    shutdown()
     return 0 if result.finished else 130
 
 
 def _rehearsed(job: "Finetune", options: TaskOptions) -> int:
     from dataclasses import asdict
 
-    from llama2.train.distributed import leave
+    from llama2.train.distributed import shutdown
     from llama2.train.rehearsal import rehearse
 
     found = rehearse(job)
@@ -221,7 +221,7 @@ def _rehearsed(job: "Finetune", options: TaskOptions) -> int:
         print(json.dumps(asdict(found)))
     elif job.ranks.first:
         print("\n".join(found.lines()))
-    leave()
+    shutdown()
     return 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from llama2.cpu import PAGE, CpuModel, CpuRunner, KvDtype, PagedCache
-from llama2.engine.sampler import Choice
+from llama2.engine.sampler import TokenSampler
 from llama2.engine.stop_text import StopText
 from llama2.errors import InputError
 from llama2.generation.call_settings import settings
@@ -87,7 +87,7 @@ class EngineSteps:
         """As TokenSource.tokens."""
         given: Any = self._model
         whole = settings(given, config, {"max_new_tokens": new})
-        choice = Choice(whole, ids, len(ids) + new, seed, own=processors)
+        choice = TokenSampler(whole, ids, len(ids) + new, seed, own=processors)
         stops, ends = tuple(whole.stop_strings or ()), frozenset(whole.eos_token_ids)
         text = StopText(tokenizer.stream_decoder(skip_special_tokens=True), stops) if stops else None
         pending = ids[self.length :]

@@ -89,7 +89,7 @@ def _fail(root: Path, said: str) -> None:
 
 def _train(root: Path) -> int:
     finetune.bound_caches()
-    from llama2.train.distributed import leave
+    from llama2.train.distributed import shutdown
     from llama2.train.finetune import Finetune
 
     options = _options(root)
@@ -107,7 +107,7 @@ def _train(root: Path) -> int:
     elif first:
         _check(result.folder)
         finetune.show(job, result, options)
-    leave()
+    shutdown()
     return 0 if result.finished else 130
 
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from llama2.cpu import CpuModel
 from llama2.engine.plan_runners import PlanRunner, make_plan_runner
-from llama2.engine.sampler import Choice
+from llama2.engine.sampler import TokenSampler
 from llama2.engine.scheduler import Chunk
 from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.errors import InputError
@@ -47,7 +47,7 @@ class Drafter:
         self.count, self._context = count, int(draft.config.max_position_embeddings)
         self._missing: WeakKeyDictionary[Scheduled, int] = WeakKeyDictionary()  # last positions it has not run
 
-    def fill(self, chunks: Sequence[Chunk], choice: Callable[[Chunk], Choice]) -> list[Chunk]:
+    def fill(self, chunks: Sequence[Chunk], choice: Callable[[Chunk], TokenSampler]) -> list[Chunk]:
         """Runs what the chunks bring, and finds their unknown guesses; a chunk may come back with fewer."""
         texts = {c.sequence: self._known(c) for c in chunks}
         ran = [c for c in texts.values() if c.start + len(c.tokens) <= self._context]

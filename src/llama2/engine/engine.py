@@ -22,8 +22,17 @@ from llama2.engine.blocks import BlockPool
 from llama2.engine.draft import UNKNOWN, Drafter, look_up
 from llama2.engine.fairness import STRETCH
 from llama2.engine.plan_runners import PAGE, PlanRunner, make_plan_runner
-from llama2.engine.request import Ask, Completion, EngineBusyError, Event, Finish, hand_over, is_ids, listed
-from llama2.engine.sampler import Choice, Picked
+from llama2.engine.request import (
+    Completion,
+    EngineBusyError,
+    EngineRequest,
+    Finish,
+    TokenEvent,
+    hand_over,
+    is_ids,
+    listed,
+)
+from llama2.engine.sampler import SampledToken, TokenSampler
 from llama2.engine.scheduler import Chunk, Scheduler
 from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.engine.scoring import PromptScores, scored_limit
@@ -37,16 +46,16 @@ from llama2.protocols import CausalLM
 DRAFTING = 8  # requests that run, above which a drafter rests
 
 
-class _Live:
+class ActiveRequest:
     """A request in the engine."""
 
-    def __init__(self, ask: Ask, limit: int, decoder: Any, sink: Callable[[Event], None]) -> None:
+    def __init__(self, ask: EngineRequest, limit: int, decoder: Any, sink: Callable[[TokenEvent], None]) -> None:
         self.ask, self.sink = ask, sink
         salt = f"{ask.tenant}\0{ask.adapter or ''}".encode()
         tokens = list(ask.prompt if ask.score_from is None else ask.prompt[:-1])
         scored = len(ask.prompt) - 1 if ask.rate_prompt or ask.score_from is not None else 0
         self.sequence = Scheduled(tokens, limit, salt, scored, ask.owner, (ask.score_from or 1) - 1)
-        self.choice = Choice(ask.config, ask.prompt, limit, ask.seed, ask.logprobs, ask.processors, ask.drawn)
+        self.choice = TokenSampler(ask.config, ask.prompt, limit, ask.seed, ask.logprobs, ask.processors, ask.drawn)
         self.eos = frozenset(ask.config.eos_token_ids)
         if decoder is not None and ask.continues:
             decoder.put(list(ask.prompt[-8:]))  # a character has four bytes at most, and one token more tells the start
@@ -58,7 +67,7 @@ class _Live:
         self.scoring = None if ask.score_from is None else PromptScores(ask)
         self.began = 0.0  # when it first ran
 
-    def take(self, picked: Picked) -> bool:
+    def take(self, picked: SampledToken) -> bool:
         """Tells one token; whether it was the last."""
         text = "" if self.text is None else self.text.put(picked.token)
         finish: Finish | None = None
@@ -73,7 +82,7 @@ class _Live:
             if self.text.stopped and finish == "length":  # bytes that were held back as half a character completed it
                 finish = "stop"
         stop = self.text.stop if finish == "stop" and self.text is not None else None
-        self.tell(Event(picked.token, text, picked.logprob, picked.top, finish, stop=stop))
+        self.tell(TokenEvent(picked.token, text, picked.logprob, picked.top, finish, stop=stop))
         return finish is not None
 
     def rate(self, chunk: Chunk, logits_TV: Any) -> None:
@@ -83,9 +92,11 @@ class _Live:
             return
         own_TV = logits_TV[rows.start - chunk.start : rows.stop - chunk.start]
         self.rated = rows.stop
-        self.tell(Event(prompt=tuple(self.choice.rate(self.ask.prompt[i + 1], row) for i, row in zip(rows, own_TV))))
+        self.tell(
+            TokenEvent(prompt=tuple(self.choice.rate(self.ask.prompt[i + 1], row) for i, row in zip(rows, own_TV)))
+        )
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: TokenEvent) -> None:
         if not self.ended:
             self.ended = event.finish is not None
             self.sink(event)
@@ -142,7 +153,7 @@ class Engine:
         self._counts: Counter[str] = Counter()  # requests of each owner
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
-        self._live: dict[Scheduled, _Live] = {}
+        self._live: dict[Scheduled, ActiveRequest] = {}
         self._count, self._lock = 0, threading.Lock()
         self._closing = self._stopping = False
         self.beat = time.monotonic()  # when the last step began
@@ -166,7 +177,7 @@ class Engine:
         lookup: int | None = None,
         skip_special_tokens: bool = True,
         **kwargs: Any,
-    ) -> Ask:
+    ) -> EngineRequest:
         """A checked request; further keywords are settings of generate(). Raises InputError for what cannot work."""
         ids: Sequence[int] = self._tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         config = settings(self.model, generation_config, kwargs)
@@ -181,7 +192,7 @@ class Engine:
         if logprobs is not None and not 0 <= logprobs <= self.model.config.vocab_size:
             raise InputError(f"logprobs is {logprobs}; it must lie between 0 and the vocabulary")
         lookup = self._lookup if lookup is None else lookup
-        return Ask(
+        return EngineRequest(
             list(ids), config, seed, stops, keep_stop, logprobs, adapter, tenant, lookup, (), skip_special_tokens
         )
 
@@ -199,9 +210,9 @@ class Engine:
         """The events of one request as they happen; arguments as `ask`."""
         return Stream(self, self.ask(prompt, *args, **kwargs))
 
-    async def astream(self, ask: Ask) -> AsyncIterator[Event]:
+    async def astream(self, ask: EngineRequest) -> AsyncIterator[TokenEvent]:
         """The events of a request in an event loop; raises its error. Leaving the loop ends the request."""
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent]()
         live = self.submit(ask, lambda event: hand_over(loop, events, event))
         try:
             while True:
@@ -214,17 +225,19 @@ class Engine:
         finally:
             self.cancel(live)
 
-    def submit(self, ask: Ask, sink: Callable[[Event], None]) -> _Live:
+    def submit(self, ask: EngineRequest, sink: Callable[[TokenEvent], None]) -> ActiveRequest:
         """Puts a request in the queue; `sink` hears its events in the engine's thread and must return at once.
 
         Raises InputError where it cannot fit, EngineBusyError where the queue is full or the engine is closing.
         """
         return self.submit_together([(ask, sink)])[0]
 
-    def submit_together(self, asks: Sequence[tuple[Ask, Callable[[Event], None]]]) -> list[_Live]:
+    def submit_together(
+        self, asks: Sequence[tuple[EngineRequest, Callable[[TokenEvent], None]]]
+    ) -> list[ActiveRequest]:
         """As `submit` for requests that all begin in one step, or none where one is refused: an idle engine computes
         equal requests in equal company to the last bit."""
-        lives: list[_Live] = []
+        lives: list[ActiveRequest] = []
         try:
             lives.extend(self._accept(ask, sink) for ask, sink in asks)
         except BaseException:
@@ -234,13 +247,13 @@ class Engine:
         self._put(lambda: self._begin(lives))
         return lives
 
-    def _accept(self, ask: Ask, sink: Callable[[Event], None]) -> _Live:
+    def _accept(self, ask: EngineRequest, sink: Callable[[TokenEvent], None]) -> ActiveRequest:
         """A request that is counted and will begin."""
         limit = self._limit(ask)
         decoder = None
         if self.tokenizer is not None and ask.score_from is None:
             decoder = self.tokenizer.stream_decoder(skip_special_tokens=ask.skip_special_tokens)
-        live = _Live(ask, limit, decoder, sink)
+        live = ActiveRequest(ask, limit, decoder, sink)
         self._check(live.sequence, ask)
         with self._lock:
             if self._closing:
@@ -276,10 +289,10 @@ class Engine:
         steps = min((s.limit - len(s.tokens) for s in own), default=0)
         return min(max(math.ceil(steps * self._step_seconds), 1), 600)
 
-    def cancel(self, live: _Live) -> None:
+    def cancel(self, live: ActiveRequest) -> None:
         """Ends a request within one step; one that has ended is left alone."""
         if not live.ended:
-            self._put(lambda: self._end(live, Event(finish="cancelled")))
+            self._put(lambda: self._end(live, TokenEvent(finish="cancelled")))
 
     def close(self, wait: bool = True) -> None:
         """Takes nothing new; with `wait` every accepted request is finished first, else all are cancelled."""
@@ -315,7 +328,7 @@ class Engine:
             raise InputError("the prompt is a text and the engine has no tokenizer: Engine(model, tokenizer)")
         return self.tokenizer
 
-    def _limit(self, ask: Ask) -> int:
+    def _limit(self, ask: EngineRequest) -> int:
         if ask.score_from is not None:
             return scored_limit(ask, min(self.limit, self.scheduler.capacity()))
         held, most = len(ask.prompt), min(self.limit, self.scheduler.capacity() + 1)
@@ -330,7 +343,7 @@ class Engine:
             )
         return most if new is None else held + new
 
-    def _check(self, sequence: Scheduled, ask: Ask) -> None:
+    def _check(self, sequence: Scheduled, ask: EngineRequest) -> None:
         size = self.model.config.vocab_size
         if bad := [token for token in (*ask.prompt, *ask.endings) if not 0 <= token < size]:
             raise InputError(f"the prompt contains id {bad[0]} but ids run from 0 to {size - 1}; is the tokenizer its?")
@@ -359,15 +372,15 @@ class Engine:
 
     def _cancel_all(self) -> None:
         for live in list(self._live.values()):
-            self._end(live, Event(finish="cancelled"))
+            self._end(live, TokenEvent(finish="cancelled"))
 
-    def _begin(self, lives: Sequence[_Live]) -> None:
+    def _begin(self, lives: Sequence[ActiveRequest]) -> None:
         for live in lives:
             if not live.ended:
                 self._live[live.sequence] = live
                 self.scheduler.submit(live.sequence)
 
-    def _end(self, live: _Live, event: Event | None = None) -> None:
+    def _end(self, live: ActiveRequest, event: TokenEvent | None = None) -> None:
         if event is not None:
             with contextlib.suppress(Exception):  # of whoever listens: the pages go back all the same
                 live.tell(event)
@@ -377,14 +390,14 @@ class Engine:
             self.preemptions += live.sequence.preemptions
             self._uncount(live)
 
-    def _uncount(self, live: _Live) -> None:
+    def _uncount(self, live: ActiveRequest) -> None:
         with self._lock:
             self._count -= 1
             self._counts[live.ask.owner] -= 1
             self._counts += Counter()  # drops those that have none
 
     def _loop(self) -> None:
-        with self.runner.alone:
+        with self.runner.limit_openmp:
             while True:
                 while not self._inbox.empty():
                     self._inbox.get()()
@@ -409,7 +422,7 @@ class Engine:
             rows = iter(self.runner.step(chunks, [self._live[c.sequence].ask.adapter for c in chunks]))
         except Exception as error:
             for chunk in chunks:
-                self._end(self._live[chunk.sequence], Event(finish="error", error=error))
+                self._end(self._live[chunk.sequence], TokenEvent(finish="error", error=error))
             return
         self.steps += 1
         for chunk in chunks:
@@ -428,7 +441,7 @@ class Engine:
                 else:
                     self.scheduler.commit(chunk)
             except Exception as error:  # of a processor or of whoever listens: it ends this request, not the others
-                self._end(live, Event(finish="error", error=error))
+                self._end(live, TokenEvent(finish="error", error=error))
         took = time.monotonic() - now
         self._step_seconds += (took - self._step_seconds) * (0.1 if self._step_seconds else 1.0)
         self.scheduler.ran(planned, took)
@@ -456,7 +469,7 @@ class Engine:
         else:
             chunk.sequence.draft = self._proposed(live, chunk.drafted, len(new) - 1)
 
-    def _proposed(self, live: _Live, drafted: int, held: int) -> list[int]:
+    def _proposed(self, live: ActiveRequest, drafted: int, held: int) -> list[int]:
         """Guesses for the next step, or places for those of the drafter: one more after a full success, one more than
         held after a failure, none where so many decode that their rows cost more than they save."""
         found = look_up(live.sequence.tokens, live.ask.lookup) if live.ask.lookup else []

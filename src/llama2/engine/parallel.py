@@ -243,7 +243,7 @@ class ParallelPlanRunner:
     def __init__(self, model: PartOfLlama, pages: int) -> None:
         self._local, self._place = TorchPlanRunner(model, pages), model.place
         self.pages, self.bytes_per_page = pages, self._local.bytes_per_page
-        self.alone: AbstractContextManager[None] = nullcontext()
+        self.limit_openmp: AbstractContextManager[None] = nullcontext()
         self.failed: Exception | None = None
 
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[np.ndarray]:

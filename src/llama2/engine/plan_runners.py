@@ -22,7 +22,7 @@ class PlanRunner(Protocol):
 
     pages: int
     bytes_per_page: int
-    alone: AbstractContextManager[None]  # held by the thread that steps
+    limit_openmp: AbstractContextManager[None]  # held by the thread that steps
 
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[np.ndarray]:
         """Keys and values of the chunks go into their pages; logits (wanted, V) of each chunk that wants any, in order,
@@ -43,7 +43,9 @@ class NativePlanRunner:
         self._cache = cpu.PagedCache(weights, pages * PAGE, dtype)
         self._runner = cpu.CpuRunner(weights, precision)
         self.bytes_per_page = self._cache.nbytes // pages
-        self.alone: AbstractContextManager[None] = cpu.OneOpenMpThread()  # the engine's own threads run beside torch's
+        self.limit_openmp: AbstractContextManager[None] = (
+            cpu.OneOpenMpThread()
+        )  # the engine's own threads run beside torch's
 
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[np.ndarray]:
         """As PlanRunner.step."""

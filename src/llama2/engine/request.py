@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from llama2.engine.sampler import Picked
+from llama2.engine.sampler import SampledToken
 from llama2.errors import Llama2Error
 from llama2.generation.config import GenerationConfig
 
@@ -31,13 +31,13 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Event:
+class TokenEvent:
     """One token of a request, or its end. The texts of a request's events joined are its whole text.
 
-    token: None where only text that was held back, prompt tokens, or the end, are told. logprob, top: see `Picked`.
-    prompt: ratings of the next tokens of the prompt, where they were asked for. scores: all that `Ask.score_from` asks
-    for, in the last event. finish: why the request ended, in its last event; error: what went wrong where that is
-    "error"; stop: the stop string where that is "stop".
+    token: None for an event that carries text that was held back, prompt tokens or the end only. logprob, top: see
+    `SampledToken`. prompt: log-probabilities of the next tokens of the prompt, if requested. scores: those that
+    `EngineRequest.score_from` requests, in the last event. finish: why the request ended, in its last event; error: the
+    exception if that is "error"; stop: the stop string if that is "stop".
     """
 
     token: int | None = None
@@ -46,13 +46,13 @@ class Event:
     top: tuple[tuple[int, float], ...] = ()
     finish: Finish | None = None
     error: Exception | None = None
-    prompt: tuple[Picked, ...] = ()
+    prompt: tuple[SampledToken, ...] = ()
     scores: tuple[Score, ...] = ()
     stop: str | None = None
 
 
 @dataclass(frozen=True)
-class Ask:
+class EngineRequest:
     """A request: a prompt of ids and how to continue it.
 
     config: settings of generate(), complete. stop: strings that end the text, left out of it unless keep_stop.
@@ -95,7 +95,7 @@ class Completion:
     finish: Finish | None = None
     logprobs: list[float] = field(default_factory=list)
 
-    def add(self, event: Event) -> None:
+    def add(self, event: TokenEvent) -> None:
         """Takes one event in."""
         if event.token is not None:
             self.tokens.append(event.token)
@@ -115,7 +115,7 @@ def is_ids(prompts: Sequence[Any]) -> bool:
     return len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
 
 
-def hand_over(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event]", event: Event) -> None:
+def hand_over(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[TokenEvent]", event: TokenEvent) -> None:
     """Puts an event into the queue of a loop of another thread; one that has closed hears nothing."""
     try:
         loop.call_soon_threadsafe(events.put_nowait, event)

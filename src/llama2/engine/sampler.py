@@ -18,7 +18,7 @@ from llama2.generation.processors import LogitsProcessorList
 from llama2.generation.seeded import SeededSampler, invalid_logits, likeliest
 
 
-class Picked(NamedTuple):
+class SampledToken(NamedTuple):
     """A token; with logprobs asked for its log-probability and the likeliest (id, log-probability), best first.
 
     Log-probabilities are those of the model's own logits, before penalties, temperature and filters, unless `drawn`
@@ -30,7 +30,7 @@ class Picked(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Choice:
+class TokenSampler:
     """Picks token after token of one sequence. The draws depend on `seed` alone, not on the rest of a batch."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Choice:
         if self._before:
             self._ids = np.concatenate((ids, np.zeros((1, limit - self.length), np.int64)), 1)
 
-    def __call__(self, logits_V: np.ndarray) -> Picked:
+    def __call__(self, logits_V: np.ndarray) -> SampledToken:
         """The next token. Raises InputError where there is none to pick."""
         found = None if self._whole is None else self._whole(logits_V)
         token, scores_V = (found[0], None) if found is not None else self._pick(logits_V[None])
@@ -67,9 +67,9 @@ class Choice:
             self._ids[0, self.length] = token
         self.length += 1
         if self._logprobs is None:
-            return Picked(token)
+            return SampledToken(token)
         if found is not None and self._drawn and not self._logprobs:
-            return Picked(*found)
+            return SampledToken(*found)
         if not self._drawn:
             return self.rate(token, logits_V)
         if scores_V is None:
@@ -105,14 +105,14 @@ class Choice:
         found = None if shortlist is None else shortlist(scores_BV)
         return found[0] if found is not None else int(sampler(self._filters(self._ids, scores_BV))[0][0])
 
-    def rate(self, token: int, logits_V: np.ndarray) -> Picked:
+    def rate(self, token: int, logits_V: np.ndarray) -> SampledToken:
         """A token with its log-probability in the model's own logits and as many of the likeliest as were asked for."""
         with np.errstate(all="ignore"):
             shifted_V = logits_V - logits_V.max()
             total = np.log(np.exp(shifted_V).sum())
             best = _likeliest_ids(logits_V, self._logprobs or 0)
             top = tuple(zip(best.tolist(), (shifted_V[best] - total).tolist(), strict=True))
-            return Picked(token, float(shifted_V[token] - total), top)
+            return SampledToken(token, float(shifted_V[token] - total), top)
 
 
 def _likeliest_ids(logits_V: np.ndarray, count: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llama2.engine.request import Ask, Event, Score
+from llama2.engine.request import EngineRequest, Score, TokenEvent
 from llama2.engine.scheduler import Chunk
 from llama2.errors import ContextLengthError, InputError
 
@@ -29,19 +29,19 @@ def scores(logits_TV: Any, targets: Sequence[int], endings: Sequence[int] = ()) 
 class PromptScores:
     """The scores of one request's prompt, as its chunks are computed."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: EngineRequest) -> None:
         self._ask, self._scores = ask, list[Score]()
 
-    def add(self, chunk: Chunk, logits_TV: Any) -> Event | None:
+    def add(self, chunk: Chunk, logits_TV: Any) -> TokenEvent | None:
         """Takes in the logits of a chunk's wanted tokens; the request's event after the last of them."""
         start = chunk.start + chunk.skipped
         if logits_TV is not None:
             targets = self._ask.prompt[start + 1 : start + 1 + len(logits_TV)]
             self._scores += scores(logits_TV, targets, self._ask.endings if chunk.sampled else ())
-        return Event(scores=tuple(self._scores), finish="length") if chunk.sampled else None
+        return TokenEvent(scores=tuple(self._scores), finish="length") if chunk.sampled else None
 
 
-def scored_limit(ask: Ask, most: int) -> int:
+def scored_limit(ask: EngineRequest, most: int) -> int:
     """Tokens of a prompt to be scored, of which `most` can be computed. Raises InputError where it cannot be."""
     held = len(ask.prompt)
     if ask.score_from is not None and not 1 <= ask.score_from < held:

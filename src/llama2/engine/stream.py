@@ -4,7 +4,7 @@ import queue
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llama2.engine.request import Ask, Completion, Event
+from llama2.engine.request import Completion, EngineRequest, TokenEvent
 
 if TYPE_CHECKING:
     from llama2.engine.engine import Engine
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class Stream:
     """The events of one request, for a plain loop, which raises its error; leaving the loop or `cancel` ends it."""
 
-    def __init__(self, engine: "Engine", ask: Ask) -> None:
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    def __init__(self, engine: "Engine", ask: EngineRequest) -> None:
+        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self._engine = engine
         self._live = engine.submit(ask, self._events.put)
 
@@ -22,7 +22,7 @@ class Stream:
         """Ends the request within one step."""
         self._engine.cancel(self._live)
 
-    def __iter__(self) -> Iterator[Event]:
+    def __iter__(self) -> Iterator[TokenEvent]:
         try:
             while True:
                 event = self._events.get()
@@ -35,7 +35,7 @@ class Stream:
             self.cancel()
 
 
-def complete(engine: "Engine", asks: Sequence[Ask]) -> list[Completion]:
+def complete(engine: "Engine", asks: Sequence[EngineRequest]) -> list[Completion]:
     """What becomes of several requests, all at once. Raises the error of one that fails, and ends the others."""
     streams = [Stream(engine, ask) for ask in asks]
     results = [Completion() for _ in streams]

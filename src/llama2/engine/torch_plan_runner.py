@@ -27,7 +27,7 @@ class TorchPlanRunner:
         shape = (config.num_hidden_layers, 2, pages, PAGE, config.num_key_value_heads, config.head_dim)
         self._cached = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.bytes_per_page = self._cached[:, :, 0].nbytes
-        self.alone: AbstractContextManager[None] = nullcontext()
+        self.limit_openmp: AbstractContextManager[None] = nullcontext()
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[np.ndarray]:

@@ -127,7 +127,7 @@ class Energy:
         self._before = self._read()
 
     @property
-    def told(self) -> bool:
+    def measurable(self) -> bool:
         """Whether this machine counts energy, and lets this user read it."""
         return self._before is not None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama2.engine.engine import Engine
-from llama2.engine.request import Ask, Event
+from llama2.engine.request import EngineRequest, TokenEvent
 from llama2.errors import CheckpointError, InputError
 from llama2.generation.config import GenerationConfig
 
@@ -200,17 +200,17 @@ class BlockRunner:
         self._blocks += 1
         return f"block {self._blocks}"
 
-    def _ask(self, tokens: Sequence[int], **settings: Any) -> Ask:
+    def _ask(self, tokens: Sequence[int], **settings: Any) -> EngineRequest:
         tenant = f"block {self._blocks + 1}"
-        return Ask(tokens, _GREEDY, tenant=tenant, adapter=self._adapter(), **settings)
+        return EngineRequest(tokens, _GREEDY, tenant=tenant, adapter=self._adapter(), **settings)
 
-    def _events(self, asks: Sequence[Ask]) -> list[list[Event]]:
+    def _events(self, asks: Sequence[EngineRequest]) -> list[list[TokenEvent]]:
         """Every request's events when all have ended. Raises the first one's error."""
-        heard: list[list[Event]] = [[] for _ in asks]
+        heard: list[list[TokenEvent]] = [[] for _ in asks]
         ended = threading.Semaphore(0)
 
-        def sink(events: list[Event]) -> Callable[[Event], None]:
-            def hear(event: Event) -> None:
+        def sink(events: list[TokenEvent]) -> Callable[[TokenEvent], None]:
+            def hear(event: TokenEvent) -> None:
                 events.append(event)
                 if event.finish is not None:
                     ended.release()

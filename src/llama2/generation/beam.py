@@ -159,7 +159,7 @@ def beam_search(request: Request) -> Tensor | GenerateBeamDecoderOnlyOutput:
     search = Search(request)
     logits_BV, goes_on = request.prefill(), True
     while goes_on:
-        with request.alone:
+        with request.limit_openmp:
             goes_on = search.step(logits_BV)
         if goes_on:
             logits_BV = request.advance(search.length)

@@ -55,7 +55,7 @@ def decode(request: Request) -> Iterator[Step]:
     pick = _picker(request)
     logits_BV = request.prefill()
     while True:
-        with request.alone:
+        with request.limit_openmp:
             tokens_B, tokens = pick(logits_BV, ids[:, :length], alive)
         if not all(alive):
             tokens = [token if on else pad for token, on in zip(tokens, alive, strict=True)]

@@ -58,7 +58,7 @@ class Request:
     criteria: StoppingCriteriaList
     sampler: Sampler
     record: Record = field(default_factory=Record)
-    alone: AbstractContextManager[None] = field(default_factory=nullcontext)  # around torch's work between steps
+    limit_openmp: AbstractContextManager[None] = field(default_factory=nullcontext)  # around torch's work between steps
 
     @property
     def max_length(self) -> int:
@@ -328,7 +328,7 @@ def _guidance(model: CausalLM, call: GenerateArguments, config: GenerationConfig
     return UnbatchedClassifierFreeGuidanceLogitsProcessor(scale, model, ids, mask, config.value("use_cache"))
 
 
-def _alone(call: GenerateArguments, runner: Runner, busy: bool) -> AbstractContextManager[None]:
+def _limit_openmp(call: GenerateArguments, runner: Runner, busy: bool) -> AbstractContextManager[None]:
     """torch without threads where the engine has its own, unless there is nothing to do or it is the caller's code."""
     theirs = call.logits_processor or call.stopping_criteria or call.prefix_allowed_tokens_fn
     return cpu.OneOpenMpThread() if isinstance(runner, NativeRunner) and busy and not theirs else nullcontext()
@@ -392,5 +392,5 @@ def prepare(model: CausalLM, call: GenerateArguments, config: GenerationConfig) 
         criteria=_criteria(call, config),
         sampler=Sampler(config.value("do_sample"), call.generator, seeds),
         record=Record.of(config),
-        alone=_alone(call, runner, bool(processors) or beams > 1 or config.value("do_sample")),
+        limit_openmp=_limit_openmp(call, runner, bool(processors) or beams > 1 or config.value("do_sample")),
     )

@@ -131,12 +131,12 @@ def _in_place(params: Sequence[BlockParams], order: Tensor, grid: BlockGrid) -> 
 
 
 def _joined(fits: Sequence[Fit]) -> Fit:
-    def together(parts: Sequence[Tensor | None]) -> Tensor | None:
+    def concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:
         present = [part for part in parts if part is not None]
         return torch.cat(present) if present else None
 
     d, s = torch.cat([f.d for f in fits]), torch.cat([f.s for f in fits])
-    return Fit(d, s, together([f.dm for f in fits]), together([f.m for f in fits]))
+    return Fit(d, s, concatenated([f.dm for f in fits]), concatenated([f.m for f in fits]))
 
 
 def _params(found: Fit) -> BlockParams:

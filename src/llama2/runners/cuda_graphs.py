@@ -1,7 +1,7 @@
 """The decoding step of a model as a CUDA graph: one launch for a token instead of a thousand small ones.
 
 A graph reads and writes fixed addresses, so the keys and values of the sequence being continued lie in buffers that
-belong to the graphs (`KVCache.lodge`), and the newest ids, positions and mask are copied into place before each replay.
+belong to the graphs (`KVCache.claim`), and the newest ids, positions and mask are copied into place before each replay.
 Graphs are recorded for buffers cut to 256, 512, 1024, ... positions, since attention reads all that it is shown. They
 stay with the model from call to call and go with it; what they have baked in is compared before they are used again.
 
@@ -144,7 +144,7 @@ def _settings(held: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-# -- buffers and their tenant ------------------------------------------------------------------------------------
+# -- buffers and their owner ------------------------------------------------------------------------------------
 
 
 class _Slot:
@@ -157,7 +157,7 @@ class _Slot:
         self._buffers: Tensor | None = None  # (layers, 2, B, K, C, E)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._tenant: ref[DynamicCache] | None = None
+        self._owner: ref[DynamicCache] | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -165,17 +165,17 @@ class _Slot:
         """Whether there are buffers."""
         return self._buffers is not None
 
-    def admit(self, cache: DynamicCache, need: int, most: int) -> bool:
+    def reserve(self, cache: DynamicCache, need: int, most: int) -> bool:
         """Whether `cache` now lies in buffers with room for `need` positions, best for `most`."""
-        if need <= self.room and cache.lodges_in(self.keys):
+        if need <= self.room and cache.lies_in(self.keys):
             return True
-        tenant = None if self._tenant is None else self._tenant()
-        if tenant is not None:
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
             other = self._thread is not threading.current_thread()
-            if tenant is not cache and other and self._thread is not None and self._thread.is_alive():
+            if owner is not cache and other and self._thread is not None and self._thread.is_alive():
                 return False  # in use at this moment, perhaps inside a layer
-            tenant.move_out()
-            self._tenant = None
+            owner.move_out()
+            self._owner = None
         if cache.layers and not self._takes(cache):
             return False
         if need > self.room:
@@ -186,8 +186,8 @@ class _Slot:
             self._buffers.zero_()  # a NaN left behind would come through the mask
         if self._buffers is None or need > self.room:
             return False
-        cache.lodge(self.keys, self.values)
-        self._tenant, self._thread = ref(cache), threading.current_thread()
+        cache.claim(self.keys, self.values)
+        self._owner, self._thread = ref(cache), threading.current_thread()
         return True
 
     def _takes(self, cache: DynamicCache) -> bool:
@@ -294,7 +294,7 @@ class Graphs:
             slot = self._slots.get((rows, _stream(device)))
             if slot is not None and slot.opened and not slot.refused:
                 with torch.inference_mode(False), torch.no_grad():
-                    slot.admit(cache, length, length)
+                    slot.reserve(cache, length, length)
 
     def step(
         self, model: Any, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: DynamicCache, most: int
@@ -307,7 +307,7 @@ class Graphs:
             if slot.refused or slot.seen <= PATIENCE or not cache.layers:
                 return None
             held = cache.get_seq_length()
-            if not slot.admit(cache, held + 1, most):
+            if not slot.reserve(cache, held + 1, most):
                 return None
             slot.fill(tokens, positions, mask_BS, held)
             try:

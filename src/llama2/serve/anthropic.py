@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.engine import Event
+from llama2.engine.engine import TokenEvent
 from llama2.serve import openai_chat, sse
 from llama2.serve.dialect import Dialect, Route, post
 from llama2.serve.errors import KINDS, Refusal
@@ -275,7 +275,7 @@ class MessageWriter(sse.Writer):
         none = {"stop_reason": None, "stop_sequence": None}
         return self.event("message_start", message=self.reply.message([], none, self.reply.usage(None)))
 
-    def put(self, index: int, event: Event) -> bytes:
+    def put(self, index: int, event: TokenEvent) -> bytes:
         """One token."""
         found = b""
         for piece in self.turn.put(event):

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ConfigDict
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.engine import Event, Finish
-from llama2.engine.sampler import Picked
+from llama2.engine.engine import Finish, TokenEvent
+from llama2.engine.sampler import SampledToken
 from llama2.serve import openai_chat, openai_completions, sse
 from llama2.serve.dialect import Dialect, Route, get, post
 from llama2.serve.errors import KINDS, Refusal
@@ -193,10 +193,10 @@ class NativeReply:
         """The number of the prompt that an answer goes on from."""
         return index // self.request.best_of
 
-    def chunk(self, index: int, event: Event, session: Session | None) -> dict[str, Any]:
+    def chunk(self, index: int, event: TokenEvent, session: Session | None) -> dict[str, Any]:
         """What one event adds."""
         answer = self.answers[index]
-        picked = [] if event.token is None else [Picked(event.token, event.logprob, event.top)]
+        picked = [] if event.token is None else [SampledToken(event.token, event.logprob, event.top)]
         found: dict[str, Any] = {
             "index": index,
             "content": event.text,
@@ -209,13 +209,13 @@ class NativeReply:
         found |= self.probabilities(picked)
         return found | ({"timings": self.timings(index, session)} if self.body.timings_per_token and session else {})
 
-    def probabilities(self, picked: list[Picked]) -> dict[str, Any]:
+    def probabilities(self, picked: list[SampledToken]) -> dict[str, Any]:
         """Log-probabilities of tokens, where they were asked for."""
         if not self.body.tops:
             return {}
         return {"completion_probabilities": [self.rated(p) for p in picked]} if picked else {}
 
-    def rated(self, picked: Picked) -> dict[str, Any]:
+    def rated(self, picked: SampledToken) -> dict[str, Any]:
         """One token."""
 
         def entry(token: int, logprob: float | None) -> dict[str, Any]:
@@ -321,7 +321,7 @@ class NativeWriter(sse.Writer):
         self.reply = reply
         self.session: Session | None = None  # known once the stream begins
 
-    def put(self, index: int, event: Event) -> bytes:
+    def put(self, index: int, event: TokenEvent) -> bytes:
         """One token; the last object of an answer comes at its end, from `end`."""
         self.reply.answers[index].add(event)
         if self.reply.body.bound == 0 or (event.token is None and not event.text):

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.engine import Event
-from llama2.engine.sampler import Picked
+from llama2.engine.engine import TokenEvent
+from llama2.engine.sampler import SampledToken
 from llama2.serve import openai_chat, openai_completions, sse
 from llama2.serve.chat import Tools, prompt_ids
 from llama2.serve.dialect import Dialect, Route, get, post
@@ -206,10 +206,12 @@ class _Lines(sse.Writer):
         """One object."""
         return {"model": self.name, "created_at": timestamp(time.time()), **said, "done": done, **more}
 
-    def put(self, index: int, event: Event) -> bytes:
+    def put(self, index: int, event: TokenEvent) -> bytes:
         """One token."""
         text = "".join(piece.text for piece in self.turn.put(event) if piece.call is None)
-        logprobs = self.logprobs([Picked(event.token, event.logprob, event.top)] if event.token is not None else [])
+        logprobs = self.logprobs(
+            [SampledToken(event.token, event.logprob, event.top)] if event.token is not None else []
+        )
         if event.finish is not None:
             self.finish = "length" if event.finish == "length" else "stop"
         found = json_line(self.line(self.said(text), **logprobs)) if text or logprobs else b""
@@ -217,7 +219,7 @@ class _Lines(sse.Writer):
             found += json_line(self.line(self.said("", self.calls(self.turn))))
         return found
 
-    def logprobs(self, picked: list[Picked]) -> dict[str, Any]:
+    def logprobs(self, picked: list[SampledToken]) -> dict[str, Any]:
         """Those of some tokens, where they were asked for."""
         if self.request.logprobs is None or not picked:
             return {}
@@ -263,7 +265,7 @@ class _Lines(sse.Writer):
 
     def whole(self, session: Session, answer: Answer) -> dict[str, Any]:
         """The complete answer as one object."""
-        self.turn.put(Event(text=answer.text, finish=answer.finish, stop=answer.stop))
+        self.turn.put(TokenEvent(text=answer.text, finish=answer.finish, stop=answer.stop))
         self.finish = "length" if answer.finish == "length" else "stop"
         said = self.said(self.turn.text, self.calls(self.turn))
         return self.line(said, True, **self.logprobs(answer.picked), **self.numbers(session), **self.after())
@@ -288,7 +290,7 @@ class _GenerateLines(_Lines):
     def said(self, text: str, calls: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         return {"response": text}
 
-    def put(self, index: int, event: Event) -> bytes:
+    def put(self, index: int, event: TokenEvent) -> bytes:
         if self.ids is not None and event.token is not None:
             self.ids.append(event.token)
         return super().put(index, event)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama2.engine.engine import Finish
-from llama2.engine.sampler import Picked
+from llama2.engine.sampler import SampledToken
 from llama2.serve.dialect import Dialect, Route
 from llama2.serve.errors import KINDS, Refusal
 from llama2.serve.served_model import ServedModel
@@ -86,7 +86,7 @@ def finite(logprob: float | None) -> float:
     return max(-9999.0 if logprob is None or logprob != logprob else logprob, -9999.0)
 
 
-def rated(tokenizer: Any, picked: Picked, tops: int) -> dict[str, Any]:
+def rated(tokenizer: Any, picked: SampledToken, tops: int) -> dict[str, Any]:
     """One entry of a chat's logprobs."""
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:

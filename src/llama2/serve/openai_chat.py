@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.engine import Event
-from llama2.engine.sampler import Picked
+from llama2.engine.engine import TokenEvent
+from llama2.engine.sampler import SampledToken
 from llama2.serve import sse
 from llama2.serve.chat import Message, Tool, Tools, chosen, fitting_ids
 from llama2.serve.common import Common
@@ -173,7 +173,7 @@ class ChatWriter(OpenAIWriter):
         """The role of every answer."""
         return b"".join(self.chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.turns)))
 
-    def put(self, index: int, event: Event) -> bytes:
+    def put(self, index: int, event: TokenEvent) -> bytes:
         """One token, and the end."""
         found, turn = b"", self.turns[index]
         logprobs = self.logprobs(event)
@@ -194,7 +194,7 @@ class ChatWriter(OpenAIWriter):
             found += self.chunk(index, {}, None, turn.reason)
         return found
 
-    def logprobs(self, event: Event) -> dict[str, Any] | None:
+    def logprobs(self, event: TokenEvent) -> dict[str, Any] | None:
         """Those of an event's token, if asked for."""
         if not self.body.logprobs or event.token is None:
             return None
@@ -251,8 +251,8 @@ class LegacyWriter(ChatWriter):
         return b""
 
 
-def _picked(event: Event) -> Picked:
-    return Picked(event.token or 0, event.logprob, event.top)
+def _picked(event: TokenEvent) -> SampledToken:
+    return SampledToken(event.token or 0, event.logprob, event.top)
 
 
 DIALECT = OpenAI(

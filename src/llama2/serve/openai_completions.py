@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.engine import Event
-from llama2.engine.sampler import Picked
+from llama2.engine.engine import TokenEvent
+from llama2.engine.sampler import SampledToken
 from llama2.serve import sse
 from llama2.serve.common import Common
 from llama2.serve.dialect import post
@@ -146,7 +146,7 @@ def _choice(
         text = tokenizer.decode(list(prompt), skip_special_tokens=True) + text
     logprobs = None
     if body.logprobs is not None:
-        before = [Picked(prompt[0]), *answer.prompt] if body.echo else []
+        before = [SampledToken(prompt[0]), *answer.prompt] if body.echo else []
         offsets = Offsets(tokenizer, _skips(body), () if body.echo else prompt)
         logprobs = table(tokenizer, [*before, *picked], body.logprobs, offsets)
     reason = "length" if body.max_tokens == 0 else REASONS[answer.finish or "length"]
@@ -169,7 +169,7 @@ class Offsets:
         return at
 
 
-def table(tokenizer: Any, picked: list[Picked], tops: int, offsets: Offsets) -> dict[str, Any]:
+def table(tokenizer: Any, picked: list[SampledToken], tops: int, offsets: Offsets) -> dict[str, Any]:
     """The logprobs of a completion. A first token has none: null.
 
     Special tokens are told too, `</s>` among them. The token itself is always among the likeliest that are told.
@@ -182,7 +182,7 @@ def table(tokenizer: Any, picked: list[Picked], tops: int, offsets: Offsets) -> 
     }
 
 
-def _likeliest(tokenizer: Any, picked: Picked, tops: int) -> dict[str, float]:
+def _likeliest(tokenizer: Any, picked: SampledToken, tops: int) -> dict[str, float]:
     """By their texts; of two with the same text, as broken bytes have it, the likelier."""
     found: dict[str, float] = {}
     for token, logprob in (*picked.top[:tops], (picked.token, picked.logprob)):
@@ -213,12 +213,12 @@ class CompletionWriter(OpenAIWriter):
                 found += self.chunk(i * self.generation.n + j, text)
         return found
 
-    def put(self, index: int, event: Event) -> bytes:
+    def put(self, index: int, event: TokenEvent) -> bytes:
         """One token, and the end."""
         text = "" if self.body.max_tokens == 0 else event.text
         logprobs = None
         if self.body.logprobs is not None and event.token is not None:
-            picked = Picked(event.token, event.logprob, event.top)
+            picked = SampledToken(event.token, event.logprob, event.top)
             logprobs = table(self.tokenizer, [picked], self.body.logprobs, self.offsets[index])
         reason = None if event.finish is None else REASONS[event.finish]
         return self.chunk(index, text, logprobs, reason) if text or logprobs or reason else b""

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.engine import Event
-from llama2.engine.sampler import Picked
+from llama2.engine.engine import TokenEvent
+from llama2.engine.sampler import SampledToken
 from llama2.serve import openai_chat, sse
 from llama2.serve.dialect import Route, get, post
 from llama2.serve.errors import KINDS, Refusal
@@ -281,7 +281,7 @@ class ResponseReply:
             "status": status,
         }
 
-    def rated(self, picked: list[Picked]) -> list[Any]:
+    def rated(self, picked: list[SampledToken]) -> list[Any]:
         """Log-probabilities, where they were asked for."""
         if not self.begun.body.logprobs:
             return []
@@ -315,11 +315,11 @@ class ResponseWriter(OpenAIWriter):
         names = ("response.created", "response.in_progress")
         return b"".join(self.event(name, response=response) for name in names)
 
-    def put(self, index: int, event: Event) -> bytes:
+    def put(self, index: int, event: TokenEvent) -> bytes:
         """One token."""
         found = b""
         if event.token is not None:
-            self.untold += self.reply.rated([Picked(event.token, event.logprob, event.top)])
+            self.untold += self.reply.rated([SampledToken(event.token, event.logprob, event.top)])
         for piece in self.turn.put(event):
             if piece.call is None:
                 found += self.say(piece.text)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llama2.engine.engine import Ask, Engine
+from llama2.engine.engine import Engine, EngineRequest
 from llama2.generation.config import GenerationConfig
 from llama2.serve.constraint import Constrained, Constraint
 from llama2.serve.errors import Refusal
@@ -169,7 +169,9 @@ class GenerationRequest:
                 "shorten it",
             )
 
-    def engine_requests(self, engine: Engine, bounds: Bounds, held: Callable[[int], Constrained] | None) -> list[Ask]:
+    def engine_requests(
+        self, engine: Engine, bounds: Bounds, held: Callable[[int], Constrained] | None
+    ) -> list[EngineRequest]:
         """The engine's requests, `best_of` for each prompt in turn. Raises InputError. May take milliseconds.
 
         held: makes what holds an answer behind so many tokens to the constraint, where there is one.

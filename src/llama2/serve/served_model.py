@@ -4,7 +4,7 @@ import time
 from functools import partial
 from typing import Any
 
-from llama2.engine.engine import Ask, Engine
+from llama2.engine.engine import Engine, EngineRequest
 from llama2.errors import InputError
 from llama2.serve.constraint import Compiler
 from llama2.serve.errors import Refusal
@@ -65,7 +65,7 @@ class ServedModel:
         """Raises Refusal for what the bounds forbid."""
         request.check(self.bounds, self.engine.model.config.vocab_size)
 
-    def engine_requests(self, request: GenerationRequest, compiled: Any) -> list[Ask]:
+    def engine_requests(self, request: GenerationRequest, compiled: Any) -> list[EngineRequest]:
         """A checked request as the engine takes it; compiled: its constraint, where it has one. Raises InputError."""
         held = None
         if compiled is not None and self.compiler is not None:

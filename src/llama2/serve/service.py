@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from llama2.engine.engine import Ask, Engine
+from llama2.engine.engine import Engine, EngineRequest
 from llama2.errors import InputError
 from llama2.serve import validation
 from llama2.serve.auth import Keys
@@ -133,7 +133,9 @@ class Service:
         """Runs a forward pass beside the event loop, one at a time. Raises Refusal."""
         return await self._embed(owner, refusing, task, *args)
 
-    def session(self, model: ServedModel, request: GenerationRequest, asks: Sequence[Ask], times: Times) -> Session:
+    def session(
+        self, model: ServedModel, request: GenerationRequest, asks: Sequence[EngineRequest], times: Times
+    ) -> Session:
         """Submits a checked request; called in the event loop. Raises Refusal."""
         if self._mailbox is None:
             self._mailbox = Mailbox(asyncio.get_running_loop())

@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from llama2.engine.engine import Ask, Engine, EngineBusyError, Event, Finish
-from llama2.engine.sampler import Picked
+from llama2.engine.engine import Engine, EngineBusyError, EngineRequest, Finish, TokenEvent
+from llama2.engine.sampler import SampledToken
 from llama2.errors import InputError, Llama2Error
 from llama2.serve.constraint import ConstraintError
 from llama2.serve.errors import Refusal, kind_of
 
-Told = tuple[int, Event]
+Told = tuple[int, TokenEvent]
 PING_AFTER = 15.0
 
 
@@ -23,9 +23,9 @@ class Mailbox:
     """Events on their way from the engine's thread to the sessions of one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop, self._held, self._called = loop, deque[tuple["Session", int, Event]](), False
+        self._loop, self._held, self._called = loop, deque[tuple["Session", int, TokenEvent]](), False
 
-    def put(self, session: "Session", index: int, event: Event) -> None:
+    def put(self, session: "Session", index: int, event: TokenEvent) -> None:
         """Called in the engine's thread."""
         self._held.append((session, index, event))
         if not self._called:
@@ -60,7 +60,7 @@ class Session:
         self,
         engine: Engine,
         mailbox: Mailbox,
-        asks: Sequence[Ask],
+        asks: Sequence[EngineRequest],
         times: Times | None = None,
         count: Callable[[int], None] | None = None,
     ) -> None:
@@ -83,7 +83,7 @@ class Session:
             self.close()
             raise Refusal(kind_of(error), str(error)) from None
 
-    def arrive(self, index: int, event: Event) -> None:
+    def arrive(self, index: int, event: TokenEvent) -> None:
         """Called in the event loop for each event."""
         now = time.monotonic()
         if event.token is not None:
@@ -147,18 +147,18 @@ class Answer:
     """What became of one ask: the fold of its events."""
 
     text: str = ""
-    picked: list[Picked] = field(default_factory=list)
+    picked: list[SampledToken] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)  # the text that came with each token
-    prompt: list[Picked] = field(default_factory=list)
+    prompt: list[SampledToken] = field(default_factory=list)
     finish: Finish | None = None
     stop: str | None = None  # the stop string that ended it
 
-    def add(self, event: Event) -> None:
+    def add(self, event: TokenEvent) -> None:
         """Takes one event in."""
         self.prompt += event.prompt
         self.text += event.text
         if event.token is not None:
-            self.picked.append(Picked(event.token, event.logprob, event.top))
+            self.picked.append(SampledToken(event.token, event.logprob, event.top))
             self.pieces.append(event.text)
         self.finish = event.finish or self.finish
         self.stop = event.stop or self.stop

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llama2.engine.engine import Event
+from llama2.engine.engine import TokenEvent
 from llama2.serve.errors import Refusal
 from llama2.serve.service import Gone, RouteCall, late
 from llama2.serve.session import Session
@@ -26,7 +26,7 @@ class Writer(Protocol):
         """What comes before the first event."""
         return b""
 
-    def put(self, index: int, event: Event) -> bytes:
+    def put(self, index: int, event: TokenEvent) -> bytes:
         """An event of the answer `index`; may be empty."""
 
     def end(self, session: Session) -> bytes:

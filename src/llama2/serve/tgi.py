@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.engine import Event, Finish
-from llama2.engine.sampler import Picked
+from llama2.engine.engine import Finish, TokenEvent
+from llama2.engine.sampler import SampledToken
 from llama2.serve import sse
 from llama2.serve.chat import chosen, prompt_ids
 from llama2.serve.common import LEAST_TOP_P, drawn, salt
@@ -276,7 +276,7 @@ def _sequence(
 def _prefill(model: ServedModel, generation: GenerationRequest, answer: Answer) -> list[dict[str, Any]]:
     if not generation.prompt_logprobs:
         return []
-    rows = [Picked(generation.prompts[0][0]), *answer.prompt]
+    rows = [SampledToken(generation.prompts[0][0]), *answer.prompt]
     return [
         {"id": p.token, "text": _text(model, p.token), "logprob": None if p.logprob is None else finite(p.logprob)}
         for p in rows
@@ -304,7 +304,7 @@ class TokenWriter(sse.Writer):
         self.model, self.body, self.generation, self.warnings = model, body, generation, warnings
         self.answer = Answer()
 
-    def put(self, index: int, event: Event) -> bytes:
+    def put(self, index: int, event: TokenEvent) -> bytes:
         """One token, and the end."""
         self.answer.add(event)
         if event.token is None:
@@ -319,7 +319,7 @@ class TokenWriter(sse.Writer):
             told["warnings"], self.warnings = self.warnings, []
         return sse.data(told | {"generated_text": None, "details": None} | self._last(event))
 
-    def _last(self, event: Event) -> dict[str, Any]:
+    def _last(self, event: TokenEvent) -> dict[str, Any]:
         if event.finish is None:
             return {}
         given = self.body.given

@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llama2.engine.engine import Event, Finish
+from llama2.engine.engine import Finish, TokenEvent
 from llama2.serve.chat import Tools
 from llama2.serve.session import Answer
 
@@ -51,7 +51,7 @@ class ModelTurn:
     def whole(cls, tools: Tools, answer: Answer) -> "ModelTurn":
         """The turn of a complete answer."""
         turn = cls(tools)
-        turn.put(Event(text=answer.text, finish=answer.finish, stop=answer.stop))
+        turn.put(TokenEvent(text=answer.text, finish=answer.finish, stop=answer.stop))
         return turn
 
     @property
@@ -61,7 +61,7 @@ class ModelTurn:
             return "length"
         return "tool_calls" if self.calls else "stop"
 
-    def put(self, event: Event) -> list[Piece]:
+    def put(self, event: TokenEvent) -> list[Piece]:
         """The pieces that an event adds."""
         self.finish, self.stop = event.finish or self.finish, event.stop or self.stop
         if self._reader is None:

@@ -23,7 +23,7 @@ from llama2.errors import InputError
 from llama2.quantization.linear import PackedLinear
 
 T = TypeVar("T")
-_MESHES: list[DeviceMesh] = []  # of sharded models, for `leave`; equal ones are not the same
+_MESHES: list[DeviceMesh] = []  # of sharded models, for `shutdown`; equal ones are not the same
 COMMAND = "torchrun --nproc-per-node N -m llama2 finetune ..."
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(hours=1)  # others wait while rank 0 hashes and syncs a checkpoint
@@ -58,8 +58,8 @@ class Ranks:
         dist.all_reduce(found)
         return found.tolist()
 
-    def told(self, ask: Callable[[], T]) -> T:
-        """What rank 0 finds, on every rank; an error of rank 0 is raised on every rank."""
+    def broadcast(self, ask: Callable[[], T]) -> T:
+        """Calls `ask` on rank 0 and returns its result on every rank; an error of rank 0 is raised on every rank."""
         if self.world == 1:
             return ask()
         box: list[Any] = [None, None]
@@ -103,7 +103,7 @@ class Ranks:
             return
         held = list(parameters)
         sizes = [float(p.double().square().sum()) for p in held]
-        same = self.told(lambda: sizes) == sizes
+        same = self.broadcast(lambda: sizes) == sizes
         if self.sums([not same])[0]:
             for parameter in held:
                 dist.broadcast(parameter, 0)
@@ -181,8 +181,8 @@ def _local() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
 
 
-def leave() -> None:
-    """Parts from the others, at the end of a run that went well."""
+def shutdown() -> None:
+    """Leaves the process group at the end of a run that went well."""
     if not dist.is_initialized():
         return
     dist.barrier()  # none closes connections that another still reads

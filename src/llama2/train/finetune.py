@@ -217,7 +217,7 @@ class Finetune:
         Raises InputError where the disk is full, with what is kept, and where another process writes into the folder.
         """
         with ExitStack() as stack:
-            self.ranks.told(lambda: stack.enter_context(locked(self.folder)))
+            self.ranks.broadcast(lambda: stack.enter_context(locked(self.folder)))
             return self._run(report)
 
     def _trainer(

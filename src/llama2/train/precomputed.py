@@ -35,7 +35,7 @@ def with_reference(
     there else. Ranks share the pairs. size: pairs of a pass.
     """
     mark = _fingerprint(objective, model, sets)
-    kept = ranks.told(lambda: _read(folder / FILE, mark, [len(items) for items in sets]))
+    kept = ranks.broadcast(lambda: _read(folder / FILE, mark, [len(items) for items in sets]))
     if kept is None:
         if tell is not None and ranks.first:
             tell(f"computing the reference of {sum(map(len, sets)):,} pairs")

@@ -139,7 +139,9 @@ class Saving(Results):
         """Makes the repository, before anything is trained for it."""
         if self.args.push_to_hub:
             args = self.args
-            self.ranks.told(lambda: _create(self.hub_model_id, token=args.hub_token, private=args.hub_private_repo))
+            self.ranks.broadcast(
+                lambda: _create(self.hub_model_id, token=args.hub_token, private=args.hub_private_repo)
+            )
 
     def push_to_hub(
         self,
@@ -203,7 +205,7 @@ class Saving(Results):
     def _alone(self) -> Iterator[None]:
         """One run at a time writes into a folder: rank 0 has its lock."""
         with ExitStack() as stack:
-            self.ranks.told(lambda: stack.enter_context(files.locked(self.folder)))
+            self.ranks.broadcast(lambda: stack.enter_context(files.locked(self.folder)))
             yield
 
     @contextmanager
@@ -229,7 +231,7 @@ class Saving(Results):
         if self.state.best_global_step is not None:
             self.state.best_model_checkpoint = str(self.folder / f"checkpoint-{self.state.best_global_step}")
         with ExitStack() as stack:
-            made = ranks.told(lambda: stack.enter_context(checkpoints.writing(self.folder, step, self.run)))
+            made = ranks.broadcast(lambda: stack.enter_context(checkpoints.writing(self.folder, step, self.run)))
             checkpoint_state.write(made, self.updates, ranks, state=not self.args.save_only_model)
             if ranks.first:
                 self._write_state(made)
@@ -278,8 +280,8 @@ class Saving(Results):
 
     def _resume(self, wanted: bool | str | None) -> None:
         wanted = wanted or self.ranks.restarts > 0
-        place = self.ranks.told(lambda: self._chosen(wanted))
-        self.run = self.ranks.told(checkpoints.new_run) if place is None else checkpoints.run_of(place)
+        place = self.ranks.broadcast(lambda: self._chosen(wanted))
+        self.run = self.ranks.broadcast(checkpoints.new_run) if place is None else checkpoints.run_of(place)
         if place is None:
             if wanted and self.ranks.first and (self.folder / LOG).exists():
                 files.write_text(self.folder / LOG, "")  # of steps without a checkpoint, which are taken again

@@ -178,7 +178,7 @@ class Trainer(Loop):
 
     def _check(self) -> None:
         args = self.args
-        self.ranks.told(self._check_folder)
+        self.ranks.broadcast(self._check_folder)
         if self.objective is not None and not self.rows and not self.eval_rows:
             raise InputError("there are no rows to train on; pass rows=, or train_dataset=")
         if args.eval_strategy != "no" and not self.eval_rows:
@@ -325,7 +325,7 @@ class Trainer(Loop):
 
     def _finish(self, first: int, begin: float) -> TrainOutput:
         """The last checkpoint, the figures of the run, and the best weights where these are wanted."""
-        there = self.ranks.told(lambda: checkpoints.found(self.folder))
+        there = self.ranks.broadcast(lambda: checkpoints.found(self.folder))
         saves = self.args.save_strategy not in ("no", "best") or self._ends
         own = [checkpoints.step_of(place) for place in there if checkpoints.run_of(place) == self.run]
         if saves and own[-1:] != [self.state.global_step]:

@@ -109,7 +109,7 @@ def test_tools(client: Any) -> None:
 
 
 def test_a_call_is_told_whole_with_an_object_of_arguments(face: Served) -> None:
-    from llama2.engine.engine import Event
+    from llama2.engine.engine import TokenEvent
     from llama2.serve.chat import Tool, chosen
     from llama2.serve.ollama import _ChatLines
     from llama2.serve.request import GenerationRequest
@@ -122,7 +122,7 @@ def test_a_call_is_told_whole_with_an_object_of_arguments(face: Served) -> None:
     writer = _ChatLines(Call, "tiny", face.service.model, GenerationRequest(prompts=((1,),)), tools)  # type: ignore[arg-type]
     text = '{"name": "f", "arguments": {"a": 3}}'
     told = b"".join(
-        writer.put(0, Event(7, c, finish="eos" if i == len(text) - 1 else None)) for i, c in enumerate(text)
+        writer.put(0, TokenEvent(7, c, finish="eos" if i == len(text) - 1 else None)) for i, c in enumerate(text)
     )
     (line,) = lines(told)
     (made,) = line["message"]["tool_calls"]
