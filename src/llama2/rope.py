@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
-from llama2.rope_types import ROPE_TYPES, attention_scaling, inverse_frequencies
+from llama2.rope_types import attention_scaling, inverse_frequencies, type_of
 
 
 def promoted(dtype: torch.dtype) -> torch.dtype:
@@ -22,8 +22,8 @@ def promoted(dtype: torch.dtype) -> torch.dtype:
 class LlamaRotaryEmbedding(nn.Module):
     """Positions (B, T) -> cos, sin (B, T, head_dim) in promote(x.dtype, float32).
 
-    The dynamic type uses the longest position of the call, so the same call gives the same result whatever came
-    before; keys cached under a shorter length keep their rotation (as in transformers).
+    A type whose frequencies follow the length uses the longest position of the call, so the same call gives the same
+    result whatever came before; keys cached under a shorter length keep their rotation (as in transformers).
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -59,8 +59,7 @@ class LlamaRotaryEmbedding(nn.Module):
             return self._given.to(device, dtype)
         if torch.compiler.is_compiling():
             return self._computed(dtype, seq_len).to(device)
-        settings = self.config.rope_parameters
-        key = (device, dtype, seq_len, self.config.max_position_embeddings, *settings.items())
+        key = (device, dtype, seq_len, self.config.max_position_embeddings, repr(self.config.rope_parameters))
         if key not in self._tables:
             if len(self._tables) > 8:
                 self._tables.clear()
@@ -75,9 +74,9 @@ class LlamaRotaryEmbedding(nn.Module):
         """cos and sin for each position; `x` gives device and dtype only."""
         dtype = promoted(x.dtype)
         seq_len = None
-        if ROPE_TYPES[self.config.rope_parameters["rope_type"]].base is not None:
+        if (constant_below := type_of(self.config).constant_below) is not None:
             seq_len = int(position_ids.max()) + 1
-            seq_len = None if seq_len <= self.config.max_position_embeddings else seq_len
+            seq_len = None if seq_len <= constant_below(self.config) else seq_len
         # autocast would take the angles down to bfloat16, three digits for a position of 4,000.
         with torch.autocast(x.device.type, enabled=False):
             angles = position_ids[..., None].to(dtype) * self._frequencies(x.device, dtype, seq_len)

@@ -11,15 +11,14 @@ from typing import Any
 from llama2.errors import ConfigError
 from llama2.plain import plain
 from llama2.rope_types import ROPE_TYPES
-from llama2.schema import FLAG, Schema, check, real, text
+from llama2.schema import Schema, check, real, text
 from llama2.text_file import shown
 
 DEFAULT_THETA = 10000.0
 _POSITIVE = real(1e-30, 1e30)
 _SCHEMA: Schema = {
     **dict.fromkeys(("type", "rope_type"), text(64)),
-    **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), real(-1e6, 1e6)),
-    "truncate": FLAG,
+    **{name: kind for row in ROPE_TYPES.values() for name, kind in row.values.items()},
 }
 
 

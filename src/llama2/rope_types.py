@@ -8,10 +8,11 @@ The arithmetic is written once, in operations that numpy and torch share, so bot
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llama2.errors import ConfigError
+from llama2.schema import FLAG, Schema, real
 
 Settings = Mapping[str, Any]
 
@@ -31,28 +32,49 @@ class RopeConfig(Protocol):
 class RopeType:
     """A row. `required` and `optional` name its settings beside rope_type and rope_theta.
 
-    scale(inv, config, xp): the frequencies from those of plain RoPE; xp is numpy or torch. base(config, length): the
-    base for a text of `length` positions. check(settings) raises ConfigError for settings that contradict each other.
-    magnitude(settings): what multiplies cos and sin.
+    scale(inv, config, length, xp): the frequencies from those of plain RoPE; xp is numpy or torch. base(config,
+    length): the base for a text of `length` positions. constant_below(config): the length up to which frequencies do
+    not depend on the text's; None where they never do. unbounded: positions beyond the configured context work as well.
+    check(settings) raises ConfigError for settings that contradict each other. magnitude(settings): what multiplies cos
+    and sin. values: what values its own settings may have.
     """
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    scale: Callable[[Any, RopeConfig, Any], Any] | None = None
+    scale: Callable[[Any, RopeConfig, int | None, Any], Any] | None = None
     base: Callable[[RopeConfig, int | None], float] | None = None
+    constant_below: Callable[[RopeConfig], int] | None = None
+    unbounded: bool = False
     check: Callable[[Settings], None] | None = None
     magnitude: Callable[[Settings], float] | None = None
+    values: Schema = field(default_factory=dict)
+
+
+def type_of(config: RopeConfig) -> RopeType:
+    """The row of a configuration."""
+    return ROPE_TYPES[config.rope_parameters["rope_type"]]
+
+
+def context_limit(config: Any) -> int | None:
+    """Positions that a prompt and its answer share at most; None where RoPE stretches without a bound.
+
+    config: of this library or of another one, whose RoPE types may be unknown here.
+    """
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    row = ROPE_TYPES.get(settings.get("rope_type", "default"))
+    limit = getattr(config, "max_position_embeddings", None)
+    return None if limit is None or (row is not None and row.unbounded) else int(limit)
 
 
 def inverse_frequencies(config: RopeConfig, length: int | None = None, *, xp: Any, dtype: Any) -> Any:
     """Inverse frequencies (head_dim / 2,) in radians per position, as an array of `xp`, which is numpy or torch.
 
-    length: positions of the text, which matters for types with a base of their own only (dynamic NTK scaling).
+    length: positions of the text, for the types with `constant_below`.
     """
-    kind = ROPE_TYPES[config.rope_parameters["rope_type"]]
-    base = float(config.rope_parameters["rope_theta"]) if kind.base is None else kind.base(config, length)
+    row = type_of(config)
+    base = float(config.rope_parameters["rope_theta"]) if row.base is None else row.base(config, length)
     inv = 1.0 / base ** (xp.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim)
-    return inv if kind.scale is None else kind.scale(inv, config, xp)
+    return inv if row.scale is None else row.scale(inv, config, length, xp)
 
 
 def attention_scaling(settings: Settings) -> float:
@@ -61,7 +83,7 @@ def attention_scaling(settings: Settings) -> float:
     return 1.0 if magnitude is None else magnitude(settings)
 
 
-def _linear(inv: Any, config: RopeConfig, xp: Any) -> Any:
+def _linear(inv: Any, config: RopeConfig, length: int | None, xp: Any) -> Any:
     return inv / config.rope_parameters["factor"]
 
 
@@ -73,7 +95,7 @@ def _dynamic_base(config: RopeConfig, length: int | None) -> float:
     return float(config.rope_parameters["rope_theta"] * grown)
 
 
-def _yarn(inv: Any, config: RopeConfig, xp: Any) -> Any:
+def _yarn(inv: Any, config: RopeConfig, length: int | None, xp: Any) -> Any:
     """Peng et al. 2023, arXiv 2309.00071: high frequencies stay, low ones are interpolated, a linear ramp between."""
     settings, width = config.rope_parameters, config.head_dim
     context = settings.get("original_max_position_embeddings", config.max_position_embeddings)
@@ -104,7 +126,7 @@ def _yarn_magnitude(settings: Settings) -> float:
     return temperature(scale) / temperature(over) if scale and over else temperature(1.0)
 
 
-def _llama3(inv: Any, config: RopeConfig, xp: Any) -> Any:
+def _llama3(inv: Any, config: RopeConfig, length: int | None, xp: Any) -> Any:
     """Llama 3.1: wavelengths beyond the trained context are stretched, short ones kept, a smooth band between."""
     settings = config.rope_parameters
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]
@@ -126,7 +148,13 @@ ROPE_TYPES: dict[str, RopeType] = {
     "default": RopeType(),
     # 5.x leaves original_max_position_embeddings in, where it changes nothing.
     "linear": RopeType(("factor",), ("original_max_position_embeddings",), _linear),
-    "dynamic": RopeType(("factor",), ("original_max_position_embeddings",), base=_dynamic_base),
+    "dynamic": RopeType(
+        ("factor",),
+        ("original_max_position_embeddings",),
+        base=_dynamic_base,
+        constant_below=lambda config: config.max_position_embeddings,
+        unbounded=True,
+    ),
     "yarn": RopeType(
         ("factor",),
         (
@@ -140,6 +168,12 @@ ROPE_TYPES: dict[str, RopeType] = {
         ),
         _yarn,
         magnitude=_yarn_magnitude,
+        values={
+            **dict.fromkeys(
+                ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), real(-1e6, 1e6)
+            ),
+            "truncate": FLAG,
+        },
     ),
     "llama3": RopeType(
         ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),

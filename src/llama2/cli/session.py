@@ -9,6 +9,7 @@ from llama2.cli.steps import make_steps
 from llama2.cpu import KvDtype
 from llama2.errors import InputError
 from llama2.generation.config import GenerationConfig
+from llama2.rope_types import context_limit
 
 
 @dataclass
@@ -67,9 +68,7 @@ class Speaker:
     @property
     def context(self) -> int | None:
         """Tokens that prompt and answer share; None where RoPE stretches without a bound."""
-        config = self.model.config
-        stretches = config.rope_parameters["rope_type"] == "dynamic"
-        return None if stretches else config.max_position_embeddings
+        return context_limit(self.model.config)
 
     def say(
         self,

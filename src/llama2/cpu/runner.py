@@ -73,7 +73,7 @@ class CpuRunner:
                         view.cache.handle,
                         *arrays,
                         self.weights.frequencies(int(places.max()) + 1)
-                        if self.weights.dynamic
+                        if self.weights.rope_by_length
                         else self.weights.inv_freq,
                         self.weights.rope_scale,
                         logits[first:last],

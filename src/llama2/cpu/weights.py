@@ -21,7 +21,7 @@ from llama2.errors import InputError, MismatchError
 from llama2.lazy import door
 from llama2.quantization.formats import BLOCKS, PACKED_BLOCKS
 from llama2.quantization.packable import PackableWeight
-from llama2.rope_types import ROPE_TYPES, attention_scaling, inverse_frequencies
+from llama2.rope_types import attention_scaling, inverse_frequencies, type_of
 
 _blocks_of = door("cpu.modules", "blocks_of", "The blocks of a layer of a GGUF file, None for any other layer.")
 _base_of = door("cpu.modules", "base_of", "The linear beneath a layer with adapters.")
@@ -43,7 +43,7 @@ class CpuWeights:
         self.pool = make_pool(threads)
         self.rope_scale = attention_scaling(config.rope_parameters)
         self.inv_freq = inverse_frequencies(config, xp=np, dtype=np.float32)
-        self.dynamic = ROPE_TYPES[config.rope_parameters["rope_type"]].base is not None
+        self.rope_by_length = type_of(config).constant_below is not None
         self.model: Any = None
         self._layers_made: list[tuple[Any, ...]] = []  # what `states` makes a second model of
         self._states: CpuWeights | None = None
@@ -69,8 +69,10 @@ class CpuWeights:
         return self.nbytes - (0 if tied else self.model_embed.nbytes)
 
     def frequencies(self, length: int) -> NDArray[np.float32]:
-        """RoPE frequencies for a sequence of `length`; only the dynamic type depends on it."""
-        return inverse_frequencies(self.config, length, xp=np, dtype=np.float32) if self.dynamic else self.inv_freq
+        """RoPE frequencies for a sequence of `length`."""
+        return (
+            inverse_frequencies(self.config, length, xp=np, dtype=np.float32) if self.rope_by_length else self.inv_freq
+        )
 
     @classmethod
     def from_gguf(

@@ -31,6 +31,7 @@ from llama2.generation.stopping import (
     StopStringCriteria,
 )
 from llama2.protocols import CausalLM
+from llama2.rope_types import context_limit
 from llama2.runners.contract import Runner, make_runner
 from llama2.runners.native import NATIVE_CACHES, NativeCache, NativeModel, NativeRunner
 from llama2.runners.prepared import PreparedRunner
@@ -182,9 +183,7 @@ def _criterion_length(call: GenerateArguments, config: GenerationConfig, context
 
 def _lengths(model: CausalLM, call: GenerateArguments, config: GenerationConfig, context: int) -> int:
     """How many new tokens at most, for a prompt of `context` tokens. Raises InputError where there is no room."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if (getattr(model.config, "rope_scaling", None) or {}).get("rope_type") == "dynamic":
-        limit = None  # stretches by itself
+    limit = context_limit(model.config)
     if limit is not None and context >= limit:
         raise ContextLengthError(
             f"the prompt has {context} tokens but the model's context is {limit} (max_position_embeddings), which "

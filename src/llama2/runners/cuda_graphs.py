@@ -20,6 +20,7 @@ from llama2.cache import DynamicCache, StaticCache
 from llama2.model import LlamaForCausalLM
 from llama2.plain_network import difference, warn_once
 from llama2.quantization.linear import PackedLinear
+from llama2.rope_types import type_of
 
 PATIENCE = (
     4  # steps that run plainly first: recording takes the time of four, which an answer of a few words never saves
@@ -101,9 +102,8 @@ def signature(model: nn.Module) -> tuple[Any, ...] | None:
     if not isinstance(model, LlamaForCausalLM) or model.training or not can_record(model.device):
         return None
     config = model.config
-    dynamic = config.rope_parameters["rope_type"] == "dynamic"
     if (
-        dynamic
+        type_of(config).constant_below is not None
         or model.attn_implementation == "flash_attention_2"
         or model.model.attn_implementation != (model.attn_implementation)
     ):

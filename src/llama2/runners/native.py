@@ -369,7 +369,7 @@ def stamp_of(model: Any) -> tuple[Any, ...]:
     """Which tensors and settings the weights are made from. The content of parameters needs no stamp: the engine reads
     it in place, or copies it at every call. Buffers (packed weights) are copied, so their versions count."""
     config = model.config
-    settings = (config.rms_norm_eps, config.max_position_embeddings, *config.rope_parameters.items())
+    settings = (config.rms_norm_eps, config.max_position_embeddings, repr(config.rope_parameters))
     tensors: list[tuple[int, ...]] = []
     for module in model.modules():
         held = module.__dict__
