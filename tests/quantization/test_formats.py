@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llama2 import compiled, cpu
+from llama2.checkpoint.gguf_mixture import FILE_TYPES
 from llama2.errors import InputError
 from llama2.quantization.formats import (
     BFLOAT16,
@@ -20,6 +21,7 @@ from llama2.quantization.formats import (
     parse,
 )
 from llama2.quantization.ggml import TYPES
+from llama2.quantization.ggml_encode import ENCODERS
 from llama2.quantization.linear import PackedLinear
 from llama2.quantization_config import QuantizationConfig
 
@@ -45,6 +47,15 @@ def test_every_row_has_its_layer_and_settings() -> None:
         assert issubclass(row.settings, QuantizationConfig) and row.engine, row.id
         assert (row.ggml is None) == bool(row.methods), row.id
     assert set(TYPES) == {row.id for row in BLOCKS.values()}
+
+
+def test_a_type_is_written_where_it_has_an_encoder() -> None:
+    """And every file type says the block that most of its matrices have."""
+    assert {row.id for row in FORMATS if row.written} == {*ENCODERS, *(row.id for row in FORMATS if row.weights == 1)}
+    assert all(BY_ID[kind.block].written for kind in FILE_TYPES.values())
+    numbers = [row.file_type for row in BLOCKS.values() if row.file_type is not None and not row.written]
+    numbers += [kind.id for kind in FILE_TYPES.values()]
+    assert len(set(numbers)) == len(numbers) and set(numbers) <= {kind.value for kind in gguf.LlamaFileType}
 
 
 @needs_engine

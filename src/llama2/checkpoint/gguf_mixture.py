@@ -5,44 +5,38 @@ architecture llama without experts. The layers that count more get more bits, an
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llama2.config import LlamaConfig
-from llama2.quantization.formats import BY_ID
+from llama2.quantization.formats import BY_ID, FORMATS
 
 
 @dataclass(frozen=True)
 class FileType:
-    """general.file_type (enum llama_ftype), and the type that most matrices have."""
+    """Its name, general.file_type (enum llama_ftype), and the type that most matrices have."""
 
+    name: str
     id: int
     block: str
 
 
-FILE_TYPES: dict[str, FileType] = {
-    "F32": FileType(0, "F32"),
-    "F16": FileType(1, "F16"),
-    "BF16": FileType(32, "BF16"),
-    "Q8_0": FileType(7, "Q8_0"),
-    "Q4_0": FileType(2, "Q4_0"),
-    "Q4_1": FileType(3, "Q4_1"),
-    "Q5_0": FileType(8, "Q5_0"),
-    "Q5_1": FileType(9, "Q5_1"),
-    "Q2_K": FileType(10, "Q2_K"),
-    "Q3_K_S": FileType(11, "Q3_K"),
-    "Q3_K_M": FileType(12, "Q3_K"),
-    "Q3_K_L": FileType(13, "Q3_K"),
-    "Q4_K_S": FileType(14, "Q4_K"),
-    "Q4_K_M": FileType(15, "Q4_K"),
-    "Q5_K_S": FileType(16, "Q5_K"),
-    "Q5_K_M": FileType(17, "Q5_K"),
-    "Q6_K": FileType(18, "Q6_K"),
-    "IQ4_NL": FileType(25, "IQ4_NL"),
-    "IQ4_XS": FileType(30, "IQ4_XS"),
+# Types whose files mix others in: their sizes, each with its number.
+_MIXTURES: dict[str, tuple[FileType, ...]] = {
+    "Q3_K": (FileType("Q3_K_S", 11, "Q3_K"), FileType("Q3_K_M", 12, "Q3_K"), FileType("Q3_K_L", 13, "Q3_K")),
+    "Q4_K": (FileType("Q4_K_S", 14, "Q4_K"), FileType("Q4_K_M", 15, "Q4_K")),
+    "Q5_K": (FileType("Q5_K_S", 16, "Q5_K"), FileType("Q5_K_M", 17, "Q5_K")),
 }
-# general.file_type of files that are kept as they are, of types that are read only.
-KEPT_IDS = {"IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ3_S": 26, "IQ2_S": 28, "IQ1_M": 31, "TQ1_0": 36,
-            "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39}  # fmt: skip
+
+
+def _file_types() -> Iterator[FileType]:
+    for row in FORMATS:
+        if row.written and row.file_type is not None:
+            yield FileType(row.id, row.file_type, row.id)
+        yield from _MIXTURES.get(row.id, ())
+
+
+FILE_TYPES: dict[str, FileType] = {kind.name: kind for kind in _file_types()}
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 # For rows that super-blocks do not divide.
 _NARROWER = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.gguf_config import yarn_attention
-from llama2.checkpoint.gguf_mixture import FILE_TYPES, KEPT_IDS, fitting, tensor_type
+from llama2.checkpoint.gguf_mixture import FILE_TYPES, fitting, tensor_type
 from llama2.checkpoint.names import hf_to_gguf, rotated_heads, to_pairs
 from llama2.checkpoint.parallel_read import in_single_threads
 from llama2.checkpoint.writer import Appender, Target, row_blocks, row_ranges
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
+from llama2.quantization.formats import BY_ID
 from llama2.quantization.ggml import BlockType, block_type
 from llama2.quantization.ggml_encode import ENCODERS, quantize
 from llama2.rope_types import attention_scaling
@@ -167,7 +168,9 @@ class GgufTarget(Target):
 
 def _file_type(kind: str) -> int:
     """general.file_type of a file type, or of blocks that are kept."""
-    return FILE_TYPES[kind].id if kind in FILE_TYPES else KEPT_IDS[kind]
+    found = FILE_TYPES[kind].id if kind in FILE_TYPES else BY_ID[kind].file_type
+    assert found is not None, kind
+    return found
 
 
 def _in_pairs(rows: Tensor, heads: int | None) -> Tensor:

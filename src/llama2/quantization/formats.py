@@ -35,6 +35,8 @@ class Format:
     formats of folders. layer: the class of its linears, "module:Class". engine: how the native engine takes it, layouts
     of csrc/kernels.h; IN_PLACE as it lies, BFLOAT16 unpacked. methods: quant_method in a configuration.
     settings: the class of its settings. reader: of a format that is only read, what its tensors mean, "module:NAME".
+    file_type: general.file_type of a GGUF file whose matrices have this type (enum llama_ftype), None where that says a
+    mixture. written: whether GGUF files of this type are made here.
     """
 
     id: str
@@ -47,6 +49,8 @@ class Format:
     methods: tuple[str, ...] = ()
     settings: type[QuantizationConfig] = GgufConfig
     reader: str = ""
+    file_type: int | None = None
+    written: bool = False
 
     @property
     def layer_class(self) -> Any:
@@ -55,8 +59,13 @@ class Format:
         return resolve(module, name)
 
 
-def _block(ggml: int, name: str, weights: int, size: int, engine: str) -> Format:
-    return Format(name, name, weights, size, engine, ggml)
+WRITTEN = True
+
+
+def _block(
+    ggml: int, name: str, weights: int, size: int, engine: str, file_type: int | None, written: bool = False
+) -> Format:
+    return Format(name, name, weights, size, engine, ggml, file_type=file_type, written=written)
 
 
 def _folder(
@@ -68,32 +77,32 @@ def _folder(
 
 FORMATS: tuple[Format, ...] = (
     # GGUF's types: the directory of the file gives the number
-    _block(0, "F32", 1, 4, IN_PLACE),
-    _block(1, "F16", 1, 2, IN_PLACE),
-    _block(30, "BF16", 1, 2, IN_PLACE),
-    _block(8, "Q8_0", 32, 34, "W8"),
-    _block(2, "Q4_0", 32, 18, "W4"),
-    _block(3, "Q4_1", 32, 20, "W4M"),
-    _block(6, "Q5_0", 32, 22, "P5"),
-    _block(7, "Q5_1", 32, 24, "P5M"),
-    _block(10, "Q2_K", 256, 84, BFLOAT16),
-    _block(11, "Q3_K", 256, 110, BFLOAT16),
-    _block(12, "Q4_K", 256, 144, "W4K"),
-    _block(13, "Q5_K", 256, 176, "P5K"),
-    _block(14, "Q6_K", 256, 210, "P6K"),
-    _block(20, "IQ4_NL", 32, 18, "T4"),
-    _block(23, "IQ4_XS", 256, 136, "T4"),
-    _block(18, "IQ3_XXS", 256, 98, "T4"),
-    _block(21, "IQ3_S", 256, 110, "T4"),
-    _block(16, "IQ2_XXS", 256, 66, "T4"),
-    _block(17, "IQ2_XS", 256, 74, "T4H"),
-    _block(22, "IQ2_S", 256, 82, "T4H"),
-    _block(19, "IQ1_S", 256, 50, "T4"),
-    _block(29, "IQ1_M", 256, 56, "T4H"),
-    _block(34, "TQ1_0", 256, 54, "T4"),
-    _block(35, "TQ2_0", 256, 66, "T4"),
-    _block(39, "MXFP4", 32, 17, "T4"),
-    _block(40, "NVFP4", 64, 36, "T4H"),
+    _block(0, "F32", 1, 4, IN_PLACE, 0, WRITTEN),
+    _block(1, "F16", 1, 2, IN_PLACE, 1, WRITTEN),
+    _block(30, "BF16", 1, 2, IN_PLACE, 32, WRITTEN),
+    _block(8, "Q8_0", 32, 34, "W8", 7, WRITTEN),
+    _block(2, "Q4_0", 32, 18, "W4", 2, WRITTEN),
+    _block(3, "Q4_1", 32, 20, "W4M", 3, WRITTEN),
+    _block(6, "Q5_0", 32, 22, "P5", 8, WRITTEN),
+    _block(7, "Q5_1", 32, 24, "P5M", 9, WRITTEN),
+    _block(10, "Q2_K", 256, 84, BFLOAT16, 10, WRITTEN),
+    _block(11, "Q3_K", 256, 110, BFLOAT16, None, WRITTEN),
+    _block(12, "Q4_K", 256, 144, "W4K", None, WRITTEN),
+    _block(13, "Q5_K", 256, 176, "P5K", None, WRITTEN),
+    _block(14, "Q6_K", 256, 210, "P6K", 18, WRITTEN),
+    _block(20, "IQ4_NL", 32, 18, "T4", 25, WRITTEN),
+    _block(23, "IQ4_XS", 256, 136, "T4", 30, WRITTEN),
+    _block(18, "IQ3_XXS", 256, 98, "T4", 23),
+    _block(21, "IQ3_S", 256, 110, "T4", 26),
+    _block(16, "IQ2_XXS", 256, 66, "T4", 19),
+    _block(17, "IQ2_XS", 256, 74, "T4H", 20),
+    _block(22, "IQ2_S", 256, 82, "T4H", 28),
+    _block(19, "IQ1_S", 256, 50, "T4", 24),
+    _block(29, "IQ1_M", 256, 56, "T4H", 31),
+    _block(34, "TQ1_0", 256, 54, "T4", 36),
+    _block(35, "TQ2_0", 256, 66, "T4", 37),
+    _block(39, "MXFP4", 32, 17, "T4", 38),
+    _block(40, "NVFP4", 64, 36, "T4H", 39),
     # Formats of folders: quantization_config of config.json names the method
     Format("nf4", "NF4", 64, 36, "C4", None, "quantization.nf4:Linear4bit", ("bitsandbytes",), BitsAndBytesConfig),
     Format("fp4", "FP4", 64, 36, "C4", None, "quantization.nf4:Linear4bit", ("bitsandbytes",), BitsAndBytesConfig),

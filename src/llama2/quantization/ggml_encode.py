@@ -22,21 +22,6 @@ _CHUNK = 1 << 19  # weights encoded in one go; the searches hold a dozen copies 
 _LEAST_IMPORTANCE = 1e-4
 
 ENCODERS = (*LAYOUTS, *IQ4)
-# How a group's values are spread in the attempts of the search (`ggml_search.fit`).
-_K_TRIALS: dict[str, tuple[float, ...]] = {
-    "Q2_K": (3.0, 2.2, 2.5, 2.8, 3.2, 3.5, 3.8),
-    "Q3_K": (-4.0, -4.6, -4.3, -3.7, -3.4, 3.0, 3.4),
-    "Q4_K": (15.0, 14.0, 14.3, 14.6, 14.9, 15.2, 15.5, 15.8),
-    "Q5_K": (30.0, 31.0, 30.5, 30.8, 31.1, 31.4, 31.7, 32.0),
-    "Q6_K": (-32.0, -31.1, -31.4, -31.7, -32.3, -32.6, -32.9),
-}
-TRIALS: dict[str, tuple[float, ...]] = _K_TRIALS | {
-    "Q8_0": (-127.0, -126.4, -126.7, -127.3, -127.6, -128.0),
-    "Q4_0": (-8.0, -8.9, -8.6, -8.3, -7.7, -7.4, -7.1, 7.0, 7.4, 7.8, 8.2),
-    "Q5_0": (-16.0, -16.8, -16.5, -16.2, -15.8, -15.5, -15.2, 15.0, 15.5, 16.0),
-    "Q4_1": (15.0, 14.0, 14.3, 14.6, 14.9, 15.2, 15.5, 15.8),
-    "Q5_1": (30.0, 31.0, 30.3, 30.5, 30.8, 31.1, 31.4, 31.7, 32.0),
-}
 
 
 def quantize(weights: Tensor, kind: str | BlockType, importance: Tensor | None = None) -> Tensor:
@@ -82,11 +67,11 @@ def usable(importance: Tensor, columns: int) -> Tensor:
 def _encode(block: BlockType, layout: Layout | None, x: Tensor, w: Tensor | None) -> Tensor:
     if layout is None:
         return encode(block.name, x, w)
-    if w is None and block.name in _PLAIN:
-        return _PLAIN[block.name](block, layout, x)
+    if w is None and layout.scales is None:
+        return _rounding(layout)(block, layout, x)
     weight = _magnitude(x, layout) if w is None else w
     groups = WeightGroups(x, layout.width, weight)
-    found = fit(groups, layout, TRIALS[block.name])
+    found = fit(groups, layout, layout.trials)
     return pack(block, found, by_block(groups.codes(found, layout), len(x)))
 
 
@@ -129,10 +114,8 @@ def _affine(block: BlockType, layout: Layout, x: Tensor) -> Tensor:
     return pack(block, Fit(d, torch.ones_like(d), low, -torch.ones_like(d)), q)
 
 
-_PLAIN: dict[str, Callable[[BlockType, Layout, Tensor], Tensor]] = {
-    "Q8_0": _nearest,
-    "Q4_0": _symmetric,
-    "Q4_1": _affine,
-    "Q5_0": _symmetric,
-    "Q5_1": _affine,
-}
+def _rounding(layout: Layout) -> Callable[[BlockType, Layout, Tensor], Tensor]:
+    """How ggml rounds a type without super-blocks."""
+    if layout.affine:
+        return _affine
+    return _nearest if layout.low == -layout.high else _symmetric

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama2.errors import InputError
 from llama2.quantization.ggml import BlockType, block_type, dequantize
-from llama2.quantization.ggml_encode import TRIALS, quantize, usable
+from llama2.quantization.ggml_encode import quantize, usable
 from llama2.quantization.ggml_pack import Fit, layout_of, pack
 from llama2.quantization.ggml_search import WeightGroups, fit
 from llama2.quantization.gptq_solver import solve
@@ -43,7 +43,7 @@ class BlockGrid:
         fits = []
         for start in range(0, len(weight_NS), rows):
             x = weight_NS[start : start + rows].float()
-            fits.append(fit(WeightGroups(x, self.layout.width, w.expand_as(x)), self.layout, TRIALS[self.block.name]))
+            fits.append(fit(WeightGroups(x, self.layout.width, w.expand_as(x)), self.layout, self.layout.trials))
         return _params(_joined(fits))
 
     def round(self, column_N: Tensor, params: BlockParams, index: int) -> Tensor:

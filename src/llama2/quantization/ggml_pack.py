@@ -18,26 +18,28 @@ from llama2.quantization.ggml import BlockType
 @dataclass(frozen=True)
 class Layout:
     """What a type can store. Codes run from `low` to `high`, group scales from scales[0] to scales[1] (None: there are
-    none), minima from 0 to the same bound; `affine`: whether there is a minimum, free in sign without groups."""
+    none), minima from 0 to the same bound; `affine`: whether there is a minimum, free in sign without groups. trials:
+    how a group's values are spread in the attempts of the search (`ggml_search.fit`)."""
 
     width: int
     low: int
     high: int
+    trials: tuple[float, ...]
     affine: bool = False
     scales: tuple[int, int] | None = None
 
 
 LAYOUTS: dict[str, Layout] = {
-    "Q8_0": Layout(32, -127, 127),
-    "Q4_0": Layout(32, -8, 7),
-    "Q4_1": Layout(32, 0, 15, affine=True),
-    "Q5_0": Layout(32, -16, 15),
-    "Q5_1": Layout(32, 0, 31, affine=True),
-    "Q2_K": Layout(16, 0, 3, affine=True, scales=(0, 15)),
-    "Q3_K": Layout(16, -4, 3, scales=(-32, 31)),
-    "Q4_K": Layout(32, 0, 15, affine=True, scales=(0, 63)),
-    "Q5_K": Layout(32, 0, 31, affine=True, scales=(0, 63)),
-    "Q6_K": Layout(16, -32, 31, scales=(-128, 127)),
+    "Q8_0": Layout(32, -127, 127, (-127.0, -126.4, -126.7, -127.3, -127.6, -128.0)),
+    "Q4_0": Layout(32, -8, 7, (-8.0, -8.9, -8.6, -8.3, -7.7, -7.4, -7.1, 7.0, 7.4, 7.8, 8.2)),
+    "Q4_1": Layout(32, 0, 15, (15.0, 14.0, 14.3, 14.6, 14.9, 15.2, 15.5, 15.8), affine=True),
+    "Q5_0": Layout(32, -16, 15, (-16.0, -16.8, -16.5, -16.2, -15.8, -15.5, -15.2, 15.0, 15.5, 16.0)),
+    "Q5_1": Layout(32, 0, 31, (30.0, 31.0, 30.3, 30.5, 30.8, 31.1, 31.4, 31.7, 32.0), affine=True),
+    "Q2_K": Layout(16, 0, 3, (3.0, 2.2, 2.5, 2.8, 3.2, 3.5, 3.8), affine=True, scales=(0, 15)),
+    "Q3_K": Layout(16, -4, 3, (-4.0, -4.6, -4.3, -3.7, -3.4, 3.0, 3.4), scales=(-32, 31)),
+    "Q4_K": Layout(32, 0, 15, (15.0, 14.0, 14.3, 14.6, 14.9, 15.2, 15.5, 15.8), affine=True, scales=(0, 63)),
+    "Q5_K": Layout(32, 0, 31, (30.0, 31.0, 30.5, 30.8, 31.1, 31.4, 31.7, 32.0), affine=True, scales=(0, 63)),
+    "Q6_K": Layout(16, -32, 31, (-32.0, -31.1, -31.4, -31.7, -32.3, -32.6, -32.9), scales=(-128, 127)),
 }
 
 
