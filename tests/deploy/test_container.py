@@ -44,6 +44,18 @@ def test_what_it_copies_exists_and_the_user_is_not_root() -> None:
             assert (FILE.parents[1] / name).exists(), name
 
 
+def test_it_copies_what_the_build_reads() -> None:
+    """A file that CMake misses fails the install of the compiled module, for which torch steps in without a word."""
+    root = FILE.parents[1]
+    copied = {name for line in re.findall(r"^COPY (?!--from)(.*)$", FILE.read_text(), re.M) for name in line.split()}
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    cmake = (root / "CMakeLists.txt").read_text()
+    wanted = [project["readme"], *re.findall(r"install\(FILES (\S+)", cmake), *re.findall(r"csrc/[\w/.]+", cmake)]
+    assert len(wanted) > 10
+    assert [name for name in wanted if not {name, name.partition("/")[0]} & copied] == []
+    assert "llama2.compiled.available()" in FILE.read_text()  # an image without it is never made
+
+
 def test_everything_besides_torch_is_installed_by_hash() -> None:
     """And the lock has what pyproject.toml asks for, in versions that it takes."""
     requirements = pytest.importorskip("packaging.requirements")

@@ -166,7 +166,7 @@ def test_a_damaged_store(tmp_path: Path) -> None:
         BlockStore(tmp_path / "x")
 
 
-HOOK = Path(__file__).resolve().parents[2] / "llama2_lm_eval.pth"
+HOOK = Path(__file__).resolve().parents[2] / "src" / "llama2_lm_eval.pth"
 
 
 def test_lm_eval_finds_the_class_when_its_table_is_imported() -> None:
