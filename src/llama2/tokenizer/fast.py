@@ -182,6 +182,8 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         self._added = {content: (i, fitted[content]) for content, (i, _) in self._added.items()}
 
     def _encode_word(self, word: str) -> list[int]:
+        if len(word) > AT_ONCE:  # `tokenize` makes an object of each token, all with the interpreter's lock held
+            return _ids(self._literal(continuing=True), word)
         return [token.id for token in self._tokenizer.model.tokenize(word)]
 
     def _has_added(self, text: str) -> bool:
@@ -280,8 +282,8 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
         with self._encoding(backend, texts):
             if memory is not None and not any(map(self._has_added, texts)):
                 return [memory.ids(text) for text in texts]
-            if len(texts) == 1 and len(texts[0]) <= AT_ONCE:
-                return [backend.encode(texts[0], add_special_tokens=False).ids]
+            if len(texts) == 1:
+                return [_ids(backend, texts[0])]
             return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_segments(self, texts: list[str], keep_special: bool) -> list[Segment]:
@@ -328,8 +330,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
     def _literal_ids(self, continuing: bool, text: str) -> list[int]:
         backend = self._literal(continuing)
         with self._encoding(backend, [text]):
-            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        return ids
+            return _ids(backend, text)
 
     @contextmanager
     def _encoding(self, backend: tokenizers.Tokenizer, texts: list[str]) -> Iterator[None]:
@@ -388,6 +389,16 @@ class PreTrainedTokenizerFast(LlamaTokenizerFast):
     """The name under which byte-level tokenizers (Llama 3, SmolLM2) are saved; it pads on the right."""
 
     padding_side = "right"
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    """The ids of one text; a long one without the interpreter's lock, so that no other thread waits for it."""
+    if len(text) <= AT_ONCE:
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+    (row,) = backend.encode_batch_fast([text], add_special_tokens=False)
+    ids = row.ids
+    return ids
 
 
 def _space_words(tokens: list[str], splits: list[int | None]) -> list[int | None]:
