@@ -145,7 +145,7 @@ def _seconds(tok: Any, text: str) -> float:
 def test_a_long_text_is_encoded_without_the_interpreters_lock(
     fast: LlamaTokenizerFast, slow: LlamaTokenizer, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    """`encode` and `model.tokenize` hold it until they are done: a run of 450,000 emoji stopped every thread for 1.6 s."""
+    """`encode` and `model.tokenize` hold it until they are done: 450,000 emoji stopped every thread for 1.6 s."""
     held: list[int] = []
 
     class Watched:

@@ -396,9 +396,8 @@ def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     if len(text) <= AT_ONCE:
         ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
-    (row,) = backend.encode_batch_fast([text], add_special_tokens=False)
-    ids = row.ids
-    return ids
+    rows: list[list[int]] = [row.ids for row in backend.encode_batch_fast([text], add_special_tokens=False)]
+    return rows[0]
 
 
 def _space_words(tokens: list[str], splits: list[int | None]) -> list[int | None]:
