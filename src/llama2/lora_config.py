@@ -171,6 +171,19 @@ class LoraConfig:
         return None if found is None else int(found[1])
 
 
+def each_module(settings: Mapping[str, tuple[int, float]], **more: Any) -> LoraConfig:
+    """The configuration that names each module, with its rank and alpha; more: other fields of LoraConfig."""
+    rank, alpha = next(iter(settings.values()), (8, 8.0))
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=tuple(settings),
+        rank_pattern={re.escape(path): each for path, (each, _) in settings.items() if each != rank},
+        alpha_pattern={re.escape(path): each for path, (_, each) in settings.items() if each != alpha},
+        **more,
+    )
+
+
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     for pattern, value in patterns.items():
         if pattern_ends(pattern, module):

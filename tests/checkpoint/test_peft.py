@@ -190,7 +190,7 @@ def test_configurations_that_are_refused(tmp_path: Path, changes: dict[str, Any]
 
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a folder"):
+    with pytest.raises(CheckpointError, match="is neither a folder nor a GGUF file"):
         read_adapter(tmp_path / "none", MODEL)
     with pytest.raises(CheckpointError, match=r"adapter_config.json does not exist"):
         read_adapter(tmp_path, MODEL)

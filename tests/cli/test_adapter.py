@@ -68,6 +68,36 @@ def test_perplexity_and_chat_take_an_adapter(run: Run, checkpoint: Path, adapter
     assert answers[0] != answers[1] == answers[2]
 
 
+def test_a_gguf_adapter_does_what_the_folder_does(run: Run, checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    code, out, _ = run("convert", adapter, tmp_path / "a.gguf", "--as-adapter", "--base", checkpoint)
+    assert code == 0 and "a.gguf: GGUF adapter of 8 modules" in out
+    want = run("generate", "-m", checkpoint, "--adapter", adapter, *WORDS)[1]
+    assert want != run("generate", "-m", checkpoint, *WORDS)[1]
+    for more in ([], ["--runner", "torch"]):
+        assert run("generate", "-m", checkpoint, "--adapter", tmp_path / "a.gguf", *more, *WORDS)[1] == want
+    assert run("convert", checkpoint, tmp_path / "base.gguf", "--quiet")[0] == 0
+    assert run("generate", "-m", tmp_path / "base.gguf", "--adapter", tmp_path / "a.gguf", *WORDS)[1] == want
+    assert run("merge-adapter", checkpoint, tmp_path / "a.gguf", tmp_path / "merged", "--quiet")[0] == 0
+    assert run("generate", "-m", tmp_path / "merged", *WORDS)[1] == want
+    code, _, err = run("convert", tmp_path / "a.gguf", tmp_path / "back", "--as-adapter")
+    assert code == 2 and "does not say which model it is for; give that model with --base" in err
+    assert (
+        run("convert", tmp_path / "a.gguf", tmp_path / "back", "--as-adapter", "--base", tmp_path / "base.gguf")[0] == 0
+    )
+    assert run("generate", "-m", checkpoint, "--adapter", tmp_path / "back", *WORDS)[1] == want
+    code, out, _ = run("info", tmp_path / "a.gguf")
+    assert code == 0 and "GGUF LoRA adapter" in out and "of attn_q, attn_v, ffn_down, ffn_gate" in out
+    for wrong, said in (
+        (["generate", "-m", tmp_path / "a.gguf", *WORDS], "give the model with -m and this file with --adapter"),
+        (["convert", tmp_path / "a.gguf", tmp_path / "m"], "not 'model'; give the model's file with -m"),
+        (["generate", "-m", checkpoint, "--adapter", tmp_path / "base.gguf", *WORDS], "of a model, not an adapter"),
+        (["convert", adapter, tmp_path / "b.gguf", "--as-adapter", "--dtype", "q8_0"], "--dtype is for models"),
+        (["convert", checkpoint, tmp_path / "b.gguf", "--base", checkpoint], "it goes with --as-adapter"),
+    ):
+        code, _, err = run(*wrong)
+        assert code == 2 and said in err, err
+
+
 def test_mistakes_are_explained(run: Run, checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
     code, _, err = run("generate", "-m", checkpoint, "--adapter", tmp_path / "none", *WORDS)
     assert code == 2 and "does not exist" in err

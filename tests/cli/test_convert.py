@@ -1,10 +1,12 @@
 """`llama2 convert`, `shard`, `verify`, and the documented script."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from cli.conftest import Run
 from tiny import tiny_model
 
 import llama2.checkpoint as checkpoint
@@ -102,3 +104,20 @@ def test_the_documented_script(hf: Path, tmp_path: Path, capsys: pytest.CaptureF
         assert script.main([*words, str(tmp_path / "no"), *extra]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_requantize_tells_the_loss(run: Run, smollm2: Path, tmp_path: Path) -> None:
+    """Weights by their types, and both models on a text."""
+    code, _, err = run("convert", smollm2, tmp_path / "x.gguf", "--dtype", "q4_k_m", "--quiet")
+    assert code == 2 and "210 matrices" in err and "give --requantize" in err and not (tmp_path / "x.gguf").exists()
+    words = ["convert", smollm2, tmp_path / "x.gguf", "--dtype", "q4_k_m", "--quiet", "--requantize"]
+    code, _, err = run(*words, "--eval-tokens", "4")
+    assert code == 2 and "--eval-tokens is 4; give 16 at least, or 0" in err
+    code, out, _ = run(*words, "--eval-tokens", "128")
+    assert code == 0 and "quantised again: 166 of Q4_1 as Q5_0, " in out
+    found = re.search(
+        r"measured: perplexity ([\d.]+) before, ([\d.]+) after \((\S+) ± \S+ %\), mean KL divergence (\S+)", out
+    )
+    assert found is not None, out
+    before, after, percent, kl = map(float, found.groups())
+    assert abs(after / before - 1 - percent / 100) < 1e-3 and 0.005 < kl < 0.5

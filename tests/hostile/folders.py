@@ -32,7 +32,9 @@ from llama2 import (
     cpu,
     lora,
 )
+from llama2.checkpoint.adapter_header import facts
 from llama2.checkpoint.convert import ConversionSettings, convert
+from llama2.checkpoint.convert_adapter import convert_adapter
 from llama2.checkpoint.imatrix import from_importance, read_imatrix, write_imatrix
 from llama2.checkpoint.peft import load_adapter, read_adapter
 from llama2.checkpoint.peft_files import read_config
@@ -127,6 +129,18 @@ def read_adapter_folder(folder: Path, tries: Attempts) -> None:
         read_config(folder)
     with tries.attempt():
         inspect.read(str(folder))
+
+
+def read_gguf_adapter(folder: Path, tries: Attempts) -> None:
+    config = tiny_config(**SIZES)
+    with tries.attempt():
+        read_adapter(folder, config)
+    with tries.attempt():
+        load_adapter(tiny_model(torch.float32, **SIZES), folder / "a.gguf")
+    with tries.attempt():
+        facts(folder / "a.gguf")
+    with tries.attempt():
+        convert_adapter(folder / "a.gguf", folder / "made", config, "who/tiny")
 
 
 def read_run(folder: Path, tries: Attempts) -> None:
@@ -227,6 +241,13 @@ def pickled_adapter(folder: Path) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
     torch.save(tensors, folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
+
+
+def gguf_adapter(folder: Path) -> None:
+    """An adapter as llama.cpp reads it, alone in its folder."""
+    adapter(folder.parent / "peft")
+    folder.mkdir()
+    convert_adapter(folder.parent / "peft", folder / "a.gguf", tiny_config(**SIZES), "who/tiny")
 
 
 def spm(folder: Path) -> None:
@@ -372,6 +393,7 @@ KINDS: dict[str, tuple[Make, Callable[[Path, Attempts], None]]] = {
     "gguf": (gguf, each((".gguf",), read_gguf)),
     "adapter": (adapter, read_adapter_folder),
     "adapter_bin": (pickled_adapter, read_adapter_folder),
+    "adapter_gguf": (gguf_adapter, read_gguf_adapter),
     "spm": (spm, read_tokenizer),
     "templates": (templates, read_tokenizer),
     "run": (lambda folder: run(folder).train(), read_run),

@@ -39,6 +39,7 @@ __all__ = [
     "read_json",
     "split_parts",
 ]
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Stored(NamedTuple):
@@ -96,6 +97,11 @@ class Checkpoint(ABC):
     def kept_type(self, name: str) -> str:
         """The type in which a conversion that keeps types stores a tensor."""
         return self.tensors[name].type
+
+    def packed_type(self, name: str) -> str:
+        """The quantised type in which the file holds a tensor, "" for floats; also where it is read as floats."""
+        kind = self.tensors[name].type
+        return "" if kind in _FLOATS else kind
 
     @abstractmethod
     def read(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":

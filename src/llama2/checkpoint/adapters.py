@@ -14,7 +14,7 @@ from llama2 import lora
 from llama2.checkpoint.hub import HubOptions, fetch
 from llama2.checkpoint.peft import load_adapter as read_into
 from llama2.checkpoint.peft import low_rank_tensors
-from llama2.checkpoint.source import local_path, split_hub_options
+from llama2.checkpoint.source import hub_id, local_path, locate, split_hub_options
 from llama2.errors import InputError
 from llama2.keywords import refuse_unknown
 from llama2.lora_config import LoraConfig
@@ -68,7 +68,7 @@ def load_adapter(
     is_trainable: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Attaches an adapter of a folder or hub id, as peft writes it, and activates it.
+    """Attaches an adapter of a folder or hub id as peft writes it, or of a GGUF file, and activates it.
 
     Keywords: revision, token, cache_dir, local_files_only, subfolder. Its parameters take gradients only with
     is_trainable=True. Raises as `checkpoint.peft.load_adapter`.
@@ -82,7 +82,9 @@ def load_adapter(
     refuse_unknown("load_adapter", kwargs)
     folder = local_path(peft_model_id, hub.get("subfolder", ""))
     if folder is None:
-        folder = fetch(str(peft_model_id), HubOptions(**hub), _FILES)
+        meant = hub_id(str(peft_model_id))
+        whole = meant is None or (meant.file or meant.tag) is None
+        folder = fetch(str(peft_model_id), HubOptions(**hub), _FILES) if whole else locate(peft_model_id, hub).path
     _enabled(model)
     name = adapter_name or "default"
     read_into(model, folder, name)

@@ -60,8 +60,9 @@ class ConversionSettings:
     shard_size: of hf, bytes or "5GB". kv_heads: pool key and value heads to this number. chat: add Llama 2's chat
     template; None does so for Meta folders whose name ends in "-chat". adapter: folder of a LoRA adapter to merge.
     split_size: of gguf, bytes or "2GB" above which another part begins. imatrix: for gguf, the file of an
-    importance matrix. calibrated: for gguf, whether tensors get the types that llama.cpp gives them with an
-    importance matrix; None: if there is one."""
+    importance matrix. requantize: for gguf, whether block types may take the place of other quantised types.
+    calibrated: for gguf, whether tensors get the types that llama.cpp gives them with an importance matrix; None: if
+    there is one."""
 
     to: str = "hf"
     dtype: str = "keep"
@@ -73,16 +74,22 @@ class ConversionSettings:
     imatrix: str | None = None
     calibrated: bool | None = None
     split_size: int | str | None = None
+    requantize: bool = False
 
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What a conversion did: the target, its format, bytes of weights, and bytes taken over from an interrupted run."""
+    """What a conversion did: the target, its format, bytes of weights, and bytes taken over from an interrupted run.
+
+    requantized: where quantised weights were quantised again, "kinds" (how many matrices of which type as which),
+    "error" (root mean square of the change, in shares of the weights') and "worst" (a matrix and its error).
+    """
 
     path: Path
     format: str
     bytes: int
     resumed_bytes: int
+    requantized: Mapping[str, Any] | None = None
 
 
 def convert(
@@ -105,7 +112,19 @@ def convert(
         opened = with_adapter(opened, locate_all(options.adapter).path)
     if options.kv_heads is not None:
         opened = PooledCheckpoint(opened, options.kv_heads)
-    return write(make_target(opened, path.name, options), opened, path, options, progress)
+    target_files = make_target(opened, path.name, options)
+    if isinstance(target_files, GgufTarget) and target_files.requantized and not options.requantize:
+        _refuse_again(opened, target_files.requantized, options.dtype)
+    return write(target_files, opened, path, options, progress)
+
+
+def _refuse_again(source: Checkpoint, again: Mapping[str, str], wanted: str) -> None:
+    kinds = ", ".join(sorted(set(again.values())))
+    raise InputError(
+        f"{len(again)} matrices of {source.path} are quantised already ({kinds}), and {wanted} would round them a "
+        "second time, with the errors of both: convert the unquantised model, leave --dtype out to keep the types, or "
+        "give --requantize (requantize=True), which measures what that loses"
+    )
 
 
 def write(
@@ -188,6 +207,8 @@ def _check_target(source: Checkpoint, path: Path, options: ConversionSettings) -
         raise InputError(f"shards={options.shards} is for Meta's format; for hf give shard_size")
     if options.to != "hf" and options.shard_size != "5GB":
         raise InputError(f"shard_size is for hf, not for {options.to}")
+    if options.requantize and (options.to != "gguf" or options.dtype in ("keep", *_FLOATS)):
+        raise InputError(f"requantize is for gguf and its block types, not for {options.to} {options.dtype}")
     if options.imatrix is not None and (options.to != "gguf" or options.dtype in ("keep", *_FLOATS)):
         raise InputError(f"an importance matrix is for gguf and its block types, not for {options.to} {options.dtype}")
     if options.shards < 1:
@@ -247,7 +268,7 @@ class _Run:
         shutil.rmtree(self.small, ignore_errors=True)
         self.journal.unlink()
         made = self.folder / self.target.files[0] if self.target.format == "gguf" else self.path
-        return ConversionResult(made, self.target.format, state["bytes"], resumed)
+        return ConversionResult(made, self.target.format, state["bytes"], resumed, state.get("requantized"))
 
     def _resume(self) -> dict[str, Any]:
         """The journal of an interrupted run of the same conversion, or {}; raises where the target is taken."""
@@ -356,6 +377,7 @@ class _Run:
             "renames": order,
             "sizes": [file.size for file in out],
             "bytes": sum(file.size for file in out),
+            "requantized": self.target.loss if isinstance(self.target, GgufTarget) else None,
         }
         write_text(self.journal, json.dumps(state))
         return state

@@ -61,6 +61,9 @@ class CoveredCheckpoint(SeenCheckpoint):
     def kept_type(self, name: str) -> str:
         return self.source.kept_type(self._names[name])
 
+    def packed_type(self, name: str) -> str:
+        return self.source.packed_type(self._names[name])
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.source.read(self._names[name], dtype)
 

@@ -139,8 +139,14 @@ class _Keys:
                 "load that file with a library for its architecture"
             )
         if self.metadata.get("general.type", "model") != "model":
+            remedy = (
+                "give the model's file with -m and this one with --adapter, or put it into the weights with `llama2 "
+                "merge-adapter`"
+                if self.metadata.get("adapter.type") == "lora"
+                else "give the model's file"
+            )
             raise CheckpointError(
-                f"{self.path}: general.type is {self.metadata['general.type']!r}, not 'model'; give the model's file"
+                f"{self.path}: general.type is {self.metadata['general.type']!r}, not 'model'; {remedy}"
             )
 
     def refuse_unknown(self) -> None:

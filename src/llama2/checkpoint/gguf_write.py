@@ -6,6 +6,7 @@ Keys and types: llama.cpp, docs/gguf.md and gguf-py/gguf/constants.py.
 import math
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from llama2.checkpoint.writer import Appender, Target, row_blocks, row_ranges
 from llama2.config import LlamaConfig
 from llama2.errors import InputError
 from llama2.quantization.formats import BY_ID
-from llama2.quantization.ggml import BlockType, block_type
+from llama2.quantization.ggml import BlockType, block_type, dequantize
 from llama2.quantization.ggml_encode import ENCODERS, quantize
 from llama2.rope_types import attention_scaling
 
@@ -82,6 +83,13 @@ class GgufTarget(Target):
         self.files = part_names(file, len(parts))
         self._heads = [self._header(self._keys(metadata, i, len(parts)), part, i == 0) for i, part in enumerate(parts)]
         self.size = sum(map(len, self._heads)) + sum(entry.bytes + ALIGNMENT for entry in self._entries.values())
+        self.requantized = {name: kind for name in names if (kind := self._again(name, source))}
+        self._errors: dict[str, tuple[float, float]] = {}
+
+    def _again(self, name: str, source: Checkpoint) -> str:
+        """The quantised type of a tensor that another quantised type takes the place of, else ""."""
+        entry = self._entries[name]
+        return "" if entry.packed or entry.block.dense is not None else source.packed_type(name)
 
     def _parts(self, size: int | None) -> list[list[str]]:
         """The tensors of each file: none above `size` bytes, unless one tensor is."""
@@ -147,16 +155,21 @@ class GgufTarget(Target):
         heads = rotated_heads(name, self.config.num_attention_heads, self.config.num_key_value_heads)
         width = self.config.head_dim
 
-        def encoded(rows: tuple[int, int]) -> Tensor:
+        def encoded(rows: tuple[int, int]) -> tuple[Tensor, float, float]:
             start, stop = rows
             part = _in_pairs(source.read_rows(name, start, stop), None if heads is None else (stop - start) // width)
-            return quantize(part, entry.block, self._importance.get(name))
+            made = quantize(part, entry.block, self._importance.get(name))
+            return made, *(_squares(part, dequantize(made, entry.block)) if name in self.requantized else (0.0, 0.0))
 
         if entry.packed and (source.format == "gguf" or entry.block.dense is None):
             file.write(_in_pairs(source.raw(name).rows.reshape(entry.shape[0], -1), heads))
         elif entry.block.name in ENCODERS:
-            for packed in in_single_threads(encoded, row_ranges(entry.shape, width)):
+            error = energy = 0.0
+            for packed, missed, whole in in_single_threads(encoded, row_ranges(entry.shape, width)):
                 file.write(packed)
+                error, energy = error + missed, energy + whole
+            if name in self.requantized:
+                self._errors[name] = error, energy
         else:
             for _, rows in row_blocks(source, name, width):
                 file.write(quantize(_in_pairs(rows, None if heads is None else len(rows) // width), entry.block))
@@ -165,12 +178,40 @@ class GgufTarget(Target):
     def describe(self, folder: Path) -> None:
         return None
 
+    @property
+    def state(self) -> Any:
+        return {name: list(pair) for name, pair in self._errors.items()}
+
+    def restore(self, state: Any) -> None:
+        self._errors = {name: (error, energy) for name, (error, energy) in (state or {}).items()}
+
+    @property
+    def loss(self) -> dict[str, Any] | None:
+        """What quantising again took from the weights, JSON-ready; None where nothing was quantised before."""
+        if not self._errors:
+            return None
+        kinds = Counter(f"{self.requantized[name]} as {self._entries[name].block.name}" for name in self._errors)
+        shares = {name: math.sqrt(error / energy) if energy else 0.0 for name, (error, energy) in self._errors.items()}
+        whole = sum(energy for _, energy in self._errors.values())
+        worst = max(shares, key=lambda name: shares[name])
+        return {
+            "kinds": dict(kinds.most_common()),
+            "error": math.sqrt(sum(error for error, _ in self._errors.values()) / whole) if whole else 0.0,
+            "worst": [hf_to_gguf(worst), shares[worst]],
+        }
+
 
 def _file_type(kind: str) -> int:
     """general.file_type of a file type, or of blocks that are kept."""
     found = FILE_TYPES[kind].id if kind in FILE_TYPES else BY_ID[kind].file_type
     assert found is not None, kind
     return found
+
+
+def _squares(weights: Tensor, rounded: Tensor) -> tuple[float, float]:
+    """Sums of squares: of what rounding changed, and of the weights."""
+    wide = weights.double()
+    return float((rounded.double() - wide).square().sum()), float(wide.square().sum())
 
 
 def _in_pairs(rows: Tensor, heads: int | None) -> Tensor:

@@ -250,6 +250,10 @@ class GgmlCheckpoint(LegacyCheckpoint):
             name: Stored(p.shape, _NAMES[p.kind] if p.kind in _DENSE else "F32") for name, p in self._places.items()
         }
 
+    def packed_type(self, name: str) -> str:
+        kind = self._places[name].kind
+        return "" if kind in _DENSE else _NAMES[kind]
+
     def kept_type(self, name: str) -> str:
         """Blocks become what "auto" means: float32 would double the size."""
         return "F16" if self._places[name].kind not in _DENSE else self.tensors[name].type
@@ -360,6 +364,9 @@ class Llama2cCheckpoint(LegacyCheckpoint):
     @cached_property
     def tensors(self) -> Mapping[str, Stored]:
         return {name: Stored(place.shape, "F32") for name, place in self._places.items()}
+
+    def packed_type(self, name: str) -> str:
+        return "int8" if self.version == 2 and len(self._places[name].shape) > 1 else ""
 
     def kept_type(self, name: str) -> str:
         """bfloat16 of matrices that were bytes."""

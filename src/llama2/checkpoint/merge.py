@@ -96,6 +96,10 @@ class MergedCheckpoint(SeenCheckpoint):
             return CODES[getattr(torch, self.source.auto_dtype)]
         return super().kept_type(name)
 
+    def packed_type(self, name: str) -> str:
+        """The sum with an adapter was never quantised."""
+        return "" if name in self._changed else super().packed_type(name)
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self._changed and name in self.source.tensors:
             return self.source.read(name, dtype)

@@ -1,4 +1,5 @@
-"""LoRA adapters as the peft package writes them (`peft_files`), fitted to a model, attached to it, and written.
+"""LoRA adapters as the peft package writes them (`peft_files`), or llama.cpp's GGUF files (`gguf_adapter`), fitted to a
+model, attached to it, and written.
 
 An adapter changes linears (and the head) by pairs A, B; and may bring parameters of its own: an embedding and a head
 that were trained whole (modules_to_save, or what peft saves by itself when the vocabulary was resized), rows of them
@@ -13,7 +14,7 @@ What `load_adapter` attaches as layers is A and B of linears; all else goes into
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from llama2 import lora
 from llama2.architecture import EMBEDDING, HEAD, parameter_shapes
+from llama2.checkpoint import gguf_adapter
+from llama2.checkpoint.adapter_header import adapter_file
 from llama2.checkpoint.packing import warn_of_packing, write_packing
 from llama2.checkpoint.peft_files import (
     CONFIG,
@@ -40,7 +43,7 @@ from llama2.checkpoint.save import write_safetensors
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.files import replacing, saving, write_text
-from llama2.lora_config import LINEARS, LoraConfig
+from llama2.lora_config import LINEARS, LoraConfig, each_module
 
 SCORE = "score.weight"
 _OUTER = {"lm_head", "model.embed_tokens"}  # modules beside the layers that an adapter may change
@@ -103,17 +106,19 @@ class Adapter:
     @property
     def plain(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         """{path: (A, B, scale)}, as `CpuWeights.add_adapter` takes. Raises CheckpointError for what changes more."""
-        if not self.layered:
-            what = (
-                "is a DoRA adapter, which rescales the rows of the weights,"
-                if self.config.use_dora
-                else f"brings {', '.join([*self.full, *self.rows, *(_OUTER & set(self.modules))][:3])} of its own,"
-            )
-            raise CheckpointError(
-                f"{self.path} {what} so it cannot be added while the native engine runs; put it into the weights with "
-                "`llama2 merge-adapter`"
-            )
+        self.check_low_rank("it cannot be added while the native engine runs", _OUTER & set(self.modules))
         return {path: (low.a, low.b, low.scale) for path, low in self.modules.items()}
+
+    def check_low_rank(self, why: str, others: Collection[str] = ()) -> None:
+        """Raises CheckpointError, which says why that matters, for an adapter that is more than A and B."""
+        own = [*self.full, *self.rows, *others]
+        if self.config.use_dora or own:
+            what = (
+                "is a DoRA adapter, which rescales the rows of the weights"
+                if self.config.use_dora
+                else f"brings {', '.join(own[:3])} of its own"
+            )
+            raise CheckpointError(f"{self.path} {what}, and {why}; put it into the weights with `llama2 merge-adapter`")
 
     def changed(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
         """Rows `start` .. start + len(rows) of a parameter with the adapter in it, in their dtype; rows: the model's.
@@ -139,16 +144,13 @@ class Adapter:
 
 
 def read_adapter(folder: str | Path, model: LlamaConfig, classifier: bool = False) -> Adapter:
-    """Opens the adapter in `folder` for a model of this configuration; tensors are views of the mapped file.
+    """Opens the adapter of a folder, or of a GGUF file, for a model of this configuration; tensors are views of the
+    mapped file.
 
     classifier: whether the model has a classifier's head. Raises CheckpointError for files that are missing, malformed,
     or of a kind that is no LoRA; MismatchError where names or shapes do not fit the model.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the folder that holds {CONFIG} and {WEIGHTS}")
-    fields, config = read_fields(folder), read_config(folder)
-    parts = read_parts(folder, config.use_dora)
+    folder, fields, config, parts = _opened(Path(folder), model)
     vocab_size = next((len(parts.full[name]) for name in (EMBEDDING, HEAD) if name in parts.full), model.vocab_size)
     shapes = _shapes(model, vocab_size)
     _check_heads(folder, parts, model, classifier)
@@ -170,6 +172,19 @@ def read_adapter(folder: str | Path, model: LlamaConfig, classifier: bool = Fals
     if model.tie_word_embeddings and EMBEDDING in rows and HEAD not in rows:
         rows[HEAD] = rows[EMBEDDING]
     return Adapter(folder, config, modules, parts.full, rows, vocab_size, _unties(parts, rows, model, vocab_size))
+
+
+def _opened(place: Path, model: LlamaConfig) -> tuple[Path, dict[str, Any], LoraConfig, Parts]:
+    """The adapter's own path, what its settings say (GGUF has none), and its tensors by what they change."""
+    if (file := adapter_file(place)) is not None:
+        return file, {}, *gguf_adapter.read_parts(file, model)
+    if not place.is_dir():
+        raise CheckpointError(
+            f"{place} is neither a folder nor a GGUF file; give the folder that holds {CONFIG} and {WEIGHTS}, or a "
+            "LoRA adapter of llama.cpp (.gguf)"
+        )
+    fields, config = read_fields(place), read_config(place)
+    return place, fields, config, read_parts(place, config.use_dora)
 
 
 def _shapes(model: LlamaConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -456,15 +471,9 @@ def _held_parameters(model: Any) -> dict[str, Tensor]:
 def _config_of(model: Any, name: str) -> LoraConfig:
     found = {path: layer for path, layer in lora.layers(model).items() if name in layer.lora_A}
     ranks = {path: len(layer.lora_A[name]) for path, layer in found.items()}
-    alphas = {path: layer.scaling[name] * ranks[path] for path, layer in found.items()}
-    first, one = next(iter(ranks.values())), next(iter(alphas.values()))
-    return LoraConfig(
-        r=first,
-        lora_alpha=one,
-        target_modules=tuple(found),
+    return each_module(
+        {path: (rank, found[path].scaling[name] * rank) for path, rank in ranks.items()},
         lora_dropout=max(layer.dropout[name] for layer in found.values()),
         use_dora=any(name in layer.lora_magnitude_vector for layer in found.values()),
-        rank_pattern={re.escape(path): rank for path, rank in ranks.items() if rank != first},
-        alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items() if alpha != one},
         base_model_name_or_path=model.name_or_path or None,
     )

@@ -15,7 +15,7 @@ from llama2.checkpoint.hf import CODES
 from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
-from llama2.quantization.formats import layer_class, parse, settings_in
+from llama2.quantization.formats import BY_ID, layer_class, parse, settings_in
 from llama2.quantization.gguf import GgufEmbedding, GgufLinear, checked
 from llama2.quantization.linear import PackedLinear
 from llama2.quantization.settings import MlxConfig
@@ -296,6 +296,12 @@ class UnpackedCheckpoint(SeenCheckpoint):
         if name.removesuffix(".weight") in self._parts:
             return CODES[getattr(torch, self.source.auto_dtype)]
         return self.source.kept_type(name)
+
+    def packed_type(self, name: str) -> str:
+        path = name.removesuffix(".weight")
+        if path not in self._parts:
+            return self.source.packed_type(name)
+        return self.tensors[name].type if self._blocks else BY_ID[self._settings.format_id].name
 
     def _needless(self, name: str) -> bool:
         """Whether it is the bias of a packed linear that has none, and 0."""

@@ -41,5 +41,9 @@ class SeenCheckpoint(Checkpoint):
         kind, there = self.tensors[name].type, self.source.tensors.get(name)
         return kind if there is None or there.type != kind else self.source.kept_type(name)
 
+    def packed_type(self, name: str) -> str:
+        """The source's answer; "" for a tensor that only this view has."""
+        return self.source.packed_type(name) if name in self.source.tensors else ""
+
     def mapped(self, name: str) -> list[Tensor]:
         return self.source.mapped(name)

@@ -59,6 +59,12 @@ def run(options: CompareOptions) -> int:
     return 0
 
 
+def compared_with_model(options: CompareOptions) -> Any:
+    """The report of BASE OTHER... TEXT, without printing it. Raises InputError for texts and models that do not fit."""
+    with ExitStack() as stack:
+        return _with_model(options, stack)
+
+
 def _others(options: CompareOptions, words: tuple[str, ...], base: str | None) -> dict[str, variants.Variant]:
     """The models beside the base by the names that the report gives them."""
     found: dict[str, variants.Variant] = {}

@@ -31,6 +31,12 @@ class ConvertOptions:
     imatrix: str | None = option(None, "importance matrix (a file of llama-imatrix) for the block types "
                                  "of gguf", metavar="FILE")  # fmt: skip
     chat: bool = option(False, "add Llama 2's chat template (Meta folders named *-chat get it anyway)")
+    requantize: bool = option(False, "of gguf: let --dtype round quantised weights a second time, and measure the loss")
+    eval_tokens: int = option(2048, "of --requantize: tokens of a text on which both models are compared, 0: none")
+    as_adapter: bool = option(False, "SRC is a LoRA adapter and stays one: of peft's folder a GGUF adapter for "
+                              "llama.cpp, or the reverse (without it: its model, merged)")  # fmt: skip
+    base: str | None = option(None, "of --as-adapter: the model that the adapter is for (default: the one that it "
+                              "names)", metavar="MODEL")  # fmt: skip
     revision: str | None = revision_option("SRC")
     quiet: bool = option(False, "no progress bar")
 
@@ -39,6 +45,10 @@ def run(options: ConvertOptions) -> int:
     """Runs the command."""
     if len(options.paths) != 2:
         raise InputError(f"convert needs a source and a target, but {len(options.paths)} paths were given")
+    if options.as_adapter:
+        return _convert_adapter(options)
+    if options.base is not None:
+        raise InputError("--base says which model an adapter is for; it goes with --as-adapter")
     return convert(
         resolve_name(options.paths[0]),
         options.paths[1],
@@ -50,6 +60,8 @@ def run(options: ConvertOptions) -> int:
         chat=options.chat or None,
         imatrix=options.imatrix,
         split_size=options.split_size,
+        requantize=options.requantize,
+        eval_tokens=options.eval_tokens,
         revision=options.revision,
         quiet=options.quiet,
     )
@@ -68,15 +80,19 @@ def convert(
     adapter: str | None = None,
     imatrix: str | None = None,
     split_size: str | None = None,
+    requantize: bool = False,
+    eval_tokens: int = 0,
     revision: str | None = None,
     quiet: bool = False,
 ) -> int:
     """Converts with a progress bar and says what came of it."""
+    if eval_tokens < 0 or 0 < eval_tokens < 16:
+        raise InputError(f"--eval-tokens is {eval_tokens}; give 16 at least, or 0 for none")
     from llama2.checkpoint import convert as engine
     from llama2.checkpoint.source import locate_all
 
     settings = engine.ConversionSettings(
-        to, dtype, shard_size, shards, kv_heads, chat, adapter, imatrix, split_size=split_size
+        to, dtype, shard_size, shards, kv_heads, chat, adapter, imatrix, split_size=split_size, requantize=requantize
     )
     try:
         with Meter("converting" if adapter is None else "merging", quiet) as meter:
@@ -86,4 +102,32 @@ def convert(
         raise
     again = f", {result.resumed_bytes / 1e9:.2f} GB of it by an earlier run" if result.resumed_bytes else ""
     print(f"{Path(target)}: {result.format}, {result.bytes / 1e9:.2f} GB of weights{again}")
+    if result.requantized is not None:
+        from llama2.cli.requantized import tell
+
+        plain = adapter is None and kv_heads is None  # else the source is another model
+        tell(result.requantized, str(locate_all(source, revision).path), result.path, eval_tokens if plain else 0)
+    return 0
+
+
+def _convert_adapter(options: ConvertOptions) -> int:
+    """peft's folder to a GGUF adapter, or the reverse."""
+    from llama2.auto import load_config
+    from llama2.checkpoint.convert_adapter import check_paths, convert_adapter, named_base
+    from llama2.cli.loading import adapter_folder
+
+    free = ("paths", "as_adapter", "base", "revision", "quiet")
+    fields = ConvertOptions.__dataclass_fields__
+    if others := [name for name in fields if name not in free and getattr(options, name) != fields[name].default]:
+        raise InputError(
+            f"--{others[0].replace('_', '-')} is for models; an adapter's tensors stay as they are stored: leave it out"
+        )
+    source, target = adapter_folder(options.paths[0], options.revision), Path(options.paths[1])
+    check_paths(source, target)
+    named = named_base(source)
+    base = options.base or named
+    if base is None:
+        raise InputError(f"{source} does not say which model it is for; give that model with --base")
+    made = convert_adapter(source, target, load_config(resolve_name(base)), named or base)
+    print(f"{target}: {'GGUF adapter' if target.suffix == '.gguf' else 'peft adapter'} of {len(made.modules)} modules")
     return 0

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llama2.checkpoint.adapter_header import facts
 from llama2.checkpoint.foreign import Foreign, recognise
 from llama2.cli.args import option
 from llama2.cli.inspect import WEIGHTS, Headers, main_type, read
@@ -35,8 +36,12 @@ def run(options: InfoOptions) -> int:
     if len(options.file) + (options.model is not None) > 1:
         raise InputError(f"info describes one model, but {[*options.file, options.model or '']} were given; give one")
     path = model_path(options.file[0] if options.file else options.model)
-    if Path(path).is_file() and (known := recognise(Path(path))) is not None:
-        return _show_foreign(Path(path), known, options.json)
+    if Path(path).is_file():
+        known = recognise(Path(path))
+        if known is None and (said := facts(Path(path))) is not None:
+            known = Foreign("GGUF LoRA adapter", "", said, "gguf")
+        if known is not None:
+            return _show_foreign(Path(path), known, options.json)
     headers = read(path, options.revision)
     if options.json:
         import json

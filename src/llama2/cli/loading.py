@@ -57,7 +57,9 @@ class RunOptions(ModelOptions):
         "auto", "what runs the network; auto is the native CPU engine where it can, else torch"
     )
     adapter: str | None = option(
-        None, "a LoRA adapter, the folder that peft wrote; the native engine adds it while it runs", metavar="FOLDER"
+        None,
+        "a LoRA adapter, the folder that peft wrote or a GGUF file; the native engine adds it while it runs",
+        metavar="ADAPTER",
     )
     kv_cache: Literal["auto", "float32", "bfloat16", "int8"] = option(
         "auto",
@@ -201,7 +203,7 @@ def _packed_model(path: str, options: RunOptions, packing: Any) -> "LlamaForCaus
 
 
 def adapter_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of an adapter, fetched where it is a hub id."""
+    """The folder or GGUF file of an adapter, fetched where it is a hub id."""
     from llama2.checkpoint.source import locate
 
     return locate(name, {} if revision is None else {"revision": revision}).path

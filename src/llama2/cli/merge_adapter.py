@@ -12,7 +12,8 @@ from llama2.errors import InputError
 @dataclass(frozen=True, kw_only=True)
 class MergeAdapterOptions:
     """Add a LoRA adapter to the weights of a checkpoint: BASE is a folder, a file or a hub id, ADAPTER the folder that
-    peft wrote, DST is new. Sums are float32 and rounded once, to the dtype of the base unless --dtype gives another.
+    peft wrote or a GGUF adapter, DST is new. Sums are float32 and rounded once, to the dtype of the base unless --dtype
+    gives another.
 
     An interrupted run goes on when the same command is given again."""
 
@@ -22,6 +23,7 @@ class MergeAdapterOptions:
     dtype: str = option("keep", "keep, float16, bfloat16, float32, or a block type for gguf, as in convert",
                         metavar="TYPE")  # fmt: skip
     shard_size: str = option("5GB", "largest file of --to hf, such as 500MB or 5GiB", metavar="SIZE")
+    requantize: bool = option(False, "let --dtype round quantised weights of the base a second time")
     revision: str | None = revision_option("BASE")
     quiet: bool = option(False, "no progress bar")
 
@@ -38,6 +40,7 @@ def run(options: MergeAdapterOptions) -> int:
         dtype=options.dtype,
         shard_size=options.shard_size,
         adapter=adapter,
+        requantize=options.requantize,
         revision=options.revision,
         quiet=options.quiet,
     )

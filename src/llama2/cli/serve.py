@@ -93,7 +93,7 @@ class ServeOptions(EngineOptions, RunOptions):
     served_model_name: tuple[str, ...] = option((), "the model's name for clients; may be given several times")
     revision: str | None = revision_option("MODEL", besides=", told by /info")
     lora_adapters: tuple[str, ...] = option(
-        (), "an adapter that requests can choose by name; may be given several times", metavar="NAME=FOLDER"
+        (), "an adapter that requests can choose by name; may be given several times", metavar="NAME=ADAPTER"
     )
     tensor_parallel: int | None = option(
         None, "processes, each with its own part of every layer and its own GPU where there are some (default: 1)"
@@ -433,7 +433,9 @@ def _add_adapter(engine: Any, adapter: str) -> None:
     name, sign, folder = adapter.partition("=")
     weights = getattr(engine.runner, "weights", None)
     if not (sign and name.strip() and folder.strip()):
-        raise InputError(f"--lora-adapters is {adapter!r}; write it as NAME=FOLDER")
+        raise InputError(
+            f"--lora-adapters is {adapter!r}; write it as NAME=ADAPTER, a folder that peft wrote or a GGUF file"
+        )
     if weights is None:
         raise InputError(
             "adapters for each request need the native engine, and torch runs this model; merge one instead"

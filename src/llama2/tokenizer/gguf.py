@@ -55,6 +55,10 @@ def from_gguf(metadata: Mapping[str, Any], use_fast: bool = True, **kwargs: Any)
 
 def _required(metadata: Mapping[str, Any], name: str) -> Any:
     value = metadata.get(f"tokenizer.ggml.{name}")
+    if value is None and metadata.get("general.type") == "adapter":
+        raise CheckpointError(
+            "the GGUF file is an adapter (general.type), no model; give the model with -m and this file with --adapter"
+        )
     if value is None:
         raise CheckpointError(f"the GGUF metadata has no tokenizer.ggml.{name}; the file holds no complete tokenizer")
     return value
