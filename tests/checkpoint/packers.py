@@ -106,6 +106,35 @@ def ct_packed(bits: int, group: int, symmetric: bool, dtype: torch.dtype = torch
     return pack
 
 
+def ct_old(bits: int, group: int, plain_zeros: bool) -> Packer:
+    """Files before version 0.17, whose words hold whole codes only, and before 0.9.4, whose zeros are plain bytes."""
+
+    def words(codes: torch.Tensor) -> torch.Tensor:
+        per = 32 // bits
+        padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per)).unflatten(1, (-1, per))
+        return sum(padded[..., i] << (bits * i) for i in range(per)).to(torch.int32)  # type: ignore[union-attr]
+
+    def pack(shape: tuple[int, int], g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        n, k = shape
+        q, z = draw(g, (n, k), 2**bits), draw(g, (n, k // group), 2**bits)
+        s = scales_of(g, (n, k // group), torch.float16, bits)
+        zeros = (z - 2 ** (bits - 1)).to(torch.int8) if plain_zeros else words(z.T).T.contiguous()
+        tensors = {"weight_packed": words(q), "weight_scale": s, "weight_zero_point": zeros}
+        return tensors, (q - spread(z, group)) * spread(s, group)
+
+    return pack
+
+
+def ct_ordered(shape: tuple[int, int], g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+    """4 bits whose columns belong to groups of 32 in any order (actorder "group")."""
+    n, k = shape
+    q, s = draw(g, (n, k), 16), scales_of(g, (n, k // 32), torch.bfloat16, 4)
+    index = (torch.arange(k) // 32)[torch.randperm(k, generator=g)]
+    tensors = {"weight_packed": run_of_bits(q, 4), "weight_scale": s, "weight_shape": torch.tensor(shape),
+               "weight_g_idx": index.int()}  # fmt: skip
+    return tensors, (q - 8) * s.float()[:, index]
+
+
 def ct_int8(symmetric: bool) -> Packer:
     def pack(shape: tuple[int, int], g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
         n, k = shape
@@ -130,6 +159,19 @@ def float8(names: tuple[str, ...], block: tuple[int, int] | None, dtype: torch.d
         weight = w.float() * spread(s, columns)[:, :k].repeat_interleave(rows, 0)[:n]
         held = {names[0]: w, names[1]: s.flatten() if block is None else s}
         return {**held, **{name: torch.tensor([0.5]) for name in names[2:]}}, weight
+
+    return pack
+
+
+def float8_exponents(block: tuple[int, int]) -> Packer:
+    """fp8 with scale_fmt ue8m0: powers of two as bytes of exponents."""
+
+    def pack(shape: tuple[int, int], g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        n, k = shape
+        w = (torch.randn(shape, generator=g) * 100).to(torch.float8_e4m3fn)
+        e = draw(g, (-(-n // block[0]), -(-k // block[1])), 4) + 116
+        scales = spread(2.0 ** (e - 127.0), block[1])[:, :k].repeat_interleave(block[0], 0)[:n]
+        return {"weight": w, "weight_scale_inv": e.to(torch.uint8)}, w.float() * scales
 
     return pack
 
@@ -175,8 +217,30 @@ def mlx(bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> Packer:
     return pack
 
 
+def mlx_floats(mode: str) -> Packer:
+    """MLX's modes without biases: codes from the lowest bits of words on, a scale a group."""
+    group = 16 if mode == "nvfp4" else 32
+
+    def pack(shape: tuple[int, int], g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        n, k = shape
+        if mode == "mxfp8":
+            w = torch.randn(shape, generator=g).to(torch.float8_e4m3fn)
+            words, values = run_of_bits(w.view(torch.uint8).long(), 8), w.float()
+        else:
+            q = draw(g, (n, k), 16)
+            words, values = run_of_bits(q, 4), torch.tensor(E2M1)[q]
+        e = draw(g, (n, k // group), 5) + 120
+        scales, held = 2.0 ** (e - 127.0), e.to(torch.uint8)
+        if mode == "nvfp4":
+            s = (torch.rand(n, k // group, generator=g) * 0.1 + 0.02).to(torch.float8_e4m3fn)
+            scales, held = s.float(), s.view(torch.uint8)
+        return {"weight": words.view(torch.uint32), "scales": held}, values * spread(scales, group)
+
+    return pack
+
+
 def hqq(bits: int, group: int, axis: int, dtype: torch.dtype = torch.float32) -> Packer:
-    runs = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[bits]
+    runs = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}[bits]
 
     def pack(shape: tuple[int, int], g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
         n, k = shape
@@ -224,6 +288,13 @@ def exl2(shape: tuple[int, int], g: torch.Generator) -> tuple[Tensors, torch.Ten
     return tensors, torch.cat(parts, 1)[:, order]
 
 
+def torchao_float8(shape: tuple[int, int], g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+    n, _ = shape
+    w = (torch.randn(shape, generator=g) * 100).to(torch.float8_e4m3fn)
+    s = scales_of(g, (n, 1), torch.float32, 9)
+    return {"_weight_qdata": w, "_weight_scale": s}, w.float() * s
+
+
 def torchao(bits: int, group: int) -> Packer:
     def pack(shape: tuple[int, int], g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
         n, k = shape
@@ -259,6 +330,15 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     "ct-w4-asym": (_ct("pack-quantized", num_bits=4, group_size=32, symmetric=False), ct_packed(4, 32, False)),
     "ct-w3": (_ct("pack-quantized", num_bits=3, group_size=32, symmetric=False), ct_packed(3, 32, False)),
     "ct-w8": (_ct("pack-quantized", "channel"), ct_packed(8, -1, True)),
+    "ct-w2": (_ct("pack-quantized", num_bits=2, group_size=32, symmetric=False), ct_packed(2, 32, False)),
+    "ct-w5-old": (_ct("pack-quantized", num_bits=5, group_size=32, symmetric=False), ct_old(5, 32, True)),
+    "ct-w3-old": (_ct("pack-quantized", num_bits=3, group_size=32, symmetric=False), ct_old(3, 32, False)),
+    "ct-w6": (_ct("pack-quantized", num_bits=6, group_size=32), ct_packed(6, 32, True, torch.float16)),
+    "ct-actorder": (_ct("pack-quantized", num_bits=4, group_size=32, actorder="group"), ct_ordered),
+    "auto-round-ct": (
+        {**_ct("pack-quantized", num_bits=4, group_size=32), "quant_method": "auto-round",
+         "packing_format": "auto_round:llm_compressor"}, ct_packed(4, 32, True)
+    ),
     "ct-int8": (_ct("int-quantized", "channel"), ct_int8(True)),
     "ct-int8-asym": (_ct("int-quantized", "channel", symmetric=False), ct_int8(False)),
     "ct-fp8-tensor": (_ct("float-quantized", "tensor", type="float"), float8((*_FP8, "input_scale"), None)),
@@ -271,16 +351,30 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
         {"quant_method": "fp8", "weight_block_size": [48, 32]}, float8(("weight", "weight_scale_inv"), (48, 32))
     ),
     "fp8-scalar": ({"quant_method": "fp8", "activation_scheme": "static"}, float8((*_FP8, "input_scale"), None)),
+    "fp8-e8m0": (
+        {"quant_method": "fp8", "weight_block_size": [48, 32], "scale_fmt": "ue8m0"}, float8_exponents((48, 32))
+    ),
+    "auto-round-fp8": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:fp8_static", "bits": 8, "data_type": "fp8"},
+        float8((*_FP8, "input_scale"), (1, 0)),
+    ),
+    "modelopt-fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, float8((*_FP8, "input_scale"), None)),
     "fbgemm": ({"quant_method": "fbgemm_fp8"}, float8((*_FP8, "input_scale_ub"), (1, 0))),
     "torchao-int8": ({"quant_method": "torchao"}, torchao(8, -1)),
     "torchao-int4": ({"quant_method": "torchao"}, torchao(4, 32)),
+    "torchao-fp8": ({"quant_method": "torchao"}, torchao_float8),
+    "hqq-1": ({"quant_method": "hqq", "quant_config": {"nbits": 1, "group_size": 32, "axis": 1}}, hqq(1, 32, 1)),
+    "hqq-2": ({"quant_method": "hqq", "quant_config": {"nbits": 2, "group_size": 32, "axis": 1}}, hqq(2, 32, 1)),
+    "hqq-6": ({"quant_method": "hqq", "quant_config": {"nbits": 6, "group_size": 64, "axis": 0}}, hqq(6, 64, 0)),
     "hqq-4": ({"quant_method": "hqq", "quant_config": {"weight_quant_params": _HQQ}},
               hqq(4, 32, 1)),
     "hqq-3": ({"quant_method": "hqq", "quant_config": {"nbits": 3, "group_size": 64, "axis": 0}}, hqq(3, 64, 0)),
     "hqq-8-half": ({"quant_method": "hqq", "quant_config": {"nbits": 8, "group_size": 64, "axis": 1}},
                    hqq(8, 64, 1, torch.float16)),
     "exl2": ({"quant_method": "exl2", "bits": 4.5}, exl2),
-    **{f"mlx-{bits}": ({"bits": bits, "group_size": 32}, mlx(bits, 32)) for bits in (2, 3, 4, 6, 8)},
+    **{f"mlx-{bits}": ({"bits": bits, "group_size": 32}, mlx(bits, 32)) for bits in (2, 3, 4, 5, 6, 8)},
+    **{f"mlx-{mode}": ({"bits": 8 if mode == "mxfp8" else 4, "group_size": 16 if mode == "nvfp4" else 32, "mode": mode},
+                       mlx_floats(mode)) for mode in ("mxfp4", "mxfp8", "nvfp4")},
 }  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -120,6 +121,11 @@ def read_gguf(file: Path, tries: Attempts) -> None:
     read_model(file, tries)
 
 
+def read_split(folder: Path, tries: Attempts) -> None:
+    """All parts of a split file, from the first of those that are there."""
+    read_gguf(min(folder.glob("*.gguf")), tries)
+
+
 def read_adapter_folder(folder: Path, tries: Attempts) -> None:
     with tries.attempt():
         read_adapter(folder, tiny_config(**SIZES))
@@ -195,8 +201,8 @@ def read_sums(file: Path, tries: Attempts) -> None:
 # -- making ------------------------------------------------------------------------------------------------------
 
 
-def model(folder: Path, **given: Any) -> Any:
-    made = tiny_model(torch.float32, **SIZES)
+def model(folder: Path, sizes: Mapping[str, Any] = MappingProxyType({}), **given: Any) -> Any:
+    made = tiny_model(torch.float32, **{**SIZES, **sizes})
     made.generation_config = GenerationConfig(max_new_tokens=4, do_sample=False)
     made.save_pretrained(folder, **given)
     write_tokenizer(folder)
@@ -228,6 +234,13 @@ def gguf(folder: Path) -> None:
     folder.mkdir()
     convert(folder.parent / "plain", folder / "model.gguf", ConversionSettings(to="gguf", dtype="q8_0"))
     cpu.packed_file.write(checkpoint.gguf.GgufFile(folder / "model.gguf"))
+
+
+def gguf_blocks(folder: Path, dtype: str, **more: Any) -> None:
+    """A file of one type, of a model whose widths its blocks divide; more: settings of the conversion."""
+    model(folder.parent / "plain", {"hidden_size": 256, "intermediate_size": 256})
+    folder.mkdir()
+    convert(folder.parent / "plain", folder / "model.gguf", ConversionSettings(to="gguf", dtype=dtype, **more))
 
 
 def adapter(folder: Path, **changes: Any) -> None:
@@ -354,6 +367,11 @@ def imatrix(folder: Path) -> None:
         write_imatrix(folder / name, from_importance(sums, 64, 32, "words.txt"))
 
 
+def codebook(folder: Path, kind: str) -> None:
+    folder.mkdir()
+    write_blocks(folder / "m.gguf", (kind,))
+
+
 def legacy(folder: Path) -> None:
     """Files before GGUF."""
     folder.mkdir()
@@ -391,6 +409,23 @@ KINDS: dict[str, tuple[Make, Callable[[Path, Attempts], None]]] = {
         read_model,
     ),
     "gguf": (gguf, each((".gguf",), read_gguf)),
+    "nf4_double": (
+        lambda folder: packed_folder(
+            folder,
+            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        ),
+        read_model,
+    ),
+    "fp4": (
+        lambda folder: packed_folder(folder, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")),
+        read_model,
+    ),
+    "int8": (lambda folder: packed_folder(folder, BitsAndBytesConfig(load_in_8bit=True)), read_model),
+    "gguf_split": (partial(gguf_blocks, dtype="q8_0", split_size="300KB"), read_split),
+    **{
+        f"gguf_{dtype}": (partial(gguf_blocks, dtype=dtype), each((".gguf",), read_gguf))
+        for dtype in ("q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "float16")
+    },
     "adapter": (adapter, read_adapter_folder),
     "adapter_bin": (pickled_adapter, read_adapter_folder),
     "adapter_gguf": (gguf_adapter, read_gguf_adapter),
@@ -407,10 +442,7 @@ KINDS: dict[str, tuple[Make, Callable[[Path, Attempts], None]]] = {
     "tables": (tables, read_tables),
     "patterns": (patterns, read_cuts),
     "imatrix": (imatrix, each((".dat", ".gguf"), read_sums)),
-    "codebook_blocks": (
-        lambda folder: (folder.mkdir(), write_blocks(folder / "m.gguf", tuple(CODED))),
-        each((".gguf",), read_gguf),
-    ),
+    **{f"codebook_{kind}": (partial(codebook, kind=kind), each((".gguf",), read_gguf)) for kind in CODED},
     "legacy": (legacy, each((".bin",), read_model)),
     **{f"read_{kind}": (partial(write_packed, kind), read_model) for kind in PACKED},
 }
