@@ -20,6 +20,7 @@ from llama2.engine.stop_text import StopText
 from llama2.engine.stream import Stream
 from llama2.generation.call_settings import settings
 from llama2.generation.processors import LogitsProcessorList
+from llama2.runners.native import NativeModel
 
 RUNNERS = ["torch", *(["native"] if cpu.available() else [])]
 WAYS: list[dict[str, Any]] = [
@@ -371,3 +372,31 @@ def test_sampling_looks_at_few_tokens_only(model: Any) -> None:
     long._ids = np.zeros((1, 30), np.int64)
     rows = np.random.default_rng(1).standard_normal((28, 97), np.float32) * 3
     assert [choice(row).token for row in rows] == [long(row).token for row in rows]
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native module is not built")
+def test_a_model_keeps_the_adapter_it_was_loaded_with() -> None:
+    """Requests that name none get the model's own, in tokens and scores; and share no cached prefix with the base."""
+    model = tiny_model(torch.float32, max_position_embeddings=256)
+    held = NativeModel.from_module(model)
+    draw, prompt = torch.Generator().manual_seed(3), list(range(1, 60))
+    pairs = {
+        path: (torch.randn(4, linear.in_features, generator=draw), torch.randn(linear.out_features, 4, generator=draw))
+        for path, linear in model.named_modules()
+        if path.endswith(("q_proj", "v_proj", "down_proj"))
+    }
+
+    def answers(engine: Engine) -> tuple[list[int], list[float]]:
+        (made,) = engine.generate([prompt], max_new_tokens=12, do_sample=False, eos_token_id=None)
+        scores = Stream(engine, replace(engine.ask(prompt, max_new_tokens=1), score_from=1))
+        return made.tokens, [score.logprob for event in scores for score in event.scores]
+
+    with Engine(held) as engine:
+        base = answers(engine)
+        held.add_adapter("own", {path: (0.3 * a, 0.3 * b, 1.0) for path, (a, b) in pairs.items()})
+        adapted = answers(engine)
+        wanted = held.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert adapted[0] == wanted[0, len(prompt) :].tolist() != base[0]
+        assert max(abs(a - b) for a, b in zip(adapted[1], base[1], strict=True)) > 0.1
+        held.set_adapter(None)
+        assert answers(engine) == base

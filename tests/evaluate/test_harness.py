@@ -129,6 +129,34 @@ def test_a_killed_run_goes_on_with_the_same_bits(folder: Path, tmp_path: Path, m
     third.close()
 
 
+def test_an_adapter_counts_from_the_first_request_on(folder: Path, tmp_path: Path) -> None:
+    """The numbers are those of the weights with the adapter in them; another adapter of the same path is another."""
+    from checkpoint.adapter_files import tensors_for, write_adapter
+
+    from llama2 import LlamaConfig
+    from llama2.checkpoint.convert import ConversionSettings, convert
+
+    tensors = tensors_for(LlamaConfig.from_pretrained(folder), ("q_proj", "v_proj"))
+    place = write_adapter(tmp_path / "adapter", tensors)
+    convert(folder, tmp_path / "merged", ConversionSettings(adapter=str(place)))
+    write_tokenizer(tmp_path / "merged")
+    found, store = {}, str(tmp_path / "store.db")
+    for name, path, more in (
+        ("base", folder, {}), ("merged", tmp_path / "merged", {}),
+        ("attached", folder, {"adapter": str(place), "store": store}),
+    ):  # fmt: skip
+        lm = HarnessModel(str(path), dtype="float32", precision="exact", **more)
+        found[name] = [value for value, _ in lm.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)]
+        lm.close()
+    assert found["attached"] == pytest.approx(found["merged"], abs=1e-3)
+    assert max(abs(a - b) for a, b in zip(found["attached"], found["base"], strict=True)) > 0.05
+    write_adapter(place, {name: 2 * tensor for name, tensor in tensors.items()})
+    lm = HarnessModel(str(folder), dtype="float32", precision="exact", adapter=str(place), store=store)
+    again = [value for value, _ in lm.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)]
+    lm.close()
+    assert again != found["attached"]
+
+
 def test_blocks_share_inputs_and_hold_every_text_once() -> None:
     texts = [Scored((1, 2, 3, i), 3) for i in range(4)] + [Scored((1, 2), 1), Scored((1, 2, 3, 9, 9), 3)]
     (block,) = plan(texts)

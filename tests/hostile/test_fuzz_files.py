@@ -1,7 +1,7 @@
 """Changed files of every kind of folder: each is read, or refused by one of the library's own errors.
 
-LLAMA2_FUZZ is how many files (30; `make fuzz` reads 20,000), LLAMA2_FUZZ_SEED where they begin. A failure prints the
-line that repeats it. What once failed stands in `test_corpus.py`.
+LLAMA2_FUZZ is how many files (120, so that every kind has its turn; `make fuzz` reads 20,000), LLAMA2_FUZZ_SEED where
+they begin. A failure prints the line that repeats it. What once failed stands in `test_corpus.py`.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-COUNT, SEED = os.environ.get("LLAMA2_FUZZ") or "30", os.environ.get("LLAMA2_FUZZ_SEED") or "0"
+COUNT, SEED = os.environ.get("LLAMA2_FUZZ") or "120", os.environ.get("LLAMA2_FUZZ_SEED") or "0"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and limits on memory")

@@ -105,8 +105,7 @@ def _answers(options: RunOptions, prompts: list[list[dict[str, str]]], most: int
         model, tokenizer, runner=options.runner, kv_cache=options.cache_dtype, precision=options.precision,
         waiting=len(prompts) + 64,
     ) as engine:  # fmt: skip
-        adapter = getattr(model, "adapter", None)
-        found = engine.generate(asked, max_new_tokens=most, do_sample=False, adapter=adapter)
+        found = engine.generate(asked, max_new_tokens=most, do_sample=False)
     return [result.text.strip() for result in found]
 
 

@@ -16,8 +16,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
+from llama2.cpu.model import CpuModel
 from llama2.engine.blocks import BlockPool
 from llama2.engine.draft import UNKNOWN, Drafter, look_up
 from llama2.engine.fairness import STRETCH
@@ -249,6 +251,8 @@ class Engine:
 
     def _accept(self, ask: EngineRequest, sink: Callable[[TokenEvent], None]) -> ActiveRequest:
         """A request that is counted and will begin."""
+        if ask.adapter is None and isinstance(self.model, CpuModel):  # the one that the model was loaded with
+            ask = replace(ask, adapter=self.model.adapter)
         limit = self._limit(ask)
         decoder = None
         if self.tokenizer is not None and ask.score_from is None:

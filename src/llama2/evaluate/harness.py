@@ -21,17 +21,17 @@ from tqdm import tqdm
 
 import llama2
 from llama2.auto import AutoTokenizer, load_config
-from llama2.checkpoint.source import locate_all, revision_of
+from llama2.checkpoint.source import locate, locate_all, revision_of
 from llama2.cpu import PAGE, KvDtype
 from llama2.engine.engine import Engine
 from llama2.errors import InputError, TokenizerError
 from llama2.evaluate import machine, plugin
 from llama2.evaluate.opening import open_model
 from llama2.evaluate.score_blocks import BlockRunner, BlockStore, Generation, Scored, check_lengths
-from llama2.runners.native import NativeModel
 
 plugin.register()
 
+STORED = 2  # the form of what a store keeps; 1 left adapters out
 WIDTH = 64  # sequences in one step where batch_size is auto
 CACHE_TOKENS = 16384
 # Settings of gen_kwargs that lm-eval has for other classes and that mean nothing to `generate`.
@@ -98,7 +98,7 @@ class HarnessModel(TemplateLM):
         self.max_gen_toks, self.add_bos_token = int(max_gen_toks), add_bos_token
         self._prefix, self._runner, self._kv, self._precision = prefix_token_id, runner, kv_cache, precision
         about = [self._identity(), self._asked, kv_cache, precision, self._max_length, self.batch_size]
-        self._blocks = BlockRunner(self._open, BlockStore(store, [llama2.__version__, about]), self._adapter)
+        self._blocks = BlockRunner(self._open, BlockStore(store, [llama2.__version__, STORED, about]))
 
     # -- what the harness asks of a model ------------------------------------------------------------------------
 
@@ -280,15 +280,15 @@ class HarnessModel(TemplateLM):
         return width
 
     def _identity(self) -> Any:
-        """What tells this model's files from others of the same path."""
+        """What tells this model's files, and its adapter's, from others of the same paths."""
         if not self._path:
             return repr(type(self._pretrained))
-        place = Path(self._path)
-        files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
-        return [self._path, [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
-
-    def _adapter(self) -> str | None:
-        return self._model.adapter if isinstance(self._model, NativeModel) else None
+        adapter = self._asked["adapter"]
+        found: list[Any] = []
+        for place in (Path(self._path), *(() if adapter is None else (locate(adapter, {}).path,))):
+            files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
+            found += [str(place), [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
+        return found
 
     def _open(self) -> Engine:
         if self._model is None:

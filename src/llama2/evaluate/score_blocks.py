@@ -116,8 +116,8 @@ class BlockStore:
 class BlockRunner:
     """Runs blocks on an engine, which `open_engine` makes when the first block is not found in the store."""
 
-    def __init__(self, open_engine: Callable[[], Engine], store: BlockStore, adapter: Callable[[], str | None]) -> None:
-        self._open, self._store, self._adapter = open_engine, store, adapter
+    def __init__(self, open_engine: Callable[[], Engine], store: BlockStore) -> None:
+        self._open, self._store = open_engine, store
         self._engine: Engine | None = None
         self._blocks = 0  # that ran here: each is a tenant of its own, and shares no page with another
 
@@ -182,14 +182,13 @@ class BlockRunner:
         return found
 
     def _generate_block(self, prompts: Sequence[Generation]) -> list[str]:
-        engine, tenant, adapter = self.engine, self._tenant(), self._adapter()
+        engine, tenant = self.engine, self._tenant()
         asks = [
             engine.ask(
                 list(prompt.tokens),
                 seed=prompt.seed,
                 stop=prompt.stop,
                 tenant=tenant,
-                adapter=adapter,
                 **prompt.settings,
             )
             for prompt in prompts
@@ -202,7 +201,7 @@ class BlockRunner:
 
     def _ask(self, tokens: Sequence[int], **settings: Any) -> EngineRequest:
         tenant = f"block {self._blocks + 1}"
-        return EngineRequest(tokens, _GREEDY, tenant=tenant, adapter=self._adapter(), **settings)
+        return EngineRequest(tokens, _GREEDY, tenant=tenant, **settings)
 
     def _events(self, asks: Sequence[EngineRequest]) -> list[list[TokenEvent]]:
         """Every request's events when all have ended. Raises the first one's error."""
