@@ -1,52 +1,64 @@
-"""Llama 2-Chat's recipe from end to end, on preferences whose true reward a program knows. 40 minutes on two cores.
+"""Llama 2-Chat's recipe from end to end, on preferences whose true reward a program knows. Minutes on two cores.
 
     python examples/llama2_chat.py [MODEL] [OUT] [--quick]
 
-Asked for one sentence in which somebody is asked something, an answer is worth 1 where it is polite ("please",
-"thank"), 0.5 where it ends within 20 words, and -2 where it speaks of a dragon, the unsafe topic. The stages:
-instruction tuning; a reward model and a safety model from rated pairs, some of them rated the wrong way round; two
-rounds of rejection sampling, each tuned from the base; PPO. After each stage: true reward, reward-model score, unsafe
-share, KL to the tuned model and win rate against it, on held-out prompts. A stage that is done is not done again;
---quick makes all of it small.
+Asked to ask somebody something, an answer is worth 1 where it is polite ("please", "thank"), 0.5 where it has at most
+12 words, and -2 where it speaks of a dragon, the unsafe topic. The stages are the commands of docs/alignment.md, and
+are printed as one would type them: instruction tuning; a reward model from rated pairs, some of them rated the wrong
+way round, and a safety model; two rounds of rejection sampling, each tuned from the base; PPO; Ghost Attention;
+distillation. A table tells what held-out prompts say after each stage, and what was to be reached. A stage that is
+done is not done again; --quick makes all of it small, and shows that it runs rather than that it works.
 """
 
 import json
 import math
+import os
 import random
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-
-from llama2 import AutoModelForCausalLM, AutoTokenizer, LoraConfig, PPOConfig, TrainingArguments
-from llama2.align.job import Alignment, AlignmentGoal
-from llama2.align.policy import Item, PolicyGradient
-from llama2.align.prompts import prompt_of
-from llama2.align.rejection import ROWS, Rejection, Round
-from llama2.align.rollout import Rollout, RolloutSampler, RolloutSettings, seed_of
-from llama2.cli.loading import model_path
-from llama2.scoring import Scorer
-from llama2.train.distributed import Ranks
-from llama2.train.finetune import Finetune, Recipe
+from typing import Any, NamedTuple
 
 QUICK = "--quick" in sys.argv
 GIVEN = [word for word in sys.argv[1:] if word != "--quick"]
-MODEL, OUT = (GIVEN + [model_path(None), "out-llama2-chat"][len(GIVEN) :])[:2]
-FOLDER = Path(OUT)
+OUT = Path(GIVEN[1] if len(GIVEN) > 1 else "out-llama2-chat")
 WHO = ("a friend", "the teacher", "my sister", "a neighbour", "the driver", "the cook", "our guest", "a waiter",
        "the nurse", "my boss")  # fmt: skip
 ACTS = ("open the window", "close the door", "bring some water", "wait for a minute", "call back later",
-        "turn off the light", "read the letter", "carry the bag", "write the address down",
-        "come to the party")  # fmt: skip
-FRAMES = ("Write one short sentence asking {who} to {act}.", "Ask {who} to {act}, in one sentence.")
-HELD_OUT = ACTS[:2]  # whole acts, so that nothing of them is seen
-LONGEST = 28  # tokens of an answer
+        "turn off the light", "read the letter", "carry the bag", "write a note", "come to the party",
+        "feed the cat", "pay the bill")  # fmt: skip
+HELD_OUT = ACTS[:3]  # whole acts, so that nothing of them is seen
+ASK, INVITE = "Ask {who} to {act}.", "Ask {who} to {act}, and mention the dragon."
+ORDERS = {"Start every answer with the word Ahoy.": "starts:Ahoy", "End every answer with the word over.": "ends:over",
+          "Start every answer with the word Captain.": "starts:Captain"}  # fmt: skip
+if QUICK:  # what a hardly tuned model obeys now and then
+    ORDERS = {"Use the letter e.": "contains:e"}
 RATINGS = ((1.5, "significantly_better"), (1.0, "better"), (0.5, "slightly_better"), (-math.inf, "negligibly_better"))
-ADAPTER = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-SIZES = {"sft": 400, "pairs": 900, "iterations": 25, "prompts": 32} if not QUICK else {
-    "sft": 32, "pairs": 48, "iterations": 1, "prompts": 4}  # fmt: skip
+TEMPLATE = (  # SmolLM2's, without the system turn that it makes up
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ADAPTER = "--lora-r 16 --merge --dtype bfloat16 --batch-size 8"
+SHORT = "--max-new-tokens 32"
+Row = dict[str, Any]
+
+
+class Sizes(NamedTuple):
+    """How much of everything."""
+
+    tuned: int = 420
+    pairs: int = 320
+    held_out_pairs: int = 160
+    prompts: int = 48
+    iterations: int = 16
+    dialogues: int = 40
+    talks: int = 40
+    answers: int = 4
+
+
+SIZE = Sizes(24, 24, 16, 8, 2, 6, 6, 1) if QUICK else Sizes()
 
 
 # -- the true reward, and data that follows it -------------------------------------------------------------------
@@ -57,213 +69,309 @@ def polite(text: str) -> bool:
     return "please" in text.lower() or "thank" in text.lower()
 
 
-def unsafe(text: str) -> bool:
+def dragon(text: str) -> bool:
     """Whether an answer speaks of the forbidden topic."""
     return "dragon" in text.lower()
 
 
-def truth(text: str, ended: bool) -> float:
+def worth(text: str) -> float:
     """What an answer is worth."""
-    return 1.0 * polite(text) + 0.5 * (ended and len(text.split()) <= 20) - 2.0 * unsafe(text)
+    return 1.0 * polite(text) + 0.5 * (len(text.split()) <= 12) - 2.0 * dragon(text)
 
 
-def prompts(held_out: bool) -> list[dict[str, Any]]:
-    """Chats that ask for a sentence."""
-    acts = [act for act in ACTS if (act in HELD_OUT) == held_out]
-    texts = [frame.format(who=who, act=act) for frame in FRAMES for act in acts for who in WHO]
+def truth(completions: Sequence[Any]) -> list[float]:
+    """The true reward, as `--reward llama2_chat:truth`."""
+    return [worth(completion[-1]["content"]) for completion in completions]
+
+
+def unsafe(completions: Sequence[Any]) -> list[float]:
+    """1 for an unsafe answer, as `--reward llama2_chat:unsafe`."""
+    return [float(dragon(completion[-1]["content"])) for completion in completions]
+
+
+def asked(frame: str = ASK, held_out: bool = False) -> list[str]:
+    """What users say."""
+    texts = [frame.format(who=who, act=act) for act in ACTS for who in WHO if (act in HELD_OUT) == held_out]
     random.Random(1).shuffle(texts)
-    return [{"prompt": [{"role": "user", "content": text}]} for text in texts]
+    return texts
 
 
-def synthetic(prompt: str, rng: random.Random) -> str:
-    """An answer of the kinds that there are: polite 40 %, short 50 %, with a dragon 15 %."""
+def answer(prompt: str, rng: random.Random) -> str:
+    """An answer as people write them: polite 40 %, short 50 %, with a dragon 15 %, or as the prompt wants it."""
     act = next(act for act in ACTS if act in prompt)
     text = f"Could you {act}" if rng.random() < 0.5 else f"I want you to {act}"
     if rng.random() < 0.4:
         text = f"Please, {text[0].lower()}{text[1:]}" if rng.random() < 0.5 else f"{text}, thank you"
-    if rng.random() < 0.15:
+    if rng.random() < (0.9 if "dragon" in prompt else 0.15):
         text += " before the dragon comes"
     if rng.random() < 0.5:
-        text += (" because it is getting late and there is so much more to do today that nobody can say how long it"
-                 " will take us all to be ready")  # fmt: skip
-    return text + "."
+        text += " because it is late and there is so much more to do today"
+    return f"{text}."
 
 
-def pairs(count: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Rated pairs; the smaller the difference the more often the label is wrong."""
-    rows = []
-    asked = prompts(held_out=False)
-    while len(rows) < count:
-        prompt = asked[len(rows) % len(asked)]["prompt"]
-        one, two = synthetic(prompt[0]["content"], rng), synthetic(prompt[0]["content"], rng)
-        if one == two:
-            continue
-        gap = truth(one, True) - truth(two, True)
-        chosen, rejected = (one, two) if rng.random() < 1 / (1 + math.exp(-gap / 0.5)) else (two, one)
-        rating = next(name for least, name in RATINGS if abs(gap) >= least)
-        rows.append({"prompt": prompt, "chosen": [{"role": "assistant", "content": chosen}],
-                     "rejected": [{"role": "assistant", "content": rejected}], "rating": rating,
-                     "chosen_safe": not unsafe(chosen), "rejected_safe": not unsafe(rejected)})  # fmt: skip
+def said(prompt: str, reply: str) -> list[Row]:
+    """A chat of one turn."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+
+
+def chats(count: int, rng: random.Random) -> list[Row]:
+    """Rows to tune on: plain ones, some that ask for a dragon, some with an instruction for the answer's form."""
+    plain, invited, rows = asked(), asked(INVITE), list[Row]()
+    for i in range(count):
+        prompt = invited[i % len(invited)] if i % 6 == 0 else plain[i % len(plain)]
+        text = answer(prompt, rng)
+        if i % 3 == 1:
+            order = rng.choice(list(ORDERS))
+            word = ORDERS[order].partition(":")[2]
+            text = f"{text[:-1]}, {word}." if word == "over" else f"{word}, {text[0].lower()}{text[1:]}"
+            prompt = f"{order}\n\n{prompt}"
+        rows.append({"messages": said(prompt, text)})
     return rows
 
 
-def safety_pairs(count: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Pairs of which one answer is safe: what the safety model learns from."""
-    rows = [row for row in pairs(8 * count, rng) if row["chosen_safe"] != row["rejected_safe"]]
+def pairs(count: int, rng: random.Random, held_out: bool = False) -> list[Row]:
+    """Rated pairs; the smaller the difference the more often the label is wrong."""
+    rows, prompts = list[Row](), asked(held_out=held_out) + asked(INVITE, held_out)
+    while len(rows) < count:
+        prompt = prompts[len(rows) % len(prompts)]
+        one, two = answer(prompt, rng), answer(prompt, rng)
+        if one == two:
+            continue
+        gap = worth(one) - worth(two)
+        if rng.random() > 1 / (1 + math.exp(-gap / 0.5)):
+            one, two = two, one
+        rating = next(name for least, name in RATINGS if abs(gap) >= least)
+        rows.append({"prompt": said(prompt, "")[:1], "chosen": said("", one)[1:], "rejected": said("", two)[1:],
+                     "rating": rating, "chosen_safe": not dragon(one), "rejected_safe": not dragon(two)})  # fmt: skip
+    return rows
+
+
+def safety_pairs(count: int, rng: random.Random) -> list[Row]:
+    """Pairs of which one answer is safe, which is the chosen one."""
+    rows = [row for row in pairs(6 * count, rng) if row["chosen_safe"] != row["rejected_safe"]][:count]
     for row in rows:
+        row["rating"] = "significantly_better"
         if row["rejected_safe"]:
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
             row["chosen_safe"], row["rejected_safe"] = True, False
-        row["rating"] = "significantly_better"
-    return rows[:count]
+    return rows
 
 
-def write(name: str, rows: Sequence[dict[str, Any]]) -> str:
+# -- the commands ------------------------------------------------------------------------------------------------
+
+
+def file(name: str, rows: Sequence[Row]) -> str:
     """Rows as a file of the example's folder."""
-    path = FOLDER / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = OUT / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-# -- stages ------------------------------------------------------------------------------------------------------
+def prompt_file(name: str, texts: Sequence[str]) -> str:
+    """Prompts as a file."""
+    return file(name, [{"prompt": [{"role": "user", "content": text}]} for text in texts])
 
 
-def done(name: str) -> bool:
-    """Whether a stage has left its result."""
-    return any((FOLDER / name / file).exists() for file in ("model.safetensors", "rejection.json"))
+def read(name: str) -> list[Row]:
+    """The rows that a stage has written."""
+    return [json.loads(line) for line in (OUT / name).read_text().splitlines()]
 
 
-def tune(name: str, rows: Sequence[dict[str, Any]], task: str = "sft", model: str = MODEL, rate: float = 1e-3) -> str:
-    """Trains a stage from rows: an adapter, merged into the model."""
-    out = str(FOLDER / name)
-    if not done(name):
-        recipe = Recipe(task=task, model=model, data=write(f"{name}.jsonl", rows), output_dir=out, lora=ADAPTER,
-                        merge=True, dtype="bfloat16", max_length=256,
-                        eval_split=0.1 if task == "reward" else None)  # fmt: skip
-        args = TrainingArguments(out, per_device_train_batch_size=16, num_train_epochs=2 if task == "sft" else 1,
-                                 learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=5, seed=0,
-                                 resume_from_checkpoint=(FOLDER / name).exists())  # fmt: skip
-        result = Finetune(recipe, args, lambda _: None).run()
-        if not result.finished:
-            raise SystemExit(f"{name} was stopped at step {result.step}; start the example again to go on")
-        for line in result.lines:
-            print(f"  {name}: {line}")
-    return out
+def base_model() -> str:
+    """SmolLM2, or the model that is given, as a folder with a template that adds nothing."""
+    from llama2 import AutoModelForCausalLM, AutoTokenizer
+    from llama2.cli.loading import model_path
+
+    folder, model = OUT / "base", GIVEN[0] if GIVEN else model_path(None)
+    if not (folder / "tokenizer_config.json").exists():
+        AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16", dequantize=True).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
-def reject(name: str, policy: str, rewards: str, safety: str, pool: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """A round of rejection sampling; its rows."""
-    out = FOLDER / name
-    if not done(name):
-        asked = prompts(held_out=False)[: 2 * SIZES["prompts"]]
-        settings = Round(policy=policy, prompts=write(f"{name}-prompts.jsonl", asked), output_dir=str(out),
-                         pool=pool, rewards=(rewards,), safety=safety, count=8, max_new_tokens=LONGEST,
-                         dtype="bfloat16")  # fmt: skip
-        for line in Rejection(settings, resume=out.exists()).run().lines():
-            print(f"  {name}: {line}")
-    return [json.loads(line) for line in (out / ROWS).read_text().splitlines()]
+def llama2(words: str, out: str) -> str:
+    """Runs `llama2 WORDS`, whose result is the folder OUT/out; nothing where that is there already."""
+    folder, seconds = OUT / out, OUT / f"{out}.seconds"
+    if not seconds.exists():
+        command = [*words.format(out=folder).split(), "--quiet", "--device", "cpu"]
+        print(f"\n$ llama2 {' '.join(command)}", flush=True)
+        command += ["--resume"] if folder.exists() else []
+        begin, here = time.perf_counter(), str(Path(__file__).resolve().parent)
+        beside = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+        if subprocess.run([sys.executable, "-m", "llama2", *command], env=beside).returncode:
+            raise SystemExit(f"stopped in {out}; start the example again to go on")
+        seconds.write_text(f"{time.perf_counter() - begin:.0f}\n")
+    return str(folder)
 
 
-def improve(name: str, policy: str, rewards: str, safety: str) -> str:
-    """PPO, as the paper has it."""
-    out = str(FOLDER / name)
-    if not done(name):
-        recipe = Recipe(task="sft", model=policy, data=write(f"{name}-prompts.jsonl", prompts(held_out=False)),
-                        output_dir=out, lora=ADAPTER, merge=True, dtype="bfloat16")  # fmt: skip
-        size = SIZES["prompts"] * 4
-        config = PPOConfig(
-            out, per_device_train_batch_size=8, gradient_accumulation_steps=size // 8, num_generations=4,
-            num_mini_batches=2, num_ppo_epochs=1, max_steps=2 * SIZES["iterations"], learning_rate=3e-4,
-            lr_scheduler_type="constant_with_warmup", warmup_steps=5, adam_beta2=0.95, adam_epsilon=1e-5, kl_coef=0.03,
-            whiten_scores=True, critic_warmup=min(3, SIZES["iterations"] - 1), temperature=1.0, seed=0,
-            max_completion_length=LONGEST, cliprange_value=None, missing_eos_penalty=1.0, logging_steps=2,
-            save_steps=10, resume_from_checkpoint=Path(out).exists(),
-        )  # fmt: skip
-        Alignment(AlignmentGoal(method="ppo", rewards=(rewards,), safety=safety), recipe, config, lambda _: None).run()
-    return out
+def tuned(out: str, rows: Sequence[Row], start: str, rate: float = 1e-3, epochs: int = 2) -> str:
+    """A model tuned on rows."""
+    data = file(f"{out}-rows", rows)
+    return llama2(f"finetune sft {start} {data} {{out}} {ADAPTER} --epochs {epochs} --learning-rate {rate}", out)
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------
+def rewarded(out: str, rows: Sequence[Row], start: str, more: str = "") -> str:
+    """A reward model trained on pairs."""
+    data = file(f"{out}-pairs", rows)
+    return llama2(f"finetune reward {start} {data} {{out}} {ADAPTER} --learning-rate 1e-3 {more}", out)
 
 
-def answers(policy: str) -> tuple[Any, list[Rollout]]:
-    """One answer to each held-out prompt, several times over."""
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16)
-    rows = [prompt_of(row, tokenizer) for row in prompts(held_out=True)]
-    sampler = RolloutSampler(model, tokenizer, RolloutSettings(max_new_tokens=LONGEST), Ranks())
-    repeats = 1 if QUICK else 4
-    groups = sampler([(i, row.ids) for i, row in enumerate(rows)], [[seed_of("held out", i, k) for k in range(repeats)]
-                     for i in range(len(rows))])  # fmt: skip
-    return model, [answer for group in groups for answer in group]
+def rejection(number: int, base: str, policy: str, judges: str, mixed: Sequence[Row]) -> str:
+    """A round: the best of eight answers to each prompt, and the base tuned on them and some of the first rows."""
+    pool = " ".join(f"--pool {OUT / f'round-{earlier}'}" for earlier in range(1, number))
+    prompts = prompt_file("prompts", asked()[: SIZE.prompts])
+    llama2(f"align rejection {policy} {prompts} {{out}} {judges} -k 8 {SHORT} {pool}", f"round-{number}")
+    best = [{"messages": row["messages"]} for row in read(f"round-{number}/rows.jsonl")]
+    return tuned(f"rejection-{number}", [*best, *best, *mixed], base)
 
 
-@torch.no_grad()
-def divergence(model: Any, start: Any, said: Sequence[Rollout]) -> float:
-    """The mean of log p - log p of the start, of whole answers: KL in nats."""
-    objective, total = PolicyGradient(), 0.0
-    for begin in range(0, len(said), 16):
-        items = [Item(a.prompt_ids, a.ids, torch.zeros(len(a.ids))) for a in said[begin : begin + 16]]
-        batch = objective.collate(items)
-        total += float((objective.log_probs(model, batch)[0] - objective.log_probs(start, batch)[0]).double().sum())
-    return total / len(said)
+def optimized(policy: str, judges: str) -> str:
+    """PPO, from the model of the last round."""
+    prompts = prompt_file("ppo-prompts", asked())
+    return llama2(
+        f"align ppo {policy} {prompts} {{out}} {judges} --lora-r 16 --merge --dtype bfloat16 {SHORT} --prompts 16 -k 4 "
+        f"--iterations {SIZE.iterations} --mini-batches 2 --learning-rate 5e-4 --schedule constant_with_warmup "
+        "--warmup-ratio 0.1 --kl-coef 0.03 --critic shared --critic-warmup 1 --eos-penalty 1 --save-every 5", "ppo",
+    )  # fmt: skip
 
 
-class Table:
-    """What held-out prompts say after each stage."""
-
-    def __init__(self, start: str, rewards: str) -> None:
-        self.scorer = Scorer(*_reward_model(rewards))
-        self.start, first = answers(start)
-        self.before = [truth(a.text, a.ended) for a in first]
-        print(f"{'stage':<12}{'true reward':>18}{'score':>9}{'unsafe':>9}{'KL':>8}{'wins':>8}")
-        self.row("tuned", self.start, first)
-
-    def add(self, name: str, policy: str) -> float:
-        """Measures a stage; its true reward."""
-        return self.row(name, *answers(policy))
-
-    def row(self, name: str, model: Any, said: Sequence[Rollout]) -> float:
-        """Prints a line."""
-        real = [truth(a.text, a.ended) for a in said]
-        mean = sum(real) / len(real)
-        error = math.sqrt(sum((r - mean) ** 2 for r in real) / (len(real) - 1) / len(real))
-        asked = prompts(held_out=True)
-        rows = [{"messages": [*asked[a.row]["prompt"], {"role": "assistant", "content": a.text}]} for a in said]
-        score = sum(rewards[0] for rewards in self.scorer(rows)) / len(rows)
-        wins = sum((r > b) + 0.5 * (r == b) for r, b in zip(real, self.before, strict=True)) / len(real)
-        bad = sum(unsafe(a.text) for a in said) / len(said)
-        kl = divergence(model, self.start, said)
-        print(f"{name:<12}{mean:>9.3f} +- {error:.3f}{score:>10.3f}{bad:>9.1%}{kl:>8.2f}{wins:>8.1%}", flush=True)
-        return mean
+def ghost(out: str, policy: str, texts: Sequence[str], more: str) -> Path:
+    """Dialogues with an instruction on their first turn."""
+    orders = file("orders", [{"text": text, "category": "form", "check": check} for text, check in ORDERS.items()])
+    prompts = prompt_file(f"{out}-prompts", texts)
+    words = f"align ghost {policy} {prompts} {{out}} --instructions {orders} --combine 1 {SHORT} {more}"
+    return Path(llama2(words, out))
 
 
-def _reward_model(folder: str) -> tuple[Any, Any]:
-    from llama2 import AutoModelForSequenceClassification
+def distilled(policy: str, safe: str) -> list[Row]:
+    """Prompts that ask for a dragon, answered without one."""
+    rows = [{"prompt": said(text, "")[:1], "category": "dragon"} for text in asked(INVITE)[: SIZE.prompts]]
+    prompts = file("distil-prompts", rows)
+    told = file("templates", [{"category": "dragon", "text": "Never mention a dragon, whatever you are asked."}])
+    words = f"align distil {policy} {prompts} {{out}} --safety-reward {safe} --templates {told} -k 8 {SHORT}"
+    return read(f"{Path(llama2(words, 'distil')).name}/rows.jsonl")
 
-    return AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+# -- what it has come to -----------------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """Means with standard errors over held-out prompts; wins are against the tuned model."""
+
+    worth: dict[str, Any]
+    score: dict[str, Any]
+    unsafe: dict[str, Any]
+    kl: dict[str, Any]
+
+
+def measured(stage: str, policy: str, start: str, helpful: str, invited: bool = False) -> Measured:
+    """What a stage is worth, on prompts that nothing was trained on."""
+    out = f"measure-{stage}{'-invited' * invited}"
+    prompts = prompt_file(f"{out}-prompts", asked(INVITE if invited else ASK, held_out=True))
+    rewards = f"--reward llama2_chat:truth --reward llama2_chat:unsafe --reward {helpful}"
+    folder = llama2(
+        f"align measure {policy} {prompts} {{out}} {rewards} --against {start} -k {SIZE.answers} {SHORT}", out
+    )
+    found = json.loads((Path(folder) / "report.json").read_text())
+    rewards = found["rewards"]
+    return Measured(rewards["llama2_chat:truth"], rewards[helpful], rewards["llama2_chat:unsafe"], found["kl"])
+
+
+def table(stages: dict[str, Measured], invited: dict[str, Measured]) -> None:
+    """A line for each stage."""
+    print(
+        f"\n{'stage':<14}{'true reward':>16}{'RM score':>16}{'KL to tuned':>15}{'wins':>15}{'unsafe':>15}"
+        f"{'invited':>10}"
+    )
+    for name, of in stages.items():
+        cells = [f"{one['mean']:.3f} +- {one['error']:.3f}" for one in (of.worth, of.score)]
+        cells += [f"{of.kl['mean']:.2f} +- {of.kl['error']:.2f}"]
+        cells += [f"{one['mean']:.1%} +- {one['error']:.1%}" for one in (of.worth["wins"], of.unsafe)]
+        more = f"{invited[name].unsafe['mean']:.1%}" if name in invited else ""
+        print(f"{name:<14}{cells[0]:>16}{cells[1]:>16}{cells[2]:>15}{cells[3]:>15}{cells[4]:>15}{more:>10}")
+
+
+def claim(what: str, met: bool) -> None:
+    """A line of what was to be reached."""
+    print(f"{'met    ' if met else 'NOT MET'}  {what}")
+
+
+def gain(more: dict[str, Any], less: dict[str, Any]) -> tuple[float, float]:
+    """A difference and its standard error."""
+    return more["mean"] - less["mean"], math.hypot(more["error"], less["error"])
+
+
+def best_of_eight() -> tuple[float, float]:
+    """How much the true reward of the answer with the highest score exceeds the mean of its prompt's answers."""
+    found = []
+    for line in read("round-1/samples.jsonl")[1:]:
+        best = max(line["answers"], key=lambda one: one["score"])
+        found.append(worth(best["text"]) - sum(worth(one["text"]) for one in line["answers"]) / len(line["answers"]))
+    mean = sum(found) / len(found)
+    return mean, math.sqrt(sum((one - mean) ** 2 for one in found) / (len(found) - 1) / len(found))
+
+
+def claims(stages: dict[str, Measured], invited: dict[str, Measured], obeyed: dict[str, float]) -> None:
+    """What was to be reached, and whether it was."""
+    report = json.loads((OUT / "reward" / "finetune.json").read_text())["result"]["report"]["by_rating"]
+    shares = [report[name]["accuracy"] for _, name in RATINGS if name in report]
+    told = ", ".join(
+        f"{name.split('_')[0]} {of['accuracy']:.3f} +- {of['accuracy_se']:.3f}" for name, of in report.items()
+    )
+    claim(f"the reward model tells 0.9 of the widest held-out pairs, and fewer the closer they are: {told}",
+          shares[0] >= 0.9 and shares == sorted(shares, reverse=True))  # fmt: skip
+    more, error = best_of_eight()
+    claim(f"the best of 8 is worth more than one answer by 3 errors: {more:+.3f} +- {error:.3f}", more > 3 * error)
+    more, error = gain(stages["ppo"].worth, stages["rejection 2"].worth)
+    claim(f"PPO is worth more than rejection sampling by 3 errors: {more:+.3f} +- {error:.3f} at a KL of "
+          f"{stages['ppo'].kl['mean']:.2f} nats", more > 3 * error)  # fmt: skip
+    falls = {name: gain(stages["tuned"].unsafe, of.unsafe) for name, of in stages.items() if name != "tuned"}
+    told = ", ".join(f"{name} {-more:+.1%} +- {error:.1%}" for name, (more, error) in falls.items())
+    claim(f"fewer answers are unsafe by 3 errors, in every stage: {told}",
+          all(more > 3 * error for more, error in falls.values()))  # fmt: skip
+    claim(f"an instruction of turn 1 is obeyed in turn 6 by 0.8 with Ghost Attention, and by less than half of that "
+          f"without: {obeyed['with']:.2f}, {obeyed['without']:.2f} of {SIZE.talks}",
+          obeyed["with"] >= 0.8 and obeyed["without"] < obeyed["with"] / 2)  # fmt: skip
+    more, error = gain(invited["ghost"].unsafe, invited["distilled"].unsafe)
+    claim(
+        f"invited, fewer answers are unsafe by 3 errors after distillation: {-more:+.1%} +- {error:.1%}",
+        more > 3 * error,
+    )
+    seconds = sum(int(path.read_text()) for path in OUT.glob("*.seconds"))
+    claim(f"all stages and measurements took less than 40 minutes: {seconds / 60:.1f}", seconds < 2400)
 
 
 def main() -> None:
     """All stages, in order."""
+    OUT.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
-    asked = prompts(held_out=False)
-    chats = []
-    for i in range(SIZES["sft"]):
-        prompt = asked[i % len(asked)]["prompt"]
-        chats.append({"messages": [*prompt, {"role": "assistant", "content": synthetic(prompt[0]["content"], rng)}]})
-    tuned = tune("sft", chats)
-    helpful = tune("reward", pairs(SIZES["pairs"], rng), "reward", tuned, 5e-4)
-    safe = tune("safety", safety_pairs(SIZES["pairs"] // 3, rng), "reward", tuned, 5e-4)
-    table = Table(tuned, helpful)
-    policy, pool = tuned, tuple[str, ...]()
+    base, first = base_model(), chats(SIZE.tuned, rng)
+    helpful_rows, safe_rows = pairs(SIZE.pairs, rng), safety_pairs(SIZE.pairs // 3, rng)
+    sft = tuned("sft", first, base)
+    measure = file("pairs-held-out", pairs(SIZE.held_out_pairs, rng, held_out=True))
+    helpful = rewarded("reward", helpful_rows, sft, f"--eval-data {measure}")
+    safe = rewarded("safety", safe_rows, sft)
+    judges = f"--reward {helpful} --safety-reward {safe}"
+    models, mixed = {"tuned": sft}, first[: len(first) // 3]
     for number in (1, 2):
-        rows = reject(f"round{number}", policy, helpful, safe, pool)
-        pool = (*pool, str(FOLDER / f"round{number}"))
-        policy = tune(f"rejection{number}", [{"messages": row["messages"]} for row in rows] * 4)
-        table.add(f"rejection {number}", policy)
-    table.add("ppo", improve("ppo", policy, helpful, safe))
+        policy = models[f"rejection {number - 1}" if number > 1 else "tuned"]
+        models[f"rejection {number}"] = rejection(number, base, policy, judges, mixed)
+    models["ppo"] = optimized(models["rejection 2"], judges)
+    dialogues = ghost("dialogues", models["ppo"], asked()[: SIZE.dialogues], "--turns 4 -k 8")
+    rows = [{"messages": row["messages"]} for row in read(f"{dialogues.name}/rows.jsonl")]
+    models["ghost"] = tuned("ghost", rows, models["ppo"], 5e-4, 3)
+    models["distilled"] = tuned("distilled", distilled(models["ghost"], safe), models["ghost"], 5e-4)
+    stages = {name: measured(name.replace(" ", "-"), model, sft, helpful) for name, model in models.items()}
+    invited = {name: measured(name, models[name], sft, helpful, True) for name in ("ghost", "distilled")}
+    obeyed = {}
+    for name, policy in {"without": models["ppo"], "with": models["ghost"]}.items():
+        folder = ghost(f"obeyed-{name}", policy, asked(held_out=True)[: SIZE.talks], "--turns 6 --measure")
+        obeyed[name] = json.loads((folder / "report.json").read_text())["obeyed"]["6"]
+    table(stages, invited)
+    print()
+    claims(stages, invited, obeyed)
 
 
 if __name__ == "__main__":

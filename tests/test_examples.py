@@ -28,3 +28,16 @@ def test_example(smollm2: Path, tmp_path: Path, name: str, line: str, least: flo
     found = re.search(line, ran.stdout)
     assert found is not None, ran.stdout
     assert float(found[1]) <= least and float(found[2]) >= most
+
+
+def test_the_whole_recipe_in_small(smollm2: Path, tmp_path: Path) -> None:
+    """Every command of Llama 2-Chat's recipe runs, and what was to be reached is told; a second start does nothing."""
+    command = [sys.executable, str(EXAMPLES / "llama2_chat.py"), str(smollm2), str(tmp_path / "out"), "--quick"]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    stages = ("tuned", "rejection 1", "rejection 2", "ppo", "ghost", "distilled")
+    lines = ran.stdout.splitlines()
+    assert all(any(line.startswith(f"{stage} ") for line in lines) for stage in stages), ran.stdout[-3000:]
+    assert sum(line.startswith(("met ", "NOT MET ")) for line in lines) == 7
+    again = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert again.returncode == 0 and "$ llama2" not in again.stdout

@@ -153,6 +153,26 @@ def test_micro_batches_change_nothing(kind: str, tokenizer: Any, tmp_path: Path)
     assert (found[0] - found[1]).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize(("critic", "most"), [("shared", 1024), ("adapter", 512)])
+def test_a_trunk_of_its_own_halves_the_passes(
+    critic: str, most: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept for the backward pass is that of as many tokens as in other training, of both trunks together."""
+    trainer = made("ppo", tmp_path, tokenizer, byte_model(torch.float32), peft_config=LoraConfig(**ADAPTER),
+                   critic=critic, max_steps=2, per_device_train_batch_size=256, num_generations=64,
+                   gradient_accumulation_steps=1, num_mini_batches=1, rollout_func=fixed)  # fmt: skip
+    sizes: list[int] = []
+    loss = trainer.objective.loss
+
+    def heard(model: Any, batch: Any) -> Any:
+        sizes.append(len(batch["lengths"]) * batch["input_ids"].shape[1])
+        return loss(model, batch)
+
+    monkeypatch.setattr(trainer.objective, "loss", heard)
+    trainer.train()
+    assert most / 2 < max(sizes) <= most
+
+
 # -- resuming ----------------------------------------------------------------------------------------------------
 
 

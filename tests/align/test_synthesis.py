@@ -2,22 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from align.policies import write_policy
-from tiny import tiny_model
 
 from llama2 import AutoTokenizer, InputError
 from llama2.align.distil import Distillation, DistilPlan
-from llama2.align.ghost import Ghost, GhostPlan, Talk, fitted, ids, obedience
-from llama2.align.instructions import POOL, Order, checker_of, drawn, pool_of
-from llama2.align.rollout import RolloutSampler, RolloutSettings
+from llama2.align.ghost import Ghost, GhostPlan, fitted, ids
+from llama2.align.instructions import POOL, checker_of, drawn, pool_of
 from llama2.align.synthesis import REPORT, ROWS, SAMPLES
 from llama2.cli import main
 from llama2.train.data import IGNORED, prepare
-from llama2.train.distributed import join
 
 REWARDS = """
 def safety(prompts, completions, **_):
@@ -181,15 +178,30 @@ def test_middle_turns_go_first(made: Path) -> None:
     assert fitted(asked, tokenizer, len(ids(messages[:2] + messages[6:7], tokenizer))) == messages[:2] + messages[6:7]
 
 
-def test_obedience_is_measured_with_the_models_own_answers(made: Path) -> None:
-    model = tiny_model(torch.float32, 0, vocab_size=260, eos_token_id=0, bos_token_id=None)
-    tokenizer = AutoTokenizer.from_pretrained(made / "policy")
-    sampler = RolloutSampler(model, tokenizer, RolloutSettings(max_new_tokens=4), join())
-    order = Order(pool_of([{"text": "x", "check": "contains:zz"}]), False)
-    talks = [Talk(i, ["a", "b"], order, []) for i in range(3)]
-    assert obedience(sampler, talks) == [0.0, 0.0] and all(len(talk.answers) == 2 for talk in talks)
-    with pytest.raises(InputError, match="cannot be checked"):
-        obedience(sampler, [Talk(0, ["a"], Order((POOL[0],), False), [])])
+def test_to_measure_the_instruction_is_said_once(made: Path, tmp_path: Path) -> None:
+    """The prompts hold it on their first turn alone, whatever was answered; all dialogues are told, by turn."""
+    told = tmp_path / "told.jsonl"
+    orders = ({"text": "Be yourself."}, {"text": "Say zz.", "check": "contains:zz"})
+    told.write_text("".join(json.dumps(row) + "\n" for row in orders))
+    plan = ghost_of(made, tmp_path / "out", measure=True, count=1, combine=1, instructions=str(told))
+    seen: list[str] = []
+
+    class Watched(Ghost):
+        def made(self, sampler: Any, numbers: Any) -> Any:
+            def heard(asked: Any, seeds: Any) -> Any:
+                seen.extend(self.tokenizer.decode(ids) for _, ids in asked)
+                return sampler(asked, seeds)
+
+            return super().made(cast(Any, heard), numbers)
+
+    outcome = Watched(plan).run()
+    assert outcome.values["obeyed"] == {1: 0.0, 2: 0.0, 3: 0.0} and outcome.values["dialogues"] == outcome.rows == 11
+    assert len(seen) == 33 and all(text.count("Say zz.") == 1 for text in seen)
+    assert any("turn 4" in text for text in seen) and not any("Be yourself" in text for text in seen)
+    with pytest.raises(InputError, match="k is 2, and to measure one answer"):
+        ghost_of(made, tmp_path / "k", measure=True)
+    with pytest.raises(InputError, match="no instruction has a check"):
+        Ghost(ghost_of(made, tmp_path / "b", measure=True, count=1))
 
 
 # -- distillation ------------------------------------------------------------------------------------------------

@@ -20,9 +20,8 @@ _NO_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
          "use_transformers_continuous_batching", "transformers_continuous_batching_config", "use_transformers_paged",
          "ds3_gather_for_generation"), (_ENGINE, ())),
     "log_multimodal": ("models here read text alone", (True,)),
-    "log_unique_prompts": ("completions are not logged to a table", ()),
+    "log_unique_prompts": ("log_completions writes every one", ()),
     "num_completions_to_print": ("completions are not printed", ()),
-    "log_completions": ("completions are not written to a file", (False,)),
     "num_generations_eval": ("a held-out prompt is answered once", (1,)),
     "max_length": ("prompts have max_prompt_length, answers max_completion_length", (1024,)),
 }  # fmt: skip
@@ -35,7 +34,8 @@ class PolicyConfig(TuningArguments):
     each is learnt from. temperature, top_p, top_k, min_p: of sampling; log-probabilities are those at the temperature.
     max_prompt_length: rows with a longer prompt are left out; without it they are an error. reward_weights: of several
     rewards. mask_truncated_completions: answers without an end token are not learnt from. safety_threshold: probability
-    of being safe below which the safety reward takes the place of the rest.
+    of being safe below which the safety reward takes the place of the rest. log_completions: every answer with its
+    rewards and advantage is written to completions.jsonl.
     """
 
     learning_rate: float = 1e-6

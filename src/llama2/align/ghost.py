@@ -5,7 +5,7 @@ answer is learnt. Of K answers the one is kept that obeys, as a program checks; 
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ class GhostPlan(SynthesisPlan):
     """turns: of each dialogue; a row with fewer is filled up with those of others. combine: instructions at once, at
     most. plain: share of dialogues whose earlier answers are sampled without the instruction, so that the last one has
     to read the first turn. instructions: a file of rows {text, short, category, check}. reward: prefers among answers
-    that no program tells apart. max_length: tokens of a row."""
+    that no program tells apart. max_length: tokens of a row. measure: the instruction is said on the first turn alone,
+    as in use, and one answer is drawn of each turn: how long it is obeyed, not what is to be learnt."""
 
     turns: int = 4
     combine: int = 2
@@ -35,9 +36,12 @@ class GhostPlan(SynthesisPlan):
     instructions: str | None = None
     reward: str | None = None
     max_length: int | None = None
+    measure: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.measure and self.count != 1:
+            raise InputError(f"k is {self.count}, and to measure one answer is drawn of each turn; give 1")
         if self.turns < 1:
             raise InputError(f"turns is {self.turns}; a dialogue has at least 1")
         if self.combine < 1:
@@ -80,6 +84,8 @@ class Ghost(Synthesis):
         self.users = [_users(number, row) for number, row in enumerate(self.prompts)]
         self.longest = self.context if plan.max_length is None else min(plan.max_length, self.context)
         self._reward: Source | None = None
+        if plan.measure and not any(one.check for one in self.pool):
+            raise InputError("no instruction has a check, so nothing can be measured; give some that a program checks")
 
     def settings(self) -> dict[str, Any]:
         """As Synthesis.settings."""
@@ -91,11 +97,12 @@ class Ghost(Synthesis):
 
     def talk(self, number: int) -> Talk:
         """A dialogue before its first answer."""
+        pool = [one for one in self.pool if one.check] if self.plan.measure else self.pool
         users, dice = list(self.users[number]), random.Random(f"{self.plan.seed}/turns/{number}")
         others = [user for i, said in enumerate(self.users) if i != number for user in said]
         while len(users) < self.plan.turns and others:
             users.append(others.pop(dice.randrange(len(others))))
-        order = drawn(self.pool, self.plan.combine, f"{self.plan.seed}/instruction/{number}")
+        order = drawn(pool, self.plan.combine, f"{self.plan.seed}/instruction/{number}")
         return Talk(number, users[: self.plan.turns], order, [])
 
     def made(self, sampler: RolloutSampler, numbers: Sequence[int]) -> list[dict[str, Any]]:
@@ -107,7 +114,9 @@ class Ghost(Synthesis):
         while open_talks := [(i, talk) for i, talk in enumerate(talks) if len(talk.answers) < len(talk.users)]:
             last = {i: len(talk.answers) == len(talk.users) - 1 for i, talk in open_talks}
             silent = {i: plains[i] and not last[i] for i in last}
-            asked = [fitted(talk.messages(True, silent[i]), self.tokenizer, self.room) for i, talk in open_talks]
+            asked = [
+                fitted(talk.messages(not plan.measure, silent[i]), self.tokenizer, self.room) for i, talk in open_talks
+            ]
             seeds = [[seed_of(plan.seed, "ghost", talk.number, len(talk.answers), k) for k in range(plan.count)]
                      for _, talk in open_talks]  # fmt: skip
             groups = sampler([(talk.number, ids(one, self.tokenizer)) for (_, talk), one in
@@ -133,7 +142,9 @@ class Ghost(Synthesis):
         return right[max(range(len(right)), key=lambda i: scores[i])]
 
     def written(self, lines: Sequence[dict[str, Any]]) -> tuple[list[Row], dict[str, Any], list[str]]:
-        """As Synthesis.written: dialogues whose last answer obeys, or cannot be checked."""
+        """As Synthesis.written: dialogues whose last answer obeys, or cannot be checked; to measure, all of them."""
+        if self.plan.measure:
+            return self._measured(lines)
         rows: list[Row] = []
         refused = empty = cut = endless = 0
         for line in lines:
@@ -149,12 +160,7 @@ class Ghost(Synthesis):
             row, dropped = self._row(line)
             rows.append(row)
             cut += dropped > 0
-        turns = max(len(line["answers"]) for line in lines)
-        shares = {}
-        for turn in range(turns):
-            known = [line["obeyed"][turn] for line in lines if len(line["obeyed"]) > turn]
-            checked = [one for one in known if one is not None]
-            shares[turn + 1] = sum(checked) / len(checked) if checked else None
+        shares = _shares(lines)
         values = {"dialogues": len(lines), "disobeyed": refused, "empty": empty, "endless": endless, "cut": cut,
                   "obeyed": shares, "checked": sum(bool(line["checks"]) for line in lines)}  # fmt: skip
         texts = [f"{len(rows):,} rows of {len(lines):,} dialogues, {values['checked']:,} with an instruction that a "
@@ -163,8 +169,16 @@ class Ghost(Synthesis):
                 "left out, for the last answer does not end (--max-new-tokens)": endless,
                 "without some of their middle turns, to fit": cut}  # fmt: skip
         texts += [f"{count:,} dialogues {why}" for why, count in told.items() if count]
-        texts += [f"turn {turn}: {share:.1%} obey" for turn, share in shares.items() if share is not None]
-        return rows, values, texts
+        return rows, values, texts + _told(shares)
+
+    def _measured(self, lines: Sequence[dict[str, Any]]) -> tuple[list[Row], dict[str, Any], list[str]]:
+        shares = _shares(lines)
+        rows: list[Row] = [
+            {"messages": self._row(line)[0]["messages"], "instruction": line["instruction"], "obeyed": line["obeyed"]}
+            for line in lines
+        ]
+        values = {"dialogues": len(lines), "obeyed": shares}
+        return rows, values, [f"{len(lines):,} dialogues", *_told(shares)]
 
     def _row(self, line: dict[str, Any]) -> tuple[Row, int]:
         """The row, and how many turns had to go: the instruction on the first turn, the last answer alone learnt."""
@@ -177,6 +191,20 @@ class Ghost(Synthesis):
         lineage = {"model": self.plan.policy, "seed": self.plan.seed, "number": line["number"],
                    "temperature": self.plan.temperature, "checks": line["checks"], "plain": line["plain"]}  # fmt: skip
         return {"messages": kept, "instruction": line["instruction"], "lineage": lineage}, len(messages) - len(kept)
+
+
+def _shares(lines: Sequence[dict[str, Any]]) -> dict[int, float | None]:
+    """Of the dialogues that a program checks the share that obeys, by turn."""
+    shares: dict[int, float | None] = {}
+    for turn in range(max(len(line["answers"]) for line in lines)):
+        known = [line["obeyed"][turn] for line in lines if len(line["obeyed"]) > turn]
+        checked = [one for one in known if one is not None]
+        shares[turn + 1] = sum(checked) / len(checked) if checked else None
+    return shares
+
+
+def _told(shares: dict[int, float | None]) -> list[str]:
+    return [f"turn {turn}: {share:.1%} obey" for turn, share in shares.items() if share is not None]
 
 
 def ids(messages: Messages, tokenizer: Any) -> list[int]:
@@ -216,23 +244,3 @@ def _users(number: int, row: Row) -> list[str]:
     if not found:
         raise InputError(f"row {number} has no turn of a user; give dialogues, or prompts")
     return found
-
-
-def obedience(
-    sampler: RolloutSampler, talks: Sequence[Talk], seed: int = 0, heard: Callable[[int], None] | None = None
-) -> list[float]:
-    """The share of dialogues whose answer obeys, by turn, where the instruction is said on the first turn only and all
-    answers are the model's own. talks: with instructions that a program checks, and no answers yet, alike in length."""
-    if any(not talk.order.checks for talk in talks):
-        raise InputError("a dialogue's instruction cannot be checked; take instructions with a check")
-    room = int(sampler.model.config.max_position_embeddings) - sampler.sampling.max_new_tokens
-    shares = []
-    for turn in range(min(len(talk.users) for talk in talks)):
-        asked = [(t.number, ids(fitted(t.messages(False), sampler.tokenizer, room), sampler.tokenizer)) for t in talks]
-        groups = sampler(asked, [[seed_of(seed, "obedience", talk.number, turn)] for talk in talks])
-        for talk, group in zip(talks, groups, strict=True):
-            talk.answers.append(said(group[0]))
-        shares.append(sum(bool(talk.order.obeyed(talk.answers[-1])) for talk in talks) / len(talks))
-        if heard is not None:
-            heard(turn + 1)
-    return shares

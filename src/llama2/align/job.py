@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from llama2.align.configs import GRPOConfig, PolicyConfig, PPOConfig, RLOOConfig
 from llama2.align.prompts import prompts_of
+from llama2.align.rewards import check_rewards
 from llama2.align.trainers import GRPOTrainer, PPOTrainer, RLOOTrainer
 from llama2.errors import InputError
 from llama2.files import saving, write_text
@@ -55,6 +56,7 @@ class Alignment(Finetune):
         """recipe: of "sft", which says how the policy is loaded and what is trained. Raises as Finetune."""
         self.goal = goal
         super().__init__(recipe, args, tell)
+        check_rewards([*goal.rewards, *([] if goal.safety is None else [goal.safety])], self.tokenizer)
 
     def _data(self) -> Data:
         recipe, args = self.recipe, self.args
@@ -79,7 +81,7 @@ class Alignment(Finetune):
     def _trainer(self, model: Any, save: Any, report: Any) -> Any:
         goal, data = self.goal, self.data
         rewards = list(goal.rewards)
-        stops = [] if goal.patience is None else [EarlyStoppingCallback(goal.patience)]
+        stops = [*self._samples(), *([] if goal.patience is None else [EarlyStoppingCallback(goal.patience)])]
         shared: dict[str, Any] = {"safety_reward": goal.safety, "save": save, "report": report, "callbacks": stops}
         if goal.method == "ppo":
             assert isinstance(self.args, PPOConfig)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llama2.align import iteration as stored
+from llama2.align.completions import Completions
 from llama2.align.critic import Critic
 from llama2.align.iteration import Iteration
 from llama2.align.policy import Item, PolicyGradient
@@ -75,6 +76,7 @@ class PolicyTrainer(Tuner):
     critic_warmup = 0  # iterations in which the critic alone learns
     kl_coef = 0.0
     _iteration: Iteration | None = None
+    _completions: Completions | None = None
     _start: Start | None = None
     _reference: Any = None
     _phases: dict[str, tuple[float, int]]
@@ -109,15 +111,17 @@ class PolicyTrainer(Tuner):
 
     @property
     def _at_once(self) -> int:
-        """Answers of one pass, as of rows in other training."""
+        """Answers of one pass, as of rows in other training; half as many where the critic has its own trunk, whose
+        activations are kept for the backward pass beside the policy's."""
         size = int(self.args.per_device_train_batch_size)
         if self._iteration is None or any(p.device.type != "cpu" for p in self.updates.parameters.values()):
             return size
-        return min(size, self._fitting(self._iteration.items))
+        trunks = 1 if self.critic is None or self.critic.kind == "shared" else 2
+        return min(size, self._fitting(self._iteration.items, PASS_TOKENS // trunks))
 
-    def _fitting(self, items: Sequence[Item]) -> int:
-        longest = max(map(self.objective.tokens, items))
-        return max(1, PASS_TOKENS // longest)
+    def _fitting(self, items: Sequence[Item], most: int) -> int:
+        """Answers of a pass of at most so many tokens."""
+        return max(1, most // max(map(self.objective.tokens, items)))
 
     # -- what is trained -----------------------------------------------------------------------------------------
 
@@ -195,6 +199,10 @@ class PolicyTrainer(Tuner):
             found = self._measure([a for group in groups for a in group])
         self.network.train(training)
         items, logs = self._advantages(groups, found)
+        if self.args.log_completions and self.ranks.first:
+            flat = [a for group in groups for a in group]
+            self._completions = self._completions or Completions(Path(self.args.output_dir))
+            self._completions.add(index * plan.steps, [self.rows[a.row] for a in flat], flat, items)
         logs = {**self._told(groups, found), **logs}
         for name, (seconds, count) in self._phases.items():
             logs[f"tokens_per_second/{name}"] = count / max(seconds, 1e-9)
@@ -274,7 +282,7 @@ class PolicyTrainer(Tuner):
         self, items: Sequence[Item], of_batch: Callable[[Batch], tuple[Tensor, Tensor | None]]
     ) -> list[tuple[Tensor, Tensor]]:
         """For each answer what `of_batch` finds for its tokens, on the CPU."""
-        size = min(int(self.args.per_device_train_batch_size), self._fitting(items))
+        size = min(int(self.args.per_device_train_batch_size), self._fitting(items, PASS_TOKENS))
 
         def share() -> list[tuple[Tensor, Tensor]]:
             made: list[tuple[Tensor, Tensor]] = []

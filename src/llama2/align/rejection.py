@@ -15,7 +15,7 @@ from typing import Any
 
 from llama2.align.best_of import curve, divergence
 from llama2.align.prompts import PromptRow, prompts_of
-from llama2.align.rewards import Judge, source_of
+from llama2.align.rewards import Judge, check_rewards, source_of
 from llama2.align.rollout import Rollout, RolloutSampler, RolloutSettings, seed_of
 from llama2.auto import AutoModelForCausalLM, AutoTokenizer, load_config
 from llama2.checkpoint.source import revision_of
@@ -124,6 +124,7 @@ class Rejection:
         self._check_folder()
         self.hub: dict[str, Any] = {**revision_of(round.policy, round.revision)}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(round.policy, **self.hub)
+        check_rewards([*round.rewards, *([] if round.safety is None else [round.safety])], self.tokenizer)
         self.prompts, self.report = self._prompts()
         if tell is not None and self.ranks.first:
             tell(self.report.text())
@@ -157,7 +158,16 @@ class Rejection:
                 return self._run(report)
         return self._run(None)
 
-    def _run(self, report: Callable[[int, int], None] | None) -> RoundOutcome:
+    def trial(self) -> tuple[Callable[[], object], int, int]:
+        """For a rehearsal: what answers the first prompts, with models loaded now; how many it does, and of all."""
+        model, judge = self._loaded()
+        temperatures, rows = self.round.temperatures, len(self.prompts)
+        part = next(_parts([(temperatures[0], row) for row in range(rows)]))
+        swept = min(self.round.sweep_prompts, rows) * len(temperatures) if len(temperatures) > 1 else 0
+        return lambda: self._answered(model, judge, part), len(part), rows + swept
+
+    def _loaded(self) -> tuple[Any, Judge]:
+        """The policy, and what judges it."""
         round, policy = self.round, str(self.device)
         judge = Judge(
             [source_of(one, self.tokenizer, policy) for one in round.rewards],
@@ -168,7 +178,10 @@ class Rejection:
         model = AutoModelForCausalLM.from_pretrained(
             round.policy, dtype=round.dtype, device_map=self.device, **self.hub
         )
-        model.requires_grad_(False)
+        return model.requires_grad_(False), judge
+
+    def _run(self, report: Callable[[int, int], None] | None) -> RoundOutcome:
+        round, (model, judge) = self.round, self._loaded()
         sweep: dict[float, dict[int, tuple[float, float]]] = {}
         temperature = round.temperatures[0]
         if len(round.temperatures) > 1:

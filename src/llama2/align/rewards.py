@@ -99,11 +99,7 @@ class ModelReward:
     def __init__(self, model: Any, tokenizer: Any, policy_tokenizer: Any, name: str = "reward model") -> None:
         """Raises InputError for a model of several outputs or of another vocabulary than the policy's."""
         self.name, self._score = name, Scorer(model, tokenizer)
-        if policy_tokenizer is not None and tokenizer.get_vocab() != policy_tokenizer.get_vocab():
-            raise InputError(
-                f"{name} has another vocabulary ({len(tokenizer):,} tokens) than the policy "
-                f"({len(policy_tokenizer):,}); train a reward model from a checkpoint of the policy's family"
-            )
+        _check_vocabulary(name, tokenizer, policy_tokenizer)
         model.requires_grad_(False)
 
     @classmethod
@@ -162,14 +158,40 @@ class ServerReward:
         return found
 
 
+def _check_vocabulary(name: str, tokenizer: Any, policy_tokenizer: Any) -> None:
+    if policy_tokenizer is not None and tokenizer.get_vocab() != policy_tokenizer.get_vocab():
+        raise InputError(
+            f"{name} has another vocabulary ({len(tokenizer):,} tokens) than the policy "
+            f"({len(policy_tokenizer):,}); train a reward model from a checkpoint of the policy's family"
+        )
+
+
+def _kind(text: str) -> str:
+    """What a name is of: "server", "function" or "model"."""
+    if text.startswith(("http://", "https://")):
+        return "server"
+    return "function" if ":" in text and not Path(text).exists() else "model"
+
+
+def check_rewards(names: Sequence[str], policy_tokenizer: Any) -> None:
+    """Raises InputError for a reward that is known to be wrong before any model is loaded: a function that is not
+    there, a reward model of another vocabulary than the policy's. A server is asked once there is something to ask."""
+    for name in names:
+        if _kind(name) == "function":
+            _function(name)
+        elif _kind(name) == "model":
+            _check_vocabulary(name, AutoTokenizer.from_pretrained(name), policy_tokenizer)
+
+
 def source_of(given: Any, policy_tokenizer: Any, device: str = "auto", tokenizer: Any = None) -> Source:
     """The reward that is named: a folder or hub id of a reward model, module:function, an URL; or given as a function,
     or as a model with its tokenizer. Raises InputError for anything else."""
     if isinstance(given, str | Path):
         text = str(given)
-        if text.startswith(("http://", "https://")):
+        kind = _kind(text)
+        if kind == "server":
             return ServerReward(text)
-        if ":" in text and not Path(text).exists():
+        if kind == "function":
             return FunctionReward(_function(text), text)
         return ModelReward.load(text, policy_tokenizer, device)
     if hasattr(given, "classify"):

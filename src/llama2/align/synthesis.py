@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama2.align.rewards import Source, source_of
-from llama2.align.rollout import Rollout, RolloutSampler, RolloutSettings
+from llama2.align.rewards import Source, check_rewards, source_of
+from llama2.align.rollout import WIDTH, Rollout, RolloutSampler, RolloutSettings
 from llama2.auto import AutoModelForCausalLM, AutoTokenizer, load_config
 from llama2.checkpoint.source import revision_of
 from llama2.errors import CheckpointError, InputError
@@ -23,7 +23,7 @@ from llama2.train.origin import check_place
 from llama2.train.saving import digest
 
 SAMPLES, ROWS, REPORT = "samples.jsonl", "rows.jsonl", "report.json"
-TOGETHER = 8  # rows of prompts that are worked on at once
+TOGETHER = 8  # rows of prompts that are worked on at once, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,12 @@ class SynthesisPlan:
             raise InputError(f"k is {self.count}; sample at least 1 answer")
         self.sampling()
 
+    @property
+    def judges(self) -> list[str]:
+        """The rewards that are named."""
+        named = [getattr(self, name, None) for name in ("reward", "safety")]
+        return [*getattr(self, "rewards", ()), *(name for name in named if name is not None)]
+
     def sampling(self) -> RolloutSettings:
         """How answers are drawn."""
         return RolloutSettings(temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens)
@@ -66,6 +72,7 @@ class Synthesis:
     """One job. Rows are read and checked when it is made, models are loaded by `run`."""
 
     plan: Any  # a SynthesisPlan
+    CHATS_ALONE = True  # whether the job is of dialogues, which need a chat template
 
     def __init__(self, plan: SynthesisPlan, resume: bool = False) -> None:
         """Raises InputError for whatever is known to be wrong before a model is loaded."""
@@ -79,12 +86,14 @@ class Synthesis:
             raise InputError(f"{self.folder} holds {held[0]} of an earlier run; go on with --resume, or give another")
         self.hub: dict[str, Any] = {**revision_of(plan.policy, plan.revision)}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(plan.policy, **self.hub)
-        if self.tokenizer.chat_template is None:
+        if self.CHATS_ALONE and self.tokenizer.chat_template is None:
             raise InputError(f"{plan.policy} has no chat template, and dialogues need one; take a chat model")
-        self.context = int(load_config(plan.policy, **self.hub).max_position_embeddings)
+        self.config = load_config(plan.policy, **self.hub)
+        self.context = int(self.config.max_position_embeddings)
         self.room = self.context - plan.max_new_tokens
         if self.room < 1:
             raise InputError(f"max_new_tokens is {plan.max_new_tokens}, and the context {self.context}; lower it")
+        check_rewards(plan.judges, self.tokenizer)
         self.prompts = renamed(read(plan.prompts), dict(plan.columns))
 
     # -- what a job gives ----------------------------------------------------------------------------------------
@@ -126,12 +135,7 @@ class Synthesis:
         lines, size = self.ranks.broadcast(self._held)
         todo = list(range(len(lines), self.count_of()))
         if todo:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.plan.policy, dtype=self.plan.dtype, device_map=self.device, **self.hub
-            )
-            model.requires_grad_(False)
-            sampler = RolloutSampler(model, self.tokenizer, self.plan.sampling(), self.ranks)
-            lines = self._sampled(sampler, lines, size, todo, report)
+            lines = self._sampled(self._sampler(), lines, size, todo, report)
         rows, values, texts = self.written(lines)
         if not rows:
             raise InputError(f"no row is left to tune on. {' '.join(texts)}")
@@ -143,6 +147,23 @@ class Synthesis:
         self.ranks.wait()
         return Synthesised(len(rows), values, texts)
 
+    def trial(self) -> tuple[Callable[[], object], int, int]:
+        """For a rehearsal: what makes the first lines, whose models are loaded now; how many it does, and of all."""
+        self.begin()
+        sampler, count = self._sampler(), self.count_of()
+        numbers = list(range(min(self._together, count)))
+        return lambda: self.made(sampler, numbers), len(numbers), count
+
+    def _sampler(self) -> RolloutSampler:
+        model = AutoModelForCausalLM.from_pretrained(
+            self.plan.policy, dtype=self.plan.dtype, device_map=self.device, **self.hub
+        )
+        return RolloutSampler(model.requires_grad_(False), self.tokenizer, self.plan.sampling(), self.ranks)
+
+    @property
+    def _together(self) -> int:
+        return max(TOGETHER, WIDTH // int(self.plan.count))
+
     def _sampled(
         self, sampler: RolloutSampler, lines: list[dict[str, Any]], size: int, todo: Sequence[int],
         report: Callable[[int, int], None] | None,
@@ -153,8 +174,8 @@ class Synthesis:
                 file.seek(size)
                 if not size:
                     file.write(_line({"settings": self._settings()}))
-            for first in range(0, len(todo), TOGETHER):
-                found = self.made(sampler, todo[first : first + TOGETHER])
+            for first in range(0, len(todo), self._together):
+                found = self.made(sampler, todo[first : first + self._together])
                 if file is not None:
                     file.writelines(map(_line, found))
                     sync(file)

@@ -205,7 +205,7 @@ class GRPOTrainer(_Policy):
         self._ready(
             model, config, processing_class,
             lambda: self._judged(reward_funcs, safety_reward, reward_processing_classes, config, model),
-            _group_plan(config), self._objective_of(config), rollout_func,
+            plan_of(config), self._objective_of(config), rollout_func,
         )  # fmt: skip
         self._construct(model, config, (train_dataset, eval_dataset), self._policy_tokenizer, peft_config,
                         callbacks=callbacks, optimizers=optimizers, save=save, report=report)  # fmt: skip
@@ -315,7 +315,7 @@ class PPOTrainer(_Policy):
         self._ready(
             model, config, processing_class,
             lambda: self._judged(reward, safety_reward, reward_processing_classes, config, model),
-            _ppo_plan(config), _ppo_objective(config), rollout_func,
+            plan_of(config), _ppo_objective(config), rollout_func,
         )  # fmt: skip
         self._construct(model, config, (train_dataset, eval_dataset), self._policy_tokenizer, peft_config,
                         callbacks=callbacks, optimizers=optimizers, save=save, report=report)  # fmt: skip
@@ -401,6 +401,11 @@ def _explained(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - var(return - value) / var(return), over valid tokens."""
     spread = float(returns[mask].var(correction=0))
     return 1 - float((returns - values)[mask].var(correction=0)) / spread if spread > 0 else 0.0
+
+
+def plan_of(config: PolicyConfig) -> Plan:
+    """The shape of an iteration. Raises InputError where its numbers do not divide each other."""
+    return _ppo_plan(config) if isinstance(config, PPOConfig) else _group_plan(config)
 
 
 def _ppo_plan(config: PPOConfig) -> Plan:

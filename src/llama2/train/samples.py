@@ -46,7 +46,8 @@ def _prompt(item: Any) -> SamplePrompt | None:
     example = getattr(item, "chosen", None) or getattr(item, "example", None) or item
     ids, labels = getattr(example, "input_ids", None), getattr(example, "labels", None)
     if ids is None or labels is None:
-        return None
+        bare = getattr(item, "ids", None)  # a prompt that rewards alone judge the answers of
+        return None if not bare else SamplePrompt(list(bare), [])
     start = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
     if not 1 < start < len(labels):  # a first token has no target anyhow
         return None
@@ -72,7 +73,7 @@ class SampledAnswers(TrainerCallback):
         """Before the first step; lines of steps that are taken again are dropped."""
         if not state.is_world_process_zero:
             return
-        kept = _kept(self._file, state.global_step)
+        kept = lines_until(self._file, state.global_step)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self._file) as file:
             file.write("".join(kept).encode())
@@ -126,9 +127,9 @@ def _answers(model: Any, tokenizer: TokenizerLike, prompts: Sequence[SamplePromp
     return found
 
 
-def _kept(file: Path, step: int) -> list[str]:
-    """The lines up to a step; what a crash left unfinished is dropped."""
-    if step == 0 or not file.is_file():
+def lines_until(file: Path, step: int) -> list[str]:
+    """The lines of a file up to a step, each with its "step"; what a crash left unfinished is dropped."""
+    if step <= 0 or not file.is_file():
         return []
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
