@@ -47,7 +47,7 @@ def rehearse_policy(job: Alignment) -> Rehearsal:
     return Rehearsal(steps, speed, iterations * seconds / 3600, peak, free, files, free_disk(job.folder), "iteration")
 
 
-class Job(Protocol):
+class SamplingJob(Protocol):
     """A job that writes rows: rejection sampling, Ghost Attention, distillation, measuring."""
 
     folder: Path
@@ -80,7 +80,7 @@ class SamplingRehearsal:
         ]
 
 
-def rehearse_sampling(job: Job) -> SamplingRehearsal:
+def rehearse_sampling(job: SamplingJob) -> SamplingRehearsal:
     """Loads the models of a job and does its first prompts, twice: the second time is taken."""
     free = free_bytes(job.device)
     part, tried, prompts = job.trial()
