@@ -51,9 +51,9 @@ class Sizes(NamedTuple):
     tuned: int = 420
     pairs: int = 320
     held_out_pairs: int = 160
-    prompts: int = 48
+    prompts: int = 32
     iterations: int = 16
-    dialogues: int = 40
+    dialogues: int = 32
     talks: int = 40
     answers: int = 4
 
@@ -231,8 +231,8 @@ def optimized(policy: str, judges: str) -> str:
     """PPO, from the model of the last round."""
     prompts = prompt_file("ppo-prompts", asked())
     return llama2(
-        f"align ppo {policy} {prompts} {{out}} {judges} --lora-r 16 --merge --dtype bfloat16 {SHORT} --prompts 16 -k 4 "
-        f"--iterations {SIZE.iterations} --mini-batches 2 --learning-rate 5e-4 --schedule constant_with_warmup "
+        f"align ppo {policy} {prompts} {{out}} {judges} --lora-r 16 --merge --dtype bfloat16 {SHORT} --prompts 8 -k 4 "
+        f"--iterations {SIZE.iterations} --learning-rate 5e-4 --schedule constant_with_warmup "
         "--warmup-ratio 0.1 --kl-coef 0.03 --critic shared --critic-warmup 1 --eos-penalty 1 --save-every 5", "ppo",
     )  # fmt: skip
 
@@ -354,7 +354,7 @@ def main() -> None:
     helpful = rewarded("reward", helpful_rows, sft, f"--eval-data {measure}")
     safe = rewarded("safety", safe_rows, sft)
     judges = f"--reward {helpful} --safety-reward {safe}"
-    models, mixed = {"tuned": sft}, first[: len(first) // 3]
+    models, mixed = {"tuned": sft}, first[: len(first) // 5]
     for number in (1, 2):
         policy = models[f"rejection {number - 1}" if number > 1 else "tuned"]
         models[f"rejection {number}"] = rejection(number, base, policy, judges, mixed)
