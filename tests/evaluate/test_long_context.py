@@ -65,6 +65,25 @@ def test_loss_by_position() -> None:
         long_context.loss_by_position(model, ids[:10], 16, "auto")
 
 
+def test_names_stand_clear_of_each_other() -> None:
+    """Files of one model lie close together: equal speeds, or equal perplexities."""
+    for found in (
+        {f"SmolLM2-135M-Instruct.Q{i}_K_M.gguf": (28.0 + 0.1 * i, 5.6 + 0.02 * i, 0.9) for i in range(6)},
+        {f"SmolLM2-135M-Instruct.Q{i}_K_M.gguf": (5.0 * i, 5.6, 0.9) for i in range(1, 7)},
+    ):
+        svg = ElementTree.fromstring(picture.points("t", "x", "y", found))
+        names = [each for each in svg.iter("{http://www.w3.org/2000/svg}text") if each.text in found]
+        boxes = []
+        for name in names:
+            x, y, width = float(name.get("x", "")), float(name.get("y", "")), 6.5 * len(name.text or "")
+            left = x - width if name.get("text-anchor") == "end" else x
+            assert left >= 0 and left + width <= picture.WIDTH and 0 <= y <= picture.HEIGHT
+            boxes.append((left, y - 10, left + width, y + 3))
+        assert len(boxes) == 6
+        for i, a in enumerate(boxes):
+            assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in boxes[:i])
+
+
 def test_pictures_are_svg() -> None:
     made = [
         picture.lines("t <&>", "x", "y", {"a": [(1, 2.0, 0.1), (2, float("nan"), None), (3, 1.0, None)]}),

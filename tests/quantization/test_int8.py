@@ -39,7 +39,7 @@ MALFORMED: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "no scales": (lambda t: t.pop("SCB"), r"SCB is missing; torch.float32 \(6,\) is needed"),
     "shape": (lambda t: t.update(weight=t["weight"].T), r"weight is torch.int8 \(96, 6\); torch.int8 \(6, 96\)"),
     "dtype": (lambda t: t.update(weight=t["weight"].int()), "weight is torch.int32"),
-    "scale dtype": (lambda t: t.update(SCB=t["SCB"].half()), "SCB is torch.float16"),
+    "scale dtype": (lambda t: t.update(SCB=t["SCB"].bfloat16()), "SCB is torch.bfloat16"),
     "truncated": (lambda t: t.update(weight=t["weight"][:5]), r"weight is torch.int8 \(5, 96\)"),
     "NaN": (lambda t: t["SCB"].__setitem__(2, math.nan), "SCB holds NaN, inf"),
     "negative": (lambda t: t["SCB"].__setitem__(2, -1.0), "values below 0"),

@@ -233,6 +233,12 @@ def _same_names(files: list[Path], shards: list[dict[str, Tensor]]) -> None:
             )
 
 
+# What params.json says of Meta's own quantised files, whose weights mean something else than floats.
+_QUANTISED = {
+    "quantization_args": "Meta's quantised ones (SpinQuant, whose w2 needs a Hadamard transform, QLoRA or FP8)",
+    "lora_args": "those of QLoRA with an adapter on top",
+}
+
 # -- params.json -------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +248,12 @@ def read_params(path: Path) -> dict[str, Any]:
     inner = params.get("model")
     params = inner if isinstance(inner, dict) else params
     check(params, _SCHEMA, path)
+    for key, what in _QUANTISED.items():
+        if params.get(key):
+            raise CheckpointError(
+                f"{path}: {key} is set, so the weights are {what}, which are not read; fetch the model in bfloat16, or "
+                "as GGUF"
+            )
     return params
 
 

@@ -96,9 +96,43 @@ def points(
         if name == chosen:
             canvas.parts.append(f'<circle cx="{at:.1f}" cy="{height:.1f}" r="9" fill="none" stroke="{colour}"/>')
         canvas.parts.append(f'<circle cx="{at:.1f}" cy="{height:.1f}" r="4.5" fill="{colour}"/>')
-        anchor = "end" if at > WIDTH * 0.6 else "start"
-        canvas.parts.append(text(at + (-13 if anchor == "end" else 13), height + 4, name, anchor, colour))
+    canvas.parts += _labels({name: canvas.place(x, y) for name, (x, y, _) in found.items()})
     return canvas.svg()
+
+
+def _labels(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names beside their points, none over another name or point where there is room; moved ones have a line."""
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points.values()]
+    parts = []
+    for i, (name, (x, y)) in enumerate(points.items()):
+        colour, width = COLOURS[i % len(COLOURS)], 7.0 * len(name)
+        sides = ("end", "start") if x > WIDTH * 0.6 else ("start", "end")
+        places = [(side, 15.0 * step) for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5) for side in sides]
+        boxes = [_box(x, y + shift, side, width) for side, shift in places]
+        free = (k for k, box in enumerate(boxes) if _inside(box) and not any(_overlap(box, other) for other in taken))
+        best = next(free, 0)
+        (side, shift), box = places[best], boxes[best]
+        taken.append(box)
+        edge = box[2] if side == "end" else box[0]
+        if shift:
+            parts.append(
+                f'<path d="M{x:.1f} {y:.1f}L{edge:.1f} {y + shift:.1f}" stroke="{colour}" stroke-width="0.7"/>'
+            )
+        parts.append(text(edge, y + shift + 4, name, side, colour))
+    return parts
+
+
+def _box(x: float, y: float, side: str, width: float) -> tuple[float, float, float, float]:
+    """Where a name of this width stands: left, top, right, bottom."""
+    return (x - 13 - width, y - 7, x - 13, y + 7) if side == "end" else (x + 13, y - 7, x + 13 + width, y + 7)
+
+
+def _inside(box: tuple[float, float, float, float]) -> bool:
+    return box[0] >= LEFT and box[2] <= WIDTH and box[1] >= TOP - 26 and box[3] <= HEIGHT - BOTTOM
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def shares(

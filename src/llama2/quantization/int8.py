@@ -32,6 +32,9 @@ class Linear8bit(PackedLinear):
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], bias: nn.Parameter | None, config: Any
     ) -> Self:
         """As PackedLinear.from_file: "weight", "SCB" and, where the file has it, "weight_format"."""
+        scales = tensors.get("SCB")
+        if scales is not None and scales.dtype == torch.float16:  # of releases before 2023
+            tensors = {**tensors, "SCB": scales.float()}
         wanted = {"weight": (torch.int8, shape), "SCB": (torch.float32, shape[:1])}
         for name, (dtype, size) in wanted.items():
             found = tensors.get(name)
