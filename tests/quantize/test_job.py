@@ -347,3 +347,10 @@ def test_widths_that_gptq_cannot_pack(tmp_path: Path, text: str, letters: Any, s
     odd = save_model(tmp_path / "odd", intermediate_size=72)
     with pytest.raises(InputError, match="intermediate_size is 72; GPTQ packs 32"):
         run(odd, tmp_path / "out", text, letters)
+
+
+def test_a_source_that_was_quantised_is_named(source: Path, tmp_path: Path, text: str, letters: Any) -> None:
+    """Its errors are in what is measured before and after, so the report says which types it had."""
+    convert.convert(source, tmp_path / "x.gguf", convert.ConversionSettings("gguf", "q8_0"))
+    assert run(source, tmp_path / "a", text, letters, "nf4", eval_tokens=0).quantized_before == []
+    assert run(tmp_path / "x.gguf", tmp_path / "b", text, letters, "nf4", eval_tokens=0).quantized_before == ["Q8_0"]

@@ -173,6 +173,9 @@ def _calibration(report: "Report") -> str:
     if report.calibration is not None:
         c = report.calibration
         said.insert(0, f"calibrated on {c['windows']} windows of {c['length']} tokens of {c['text']}")
+    if report.quantized_before:
+        kinds = ", ".join(report.quantized_before)
+        said.append(f"the source was quantised already ({kinds}): its own errors are in both columns")
     if report.resumed_layers:
         said.append(f"{report.resumed_layers} layers by an earlier run")
     return "; ".join(said)

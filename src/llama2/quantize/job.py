@@ -120,6 +120,7 @@ class Job:
             [LinearReport(**row) for row in state["linears"]],
             bytes_before=before,
             resumed_layers=done,
+            quantized_before=sorted({kind for n in self.source.tensors if (kind := self.source.packed_type(n))}),
         )
         shapes = linear_shapes(self.config)
         weights = sum(torch.Size(shapes[row.path]).numel() for row in report.linears if row.path in shapes)

@@ -29,7 +29,8 @@ class LinearReport:
 @dataclass
 class Report:
     """The whole job. calibration and measured are said in words where there is none. Sizes are bytes of weights files,
-    bits_per_weight of the linears that were quantised, peak_memory bytes of this run of the process."""
+    bits_per_weight of the linears that were quantised, peak_memory bytes of this run of the process. quantized_before:
+    the types of a source that was quantised already, whose errors the result has too."""
 
     method: str
     source: str
@@ -46,6 +47,7 @@ class Report:
     seconds: float = 0.0
     peak_memory: int = 0
     resumed_layers: int = 0
+    quantized_before: list[str] = field(default_factory=list)
 
     def write(self, json_file: Path, picture: Path) -> None:
         """Writes both files."""
