@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import ssl
 import subprocess
@@ -16,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,6 +127,56 @@ def ready_port(process: "subprocess.Popen[bytes]", log: Path, context: ssl.SSLCo
                 return int(found[2])
         time.sleep(0.05)
     raise AssertionError(f"the server has ended with {process.returncode}: {log.read_text()}")
+
+
+def test_several_models_of_a_folder(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
+    shutil.copytree(checkpoint, tmp_path / "models" / "owner" / "x")
+    (tmp_path / "models" / "broken.gguf").write_bytes(b"junk")
+    (tmp_path / "models" / "empty").mkdir()
+    with serving(checkpoint, "--models", str(tmp_path / "models"), "--keep-alive", "1h") as (process, port):
+
+        def ask(path: str, body: dict[str, object] | None = None) -> tuple[int, dict[str, Any]]:
+            data = None if body is None else json.dumps(body).encode()
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}{path}", data, {"content-type": "application/json"}
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    return reply.status, json.load(reply)
+            except urllib.error.HTTPError as error:
+                return error.code, json.load(error)
+
+        names = [card["id"] for card in ask("/v1/models")[1]["data"]]
+        assert names == [checkpoint.name, "owner/x"]
+        for name in ("owner/x", "x", checkpoint.name):
+            code, answer = ask("/v1/completions", {"model": name, "prompt": "a", "max_tokens": 2})
+            assert code == 200 and answer["model"] == name
+        assert [row["name"] for row in ask("/api/ps")[1]["models"]] == [f"{checkpoint.name}:latest", "owner/x:latest"]
+        code, answer = ask("/v1/completions", {"model": "broken", "prompt": "a"})
+        assert code == 500 and "GGUF header" in answer["error"]["message"]
+        assert str(tmp_path) not in answer["error"]["message"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--models", "/nowhere"), "/nowhere', which is no folder"),
+        (("--keep-alive", "soon"), "--keep-alive: it is 'soon'"),
+        (("--keep-alive", "5m", "--lora-adapters", "a=b"), "--lora-adapters is of one model"),
+        (("--keep-alive", "5m", "--tensor-parallel", "2"), "--tensor-parallel is of one model"),
+        (("/nowhere.gguf",), "/nowhere.gguf"),
+        (("--max-models", "0"), "--max-models is 0; it must be at least 1"),
+    ],
+)
+def test_several_models_that_cannot_be_served_are_told_at_the_start(
+    run: Run, checkpoint: Path, words: tuple[str, ...], message: str
+) -> None:
+    pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
+    code, _, err = run("serve", checkpoint, "--port", "0", *words)
+    assert code == 2 and message in err
 
 
 def test_guesses_change_no_answer(run: Run, checkpoint: Path, tmp_path: Path) -> None:

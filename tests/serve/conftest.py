@@ -66,12 +66,8 @@ class Served:
         bounds: Any = None,
         pace: float = 0.0,
     ) -> None:
-        import uvicorn  # the extra may be absent: see `extra`
-
-        from llama2.serve import limits
-        from llama2.serve.app import make_app
-        from llama2.serve.connection import Connections, guarded
-        from llama2.serve.lifecycle import Life, Server
+        from llama2.serve import limits  # the extra may be absent: see `extra`
+        from llama2.serve.lifecycle import Life
         from llama2.serve.service import Service
 
         self.engine = Engine(model, tokenizer, **{"cache_tokens": 16384, **engine})
@@ -79,6 +75,15 @@ class Served:
             self._slow_down(pace)
         self.service = Service(policy, keys, Life())
         self.service.open(self.engine, limits.bounds(self.engine, limits.Wanted()))
+        self._start(policy, bounds)
+
+    def _start(self, policy: Any, bounds: Any) -> None:
+        import uvicorn
+
+        from llama2.serve.app import make_app
+        from llama2.serve.connection import Connections, guarded
+        from llama2.serve.lifecycle import Server
+
         protocol = guarded(bounds or Connections(stall_timeout=policy.stall_timeout))
         config = uvicorn.Config(
             make_app(self.service), port=0, log_config=None, access_log=False, ws="none", http=protocol, backlog=128

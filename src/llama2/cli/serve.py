@@ -12,16 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
-from llama2.cli import parallel, terminal
+from llama2.cli import offers, parallel, terminal
 from llama2.cli.args import option, revision_option
-from llama2.cli.loading import RunOptions, adapter_folder, load, load_model, local_model, model_path
+from llama2.cli.loading import RunOptions, adapter_folder, load, load_light, load_model, local_model, model_path
 from llama2.cli.registry import registered
 from llama2.errors import InputError, Llama2Error, MissingDependencyError
 
 if TYPE_CHECKING:
+    from llama2.engine.engine import Engine
     from llama2.serve.connection import Connections
     from llama2.serve.lifecycle import Life, Server
     from llama2.serve.limits import Wanted
+    from llama2.serve.request import Bounds
     from llama2.serve.service import Service
 
 OTHER_FILES = 128  # beside the connections: the model's files, the engine's, the log's
@@ -85,7 +87,21 @@ class ServeOptions(EngineOptions, RunOptions):
         )
     }  # fmt: skip
 
-    paths: tuple[str, ...] = option((), "the same as -m MODEL", metavar="MODEL", positional=True, replaces="model")
+    paths: tuple[str, ...] = option(
+        (), "the same as -m MODEL; of several each is loaded at its first request", metavar="MODEL", positional=True,
+        replaces="model",
+    )  # fmt: skip
+    models: str | None = option(
+        None, "a folder of models: each is offered under its name, and loaded at its first request", metavar="FOLDER"
+    )
+    max_models: int | None = option(
+        None, "of several models those that are loaded at once at most; the one that has been idle longest goes "
+        "(default: 4)",
+    )  # fmt: skip
+    keep_alive: str | None = option(
+        None, "how long an idle model stays loaded, as seconds, 5m or 1h30m; -1 for ever, 0 not at all; a request's "
+        "keep_alive counts before it (default: of several models 5m, of one for ever)", metavar="DURATION",
+    )  # fmt: skip
     host: str | None = option(
         None, "the address to listen on (default: 127.0.0.1, on SageMaker 0.0.0.0)", metavar="HOST"
     )
@@ -198,6 +214,9 @@ def run(options: ServeOptions) -> int:
     environment = os.environ
     check_numbers(options)
     container = SAGEMAKER_MODEL.is_dir() or any(name.startswith("SAGEMAKER_") for name in environment)
+    several_models = offers.several(options)
+    if several_models:
+        offers.check(options)
     options = _with_model(options, container)
     _heed(environment)
     several = parallel.ranks(options.tensor_parallel, environment)
@@ -228,11 +247,16 @@ def run(options: ServeOptions) -> int:
     if several is not None and "WORLD_SIZE" not in environment:
         others = parallel.Others(several, failed)
         several = replace(several, store=others.store)
-    loader = load if several is None else partial(parallel.load_part, ranks=several)
-    threading.Thread(target=_open, args=(options, service, failed, loader), name="llama2-load", daemon=True).start()
+    loader: Loader = load_light if options.draft is None else load
+    if several is not None:
+        loader = partial(parallel.load_part, ranks=several)
+    if several_models:
+        service.offer(offers.make_pool(options, service.policy, partial(_made, service)))
+    else:
+        threading.Thread(target=_open, args=(options, service, failed, loader), name="llama2-load", daemon=True).start()
     try:
         with ExitStack() as listed:
-            server.listening = lambda address: listed.enter_context(registered(address, service.policy.names))
+            server.listening = lambda address: listed.enter_context(registered(address, _all_names(service)))
             server.run()
     finally:
         service.close()
@@ -244,10 +268,16 @@ def run(options: ServeOptions) -> int:
     return 0
 
 
+def _all_names(service: "Service") -> tuple[str, ...]:
+    """The names of what is served."""
+    pool = service.pool
+    return service.policy.names if pool.fixed else tuple(offer.name for offer in pool.offers)
+
+
 def _with_model(options: ServeOptions, container: bool) -> ServeOptions:
     given = [*options.paths, *([options.model] if options.model is not None else [])]
-    if len(options.paths) > 1 or (options.paths and options.model not in (None, options.paths[0])):
-        raise InputError(f"serve serves one model, but {given} were given; give one")
+    if options.paths and options.model not in (None, options.paths[0]):
+        raise InputError(f"{options.paths[0]} and -m {options.model} were given; give the models in one of both ways")
     if not given and container and SAGEMAKER_MODEL.is_dir() and any(SAGEMAKER_MODEL.iterdir()):
         given = [str(SAGEMAKER_MODEL)]
     return replace(options, model=given[0] if given else None)
@@ -367,6 +397,33 @@ def open_model(
 
     options: RunOptions and EngineOptions. Raises as `load`.
     """
+    service.open(*make_engine(options, chat_template, adapters, waiting, tell, loader))
+
+
+def _made(service: "Service", options: ServeOptions, cache_bytes: int) -> tuple["Engine", "Bounds"]:
+    """One of several models: its engine and bounds."""
+
+    def tell(text: str) -> None:
+        from llama2.serve.logs import logger
+
+        logger.info(text)
+
+    return make_engine(options, options.chat_template, (), options.max_waiting or 1024, tell, load_light, cache_bytes)
+
+
+def make_engine(
+    options: Any,
+    chat_template: str | None,
+    adapters: tuple[str, ...],
+    waiting: int,
+    tell: Callable[[str], None],
+    loader: Loader,
+    cache_bytes: int | None = None,
+) -> tuple["Engine", "Bounds"]:
+    """Loads the model and makes its engine within the memory, and the bounds that follow.
+
+    cache_bytes: of its cache at most; None for a share of the free memory. Raises as `load`.
+    """
     from llama2.engine.engine import Engine
     from llama2.engine.fairness import STRETCH
     from llama2.serve import limits
@@ -381,7 +438,7 @@ def open_model(
     wanted = options.wanted()
     draft = None if options.draft is None else load_model(local_model(options.draft), options)
     each = limits.bytes_per_token(model, options.runner, options.cache_dtype, draft)
-    tokens, source = limits.cache_tokens(model, wanted, each)
+    tokens, source = limits.cache_tokens(model, wanted, each, cache_bytes)
     engine = Engine(
         model,
         tokenizer,
@@ -406,7 +463,7 @@ def open_model(
     if tokenizer.chat_template is None:
         _without_template(tokenizer, model_path(options.model), tell)
     tell(f"llama2: what fits\n{limits.table(engine, bounds, source)}")
-    service.open(engine, bounds)
+    return engine, bounds
 
 
 def _without_template(tokenizer: Any, name: str, tell: Callable[[str], None]) -> None:

@@ -100,7 +100,7 @@ def _in_hub_cache() -> Iterator[StoredModel]:
             yield _gguf_row(_name_of_gguf(repo, model.relative_to(folder).as_posix(), models), model, HUB)
         if models:
             continue
-        kind = _kind_of(folder)
+        kind = kind_of(folder)
         if kind is not None:
             files = tuple(file for file in folder.rglob("*") if file.is_file())
             states = [file.stat() for file in files]
@@ -108,7 +108,7 @@ def _in_hub_cache() -> Iterator[StoredModel]:
             yield StoredModel(repo, folder, kind, sum(state.st_size for state in states), newest, HUB, files)
 
 
-def _kind_of(folder: Path) -> str | None:
+def kind_of(folder: Path) -> str | None:
     """The format of a folder's weights; None where they are not there, or are no model's."""
     if any(folder.glob("adapter_model.*")):
         return "adapter"

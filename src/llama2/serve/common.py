@@ -192,8 +192,6 @@ class Common(Body):
             told = [warning for warning in told if not warning.startswith(str(wanted))]
         if "" in self.stops:
             told.append("a stop string is empty, which every text contains; it is ignored")
-        if self.keep_alive is not None:
-            told.append("keep_alive has no effect: a model stays loaded as long as its server runs")
         return GenerationRequest(
             prompts=prompts,
             sampling=self.sampling(model),

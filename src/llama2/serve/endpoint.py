@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -28,7 +29,7 @@ def endpoint(service: Service, dialect: Dialect, route: Route) -> Callable[[Requ
     async def answer(request: Request) -> Response:
         call = RouteCall(service, request, b"", dialect, id=request.scope["state"].get("id", ""))
         request.scope["state"]["notes"] = call.notes
-        inside = False
+        inside = streams = False
         try:
             call.owner = "" if open_to_all else _owner(keys, request)
             request.scope["state"]["owner"] = call.owner
@@ -45,7 +46,8 @@ def endpoint(service: Service, dialect: Dialect, route: Route) -> Callable[[Requ
             if call.warnings:  # beside the field that some dialects have: others have no place for one
                 response.headers["x-llama2-warnings"] = json.dumps(call.warnings)[:MAX_WARNINGS]
             if isinstance(response, EventStream):
-                response.leave, inside = service.life.leave if counted else None, False
+                response.leave = partial(_leave, call, inside)
+                streams = True
             return response
         except Refusal as refusal:
             call.notes["error"] = refusal.kind
@@ -62,10 +64,17 @@ def endpoint(service: Service, dialect: Dialect, route: Route) -> Callable[[Requ
             return call.dialect.refuse(_INTERNAL, call.id)
         finally:
             call.forget()
-            if inside:
-                service.life.leave()
+            if not streams:
+                _leave(call, inside)
 
     return answer
+
+
+def _leave(call: RouteCall, counted: bool) -> None:
+    """Ends a call: its model may go, and so may a server that drains."""
+    call.release()
+    if counted:
+        call.service.life.leave()
 
 
 def _owner(keys: Keys, request: Request) -> str:

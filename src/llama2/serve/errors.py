@@ -35,6 +35,8 @@ KINDS: Mapping[str, ErrorKind] = {
     "busy": ErrorKind(429, "rate_limit_error", "overloaded"),
     "rate": ErrorKind(429, "rate_limit_error", "rate_limit_exceeded"),
     "starting": ErrorKind(503, "server_error", "model_loading"),
+    "load": ErrorKind(500, "server_error", "model_not_loaded"),
+    "memory": ErrorKind(503, "server_error", "out_of_memory"),
     "closing": ErrorKind(503, "server_error", "shutting_down"),
     "unable": ErrorKind(501, "server_error", "not_implemented"),
     "constraint": ErrorKind(400, _INVALID, "constraint_failed"),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from llama2.cpu import CpuModel
 from llama2.engine.draft import Drafter
 from llama2.engine.engine import Engine
 from llama2.engine.plan_runners import PAGE, make_plan_runner
@@ -29,9 +30,10 @@ class Wanted:
     max_client_batch_size: int = 32
 
 
-def available(device: Any) -> int:
-    """Bytes that can still be taken on a torch.device."""
-    if device.type == "cuda":
+def available(model: Any) -> int:
+    """Bytes that can still be taken where a model is."""
+    device = None if isinstance(model, CpuModel) else model.device
+    if device is not None and device.type == "cuda":
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
@@ -44,14 +46,25 @@ def bytes_per_token(model: Any, runner: str, kv_cache: Any, draft: Any = None) -
     return (own + (0 if draft is None else Drafter(model, draft, 1, 1, runner, kv_cache).runner.bytes_per_page)) // PAGE
 
 
-def cache_tokens(model: Any, wanted: Wanted, bytes_per_token: int) -> tuple[int, str]:
-    """Positions of the cache and where the number comes from. Raises InputError where not even one text fits."""
+def cache_tokens(model: Any, wanted: Wanted, bytes_per_token: int, most_bytes: int | None = None) -> tuple[int, str]:
+    """Positions of the cache and where the number comes from. Raises InputError where not even one text fits.
+
+    most_bytes: of the cache; None for a share of what is free.
+    """
     context = wanted.max_total_tokens or model.config.max_position_embeddings
     if wanted.max_batch_total_tokens is not None:
         return wanted.max_batch_total_tokens, "max_batch_total_tokens"
-    free = available(model.device)
-    fits = int(free * CACHE_SHARE) // bytes_per_token
     most = wanted.max_batch_size * context
+    if most_bytes is not None:
+        fits = min(most_bytes // bytes_per_token // PAGE * PAGE, most)
+        if fits < min(context, 2048):
+            raise InputError(
+                f"the cache of one of several models may have {most_bytes / GIB:.2f} GiB, which hold {fits} tokens; "
+                "give --max-total-tokens or --max-batch-total-tokens, a smaller --max-models, or --kv-cache int8"
+            )
+        return fits, f"its part of {most_bytes / GIB:.2f} GiB"
+    free = available(model)
+    fits = int(free * CACHE_SHARE) // bytes_per_token
     if fits < min(context, 2048):
         raise InputError(
             f"{free / GIB:.1f} GiB of memory are free, and {CACHE_SHARE:.0%} of them hold {fits} tokens of the cache; "

@@ -20,6 +20,7 @@ DEFAULTS: Mapping[str, float] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95,
 class NativeEmbeddingBody(Body):
     """The body of /embedding and /embeddings."""
 
+    model: str | None = Field(None, max_length=512)
     content: Text | Texts | None = None
     input: Text | Texts | Ids | list[Ids] | None = None
     embd_normalize: Annotated[int, Field(ge=-1, le=100)] | None = None
@@ -48,7 +49,8 @@ def default_settings() -> dict[str, Any]:
 
 async def props(call: RouteCall) -> Response:
     """/props: the model, its template and the defaults."""
-    model, tokenizer = call.model, call.model.tokenizer
+    model = await call.shown()
+    tokenizer = model.tokenizer
     return JSONResponse(
         {
             "default_generation_settings": {
@@ -72,7 +74,7 @@ async def props(call: RouteCall) -> Response:
 
 async def slots(call: RouteCall) -> Response:
     """/slots: the places of a step; with fail_on_no_slot=1, 503 where none is free."""
-    engine = call.model.engine
+    engine = (await call.shown()).engine
     busy, width = min(engine.running, engine.scheduler.width), engine.scheduler.width
     if call.request.query_params.get("fail_on_no_slot") == "1" and busy >= width:
         raise Refusal("busy", f"all {width} slots are in use", retry_after=1)
@@ -111,7 +113,7 @@ async def embedding(call: RouteCall) -> Response:
 
 async def lora_adapters(call: RouteCall) -> Response:
     """/lora-adapters: those that a request can choose, by their place."""
-    return JSONResponse([{"id": i, "path": name, "scale": 0.0} for i, name in enumerate(call.model.adapters)])
+    return JSONResponse([{"id": i, "path": name, "scale": 0.0} for i, name in enumerate((await call.shown()).adapters)])
 
 
 async def no_change(call: RouteCall) -> Response:

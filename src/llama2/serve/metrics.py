@@ -2,16 +2,23 @@
 
 Written here and not with prometheus-client, which ends every counter's name in `_total`: TGI's have no such ending, and
 a dashboard made for it would stay empty. Everything is plain arithmetic in the event loop: nothing here waits for
-anything. Labels come from fixed lists, so that their number cannot grow.
+anything. Labels come from fixed lists, or are the names of models that are offered: their number is bounded.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from llama2.serve.model_pool import Offer
 from llama2.serve.session import Session
 
 DURATIONS = tuple(0.00015 * 1.5**i for i in range(35))  # seconds; TGI's
 SIZES = tuple(float(2**i) for i in range(1, 17))  # tokens
+
+
+def labelled(label: str, value: str) -> str:
+    """A label as the format has it; nothing for an empty value."""
+    escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return f'{{{label}="{escaped}"}}' if value else ""
 
 
 class Counter:
@@ -29,20 +36,22 @@ class Counter:
         """The text format."""
         rows = [f"# HELP {self.name} {self.help}", f"# TYPE {self.name} counter"]
         for value, amount in self.values.items():
-            label = f'{{{self.label}="{value}"}}' if value else ""
-            rows.append(f"{self.name}{label} {amount!r}")
+            rows.append(f"{self.name}{labelled(self.label, value)} {amount!r}")
         return rows
 
 
 class Gauge:
-    """A number that is asked for when the page is made."""
+    """A number that is asked for when the page is made, or one for each model."""
 
-    def __init__(self, name: str, help: str, read: Callable[[], float]) -> None:
+    def __init__(self, name: str, help: str, read: Callable[[], float | Mapping[str, float]]) -> None:
         self.name, self.help, self.read = name, help, read
 
     def lines(self) -> list[str]:
         """The text format."""
-        return [f"# HELP {self.name} {self.help}", f"# TYPE {self.name} gauge", f"{self.name} {self.read()!r}"]
+        found = self.read()
+        values = found if isinstance(found, Mapping) else {"": found}
+        rows = [f"{self.name}{labelled('model', value)} {number!r}" for value, number in values.items()]
+        return [f"# HELP {self.name} {self.help}", f"# TYPE {self.name} gauge", *rows]
 
 
 class Histogram:
@@ -73,7 +82,8 @@ _FAILURE_OF = {
     "busy": "overloaded", "rate": "overloaded", "closing": "overloaded", "starting": "overloaded",
     "generation": "generation", "constraint": "generation",
     "internal": "incomplete", "deadline": "incomplete", "template": "template", "key": "authentication",
-    "gone": "dropped", "route": "other", "method": "other", "unable": "other", "host": "other",
+    "load": "other", "memory": "overloaded", "gone": "dropped", "route": "other", "method": "other", "unable": "other",
+    "host": "other",
 }  # fmt: skip
 
 
@@ -98,8 +108,35 @@ class Metrics:
         self.new_tokens = Counter("llama2_generation_tokens_total", "Tokens generated.")
         self.reused = Counter("llama2_prefix_cache_tokens_total", "Prompt tokens found in the prefix cache.")
         self.gauges: list[Gauge] = []
+        # By model, where there are several; their names are those of files that whoever runs the server has.
+        self.of_models = {
+            name: Counter(f"llama2_model_{name}_total", help, "model")
+            for name, help in (
+                ("requests", "Requests that a model took in."),
+                ("prompt_tokens", "Prompt tokens that a model took in."),
+                ("generation_tokens", "Tokens that a model generated."),
+                ("loaded", "Times that a model was loaded."),
+                ("load_seconds", "Seconds that loading a model took, of all times."),
+                ("failed", "Times that a model could not be loaded."),
+                ("unloaded", "Times that a model was unloaded."),
+            )
+        }
 
-    def watch(self, name: str, help: str, read: Callable[[], float]) -> None:
+    def add_of_model(self, model: str, **amounts: float) -> None:
+        """Counts for one of several models; "" for the only one, which has the counters without a label."""
+        if not model:
+            return
+        for counter in self.of_models.values():
+            counter.values.pop("", None)
+            counter.values.setdefault(model, 0.0)
+        for name, amount in amounts.items():
+            self.of_models[name].add(amount, model)
+
+    def model_event(self, offer: Offer, event: str, took: float) -> None:
+        """Counts what happened to a model: "loaded", "failed" or "unloaded"."""
+        self.add_of_model(offer.name, **{event: 1.0}, load_seconds=took if event == "loaded" else 0.0)
+
+    def watch(self, name: str, help: str, read: Callable[[], float | Mapping[str, float]]) -> None:
         """Adds a gauge."""
         self.gauges.append(Gauge(name, help, read))
 
@@ -107,15 +144,17 @@ class Metrics:
         """Counts a refusal by its kind, or "gone" for a client that went away."""
         self.failure.add(value=_FAILURE_OF.get(kind, "validation"))
 
-    def taken(self, prompt: int, new: int) -> None:
-        """Counts an accepted request."""
+    def taken(self, prompt: int, new: int, model: str = "") -> None:
+        """Counts an accepted request; model: its name, where there are several."""
+        self.add_of_model(model, requests=1, prompt_tokens=prompt)
         self.input_length.add(prompt)
         self.prompt_tokens.add(prompt)
         self.max_new.add(new)
 
-    def done(self, session: Session, ended: bool) -> None:
-        """Counts what a session did; ended: whether it came to its end."""
+    def done(self, session: Session, ended: bool, model: str = "") -> None:
+        """Counts what a session did; ended: whether it came to its end. model: its name, where there are several."""
         times = session.times
+        self.add_of_model(model, generation_tokens=session.tokens)
         self.new_tokens.add(session.tokens)
         self.reused.add(session.reused)
         for gap in session.gaps:
@@ -134,4 +173,5 @@ class Metrics:
     def page(self) -> str:
         """The exposition, version 0.0.4."""
         own = [m for m in vars(self).values() if isinstance(m, Counter | Histogram)]
+        own += [counter for counter in self.of_models.values() if "" not in counter.values]
         return "\n".join(line for metric in (*own, *self.gauges) for line in metric.lines()) + "\n"

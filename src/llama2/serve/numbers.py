@@ -5,11 +5,13 @@ check at the first entry that is wrong: a body of a million wrong entries makes 
 """
 
 import math
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 MAX_COUNT = 10_000_000
+YEAR = 31_536_000  # seconds
 FIRST_FAULT = Field(fail_fast=True)  # of a list: the rest is not looked at
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]  # tokens
@@ -21,7 +23,7 @@ MaxTokens = Annotated[int, Field(ge=-2, le=2**53)]  # below 0: what the context 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 UnsignedSeed = Annotated[int, Field(ge=-1, lt=2**64)]  # -1: a new one
 # Seconds, or a duration such as 5m.
-KeepAlive = Annotated[float, Field(ge=-MAX_COUNT, le=MAX_COUNT)] | Annotated[str, Field(max_length=32)]
+KeepAlive = Annotated[float | str, Field(union_mode="left_to_right"), AfterValidator(lambda value: keep_alive(value))]
 MaxNew = Annotated[int, Field(ge=-2, le=MAX_COUNT)]  # llama.cpp's: below 0 for as many as there is room for
 Temperature = Annotated[float, Field(ge=0, le=100)]
 # Below 1e-5 the logits over the temperature leave float32, and every draw is the likeliest token long before.
@@ -36,6 +38,41 @@ Dimensions = Annotated[int, Field(ge=1, le=1_000_000)]
 
 Ids = Annotated[list[TokenId], FIRST_FAULT, Field(max_length=1_000_000)]
 StopIds = Annotated[list[TokenId], FIRST_FAULT, Field(max_length=1024)]
+
+
+_DURATION = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h)", re.ASCII)
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def keep_alive(given: float | str) -> float | str:
+    """Raises ValueError for what is no duration."""
+    seconds(given)
+    return given
+
+
+def seconds(given: float | str) -> float:
+    """A duration as Ollama takes it: a number of seconds, or Go's 5m, 1h30m, 300ms; below 0 for ever.
+
+    Raises ValueError for anything else, and for what is neither at most a year nor for ever.
+    """
+    if isinstance(given, str):
+        text = given.strip()
+        sign, body = (-1.0, text[1:]) if text.startswith("-") else (1.0, text.removeprefix("+"))
+        parts = _DURATION.findall(body)
+        if body and body.replace(".", "", 1).isdecimal():
+            total = float(body)
+        elif not parts or "".join(parts) != body:
+            raise ValueError(f"it is {given[:40]!r}; give seconds, or a duration such as 5m or 1h30m, or -1 for ever")
+        else:
+            total = sum(float(part.rstrip("nuµmsh")) * _UNITS[part.lstrip("0123456789.")] for part in parts)
+        value = sign * total
+    else:
+        value = float(given)
+    if value < 0:
+        return math.inf
+    if not value <= YEAR:
+        raise ValueError(f"it is {str(given)[:40]}; {YEAR} seconds are the most, or -1 for ever")
+    return value
 
 
 def clamped(bias: Any) -> float:

@@ -2,7 +2,7 @@
 
 A body becomes that of a chat or of a completion, and answers are lines of JSON. What is left open comes from the
 checkpoint's generation settings, then from Ollama's own defaults. repeat_last_n is not a window here: the penalty
-counts the whole text. keep_alive is read and changes nothing: the server's own settings say how long a model stays.
+counts the whole text. keep_alive is obeyed where models come and go: by a server of several, or with --keep-alive.
 """
 
 import json
@@ -20,11 +20,12 @@ from llama2.serve.chat import Tools, prompt_ids
 from llama2.serve.dialect import Dialect, Route, get, post
 from llama2.serve.errors import KINDS, Refusal
 from llama2.serve.facts import timestamp
-from llama2.serve.numbers import FIRST_FAULT, Count, Ids, Tops
+from llama2.serve.numbers import FIRST_FAULT, Count, Ids, Tops, seconds
 from llama2.serve.ollama_models import (
     EmbedBody,
     KeepAlive,
     Named,
+    NamedOnly,
     OldEmbedBody,
     embed,
     json_line,
@@ -67,6 +68,21 @@ class Prompted(Named):
     top_logprobs: Tops | None = None
     truncate: bool | None = None
     shift: bool | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is asked but that the model comes or goes."""
+        raise NotImplementedError
+
+    @property
+    def unloads(self) -> bool:
+        """Whether it only asks that the model goes."""
+        return self.empty and self.keep_alive is not None and seconds(self.keep_alive) == 0
+
+    @property
+    def needs_model(self) -> bool:
+        """It is not loaded in order to go."""
+        return not self.unloads
 
     @property
     def streams(self) -> bool:
@@ -158,6 +174,11 @@ class OllamaChatBody(Prompted):
     messages: Annotated[list[ChatMessage], FIRST_FAULT] | None = None
     tools: list[dict[str, Any]] | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no message."""
+        return not self.messages
+
 
 class OllamaGenerateBody(Prompted):
     """The body of /api/generate."""
@@ -172,6 +193,11 @@ class OllamaGenerateBody(Prompted):
     width: Count | None = None
     height: Count | None = None
     steps: Count | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no prompt."""
+        return not self.prompt and not self.system
 
     def check(self) -> None:
         """Raises Refusal for what this model cannot do."""
@@ -314,8 +340,8 @@ async def _answer(call: RouteCall, session: Session, lines: _Lines, streams: boo
 async def chat(call: RouteCall) -> Response:
     """/api/chat; without messages it only asks for the model."""
     body = await call.read(OllamaChatBody)
-    if not body.messages:
-        return _loaded(call, body, {"message": {"role": "assistant", "content": ""}})
+    if body.empty:
+        return await _loaded(call, body, {"message": {"role": "assistant", "content": ""}})
     read = await call.translate(_chat_fields, call.model, body, to=openai_chat.ChatBody)
     begun = await openai_chat.begin(call, read)
     name = body.model or body.name or body.asked
@@ -333,8 +359,8 @@ async def generate(call: RouteCall) -> Response:
     """/api/generate: one turn of a chat, or with `raw`, or where the model has no chat template, a raw prompt."""
     body = await call.read(OllamaGenerateBody)
     body.check()
-    if not body.prompt and not body.system:
-        return _loaded(call, body, {"response": ""})
+    if body.empty:
+        return await _loaded(call, body, {"response": ""})
     name = body.model or body.name or body.asked
     if body.raw or body.context or call.model.tokenizer.chat_template is None:
         read = await call.translate(_raw_fields, call.model, body, to=openai_completions.CompletionBody)
@@ -371,11 +397,18 @@ def _raw_fields(model: ServedModel, body: OllamaGenerateBody) -> dict[str, Any]:
     return found | {"prompt": [*(body.context or ()), *ids]}
 
 
-def _loaded(call: RouteCall, body: Prompted, said: dict[str, Any]) -> Response:
-    call.model.adapter(body.asked)
-    reason = "unload" if body.keep_alive in (0, "0", "0s") else "load"
+async def _loaded(call: RouteCall, body: Prompted, said: dict[str, Any]) -> Response:
+    """A model that was only asked to come, or to go: at once, or with the last answer that it is giving."""
+    if body.unloads:
+        offer, pool = await call.service.pool.find(body.asked), call.service.pool
+        if offer.served is not None:
+            offer.served.adapter(body.asked)
+            offer.keep = offer.keep if pool.fixed else 0.0
+            await pool.unload(offer)
+    else:
+        call.model.adapter(body.asked)
     told = {"model": body.model or body.name, "created_at": timestamp(time.time()), **said}
-    return JSONResponse(told | {"done": True, "done_reason": reason})
+    return JSONResponse(told | {"done": True, "done_reason": "unload" if body.unloads else "load"})
 
 
 class Ollama(Dialect):
@@ -387,8 +420,8 @@ class Ollama(Dialect):
         post("/api/generate", generate, OllamaGenerateBody, "Ollama: answer a prompt", counted=True, any_type=True),
         post("/api/embed", embed, EmbedBody, "Ollama: vectors of texts", any_type=True),
         post("/api/embeddings", old_embed, OldEmbedBody, "Ollama: the vector of a text", any_type=True),
-        post("/api/show", show, Named, "Ollama: one model", any_type=True),
-        post("/api/pull", pull, Named, "Ollama: whether a model is here", any_type=True),
+        post("/api/show", show, NamedOnly, "Ollama: one model", any_type=True),
+        post("/api/pull", pull, NamedOnly, "Ollama: whether a model is here", any_type=True),
         *(
             post(f"/api/{name}", refuse_management, None, "Ollama: refused", any_type=True)
             for name in ("create", "copy", "push")

@@ -1,6 +1,7 @@
 """The part of Ollama's API that makes no text: which models there are, and vectors."""
 
 import json
+import math
 import time
 from typing import Any
 
@@ -9,12 +10,13 @@ from starlette.responses import JSONResponse, Response
 
 from llama2.serve import embeddings, openai_completions
 from llama2.serve.errors import Refusal
-from llama2.serve.facts import digest, parameter_size, timestamp, weight_bytes, weight_type
+from llama2.serve.facts import Facts, timestamp
 from llama2.serve.numbers import Dimensions, KeepAlive
 from llama2.serve.served_model import ServedModel
 from llama2.serve.service import RouteCall
 from llama2.serve.validation import Body, Text, Texts
 
+FOREVER_IS = "2999-12-31T00:00:00Z"  # when a model expires that stays
 VERSION = "0.12.0"  # of the API that is spoken: clients read each part as a number
 LINES = "application/x-ndjson"
 
@@ -35,6 +37,20 @@ class Named(Body):
         if not found:
             raise Refusal("validation", "model is required", "model")
         return found.removesuffix(":latest")
+
+    @property
+    def asked_model(self) -> str | None:
+        """The name of the model that it asks for. Raises Refusal."""
+        return self.asked
+
+
+class NamedOnly(Named):
+    """A body that asks about a model, which need not be loaded for it."""
+
+    @property
+    def needs_model(self) -> bool:
+        """It is told of as its files have it."""
+        return False
 
 
 class EmbedBody(Named):
@@ -105,69 +121,76 @@ def _unit(vector: list[float]) -> list[float]:
 # -- models ------------------------------------------------------------------------------------------------------
 
 
-def _details(model: ServedModel) -> dict[str, Any]:
+def _details(facts: Facts) -> dict[str, Any]:
     return {
         "parent_model": "",
-        "format": "gguf" if weight_type(model).startswith("Q") else "safetensors",
+        "format": facts.format,
         "family": "llama",
         "families": ["llama"],
-        "parameter_size": parameter_size(model),
-        "quantization_level": weight_type(model),
+        "parameter_size": facts.parameter_size,
+        "quantization_level": facts.weight_type,
     }
 
 
-def _capabilities(model: ServedModel) -> list[str]:
-    chats = model.tokenizer.chat_template is not None and model.compiler is not None
-    return ["completion", *(["tools"] if chats else [])]
+def _capabilities(facts: Facts) -> list[str]:
+    return ["completion", *(["tools"] if facts.tools else [])]
 
 
-def _row(call: RouteCall, name: str) -> dict[str, Any]:
-    model = call.model
+def _row(call: RouteCall, name: str, facts: Facts) -> dict[str, Any]:
     tagged = name if ":" in name else f"{name}:latest"
     return {
         "name": tagged,
         "model": tagged,
-        "modified_at": timestamp(call.service.created),
-        "size": weight_bytes(model),
-        "digest": digest(model, name),
-        "details": _details(model),
-        "capabilities": _capabilities(model),
+        "modified_at": timestamp(facts.modified),
+        "size": facts.bytes,
+        "digest": facts.digest(name, call.service.policy.revision),
+        "details": _details(facts),
+        "capabilities": _capabilities(facts),
     }
 
 
 async def tags(call: RouteCall) -> Response:
-    """/api/tags: the models that can be asked for."""
-    return JSONResponse({"models": [_row(call, name) for name in (*call.model.names, *call.model.adapters)]})
+    """/api/tags: the models that can be asked for; those whose files cannot be read are left out."""
+    rows = [_row(call, name, facts) for name, _, facts in await call.service.pool.listed()]
+    return JSONResponse({"models": rows})
 
 
 async def ps(call: RouteCall) -> Response:
     """/api/ps: those that are loaded."""
-    row = _row(call, call.model.names[0])
-    del row["modified_at"], row["capabilities"]
-    on_device = call.model.engine.model.device.type != "cpu"
-    more = {"expires_at": "2999-12-31T00:00:00Z", "size_vram": row["size"] if on_device else 0}
-    return JSONResponse({"models": [{**row, **more, "context_length": call.model.bounds.max_total_tokens}]})
+    rows, pool = [], call.service.pool
+    if pool.fixed:
+        await pool.find(None)
+    for offer in pool.loaded:
+        facts = await pool.facts(offer)
+        row = _row(call, offer.name, facts)
+        del row["modified_at"], row["capabilities"]
+        until = FOREVER_IS if math.isinf(offer.expires) else timestamp(time.time() + offer.expires)
+        more = {"expires_at": until, "size_vram": row["size"] if facts.on_device else 0}
+        rows.append({**row, **more, "context_length": facts.context})
+    return JSONResponse({"models": rows})
 
 
 async def show(call: RouteCall) -> Response:
-    """/api/show: one model."""
-    body = await call.read(Named)
-    model, name = call.model, body.asked
-    model.adapter(name)
-    config, settings = model.engine.model.config, model.engine.model.generation_config
-    parameters = [f"{k} {settings.value(k)}" for k in ("temperature", "top_k", "top_p") if settings.is_set(k)]
+    """/api/show: one model, which is not loaded for it."""
+    body = await call.read(NamedOnly)
+    pool, name = call.service.pool, body.asked
+    offer = await pool.find(name)
+    if offer.served is not None:
+        offer.served.adapter(name)
+    facts = await pool.facts(offer)
+    config = facts.config
     return JSONResponse(
         {
             "modelfile": f"FROM {name}\n",
-            "parameters": "\n".join(parameters),
-            "template": model.tokenizer.chat_template or "{{ .Prompt }}",
+            "parameters": "\n".join(f"{k} {value}" for k, value in facts.settings.items()),
+            "template": facts.template or "{{ .Prompt }}",
             "license": "",
-            "details": _details(model),
+            "details": _details(facts),
             "model_info": {
                 "general.architecture": "llama",
                 "general.basename": name,
                 "general.parameter_count": config.num_parameters,
-                "llama.context_length": model.bounds.max_total_tokens,
+                "llama.context_length": facts.context,
                 "llama.embedding_length": config.hidden_size,
                 "llama.block_count": config.num_hidden_layers,
                 "llama.feed_forward_length": config.intermediate_size,
@@ -175,16 +198,18 @@ async def show(call: RouteCall) -> Response:
                 "llama.attention.head_count": config.num_attention_heads,
                 "llama.attention.head_count_kv": config.num_key_value_heads,
             },
-            "capabilities": _capabilities(model),
-            "modified_at": timestamp(call.service.created),
+            "capabilities": _capabilities(facts),
+            "modified_at": timestamp(facts.modified),
         }
     )
 
 
 async def pull(call: RouteCall) -> Response:
     """/api/pull: a model that is served is there already; nothing is fetched."""
-    body = await call.read(Named)
-    call.model.adapter(body.asked)
+    body = await call.read(NamedOnly)
+    offer = await call.service.pool.find(body.asked)
+    if offer.served is not None:
+        offer.served.adapter(body.asked)
     if body.stream is False:
         return JSONResponse({"status": "success"})
     lines = b"".join(json_line({"status": status}) for status in ("pulling manifest", "success"))

@@ -1,4 +1,4 @@
-"""What every route shares: the engine with its tokenizer, bounds, life and metrics; and one call on a route."""
+"""What every route shares: the models with their engines, life and metrics; and one call on a route."""
 
 import asyncio
 import contextlib
@@ -22,6 +22,8 @@ from llama2.serve.dialect import Dialect
 from llama2.serve.errors import Refusal, kind_of
 from llama2.serve.lifecycle import Life
 from llama2.serve.metrics import Metrics
+from llama2.serve.model_pool import ModelPool, Offer
+from llama2.serve.numbers import seconds
 from llama2.serve.policy import Policy
 from llama2.serve.quota import Places, Rate
 from llama2.serve.readers import LARGE, Readers
@@ -50,7 +52,7 @@ class Service:
         self.metrics = Metrics()
         self.created = int(time.time())
         self.sessions: set[Session] = set()
-        self._model: ServedModel | None = None
+        self.pool = ModelPool()
         self.unparsed = Budget("bodies that are not parsed yet", policy.max_unparsed_bytes)
         self.unread = Budget("answers that are not read yet", policy.max_unread_bytes)
         self.places = Places(policy.max_concurrent_requests, policy.max_requests_per_key)
@@ -63,29 +65,54 @@ class Service:
     # -- the model -----------------------------------------------------------------------------------------------
 
     def open(self, engine: Engine, bounds: Bounds) -> None:
-        """Takes the engine in: from now on requests are served. Raises InputError for an engine without tokenizer."""
-        self._model = ServedModel(engine, bounds, self.policy)
-        self._watch(engine)
+        """Takes in the one model of this server, which stays: from now on requests are served. Raises InputError for an
+        engine without tokenizer."""
+        self.pool.hold(ServedModel(engine, bounds, self.policy))
+        self._watch()
         if self.life.state == "loading":
             self.life.state = "ready"
 
-    def _watch(self, engine: Engine) -> None:
-        pool, watch = engine.pool, self.metrics.watch
-        watch("tgi_queue_size", "Requests that wait.", lambda: max(engine.waiting, 0))
-        watch("tgi_batch_current_size", "Requests that run.", lambda: engine.running)
-        watch("llama2_kv_usage_ratio", "Share of the cache's pages that are held.", lambda: 1 - pool.free / pool.count)
-        watch("llama2_preemptions", "Requests put back into the queue for want of pages.", lambda: engine.preemptions)
-        watch("llama2_steps", "Steps of the engine.", lambda: engine.steps)
-        watch("llama2_guesses", "Tokens that were guessed and checked.", lambda: engine.tokens_proposed)
-        watch("llama2_guesses_held", "Of these, those that held.", lambda: engine.tokens_guessed)
+    def offer(self, pool: ModelPool) -> None:
+        """Takes in models that come and go: from now on requests are served."""
+        self.pool = pool
+        pool.heard = self.metrics.model_event
+        self._watch()
+        if self.life.state == "loading":
+            self.life.state = "ready"
+
+    def _watch(self) -> None:
+        pool, watch = self.pool, self.metrics.watch
+
+        def each(read: Callable[[Engine], float]) -> Callable[[], float | dict[str, float]]:
+            """Of the model that stays, or of each that is loaded by its name."""
+            if pool.fixed:
+                return lambda: read(self.engine)
+            return lambda: {model.names[0]: read(model.engine) for model in pool.served}
+
+        def all_of(read: Callable[[Engine], float]) -> Callable[[], float]:
+            return lambda: sum(read(model.engine) for model in pool.served)
+
+        watch("tgi_queue_size", "Requests that wait.", all_of(lambda e: max(e.waiting, 0)))
+        watch("tgi_batch_current_size", "Requests that run.", all_of(lambda e: e.running))
+        usage = "llama2_kv_usage_ratio"
+        watch(usage, "Share of the cache's pages that are held.", each(lambda e: 1 - e.pool.free / e.pool.count))
+        preemptions = "Requests put back into the queue for want of pages."
+        watch("llama2_preemptions", preemptions, each(lambda e: e.preemptions))
+        watch("llama2_steps", "Steps of the engine.", each(lambda e: e.steps))
+        watch("llama2_guesses", "Tokens that were guessed and checked.", each(lambda e: e.tokens_proposed))
+        watch("llama2_guesses_held", "Of these, those that held.", each(lambda e: e.tokens_guessed))
         watch("llama2_streams", "Answers being told.", lambda: len(self.sessions))
+        if not pool.fixed:
+            told = "Bytes that a loaded model claims, its cache included."
+            watch("llama2_model_bytes", told, lambda: {offer.name: offer.claim for offer in pool.loaded})
 
     @property
     def model(self) -> ServedModel:
-        """The model. Raises Refusal while it is being loaded."""
-        if self._model is None:
+        """The model of a server of one. Raises Refusal while it is being loaded."""
+        served = self.pool.served
+        if not served or not self.pool.fixed:
             raise Refusal("starting", "the model is still being loaded; ask again in a few seconds", retry_after=2)
-        return self._model
+        return served[0]
 
     @property
     def engine(self) -> Engine:
@@ -94,8 +121,8 @@ class Service:
 
     @property
     def loaded(self) -> bool:
-        """Whether there is a model."""
-        return self._model is not None
+        """Whether there are models to ask."""
+        return bool(self.pool.offers)
 
     @property
     def bounds(self) -> Bounds:
@@ -108,13 +135,14 @@ class Service:
         return self.model.tokenizer
 
     def cut(self) -> None:
-        """Ends everything that runs."""
+        """Ends everything that runs, and the wait for models that are being loaded."""
+        self.pool.cut()
         for session in list(self.sessions):
             session.close()
 
     def alive(self) -> bool:
-        """Whether the model that is there works."""
-        return self._model is None or self._model.alive()
+        """Whether the models that are loaded work."""
+        return self.pool.alive()
 
     # -- work ----------------------------------------------------------------------------------------------------
 
@@ -147,18 +175,17 @@ class Service:
         except Refusal:
             self.places.leave(owner)
             raise
-        session.owner = owner
+        session.owner, session.model = owner, model.names[0]
         self.sessions.add(session)
         held = sum(map(len, request.prompts))
         self.rate.charge(owner, held)
-        self.metrics.taken(held, asks[0].config.max_new_tokens or 0)
+        self.metrics.taken(held, asks[0].config.max_new_tokens or 0, "" if self.pool.fixed else model.names[0])
         return session
 
     def close(self) -> None:
-        """Ends the engine; what runs is cancelled."""
+        """Ends the engines; what runs is cancelled."""
         self.readers.close()
-        if self._model is not None:
-            self._model.close()
+        self.pool.close()
 
 
 class Gone(Exception):
@@ -180,6 +207,8 @@ class RouteCall:
     warnings: list[str] = field(default_factory=list)  # what of the body is not obeyed
     headers: dict[str, str] = field(default_factory=dict)  # of the response, beside its own
     held: int = 0  # bytes of the body that are counted
+    offer: Offer | None = None  # the model that this call has
+    keep: float | None = None  # seconds that the model stays behind this call, where the body says so
 
     def hold(self, size: int) -> None:
         """Counts bytes of the body. Raises Refusal where there is no room."""
@@ -203,7 +232,42 @@ class RouteCall:
         return await self.service.apart(self.owner, task, self.data)
 
     async def read(self, model: type[M]) -> M:
-        """The body as a checked model. Raises Refusal."""
+        """The body, checked, and with it the model that it asks for: `model`. Raises Refusal."""
+        body = await self._read(model)
+        if body.needs_model:
+            await self.use(body.asked_model)
+        return body
+
+    async def use(self, name: str | None = None) -> ServedModel:
+        """Takes the model that a name asks for, once, and loads it where it is not there. Raises Refusal."""
+        if self.offer is None:
+            self.offer = await self.service.pool.take(name)
+        return self.model
+
+    async def shown(self) -> ServedModel:
+        """The model that a route without a body tells of: that of the query's `model`, else one that is loaded, else
+        the first. Raises Refusal."""
+        name, loaded = self.request.query_params.get("model"), self.service.pool.loaded
+        if name is None and loaded:
+            name = max(loaded, key=lambda offer: (offer.users > 0, offer.used)).name
+        return await self.use(name)
+
+    def release(self) -> None:
+        """Gives the model back."""
+        if self.offer is not None:
+            self.service.pool.give_back(self.offer, self.keep)
+            self.offer = None
+
+    async def _read(self, model: type[M]) -> M:
+        body = await self._checked(model)
+        keep = getattr(body, "keep_alive", None) if "keep_alive" in model.model_fields else None
+        if keep is not None:
+            self.keep = seconds(keep)
+            if self.service.pool.fixed:
+                self.warnings.append("keep_alive has no effect: this server keeps its model (--keep-alive lets it go)")
+        return body
+
+    async def _checked(self, model: type[M]) -> M:
         unknown = self.service.policy.unknown_fields
         try:
             if len(self.data) < LARGE:
@@ -221,7 +285,7 @@ class RouteCall:
     async def translate(self, convert: Callable[..., dict[str, Any]], *args: Any, to: type[M]) -> M:
         """Another dialect's body as one of OpenAI's: what `convert` makes is read as if it had been sent."""
         self.data = await self.parse(_dumped, convert, *args)
-        return await self.read(to)
+        return await self._read(to)
 
     async def parse(self, task: Callable[..., T], *args: Any) -> T:
         """Runs a dialect's parser beside the event loop. Raises Refusal, also for the library's own errors."""
@@ -229,7 +293,9 @@ class RouteCall:
 
     @property
     def model(self) -> ServedModel:
-        """The model that answers. Raises Refusal while it is being loaded."""
+        """The model that answers. Raises Refusal while there is none."""
+        if self.offer is not None and self.offer.served is not None:
+            return self.offer.served
         return self.service.model
 
     async def begin(self, request: GenerationRequest) -> Session:
@@ -279,7 +345,8 @@ class RouteCall:
             self.service.sessions.remove(session)
             self.service.places.leave(session.owner)
             session.close()
-            self.service.metrics.done(session, ended=not (session.open or session.failed))
+            several = "" if self.service.pool.fixed else session.model
+            self.service.metrics.done(session, ended=not (session.open or session.failed), model=several)
             self.notes |= {"tokens": session.tokens, "cached_tokens": session.reused}
             if session.times.first:
                 self.notes["first_token_s"] = round(session.times.first - self.times.came, 4)

@@ -69,6 +69,7 @@ class Session:
         self.times.checked = time.monotonic()
         self.open, self.failed = len(asks), False
         self.reused, self.tokens, self.gaps = 0, 0, list[float]()
+        self.model = ""  # its name
         self.owner, self._count = "", count or (lambda tokens: None)
         self._engine, self._arrived, self._news = engine, list[Told](), asyncio.Event()
         self._last = [0.0] * len(asks)
@@ -84,7 +85,9 @@ class Session:
             raise Refusal(kind_of(error), str(error)) from None
 
     def arrive(self, index: int, event: TokenEvent) -> None:
-        """Called in the event loop for each event."""
+        """Called in the event loop for each event; nobody hears what comes behind `close`."""
+        if not self._lives:
+            return
         now = time.monotonic()
         if event.token is not None:
             self.tokens += 1
@@ -129,9 +132,10 @@ class Session:
                 return
 
     def close(self) -> None:
-        """Ends what still runs."""
+        """Ends what still runs, and lets go of it: a request knows its session, which would keep the model."""
         for live in self._lives:
             self._engine.cancel(live)
+        self._lives = []
 
 
 def _failed(error: Exception) -> Refusal:

@@ -5,6 +5,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 import llama2
 from llama2.serve import tgi
 from llama2.serve.dialect import get
+from llama2.serve.facts import device_type, dtype_name
 from llama2.serve.service import RouteCall
 
 
@@ -39,16 +40,16 @@ async def metrics(call: RouteCall) -> Response:
 
 
 async def info(call: RouteCall) -> Response:
-    """/info, with TGI's names."""
-    service, policy = call.service, call.service.policy
-    engine, bounds = service.engine, service.bounds
+    """/info, with TGI's names; of several models that of the query's `model`."""
+    policy, model = call.service.policy, await call.shown()
+    engine, bounds = model.engine, model.bounds
     return JSONResponse(
         {
-            "model_id": policy.names[0],
+            "model_id": model.names[0],
             "model_sha": policy.revision,
             "model_pipeline_tag": "text-generation",
-            "model_dtype": str(engine.model.dtype).removeprefix("torch."),
-            "model_device_type": engine.model.device.type,
+            "model_dtype": dtype_name(model),
+            "model_device_type": device_type(model),
             "max_concurrent_requests": policy.max_concurrent_requests,
             "max_best_of": bounds.max_best_of,
             "max_stop_sequences": bounds.max_stop_sequences,
@@ -62,8 +63,8 @@ async def info(call: RouteCall) -> Response:
             "version": llama2.__version__,
             "sha": None,
             "docker_label": None,
-            "adapters": service.model.adapters,
-            "chat": service.tokenizer.chat_template is not None,
+            "adapters": model.adapters,
+            "chat": model.tokenizer.chat_template is not None,
         }
     )
 

@@ -140,6 +140,7 @@ class GenerateBody(Body):
     """The body of /generate and, with `stream`, of /."""
 
     inputs: Text
+    model: str | None = Field(None, max_length=512)
     parameters: Parameters | None = None
     stream: bool | None = None
 

@@ -22,6 +22,7 @@ from llama2.serve.validation import Body, Text
 class ContentBody(Body):
     """llama.cpp's body of /tokenize."""
 
+    model: str | None = Field(None, max_length=512)
     content: Text
     add_special: bool | None = None
     parse_special: bool | None = None
@@ -70,6 +71,7 @@ class DetokenizeBody(Body):
     """The body of /detokenize: `tokens`, or as TGI has it `ids`."""
 
     model_config = ConfigDict(extra="ignore")
+    model: str | None = Field(None, max_length=512)
     tokens: Ids | None = Field(None, max_length=262_144)
     ids: Ids | None = Field(None, max_length=262_144)
     skip_special_tokens: bool | None = None

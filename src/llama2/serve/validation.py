@@ -39,6 +39,17 @@ class Body(BaseModel):
         extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=(), json_schema_extra=_closed
     )
 
+    @property
+    def asked_model(self) -> str | None:
+        """The name of the model that it asks for; None for whichever is served."""
+        name = getattr(self, "model", None)
+        return name if isinstance(name, str) else None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the model has to be there for it."""
+        return True
+
     @model_validator(mode="after")
     def _known(self, info: ValidationInfo) -> Self:
         if not self.model_extra or self.open_ended:

@@ -104,7 +104,7 @@ def _tokenized(model: ServedModel, body: TokenizeBody) -> dict[str, Any]:
 
 async def tokenizer_info(call: RouteCall) -> Response:
     """/tokenizer_info: control tokens as texts, and the chat template."""
-    tokenizer = call.model.tokenizer
+    tokenizer = (await call.shown()).tokenizer
     found = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     return JSONResponse(
         {

@@ -76,16 +76,17 @@ class _Task:
     def __init__(self, done: Callable[["_Task"], None], task: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self.result: Any = None
         self.error: BaseException | None = None
-        self._done, self._task, self._args = done, task, args
+        self._done, self._work = done, [(task, args)]
         self._lock, self._over = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name="llama2-check", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         _give_way()
+        task, args = self._work.pop()  # timers keep this object, and would keep what it worked on
         try:
             try:
-                self.result = self._task(*self._args)
+                self.result = task(*args)
             except BaseException as error:
                 self.error = error
             finally:
