@@ -53,6 +53,7 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("checkpoint", "plain_network", "generation.filters", "generation.guidance"), 10),
     "generation.sampler": 10,
     **dict.fromkeys(("runners.native", "generation.fast_sampling", "runners.cuda_graphs", "runners.prepared"), 11),
+    "generation.samplers": 11,
     "runners.native_trunk": 12,
     "runners.contract": 12,
     **dict.fromkeys(("generation.past_key_values", "generation.outputs"), 13),

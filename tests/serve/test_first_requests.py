@@ -103,10 +103,10 @@ def test_their_names_do_what_ours_do(served: Served, theirs: dict[str, Any], our
 
 def test_unknown_fields_are_told_of(served: Served) -> None:
     for path, body in (("/v1/completions", RAW), ("/v1/chat/completions", CHAT)):
-        reply = post(served.port, path, body | {"temperatur": 0.1, "mirostat": 2})
+        reply = post(served.port, path, body | {"temperatur": 0.1, "smoothing_factor": 2})
         assert reply.status == 200
         first, second = reply.json["warnings"]
-        assert "'temperatur' is not known" in first and "'temperature'" in first and "mirostat is 2" in second
+        assert "'temperatur' is not known" in first and "'temperature'" in first and "smoothing_factor is 2" in second
         events = post(served.port, path, body | {"foo": 1, "stream": True}).events[:-1]
         assert [i for i, event in enumerate(events) if "warnings" in event] == [0]
     reply = post(served.port, "/generate", {"inputs": "x", "parameters": {"max_new_tokens": 2, "foo": 1}})

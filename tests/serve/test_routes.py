@@ -484,8 +484,8 @@ def test_unknown_fields_may_be_ignored_or_refused(serve: Serve) -> None:
     served = serve(unknown_fields="refuse")
     reply = post(served.port, "/v1/completions", RAW | {"temperatur": 1})
     assert reply.status == 400 and "did you mean 'temperature'" in reply.json["error"]["message"]
-    reply = post(served.port, "/v1/completions", RAW | {"mirostat": 2})
-    assert reply.status == 400 and "mirostat is 2" in reply.json["error"]["message"]
+    reply = post(served.port, "/v1/completions", RAW | {"smoothing_factor": 2})
+    assert reply.status == 400 and "smoothing_factor is 2" in reply.json["error"]["message"]
     reply = post(served.port, "/v1/completions", RAW | {"mirostat": 0, "num_gpu": 1, "repeat_penalty": 1.1})
     assert reply.status == 200 and "warnings" not in reply.json
 

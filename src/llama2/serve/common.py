@@ -5,13 +5,14 @@ the GenerationRequest, so that every bound and every rounding is applied in one 
 """
 
 import secrets
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from llama2.serve.constraint import Constraint, json_schema
 from llama2.serve.forms import ResponseFormat, StructuredOutputs, grammar, only, vllm_forms
 from llama2.serve.known_fields import renamed
+from llama2.serve.llamacpp_samplers import chained
 from llama2.serve.numbers import (
     FIRST_FAULT,
     MAX_COUNT,
@@ -22,7 +23,9 @@ from llama2.serve.numbers import (
     CountPenalty,
     Ids,
     KeepAlive,
+    LastN,
     MaxTokens,
+    Names,
     Pairs,
     Positive,
     PositiveShare,
@@ -73,6 +76,22 @@ class Common(Body):
     min_p: Share | None = None
     typical_p: PositiveShare | None = None
     repetition_penalty: RepetitionPenalty | None = None
+    repeat_last_n: LastN | None = None
+    min_keep: Count | None = None
+    samplers: Annotated[str, Field(max_length=256)] | Names | None = None
+    top_n_sigma: Annotated[float, Field(ge=-1, le=1000)] | None = None
+    xtc_probability: Share | None = None
+    xtc_threshold: Share | None = None
+    dynatemp_range: Temperature | None = None
+    dynatemp_exponent: Annotated[float, Field(ge=0, le=100)] | None = None
+    dry_multiplier: Annotated[float, Field(ge=0, le=1000)] | None = None
+    dry_base: Annotated[float, Field(ge=0, le=1000)] | None = None
+    dry_allowed_length: Count | None = None
+    dry_penalty_last_n: LastN | None = None
+    dry_sequence_breakers: Names | None = None
+    mirostat: Literal[0, 1, 2] | None = None
+    mirostat_tau: Annotated[float, Field(ge=0, le=1000)] | None = None
+    mirostat_eta: Annotated[float, Field(ge=0, le=100)] | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     stop_token_ids: StopIds | None = None
@@ -117,7 +136,7 @@ class Common(Body):
             temperature = (
                 float(value("temperature", 1.0)) if own.value("do_sample") or not own.is_set("do_sample") else 0.0
             )
-        return Sampling(
+        chosen = Sampling(
             temperature=temperature if temperature >= 1e-5 else None,
             top_k=max(value("top_k", 0), 0),
             top_p=max(value("top_p", 1.0), LEAST_TOP_P),
@@ -133,6 +152,7 @@ class Common(Body):
             bad_words=tuple(forbidden(model.tokenizer, self.bad_words or ())),
             allowed_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
         )
+        return chained(chosen, self)
 
     def _bias(self, tokenizer: Any) -> dict[int, float]:
         if isinstance(self.logit_bias, dict):

@@ -14,6 +14,8 @@ ALIASES: Mapping[str, str] = {
     "max_output_tokens": "max_tokens",
     "repeat_penalty": "repetition_penalty",  # llama.cpp, Ollama
     "typ_p": "typical_p",
+    "mirostat_mode": "mirostat",
+    "nsigma": "top_n_sigma",
     "stop_sequences": "stop",
     "random_seed": "seed",  # Mistral
     "min_new_tokens": "min_tokens",
@@ -30,14 +32,11 @@ WITHOUT_EFFECT = frozenset((
 ))  # fmt: skip
 # Samplers and searches that other servers have: off at these values (None: they only shape one that is off).
 OFF: Mapping[str, tuple[Any, ...] | None] = {
-    "mirostat": (0,), "mirostat_mode": (0,), "mirostat_tau": None, "mirostat_eta": None,
-    "dry_multiplier": (0,), "dry_base": None, "dry_allowed_length": None, "dry_penalty_last_n": None,
-    "dry_sequence_breakers": None, "xtc_probability": (0,), "xtc_threshold": None, "dynatemp_range": (0,),
-    "dynatemp_exponent": None, "tfs_z": (1, 0), "tfs": (1, 0), "top_n_sigma": (-1, 0), "nsigma": (0,), "top_a": (0,),
+    "tfs_z": (1, 0), "tfs": (1, 0), "top_a": (0,),
     "smoothing_factor": (0,), "smoothing_curve": None, "epsilon_cutoff": (0,), "eta_cutoff": (0,),
     "adaptive_target": (-1,), "adaptive_decay": None, "length_penalty": (1, 0), "early_stopping": (False,),
-    "use_beam_search": (False,), "num_beams": (1,), "min_keep": (0, 1), "penalize_newline": (False,),
-    "penalize_nl": (False,), "priority": (0,), "repeat_last_n": (-1,), "n_indent": (0,), "t_max_predict_ms": (-1, 0),
+    "use_beam_search": (False,), "num_beams": (1,), "penalize_newline": (False,),
+    "penalize_nl": (False,), "priority": (0,), "n_indent": (0,), "t_max_predict_ms": (-1, 0),
     "no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1,), "penalty_alpha": (0,), "logits_processors": ((),),
     "spaces_between_special_tokens": (True,), "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
     "echo": (False,), "think": (False,), "num_return_sequences": (1,), "audio": None, "documents": ((),),

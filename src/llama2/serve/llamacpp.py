@@ -21,6 +21,7 @@ from llama2.serve.llamacpp_state import (
     DEFAULTS,
     NativeEmbeddingBody,
     apply_template,
+    chain_settings,
     default_settings,
     embedding,
     lora_adapters,
@@ -42,7 +43,7 @@ _GAP = (("▁<PRE>", "<PRE>", "<fim_prefix>", "<|fim_prefix|>"), ("▁<SUF>", "<
         ("▁<MID>", "<MID>", "<fim_middle>", "<|fim_middle|>"))  # fmt: skip
 _OTHER_NAMES = {"repeat_penalty": "repetition_penalty", "typ_p": "typical_p", "n_cmpl": "n"}
 # Where a request is kept and how much of its progress is told; both are decided here.
-_WITHOUT_EFFECT = ("id_slot", "n_keep", "n_cache_reuse", "cache_prompt", "return_progress", "repeat_last_n", "samplers")
+_WITHOUT_EFFECT = ("id_slot", "n_keep", "n_cache_reuse", "cache_prompt", "return_progress")
 
 
 class NativeBody(Body):
@@ -306,6 +307,7 @@ def settings(request: GenerationRequest, body: NativeBody) -> dict[str, Any]:
         "repeat_penalty": sampling.repetition_penalty,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
+        **chain_settings(sampling.chain),
         "stop": list(request.stop),
         "ignore_eos": sampling.ignore_eos,
         "stream": request.stream,

@@ -1,12 +1,14 @@
 """The routes of llama.cpp's server that make no text: what is served, places, templates, vectors."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 import llama2
+from llama2.generation.samplers import SamplerSettings
 from llama2.serve import embeddings, openai_chat
 from llama2.serve.chat import chosen, prompt_ids
 from llama2.serve.errors import Refusal
@@ -26,6 +28,14 @@ class NativeEmbeddingBody(Body):
     embd_normalize: Annotated[int, Field(ge=-1, le=100)] | None = None
 
 
+def chain_settings(chain: SamplerSettings | None) -> dict[str, Any]:
+    """llama.cpp's own samplers, as its /props names them."""
+    known = asdict(chain or SamplerSettings())
+    names = [name for name in known if name.startswith(("dry_", "xtc_", "dynatemp_", "mirostat", "top_n_", "min_keep"))]
+    last_n = {} if chain is None or not chain.penalty_last_n else {"repeat_last_n": chain.penalty_last_n}
+    return {name: known[name] for name in names} | {"samplers": list(known["order"])} | last_n
+
+
 def default_settings() -> dict[str, Any]:
     """How tokens are chosen where a request says nothing."""
     return {
@@ -38,7 +48,7 @@ def default_settings() -> dict[str, Any]:
         "repeat_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        "mirostat": 0,
+        **chain_settings(None),
         "stop": [],
         "ignore_eos": False,
         "stream": True,

@@ -37,6 +37,8 @@ Bias = Annotated[float, AfterValidator(lambda value: clamped(value))]
 Dimensions = Annotated[int, Field(ge=1, le=1_000_000)]
 
 Ids = Annotated[list[TokenId], FIRST_FAULT, Field(max_length=1_000_000)]
+LastN = Annotated[int, Field(ge=-1, le=MAX_COUNT)]  # tokens at the end of a text; -1 for all of it
+Names = Annotated[list[Annotated[str, Field(max_length=64)]], FIRST_FAULT, Field(max_length=64)]
 StopIds = Annotated[list[TokenId], FIRST_FAULT, Field(max_length=1024)]
 
 

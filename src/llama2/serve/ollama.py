@@ -1,8 +1,8 @@
 """Ollama's API: /api/chat, /api/generate, /api/embed, and what its clients ask about models.
 
 A body becomes that of a chat or of a completion, and answers are lines of JSON. What is left open comes from the
-checkpoint's generation settings, then from Ollama's own defaults. repeat_last_n is not a window here: the penalty
-counts the whole text. keep_alive is obeyed where models come and go: by a server of several, or with --keep-alive.
+checkpoint's generation settings, then from Ollama's own defaults. keep_alive is obeyed where models come and go: by a
+server of several, or with --keep-alive.
 """
 
 import json
@@ -53,7 +53,7 @@ _AS_THEY_ARE = (
 # How a model is loaded: decided when this server starts.
 _LOADING = (
     "num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "use_mlock", "num_thread", "draft_num_predict", "numa",
-    "low_vram", "f16_kv", "logits_all", "vocab_only", "embedding_only", "num_keep", "repeat_last_n",
+    "low_vram", "f16_kv", "logits_all", "vocab_only", "embedding_only", "num_keep",
 )  # fmt: skip
 
 

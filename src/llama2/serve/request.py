@@ -6,6 +6,7 @@ from typing import Any
 
 from llama2.engine.engine import Engine, EngineRequest
 from llama2.generation.config import GenerationConfig
+from llama2.generation.samplers import SamplerSettings, chain
 from llama2.serve.constraint import Constrained, Constraint
 from llama2.serve.errors import Refusal
 from llama2.serve.logits_processors import Bias, CountPenalty, Watermark
@@ -39,7 +40,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. A None temperature takes the likeliest; the others are off at their defaults."""
+    """How tokens are chosen. A None temperature takes the likeliest; the others are off at their defaults.
+
+    chain: llama.cpp's samplers, in place of temperature, top-k, top-p, min-p and typical-p, which it has too.
+    """
 
     temperature: float | None = None
     top_k: int = 0
@@ -56,6 +60,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_ids: tuple[int, ...] | None = None
+    chain: SamplerSettings | None = None
 
     def settings(self, eos: list[int], vocabulary: int) -> dict[str, Any]:
         """As settings of generate(), every one of them given, so that none comes from the checkpoint."""
@@ -64,7 +69,9 @@ class Sampling:
             "repetition_penalty": self.repetition_penalty,
             "eos_token_id": [*([] if self.ignore_eos else eos), *self.stop_ids],
         }
-        if self.temperature is not None:
+        if self.temperature is not None and self.chain is not None:
+            found |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": None}
+        elif self.temperature is not None:
             found |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
             found |= {"typical_p": self.typical_p, "min_p": self.min_p or None}
         if self.min_tokens:
@@ -198,6 +205,8 @@ class GenerationRequest:
             for j in range(self.best_of):
                 seed = (self.seed + i * self.best_of + j) & SEED_BITS
                 processors = self._processors(len(prompt), held)
+                if self.sampling.chain is not None:
+                    processors += tuple(chain(self.sampling.chain, seed, engine.tokenizer.token_bytes))
                 found.append(replace(ask, seed=seed, processors=processors, rate_prompt=ask.rate_prompt and j == 0))
         return found
 
