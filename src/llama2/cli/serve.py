@@ -256,7 +256,7 @@ def run(options: ServeOptions) -> int:
         threading.Thread(target=_open, args=(options, service, failed, loader), name="llama2-load", daemon=True).start()
     try:
         with ExitStack() as listed:
-            server.listening = lambda address: listed.enter_context(registered(address, _all_names(service)))
+            server.listening = lambda address: listed.enter_context(registered(address, service.names))
             server.run()
     finally:
         service.close()
@@ -266,12 +266,6 @@ def run(options: ServeOptions) -> int:
     if life.failure is not None:
         raise life.failure
     return 0
-
-
-def _all_names(service: "Service") -> tuple[str, ...]:
-    """The names of what is served."""
-    pool = service.pool
-    return service.policy.names if pool.fixed else tuple(offer.name for offer in pool.offers)
 
 
 def _with_model(options: ServeOptions, container: bool) -> ServeOptions:

@@ -107,6 +107,11 @@ class Service:
             watch("llama2_model_bytes", told, lambda: {offer.name: offer.claim for offer in pool.loaded})
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what is served."""
+        return self.policy.names if self.pool.fixed else tuple(offer.name for offer in self.pool.offers)
+
+    @property
     def model(self) -> ServedModel:
         """The model of a server of one. Raises Refusal while it is being loaded."""
         served = self.pool.served
