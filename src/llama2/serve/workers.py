@@ -155,7 +155,11 @@ class Workers:
         if isinstance(found.error, TooLongError):
             raise self._late()
         if found.error is not None:
-            raise found.error
+            failure, found.error = found.error, None  # its traceback has this frame: a circle that keeps all arguments
+            try:
+                raise failure
+            finally:
+                del failure
         result: T = found.result
         return result
 
