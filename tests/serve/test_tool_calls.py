@@ -17,6 +17,7 @@ from llama2.serve.constraint import Compiler, Constraint, json_schema
 from llama2.serve.errors import Refusal
 from llama2.serve.policy import Policy
 from llama2.serve.tool_calls import (
+    FUNCTION_TAG,
     HERMES,
     JSON,
     LLAMA3,
@@ -54,6 +55,11 @@ WRITTEN: list[tuple[ToolDialect, str, list[tuple[str, str]], str]] = [
     (HERMES, '<tool_call>{"name": "g", "arguments": "{}"}</tool_call>', [G], ""),
     (HERMES, "a <tool b", [], "a <tool b"),
     (MISTRAL, "[TOOL_CALLS] [" + CALL % "arguments" + ', {"name": "g", "arguments": {}}]', [F, G], ""),
+    (FUNCTION_TAG, f"<function=f>{ARGUMENTS}</function>\n<function=g>{{}}</function>", [F, G], ""),
+    (FUNCTION_TAG, f"Well.\n<function=f> {ARGUMENTS}", [F], "Well.\n"),
+    (FUNCTION_TAG, "<function=g></function>", [G], ""),
+    (FUNCTION_TAG, "a <function=h>{}</function> b", [], "a <function=h>{}</function> b"),
+    (FUNCTION_TAG, "x <function=f", [], "x <function=f"),
     (MISTRAL_ARGS, "[TOOL_CALLS]f[ARGS]" + ARGUMENTS + "[TOOL_CALLS]g[ARGS]{}", [F, G], ""),
 ]  # fmt: skip
 
@@ -116,6 +122,8 @@ def test_control_tokens_are_hidden() -> None:
         ("{{ tools }}[AVAILABLE_TOOLS][TOOL_CALLS]", MISTRAL),
         ("{{ tools }}[TOOL_CALLS]x[ARGS]", MISTRAL_ARGS),
         ("{{ tools }}<|python_tag|>", LLAMA3),
+        ("{{ tools }}<function=example>{...}</function>", FUNCTION_TAG),
+        ("{{ tools }}<tool_call><function=f><parameter=x>", HERMES),
         ("{{ tools }}", JSON),
         (None, JSON),
     ],
@@ -136,7 +144,7 @@ TOOLS = [
 ]
 
 
-@pytest.mark.parametrize("dialect", [JSON, LLAMA3, HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda d: d.name)
+@pytest.mark.parametrize("dialect", [JSON, LLAMA3, HERMES, MISTRAL, MISTRAL_ARGS, FUNCTION_TAG], ids=lambda d: d.name)
 def test_what_a_grammar_lets_through_is_read(parts: tuple[Any, Compiler], dialect: ToolDialect) -> None:
     tokenizer, numbers = parts[0], set()
     functions = tuple(tool.function for tool in TOOLS)

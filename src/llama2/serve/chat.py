@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from llama2.errors import TokenizerError
 from llama2.serve.constraint import Constraint, style_of
@@ -52,6 +52,15 @@ class Message(Body):
     name: str | None = Field(None, max_length=256)
     tool_calls: Annotated[list[dict[str, Any]], FIRST_FAULT] | None = None
     tool_call_id: str | None = Field(None, max_length=256)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, given: Any) -> Any:
+        """A call as OpenAI's first API of functions has it, one a turn and without an id."""
+        if isinstance(given, dict) and isinstance(call := given.get("function_call"), dict):
+            calls = given.get("tool_calls") or [{"id": "call_0", "type": "function", "function": call}]
+            return {**given, "tool_calls": calls}
+        return given
 
     def text(self) -> str:
         """Its text. Raises Refusal for a part that is not text."""
@@ -354,7 +363,7 @@ def _plain(messages: Sequence[Message], knows_calls: bool) -> list[dict[str, Any
         role, text = message.role, message.text()
         role = "system" if role == "developer" else role
         if knows_calls:
-            entry: dict[str, Any] = {"role": role, "content": text}
+            entry: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": text}
             entry |= {"tool_calls": [_as_mapping(call) for call in message.tool_calls]} if message.tool_calls else {}
             entry |= {"tool_call_id": message.tool_call_id} if message.tool_call_id else {}
             found.append(entry | ({"name": message.name} if message.name else {}))

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 import llama2
 from llama2.generation.samplers import SamplerSettings
 from llama2.serve import embeddings, openai_chat
-from llama2.serve.chat import chosen, prompt_ids
+from llama2.serve.chat import prompt_ids
 from llama2.serve.errors import Refusal
 from llama2.serve.numbers import Ids
 from llama2.serve.service import RouteCall
@@ -97,7 +97,7 @@ async def apply_template(call: RouteCall) -> Response:
     body = await call.read(openai_chat.ChatBody)
 
     def rendered() -> str:
-        tools = chosen(body.tools, body.tool_choice, body.parallel_tool_calls, call.model)
+        tools = body.offered(call.model)
         ids = prompt_ids(call.model, body.messages, tools, body.continues)
         text: str = call.model.tokenizer.decode(list(ids))
         return text

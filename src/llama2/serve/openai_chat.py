@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from llama2.engine.engine import TokenEvent
 from llama2.engine.sampler import SampledToken
 from llama2.serve import sse
-from llama2.serve.chat import Message, Tool, Tools, chosen, fitting_ids
+from llama2.serve.chat import Function, Message, Tool, Tools, chosen, fitting_ids
 from llama2.serve.common import Common
 from llama2.serve.dialect import post
 from llama2.serve.errors import Refusal
@@ -24,6 +24,8 @@ from llama2.serve.turn import FunctionCall, ModelTurn
 # What the `text-generation` client always sends, set or not; see `ChatBody.legacy`.
 _LEGACY_FIELDS = {"model", "messages", "repetition_penalty", "logit_bias", "top_logprobs", "tool_choice", "seed", "n"}
 
+OLDER_REASONS = {"tool_calls": "function_call"}
+
 
 class ChatBody(Common):
     """The body of /v1/chat/completions."""
@@ -36,6 +38,8 @@ class ChatBody(Common):
     tool_choice: Annotated[str, Field(max_length=256)] | dict[str, Any] | None = None
     tool_prompt: str | None = Field(None, max_length=8192)
     parallel_tool_calls: bool | None = None
+    functions: Annotated[list[Function], FIRST_FAULT] | None = Field(None, max_length=1024)
+    function_call: Annotated[str, Field(max_length=256)] | dict[str, Any] | None = None
     reasoning_effort: Any = None
     verbosity: Any = None
     modalities: Annotated[list[Literal["text"]], FIRST_FAULT] | None = None
@@ -50,6 +54,22 @@ class ChatBody(Common):
         """Whether the `text-generation` client asks, which wants the role in every chunk, calls as one object and no
         [DONE]. It sends every field of its own, most of them null, and the model name "tgi"."""
         return self.model == "tgi" and self.model_fields_set >= _LEGACY_FIELDS
+
+    @property
+    def older(self) -> bool:
+        """Whether functions are given as OpenAI's first API had them: one call an answer, as `function_call`."""
+        return self.functions is not None
+
+    def offered(self, model: ServedModel) -> Tools:
+        """Its tools, under whichever names it gives them. Raises Refusal."""
+        if self.functions is None:
+            if self.function_call is not None:
+                raise Refusal("tool", "function_call needs functions; add them, or use tools", "function_call")
+            return chosen(self.tools, self.tool_choice, self.parallel_tool_calls, model)
+        if self.tools is not None or self.tool_choice is not None:
+            raise Refusal("tool", "functions and tools were given; send one of them", "functions")
+        tools = [Tool(type="function", function=function) for function in self.functions]
+        return chosen(tools, self.function_call, False, model)
 
     @property
     def continues(self) -> bool:
@@ -70,9 +90,10 @@ def parse(model: ServedModel, body: ChatBody, owner: str) -> tuple[GenerationReq
         raise Refusal(
             "validation", f"{len(body.messages)} messages; {model.bounds.max_messages} are the most", "messages"
         )
-    if body.tools and len(body.tools) > model.bounds.max_tools:
-        raise Refusal("tool", f"{len(body.tools)} tools; {model.bounds.max_tools} are the most", "tools")
-    tools = chosen(body.tools, body.tool_choice, body.parallel_tool_calls, model)
+    count = len(body.tools or body.functions or ())
+    if count > model.bounds.max_tools:
+        raise Refusal("tool", f"{count} tools; {model.bounds.max_tools} are the most", "tools")
+    tools = body.offered(model)
     constraint = body.constraint()
     if tools.active:
         constraint = tools.constraint(constraint)
@@ -139,7 +160,8 @@ async def chat(call: RouteCall) -> Response:
     begun = await begin(call, await call.read(ChatBody))
     body, model = begun.body, begun.model
     if begun.generation.stream:
-        return sse.EventStream(call, begun.session, (LegacyWriter if body.legacy else ChatWriter)(begun))
+        writer = LegacyWriter if body.legacy else OlderWriter if body.older else ChatWriter
+        return sse.EventStream(call, begun.session, writer(begun))
     turns = await begun.turns(call)
     choices = [_choice(begun, i, *turn) for i, turn in enumerate(turns)]
     head = Head(model, "chatcmpl", "chat.completion", body.model, call.warnings)
@@ -148,13 +170,17 @@ async def chat(call: RouteCall) -> Response:
 
 def _choice(begun: Begun, index: int, turn: ModelTurn, answer: Answer) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": turn.text, "refusal": None}
-    if turn.calls:
+    reason: str = turn.reason
+    if turn.calls and begun.body.older:
+        message |= {"content": turn.text or None, "function_call": _call(turn.calls[0])["function"]}
+        reason = OLDER_REASONS.get(reason, reason)
+    elif turn.calls:
         message |= {"content": turn.text or None, "tool_calls": [_call(call) for call in turn.calls]}
     logprobs = None
     if begun.body.logprobs:
         entries = [rated(begun.model.tokenizer, p, begun.body.tops) for p in answer.picked]
         logprobs = {"content": entries, "refusal": None}
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": turn.reason}
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _call(call: FunctionCall) -> dict[str, Any]:
@@ -220,6 +246,24 @@ class ChatWriter(OpenAIWriter):
         """Usage and [DONE]."""
         told = sse.data(self.head(choices=[], usage=usage(self.prompt, session))) if self.body.usage else b""
         return told + b"data: [DONE]\n\n"
+
+
+class OlderWriter(ChatWriter):
+    """Chunks for whoever asks with `functions`: the one call of an answer is `function_call`, without index and id."""
+
+    def call_delta(self, number: int, call: FunctionCall) -> dict[str, Any]:
+        """The begin of a call."""
+        return {"function_call": {"name": call.name, "arguments": ""}} if not number else {}
+
+    def arguments_delta(self, number: int, call: FunctionCall, arguments: str) -> dict[str, Any]:
+        """More of its arguments."""
+        return {"function_call": {"arguments": arguments}} if not number else {}
+
+    def chunk(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+    ) -> bytes:
+        """One event."""
+        return super().chunk(index, delta, logprobs, OLDER_REASONS.get(reason or "", reason))
 
 
 class LegacyWriter(ChatWriter):

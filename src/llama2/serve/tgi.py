@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from llama2.engine.engine import Finish, TokenEvent
 from llama2.engine.sampler import SampledToken
 from llama2.serve import sse
-from llama2.serve.chat import chosen, prompt_ids
+from llama2.serve.chat import prompt_ids
 from llama2.serve.common import LEAST_TOP_P, drawn, salt
 from llama2.serve.constraint import Constraint, any_json, json_schema
 from llama2.serve.dialect import Dialect, Route, post
@@ -400,7 +400,7 @@ async def chat_tokenize(call: RouteCall) -> Response:
 
 def _rendered(model: ServedModel, body: ChatBody) -> dict[str, Any]:
     tokenizer = model.tokenizer
-    tools = chosen(body.tools, body.tool_choice, body.parallel_tool_calls, model)
+    tools = body.offered(model)
     ids = prompt_ids(model, body.messages, tools, body.continues, body.chat_template_kwargs)
     found, text = [], ""
     for i in ids:

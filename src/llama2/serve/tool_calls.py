@@ -7,6 +7,7 @@
 | hermes | `<tool_call>\n{"name": "f", "arguments": {...}}\n</tool_call>` | one behind the other |
 | mistral | `[TOOL_CALLS] [{"name": "f", "arguments": {...}}]` | in the list |
 | mistral-args | `[TOOL_CALLS]f[ARGS]{...}` | one behind the other |
+| function-tag | `<function=f>{...}</function>` | one a line |
 """
 
 import json
@@ -45,6 +46,7 @@ LLAMA3 = ToolDialect("llama3", "parameters", ("<|python_tag|>",), between="; ", 
 HERMES = ToolDialect("hermes", opening=("<tool_call>",), closing="</tool_call>", before="\n", after="\n")
 MISTRAL = ToolDialect("mistral", opening=("[TOOL_CALLS]",), between=", ", before=" [", after="]", listed=True)
 MISTRAL_ARGS = ToolDialect("mistral-args", opening=("[TOOL_CALLS]",), between="", args="[ARGS]")
+FUNCTION_TAG = ToolDialect("function-tag", opening=("<function=",), closing="</function>", args=">")
 
 
 def dialect_of(template: str | None) -> ToolDialect:
@@ -55,6 +57,8 @@ def dialect_of(template: str | None) -> ToolDialect:
         return MISTRAL_ARGS if "[ARGS]" in template else MISTRAL
     if "<tool_call>" in template:
         return HERMES
+    if "<function=" in template and "<parameter=" not in template:  # with it arguments are XML
+        return FUNCTION_TAG
     return LLAMA3 if "<|python_tag|>" in template or '"parameters": ' in template else JSON
 
 
@@ -75,7 +79,8 @@ def call_grammar(
     rules = [f"call: {' | '.join(f'call{i}' for i in range(len(functions)))}"]
     for i, (name, schema) in enumerate(functions):
         if dialect.args:
-            rules.append(f"call{i}: {text(dialect.opening[0])} {json.dumps(name)} {text(dialect.args)} arguments{i}")
+            opening = "" if dialect.closing else text(dialect.opening[0])  # before each call, where there is a closing
+            rules.append(f"call{i}: {opening} {json.dumps(name)} {text(dialect.args)} arguments{i}")
         else:
             begin = json.dumps(f'{{"name": {json.dumps(name)}, "{dialect.key}": ')
             rules.append(f'call{i}: {begin} arguments{i} "}}"')
@@ -131,6 +136,8 @@ class CallReader:
         held, self._held = self._held, ""
         if self._state == "open" and (said := self._whole(held)):
             return said
+        if self._state == "open" and self.dialect.args and self.dialect.closing:
+            held = self.dialect.opening[0] + held
         if self._state in ("start", "text", "open") and held:
             return [Said(held)]
         return []
@@ -174,6 +181,9 @@ class CallReader:
             name, mark, rest = self._held.partition(self.dialect.args)
             if not mark:
                 return []
+            if self.dialect.closing and not self._known(name.strip()):
+                self._held, self._state = rest, "text"
+                return [Said(f"{self.dialect.opening[0]}{name}{mark}")]
             self._held, self._state = rest, "arguments"
             self._depth = 0
             return [Said(name=name.strip())]
@@ -220,6 +230,12 @@ class CallReader:
     def _in_arguments(self) -> list[Said]:
         """Inside the arguments, up to the brace that closes them."""
         text = self._held if self._depth else self._held.lstrip()
+        closing = self.dialect.closing
+        if not self._depth and self.dialect.args and closing and (closing.startswith(text) or text.startswith(closing)):
+            if not text.startswith(closing):  # not yet
+                return []
+            self._held, self._state = text, "between"
+            return [Said(arguments="{}")]
         for i, character in enumerate(text):
             if self._escaped:
                 self._escaped = False
