@@ -42,14 +42,21 @@ class Pinned {  // the calling thread on one core, for a scope
 
 }  // namespace
 
-Pool::Pool(int threads, std::vector<int> cpus) : size_(threads < 1 ? 1 : threads), cpus_(std::move(cpus)) {
+Pool::Pool(int threads, std::vector<int> cpus)
+    : size_(threads < 1 ? 1 : threads),
+      cpus_(std::move(cpus)),
+      calls_(size_) {
   if (cpus_.size() < static_cast<size_t>(size_)) cpus_.clear();
   start();
 }
 
 void Pool::start() {
   owner_ = getpid();
-  for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i, seen = epoch_.load()] { worker(i, seen); });
+  for (int i = 1; i < size_; ++i) {
+    calls_[i].count.store(0);
+    calls_[i].asleep.store(false);
+    threads_.emplace_back([this, i] { worker(i); });
+  }
 }
 
 Pool::~Pool() {
@@ -58,29 +65,33 @@ Pool::~Pool() {
     return;
   }
   quit_.store(true);
-  epoch_.fetch_add(1);
-  futex_wake(&epoch_);
+  for (int i = 1; i < size_; ++i) call(i);
   for (auto& t : threads_) t.join();
 }
 
-void Pool::worker(int id, uint32_t seen) {
+void Pool::call(int id) {
+  calls_[id].count.fetch_add(1, std::memory_order_seq_cst);
+  if (calls_[id].asleep.load(std::memory_order_seq_cst)) futex_wake(&calls_[id].count);
+}
+
+void Pool::worker(int id) {
   if (!cpus_.empty()) {
     cpu_set_t one;
     CPU_ZERO(&one);
     CPU_SET(cpus_[id], &one);
     sched_setaffinity(0, sizeof one, &one);
   }
-  for (;;) {
-    for (int spin = 0; epoch_.load(std::memory_order_acquire) == seen && spin < SPINS; ++spin) {
+  Call& mine = calls_[id];
+  for (uint32_t seen = 0;; ++seen) {
+    for (int spin = 0; mine.count.load(std::memory_order_acquire) == seen && spin < SPINS; ++spin) {
       relax();
       if (spin > SELFISH && spin % 64 == 0) sched_yield();
     }
-    while (epoch_.load(std::memory_order_seq_cst) == seen) {
-      sleepers_.fetch_add(1, std::memory_order_seq_cst);
-      if (epoch_.load(std::memory_order_seq_cst) == seen) futex_wait(&epoch_, seen);
-      sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+    while (mine.count.load(std::memory_order_seq_cst) == seen) {
+      mine.asleep.store(true, std::memory_order_seq_cst);
+      if (mine.count.load(std::memory_order_seq_cst) == seen) futex_wait(&mine.count, seen);
+      mine.asleep.store(false, std::memory_order_seq_cst);
     }
-    ++seen;
     if (quit_.load()) return;
     (*work_)(id);
     barrier();
@@ -91,27 +102,29 @@ void Pool::sleep_until_after(uint32_t phase) {
   waiting_.fetch_add(1, std::memory_order_seq_cst);
   if (phase_.load(std::memory_order_seq_cst) == phase) {
     sleeps_.fetch_add(1, std::memory_order_relaxed);
+    auto start = std::chrono::steady_clock::now();
     futex_wait(&phase_, phase);
+    auto slept = std::chrono::steady_clock::now() - start;
+    slept_.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(slept).count(), std::memory_order_relaxed);
   }
   waiting_.fetch_sub(1, std::memory_order_seq_cst);
 }
 
 void Pool::wake_waiting() { futex_wake(&phase_); }
 
-void Pool::run(const std::function<void(int)>& work) {
+void Pool::run(const std::function<void(int)>& work, int team) {
   std::lock_guard<std::mutex> lock(one_at_a_time_);
   if (getpid() != owner_) {  // after fork: the workers stayed in the parent
     for (auto& t : threads_) t.detach();
     threads_.clear();
     arrived_.store(0);
-    sleepers_.store(0);
     waiting_.store(0);
     start();
   }
-  Pinned pin(size_ > 1 && !cpus_.empty() ? cpus_[0] : -1);
+  team_ = team < 1 || team > size_ ? size_ : team;
+  Pinned pin(team_ > 1 && !cpus_.empty() ? cpus_[0] : -1);
   work_ = &work;
-  epoch_.fetch_add(1, std::memory_order_seq_cst);
-  if (sleepers_.load(std::memory_order_seq_cst)) futex_wake(&epoch_);
+  for (int i = 1; i < team_; ++i) call(i);
   work(0);
   barrier();
 }

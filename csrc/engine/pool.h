@@ -21,8 +21,10 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   int size() const { return size_; }
-  uint64_t sleeps() const { return sleeps_.load(std::memory_order_relaxed); }  // in barriers, so far
-  void run(const std::function<void(int)>& work);  // work(thread) on every thread; returns when all have finished
+  uint64_t sleeps() const { return sleeps_.load(std::memory_order_relaxed); }     // in barriers, so far
+  double slept() const { return 1e-9 * slept_.load(std::memory_order_relaxed); }  // seconds of these, of all threads
+  // work(thread) on the first `team` threads, or on all; returns when all of them have finished
+  void run(const std::function<void(int)>& work, int team = 0);
   void barrier() {
     barrier([] {});
   }  // inside work only, by every thread
@@ -31,23 +33,27 @@ class Pool {
 
  private:
   void start();
-  void worker(int id, uint32_t seen);
+  void worker(int id);
   void sleep_until_after(uint32_t phase);
   void wake_waiting();
+  void call(int id);
 
   int size_;
   std::vector<int> cpus_;
   std::vector<std::thread> threads_;
   std::mutex one_at_a_time_;
   const std::function<void(int)>* work_ = nullptr;
-  int owner_ = 0;
-  alignas(64) std::atomic<uint32_t> epoch_{0};
-  std::atomic<uint32_t> sleepers_{0};
+  int owner_ = 0, team_ = 1;
+  struct alignas(64) Call {  // to one worker
+    std::atomic<uint32_t> count{0};
+    std::atomic<bool> asleep{false};
+  };
+  std::vector<Call> calls_;
   alignas(64) std::atomic<bool> quit_{false};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
-  std::atomic<uint32_t> waiting_{0};  // that sleep in a barrier
-  std::atomic<uint64_t> sleeps_{0};
+  std::atomic<uint32_t> waiting_{0};            // that sleep in a barrier
+  std::atomic<uint64_t> sleeps_{0}, slept_{0};  // and nanoseconds
 };
 
 // Turns inside a barrier before a thread sleeps: 100 to 200 us, a few times what a wake-up costs. Who comes later than
@@ -64,9 +70,10 @@ inline void relax() {
 
 template <class Idle>
 void Pool::barrier(Idle&& idle) {
-  if (size_ == 1) return;
+  int team = team_;  // before this thread has arrived: then the next run may change it
+  if (team == 1) return;
   uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
     arrived_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_seq_cst);
     if (waiting_.load(std::memory_order_seq_cst)) wake_waiting();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -11,7 +12,6 @@
 namespace llama2 {
 namespace {
 
-constexpr int64_t DYNAMIC = 16;         // from this many tokens on, threads take work piece by piece
 constexpr int64_t FETCHED = 128 << 10;  // bytes of the next weights that a waiting thread brings in
 constexpr int64_t STEALABLE = 2 << 20;  // bytes a thread from which on the end of a product is shared by demand
 constexpr int64_t PIECE = 128 << 10;    // bytes of such a piece: shorter ones end before the hardware has prefetched
@@ -45,9 +45,11 @@ class Ahead {  // the lines of a matrix from a tile on, fetched a few at a time,
 
 class Step {  // one step as every thread sees it
  public:
-  Step(const Kernels* k, Pool* pool, bool exact, const Model& m, const KvCache& cache, const Batch& b, uint8_t* memory)
+  Step(const Kernels* k, Pool* pool, int threads, bool exact, const Model& m, const KvCache& cache, const Batch& b,
+       uint8_t* memory)
       : k_(k),
         pool_(pool),
+        threads_(threads),
         exact_(exact),
         m_(m),
         cache_(cache),
@@ -65,7 +67,7 @@ class Step {  // one step as every thread sees it
     ffn_ = c.take<float>(M_ * m.ffn);
     cos_ = c.take<float>(M_ * m.width / 2);
     sin_ = c.take<float>(M_ * m.width / 2);
-    int copies = alone() ? pool->size() : 1;
+    int copies = alone() ? threads : 1;
     for (int i = 0; i < copies; ++i) {
       narrow_.push_back(lay_out(c, std::max(M_, b.rows), D));
       middle_.push_back(lay_out(c, M_, A));
@@ -73,7 +75,7 @@ class Step {  // one step as every thread sees it
       private_norm_.push_back(alone() ? c.take<float>(D) : normed_);
     }
     for (int i = copies; i < copies * m.orders; ++i) narrow_.push_back(lay_out(c, std::max(M_, b.rows), D));
-    for (int i = 0; i < pool->size(); ++i) att_scratch_.push_back(c.take<float>(attention_scratch(m.width + 16)));
+    for (int i = 0; i < threads; ++i) att_scratch_.push_back(c.take<float>(attention_scratch(m.width + 16)));
     if (b.adapters) plan_adapters(c);
     for (auto& n : counters_) n.store(0, std::memory_order_relaxed);
     single_ = true;
@@ -107,7 +109,7 @@ class Step {  // one step as every thread sees it
   int form(const Matrix& w) const { return form_of(w.format, exact_); }
 
   void embed(int tid) {
-    Range r = share(M_, tid, pool_->size());
+    Range r = share(M_, tid, threads_);
     int64_t half = m_.width / 2;
     for (int64_t t = r.begin; t < r.end; ++t) {
       k_->dequantize_row(m_.embed, b_.ids[t], x_ + t * m_.hidden);
@@ -134,7 +136,7 @@ class Step {  // one step as every thread sees it
       int s = 0;
       while (s < slots && to[s].order != w->order) ++s;
       if (s == slots) {
-        to[s] = sets[alone() ? static_cast<size_t>(s * pool_->size() + tid) : static_cast<size_t>(s)];
+        to[s] = sets[alone() ? static_cast<size_t>(s * threads_ + tid) : static_cast<size_t>(s)];
         to[s].m = m;
         to[s].order = w->order;
         ++slots;
@@ -142,7 +144,7 @@ class Step {  // one step as every thread sees it
       forms[s] |= form(*w);
       in.of[at++] = to[s];
     }
-    Range r = alone() ? Range{0, m} : share(m, tid, pool_->size(), MAX_MR);
+    Range r = alone() ? Range{0, m} : share(m, tid, threads_, MAX_MR);
     for (int s = 0; s < slots && r.begin < r.end; ++s) k_->prepare(x, ldx, r.begin, r.end, forms[s], to[s]);
     if (!alone()) pool_->barrier();
     return in;
@@ -150,7 +152,7 @@ class Step {  // one step as every thread sees it
 
   Inputs norm(int tid, const float* weight, std::initializer_list<const Matrix*> ws) {
     float* out = private_norm_[alone() ? tid : 0];
-    Range r = alone() ? Range{0, M_} : share(M_, tid, pool_->size(), MAX_MR);
+    Range r = alone() ? Range{0, M_} : share(M_, tid, threads_, MAX_MR);
     for (int64_t t = r.begin; t < r.end; ++t)
       k_->rmsnorm(x_ + t * m_.hidden, weight, m_.eps, m_.hidden, out + t * m_.hidden);
     return prepare(tid, narrow_, out, m_.hidden, M_, ws);
@@ -202,7 +204,7 @@ class Step {  // one step as every thread sees it
       int64_t item = part - first;
       for (const Group& g : groups_)
         for (int64_t row = 0; row < g.all[d->index].rank; row += 4)
-          if (item++ % pool_->size() == tid)
+          if (item++ % threads_ == tid)
             k_->shrink(g.all[d->index], x, ldx, g.tokens.data(), g.tokens.size(), row, shrunk_[part - first], rank_);
     }
     return any;
@@ -243,7 +245,7 @@ class Step {  // one step as every thread sees it
     return {{{&m_.head, nullptr, b_.logits, m_.vocab, Epilogue::STORE}}, 1, &counters_[m_.layers.size() * 5]};
   }
 
-  bool by_demand(int64_t tokens) const { return tokens >= DYNAMIC && pool_->size() > 1; }
+  bool by_demand(int64_t tokens) const { return tokens >= DYNAMIC && threads_ > 1; }
 
   void piece(const Product& p, const Inputs& x, int64_t begin, int64_t end) {
     for (int j = 0; j < p.count && begin < end; ++j) {
@@ -259,7 +261,7 @@ class Step {  // one step as every thread sees it
   // Tiles at the end of a product of few tokens that go to whoever comes first: an eighth where the product is large,
   // because threads that share a memory link are never equally fast; none where a piece would cost more than the wait.
   int64_t loose(const Product& p, int64_t tiles) const {
-    return pool_->size() == 1 || tiles * tile_size(p) < STEALABLE * pool_->size() ? 0 : tiles / 8 / 4 * 4;
+    return threads_ == 1 || tiles * tile_size(p) < STEALABLE * threads_ ? 0 : tiles / 8 / 4 * 4;
   }
 
   static int64_t tile_size(const Product& p) {
@@ -270,10 +272,10 @@ class Step {  // one step as every thread sees it
   void matmul(int tid, const Product& p, const Inputs& x) {
     int64_t tiles = p.tiles(), fixed = 0, chunk = std::max<int64_t>(2, PIECE / tile_size(p) / 2 * 2);
     if (by_demand(x.of[0].m)) {
-      chunk = std::max<int64_t>(2, tiles / (pool_->size() * 16) / 2 * 2);
+      chunk = std::max<int64_t>(2, tiles / (threads_ * 16) / 2 * 2);
     } else {
       fixed = tiles - loose(p, tiles);
-      Range r = share(fixed, tid, pool_->size(), 2);
+      Range r = share(fixed, tid, threads_, 2);
       piece(p, x, r.begin, r.end);
       if (fixed == tiles) return;
     }
@@ -284,7 +286,7 @@ class Step {  // one step as every thread sees it
   // A barrier whose waiting time brings the first weights of this thread's share of `next` into its second-level cache.
   void meet(int tid, const Product& next) {
     if (by_demand(M_)) return pool_->barrier();
-    int64_t tile = share(next.tiles() - loose(next, next.tiles()), tid, pool_->size(), 2).begin;
+    int64_t tile = share(next.tiles() - loose(next, next.tiles()), tid, threads_, 2).begin;
     const Job* job = next.jobs;
     while (tile >= job->w->tiles() && job + 1 < next.jobs + next.count) tile -= (job++)->w->tiles();
     Ahead streams[2] = {Ahead(job->w, tile), Ahead(job->w1, tile)};
@@ -327,7 +329,7 @@ class Step {  // one step as every thread sees it
     KvLayer kv = cache_.layer(static_cast<int64_t>(index));
     int64_t heads = m_.kv_heads;
     if (single_) {  // decode: whoever holds a head rotates, stores and attends it, with no barrier between
-      Range r = share(b_.sequences * heads, tid, pool_->size());
+      Range r = share(b_.sequences * heads, tid, threads_);
       for (int64_t i = r.begin; i < r.end; ++i) {
         rope_and_store(kv, i / heads, b_.starts[i / heads], i % heads);
         attend(tid, kv, i / heads, b_.starts[i / heads], b_.starts[i / heads] + 1, i % heads);
@@ -336,7 +338,7 @@ class Step {  // one step as every thread sees it
     }
     for (int64_t s = 0; s < b_.sequences; ++s)
       for (int64_t t = b_.starts[s]; t < b_.starts[s + 1]; ++t)
-        if ((s + (b_.past[s] + t - b_.starts[s]) / PAGE) % pool_->size() == tid)  // a page is one thread's
+        if ((s + (b_.past[s] + t - b_.starts[s]) / PAGE) % threads_ == tid)  // a page is one thread's
           for (int64_t h = 0; h < heads; ++h) rope_and_store(kv, s, t, h);
     pool_->barrier();
     std::atomic<int64_t>& next = counters_[index * 5 + 4];
@@ -378,13 +380,14 @@ class Step {  // one step as every thread sees it
   void logits(int tid) {
     int64_t D = m_.hidden;
     float* out = private_norm_[alone() ? tid : 0];
-    Range r = alone() ? Range{0, b_.rows} : share(b_.rows, tid, pool_->size(), MAX_MR);
+    Range r = alone() ? Range{0, b_.rows} : share(b_.rows, tid, threads_, MAX_MR);
     for (int64_t i = r.begin; i < r.end; ++i) k_->rmsnorm(x_ + b_.out_rows[i] * D, m_.norm, m_.eps, D, out + i * D);
     matmul(tid, head(), prepare(tid, narrow_, out, D, b_.rows, {&m_.head}));
   }
 
   const Kernels* k_;
   Pool* pool_;
+  int threads_;
   bool exact_;
   const Model& m_;
   const KvCache& cache_;
@@ -407,19 +410,30 @@ class Step {  // one step as every thread sees it
   std::atomic<bool> stopped_{false};
 };
 
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
 }  // namespace
 
 bool Runner::step(const Model& model, const KvCache& cache, const Batch& batch, const std::function<bool()>& stop) {
-  int64_t need = Step::bytes(model, batch, pool_->size());
+  // Work that is handed out by pieces waits less for a late thread, and all threads are worth having.
+  Governor* governor = batch.tokens < DYNAMIC ? &governors_[batch.tokens] : nullptr;
+  double begun = now();
+  int threads = governor ? governor->team(pool_->size(), begun) : pool_->size();
+  int64_t need = Step::bytes(model, batch, threads);
   if (scratch_bytes_ < need) {
     scratch_ = allocate(need);
     scratch_bytes_ = need;
   }
-  Step step(kernels_, pool_, exact_, model, cache, batch, scratch_.get());
+  double slept = pool_->slept();
+  Step step(kernels_, pool_, threads, exact_, model, cache, batch, scratch_.get());
   std::atomic<bool> complete{true};
-  pool_->run([&](int tid) {
-    if (!step.run(tid, stop)) complete.store(false, std::memory_order_relaxed);
-  });
+  pool_->run(
+      [&](int tid) {
+        if (!step.run(tid, stop)) complete.store(false, std::memory_order_relaxed);
+      },
+      threads);
+  double ended = now();
+  if (governor) governor->done(ended, ended - begun, pool_->slept() - slept);
   return complete.load();
 }
 

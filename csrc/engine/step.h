@@ -5,10 +5,13 @@
 #include <vector>
 
 #include "engine/adapter.h"
+#include "engine/governor.h"
 #include "engine/pool.h"
 #include "kernels/kernels.h"
 
 namespace llama2 {
+
+constexpr int64_t DYNAMIC = 16;  // from this many tokens on, threads take work piece by piece
 
 struct Layer {
   const float *norm1 = nullptr, *norm2 = nullptr;
@@ -69,6 +72,7 @@ class Runner {
   bool exact_;
   std::shared_ptr<uint8_t> scratch_;
   int64_t scratch_bytes_ = 0;
+  Governor governors_[DYNAMIC];  // by the step's tokens
 };
 
 }  // namespace llama2

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "engine/governor.h"
 #include "test/support.h"
 #include "train/team.h"
 
@@ -72,6 +73,60 @@ bool turns(Pool& pool, int rounds) {  // threads write to one plain variable in 
   return idle <= pool.size();
 }
 
+void check_part_of_team() {  // teams of all sizes in turns: the others are not waited for
+  Pool pool(4, {});
+  for (int round = 0; round < 400; ++round) {
+    int team = round * 7 % 5;  // 0: all
+    int want = team ? team : 4;
+    std::vector<int64_t> seen(4 * 16);
+    pool.run(
+        [&](int id) {
+          for (int i = 0; i < 3; ++i) {
+            ++seen[id * 16];
+            pool.barrier();
+          }
+        },
+        team);
+    for (int i = 0; i < 4; ++i)
+      if (seen[i * 16] != (i < want ? 3 : 0)) return expect(false, "part of a team", "", round, i, seen[i * 16]);
+    if (round % 64 == 63) std::this_thread::sleep_for(std::chrono::milliseconds(4));  // they sleep
+  }
+}
+
+// Steps on a clock of their own: `many` and `one` are the seconds of a step of all threads and of one, `slept` is the
+// share of the former in which one sleeps.
+struct Clock {
+  Governor governor;
+  double now = 1;
+  int64_t steps = 0, by_one = 0;
+  void run(double seconds, double many, double one, double slept) {
+    steps = by_one = 0;
+    for (double end = now + seconds; now < end; ++steps) {
+      int team = governor.team(2, now);
+      double took = team == 2 ? many : one;
+      by_one += team == 1;
+      now += took;
+      governor.done(now, took, team == 2 ? slept * took : 0);
+    }
+  }
+};
+
+void check_governor() {
+  Clock c;
+  c.run(10, 0.003, 0.005, 0.05);  // alone
+  expect(c.by_one == 0, "trials on a quiet machine", "", c.by_one, 0, 0);
+  c.run(20, 0.24, 0.013, 0.7);  // beside a busy process
+  int64_t slow = c.steps - c.by_one;
+  expect(slow <= 20 && c.by_one > 1000, "steps of all threads beside a busy process", "", slow, c.by_one, 0);
+  c.run(6, 0.003, 0.006, 0.01);  // it has ended
+  c.run(10, 0.003, 0.006, 0.01);
+  expect(c.by_one == 0, "steps of one thread when it has ended", "", c.by_one, c.steps, 0);
+  c.run(60, 0.1, 0.2, 0.3);  // threads that are late without being slow: trials cost little
+  expect(c.by_one * 0.1 < 60 * 0.03, "trials that lose", "", c.by_one, c.steps, 0);
+  Governor four;
+  expect(four.team(1, 1) == 1 && four.team(6, 1) == 6, "threads to begin with", "", 0, 0, 0);
+}
+
 // A thread that comes late to a barrier finds the others asleep; one that is there in time, awake.
 void check_late(int threads) {
   Pool pool(threads, {});
@@ -93,6 +148,8 @@ void check_late(int threads) {
 }  // namespace
 
 void check_pool() {
+  check_governor();
+  check_part_of_team();
   for (int threads : {2, 3}) check_late(threads);
   for (int threads : {1, 2, 3, 5}) {
     Pool pool(threads, {});
@@ -111,7 +168,10 @@ void check_pool() {
   Pool pool(2, {});
   int64_t calls = 0;  // by several callers, one after the other
   auto call = [&] {
-    for (int i = 0; i < 50; ++i) pool.run([&](int id) { calls += id == 0; });
+    for (int i = 0; i < 50; ++i)
+      pool.run([&](int id) {
+        if (id == 0) ++calls;
+      });
   };
   std::vector<std::thread> callers;
   callers.reserve(3);

@@ -68,7 +68,7 @@ def test_importance_weights_average_one(temperature: float, dtype: torch.dtype, 
     error = float(weights.std()) / math.sqrt(len(weights))
     assert abs(float(weights.mean()) - 1) < 3 * error + 1e-6
     away = max(float((t.double() - torch.tensor(a.logs)).abs().max()) for t, a in zip(train, answers, strict=True))
-    assert away < (1e-4 if dtype == torch.float32 else 0.2)
+    assert away < (1e-4 if dtype == torch.float32 else 0.5)  # 0.39 where bfloat16 is converted by shifts
 
 
 def test_top_p_is_in_the_sampler_s_own_probabilities(tokenizer: Any) -> None:
