@@ -14,6 +14,17 @@
 #endif
 
 namespace llama2 {
+
+// Each the last line of an object (isa.cpp). Weak: null where the build leaves the object out.
+#define LLAMA2_ROW __attribute__((weak)) const Kernels*
+LLAMA2_ROW kernels_avx2();
+LLAMA2_ROW kernels_avxvnni();
+LLAMA2_ROW kernels_avx512();
+LLAMA2_ROW kernels_avx512vnni();
+LLAMA2_ROW kernels_avx512bf16();
+LLAMA2_ROW kernels_neon();
+#undef LLAMA2_ROW
+
 namespace {
 
 // An instruction set: its kernels, null where the build leaves them out, and whether this processor has each feature

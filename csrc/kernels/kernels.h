@@ -257,17 +257,7 @@ inline int64_t attention_scratch(int64_t width) {  // floats: queries, outputs, 
   return ATT_ROWS * (2 * (width + 16) + ATT_KEYS + (int8_query(width) + int8_weights(width)) / 4) + 64;
 }
 
-// Each the last line of an object (isa.cpp). Weak: null where the build leaves the object out.
-#define LLAMA2_ROW __attribute__((weak)) const Kernels*
 const Kernels* kernels_scalar();
-LLAMA2_ROW kernels_avx2();
-LLAMA2_ROW kernels_avxvnni();
-LLAMA2_ROW kernels_avx512();
-LLAMA2_ROW kernels_avx512vnni();
-LLAMA2_ROW kernels_avx512bf16();
-LLAMA2_ROW kernels_neon();
-#undef LLAMA2_ROW
-
 const Kernels* best_kernels();
 bool has_amx();  // whether the processor multiplies tiles of bfloat16 (Sapphire Rapids and later)
 const Kernels* find_kernels(const char* name);  // null when the build or the machine lacks it
