@@ -1,6 +1,6 @@
 # make demo     set up, then a real Llama-architecture model answers
 # make test     set up, then the test suite passes
-# make check    format, lint, types, the map of imports; csrc by clang-format and clang-tidy
+# make check    format, lint, types, the map of imports, the words; csrc by clang-format and clang-tidy
 # make parity   the comparisons with transformers and gguf (installs them)
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
 # make parity-bitsandbytes  packed weights and files beside bitsandbytes, in an environment of its own
@@ -65,7 +65,7 @@ check: .make/test
 	$(BIN)/ruff check src tests bench examples tools
 	$(BIN)/mypy
 	$(BIN)/python tools/check_native_style.py
-	$(BIN)/python -m pytest tests/test_architecture.py
+	$(BIN)/python -m pytest tests/test_architecture.py tests/test_words.py tests/test_paths.py tests/test_extending.py
 
 format: .make/test
 	$(BIN)/python tools/write_stub.py

@@ -6,7 +6,7 @@
 Random codes with scales that keep activations finite, packed as the loader packs a checkpoint's; embedding and head
 stay in bfloat16, as in such checkpoints. One format after the other, so that memory holds one model. Every unit of a
 few tokens stands between two reads with all threads and carries the label of `regime.py`. The share is bytes of weights
-that a token reads, times tokens a second, over the faster of the two reads; the cache is 16 positions long. Prints
+that a token reads, times tokens per second, over the faster of the two reads; the cache is 16 positions long. Prints
 medians per label; the last line is JSON.
 """
 

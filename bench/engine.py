@@ -4,7 +4,7 @@
     python bench/engine.py --profile 16       where the time above the native step goes
 
 In turns in one process: bare steps of n sequences with an argmax of each row, the engine greedy, and the engine at
-temperature 0.8, top-k 40 and top-p 0.95. Each turn writes `--tokens` tokens a sequence behind a prompt of 100; a
+temperature 0.8, top-k 40 and top-p 0.95. Each turn writes `--tokens` tokens per sequence behind a prompt of 100; a
 rate counts from when all sequences have their first token. Prints medians and the median ratio to the bare steps just
 before; the last line is JSON.
 """

@@ -215,7 +215,7 @@ class Bench:
         self.unit("prefill llama.cpp", lambda: self.rival.step(prompt, 0), 512, 0)
 
     def together(self, steps: int) -> None:
-        """16 sequences, one new token each a step."""
+        """16 sequences, one new token each per step."""
         sequences = [self.cache.sequence() for _ in range(16)]
         self.rival.clear()
 

@@ -159,7 +159,7 @@ def native_decoder(path: Path) -> tuple[NativeModel, Callable[[int], Any]]:
 
 
 def speed(path: Path, rounds: int, tokens: int) -> dict[str, float]:
-    """Median tokens a second of each engine, and the native engine's share of a plain read of its weights."""
+    """Median tokens per second of each engine, and the native engine's share of a plain read of its weights."""
     try:
         model, ours = native_decoder(path)
     except (CheckpointError, InputError) as error:

@@ -4,7 +4,7 @@
     python bench/sampling.py --rows 100
 
 The busy thread parses JSON and so holds the interpreter's lock but for moments, as a server's checks of large bodies
-do. Prints microseconds a row, the median of the rounds' medians, alone and beside it. The last line is JSON.
+do. Prints microseconds per row, the median of the rounds' medians, alone and beside it. The last line is JSON.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def busy() -> Iterator[None]:
 
 
 def measure(choice: TokenSampler, logits: list[Any]) -> float:
-    """Median microseconds a row."""
+    """Median microseconds per row."""
     took = []
     for row in logits:
         began = time.perf_counter()
@@ -121,7 +121,7 @@ def main() -> None:
                 found.setdefault((name, "alone"), []).append(measure(make(), rows))
                 with busy():
                     found.setdefault((name, "beside"), []).append(measure(make(), rows[: max(args.rows // 10, 5)]))
-        print(f"| {vocabulary} entries, us a row | alone | beside a busy thread |\n|---|---|---|")
+        print(f"| {vocabulary} entries, us per row | alone | beside a busy thread |\n|---|---|---|")
         for name in made:
             alone, beside = (statistics.median(found[name, where]) for where in ("alone", "beside"))
             told[f"{name} of {vocabulary}"] = {"alone_us": alone, "beside_us": beside}

@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--requests", type=int, default=8, help="of a closed loop in all, at least")
     parser.add_argument("--new", type=int, default=128, help="new tokens of a request")
-    parser.add_argument("--rate", type=float, default=0.5, help="requests a second, open loop")
+    parser.add_argument("--rate", type=float, default=0.5, help="requests per second, open loop")
     parser.add_argument("--seconds", type=float, default=30, help="of arrivals, open loop; 0 leaves it out")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; else top-p 0.95 and top-k 40 too")
     parser.add_argument("--rounds", type=int, default=1)

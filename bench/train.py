@@ -349,7 +349,7 @@ def compare(args: argparse.Namespace, rival: str | None, folder: Path) -> None:
                 print(f"  {worker.name} {worker.mode}: {found[-1][0]:.1f} tokens/s, {found[-1][1]:.1f} per processor "
                       f"second, {said['bytes'] / 2**20:.0f} MiB", flush=True)  # fmt: skip
     peak = max(limits.values())
-    print(f"{args.mode}, {args.shape}, {args.batch} x {args.length} tokens a step, {flop / 1e9:.3f} GFLOP a token")
+    print(f"{args.mode}, {args.shape}, {args.batch} x {args.length} tokens per step, {flop / 1e9:.3f} GFLOP a token")
     print(", ".join(f"{name} {value:.0f} GFLOP/s" for name, value in limits.items()))
     summary: dict[str, Any] = {"bench": "train", "mode": args.mode, "shape": args.shape, "gflop_per_token": flop / 1e9}
     for worker, found in zip(workers, rates, strict=True):

@@ -16,7 +16,7 @@ ERROR = "\0error\0"  # where an error event takes the place of the rest
 
 
 class ChatServer:
-    """`answers` maps the user's last text to the answer; others are echoed. `failures` come first, one a request."""
+    """`answers` maps the user's last text to the answer; others are echoed. `failures` come first, one per request."""
 
     def __init__(self) -> None:
         self.answers: dict[str, str] = {}

@@ -34,14 +34,14 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def translate(name: str, table: Mapping[str, str]) -> str | None:
-    """The name that a table with {i} in the place of the layer gives for this one; None where it has none."""
+    """The name that a table with {i} in place of the layer gives for this one; None where it has none."""
     layer = _NUMBER.search(name)
     found = table.get(pattern(name))
     return found if found is None or layer is None else found.replace("{i}", layer.group())
 
 
 def pattern(name: str) -> str:
-    """The name with {i} in the place of its layer."""
+    """The name with {i} in place of its layer."""
     return _NUMBER.sub("{i}", name, count=1)
 
 

@@ -39,7 +39,7 @@ _new_model = door("checkpoint.load", "from_config_named", "A model with fresh we
 
 
 class AutoTokenizerOptions(TokenizerOptions, total=False):
-    """What AutoTokenizer.from_pretrained takes beside the path."""
+    """Keyword arguments of AutoTokenizer.from_pretrained."""
 
     use_fast: bool
 
@@ -317,6 +317,6 @@ class AutoModelForTokenClassification(_AutoModel["LlamaForTokenClassification"])
 
 
 class AutoModelForQuestionAnswering(_AutoModel["LlamaForQuestionAnswering"]):
-    """The model with two scores a token: that an answer begins, and that it ends there."""
+    """The model with two scores per token: that an answer begins, and that it ends there."""
 
     _class_name = "LlamaForQuestionAnswering"

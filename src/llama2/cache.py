@@ -168,7 +168,7 @@ class KVCache(Cache):
 
     @property
     def store(self) -> Store | None:
-        """What holds the keys and values in this cache's place, if anything."""
+        """The external store of keys and values, if one replaces this cache's tensors."""
         return self._store
 
     def stand_for(self, store: Store, in_use: bool = False) -> None:
@@ -257,7 +257,7 @@ class KVCache(Cache):
             layer.replace(change(keys), change(values))
 
     def claim(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Moves into buffers (B, K, room, E), one of each a layer, which stay their owner's; grows out of them."""
+        """Moves into buffers (B, K, room, E), one of each per layer, which stay their owner's; grows out of them."""
         held = self.layers
         self.layers = [_Lodged(k, v) for k, v in zip(keys, values, strict=True)]
         for old, new in zip(held, self.layers, strict=False):

@@ -78,7 +78,7 @@ class ConfigFields(TypedDict, total=False):
 
 
 class ConfigOptions(HubSettings, ConfigFields, total=False):
-    """What a configuration's from_pretrained takes beside the path."""
+    """Keyword arguments of a configuration's from_pretrained."""
 
 
 class GenerationSettings(TypedDict, total=False):
@@ -151,11 +151,11 @@ class GenerationSettings(TypedDict, total=False):
 
 
 class GenerationFileOptions(GenerationSettings, HubSettings, total=False):
-    """What GenerationConfig.from_pretrained takes: fields, which win over the file's, and settings of the hub."""
+    """Keyword arguments of GenerationConfig.from_pretrained: fields, which override the file's, and hub settings."""
 
 
 class TokenizerOptions(HubSettings, total=False):
-    """What a tokenizer's from_pretrained takes beside the path; what is not given stands in the files."""
+    """Keyword arguments of a tokenizer's from_pretrained; those not given come from the files."""
 
     unk_token: Token | None
     bos_token: Token | None
@@ -204,7 +204,7 @@ def showing(
     more: bool = False,
     doc: str | None = None,
 ) -> Callable[[Function], Function]:
-    """A decorator: each key of the TypedDict `options` is shown as a keyword in the place of `**options`.
+    """A decorator: each key of the TypedDict `options` is shown as a keyword in place of `**options`.
 
     defaults: what is shown as the default of a key; `otherwise` is that of any other. more: `**options` stays behind
     the keywords, for a call that takes further names too. doc: the docstring where it stands at another function.

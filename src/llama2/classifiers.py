@@ -163,7 +163,7 @@ class LlamaForTokenClassification(PreTrainedModel):
 
 
 class LlamaForQuestionAnswering(PreTrainedModel):
-    """LlamaModel with two scores a token: that the answer begins, and that it ends there."""
+    """LlamaModel with two scores per token: that the answer begins, and that it ends there."""
 
     loss_type: ClassVar[str | None] = "ForQuestionAnswering"
 

@@ -1,4 +1,4 @@
-"""What companion libraries ask of a model: peft, TRL, accelerate, lm-eval, transformers' Trainer and pipelines.
+"""The interface that companion libraries use: peft, TRL, accelerate, lm-eval, transformers' Trainer and pipelines.
 
 The names are those of `transformers.PreTrainedModel`; each stands here because one of these libraries reads or calls
 it. Methods over adapters are doors to `checkpoint.adapters`.

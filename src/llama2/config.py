@@ -345,7 +345,8 @@ class LlamaConfig(ConfigFiles):
         return dict(sorted(fields.items()))
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json holds: every field of a Llama model, and of the general ones those that were changed."""
+        """Returns the content of config.json: every field of a Llama model, and of the general ones those that were
+        changed."""
         return {key: value for key, value in self.to_dict().items() if key not in _BASE or value != _BASE[key]}
 
     def to_json_string(self, use_diff: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""What the fields of a config.json may be: types, and bounds far above any Llama model. Standard library only."""
+"""Schema of the fields of a config.json: types, and bounds far above any Llama model. Standard library only."""
 
 from collections.abc import Mapping
 from typing import Any

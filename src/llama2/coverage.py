@@ -23,7 +23,7 @@ _TABLE = re.compile(
 
 
 class Shaped(Protocol):
-    """What a file says of one of its tensors."""
+    """Shape of a stored tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -40,7 +40,8 @@ class Coverage:
     ignored: list[str] = field(default_factory=list)  # harmless extras
 
     def problems(self, excused: Iterable[str] = (), any_shape: bool = False) -> list[str]:
-        """What stands against using the file, a text each. excused: parameters and tensors that may be left over."""
+        """Returns a message for each reason not to use the file. excused: parameters and tensors that may be left
+        over."""
         allowed = set(excused)
         texts = [f"missing: {name} {shape}" for name, shape in self.missing.items() if name not in allowed]
         texts += [f"not used: {name} {shape}" for name, shape in self.unexpected.items() if name not in allowed]
@@ -56,7 +57,7 @@ class Coverage:
             )
 
     def hint(self) -> str:
-        """What to do about the commonest causes, as further sentences."""
+        """Returns remedies for the commonest causes, as further sentences."""
         hints = []
         if "lm_head.weight" in self.missing:
             hints.append("a tied model needs tie_word_embeddings=True")

@@ -131,7 +131,7 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Gives a file or folder another name, for good."""
+    """Gives a file or folder another name, durably."""
     os.rename(old, new)
     sync_folder(new.parent)
 
@@ -221,7 +221,7 @@ _OPEN: dict[Path, Save] = {}  # by stage: a save into the stage of another is pa
 def saving(folder: str | Path) -> Iterator[Save]:
     """The files of a folder, all or none: what is written into `stage` gets its place when the block ends without an
     error. A new folder appears by one rename; into one that exists a journal says what is to be renamed and removed,
-    and whoever loads from the folder (`settle`), or saves into it, completes what an interruption left. Within such a
+    and a load from the folder (`settle`), or saves into it, completes what an interruption left. Within such a
     block a save into its stage, or a folder below it, is part of it. Raises InputError where the folder is a file.
     """
     folder = Path(folder).expanduser().resolve()

@@ -207,7 +207,7 @@ def _choices(kind: Any) -> list[Any]:
 
 
 def _readers(kinds: list[Any]) -> list[Callable[[str], Any]]:
-    """What reads a text as one of these types, the most particular first."""
+    """Returns the converters of a text to these types, the most particular first."""
     plain = [get_origin(kind) or kind for kind in kinds]
     readers: list[Callable[[str], Any]] = []
     if any(isinstance(kind, type) and issubclass(kind, Mapping) for kind in plain):

@@ -2,7 +2,7 @@
 
     add_adapter(model, LoraConfig(r=16, target_modules="all-linear"))    freezes the model, A random, B zero
     with disabled(model): ...                                           the model without its adapters
-    merge(model)                                                        into the weights for good, adapters gone
+    merge(model)                                                        into the weights permanently, adapters gone
 
 The base layer may be plain or packed (QLoRA); its weight takes no gradient and is not kept for the backward pass.
 """

@@ -1,4 +1,4 @@
-"""What a LoRA adapter is: rank, scale and the linears it changes. Field names are peft's. Standard library only."""
+"""Settings of a LoRA adapter: rank, scale and the linears it changes. Field names are peft's. Standard library only."""
 
 import difflib
 import functools
@@ -20,7 +20,7 @@ INITS = (True, False, "gaussian")
 
 
 class TaskType(StrEnum):
-    """What a model with an adapter is for, in peft's words."""
+    """The task of a model with an adapter, in peft's terms."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -150,7 +150,7 @@ class LoraConfig:
         return int(_by_pattern(self.rank_pattern, module, self.r))
 
     def scaling(self, module: str) -> float:
-        """What multiplies B A of one module."""
+        """Returns the factor of B A in one module."""
         alpha, rank = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 

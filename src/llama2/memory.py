@@ -46,7 +46,7 @@ def _groups(root: Path) -> list[tuple[int, int]]:
 
 
 def _used(group: Path, counted: int) -> int:
-    """What a group uses, without the page cache that the kernel gives up first."""
+    """Returns the memory of a control group, without the page cache that the kernel reclaims first."""
     try:
         rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return counted - int(rows.get("inactive_file", rows.get("total_inactive_file", "0")))

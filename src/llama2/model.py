@@ -188,7 +188,7 @@ class LlamaModel(PreTrainedModel):
         return mask, position_ids, cache_position
 
     def _layer_places(self, cache: Cache | None) -> LayerPlaces | None:
-        """What keeps the keys of a layer that stands twice in the model apart; None where each stands once."""
+        """Returns cache indices that separate a layer used twice in the model; None where each is used once."""
         if cache is None or torch.compiler.is_compiling() or len(set(self.layers)) == len(self.layers):
             return None
         return LayerPlaces(cache)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Streamer(Protocol):
-    """What generate() calls while it runs, such as TextStreamer."""
+    """Interface of a streamer of generate(), such as TextStreamer."""
 
     def put(self, value: Any) -> None:
         """Takes the prompt (1, P) first, then the new ids (1,) of each step."""
@@ -34,7 +34,7 @@ class Streamer(Protocol):
 
 
 class LoadingInfo(TypedDict):
-    """What from_pretrained gives beside the model with output_loading_info=True."""
+    """The second result of from_pretrained with output_loading_info=True."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -43,7 +43,7 @@ class LoadingInfo(TypedDict):
 
 
 class LoadSettings(TypedDict, total=False):
-    """What a model's from_pretrained takes beside the path, settings of the hub and fields of the configuration."""
+    """Keyword arguments of a model's from_pretrained, without hub settings and fields of the configuration."""
 
     config: LlamaConfig | str | Path | None
     dtype: "torch.dtype | str | None"
@@ -66,7 +66,7 @@ class LoadSettings(TypedDict, total=False):
 
 
 class LoadOptions(LoadSettings, HubSettings, ConfigFields, total=False):
-    """What a model's from_pretrained takes beside the path."""
+    """Keyword arguments of a model's from_pretrained."""
 
 
 LOAD_DEFAULTS: dict[str, Any] = {
@@ -126,11 +126,11 @@ class GenerationMethods:
             negative_prompt_ids, negative_prompt_attention_mask: (B, P') what guidance_scale leads away from.
             attention_mask: (B, P) with 0 at padding, which stands on the left.
             position_ids: (B, P) from 0; counted along the mask where not given.
-            inputs_embeds: (B, P, D) in the place of ids; the result then holds new tokens only.
+            inputs_embeds: (B, P, D) in place of ids; the result then holds new tokens only.
             past_key_values: a Cache, or the tuples of transformers 4.x, of earlier tokens; grown in place.
             tokenizer: for stop_strings.
             assistant_tokenizer: must be `tokenizer`.
-            seed: an int, or one a row: a row's draws are then the same alone and in any batch.
+            seed: an int, or one per row: a row's draws are then the same alone and in any batch.
             generator: torch's, for draws without a seed.
             runner: "auto", "native" (the CPU engine), "torch", "plain" (torch without CUDA graphs), or a Runner.
             precision: of activations in the native engine: "fast" rounds them (8 bits beside packed weights, bfloat16
@@ -209,7 +209,7 @@ class ModelMethods(GenerationMethods):
                 file, a hub id, or the folder or hub id of a LoRA adapter, whose base model is then loaded with the
                 adapter attached. None where config and state_dict are given.
             model_args: handed to the constructor of the class behind the configuration.
-            config: stands in the place of the checkpoint's: a LlamaConfig, or a path of one.
+            config: stands in place of the checkpoint's: a LlamaConfig, or a path of one.
             dtype, torch_dtype: "auto" and None mean the dtype that the weights are stored in (config.json's where it
                 names one); a torch.dtype or its name converts.
             dequantize: of a GGUF file with quantised blocks. None keeps them for a LlamaForCausalLM on a CPU, which
@@ -223,8 +223,8 @@ class ModelMethods(GenerationMethods):
             weights_only: False reads .bin files whose pickles hold more than tensors.
             variant: the part of file names before the ending, such as "fp16".
             gguf_file: the name of the GGUF file in the folder or repository.
-            state_dict: tensors by name in the place of the checkpoint's.
-            generation_config: stands in the place of the checkpoint's.
+            state_dict: tensors by name in place of the checkpoint's.
+            generation_config: stands in place of the checkpoint's.
             key_mapping: patterns of tensor names (regular expressions) and what they become.
             quantization_config: a BitsAndBytesConfig or GPTQConfig, or its dict; matrices are quantised one at a time
                 as they load. A checkpoint of packed linears stays packed without it.

@@ -1,4 +1,4 @@
-"""The exponential numbers that torch.multinomial draws on a CPU, made only where somebody looks at them.
+"""The exponential numbers that torch.multinomial draws on a CPU, made only where they are used.
 
 Of a vocabulary's 50,000 numbers a token's draw needs those of the few dozen tokens that the filters left.
 """

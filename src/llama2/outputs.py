@@ -1,4 +1,4 @@
-"""What forward returns: dataclasses that read as attributes, as a mapping and as a tuple without the absent fields."""
+"""Outputs of forward: dataclasses that read as attributes, as a mapping and as a tuple without the absent fields."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ class ModelOutput(OrderedDict[str, Any]):
     """Base of every output: `out.logits`, `out["logits"]`, `out[0]`, `out.keys()`; None fields are absent.
 
     A dict, as libraries ask (transformers' Trainer, accelerate), and a pytree, as torch.export and DDP ask. As
-    accelerate builds outputs again, one mapping or iterable of (name, value) in the place of the first field gives
+    accelerate builds outputs again, one mapping or iterable of (name, value) in place of the first field gives
     all fields.
     """
 

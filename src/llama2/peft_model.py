@@ -35,7 +35,7 @@ _HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "forc
 
 
 class LoraModel(nn.Module):
-    """What stands between a PeftModel and its model, for the sake of peft's names."""
+    """The layer between a PeftModel and its model that gives parameters peft's names."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ def get_peft_model_state_dict(
 
 
 class Loaded(NamedTuple):
-    """What a state dict lacked, and what of it has no place."""
+    """Keys that a state dict lacked, and unexpected ones."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]

@@ -31,7 +31,7 @@ _TOKENIZER_OPTIONS = ("add_special_tokens", "truncation", "max_length", "padding
 
 
 class Pipeline:
-    """What both pipelines share: inputs in, batches through the model, one result an input."""
+    """Base class of pipelines: inputs in, batches through the model, one result per input."""
 
     task: str
     framework = "pt"

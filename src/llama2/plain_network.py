@@ -86,7 +86,7 @@ _FUNCTIONS, _ATTENTION = _as_imported(), dict(ATTENTION)
 
 
 def difference(model: nn.Module, training: bool = False) -> str:
-    """What makes `model` another network than its configuration describes, or "" where it is plain.
+    """Returns what makes `model` another network than its configuration describes, or "" where it is plain.
 
     One walk over its modules, some 0.5 us each. `training`: backward hooks count as well. Adapters of this library and
     packed linears are plain; whether a fast path computes them is for that path to know.
@@ -128,7 +128,7 @@ def warn_once(owner: Any, reason: str, consequence: str, stacklevel: int = 2) ->
 
 
 def _surroundings(model: nn.Module, training: bool) -> str:
-    """What changes how any module runs, or ""."""
+    """Returns a global setting that changes how modules run, or ""."""
     if has_global_hooks():
         return "a global module hook is registered"
     for owner, name, function in _FUNCTIONS:
@@ -150,7 +150,7 @@ def _surroundings(model: nn.Module, training: bool) -> str:
 
 
 def _examine(module: Any, kinds: Kinds, training: bool, config: Any) -> str:
-    """What is odd about a module and its parts, the path first, or ""."""
+    """Returns the difference of a module and its children, the path first, or ""."""
     kind = type(module)
     if kind not in kinds:
         return f" is a {kind.__module__}.{kind.__qualname__}, not a {kinds[0].__name__}"

@@ -1,4 +1,4 @@
-"""What every model class of the library has besides its forward: the shared surface of `transformers.PreTrainedModel`.
+"""The interface of every model class besides forward: the shared surface of `transformers.PreTrainedModel`.
 
 Loading, saving and generating live higher up: see `model_methods`.
 """

@@ -1,4 +1,4 @@
-"""What the library's own helper processes share. Standard library only."""
+"""Shared functions of the library's helper processes. Standard library only."""
 
 import subprocess
 from typing import Any

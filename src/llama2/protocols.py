@@ -1,4 +1,4 @@
-"""What the library asks of a model and of a tokenizer that it did not make itself: transformers' and PEFT's fit too."""
+"""Interfaces of models and tokenizers that the library accepts; those of transformers and PEFT satisfy them."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -27,7 +27,7 @@ class CausalLM(Protocol):
 
     @property
     def dtype(self) -> "torch.dtype":
-        """What it computes in."""
+        """The dtype of its computation."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Logits (B, T, V) and what else forward gives."""

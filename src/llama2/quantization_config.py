@@ -58,7 +58,7 @@ _SCHEMA: Schema = {
 
 
 class QuantizationConfig:
-    """What the methods share: JSON in both directions, and which linears are packed."""
+    """Base class of quantisation settings: JSON in both directions, and which linears are packed."""
 
     quant_method: ClassVar[str]
 
@@ -68,7 +68,7 @@ class QuantizationConfig:
         return self.quant_method
 
     def label(self, module: str) -> str:
-        """What the linear at this path is stored as, for people."""
+        """Returns the name of the format of the linear at this path, for people."""
         return self.quant_method
 
     def describes_others(self, name: str) -> bool:

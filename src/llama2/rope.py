@@ -47,7 +47,7 @@ class LlamaRotaryEmbedding(nn.Module):
 
     @property
     def attention_scaling(self) -> float:
-        """What multiplies cos and sin."""
+        """The factor on cos and sin."""
         return attention_scaling(self.config.rope_parameters)
 
     def _computed(self, dtype: torch.dtype, seq_len: int | None) -> Tensor:

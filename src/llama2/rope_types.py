@@ -18,7 +18,7 @@ Settings = Mapping[str, Any]
 
 
 class RopeConfig(Protocol):
-    """What of a LlamaConfig decides the frequencies."""
+    """The fields of a LlamaConfig on which frequencies depend."""
 
     rope_parameters: dict[str, Any]
     max_position_embeddings: int
@@ -78,7 +78,7 @@ def inverse_frequencies(config: RopeConfig, length: int | None = None, *, xp: An
 
 
 def attention_scaling(settings: Settings) -> float:
-    """What multiplies cos and sin; 1 for most types."""
+    """Returns the factor on cos and sin; 1 for most types."""
     magnitude = ROPE_TYPES[settings["rope_type"]].magnitude
     return 1.0 if magnitude is None else magnitude(settings)
 

@@ -1,4 +1,4 @@
-"""What the values of a file of settings may be: kinds with bounds, and one check of a file's fields against them.
+"""Schemas of settings files: kinds of values with bounds, and one check of a file's fields against them.
 
 A reader writes its schema as a table {key: kind}; `check` runs before anything computes with the values. Standard
 library only.

@@ -91,7 +91,7 @@ def test_a_newcomer_gets_a_place_though_another_holds_them_all() -> None:
     run(simulation, 2)
     assert late in simulation.scheduler.running and len(simulation.scheduler.running) == 8
     run(simulation, 22)
-    assert len(late.tokens) == late.limit  # one token a step, as if it had been there first
+    assert len(late.tokens) == late.limit  # one token per step, as if it had been there first
 
 
 def test_places_are_shared_by_owner_and_not_by_sequence() -> None:

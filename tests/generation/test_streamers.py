@@ -28,7 +28,7 @@ def collect(streamer_ids: list[list[int]], skip_prompt: bool = False) -> list[st
 def test_indentation_is_kept() -> None:
     pieces = collect([[1, 2], [3], [4], [6], [7], [3], [5], [6]])
     assert "".join(pieces) == "def f():\n    return 1\n return"
-    assert len(pieces) == 9  # one a step and the end
+    assert len(pieces) == 9  # one per step and the end
 
 
 def test_a_character_is_never_split_and_never_lost() -> None:

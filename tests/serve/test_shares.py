@@ -1,4 +1,4 @@
-"""What one key may have: its share of a full house, its tokens a minute, and a true time to wait."""
+"""What one key may have: its share of a full house, its tokens per minute, and a true time to wait."""
 
 import time
 from typing import Any

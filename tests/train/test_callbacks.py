@@ -69,7 +69,7 @@ def test_switches_of_the_control(tmp_path: Path) -> None:
 
 def test_an_epoch_that_is_ended_early(tmp_path: Path) -> None:
     run = made(tmp_path, At(2, should_epoch_stop=True), max_steps=-1, num_train_epochs=2, save_steps=3)
-    run.train()  # 4 steps an epoch
+    run.train()  # 4 steps per epoch
     assert run.state.global_step == 6 and run.state.epoch == 2.0
     again = made(tmp_path, max_steps=-1, num_train_epochs=2)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

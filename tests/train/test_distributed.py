@@ -155,7 +155,8 @@ def test_a_killed_run_of_two_ranks_ends_with_the_same_bits(tmp_path: Path, chang
     assert same(weights, wanted) and not (tmp_path / "cut" / ".checkpoint-begun").exists()
     for key in ("loss", "grad_norm", "eval_loss"):
         assert [e.get(key) for e in content["history"]] == [e.get(key) for e in whole["history"]]
-    # The same on one rank, from the checkpoint of two in the middle of the run; two batches a step make the same rows.
+    # The same on one rank, from the checkpoint of two in the middle of the run; two batches per step make the same
+    # rows.
     for name, kind in (("straight", "plain"), ("tied", "tied")):
         later(tmp_path / name)
         found, history = alone(tmp_path / name, kind, resume_from_checkpoint=True)
@@ -342,5 +343,5 @@ def test_rows_of_a_step_that_ranks_do_not_divide(tmp_path: Path) -> None:
         again.train()
     state = tmp_path / "checkpoint-7" / "trainer_state.json"
     content = {**json.loads(state.read_text()), "ranks": 3}
-    with pytest.raises(InputError, match="the run took 3 rows a step on 3 ranks, which 1 ranks of 2 rows do not"):
+    with pytest.raises(InputError, match="the run took 3 rows per step on 3 ranks, which 1 ranks of 2 rows do not"):
         again._keep_batch(content)

@@ -1,4 +1,4 @@
-"""What the best of N answers is worth, from K samples of each prompt. No torch here."""
+"""Expected reward of the best of N answers, estimated from K samples of each prompt. No torch here."""
 
 import math
 from collections.abc import Sequence

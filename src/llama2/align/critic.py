@@ -59,7 +59,7 @@ class Critic(nn.Module):
             _add(policy, config)
 
     def parameters_of(self, policy: nn.Module) -> dict[str, nn.Parameter]:
-        """What is trained for it beside what the policy holds, by name."""
+        """Returns the parameters trained besides the policy's, by name."""
         found = {f"critic.{name}": p for name, p in self.named_parameters() if p.requires_grad}
         if self.kind == "adapter":
             for path, layer in lora.layers(policy).items():
@@ -69,7 +69,7 @@ class Critic(nn.Module):
         return found
 
     def ready(self) -> AbstractContextManager[None]:
-        """What training runs in: a trunk of its own has fused layers too."""
+        """Returns the context for training: a separate trunk has fused layers too."""
         return nullcontext() if self.network is None else fused(self.network)
 
     def forward(self, policy: Any, batch: Batch, rows_ND: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class Distillation(Synthesis):
         return {"texts": self.templates}
 
     def preprompt(self, number: int) -> str:
-        """What stands before a prompt: the template of its category, or two or three adjectives."""
+        """Returns the text in front of a prompt: the template of its category, or two or three adjectives."""
         category = self.categories[number]
         dice = random.Random(f"{self.plan.seed}/adjectives/{number}")
         chosen = dice.sample(ADJECTIVES, dice.choice((2, 3)))

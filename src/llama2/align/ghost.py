@@ -231,7 +231,7 @@ def fitted(messages: Messages, tokenizer: Any, room: int) -> Messages:
 
 
 def _users(number: int, row: Row) -> list[str]:
-    """What the user says in a row {"messages"} or {"prompt"}."""
+    """Returns the user's messages in a row {"messages"} or {"prompt"}."""
     name = next((name for name in _COLUMNS if row.get(name) is not None), None)
     if name is None:
         raise InputError(f"row {number} has no messages and no prompt; its columns are {', '.join(map(str, row))}")

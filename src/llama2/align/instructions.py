@@ -109,7 +109,7 @@ def pool_of(rows: Iterable[Mapping[str, Any]]) -> tuple[Instruction, ...]:
 
 @dataclass(frozen=True)
 class Order:
-    """What holds in one dialogue: some instructions, of different categories, in full or shortened."""
+    """The instructions of one dialogue: some, of different categories, in full or shortened."""
 
     parts: tuple[Instruction, ...]
     shortened: bool

@@ -46,7 +46,7 @@ def write(folder: Path, kl_coef: float, iteration: Iteration | None) -> None:
 
 
 def read(folder: Path) -> tuple[float, Iteration | None]:
-    """What `write` wrote. Raises CheckpointError where it is damaged."""
+    """Reads what `write` wrote. Raises CheckpointError where it is damaged."""
     content: Mapping[str, Any] = read_object(folder / STATE, STATE, most=LISTING_BYTES)
     schema.check(dict(content), _SCHEMA, folder / STATE)
     if content["index"] < 0:

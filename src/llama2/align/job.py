@@ -29,7 +29,7 @@ SUMMARY, CHART = "align.json", "reward.svg"
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentGoal:
-    """What answers are judged by: rewards (folders of reward models, module:function, URLs) and safety, one more for
+    """How answers are judged: rewards (folders of reward models, module:function, URLs) and safety, one more for
     the gate. chat: prompts that are texts are what a user says. patience: measurements without a better held-out reward
     after which the run ends."""
 

@@ -57,7 +57,7 @@ class Plan:
 
 @dataclass
 class Readings:
-    """What the forward passes say of answers: log-probabilities (T,) under the policy and the reference, values."""
+    """Results of the forward passes over answers: log-probabilities (T,) under the policy and the reference, values."""
 
     old: list[Tensor] | None = None
     reference: list[Tensor] | None = None
@@ -65,7 +65,7 @@ class Readings:
 
 
 class PolicyTrainer(Tuner):
-    """What PPOTrainer, GRPOTrainer and RLOOTrainer share."""
+    """Base class of PPOTrainer, GRPOTrainer and RLOOTrainer."""
 
     objective: PolicyGradient
     plan: Plan

@@ -1,4 +1,4 @@
-"""What PPO, GRPO and RLOO train for: sampled answers with advantages, and the clipped loss of their tokens.
+"""The objective of PPO, GRPO and RLOO: sampled answers with advantages, and the clipped loss of their tokens.
 
 B answers, N their tokens one behind the other, D width.
 """
@@ -150,7 +150,7 @@ class PolicyGradient:
         return self._reduced(loss, logs, counts, owner, answers)
 
     def _told(self, batch: Batch, now: Tensor, old: Tensor, found: Surrogate, counts: Tensor) -> dict[str, Tensor]:
-        """What is logged of each token."""
+        """Returns the logged measures of each token."""
         away = now - old
         logs = {
             "entropy": -now * counts,  # its expectation over tokens that the policy has drawn

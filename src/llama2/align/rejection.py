@@ -1,6 +1,6 @@
 """Rejection sampling (Llama 2, section 3.2.3): K answers to each prompt, the best of them as rows to tune on.
 
-OUT/samples.jsonl   every answer with its seed and scores, a line a prompt; a resumed run goes on behind them
+OUT/samples.jsonl   every answer with its seed and scores, a line per prompt; a resumed run goes on behind them
 OUT/rows.jsonl      the best answer of each prompt with its lineage, as `finetune sft` takes them
 OUT/rejection.json  the report; OUT/best-of-n.svg  the reward of the best of N answers
 """
@@ -81,7 +81,7 @@ class Round:
 
 @dataclass
 class RoundOutcome:
-    """What came of a round, as rejection.json holds it. best_of: N -> mean reward and standard error over prompts;
+    """The result of a round, as rejection.json stores it. best_of: N -> mean reward and standard error over prompts;
     sweep: the same by temperature."""
 
     finished: bool
@@ -117,8 +117,8 @@ class Rejection:
     """One job. Prompts are read and checked when it is made; models are loaded by `run`."""
 
     def __init__(self, round: Round, resume: bool = False, tell: Callable[[str], None] | None = None) -> None:
-        """tell: hears what was found in the rows. Raises InputError for whatever is known to be wrong before a model is
-        loaded."""
+        """tell: receives the findings on the rows. Raises InputError for whatever is known to be wrong before a model
+        is loaded."""
         self.round, self.folder, self.ranks, self.resume = round, Path(round.output_dir), join(), resume
         self.device = self.ranks.device(round.device)
         self._check_folder()
@@ -149,7 +149,7 @@ class Rejection:
     # -- the round -----------------------------------------------------------------------------------------------
 
     def run(self, report: Callable[[int, int], None] | None = None) -> RoundOutcome:
-        """Samples, scores and writes. report: hears how many prompts are done, of how many.
+        """Samples, scores and writes. report: receives how many prompts are done, of how many.
 
         Raises InputError where a reward cannot be had; what was sampled before is kept, and `resume` goes on behind it.
         """
@@ -249,7 +249,7 @@ class Rejection:
     # -- what was sampled before ---------------------------------------------------------------------------------
 
     def _settings(self, temperatures: Sequence[float], judge: Judge) -> dict[str, Any]:
-        """What has to be the same for samples to be the same."""
+        """Returns the settings on which samples depend."""
         round = self.round
         return {
             "policy": round.policy,

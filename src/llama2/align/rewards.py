@@ -1,4 +1,4 @@
-"""What an answer is worth: a reward model, a function of the user's, or a running server; one or several, and safety.
+"""Rewards of answers: a reward model, a function of the user's, or a running server; one or several, and safety.
 
 A reward model reads an answer as it was trained to: the row of prompt and answer, encoded by its own tokenizer. A
 function is called as TRL calls one: function(prompts=[...], completions=[...], completion_ids=[...], and each other
@@ -240,7 +240,7 @@ class Judge:
 
     @property
     def name(self) -> str:
-        """What rewards are, in words."""
+        """A description of the rewards."""
         told = [f"{w:g} {n}" if w != 1 else n for n, w in zip(self._names, self.weights, strict=True)]
         return " + ".join(told) + (f", safety {self.safety.name} below {self.threshold:g}" if self.safety else "")
 

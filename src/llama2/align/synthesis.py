@@ -28,7 +28,7 @@ TOGETHER = 8  # rows of prompts that are worked on at once, at least
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisPlan:
-    """What all such jobs are told: the model, its prompts, the new folder, and how answers are drawn."""
+    """Settings of every synthesis job: the model, its prompts, the new folder, and how answers are drawn."""
 
     policy: str
     prompts: str
@@ -61,7 +61,7 @@ class SynthesisPlan:
 
 @dataclass
 class Synthesised:
-    """What came of a job. rows: written; values: the report; texts: the same for people."""
+    """The result of a job. rows: written; values: the report; texts: the same for people."""
 
     rows: int
     values: dict[str, Any]
@@ -102,7 +102,7 @@ class Synthesis:
         """Loads what is needed besides the policy."""
 
     def settings(self) -> dict[str, Any]:
-        """What has to be the same for samples to be the same, besides the plan."""
+        """Returns the settings, besides the plan, on which samples depend."""
         return {}
 
     def count_of(self) -> int:
@@ -110,7 +110,7 @@ class Synthesis:
         return len(self.prompts)
 
     def made(self, sampler: RolloutSampler, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """What is sampled for some lines."""
+        """Samples the answers for some lines."""
         raise NotImplementedError
 
     def written(self, lines: Sequence[dict[str, Any]]) -> tuple[list[Row], dict[str, Any], list[str]]:
@@ -124,7 +124,7 @@ class Synthesis:
     # -- the run -------------------------------------------------------------------------------------------------
 
     def run(self, report: Callable[[int, int], None] | None = None) -> Synthesised:
-        """Samples and writes. report: hears how many lines are done, of how many."""
+        """Samples and writes. report: receives how many lines are done, of how many."""
         if self.ranks.first:
             with locked(self.folder):
                 return self._run(report)

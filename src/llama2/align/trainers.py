@@ -170,7 +170,7 @@ class GRPOTrainer(_Policy):
     """Learns from the rewards of several answers to each prompt, beside each other: see `GRPOConfig`.
 
     reward_funcs: functions as TRL's, reward models, folders, URLs, or module:function; one or a list. safety_reward:
-    one more, for the paper's gate. rollout_func: samples in the place of the engine.
+    one more, for the paper's gate. rollout_func: samples in place of the engine.
     """
 
     CONFIG: ClassVar[type[PolicyConfig]] = GRPOConfig
@@ -375,7 +375,7 @@ class PPOTrainer(_Policy):
         return items, logs
 
     def _follow(self, kl_of_answer: float, answers: int) -> None:
-        """What the KL of this iteration changes: its coefficient, and whether the run goes on."""
+        """Adapts the coefficient to this iteration's KL, and decides whether the run continues."""
         args = self.args
         if args.target_kl is not None:
             self.kl_coef = made_of.adapted(self.kl_coef, kl_of_answer, args.target_kl, answers, args.kl_horizon)

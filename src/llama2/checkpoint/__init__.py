@@ -43,7 +43,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Stored(NamedTuple):
-    """What the file says of one tensor: its shape as the model sees it, and its type ("BF16", "Q4_1", ...)."""
+    """Description of one stored tensor: its shape as the model sees it, and its type ("BF16", "Q4_1", ...)."""
 
     shape: tuple[int, ...]
     type: str
@@ -82,16 +82,17 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def tokenizer_source(self) -> Path | dict[str, Any]:
-        """What a tokenizer is made from: the folder, or GGUF metadata."""
+        """The source of the tokenizer: the folder, or GGUF metadata."""
 
     @property
     @abstractmethod
     def auto_dtype(self) -> str:
-        """What dtype="auto" means: the stored dtype; "bfloat16" where weights are stored as quantised blocks."""
+        """The dtype that dtype="auto" selects: the stored one; "bfloat16" where weights are stored as quantised
+        blocks."""
 
     @property
     def card(self) -> dict[str, Any]:
-        """What the file says about itself, its name, author and licence, as GGUF's keys general.*."""
+        """The file's name, author and licence, as GGUF's keys general.*."""
         return {}
 
     def kept_type(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What files of configurations say that cannot be meant: left out with a warning that names the file."""
+"""Repairs of configuration files: meaningless entries are left out with a warning that names the file."""
 
 import warnings
 from collections.abc import Mapping

@@ -79,7 +79,7 @@ class ConversionSettings:
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What a conversion did: the target, its format, bytes of weights, and bytes taken over from an interrupted run.
+    """Result of a conversion: the target, its format, bytes of weights, and bytes taken over from an interrupted run.
 
     requantized: where quantised weights were quantised again, "kinds" (how many matrices of which type as which),
     "error" (root mean square of the change, in shares of the weights') and "worst" (a matrix and its error).
@@ -178,8 +178,8 @@ def wants_chat(source: Checkpoint, options: ConversionSettings) -> bool:
 
 
 def dtype_of(source: Checkpoint, name: str, wanted: str) -> torch.dtype:
-    """What a tensor of a folder is stored as. Norms of a GGUF file are float32 by rule, so "keep" there means what
-    the matrices are; bfloat16 where those are quantised."""
+    """Returns the stored dtype of a tensor of a folder. Norms of a GGUF file are float32 by rule, so "keep" there means
+    what the matrices are; bfloat16 where those are quantised."""
     if wanted == "keep":
         if source.format.endswith("gguf"):
             return _FLOATS[source.auto_dtype][1]
@@ -409,7 +409,7 @@ class _Ahead:
 
 
 def fingerprint(source: Checkpoint, options: ConversionSettings) -> str:
-    """What must be the same for an interrupted conversion to go on: the source's files and the options."""
+    """Identifies a conversion that may be resumed: the source's files and the options."""
     homes = [source.path]
     while isinstance(source, PooledCheckpoint | MergedCheckpoint):
         homes += [source.adapter.path] if isinstance(source, MergedCheckpoint) else []
@@ -427,7 +427,7 @@ def _stats(home: Path) -> list[tuple[str, int, int]]:
 
 
 def add_sums(manifest: Path, files: Sequence[Path]) -> None:
-    """Lists files in a manifest, in the place of older entries of theirs."""
+    """Lists files in a manifest, in place of older entries of theirs."""
     names = {file.name for file in files}
     lines = [line for line in manifest.read_text().splitlines() if line.split("  ", 1)[1] not in names]
     lines += [f"{sha256(file)}  {file.name}" for file in files]

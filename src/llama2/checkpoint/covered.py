@@ -1,4 +1,4 @@
-"""What converting, quantising and verifying read: a checkpoint that was checked as loading checks it.
+"""The input of convert, quantize and verify: a checkpoint checked by the rules of loading.
 
 `covered` raises where a parameter has no tensor or a tensor no parameter, and gives names and parts one spelling: the
 base model's prefix is there, a tied head is the embedding alone, and harmless extras (`coverage.is_table`, biases of 0)
@@ -99,7 +99,7 @@ def _report(source: Checkpoint) -> Coverage:
 
 
 def not_weights(stored: Mapping[str, Stored], report: Coverage) -> list[str]:
-    """What stands against a file whose tensors are of types that hold no weights, a text each."""
+    """Returns a message for each tensor whose type holds no weights."""
     types = {name: stored[file].type for name, file in report.found.items()}
     return [f"type: {name} is stored as {kind}" for name, kind in types.items() if kind not in WEIGHT_TYPES]
 

@@ -33,7 +33,7 @@ class Foreign:
 
 
 def recognise(path: Path) -> Foreign | None:
-    """What a file is, if it is legacy GGML or llama2.c; None for anything else."""
+    """Identifies a legacy GGML or llama2.c file; None for anything else."""
     with found(path) as file:
         head = file.read(64)
     if head[:4] in _GGML:

@@ -71,7 +71,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class Header(Protocol):
-    """What is read of a file; `gguf.GgufFile` is one."""
+    """The part of a file that is read; `gguf.GgufFile` is one."""
 
     @property
     def path(self) -> Path: ...

@@ -128,7 +128,7 @@ def _layer(module: nn.Module, source: GgufCheckpoint, name: str, dtype: torch.dt
 
 
 def _callers_level() -> int:
-    """The stacklevel, for whoever calls this, of the nearest frame outside of the library."""
+    """The stacklevel, for the caller, of the nearest frame outside of the library."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("llama2."):
         frame, level = frame.f_back, level + 1

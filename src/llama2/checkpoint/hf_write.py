@@ -62,6 +62,6 @@ class HfTarget(Target):
 
 
 def _main_dtype(source: Checkpoint, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
-    """What config.json names: the dtype of the matrices, float32 norms beside them or not."""
+    """Returns the dtype for config.json: that of the matrices, whatever the norms have."""
     matrices = (dtype for name, dtype in dtypes.items() if len(source.tensors[name].shape) > 1)
     return next(matrices, next(iter(dtypes.values())))

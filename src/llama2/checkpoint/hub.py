@@ -174,8 +174,8 @@ def _kind(name: str) -> str | None:
 
 
 def name_of_gguf(repo_id: str, file: str, models: Collection[Any]) -> str:
-    """What -m takes for a GGUF model of a repository with `models`: the repository where it is alone, else with its
-    type where no other has it, else with its file name."""
+    """Returns the argument of -m for a GGUF model of a repository with `models`: the repository where it is alone, else
+    with its type where no other has it, else with its file name."""
     if len(models) == 1:
         return repo_id
     kind = _kind(file)

@@ -46,7 +46,7 @@ class Imatrix:
 
 
 def from_importance(importance: Mapping[str, Tensor], tokens: int, chunk_size: int, dataset: str) -> Imatrix:
-    """What `importance` gave, the other way: mean squares by Hugging Face name, over `tokens` tokens in windows of
+    """Inverse of `importance`: mean squares by Hugging Face name, over `tokens` tokens in windows of
     `chunk_size`. Raises InputError for a name that GGUF has no place for."""
     named = {hf_to_gguf(name): values for name, values in importance.items()}
     if None in named:

@@ -7,7 +7,7 @@ Blocks of ggjt 3 are GGUF's; before, Q4 and Q8 had float32 scales, and before gg
 
 llama2.c: version 0 is seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, negative where the head
 is separate, max_seq_len) and float32 tensors, each kind through all layers; 1 and 2 have a magic word, a header of 256
-bytes and another order; 2 holds int8 and a float32 scale a group, of all matrices.
+bytes and another order; 2 holds int8 and a float32 scale per group, of all matrices.
 """
 
 import math
@@ -89,7 +89,7 @@ class _OldBlocks:
 
 
 class LegacyCheckpoint(Checkpoint):
-    """What the two kinds share: Meta's names, rows of q and k in rotary pairs, everything from one mapped file."""
+    """Base class of both formats: Meta's names, rows of q and k in rotary pairs, everything from one mapped file."""
 
     path: Path
     _places: dict[str, _Place]

@@ -85,7 +85,7 @@ def _named(made: Any, name: str) -> None:
 
 
 def _mapped_or_read(load: Callable[..., Any]) -> Callable[..., Any]:
-    """`load` with disable_mmap=, which reads files into memory in the place of mapping them."""
+    """`load` with disable_mmap=, which reads files into memory in place of mapping them."""
 
     @functools.wraps(load)
     def loaded(*args: Any, disable_mmap: bool = False, **kwargs: Any) -> Any:
@@ -183,7 +183,7 @@ def from_pretrained(
     must be a field of the configuration and overrides it. A checkpoint of packed linears (GPTQ, bitsandbytes) stays
     packed; another is quantised as it loads, one matrix at a time, where quantization_config (a BitsAndBytesConfig,
     or its dict) or load_in_4bit or load_in_8bit says so. key_mapping renames tensors, see
-    `weights.Renamed`; generation_config stands in the place of the checkpoint's. disable_mmap=True reads the weights
+    `weights.Renamed`; generation_config stands in place of the checkpoint's. disable_mmap=True reads the weights
     into memory, for files that may be cut while they are mapped. With output_loading_info a dict of
     missing_keys, unexpected_keys, mismatched_keys and error_msgs comes back too.
 

@@ -1,4 +1,4 @@
-"""W + scale * B A: an adapter put into the weights for good. The sum is taken in float32 and rounded once.
+"""W + scale * B A: an adapter merged into the weights permanently. The sum is taken in float32 and rounded once.
 
 With DoRA the rows of the sum get the lengths that the adapter learnt. Parameters that the adapter brings whole take the
 place of the model's.

@@ -1,4 +1,4 @@
-"""Meta's original files: consolidated.NN.pth, one a model-parallel rank, beside params.json.
+"""Meta's original files: consolidated.NN.pth, one per model-parallel rank, beside params.json.
 
 Shards divide each matrix along one axis (`names.META`); q and k rows come in rotary pairs. The files are mapped and
 tensors assembled when they are read, so that opening costs nothing however large the model is.

@@ -1,4 +1,4 @@
-"""What other formats call the tensors: one literal table for each, read both ways, and the q/k permutation.
+"""Tensor names of other formats: one literal table for each, read both ways, and the q/k permutation.
 
 The names inside are Hugging Face's. `{i}` stands for the layer. GGUF's table stands in `llama2.architecture`.
 """

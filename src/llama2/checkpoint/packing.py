@@ -1,6 +1,6 @@
 """How the weights beneath an adapter were packed when it was trained (QLoRA): a file of its folder besides peft's.
 
-An adapter is measured on packed weights, and on others its answers are worse. Whoever loads or merges it packs the
+An adapter is measured on packed weights, and on others its answers are worse. Loading or merging it packs the
 model in the same way.
 """
 

@@ -1,4 +1,4 @@
-"""What the kernel keeps in memory of files that are read, or written, once from front to back.
+"""Control of the page cache for files that are read, or written, once from front to back.
 
 Left alone it keeps every page of source and target until memory is full, then evicts what other programs use, and
 gathers gigabytes of unwritten pages for which the next fsync waits. All of this is advice: where a system does not

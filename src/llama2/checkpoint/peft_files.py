@@ -238,7 +238,7 @@ def _check_pairs(folder: Path, parts: Parts, dora: bool) -> None:
 
 @dataclass(frozen=True)
 class AdaptedBase:
-    """What the folder of an adapter says of its model: where it is, at which revision, and of a classifier the labels
+    """The base model that an adapter's folder names: where it is, at which revision, and of a classifier the labels
     and the names of its head's parameters."""
 
     base: str
@@ -279,7 +279,7 @@ def head_parameters(folder: Path) -> list[str]:
 
 
 def classifier_labels(folder: Path) -> dict[str, Any]:
-    """What a classifier's adapter says of the labels, as keywords of from_pretrained; {} for another adapter."""
+    """Returns the labels of a classifier's adapter, as keywords of from_pretrained; {} for another adapter."""
     tensors = read_tensors(folder)
     head = next((t for name, t in tensors.items() if name.removeprefix(PREFIX).startswith("score")), None)
     if head is None:

@@ -1,4 +1,4 @@
-"""What torch.save wrote, read without running anything: by torch's unpickler of tensors, after a look at the file.
+"""Files of torch.save, read without running code: by torch's unpickler of tensors, after a look at the file.
 
 A pickle is a program. torch's weights_only unpickler runs none of it but the making of tensors and containers; what it
 lets through is bounded here before and after: how large the directory may be and what it may name, that nothing in the

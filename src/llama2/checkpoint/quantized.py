@@ -108,7 +108,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
 def place(
     model: nn.Module, names: Mapping[str, str], weights: Any, config: QuantizationConfig
 ) -> tuple[set[str], dict[str, Tensor]]:
-    """Puts the packed linears of a file in the place of the model's; returns the names of the file's tensors it used,
+    """Puts the packed linears of a file in place of the model's; returns the names of the file's tensors it used,
     and by the model's names the weights that it unpacked.
 
     names: the file's tensors, from the model's name to the file's. Raises CheckpointError where one cannot be right.

@@ -185,7 +185,7 @@ def index_text(tensors: Mapping[str, Tensor], shards: Mapping[str, list[str]]) -
 
 
 def safetensors_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
-    """What stands before the data of these tensors (meta ones will do), and the order in which their data follows.
+    """Returns the header for these tensors (meta ones will do), and the order of their data.
 
     With metadata {"format": "pt"}, which transformers 4.46 demands. Raises InputError for a dtype without a code.
     """
@@ -234,7 +234,7 @@ def save_quantize_config(save: Save, content: Mapping[str, Any] | None) -> None:
 
 
 def _stale(names: Iterable[str], variant: str | None, safetensors: bool) -> list[str]:
-    """What an earlier save left of the same variant: loaders would take it for a part, or prefer it."""
+    """Returns files of an earlier save of the same variant, which loaders would read too, or prefer."""
     infix = "" if variant is None else re.escape("." + variant)
     families = [("model", "safetensors")] if safetensors else [("model", "safetensors"), ("pytorch_model", "bin")]
     stale = re.compile(

@@ -82,7 +82,7 @@ class HubId:
 
 
 def hub_id(text: str) -> HubId | None:
-    """What a text says as a hub id; None where it cannot be one."""
+    """Parses a hub id; None for a text that cannot be one."""
     match = _HUB_ID.fullmatch(text)
     if match is None or match["repo"].endswith(_FILE_SUFFIXES):
         return None

@@ -11,7 +11,7 @@ from llama2.config import LlamaConfig
 
 
 class SeenCheckpoint(Checkpoint):
-    """What the views of a checkpoint share; `source` is the one that is seen."""
+    """Base class of views of a checkpoint; `source` is the wrapped one."""
 
     def __init__(self, source: Checkpoint) -> None:
         self.source, self.format, self.path = source, source.format, source.path

@@ -1,4 +1,4 @@
-"""What a writer is: files that only grow, filled tensor by tensor. One `Target` a format, one engine for all.
+"""The writer interface: files that only grow, filled tensor by tensor. One `Target` a format, one engine for all.
 
 A target knows the size of everything before the first byte. It asks the source for a block of rows at a time, so
 memory stays at a few blocks whatever the model's size.
@@ -103,7 +103,7 @@ class Target(ABC):
 
     @property
     def state(self) -> Any:
-        """What `end` needs of earlier steps, JSON-ready: an interrupted conversion hands it to `restore`."""
+        """Returns the state that `end` needs, JSON-ready: an interrupted conversion hands it to `restore`."""
         return None
 
     def restore(self, state: Any) -> None:  # noqa: B027 - only formats with a state need it

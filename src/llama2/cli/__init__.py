@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("llama2.cli.train", "finetune as a SageMaker training job: hyperparameters and channels under /opt/ml"),
     "classify": ("llama2.cli.classify", "labels of texts, with their probabilities, by a classifier that was trained"),
     "score": ("llama2.cli.score", "rewards of answers, by a reward model that was trained"),
-    "merge-adapter": ("llama2.cli.merge_adapter", "put a LoRA adapter into the weights for good"),
+    "merge-adapter": ("llama2.cli.merge_adapter", "put a LoRA adapter into the weights permanently"),
     "shard": ("llama2.cli.shard", "split a checkpoint into files of a size"),
     "verify": ("llama2.cli.verify", "check a converted checkpoint against its hashes"),
     "pack": ("llama2.cli.pack", "keep a GGUF file's packed weights beside it, for instant starts"),

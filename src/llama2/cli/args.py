@@ -51,7 +51,7 @@ def parse(cls: type[T], prog: str, argv: Sequence[str], environment: Mapping[str
 
 
 def settings(cls: type, prog: str, environment: Mapping[str, str]) -> dict[str, Setting]:
-    """What the environment and the settings file say of a command's options. Raises InputError."""
+    """Reads a command's options from the environment and the settings file. Raises InputError."""
     hints = get_type_hints(cls)
     known = {f.name: hints[f.name] for f in fields(cls) if not f.metadata["positional"]}
     return settings_of(tuple(prog.split()[1:]), known, environment, getattr(cls, "VARIABLES", {}))

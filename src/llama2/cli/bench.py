@@ -91,7 +91,7 @@ def run(options: BenchOptions) -> int:
 
 
 def plan(options: BenchOptions) -> "tuple[list[Setup], list[SpeedTest]]":
-    """What is to be measured, checked against each model's context before anything is loaded."""
+    """Plans the measurements, checked against each model's context before anything is loaded."""
     if options.repetitions < 1:
         raise InputError(f"--repetitions is {options.repetitions}; give at least 1")
     if options.json + options.md + (options.output != "md") > 1:

@@ -1,4 +1,4 @@
-"""What `llama2 bench` prints: llama-bench's table and rows, and the report that all measuring commands share."""
+"""Output of `llama2 bench`: llama-bench's table and rows, and the report that all measuring commands share."""
 
 import csv
 import datetime
@@ -65,7 +65,7 @@ class BenchRecord:
 
     @property
     def joules_per_token(self) -> float | None:
-        """What the processor's packages took, of everybody on them."""
+        """Energy per token of the processor's packages, all processes included."""
         joules = self.samples.joules
         return None if joules is None else joules / (self.samples.tokens * len(self.samples.seconds))
 
@@ -196,7 +196,7 @@ class Printer:
     def end(
         self, records: Sequence[BenchRecord], starts: Mapping[str, FirstToken | str], setups: "Sequence[Setup]"
     ) -> None:
-        """What all tests together tell: the report, or the lines below a table."""
+        """Prints the summary of all tests: the report, or the lines below a table."""
         made = report(self.options, records, starts, setups)
         if self.options.json or self.options.md:
             print(made.as_json() if self.options.json else made.as_markdown())

@@ -194,7 +194,7 @@ class ChatLoop:
 
     @contextmanager
     def _screen(self) -> Iterator[Callable[[str], None]]:
-        """What takes an answer's pieces of text."""
+        """Returns the sink of an answer's pieces of text."""
         if not self._formatted():
             yield terminal.write
             return

@@ -18,7 +18,7 @@ from llama2.errors import InputError
 @dataclass(frozen=True, kw_only=True)
 class ClassifyOptions:
     """Label texts with a classifier: MODEL is the folder that `llama2 finetune classify` wrote (an adapter or a whole
-    model), or a base model with --adapter. FILE holds rows as those that it was trained on, or a text a line (.txt);
+    model), or a base model with --adapter. FILE holds rows as those that it was trained on, or a text per line (.txt);
     one JSON line comes out for each. Without FILE each line of the standard input is a text.
 
     Where the rows of FILE have labels, the share that is right is told at the end."""

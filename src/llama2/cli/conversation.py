@@ -47,7 +47,7 @@ def render(tokenizer: Any, messages: list[Message]) -> list[int]:
 
 @dataclass
 class Turn:
-    """What the user said and, once it is there, the answer."""
+    """A user message and, once complete, its answer."""
 
     user: str
     answer: str | None = None

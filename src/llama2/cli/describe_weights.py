@@ -1,4 +1,4 @@
-"""What the tensors of packed linears count as, from the names in a header and the sizes of the configuration alone."""
+"""Counts the weights of packed linears, from the names in a header and the sizes of the configuration alone."""
 
 import math
 from collections.abc import Iterable

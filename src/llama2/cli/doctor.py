@@ -20,8 +20,8 @@ _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "hu
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """What this machine has (processor, instruction sets, memory and how fast it is read, threads, limits, GPU), what
-    is installed, where files are kept, and what is wrong with it. Paste it into a bug report; it holds no keys."""
+    """Report what this machine has (processor, instruction sets, memory and how fast it is read, threads, limits, GPU),
+    what is installed, where files are kept, and what is wrong with it. Paste it into a bug report; it holds no keys."""
 
     json: bool = option(False, "one JSON object")
     no_measure: bool = option(False, "do not measure the memory's speed, which takes a second")

@@ -24,7 +24,7 @@ class EmbedOptions(RunOptions):
     --output ends in .npy (texts, width), .jsonl or .parquet; without it JSON lines go to the standard output."""
 
     texts: tuple[str, ...] = option((), "the texts, each in quotes", metavar="TEXT", positional=True)
-    file: str | None = option(None, "a file of texts: one a line, or .jsonl", alias="-f", metavar="FILE")
+    file: str | None = option(None, "a file of texts: one per line, or .jsonl", alias="-f", metavar="FILE")
     field: str = option("text", "the field of a .jsonl that holds the text", metavar="NAME")
     pooling: Literal["mean", "last"] = option("mean", "of which tokens the vector is")
     normalise: bool = option(False, "vectors of length 1")

@@ -75,7 +75,7 @@ class Training:
     epochs: float = option(3.0, "times that each row is seen")
     max_steps: int = option(-1, "end after this many steps, -1: after the epochs")
     batch_size: int = option(4, "rows at once")
-    gradient_accumulation_steps: int = option(1, "such batches a step")
+    gradient_accumulation_steps: int = option(1, "such batches per step")
     learning_rate: float | None = option(None, "the peak")
     schedule: Schedule = option("cosine", "how the rate falls")
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises")
@@ -121,7 +121,7 @@ class SavingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions(AdapterOptions, Training, SavingOptions):
-    """What all tasks share."""
+    """Options of all tasks."""
 
     name: ClassVar[str]
 
@@ -321,12 +321,12 @@ def _again(argv: Sequence[str], ranks: int) -> str:
 
 
 def progress(options: TaskOptions, first: bool) -> AbstractContextManager[Callable[[dict[str, Any]], None] | None]:
-    """What hears of the steps, on the first of several processes."""
+    """Returns the progress callback, on the first of several processes."""
     return nullcontext() if options.quiet or not first else StepMeter(options.name, options.logging_steps)
 
 
 def show(job: "Finetune", result: "TrainingResult", options: TaskOptions) -> None:
-    """What came of the run, and the command that uses it."""
+    """Prints the result of the run, and the command that uses it."""
     if options.json:
         import json
 

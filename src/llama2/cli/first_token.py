@@ -1,4 +1,4 @@
-"""From the start of a process to its first token, as whoever types `llama2 generate` meets it; and its memory."""
+"""From the start of a process to its first token, as a user of `llama2 generate` experiences it; and its memory."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def measure(options: RunOptions, model: str) -> FirstToken | str:
 
 def _high_water(pid: int) -> int | None:
     """Bytes of memory that a running process has held at most, where the system tells it. Not ru_maxrss, which a
-    process inherits from whoever started it."""
+    process inherits from its parent."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -53,7 +53,7 @@ def run(options: InfoOptions) -> int:
 
 
 def _show_foreign(path: Path, known: Foreign, as_json: bool) -> int:
-    """What the header of a file of another program says, and that it is not run here where that is so."""
+    """Prints the header of another program's file, and whether it can be run here."""
     facts = {"format": f"{known.format}, {size(path.stat().st_size)}", **known.facts}
     facts |= {} if known.reader else {"not run here": known.remedy}
     if as_json:
@@ -108,7 +108,7 @@ def as_text(headers: Headers) -> str:
         lines += ["", *_tensor_table(headers)]
     memory = {name: size(count) for name, count in weight_bytes(headers).items()}
     memory["int8"] += "   (embeddings and head in 16 bits)"
-    memory["4-bit"] += "   (4.5 bits a weight with the scales; embeddings and head in 16 bits)"
+    memory["4-bit"] += "   (4.5 bits per weight with the scales; embeddings and head in 16 bits)"
     lines += ["", "memory of the weights", *_rows(memory)]
     per_token = config.kv_bytes_per_token()
     context = config.max_position_embeddings
@@ -131,7 +131,7 @@ def _about(headers: Headers) -> dict[str, str]:
     if headers.quantisation is not None:
         about["quantisation"] = headers.quantisation + ("" if headers.runs else ": not run here")
     if headers.types:
-        about["format"] += f", {size(headers.file_bytes)}, mostly {main_type(headers)}, {bits:.2f} bits a weight"
+        about["format"] += f", {size(headers.file_bytes)}, mostly {main_type(headers)}, {bits:.2f} bits per weight"
     about |= {
         "parameters": f"{headers.parameters:,}" + ("" if headers.countable else " by the configuration"),
         "architecture": f"Llama: {config.num_hidden_layers} layers, width {config.hidden_size}, "

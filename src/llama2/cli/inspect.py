@@ -1,4 +1,4 @@
-"""What a model file says of itself, from its headers alone: no weight is read, and torch is imported for .bin only."""
+"""Description of a model file, from its headers alone: no weight is read, and torch is imported for .bin only."""
 
 import math
 import re
@@ -248,7 +248,7 @@ def _described(headers: Headers, folder: Path) -> Headers:
 
 
 def _licence(folder: Path) -> str | None:
-    """What the model card says, else the first licence file's name."""
+    """Returns the licence of the model card, else the first licence file's name."""
     card = folder / "README.md"
     if card.exists():
         with opened(card) as file:

@@ -78,12 +78,12 @@ class RunOptions(ModelOptions):
 
     @property
     def cache_dtype(self) -> Literal["float32", "bfloat16", "int8"] | None:
-        """What kv_cache asks for; None for auto."""
+        """Returns the cache dtype for kv_cache; None for auto."""
         return None if self.kv_cache == "auto" else self.kv_cache
 
 
 def model_path(model: str | None) -> str:
-    """What -m says, or the path of the default model. Raises InputError where that is not installed."""
+    """Returns the value of -m, or the path of the default model. Raises InputError where that is not installed."""
     if model is not None:
         if not model.strip():
             raise InputError("--model is empty; give a folder, a file or a hub id, or leave it out for the default")
@@ -281,7 +281,7 @@ def load_model(path: str, options: RunOptions) -> "LlamaForCausalLM":
 def _keeping_interrupts() -> Iterator[None]:
     """Ctrl-C inside raises KeyboardInterrupt at the end again: callbacks of C extensions swallow it now and then.
 
-    Only the main thread hears signals, so in another one (a server that loads its model) this does nothing.
+    Only the main thread receives signals, so in another one (a server that loads its model) this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""`llama2 merge-adapter`: a LoRA adapter put into the weights for good, one tensor at a time."""
+"""`llama2 merge-adapter`: a LoRA adapter merged into the weights permanently, one tensor at a time."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -64,7 +64,7 @@ class Others:
     """The other processes on this machine, started by the first."""
 
     def __init__(self, ranks: RankOptions, failed: Callable[[Llama2Error], None]) -> None:
-        """failed hears, in a thread, that one has ended before `close`."""
+        """failed: called, in a thread, once a process has ended before `close`."""
         self._folder = tempfile.TemporaryDirectory(prefix="llama2-")
         self.store, self._failed, self._closing = f"file://{self._folder.name}/store", failed, False
         known = {"WORLD_SIZE": str(ranks.size), "LOCAL_WORLD_SIZE": str(ranks.size), STORE: self.store}
@@ -117,7 +117,7 @@ def load_part(options: RunOptions, ranks: RankOptions) -> tuple[Any, Any]:
 
 
 def follow(options: RunOptions, ranks: RankOptions) -> int:
-    """What a process does that does not serve: its part of every step, until the first one ends it or is gone."""
+    """Runs a process that does not serve: its part of every step, until the first process ends."""
     from llama2.engine import parallel
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -34,7 +34,7 @@ class Waiting:
         return self
 
     def say(self, text: str | Callable[[], str]) -> None:
-        """What the next lines tell beside the time; a function is called for each."""
+        """Sets the text of the next lines beside the time; a function is called for each."""
         self._said = text
 
     def _tell(self) -> None:
@@ -53,7 +53,7 @@ class Waiting:
 
 
 class _Bar:
-    """What the bars share: a context whose value is called with (done, in all, what comes next)."""
+    """Base class of progress bars: a context whose value is called with (done, in all, what comes next)."""
 
     def __init__(self, verb: str, quiet: bool = False) -> None:
         self.verb, self.quiet, self._lines = verb, quiet, Waiting(verb, quiet)
@@ -121,7 +121,7 @@ class LayerBar(_Bar):
 
 
 class StepMeter:
-    """A context whose value hears of the steps of a training: a bar on a terminal, else a line every few steps; and a
+    """A context whose value is called after each training step: a bar on a terminal, else a line every few steps; and a
     line every INTERVAL seconds until the first, while model and rows are loaded."""
 
     def __init__(self, verb: str, every: int) -> None:

@@ -37,8 +37,8 @@ class CommandCompleter(Completer):
 
 
 def line_reader(commands: Sequence[str], with_paths: Sequence[str]) -> Callable[[str], str]:
-    """What reads one message behind a prompt. Alt-Enter begins a new line of it; Ctrl-C raises KeyboardInterrupt,
-    Ctrl-D EOFError."""
+    """Returns a function that reads one message after a prompt. Alt-Enter begins a new line of it; Ctrl-C raises
+    KeyboardInterrupt, Ctrl-D EOFError."""
     keys = KeyBindings()
 
     @keys.add("escape", "enter")

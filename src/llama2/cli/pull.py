@@ -68,7 +68,7 @@ def run(options: PullOptions) -> int:
 
 
 def hub_id_of(text: str) -> "HubId":
-    """What a text says as a hub id. Raises InputError where it cannot be one."""
+    """Parses a hub id. Raises InputError where it cannot be one."""
     from llama2.checkpoint.source import hub_id
 
     found = hub_id(text)

@@ -153,14 +153,14 @@ def _by_layer(report: "Report") -> Any:
 def _summary(report: "Report") -> Any:
     from rich.table import Table
 
-    table = Table(title=f"{Path(report.target).name}: {report.method}, {report.bits_per_weight:.2f} bits a weight")
+    table = Table(title=f"{Path(report.target).name}: {report.method}, {report.bits_per_weight:.2f} bits per weight")
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left")
     table.add_row("weights", f"{report.bytes_before / 1e6:,.1f} MB", f"{report.bytes_after / 1e6:,.1f} MB")
     found, speed = report.perplexity, report.tokens_per_second
     if "after" in found:
         table.add_row(f"perplexity, {found['tokens']:,} tokens", f"{found['before']:.3f}", f"{found['after']:.3f}")
-        table.add_row("tokens a second", f"{speed['before']:.1f}", f"{speed['after']:.1f}")
+        table.add_row("tokens per second", f"{speed['before']:.1f}", f"{speed['after']:.1f}")
     else:
         table.add_row("perplexity", "not measured", found["not measured"])
     return table

@@ -74,7 +74,7 @@ def _without_config(words: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
-    """What a file says, by the names of flags. Raises InputError where it is no object."""
+    """Reads a file's settings, by the names of flags. Raises InputError where it is no object."""
     if not file.is_file():
         raise InputError(
             f"{file} does not exist; --config takes a .yaml or .json file, such as the finetune.json of a run"

@@ -20,7 +20,7 @@ _ROWS = 64  # scored at once; their lines are written before the next ones
 class ScoreOptions:
     """Score answers with a reward model: MODEL is the folder that `llama2 finetune reward` wrote (an adapter or a whole
     model), or a base model with --adapter. FILE holds rows of {"text"}, {"messages"}, {"prompt", "answers"} with a list
-    of answers, or a prompt with one answer; a .txt file holds a text a line. For each row a JSON line comes out, with
+    of answers, or a prompt with one answer; a .txt file holds a text per line. For each row a JSON line comes out, with
     "score", or "scores" and the number of the best one."""
 
     paths: tuple[str, ...] = option((), "the reward model, and a file of rows", metavar="MODEL FILE", positional=True)

@@ -119,7 +119,7 @@ class ServeOptions(EngineOptions, RunOptions):
     )
     api_key: tuple[str, ...] = option((), "a key that requests need; may be given several times", metavar="KEY")
     api_key_file: str | None = option(
-        None, "a file of keys, one a line as KEY or NAME: KEY, read again when it changes", metavar="FILE"
+        None, "a file of keys, one per line as KEY or NAME: KEY, read again when it changes", metavar="FILE"
     )
     metrics_key: tuple[str, ...] = option(
         (), "a key that reads /metrics and nothing else, in place of the others; may be given several times",

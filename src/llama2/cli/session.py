@@ -14,7 +14,8 @@ from llama2.rope_types import context_limit
 
 @dataclass
 class SpokenAnswer:
-    """What was said and how fast. Seconds: `first` from the call to the first token, `rest` from there to the last."""
+    """The text of an answer and its timing. Seconds: `first` from the call to the first token, `rest` from there to the
+    last."""
 
     prompt_tokens: int
     prefilled: int  # prompt tokens that were run now; the others were in the cache
@@ -62,7 +63,7 @@ class Speaker:
 
     @property
     def engine(self) -> str:
-        """What runs the network, in a few words."""
+        """Name of the implementation that runs the network."""
         return self._steps.engine
 
     @property

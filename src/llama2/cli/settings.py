@@ -67,8 +67,8 @@ def settings_of(
     environment: Mapping[str, str],
     aliases: Mapping[str, tuple[str, ...]],
 ) -> dict[str, Setting]:
-    """What the environment and the file say of a command's options; `known` maps their names to types, `aliases` to the
-    variables of other servers that mean the same.
+    """Collects a command's options from the environment and the file; `known` maps their names to types, `aliases` to
+    the variables of other servers that mean the same.
 
     Raises InputError for a value of another type, and for an option in the command's table of the file that it has not.
     """

@@ -21,11 +21,11 @@ _make_runner = door("runners.contract", "make_runner", "What runs a model.")
 
 
 class TokenSource(Protocol):
-    """What a session draws its tokens from."""
+    """Source of a session's tokens."""
 
     @property
     def engine(self) -> str:
-        """What runs the network, in a few words."""
+        """Name of the implementation that runs the network."""
 
     @property
     def length(self) -> int:
@@ -160,7 +160,7 @@ class TorchSteps:
 
 
 def make_steps(model: Any, runner: str, cache_dtype: KvDtype | None, precision: str) -> TokenSource:
-    """What draws the tokens of a model. Raises InputError for a runner that cannot run it."""
+    """Returns the token source of a model. Raises InputError for a runner that cannot run it."""
     if isinstance(model, CpuModel):
         if runner == "torch":
             raise InputError("the native engine alone holds this model; leave --runner out, or give --runner native")

@@ -56,7 +56,7 @@ def find_elsewhere(name: str) -> Path | None:
 
 
 def in_ollama() -> Iterator[StoredModel]:
-    """What `ollama list` shows."""
+    """Returns the models that `ollama list` shows."""
     root = Path(os.environ.get("OLLAMA_MODELS") or Path("~/.ollama/models").expanduser())
     manifests = root / "manifests"
     for manifest in sorted(manifests.glob("*/*/*/*")) if manifests.is_dir() else ():

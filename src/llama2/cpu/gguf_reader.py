@@ -33,7 +33,7 @@ class Tensor(Protocol):
 
 
 class GgufSource(Protocol):
-    """What the engine needs of a file; `checkpoint.gguf.GgufFile` is one."""
+    """The interface of a file that the engine needs; `checkpoint.gguf.GgufFile` is one."""
 
     @property
     def path(self) -> Path: ...
@@ -159,7 +159,7 @@ def _heads(config: LlamaConfig, part: str) -> int | None:
 
 
 class MatrixMaker(Protocol):
-    """What makes matrices: `weights.CpuWeights`."""
+    """Interface of a builder of matrices: `weights.CpuWeights`."""
 
     def place(self, matrix: BlockMatrix) -> Any: ...
     def view(self, array: NDArray[Any], bfloat16: bool = False) -> Any: ...

@@ -11,7 +11,7 @@ from llama2.generation.config import GenerationConfig
 
 
 class CpuModel:
-    """What the engine needs of a model: a GGUF file's blocks stay as they are, and no torch tensor exists."""
+    """The model as the engine needs it: a GGUF file's blocks stay as they are, and no torch tensor exists."""
 
     training = False
 

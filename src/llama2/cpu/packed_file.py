@@ -260,7 +260,7 @@ def _end(places: dict[str, _Place]) -> int:
 
 
 def _describe(source: GgufSource) -> dict[str, Any]:
-    """What the header has to say, but for the checksums of the data."""
+    """Returns the header without the checksums of the data."""
     matrices = [(m.name, m.type_id, *m.shape) for m in block_matrices(source)]
     stats = [os.stat(file) for file in source.files]
     size, changed = sum(status.st_size for status in stats), max(status.st_mtime_ns for status in stats)

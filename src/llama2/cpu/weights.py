@@ -101,7 +101,7 @@ class CpuWeights:
 
         Packed linears (GPTQ, bitsandbytes) are copied once into the kernels' layout, without losing a bit, and so are
         GGUF's blocks, whose pages of the file may then leave the memory; what `packed.write` has left beside the file
-        is used in their place. Q2_K and Q3_K have no kernels: they are unpacked to bfloat16, which a warning says.
+        is used instead. Q2_K and Q3_K have no kernels: they are unpacked to bfloat16, which a warning says.
 
         LoRA adapters on linears of the layers become the engine's, for every sequence that chooses no other.
 

@@ -66,12 +66,12 @@ class Drafter:
         return [_guessed(c, guesses[c.sequence]) if c.sequence in guesses else c for c in chunks]
 
     def settle(self, chunk: Chunk, held: int) -> None:
-        """Hears how many guesses of a chunk held: of those that did not, nothing is missing."""
+        """Receives how many guesses of a chunk held: of those that did not, nothing is missing."""
         wrong = chunk.drafted - held
         self._missing[chunk.sequence] = max(self._missing.get(chunk.sequence, 0) - wrong, 0)
 
     def _known(self, chunk: Chunk) -> Chunk:
-        """What of a chunk is no guess, behind the positions that are missing."""
+        """Returns the tokens of a chunk that are not guesses, after the missing positions."""
         tokens = chunk.tokens[: len(chunk.tokens) - chunk.drafted]
         start = max(chunk.start - self._missing.get(chunk.sequence, 0), 0)
         return Chunk(chunk.sequence, start, chunk.sequence.tokens[start : chunk.start] + tokens, _asks(chunk))
@@ -90,7 +90,8 @@ def _guessed(chunk: Chunk, guesses: list[int]) -> Chunk:
 
 
 def look_up(tokens: Sequence[int], count: int, longest: int = 3, window: int = 2048) -> list[int]:
-    """What followed the latest earlier occurrence of the last few tokens: `count` guesses at most (prompt lookup)."""
+    """Returns the tokens that followed the latest earlier occurrence of the last few tokens: `count` guesses at most
+    (prompt lookup)."""
     recent = list(tokens[-window:])
     for size in range(min(longest, len(recent) - 1), 0, -1):
         tail = recent[-size:]

@@ -1,4 +1,4 @@
-"""Many requests at once on one model: a thread plans, runs and commits steps; callers submit and hear events.
+"""Many requests at once on one model: a thread plans, runs and commits steps; callers submit and receive events.
 
     engine = Engine(model, tokenizer)
     engine.generate(["The sky is", "Water boils at"], max_new_tokens=20)
@@ -129,11 +129,11 @@ class Engine:
     ) -> None:
         """cache_tokens: positions of all requests together that are kept. budget: tokens of one step at most. width:
         requests in one step at most. waiting: requests in the queue at most. kv_cache: dtype of keys and values in the
-        native engine. draft: a smaller model that proposes up to `guesses` tokens a step, 4 if None, while few requests
-        run; without one `guesses` is what requests look up in their own text. each_waiting, each_running, each_tokens:
-        requests in the queue, requests in a step and positions of the cache of one owner at most. stretch: where
-        several owners have requests, the time of a step at most, in that which equal shares would take; 0 for no bound.
-        precision: of the native engine's activations, see `cpu.CpuRunner`. Raises InputError for sizes that hold
+        native engine. draft: a smaller model that proposes up to `guesses` tokens per step, 4 if None, while few
+        requests run; without one `guesses` is what requests look up in their own text. each_waiting, each_running,
+        each_tokens: requests in the queue, requests in a step and positions of the cache of one owner at most. stretch:
+        where several owners have requests, the time of a step at most, in that which equal shares would take; 0 for no
+        bound. precision: of the native engine's activations, see `cpu.CpuRunner`. Raises InputError for sizes that hold
         nothing, and for a draft of another vocabulary."""
         if cache_tokens < PAGE:
             raise InputError(f"a cache of {cache_tokens} tokens is less than a page; give at least {PAGE}")
@@ -228,7 +228,7 @@ class Engine:
             self.cancel(live)
 
     def submit(self, ask: EngineRequest, sink: Callable[[TokenEvent], None]) -> ActiveRequest:
-        """Puts a request in the queue; `sink` hears its events in the engine's thread and must return at once.
+        """Puts a request in the queue; `sink` receives its events in the engine's thread and must return at once.
 
         Raises InputError where it cannot fit, EngineBusyError where the queue is full or the engine is closing.
         """

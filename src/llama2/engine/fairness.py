@@ -1,4 +1,4 @@
-"""Who comes next where several owners (API keys) share an engine: deficit round robin over tokens. No torch here.
+"""Order of owners (API keys) that share an engine: deficit round robin over tokens. No torch here.
 
 Every owner with something to do has a credit. Each token that is computed for it costs one; when no owner that waits
 has any left, a round begins and each gets the same again (M. Shreedhar and G. Varghese 1995). Who has more comes first,
@@ -92,7 +92,7 @@ class Credits:
 
 
 def share(whole: int, owners: int) -> int:
-    """What each of some owners may have of a whole; never nothing."""
+    """Share of each owner in a total; at least 1."""
     return max(whole // max(owners, 1), 1)
 
 

@@ -175,7 +175,7 @@ class PartOfLlama(LlamaForCausalLM):
     neighbours: int = 1
 
     def plan_runner(self, pages: int) -> "ParallelPlanRunner":
-        """What runs plans on all parts, for the engine in the process of rank 0."""
+        """Returns the runner of plans on all parts, for the engine in the process of rank 0."""
         return ParallelPlanRunner(self, pages)
 
 

@@ -1,4 +1,4 @@
-"""What runs a plan: the native engine over its own pages, or torch (`torch_plan_runner`). No torch here."""
+"""Runners of plans: the native engine over its own pages, or torch (`torch_plan_runner`). No torch here."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

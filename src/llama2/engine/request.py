@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: a request, the events that tell it, and their fold."""
+"""Input and output of the engine: a request, its token events, and their fold."""
 
 import asyncio
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ class EngineRequest:
     rate_prompt: tell the log-probability of each prompt token but the first, as events before the first new token.
     continues: the text goes on from the prompt, so its first space counts; else it stands by itself.
     score_from: nothing is generated; the prompt's tokens from this index on are scored, in one event, and so is each of
-    `endings` in the place of the last one. What stands before may come from the prefix cache, and the last token is not
+    `endings` in place of the last one. What stands before may come from the prefix cache, and the last token is not
     computed, so that a prompt may be one token longer than the context.
     """
 
@@ -88,7 +88,7 @@ class EngineRequest:
 
 @dataclass
 class Completion:
-    """What became of a request."""
+    """The result of a request."""
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -116,7 +116,7 @@ def is_ids(prompts: Sequence[Any]) -> bool:
 
 
 def hand_over(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[TokenEvent]", event: TokenEvent) -> None:
-    """Puts an event into the queue of a loop of another thread; one that has closed hears nothing."""
+    """Puts an event into the queue of a loop of another thread; one that has closed receives nothing."""
     try:
         loop.call_soon_threadsafe(events.put_nowait, event)
     except RuntimeError:  # the loop has closed: nobody listens any more

@@ -90,7 +90,7 @@ class TokenSampler:
         return int(token_B[0]), scores_BV[0]
 
     def guess(self, logits_V: np.ndarray, ahead: int) -> int:
-        """What a smaller model's logits give with the draw of the token `ahead` places behind the next; takes no draw.
+        """Samples from a draft model's logits with the draw of the token `ahead` places after the next; takes no draw.
 
         Penalties and other processors, which may count what they see, are left to the check of the guess.
         """

@@ -1,11 +1,11 @@
 """Which tokens of which sequences run in the next step: plan, run, commit. No torch.
 
-    plan    what is decoding comes first, then prompts in chunks, then whoever waits, oldest first; pages are given as
-            sequences grow, and when none is left the youngest sequence goes back to the queue (its pages stay
+    plan    what is decoding comes first, then prompts in chunks, then waiting sequences, oldest first; pages are given
+            as sequences grow, and when none is left the youngest sequence goes back to the queue (its pages stay
             remembered, so that it usually finds most of them again); of several owners each has its share of places,
             pages and prompt tokens, who has more gives way to who has less, and the step is kept short enough for
-            whoever has little in it (see fairness.py)
-    run     somebody else's: the runner computes the plan's tokens
+            owners with little in it (see fairness.py)
+    run     elsewhere: the runner computes the plan's tokens
     commit  positions are counted as cached, full pages are remembered, sampled tokens appended
 
 Nothing is reserved ahead, yet every sequence ends: it was refused at the door if it could not fit alone.
@@ -239,7 +239,7 @@ class Scheduler:
         return share(self._left(planned), len(owners))
 
     def _plan_prompts(self, planned: dict[ScheduledSequence, Chunk], each: int | None) -> bool:
-        """Plans the running prompts, of each owner so many tokens; whether somebody had to make room."""
+        """Plans the running prompts, of each owner so many tokens; whether a sequence was preempted."""
         crowded = False
         spent: Counter[str] = Counter()
         for sequence in list(self.running):
@@ -302,7 +302,8 @@ class Scheduler:
         return held
 
     def _victim(self, sequence: ScheduledSequence) -> ScheduledSequence:
-        """Who makes room for a running sequence: the youngest of all, or of the owner that has more than its share."""
+        """Returns the sequence to preempt for a running one: the youngest of all, or of the owner that has more than
+        its share."""
         if self._owners < 2 and self.each_pages == self.pool.count:
             return self.running[-1]
         held = self._held()

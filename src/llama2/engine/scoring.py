@@ -1,4 +1,4 @@
-"""What a prompt's tokens are worth under the logits before them, many rows at once."""
+"""Log-probabilities of a prompt's tokens, many rows at once."""
 
 from collections.abc import Sequence
 from typing import Any

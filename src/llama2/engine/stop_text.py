@@ -38,7 +38,7 @@ class StopText:
         return self._release(self._decoder.put(token))
 
     def finish(self) -> str:
-        """What was held back, at the end of the sequence."""
+        """Returns the text held back, at the end of the sequence."""
         if self.stopped:
             return ""
         text = self._release(self._decoder.finish())

@@ -36,7 +36,8 @@ class Stream:
 
 
 def complete(engine: "Engine", asks: Sequence[EngineRequest]) -> list[Completion]:
-    """What becomes of several requests, all at once. Raises the error of one that fails, and ends the others."""
+    """Runs several requests at once and returns their completions. Raises the error of one that fails, and ends the
+    others."""
     streams = [Stream(engine, ask) for ask in asks]
     results = [Completion() for _ in streams]
     try:

@@ -42,7 +42,8 @@ class JudgedPair(NamedTuple):
 
 
 def read_verdict(said: Any) -> Verdict:
-    """What a judge said: a mark such as [[A]], a word, or a rating from 1 to 7 (from 5 on the first is better)."""
+    """Parses a judge's verdict: a mark such as [[A]], a word, or a rating from 1 to 7 (from 5 on the first is
+    better)."""
     if isinstance(said, bool):
         return "unreadable"
     if isinstance(said, int | float):

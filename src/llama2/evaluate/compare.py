@@ -55,7 +55,7 @@ def chunks(ids: Sequence[int], context: int, vocabulary: int, most: int | None =
 def chunk_logits(runner: Runner, device: Any, header: BaseHeader, bos: int | None) -> Iterator[Iterator[Floats]]:
     """For each chunk its logits float32 (n, V), in pieces: those that predict its second half.
 
-    bos: what stands in the place of each chunk's first token, None for itself.
+    bos: what stands in place of each chunk's first token, None for itself.
     """
     for row in header.tokens:
         tokens = torch.tensor(row.tolist(), device=device)

@@ -109,7 +109,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS, or EOS where there is none."""
+        """The token in front of a text without context: BOS, or EOS where there is none."""
         if self._prefix is not None:
             return self._prefix
         bos = self.tokenizer.bos_token_id
@@ -240,7 +240,7 @@ class HarnessModel(TemplateLM):
         return [postprocess_generated_text(text, stop, None) for text, stop in zip(found, stops, strict=True)]
 
     def get_model_info(self) -> dict[str, Any]:
-        """What a result says of the model."""
+        """Returns the description of the model in a result."""
         return {"model_dtype": self._asked["dtype"], "precision": self._precision, "adapter": self._asked["adapter"]}
 
     def close(self) -> None:
@@ -280,7 +280,7 @@ class HarnessModel(TemplateLM):
         return width
 
     def _identity(self) -> Any:
-        """What tells this model's files, and its adapter's, from others of the same paths."""
+        """Identifies this model's files, and its adapter's, among others of the same paths."""
         if not self._path:
             return repr(type(self._pretrained))
         adapter = self._asked["adapter"]

@@ -31,7 +31,7 @@ Floats = NDArray[np.float32]
 
 
 class BaseHeader(NamedTuple):
-    """What a base file holds: `tokens` int32 (chunks, context)."""
+    """Header of a base file: `tokens` int32 (chunks, context)."""
 
     context: int
     vocabulary: int

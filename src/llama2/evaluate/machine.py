@@ -1,4 +1,4 @@
-"""What the machine is and what it can do at best: its processor, its limits, who else is busy, the energy it counts.
+"""The machine and its limits: its processor, its limits, who else is busy, the energy it counts.
 
 No torch. What a machine does not tell is None, never a guess.
 """

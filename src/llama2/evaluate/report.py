@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What one command measured. models: what is known of each model, by the name that rows have."""
+    """Results of one command. models: a description of each model, by the name that rows have."""
 
     command: str
     rows: Sequence[Row]

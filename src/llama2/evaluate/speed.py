@@ -44,7 +44,8 @@ class SpeedTest(NamedTuple):
 
 @dataclass
 class Samples:
-    """What the repetitions of a test took: seconds each; others' share of the processors and joules of all together."""
+    """Timings of the repetitions of a test: seconds each; others' share of the processors and joules of all
+    together."""
 
     test: SpeedTest
     seconds: list[float] = field(default_factory=list)
@@ -126,7 +127,7 @@ class SpeedBench:
         return torch.randint(0, self.model.config.vocab_size, (rows, tokens), generator=self._draws)
 
     def limits(self) -> machine.Limits | None:
-        """What the machine can do with these threads; None where torch computes, whose limits are its libraries'."""
+        """The machine's limits with these threads; None where torch computes, whose limits are its libraries'."""
         return machine.limits(self.runner.weights.pool) if isinstance(self.runner, NativeRunner) else None
 
     def arithmetic(self, packed: bool) -> int:

@@ -1,4 +1,4 @@
-"""What is evaluated: lm-eval's tasks, groups of them as papers and leaderboards run them, and files of your own.
+"""Tasks of an evaluation: lm-eval's tasks, groups of them as papers and leaderboards run them, and files of your own.
 
 A data set is read from the hub, from `data_dir`, or from the file that a task names; what cannot be read is one
 InputError, before any model is loaded.

@@ -23,7 +23,7 @@ _ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 
 class Among(Protocol):
-    """What draws a token a row from the few that are left: (their ids and probabilities, the vocabulary, how far these
+    """Draws one token per row from the few candidates: (their ids and probabilities, the vocabulary, how far these
     may be wrong) -> tokens, or None where that decides."""
 
     def __call__(self, rows: list[Shortlisted], vocabulary: int, margin: float, /) -> list[int] | None: ...
@@ -52,7 +52,7 @@ class Shortlist:
                 self.top_p, self.keep = one.top_p, one.min_tokens_to_keep
 
     def __call__(self, scores_BV: Array) -> list[int] | None:
-        """A token a row, or None: the filters and the sampler have to say, which then draw the same."""
+        """A token per row, or None: the filters and the sampler have to say, which then draw the same."""
         if not isinstance(scores_BV, np.ndarray):
             if scores_BV.device.type != "cpu":
                 return None
@@ -117,7 +117,8 @@ def whole_draw(processors: LogitsProcessorList, sampler: SeededSampler) -> Whole
 def split(
     processors: LogitsProcessorList, sampler: DrawsAmong
 ) -> tuple[LogitsProcessorList, LogitsProcessorList, Shortlist | None]:
-    """What comes before the last filters, these filters, and what does their and the sampler's work at once.
+    """Splits processors: those before the last filters, these filters, and the fused replacement of filters and
+    sampler.
 
     There is no such thing, and no filter split off, without a draw, without top-k, or with a filter of another kind or
     a processor behind them.

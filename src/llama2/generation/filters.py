@@ -194,7 +194,7 @@ class EtaLogitsWarper(_Filter):
 
 @dataclass
 class Prompt:
-    """What processors need to know of the prompt: ids (rows, P), and which are real (None: all)."""
+    """The prompt as processors see it: ids (rows, P), and which are real (None: all)."""
 
     ids: Array
     mask: Array | None = None

@@ -1,9 +1,8 @@
 """generate(): continue prompts, with the arguments and results of `transformers`.
 
 A call is checked and laid out once (`request`), then runs through one of three loops: greedy and sampling here, beams
-in `beam`, drafts in `speculative`. The loop here is a generator of events, one a token, which `generate`, streamers and
-the command line all consume.
-"""
+in `beam`, drafts in `speculative`. The loop here is a generator of events, one per token, which `generate`, streamers
+and the command line all consume."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -75,7 +74,8 @@ def decode(request: Request) -> Iterator[Step]:
 
 
 def _picker(request: Request) -> Callable[[Tensor, Tensor, list[bool]], tuple[Tensor, list[int]]]:
-    """What picks a token of each row, as a tensor and as ints, from logits (B, V) behind ids (B, S)."""
+    """Returns the function that picks a token per row, as a tensor and as ints, from logits (B, V) behind ids (B,
+    S)."""
     whole: tuple[LogitsProcessorList, LogitsProcessorList, Shortlist | None]
     whole = request.processors, LogitsProcessorList(), None
     before, filters, shortlist = (
@@ -150,7 +150,7 @@ def generate(
 
     Keywords are fields of GenerationConfig, which win over `generation_config`, and: attention_mask (B, P) with the
     padding on the left, position_ids, inputs_embeds (B, P, D; the result then holds new tokens only), past_key_values,
-    tokenizer (for stop_strings), seed (an int or one a row: a row's draws are then the same alone and in any batch),
+    tokenizer (for stop_strings), seed (an int or one per row: a row's draws are then the same alone and in any batch),
     generator, runner ("auto", "native", "torch", or "plain": torch without CUDA graphs), precision ("fast", or "exact":
     activations stay float32 in the native engine). Without any length setting 20 new tokens come. With
     return_dict_in_generate an object with scores, logits and caches comes back. Raises InputError for what cannot work:

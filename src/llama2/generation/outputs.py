@@ -1,4 +1,4 @@
-"""What generate() keeps of each step.
+"""Records of generate()'s steps.
 
 B rows, T new tokens of a step, S positions, H heads, D model, V vocabulary.
 """
@@ -15,7 +15,7 @@ from llama2.runners.prepared import PreparedRunner
 
 @dataclass
 class Record:
-    """What the caller asked to keep of each step."""
+    """The records of each step that the caller requested."""
 
     scores: list[Tensor] | None = None
     logits: list[Tensor] | None = None
@@ -46,12 +46,12 @@ class Record:
                 )
 
     def fields(self) -> dict[str, tuple[Any, ...]]:
-        """What was kept, as the fields of an output."""
+        """Returns the records, as the fields of an output."""
         return {name: tuple(kept) for name, kept in vars(self).items() if kept is not None}
 
 
 def _rows_at(weights: tuple[Tensor, ...] | None, place: int | None) -> tuple[Tensor, ...] | None:
-    """What new token `place` of T attended to, (B, H, 1, S - its followers) a layer; all of it for None."""
+    """Attention of new token `place` of T, (B, H, 1, S - its followers) a layer; all of it for None."""
     if weights is None or place is None:
         return weights
     behind = weights[0].shape[2] - 1 - place

@@ -36,7 +36,8 @@ def given_cache(cache: Any, config: GenerationConfig, rows: int, context: int) -
 def cache_to_run(
     given: Any, runner: Runner, config: GenerationConfig, rows: int, length: int, context: int, mask: Tensor | None
 ) -> Any:
-    """What the runner fills, None for none: with room for `length` columns of `rows` rows, all but the last cached."""
+    """Returns the cache for the runner, None for none: with room for `length` columns of `rows` rows, all but the last
+    cached."""
     if not config.value("use_cache"):
         return None
     if given is None:

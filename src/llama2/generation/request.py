@@ -283,7 +283,7 @@ def _runner(
 
 
 def _needs_torch(call: GenerateArguments, config: GenerationConfig, mask: Tensor | None) -> str:
-    """What of this call the native engine cannot do, or ""."""
+    """Returns the part of this call that the native engine cannot do, or ""."""
     if mask is not None and not bool(mask[:, -1].all()):
         return "padding on the right"
     if call.inputs_embeds is not None:

@@ -18,7 +18,7 @@ class Sampler:
     """Picks the next token of each row: the likeliest, or a draw.
 
     Without `seeds` the draw is torch.multinomial with `generator` or torch's global state, the same numbers that
-    transformers draws. With `seeds` (one a row) it is that of a `SeededSampler`.
+    transformers draws. With `seeds` (one per row) it is that of a `SeededSampler`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Sampler:
         return self.draw(scores_BV.softmax(-1), peak_B), peak_B
 
     def draw(self, p_BV: Tensor, peak_B: Tensor | None = None) -> Tensor:
-        """One token a row from probabilities; rows whose peak is not finite get an arbitrary one."""
+        """One token per row from probabilities; rows whose peak is not finite get an arbitrary one."""
         if self._seeded is not None:
             found: Tensor = self._seeded.draw(p_BV, peak_B)
             return found
@@ -54,7 +54,7 @@ class Sampler:
         return torch.multinomial(p_BV, 1, generator=self.generator).squeeze(1)
 
     def among(self, rows: Sequence[Shortlisted], vocabulary: int, margin: float) -> list[int] | None:
-        """As `draw`, a token a row, from ids in ascending order with their probabilities.
+        """As `draw`, a token per row, from ids in ascending order with their probabilities.
 
         None where probabilities `margin` away could give another: the next `draw` then uses the same random numbers.
         """
@@ -89,7 +89,7 @@ class Sampler:
 
     @cached_property
     def _generators(self) -> list[torch.Generator]:
-        """One a row, at the beginning of the numbers that its seed gives."""
+        """One per row, at the beginning of the numbers that its seed gives."""
         return [torch.Generator().manual_seed(seed) for seed in self._seeds or ()]
 
     def exponential(self, like_BV: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Uniform:
 class SeededSampler:
     """Picks the next token of each row: the likeliest, or a draw from a stream of numbers that the row's seed begins.
 
-    A draw takes one number a row, so it depends neither on the rest of the batch nor on the device.
+    A draw takes one number per row, so it depends neither on the rest of the batch nor on the device.
     """
 
     _BLOCK = 64  # numbers drawn ahead for each row
@@ -52,14 +52,14 @@ class SeededSampler:
             return self.draw(NUMPY.softmax(scores_BV), peak_B), peak_B
 
     def draw(self, p_BV: Array, peak_B: Array | None = None) -> Array:
-        """One token a row from probabilities; rows whose peak is not finite get an arbitrary one."""
+        """One token per row from probabilities; rows whose peak is not finite get an arbitrary one."""
         arrays = of(p_BV)
         if peak_B is not None:
             p_BV = arrays.where(arrays.finite(peak_B)[:, None], p_BV, arrays.full_like(p_BV, 1.0))
         return arrays.inverse(p_BV, self.uniform())
 
     def among(self, rows: Sequence[Shortlisted], vocabulary: int, margin: float) -> list[int] | None:
-        """As `draw`, a token a row, from ids in ascending order with their probabilities.
+        """As `draw`, a token per row, from ids in ascending order with their probabilities.
 
         None where probabilities `margin` away could give another: the next `draw` then uses the same numbers.
         """
@@ -109,7 +109,7 @@ def likeliest(scores_BV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def row_seeds(seed: int | Sequence[int] | None, prompts: int, returned: int) -> list[int] | None:
     """A seed for each of prompts * returned rows.
 
-    An int s gives row i the seed s + i, so row i alone is `seed=s + i`. A list has one seed s a prompt, whose j-th
+    An int s gives row i the seed s + i, so row i alone is `seed=s + i`. A list has one seed s per prompt, whose j-th
     returned sequence gets s + j, or one for every row.
     """
     seed = plain(seed)

@@ -26,7 +26,7 @@ class DraftSource(Protocol):
         """At most `most` ids (n,) to follow ids (1, S), and what they were drawn from (n, V); None: certain."""
 
     def learn(self, proposed: int, accepted: int) -> None:
-        """Hears how many of its last proposal were accepted."""
+        """Receives how many of its last proposal were accepted."""
 
 
 class PromptLookup:
@@ -185,7 +185,7 @@ def _choose(request: Request, scores: Tensor, draft: Tensor | None, q_V: Tensor 
 
 @torch.no_grad()
 def speculate(request: Request, drafter: DraftSource, put: Callable[[Tensor], None] | None = None) -> int:
-    """Fills `request.ids` and returns how many columns of it are used; `put` hears each new token (1,).
+    """Fills `request.ids` and returns how many columns of it are used; `put` receives each new token (1,).
 
     Raises InputError for more than one row, without a dynamic cache, and where no token can be picked.
     """

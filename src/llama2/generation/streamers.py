@@ -58,14 +58,14 @@ class WindowDecoder:
         return new
 
     def finish(self) -> str:
-        """What was held back."""
+        """Returns the text held back."""
         rest = self._text(self._window)[len(self._text(self._window[: self._done])) :]
         self._done = len(self._window)
         return rest
 
 
 class BaseStreamer:
-    """What generate() calls."""
+    """Interface of a streamer of generate()."""
 
     def put(self, value: Any) -> None:
         """Takes the prompt (1, P) first, then the new ids (1,) of each step."""

@@ -26,7 +26,7 @@ _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_
 
 
 def activations() -> dict[str, TensorPart]:
-    """What files hold of the inputs and outputs of a linear, which here stay floats."""
+    """Names of tensors that describe activations of a linear, which stay floats here."""
     return {name: TensorPart((*FLOATS, *FLOAT8, torch.int8, torch.uint8), None, True, False) for name in _ACTIVATIONS}
 
 

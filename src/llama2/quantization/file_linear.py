@@ -20,8 +20,8 @@ FLOATS: Dtypes = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class TensorPart:
-    """What a tensor must be. shape: None for any. optional: whether a file may lack it. read: whether it is part of the
-    weight; the others (scales of activations) are left out of the layer."""
+    """Requirements on a tensor. shape: None for any. optional: whether a file may lack it. read: whether it is part of
+    the weight; the others (scales of activations) are left out of the layer."""
 
     dtypes: Dtypes
     shape: tuple[int, ...] | None
@@ -82,7 +82,7 @@ class FileLinear(PackedLinear):
         )
 
     def form(self) -> Form:
-        """What the tensors mean."""
+        """Returns the decoded form of the tensors."""
         return self._reader.form(self.packed, (self.out_features, self.in_features), self.settings)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -108,7 +108,7 @@ class FileLinear(PackedLinear):
         return name
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Returns the text that print(model) shows."""
         return f"{super().extra_repr()}, {self.format_name}"
 
 

@@ -1,4 +1,4 @@
-"""What the tensors of a packed linear mean, whatever file they came from: integers, codes of a table, or small floats.
+"""Decoded forms of a packed linear, for every file format: integers, codes of a table, or small floats.
 
 A format's reader makes one of these from the tensors of a file; the form unpacks the weight, and says how the native
 engine takes it. N rows, K columns, G groups of columns.
@@ -29,7 +29,7 @@ class Integers:
     """w = scale * (code - zero), or scale * code + minimum.
 
     codes (N, K) uint8; scales (N, G) of any float dtype; zeros (N, G) whole numbers or floats; minima (N, G), given
-    in the place of zeros. bits: codes are below 2^bits. index (K,): the group of each column, None where groups are
+    in place of zeros. bits: codes are below 2^bits. index (K,): the group of each column, None where groups are
     runs of `group` columns. arithmetic: the dtype of the steps where that is what the format's own tool rounds to.
     """
 

@@ -25,7 +25,7 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 
 class Tile(NamedTuple):
-    """What one program of a product reads at a time: rows of W, spans (or bytes) of K; and how it runs.
+    """The tile of one program of a product: rows of W, spans (or bytes) of K; and how it runs.
 
     stages: tiles in flight. programs: that a product is divided into at least, where K is long enough; an H100 has 132
     processors.

@@ -25,7 +25,7 @@ def _halves(pairs: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def lookup_planes(table: tl.tensor, n: tl.tensor) -> tl.tensor:
-    """The table's eight words of low bytes and of high bytes, which stand after its 16 float32; one a row n of W.
+    """The table's eight words of low bytes and of high bytes, which stand after its 16 float32; one per row n of W.
 
     Loaded from an address that seems to depend on n: equal in all threads they would go to uniform registers, from
     which prmt cannot read, and be copied before each.

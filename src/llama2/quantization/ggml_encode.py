@@ -55,7 +55,7 @@ def usable(importance: Tensor, columns: int) -> Tensor:
     if importance.shape != (columns,):
         raise InputError(
             f"the importance has shape {tuple(importance.shape)}, but the weights have {columns} columns; "
-            "give one number a column, of the layer that it was measured for"
+            "give one number per column, of the layer that it was measured for"
         )
     x = importance.detach().to("cpu", torch.float64)
     if not (x.isfinite().all() and (x >= 0).all()):

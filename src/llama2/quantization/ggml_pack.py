@@ -17,7 +17,7 @@ from llama2.quantization.ggml import BlockType
 
 @dataclass(frozen=True)
 class Layout:
-    """What a type can store. Codes run from `low` to `high`, group scales from scales[0] to scales[1] (None: there are
+    """Value range of a type. Codes run from `low` to `high`, group scales from scales[0] to scales[1] (None: there are
     none), minima from 0 to the same bound; `affine`: whether there is a minimum, free in sign without groups. trials:
     how a group's values are spread in the attempts of the search (`ggml_search.fit`)."""
 

@@ -72,7 +72,7 @@ def _inverse(x: Tensor) -> Tensor:
 
 
 def half(x: Tensor) -> Tensor:
-    """What is left of a factor when it is stored as float16."""
+    """Rounds a factor to float16."""
     return x.clamp(-65504, 65504).half().float()
 
 

@@ -2,7 +2,7 @@
 
 A tensor of the file is one buffer, uint8 (rows, row_bytes), called "weight.Q4_0" after its type, so that a state dict
 says by itself how it is read. The buffer may be a view of the mapped file: q and k then lie in the file's order of rows
-(`heads` says of how many heads) until somebody asks for the weight or the state dict, which are in the model's order.
+(`heads` says of how many heads) until the weight or the state dict is read, which are in the model's order.
 A float matrix of another dtype than the model computes in is a block type as well: F16, BF16, F32.
 
 The head of a tied model holds nothing itself: it reads the rows of the embedding.
@@ -135,7 +135,7 @@ class GgufLinear(PackedLinear):
         raise AssertionError("GGUF's blocks have no kernels on a GPU")
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Returns the text that print(model) shows."""
         return f"{super().extra_repr()}, {self.kind}{'' if self.__dict__['tied'] is None else ', tied'}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -186,7 +186,7 @@ class GgufEmbedding(PackedTensors, nn.Embedding):  # type: ignore[override]
         return dequantize(chosen, self.kind, like.dtype).view(*input.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Returns the text that print(model) shows."""
         return f"{super().extra_repr()}, {self.kind}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:

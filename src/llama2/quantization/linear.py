@@ -24,7 +24,7 @@ class Fused(Protocol):
         """Whether `product` is worth taking for this shape and format and so many rows of x."""
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """What the layer's `dequantize` gives."""
+        """Returns the result of the layer's `dequantize`."""
 
     def product(self, x: Tensor) -> Tensor:
         """x (M, K) W^T (M, N), M from 1 to 16."""
@@ -41,7 +41,8 @@ def kernels_run(device: torch.device) -> bool:
 
 
 class PackedTensors(nn.Module):
-    """What layers of packed tensors share: buffers that never change their dtype, and a weight that can be looked at.
+    """Base class of layers of packed tensors: buffers that never change their dtype, and a weight that can be looked
+    at.
 
     The buffers have the names that files give them, with dots; those that are not persistent are no packed tensors.
     """
@@ -177,7 +178,7 @@ class PackedLinear(PackedTensors, nn.Linear, ABC):  # type: ignore[override]
         return type(self).__name__
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Returns the text that print(model) shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
@@ -188,7 +189,7 @@ _READABLE = frozenset(
 
 
 class _Codes(Tensor):
-    """Packed codes in the place of a weight: what they are can be read, nothing can be computed with them."""
+    """Packed codes in place of a weight: what they are can be read, nothing can be computed with them."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

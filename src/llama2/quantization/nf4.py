@@ -155,7 +155,7 @@ class Linear4bit(PackedLinear):
         return super().forward(x.to(dtype)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Returns the text that print(model) shows."""
         double = ", double quantisation" if self.state.nested else ""
         return f"{super().extra_repr()}, {self.state.kind}, block={self.state.block}{double}"
 
@@ -172,8 +172,8 @@ class Linear4bit(PackedLinear):
 
 @dataclass(frozen=True)
 class _State:
-    """What the JSON says: "nf4" or "fp4", values of a block, and of double quantisation blocks of a block (0: without)
-    and what is added."""
+    """The quantisation state of the JSON: "nf4" or "fp4", values of a block, and of double quantisation blocks of a
+    block (0: without) and what is added."""
 
     kind: str
     block: int

@@ -2,7 +2,7 @@
 
 A reader of files makes one of three from its arrays; each refuses what cannot be right, and `pack` turns it into a
 matrix of the engine without losing a bit. Bytes that one token reads per weight: NF4 and FP4 4.5 bits, groups of 128
-4.25 (of 64 4.5, of 32 5, one a row 4), 8-bit groups of 128 8.25, int8 rows 8.
+4.25 (of 64 4.5, of 32 5, one per row 4), 8-bit groups of 128 8.25, int8 rows 8.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ GPTQ_SPAN = 32  # columns that a kernel takes at once: a group is a multiple of 
 
 
 class PackableWeight(Protocol):
-    """What `CpuWeights.pack_codes` takes."""
+    """Argument of `CpuWeights.pack_codes`."""
 
     def pack(self, arena: Any, pool: Any) -> Any: ...
 

@@ -31,7 +31,7 @@ _SCHEMA: Schema = {
 
 @dataclass
 class FileSettings(QuantizationConfig):
-    """What read-only formats share: the content of the file, checked."""
+    """Base class of the settings of read-only formats: the content of the file, checked."""
 
     content: Mapping[str, Any] = field(default_factory=dict)
 
@@ -120,7 +120,7 @@ _CACHE_SCALES = ("k_scale", "v_scale", "kv_scale", "q_scale", "prob_scale", "k_z
 
 
 class _Float8Settings(FileSettings):
-    """What formats with 8-bit activations share: tensors that scale activations and KV caches describe no weight."""
+    """Base class of formats with 8-bit activations: tensors that scale activations and KV caches describe no weight."""
 
     def describes_others(self, name: str) -> bool:
         """As QuantizationConfig.describes_others."""
@@ -194,7 +194,7 @@ class CompressedTensorsConfig(_Float8Settings):
 
     @property
     def strategy(self) -> str:
-        """What shares a scale: tensor, channel, group, block."""
+        """The unit that shares a scale: tensor, channel, group, block."""
         return str(self.weights.get("strategy") or ("group" if self.weights.get("group_size") else "tensor"))
 
     def group(self, columns: int) -> int:

@@ -40,7 +40,7 @@ def calibrate(
 ) -> Calibration:
     """Windows of `data`: a file, texts (or lists of chat messages), or None for the text that comes with the package.
 
-    A .jsonl file has an object a line, with "text" or "messages" (which go through the chat template); any other is
+    A .jsonl file has an object per line, with "text" or "messages" (which go through the chat template); any other is
     plain text. Fewer than `samples` windows come back where the text is short. Raises InputError where it is too short
     for one, and for what cannot be read.
     """
@@ -103,7 +103,7 @@ def _rows(path: Path, text: str) -> Iterator[Any]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise InputError(f"{path}, line {number}, is not JSON ({error}); give an object a line") from error
+            raise InputError(f"{path}, line {number}, is not JSON ({error}); give an object per line") from error
         found = row.get("text", row.get("messages")) if isinstance(row, dict) else None
         if not isinstance(found, str | list):
             raise InputError(f'{path}, line {number}, has neither "text" (a string) nor "messages" (a list)')

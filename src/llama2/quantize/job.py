@@ -314,7 +314,7 @@ class Job:
         return every
 
     def _stored(self, path: str) -> torch.dtype:
-        """What the source stores the weight in; bfloat16 where that is blocks."""
+        """Returns the dtype of the weight in the source; bfloat16 for blocks."""
         return DTYPES.get(self.source.tensors[f"{path}.weight"].type, torch.bfloat16)
 
     def _head(self) -> None:

@@ -24,7 +24,7 @@ _NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Measured:
-    """perplexity of `tokens` predicted tokens, and decoded tokens a second."""
+    """perplexity of `tokens` predicted tokens, and decoded tokens per second."""
 
     perplexity: float
     tokens: int

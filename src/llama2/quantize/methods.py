@@ -1,4 +1,4 @@
-"""What a method makes of one linear: the tensors of the file, and the weight that they mean."""
+"""Result of a method for one linear: the tensors of the file, and the weight that they mean."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

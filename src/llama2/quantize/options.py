@@ -1,4 +1,4 @@
-"""What a quantisation is asked to do, checked before anything is read."""
+"""Options of a quantisation, checked before anything is read."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +21,15 @@ class QuantizationSettings:
     """How to quantise.
 
     method: "gptq", "awq" and "w4a16" (the same integers as AWQ and compressed-tensors lay them out), "fp8" (of
-    compressed-tensors, a scale a row), "nf4", "fp4", "int8", or "gguf:" and a block type. bits, group_size, act_order,
-    static_groups, sym, mse, passes, damp, format: of gptq; group_size -1 for whole rows, None for the largest of 128,
-    64, 32 that divides every width; mse: search each group's scale; passes: see quant.solve. double_quant: of nf4 and
-    fp4.
-    calibrate: round with the inputs in mind, None: gptq and gguf do. solve: of gguf, compensate errors with the
-    Hessian; else they are weighed by an importance matrix. samples windows of `length` tokens, drawn by `seed`.
-    true_sequential: each group of linears sees inputs that those before it in the layer, already quantised, give it.
-    token_weights: tokens count by the attention that they receive, and none by its size (see layer.py); else all alike,
-    as in the paper. precision: of the products that run the layers. shard_size: of the result. eval_tokens: how many
-    tokens of the held-out text are measured, 0: none.
-    """
+    compressed-tensors, a scale per row), "nf4", "fp4", "int8", or "gguf:" and a block type. bits, group_size,
+    act_order, static_groups, sym, mse, passes, damp, format: of gptq; group_size -1 for whole rows, None for the
+    largest of 128, 64, 32 that divides every width; mse: search each group's scale; passes: see quant.solve.
+    double_quant: of nf4 and fp4. calibrate: round with the inputs in mind, None: gptq and gguf do. solve: of gguf,
+    compensate errors with the Hessian; else they are weighed by an importance matrix. samples windows of `length`
+    tokens, drawn by `seed`. true_sequential: each group of linears sees inputs that those before it in the layer,
+    already quantised, give it. token_weights: tokens count by the attention that they receive, and none by its size
+    (see layer.py); else all alike, as in the paper. precision: of the products that run the layers. shard_size: of the
+    result. eval_tokens: how many tokens of the held-out text are measured, 0: none."""
 
     method: str = "gptq"
     bits: int = 4
@@ -101,7 +99,8 @@ class QuantizationSettings:
         return self.token_weights and (self.solve or self.kind != "gguf")
 
     def settings(self, config: LlamaConfig, dtype: str) -> QuantizationConfig | None:
-        """What config.json will say; None for gguf. Raises InputError for groups that do not fit the model."""
+        """Returns the settings for config.json; None for gguf. Raises InputError for groups that do not fit the
+        model."""
         if self.kind == "gguf":
             return None
         if self.kind == "gptq":

@@ -1,4 +1,4 @@
-"""What a quantisation did, in numbers: as JSON beside the result and as a picture of the errors."""
+"""Report of a quantisation: as JSON beside the result and as a picture of the errors."""
 
 import html
 import json

@@ -16,7 +16,7 @@ from llama2.quantization_config import QuantizationConfig
 
 
 class QuantizedCheckpoint(SeenCheckpoint):
-    """`source` with the tensors of the files `made` in the place of the weights they replace.
+    """`source` with the tensors of the files `made` in place of the weights they replace.
 
     config: what config.json is to say. blocks: of GGUF, {tensor: block type}, and `made` holds packed rows.
     """

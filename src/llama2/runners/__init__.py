@@ -1,1 +1,1 @@
-"""Who computes a step: torch, CUDA graphs, the native engine, all behind one contract."""
+"""Runners compute a step: torch, CUDA graphs, the native engine, all behind one contract."""

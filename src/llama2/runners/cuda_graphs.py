@@ -93,7 +93,7 @@ def _stream(device: torch.device) -> int:
 
 
 def signature(model: nn.Module) -> tuple[Any, ...] | None:
-    """What a recorded step depends on beside its inputs; None where the step has to run in Python.
+    """Returns what a recorded step depends on besides its inputs; None where the step must run in Python.
 
     That is: whatever `plain_network.difference` names (said once), training mode, several devices, packed weights
     that torch unpacks (which waits for the device), RoPE whose base follows the length, flash_attention_2 (which reads

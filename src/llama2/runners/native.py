@@ -440,7 +440,7 @@ _TORCH_RUNS = "torch runs this model, not the native engine"
 
 
 def kept_in(model: Any) -> cpu.KvDtype:
-    """What the engine keeps keys and values of `model` in unless told: float32 for float32 weights, else bfloat16, and
+    """Returns the default dtype of keys and values for `model`: float32 for float32 weights, else bfloat16, and
     so for GGUF's blocks, whatever dtype torch computes in."""
     if isinstance(model, cpu.CpuModel):
         return model.cache_dtype

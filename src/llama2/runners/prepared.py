@@ -71,7 +71,7 @@ class PreparedRunner:
         return logits
 
     def _keep(self, cache: DynamicCache | StaticCache, grown: Any, end: int) -> None:
-        """Takes over what the model filled in the place of `cache`."""
+        """Takes over what the model filled in place of `cache`."""
         if grown is not None and grown is not cache:
             cache.crop(0)
             for index, (keys, values, *_) in enumerate(grown):

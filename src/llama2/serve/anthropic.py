@@ -219,7 +219,7 @@ def _result(block: Block) -> str:
 
 
 class MessageReply:
-    """What a whole answer and a stream have in common."""
+    """Base class of a full reply and a stream."""
 
     def __init__(self, begun: openai_chat.Begun) -> None:
         self.begun, self.id = begun, f"msg_{secrets.token_hex(12)}"

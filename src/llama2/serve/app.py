@@ -49,7 +49,7 @@ DIALECTS: tuple[Dialect, ...] = (
 
 
 def dialect_at(path: str) -> Dialect:
-    """Who tells the errors of a path: whose route it is, else the longest prefix."""
+    """Returns the dialect of a path's errors: that of its route, else of the longest prefix."""
     for dialect in DIALECTS:
         if any(route.path == path for route in dialect.routes):
             return dialect

@@ -19,7 +19,7 @@ class Keys:
 
     A file has one key a line, as `KEY` or as `NAME: KEY`: a colon and white space end a name, and every other colon
     belongs to the key, as every # does but one that begins a line, which is a comment. A file that cannot be read, or
-    has a line that is no key, opens nothing until it is right again: whoever removed a key meant it.
+    has a line that is no key, opens nothing until it is right again: a removed key is revoked.
     """
 
     def __init__(self, given: Sequence[str] = (), file: Path | None = None) -> None:
@@ -36,7 +36,7 @@ class Keys:
         return bool(self._given) or self._file is not None
 
     def owner(self, header: str | None) -> str | None:
-        """Who the key in an Authorization header belongs to, or None where it opens nothing.
+        """Returns the owner of the key in an Authorization header, or None where it opens nothing.
 
         The owner is a digest of the key itself: what is kept for it is found by this key and no other, wherever in
         the file it stands.
@@ -80,7 +80,7 @@ class Keys:
                         "%s:%d: the colon belongs to the key; a name is `NAME: KEY`, with a space", file, i + 1
                     )
         if not found:
-            raise InputError(f"{file} holds no key; write one a line, or leave the option out")
+            raise InputError(f"{file} holds no key; write one per line, or leave the option out")
         self._from_file, self._stamp, self._trouble = found, stamp, ""
 
 

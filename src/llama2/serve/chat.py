@@ -159,7 +159,7 @@ class Tools:
         return ["start: TEXT | calls | TEXT calls", rf"TEXT: /(.|\n)+/{other}"]
 
     def instruction(self) -> str:
-        """What tells a model whose template knows no tools."""
+        """Returns the instruction for a model whose template knows no tools."""
         told = [{"name": f.name, "description": f.description or "", "parameters": f.takes} for f in self.functions]
         rule = "Answer with nothing but" if self.choice == "required" else "To call one, answer with nothing but"
         more = " Write one call per line." if self.several else ""
@@ -260,7 +260,7 @@ def prompt_ids(
 ) -> tuple[int, ...]:
     """The ids of a conversation whose next words are the model's; with `continues` they go on with the last message.
 
-    variables: further ones of the template. warnings: hears of what was changed. Raises Refusal where there is no
+    variables: further ones of the template. warnings: receives what was changed. Raises Refusal where there is no
     template or it refuses the messages.
     """
     tokenizer = model.tokenizer

@@ -1,4 +1,4 @@
-"""What bodies of every dialect have in common: how tokens are chosen, what an answer is held to, how long it may be.
+"""Fields that the bodies of every dialect share: sampling, constraints on the answer, its length.
 
 A dialect reads its own body; what means the same in several of them stands here, under one name. `Common.request` makes
 the GenerationRequest, so that every bound and every rounding is applied in one place.
@@ -168,7 +168,7 @@ class Common(Body):
         return found
 
     def constraint(self) -> Constraint | None:
-        """What an answer is held to. Raises Refusal, also where several forms are asked for."""
+        """Returns the constraint on an answer. Raises Refusal, also where several forms are asked for."""
         given: dict[str, Constraint | None] = {
             "response_format": self.response_format.constraint() if self.response_format else None,
             "grammar": grammar(self.grammar) if self.grammar else None,

@@ -42,7 +42,7 @@ class ConstraintError(InputError):
 
 @dataclass(frozen=True)
 class Constraint:
-    """What an answer must look like: JSON text of a schema, a regular expression, or a grammar in llguidance's Lark.
+    """Constraint on an answer: JSON text of a schema, a regular expression, or a grammar in llguidance's Lark.
 
     strict: a schema with something that cannot be held is refused, where else it is held to the rest. warnings: of what
     was left out of it already.

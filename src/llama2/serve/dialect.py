@@ -1,4 +1,4 @@
-"""What an HTTP API is to the server: its routes, and how it tells that a request is refused.
+"""The interface of an HTTP API: its routes, and its error bodies.
 
 Adding an API is one file that ends in a `Dialect`, and its row in `app.DIALECTS`. Its handlers turn a body into a
 `GenerationRequest`, and its writer (`sse.Writer`) turns the engine's events into bytes. Keys, quotas, bounds, the

@@ -40,7 +40,7 @@ class EmbeddingBody(Body):
 def embed(served: ServedModel, body: EmbeddingBody, pooling: str | None = None) -> dict[str, Any]:
     """The answer. Raises Refusal where the model tells no hidden states, and for inputs that do not fit.
 
-    pooling: of whoever asks for the route's; the body's own counts first.
+    pooling: the route's default; the body's own counts first.
     """
     model = served.engine.model
     if hasattr(model, "plan_runner"):

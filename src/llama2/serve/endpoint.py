@@ -1,4 +1,4 @@
-"""What surrounds every route alike: its key, its body within bounds, its refusals, its place in a drain."""
+"""The wrapper of every route: API key, body size, errors, and the count for a drain."""
 
 import json
 from collections.abc import Awaitable, Callable

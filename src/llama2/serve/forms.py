@@ -35,7 +35,7 @@ class ResponseFormat(Body):
     value: dict[str, Any] | Text | None = None
 
     def constraint(self) -> Constraint | None:
-        """What the answer must look like. Raises Refusal where a schema or expression is missing."""
+        """Returns the constraint on the answer. Raises Refusal where a schema or expression is missing."""
         if self.type == "text":
             return None
         if self.type in ("regex", "grammar"):
@@ -70,7 +70,7 @@ class StructuredOutputs(Body):
     structural_tag: Any = None
 
     def constraints(self) -> dict[str, Constraint]:
-        """What it asks for, by name. Raises Refusal."""
+        """Returns the requested constraints, by name. Raises Refusal."""
         if self.structural_tag is not None:
             raise Refusal(
                 "validation", "structured_outputs.structural_tag is not supported; use tools", "structured_outputs"

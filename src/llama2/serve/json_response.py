@@ -1,7 +1,7 @@
 """Large answers: made into JSON beside the event loop, and piece by piece.
 
 Python's encoder keeps the interpreter's lock until it is done: a list of a hundred thousand tokens would hold up every
-stream for a tenth of a second. Between two pieces the lock goes to whoever waits for it.
+stream for a tenth of a second. Between two pieces the lock is released.
 """
 
 import json
@@ -35,7 +35,7 @@ def pieces(content: Any) -> Iterator[str]:
 
 
 def answer(task: Callable[..., Any], *args: Any) -> Response:
-    """What a task returns, as a response; for the threads beside the event loop."""
+    """Returns a task's result as a response; for the threads beside the event loop."""
     body = "".join(pieces(task(*args))).encode()
     return Response(body, media_type="application/json")
 

@@ -1,6 +1,6 @@
 """Fields of requests that clients of other servers send: which are another name for one of ours, and which say nothing.
 
-What is in none of these tables is unknown: it is ignored with a warning, or refused, as whoever runs the server chose.
+What is in none of these tables is unknown: it is ignored with a warning, or refused, as the operator chose.
 """
 
 from collections.abc import Mapping

@@ -25,7 +25,7 @@ State = Literal["loading", "ready", "draining", "closed"]
 
 
 class Life:
-    """What the server may do now, and how many requests are inside."""
+    """State of the server, and the number of requests in progress."""
 
     def __init__(self, drain_delay: float = 0.0, timeout: float = 25.0) -> None:
         """Seconds. The default timeout ends before SageMaker's and Kubernetes' SIGKILL after 30."""
@@ -115,7 +115,7 @@ class Server(uvicorn.Server):
         self._trouble(str(context.get("message", "trouble"))[:200], error=repr(error)[:200])
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second."""
+        """Called ten times per second."""
         if counter % 5 == 0:
             now = time.monotonic()
             for connection in list(self.server_state.connections):

@@ -17,7 +17,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Wanted:
-    """What whoever runs the server asks for; None lets the model and the memory decide."""
+    """Limits that the operator requests; None lets the model and the memory decide."""
 
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
@@ -41,7 +41,7 @@ def available(model: Any) -> int:
 
 
 def bytes_per_token(model: Any, runner: str, kv_cache: Any, draft: Any = None) -> int:
-    """What keys and values of one position take in the caches that the engine will make, in all processes."""
+    """Bytes of keys and values per position in the caches that the engine will allocate, in all processes."""
     own = make_plan_runner(model, 1, runner, kv_cache).bytes_per_page * getattr(model, "neighbours", 1)
     return (own + (0 if draft is None else Drafter(model, draft, 1, 1, runner, kv_cache).runner.bytes_per_page)) // PAGE
 
@@ -76,7 +76,7 @@ def cache_tokens(model: Any, wanted: Wanted, bytes_per_token: int, most_bytes: i
 
 
 def bounds(engine: Engine, wanted: Wanted) -> Bounds:
-    """What a request may ask for. Raises InputError for bounds that contradict each other or the model."""
+    """Returns the bounds of a request. Raises InputError for bounds that contradict each other or the model."""
     context, held = engine.limit, engine.scheduler.capacity() + 1
     total = wanted.max_total_tokens or min(context, held)
     if total > context:
@@ -99,7 +99,7 @@ def bounds(engine: Engine, wanted: Wanted) -> Bounds:
 
 
 def table(engine: Engine, limits: Bounds, source: str) -> str:
-    """What the server can hold, for people."""
+    """Formats the server's capacity, for people."""
     runner, weights, drafter = engine.runner, getattr(engine.runner, "weights", None), engine.drafter
     size = weights.nbytes if weights is not None else sum(p.nbytes for p in engine.model.parameters())
     page = runner.bytes_per_page + (drafter.runner.bytes_per_page if drafter else 0)

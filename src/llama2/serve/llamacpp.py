@@ -195,7 +195,7 @@ class NativeReply:
         return index // self.request.best_of
 
     def chunk(self, index: int, event: TokenEvent, session: Session | None) -> dict[str, Any]:
-        """What one event adds."""
+        """Returns the chunk of one event."""
         answer = self.answers[index]
         picked = [] if event.token is None else [SampledToken(event.token, event.logprob, event.top)]
         found: dict[str, Any] = {

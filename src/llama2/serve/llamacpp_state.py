@@ -127,5 +127,5 @@ async def lora_adapters(call: RouteCall) -> Response:
 
 
 async def no_change(call: RouteCall) -> Response:
-    """What changes the server itself."""
+    """Refuses requests that change the server itself."""
     raise Refusal("unable", "settings of the server are chosen when it starts; requests do not change them")

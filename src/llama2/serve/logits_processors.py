@@ -1,4 +1,4 @@
-"""What a request adds to the logits beside the settings of generate(): penalties by count, biases, a watermark.
+"""Logits processors of requests, besides those of generate(): penalties by count, biases, a watermark.
 
 Each is a logits processor for one sequence: ids (1, S) so far and scores (1, V). No torch here.
 """

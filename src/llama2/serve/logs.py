@@ -15,7 +15,7 @@ logger = logging.getLogger("llama2.serve")
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: time, level, event, and what the record carries in `fields`."""
+    """One object per line: time, level, event, and what the record carries in `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""

@@ -98,7 +98,7 @@ class Metrics:
         self.validation = Histogram("tgi_request_validation_duration", "Seconds of checking and tokenising.")
         self.queued = Histogram("tgi_request_queue_duration", "Seconds in the queue.")
         self.inference = Histogram("tgi_request_inference_duration", "Seconds from the first step to the end.")
-        self.per_token = Histogram("tgi_request_mean_time_per_token_duration", "Mean seconds a token, per request.")
+        self.per_token = Histogram("tgi_request_mean_time_per_token_duration", "Mean seconds per token, per request.")
         self.generated = Histogram("tgi_request_generated_tokens", "New tokens of a request.", SIZES)
         self.input_length = Histogram("tgi_request_input_length", "Prompt tokens of a request.", SIZES)
         self.max_new = Histogram("tgi_request_max_new_tokens", "New tokens that a request allowed.", SIZES)

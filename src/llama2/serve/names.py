@@ -9,7 +9,8 @@ _WEIGHTS = (".gguf", ".safetensors", ".bin", ".pth")
 
 
 def short_name(given: str) -> str:
-    """What a model is shown as: a hub id as it is, a folder's or a file's name without its place and kind."""
+    """Returns the display name of a model: a hub id as it is, a folder's or a file's name without its place and
+    kind."""
     path = Path(given)
     for part in path.parts:
         if part.startswith("models--"):  # a snapshot in the hub's cache

@@ -58,7 +58,7 @@ _LOADING = (
 
 
 class Prompted(Named):
-    """What chats and completions have in common."""
+    """Base class of chats and completions."""
 
     format: str | dict[str, Any] | None = None
     options: dict[str, Any] | None = None
@@ -123,7 +123,7 @@ class Prompted(Named):
 
 
 class CalledFunction(Body):
-    """What a call names; arguments are an object."""
+    """The function of a call; arguments are an object."""
 
     name: str
     arguments: dict[str, Any] | None = None
@@ -225,7 +225,7 @@ class _Lines(sse.Writer):
         self.turn, self.finish = ModelTurn(tools), "stop"
 
     def said(self, text: str, calls: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-        """What the model adds, under the names of a route."""
+        """Returns the model's text, under the names of a route."""
         raise NotImplementedError
 
     def line(self, said: dict[str, Any], done: bool = False, **more: Any) -> dict[str, Any]:
@@ -264,7 +264,7 @@ class _Lines(sse.Writer):
         return found
 
     def numbers(self, session: Session) -> dict[str, Any]:
-        """What the last object tells: why it ended, and durations in nanoseconds."""
+        """Returns the fields of the last object: the finish reason, and durations in nanoseconds."""
         times, now = session.times, time.monotonic()
 
         def ns(seconds: float) -> int:
@@ -286,7 +286,7 @@ class _Lines(sse.Writer):
         return json_line(self.line(self.said(""), True, **self.numbers(session), **self.after()))
 
     def after(self) -> dict[str, Any]:
-        """What else the last object has."""
+        """Returns further fields of the last object."""
         return {}
 
     def whole(self, session: Session, answer: Answer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What OpenAI's two dialects for text share: heads, usage, log-probabilities."""
+"""Shared parts of OpenAI's dialects for text: heads, usage, log-probabilities."""
 
 import secrets
 import time
@@ -41,7 +41,7 @@ ERRORS = OpenAI("openai")
 
 
 class Head:
-    """What every object of one answer begins with; the first of them has the warnings."""
+    """The common fields of all objects of one answer; the first has the warnings."""
 
     def __init__(
         self, model: ServedModel, prefix: str, kind: str, name: str | None, warnings: Sequence[str] = ()
@@ -61,7 +61,7 @@ class Head:
 
 
 def fingerprint(model: ServedModel) -> str:
-    """What produced an answer: the same string, the same seed and greedy settings give the same text."""
+    """Identifies what produced an answer: the same string, the same seed and greedy settings give the same text."""
     return f"llama2-{model.policy.revision or 'native'}"
 
 

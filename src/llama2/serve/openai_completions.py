@@ -37,8 +37,8 @@ class CompletionBody(Common):
 
 
 def encode(tokenizer: Any, text: str, special: bool) -> tuple[int, ...]:
-    """The ids of a raw prompt. special: control tokens written in it are control tokens; one BOS in all, whoever wrote
-    it."""
+    """The ids of a raw prompt. special: control tokens written in it are control tokens; one BOS in all, whatever its
+    origin."""
     if special and tokenizer.bos_token and text.startswith(tokenizer.bos_token):
         text = text.removeprefix(tokenizer.bos_token)
         ids = tokenizer(text, verbose=False, split_special_tokens=False)["input_ids"]

@@ -205,7 +205,7 @@ def _tools(given: list[dict[str, Any]], choice: Any) -> tuple[list[dict[str, Any
 
 
 class ResponseReply:
-    """What a whole answer and a stream have in common."""
+    """Base class of a full reply and a stream."""
 
     def __init__(self, begun: openai_chat.Begun, body: ResponsesBody) -> None:
         self.begun, self.body = begun, body
@@ -406,7 +406,7 @@ async def input_tokens(call: RouteCall) -> Response:
 
 
 async def stored(call: RouteCall) -> Response:
-    """Whatever asks for an earlier response."""
+    """Refuses requests for an earlier response."""
     raise Refusal("route", f"there is no response {call.request.path_params['id'][:100]!r}: nothing is stored here")
 
 

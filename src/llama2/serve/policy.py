@@ -1,11 +1,11 @@
-"""What whoever runs the server has chosen, beside the model."""
+"""Settings of the operator, besides the model."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Choices of whoever runs the server.
+    """Choices of the operator.
 
     names: of the model, as it is shown; aliases: others that it answers to. unknown_fields: warn, refuse or ignore.
     strict_roles: conversations are refused that the template does not take as they are. context_overflow: what happens

@@ -33,7 +33,7 @@ _NAMES = {"json": "JSON schema", "regex": "regular expression", "lark": "grammar
 
 @dataclass(frozen=True)
 class Proof:
-    """What compiling a constraint took: bytes that stay, and seconds."""
+    """Cost of compiling a constraint: bytes retained, and seconds."""
 
     bytes: int
     seconds: float

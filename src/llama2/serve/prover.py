@@ -86,7 +86,7 @@ def _resident() -> int:
 
 
 def _limit(limits: dict[str, Any]) -> None:
-    """Bounds this process for good: processor time, address space, no core file."""
+    """Bounds this process permanently: processor time, address space, no core file."""
     seconds = int(limits["seconds"]) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -136,7 +136,7 @@ def _child(library: Any, tokenizer: Any, hello: dict[str, Any], request: dict[st
 
 
 def prove(library: Any, tokenizer: Any, hello: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-    """What a child says of a constraint, or how it died."""
+    """Returns a child process's verdict on a constraint, or how it died."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:

@@ -1,4 +1,4 @@
-"""What one key may have: requests at once, and tokens in a minute. Used in the event loop only."""
+"""Quotas of an API key: concurrent requests, and tokens per minute. Used in the event loop only."""
 
 import math
 import time
@@ -60,7 +60,7 @@ class Rate:
             seconds = math.floor(-level * 60 / self.per_minute) + 1
             raise Refusal(
                 "rate",
-                f"this key has used its {self.per_minute} tokens a minute; the next request is taken in {seconds} s",
+                f"this key has used its {self.per_minute} tokens per minute; the next request is taken in {seconds} s",
                 retry_after=seconds,
             )
 

@@ -23,7 +23,7 @@ from llama2.serve.service import Service
 
 
 class Settings(BaseModel):
-    """What can be set, as NAME=VALUE behind `serve run llama2.serve.ray:build`."""
+    """Settings, given as NAME=VALUE after `serve run llama2.serve.ray:build`."""
 
     model_config = ConfigDict(extra="forbid")
     model: str
@@ -71,7 +71,7 @@ class Settings(BaseModel):
 
 
 class Replica:
-    """What Ray asks of a replica besides its routes; `app` is the wrapper's."""
+    """The methods that Ray calls on a replica besides its routes; `app` is the wrapper's."""
 
     app: Any
 

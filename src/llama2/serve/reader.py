@@ -36,7 +36,7 @@ def read(file: IO[bytes]) -> Any:
 
 
 def outcome(task: Any, args: tuple[Any, ...]) -> tuple[str, Any]:
-    """What a call gave: its result, or the refusal that it raised."""
+    """The outcome of a call: its result, or the refusal that it raised."""
     try:
         return "result", task(*args)
     except Refusal as refusal:

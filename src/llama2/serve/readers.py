@@ -30,7 +30,7 @@ class _Reader:
         self.close = weakref.finalize(self, end_process, self._process)
 
     def __call__(self, task: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, Any] | None:
-        """What the call gave; None where the process has ended."""
+        """Returns the outcome of the call; None if the process has ended."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         try:

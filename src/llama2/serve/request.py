@@ -1,4 +1,4 @@
-"""What is to be generated: the one type that every dialect parses into, and the bounds that hold for all of them."""
+"""A generation request: the one type that every dialect parses into, and the bounds that hold for all of them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ SEED_BITS = 2**63 - 1
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a request may ask for at most."""
+    """Upper bounds of a request."""
 
     max_input_tokens: int
     max_total_tokens: int

@@ -176,7 +176,7 @@ class _Schema:
                 )
 
     def _target(self, reference: Any) -> dict[str, Any] | None:
-        """What a reference inside the document refers to; None for what only the engine resolves."""
+        """Resolves a reference inside the document; None for what only the engine resolves."""
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             return None
         node: Any = self.root

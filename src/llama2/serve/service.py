@@ -131,7 +131,7 @@ class Service:
 
     @property
     def bounds(self) -> Bounds:
-        """What a request may ask for. Raises Refusal as `model`."""
+        """The bounds of a request. Raises Refusal as `model`."""
         return self.model.bounds
 
     @property
@@ -158,7 +158,7 @@ class Service:
         return await self._compile(owner, refusing, model.compiler.compiled, constraint, owner)
 
     async def apart(self, owner: str, task: Callable[..., T], *args: Any) -> T:
-        """What a function of a module gives for a large body, in another process. Raises Refusal."""
+        """Calls a function of a module on a large body, in another process. Raises Refusal."""
         await self._prepare(owner, self.readers.prepare)
         return await self.check(owner, self.readers, task, *args)
 
@@ -231,7 +231,7 @@ class RouteCall:
         return secrets.token_hex(12)
 
     async def look(self, task: Callable[[bytes], T]) -> T:
-        """What a function of a module tells of the body. Raises Refusal."""
+        """Calls a function of a module on the body. Raises Refusal."""
         if len(self.data) < LARGE:
             return task(self.data)
         return await self.service.apart(self.owner, task, self.data)

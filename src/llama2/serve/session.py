@@ -64,7 +64,7 @@ class Session:
         times: Times | None = None,
         count: Callable[[int], None] | None = None,
     ) -> None:
-        """count: hears of new tokens. Raises Refusal where the engine takes them not all; then it has none of them."""
+        """count: receives new tokens. Raises Refusal where the engine takes them not all; then it has none of them."""
         self.times = times or Times()
         self.times.checked = time.monotonic()
         self.open, self.failed = len(asks), False
@@ -110,7 +110,7 @@ class Session:
 
         An empty batch says that nothing has come for PING_AFTER seconds.
 
-        Raises Refusal for an ask that failed. Whoever stops listening must call `close`.
+        Raises Refusal for an ask that failed. A caller that stops listening must call `close`.
         """
         while True:
             try:
@@ -148,7 +148,7 @@ def _failed(error: Exception) -> Refusal:
 
 @dataclass
 class Answer:
-    """What became of one ask: the fold of its events."""
+    """The result of one request: the fold of its events."""
 
     text: str = ""
     picked: list[SampledToken] = field(default_factory=list)
@@ -169,7 +169,7 @@ class Answer:
 
     @property
     def mean_logprob(self) -> float:
-        """What best_of goes by."""
+        """The score by which best_of selects."""
         return sum(p.logprob or 0.0 for p in self.picked) / max(len(self.picked), 1)
 
 

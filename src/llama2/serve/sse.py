@@ -23,18 +23,18 @@ class Writer(Protocol):
     ping: bytes = b": ping\n\n"
 
     def begin(self) -> bytes:
-        """What comes before the first event."""
+        """Returns the bytes before the first event."""
         return b""
 
     def put(self, index: int, event: TokenEvent) -> bytes:
         """An event of the answer `index`; may be empty."""
 
     def end(self, session: Session) -> bytes:
-        """What comes behind the last one."""
+        """Returns the bytes after the last event."""
         return b""
 
     def fail(self, refusal: Refusal) -> bytes:
-        """What tells, in the middle of a stream, that it ends here."""
+        """Returns the bytes that end a stream with an error."""
 
 
 def data(content: Any) -> bytes:

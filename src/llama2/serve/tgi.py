@@ -70,7 +70,7 @@ class Grammar(Body):
     value: Text | dict[str, Any] | None = None
 
     def constraint(self) -> Constraint:
-        """What the answer must look like. Raises Refusal."""
+        """Returns the constraint on the answer. Raises Refusal."""
         if self.type == "regex":
             if not isinstance(self.value, str) or not self.value:
                 raise Refusal("validation", "a grammar of type regex needs an expression in `value`", "grammar")

@@ -2,7 +2,7 @@
 
 | dialect | a call | several |
 | --- | --- | --- |
-| json | `{"name": "f", "arguments": {...}}` | one a line; prompted, for templates that know no tools |
+| json | `{"name": "f", "arguments": {...}}` | one per line; prompted, for templates that know no tools |
 | llama3 | `{"name": "f", "parameters": {...}}`, also behind `<|python_tag|>` | `; ` between them |
 | hermes | `<tool_call>\n{"name": "f", "arguments": {...}}\n</tool_call>` | one behind the other |
 | mistral | `[TOOL_CALLS] [{"name": "f", "arguments": {...}}]` | in the list |
@@ -120,7 +120,7 @@ class CallReader:
         self._marked = self._spoken = False
 
     def put(self, piece: str) -> list[Said]:
-        """What a piece of text adds."""
+        """Returns the events of a piece of text."""
         for text in self._hidden:
             piece = piece.replace(text, "")
         self._held += piece
@@ -132,7 +132,7 @@ class CallReader:
                 return found
 
     def finish(self) -> list[Said]:
-        """What was held back, at the end."""
+        """Returns what was held back, at the end."""
         held, self._held = self._held, ""
         if self._state == "open" and (said := self._whole(held)):
             return said
@@ -205,7 +205,7 @@ class CallReader:
         return said
 
     def _as_text(self) -> list[Said]:
-        """What is held is no call after all."""
+        """Returns the held text, which is not a call after all."""
         self._state, held, self._held = "text", self._held, ""
         return [Said(held)] if held else []
 

@@ -30,7 +30,8 @@ class FunctionCall:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one event adds to a turn: text that is said, or arguments of call number `call`, which may begin here."""
+    """The part of a turn that one event adds: text that is said, or arguments of call number `call`, which may begin
+    here."""
 
     text: str = ""
     call: int | None = None

@@ -1,4 +1,4 @@
-"""What vLLM's server has beside OpenAI's routes: ids of texts and chats, the tokenizer, scores, ranks, its load.
+"""vLLM's routes besides OpenAI's: ids of texts and chats, the tokenizer, scores, ranks, its load.
 
 A causal language model has no head that scores pairs: /score and /rerank compare the vectors of /v1/embeddings, and a
 score is the cosine of their angle.

@@ -42,7 +42,7 @@ class Gate:
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     async def enter(self, owner: str) -> None:
-        """Waits for a place; whoever has it calls `leave` once."""
+        """Waits for a place; its holder calls `leave` once."""
         if self.free and not self._waiting:
             self.free -= 1
             return

@@ -411,7 +411,7 @@ class PreTrainedTokenizer(ChatTemplates, Interchange):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What the tokenizer is, without what calls have remembered: equal before and after any use, as the hashes of
+        """Returns the state without the caches of calls: equal before and after any use, as the hashes of
         datasets' cache need it."""
         return {**self.__dict__, **dict.fromkeys(("_table", "_skip", "_by_id", "_single_bytes"))}
 

@@ -1,4 +1,4 @@
-"""What a call returns: `Encoding`, one row with its alignment to the text, and `BatchEncoding`, the dict of columns."""
+"""Results of a call: `Encoding`, one row with its alignment to the text, and `BatchEncoding`, the dict of columns."""
 
 from collections import UserDict
 from collections.abc import Callable, Sequence

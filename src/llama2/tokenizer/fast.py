@@ -112,7 +112,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
             **kwargs,
         )
         if self._reason:
-            self.warn_once("beyond ranks", f"{self._reason}: sentencepiece encodes in the place of merge ranks")
+            self.warn_once("beyond ranks", f"{self._reason}: sentencepiece encodes in place of merge ranks")
 
     def _model(self) -> SentencePieceModel:
         if self._spm is None:
@@ -142,7 +142,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
 
     @property
     def _encoder(self) -> SentencePieceEncoder | None:
-        """sentencepiece in the place of the Rust object, where that one's ranks fall short."""
+        """sentencepiece in place of the Rust object, where that one's ranks fall short."""
         if self._exact is None and self._reason and self.space_prefix is not None:
             self._exact = SentencePieceEncoder(self._model(), self.space_prefix, self._matching, {})
         return self._exact
@@ -334,7 +334,7 @@ class LlamaTokenizerFast(PreTrainedTokenizer):
 
     @contextmanager
     def _encoding(self, backend: tokenizers.Tokenizer, texts: list[str]) -> Iterator[None]:
-        """What the Rust side raises for a text as one error; unknown patterns are tried on the texts first."""
+        """Encodes, and raises what the Rust side raises as one error; unknown patterns are tried on the texts first."""
         if self._unknown and texts:
             if (trial := self._trials.get(id(backend))) is None:
                 special = bool(backend.encode_special_tokens)

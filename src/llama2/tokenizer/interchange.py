@@ -1,4 +1,4 @@
-"""What other libraries call on a tokenizer: older names, training a new vocabulary, and the way to `transformers`."""
+"""The interface that other libraries use: older names, training a new vocabulary, and the way to `transformers`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Interchange(Files):
 
     @property
     def deprecation_warnings(self) -> dict[str, bool]:
-        """What was warned of already; assign {} to hear it again."""
+        """Warnings already issued; assign {} to repeat them."""
         return dict.fromkeys(self._warned, True)
 
     @deprecation_warnings.setter
@@ -133,7 +133,7 @@ class Interchange(Files):
 
     @property
     def _beyond_ranks(self) -> str | None:
-        """What of this tokenizer no tokenizer.json can say; None where one says all."""
+        """Returns the part of this tokenizer that tokenizer.json cannot express; None if there is none."""
         return None if self._spm is None or self.space_prefix is None else self._spm.beyond_ranks()
 
     # -- a new vocabulary ----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def prefix_of(legacy: bool | None, add_prefix_space: bool | None, dummy_prefix: 
 
 
 def normalize(text: str, prefix: Prefix) -> str:
-    """What tokens with `normalized=True` are looked up in; the same as the normaliser in tokenizer.json."""
+    """Normalises text for tokens with `normalized=True`, as the normaliser in tokenizer.json does."""
     if prefix == "every":
         return "▁" + text.replace(" ", "▁") if text else text
     if prefix == "first":

@@ -22,7 +22,7 @@ _WIDE = re.compile(r"\d{7,}")  # a width in a format, such as "%9999999999d"
 
 
 class _Budget:
-    """What one rendering may still spend."""
+    """The remaining budget of one rendering."""
 
     def __init__(self, seconds: float) -> None:
         self.steps, self.seconds = 0, seconds

@@ -91,7 +91,7 @@ class SentencePieceModel:
         return self
 
     def beyond_ranks(self) -> str | None:
-        """What merge ranks, and so tokenizer.json, cannot express of this model; None where they say all."""
+        """Returns the part of this model that merge ranks cannot express; None if there is none."""
         if self.has_charsmap:
             return f"its normalizer {self.normalizer!r} rewrites characters"
         if self.remove_extra_whitespaces:

@@ -97,7 +97,7 @@ class StreamDecoder:
         return self._release(self._decoder.decode(bytes(data)))
 
     def finish(self) -> str:
-        """What was held back. The stream takes no ids afterwards."""
+        """Returns the text held back. The stream takes no ids afterwards."""
         if self._finished:
             return ""
         self._finished = True

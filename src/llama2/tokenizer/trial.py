@@ -135,7 +135,7 @@ class Trial:
             )
 
     def _ask(self, request: dict[str, Any], seconds: float) -> str | None:
-        """What the process says; None where it ended, or took too long."""
+        """Asks the process; None if it ended, or took too long."""
         try:
             process = self._started()
             assert process.stdin is not None

@@ -68,7 +68,7 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> LogProbs:
 
 
 class Referenced:
-    """What objectives with a reference share: the model as it was before the first step, or another model.
+    """Base class of objectives with a reference: the model as it was before the first step, or another model.
 
     A Trainer says where that is (`begin`). For a loss that is called without one it is the model without its adapters,
     or what it was at the first call. reference: another model. reference_free leaves the reference out.
@@ -188,7 +188,7 @@ class Preferences(Referenced):
         return Loss(result.loss * pairs, pairs, reward_logs(result.chosen_rewards, result.rejected_rewards))
 
     def reference_values(self, model: PreTrainedModel, batch: Batch) -> Tensor | None:
-        """What the reference gives each answer (2 P,): the sum of its log-probabilities, for ipo their mean."""
+        """Reference values of each answer (2 P,): the sum of its log-probabilities, for ipo their mean."""
         if "reference" in batch:
             found: Tensor = batch["reference"]
             return found
@@ -279,7 +279,7 @@ class UnpairedObjective(Referenced):
 
     @property
     def before(self) -> _Mismatched:
-        """What the loop measures over a step before its losses."""
+        """Returns the measures over a step that its losses need."""
         return _Mismatched(self)
 
     def take(self, mean: float) -> None:

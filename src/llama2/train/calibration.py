@@ -1,4 +1,4 @@
-"""What a reward model is worth on pairs: accuracy overall and by rating, calibration, and a picture of both.
+"""Evaluation of a reward model on pairs: accuracy overall and by rating, calibration, and a picture of both.
 
 Sources: the tables of arXiv 2307.09288 (A.3.3); the correlation of reward and length, which warns of a model that has
 learnt to count.

@@ -1,4 +1,5 @@
-"""Who hears of a run and may steer it: callbacks with transformers' events, the state and the control they are given.
+"""Callbacks, which follow a run and may steer it: callbacks with transformers' events, the state and the control they
+are given.
 
 The trainer sets the switches of TrainerControl as the arguments say, then asks the callbacks, and acts on what is set.
 """
@@ -68,7 +69,7 @@ class TrainerState:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """What was logged."""
+        """The logged records."""
         return self.log_history
 
     @property
@@ -149,7 +150,7 @@ class TrainerControl:
     should_log: bool = False
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Returns the state for a checkpoint."""
         return {"args": asdict(self), "attributes": {}}
 
 
@@ -159,7 +160,7 @@ EVENTS = ("on_init_end", "on_train_begin", "on_train_end", "on_epoch_begin", "on
 
 
 class TrainerCallback:
-    """Base of what hears of a run. Every event gets args, state and control by place, and by name model,
+    """Base class of callbacks. Every event gets args, state and control by place, and by name model,
     processing_class, optimizer, lr_scheduler, train_dataloader, eval_dataloader; on_log also logs, on_evaluate and
     on_predict metrics. An event may return the control that it was given, or another; None leaves it as it is.
     """
@@ -296,7 +297,7 @@ class EarlyStoppingCallback(TrainerCallback):
             control.should_training_stop = True
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Returns the state for a checkpoint."""
         return {
             "args": {
                 "early_stopping_patience": self.early_stopping_patience,
@@ -348,7 +349,7 @@ class Callbacks:
         return control
 
     def states(self) -> dict[str, Any]:
-        """What a checkpoint keeps of those that have a state(), by class; a list where there are several."""
+        """Returns the states of callbacks that have a state(), by class; a list where there are several."""
         found: dict[str, list[Any]] = {}
         for callback in self.all:
             if callable(getattr(callback, "state", None)):

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of weights and optimiser: safetensors files, or parts written by every rank
+"""Weights and optimizer state of a checkpoint: safetensors files, or parts written by every rank
 (`shards`).
 
 Either is read by any number of ranks, sharded or not. Names are those of the parameters; the optimiser's have the
@@ -84,7 +84,7 @@ def _match_copies(weights: States, states: States, optimizer: AdamW) -> None:
 
 
 def _sharded(place: Path) -> dict[str, shards.TensorParts]:
-    """What a checkpoint whose ranks wrote their own parts holds."""
+    """Reads a checkpoint whose ranks wrote their own parts."""
     folder = place / SHARDS
     return old_shards.read(folder) if (folder / old_shards.METADATA).exists() else shards.read(folder)
 
@@ -97,7 +97,7 @@ def _shapes(place: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _files(place: Path) -> States:
-    """What the safetensors files hold, views of the mapped files."""
+    """Returns the tensors of the safetensors files, views of the mapped files."""
     files = {_WEIGHT: place / WEIGHTS, _STATE: place / OPTIMIZER}
     parts = {prefix: map_safetensors(path) for prefix, path in files.items() if path.exists()}
     return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
@@ -124,7 +124,7 @@ def _from_shards(place: Path, names: list[str], optimizer: AdamW) -> States:
 
 
 def _like(full: str, optimizer: AdamW, otherwise: Tensor) -> Tensor:
-    """What a value is sharded like: the parameter that it belongs to. A step count is not."""
+    """Returns the parameter whose sharding a value has; a step count has none."""
     name = full.removeprefix(_WEIGHT) if full.startswith(_WEIGHT) else full.removeprefix(_STATE).partition(".")[2]
     step = full.startswith(f"{_STATE}step.")
     return otherwise if step else optimizer.parameters.get(name, otherwise)

@@ -29,7 +29,7 @@ _BEGUN, _GONE = ".checkpoint-new-", ".checkpoint-gone-"
 
 
 def new_run() -> str:
-    """What a run is called in its checkpoints; a later one has a greater name."""
+    """Returns the name of a run in its checkpoints; a later run has a greater name."""
     return f"{time.time_ns():020d}-{secrets.token_hex(4)}"
 
 
@@ -99,7 +99,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def problem(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, or ""."""
+    """Returns what is wrong with a checkpoint, or ""."""
     try:
         files = read_object(checkpoint / MANIFEST, MANIFEST, most=LISTING_BYTES)["files"]
         for name, wanted in files.items():

@@ -27,7 +27,7 @@ _SHARED_NO_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 @dataclass
 class TuningArguments(TrainingArguments):
-    """What SFTConfig, DPOConfig and RewardConfig share.
+    """Base class of SFTConfig, DPOConfig and RewardConfig.
 
     bf16=None computes in bfloat16 on a GPU that can, and in the weights' own dtype on a CPU. Layers are recomputed in
     the backward pass only where that is asked for (TRL does so unasked), which changes no result.

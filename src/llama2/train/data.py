@@ -37,7 +37,7 @@ class EncodedPair(NamedTuple):
 
 @dataclass
 class DataReport:
-    """What was found in a data set. problems: row -> what is wrong with it; those rows are left out.
+    """Report on a data set. problems: row -> what is wrong with it; those rows are left out.
 
     notes: what happened to rows that are kept; unused: columns without a meaning here, with the rows that have them.
     """

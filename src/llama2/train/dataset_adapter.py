@@ -17,7 +17,7 @@ from llama2.train.shapes import PREFERENCE
 def objective_for(
     model: PreTrainedModel, rows: Iterable[Any], tokenizer: Any, max_length: int | None = None, most: int | None = None
 ) -> tuple[Objective, list[Any], DataReport]:
-    """What rows are trained for: by the model's class, and for texts by their shape. And the rows as its items.
+    """Selects the objective of rows, by the model's class and for texts by their shape, and makes their items.
 
     A classifier takes {"input_ids", "labels" or "label"} or {"text", "label"}; another model {"input_ids", "labels"}
     (without labels every token is a target), or texts in any shape that `shapes` knows, which need the tokenizer.

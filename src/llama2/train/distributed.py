@@ -75,8 +75,8 @@ class Ranks:
         return found
 
     def joined(self, ask: Callable[[], Sequence[T]]) -> list[T]:
-        """What the ranks make of their shares, in the order that `share` took them from; an error of one rank is raised
-        on every rank."""
+        """Gathers the results of the ranks' shares, in the order that `share` took them from; an error of one rank is
+        raised on every rank."""
         if self.world == 1:
             return list(ask())
         box: tuple[list[T], Exception | None] = ([], None)

@@ -22,7 +22,7 @@ Arrays = Any  # an array, or a tuple or list of arrays
 
 
 class EvalPrediction:
-    """What compute_metrics is given: predictions and label_ids (N, ...), and inputs or losses where they are asked for.
+    """Argument of compute_metrics: predictions and label_ids (N, ...), and inputs or losses where they are asked for.
 
     May be unpacked: `logits, labels = prediction`.
     """
@@ -41,7 +41,7 @@ class EvalPrediction:
 
 
 class EvalLoopOutput(NamedTuple):
-    """What evaluation_loop returns."""
+    """Result of evaluation_loop."""
 
     predictions: Arrays
     label_ids: Arrays
@@ -50,7 +50,7 @@ class EvalLoopOutput(NamedTuple):
 
 
 class PredictionOutput(NamedTuple):
-    """What predict returns: predictions and label_ids (N, ...), rows of several lengths padded with -100."""
+    """Result of predict: predictions and label_ids (N, ...), rows of several lengths padded with -100."""
 
     predictions: Arrays
     label_ids: Arrays
@@ -58,7 +58,7 @@ class PredictionOutput(NamedTuple):
 
 
 def speed(prefix: str, begin: float, rows: int, steps: int) -> dict[str, float]:
-    """Seconds since `begin` (of time.perf_counter), and rows and steps a second."""
+    """Seconds since `begin` (of time.perf_counter), and rows and steps per second."""
     seconds = max(time.perf_counter() - begin, 1e-9)
     return {
         f"{prefix}_runtime": round(seconds, 4),

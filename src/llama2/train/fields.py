@@ -1,4 +1,4 @@
-"""What the fields of TrainingArguments mean here: bounds of the numbers, old names, and what has no effect. No torch.
+"""Rules for the fields of TrainingArguments: bounds of the numbers, old names, and what has no effect. No torch.
 
 One row a field. A field of transformers that is in none of these tables is used as transformers uses it.
 """

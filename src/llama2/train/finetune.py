@@ -57,7 +57,7 @@ class Finetune:
     summary = SUMMARY  # the file that says what came of the run
 
     def __init__(self, recipe: Recipe, args: TrainingArguments, tell: Callable[[str], None] | None = None) -> None:
-        """tell: hears what was found in the rows (`data.text()`) and how the model is computed; without it a warning
+        """tell: receives the findings on the rows (`data.text()`) and how the model is computed; without it a warning
         says where answers are cut. Raises InputError for whatever can be known to be wrong before a model is loaded."""
         self.recipe, self.task, self.args = recipe, recipe.of_task, args
         self.folder = Path(recipe.output_dir)
@@ -212,7 +212,7 @@ class Finetune:
     # -- the run -------------------------------------------------------------------------------------------------
 
     def run(self, report: Callable[[dict[str, Any]], None] | None = None) -> TrainingResult:
-        """Trains to the end, or to a signal, which leaves a checkpoint. report: hears of every step.
+        """Trains to the end, or to a signal, which leaves a checkpoint. report: called after every step.
 
         Raises InputError where the disk is full, with what is kept, and where another process writes into the folder.
         """

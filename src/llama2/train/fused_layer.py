@@ -55,7 +55,7 @@ def fuses(model: PreTrainedModel) -> bool:
 
 
 class TrainingLayers:
-    """What LlamaModel.run_layer is during training."""
+    """Implementation of LlamaModel.run_layer during training."""
 
     equivalent = True  # to calling the layer, see plain_network.difference
 
@@ -151,7 +151,7 @@ class _Product:
         return PackedFactor(base, self.scratch) if isinstance(base, PackedLinear) else base.weight.detach()
 
     def dropped(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """What the adapter sees of x, or into `added` the gradient of x from that of what it sees."""
+        """Applies the adapter's dropout to x, or adds its gradient into `added`."""
         if not self.dropout:
             return x
         out = torch.empty_like(x) if added is None else added
@@ -159,7 +159,7 @@ class _Product:
         return out
 
     def parameters(self) -> list[nn.Parameter]:
-        """What may be trained."""
+        """The trainable parameters."""
         own = [self.base.weight] if type(self.base) is nn.Linear else []
         return [*own, *(p for p in (self.a, self.b) if p is not None)]  # type: ignore[list-item]
 
@@ -179,7 +179,7 @@ class _Plan:
     places: _Places | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """What may be trained, in one order."""
+        """The trainable parameters, in a fixed order."""
         own = [parameter for product in self.products() for parameter in product.parameters()]
         return own + [norm.weight for norm in self.norms]
 

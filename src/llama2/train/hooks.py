@@ -1,4 +1,5 @@
-"""What a subclass of Trainer may override: transformers' methods with transformers' signatures, and their own way.
+"""Methods that a subclass of Trainer may override: transformers' methods with transformers' signatures, and their own
+way.
 
 The trainer's own loop goes past these methods, since it computes the loss without whole logits. It calls them as soon
 as one of them is overridden, or where what was given needs them: a collator, a loss function, metrics.
@@ -206,11 +207,11 @@ class Hooks:
         return -((1 - share) * right + share * logs.sum() / logs.shape[-1]) / count
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
-        """What compute_loss runs in."""
+        """Returns the context of compute_loss."""
         return self.autocast_smart_context_manager()
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """What the model runs in: nothing, since bf16 and fp16 cast the weights."""
+        """Returns the context of the forward pass: a null context, since bf16 and fp16 cast the weights."""
         return contextlib.nullcontext()
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> Inputs:
@@ -467,7 +468,7 @@ def _keyed(outputs: object) -> bool:
 
 
 def _logits_of(outputs: Any, ignore_keys: list[str] | None, with_loss: bool) -> tuple[Any, ...]:
-    """What a model says besides its loss and its cache."""
+    """Returns a model's outputs besides its loss and its cache."""
     if _keyed(outputs):
         left = {"loss", *(("past_key_values", "cache") if ignore_keys is None else ignore_keys)}
         return tuple(value for name, value in outputs.items() if name not in left and value is not None)

@@ -31,7 +31,7 @@ class Labels:
 
     @classmethod
     def of(cls, rows: Iterable[Row], kind: str | None = None, names: Sequence[str] = ()) -> "Labels":
-        """What the rows' labels are; `kind` and `names` say it instead. Raises InputError where that makes no sense."""
+        """Infers the rows' labels; `kind` and `names` override that. Raises InputError where that makes no sense."""
         if kind is not None and kind not in get_args(ProblemType):
             raise InputError(f"problem_type is {kind!r}; it must be one of {', '.join(get_args(ProblemType))}")
         values = [row["label"] for row in rows if row.get("label") is not None]
@@ -54,7 +54,7 @@ class Labels:
         return f"{self.kind.replace('_', ' ')}: {len(self.names)} labels: {', '.join(self.names[:12])}"
 
     def target(self, value: object) -> Target:
-        """What the loss takes for a label. Raises InputError for one that is not among them."""
+        """Returns the target of a label for the loss. Raises InputError for one that is not among them."""
         if self.kind == REGRESSION:
             number = _number(value)
             if number is None or not math.isfinite(number):

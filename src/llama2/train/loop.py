@@ -30,7 +30,7 @@ PASS_TOKENS = 1024
 
 
 class Found(NamedTuple):
-    """What the gradients of a step came with: the mean loss, means of what is logged besides, and tokens."""
+    """Measures of a step's gradients: the mean loss, means of what is logged besides, and tokens."""
 
     loss: float
     logs: dict[str, float]
@@ -106,7 +106,7 @@ class Loop(Hooks, Saving):
 
     @property
     def _ends(self) -> bool:
-        """Whether the run was asked to stop, which ranks hear at different moments: they agree once a step."""
+        """Whether the run was asked to stop, which ranks receive at different moments: they agree once a step."""
         return self._agreed if self.ranks.world > 1 else self._stop
 
     @property
@@ -126,7 +126,7 @@ class Loop(Hooks, Saving):
         return int(count(exclude_embeddings=True)) if count else sum(p.numel() for p in self.network.parameters())
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
-        """What is updated, by name."""
+        """Returns the trainable parameters, by name."""
         return trained(self.network)
 
     # -- which way -----------------------------------------------------------------------------------------------
@@ -388,7 +388,7 @@ class Loop(Hooks, Saving):
 
 
 class Rates:
-    """What callbacks see as the scheduler of a run whose rates are a function of the step."""
+    """The scheduler that callbacks see in a run whose rates are a function of the step."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop

@@ -1,4 +1,4 @@
-"""What is trained for: from checked rows to a batch, and from a batch to a loss. The loop knows nothing else.
+"""Training objectives: from checked rows to a batch, and from a batch to a loss. The loop knows nothing else.
 
 B rows, T tokens, D width.
 """

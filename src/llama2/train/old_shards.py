@@ -70,15 +70,15 @@ class _Unpickler(pickle.Unpickler):
     """Knows the names of _CLASSES and none besides."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a class. Raises UnpicklingError for any that no directory has."""
+        """Returns the substitute for a class. Raises UnpicklingError for any that no directory has."""
         if (module, name) not in _CLASSES:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which was not run")
         return _CLASSES[module, name]
 
 
 def read(folder: Path) -> dict[str, TensorParts]:
-    """What the parts of all ranks hold, by name. Raises CheckpointError for a directory that is malformed, or names
-    anything but what belongs in one."""
+    """Reads the tensors of all ranks' parts, by name. Raises CheckpointError for a directory that is malformed, or
+    names anything but what belongs in one."""
     where = folder / METADATA
     try:
         data = read_bytes(where, LISTING_BYTES)

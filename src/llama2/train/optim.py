@@ -70,7 +70,7 @@ class AdamW:
         )
 
     def _take_over(self, given: torch.optim.Optimizer) -> None:
-        """Puts the copies in the place of the parameters that an optimiser was made with."""
+        """Puts the copies in place of the parameters that an optimiser was made with."""
         masters = {id(p): self._masters[name] for name, p in self.parameters.items()}
         for group in given.param_groups:
             for place, parameter in enumerate(group["params"]):
@@ -85,7 +85,7 @@ class AdamW:
         return self.inner.param_groups
 
     def _master(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        """What is updated: a float32 copy, the parameter, or of a sharded one this rank's part."""
+        """Returns the tensor that is updated: a float32 copy, the parameter, or this rank's part of a sharded one."""
         part = local(parameter.detach())
         if name in self.copied:
             return nn.Parameter(part.float().clone())
@@ -219,7 +219,8 @@ def from_codes(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
 
 
 class AdamW8(torch.optim.Optimizer):
-    """AdamW over moments in bytes by blocks of 256 values (Dettmers et al., arXiv 2110.02861): 2 bytes a weight, not 8.
+    """AdamW over moments in bytes by blocks of 256 values (Dettmers et al., arXiv 2110.02861): 2 bytes per weight, not
+    8.
 
     A moment is unpacked, updated in float32 and packed again, a piece of the weight at a time.
     """

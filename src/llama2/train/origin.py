@@ -1,4 +1,4 @@
-"""What a run begins with: a model, or an adapter that is trained on, with the model that it is for."""
+"""Starting point of a run: a model, or an adapter that is trained further, with its base model."""
 
 import tempfile
 from dataclasses import replace
@@ -106,7 +106,8 @@ class Origin:
         return AutoTokenizer.from_pretrained(path.parent if single else self.base, **self.hub)
 
     def dtype(self, device: torch.device, bf16: bool) -> tuple[str, str]:
-        """What the weights are loaded in, and a sentence on it where that is not what they are stored in, or ""."""
+        """Returns the dtype to load weights in, and a sentence on it where that is not what they are stored in, or
+        ""."""
         if self.recipe.dtype != "auto":
             return self.recipe.dtype, ""
         if self.lora is None:

@@ -23,7 +23,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def beneath_adapter(stored: str | torch.dtype, device: str) -> tuple[str, str]:
-    """What the weights beneath an adapter compute in, and a sentence on it where they are stored otherwise, or ""."""
+    """Returns the compute dtype of the weights beneath an adapter, and a sentence on it where they are stored
+    otherwise, or ""."""
     kept = stored if isinstance(stored, torch.dtype) else getattr(torch, stored)
     best = best_of_processor()
     if device != "cpu" or kept not in _NARROW or kept == best:

@@ -1,4 +1,4 @@
-"""What the reference of preferences gives each answer, computed once and kept in a file."""
+"""Reference values of preference pairs, computed once and kept in a file."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What is trained for, on what, and what came of it. No model is loaded here."""
+"""Description of a training run and its result. No model is loaded here."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
@@ -17,7 +17,7 @@ LENGTH = 1024  # tokens of a row where nothing is said
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is trained for, which model, on which rows.
+    """The task, the model and the rows of a run.
 
     task: a row of `tasks.TASKS`, whose settings are further fields: Recipe(task="dpo", beta=0.2, ...) is a Recipe and a
     Dpo. model: a model, or an adapter, which is then trained on; revision: branch, tag or commit, of a hub id. lora: a
@@ -129,14 +129,14 @@ class Data:
         return "\n".join(found)
 
     def cuts(self) -> list[str]:
-        """What both reports say of answers that are cut."""
+        """Returns the lines of both reports on truncated answers."""
         reports = [self.report] if self.eval_report is None else [self.report, self.eval_report]
         return [said for report in reports if (said := report.cut())]
 
 
 @dataclass
 class TrainingResult:
-    """What came of a run. before and after: of the rows held out, if there are any; report and lines: what the task
+    """The result of a run. before and after: of the rows held out, if there are any; report and lines: what the task
     measures besides."""
 
     folder: Path

@@ -16,7 +16,7 @@ from llama2.pretrained import PreTrainedModel
 
 
 class Start:
-    """What a model computes now, for later. nbytes: memory that the copy takes."""
+    """A copy of the model's present state. nbytes: memory that the copy takes."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

@@ -1,4 +1,4 @@
-"""What a run will take, from two of its steps: `--dry-run`. Nothing is written into its folder."""
+"""Estimate of a run's cost, from two of its steps: `--dry-run`. Nothing is written into its folder."""
 
 import copy
 import resource

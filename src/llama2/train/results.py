@@ -1,4 +1,4 @@
-"""What a script writes at the end of a run: measures, the state, and a model card."""
+"""Files written at the end of a run: measures, the state, and a model card."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -56,7 +56,7 @@ def _prompt(item: Any) -> SamplePrompt | None:
 
 
 class SampledAnswers(TrainerCallback):
-    """Answers every `every` steps, before the first one and after the last. heard: hears of each."""
+    """Answers every `every` steps, before the first one and after the last. heard: called for each."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk and takes up again: checkpoints, models, uploads; and the signals that end it.
+"""Saving and resuming of runs: checkpoints, models, uploads; and the signals that end it.
 
 All ranks go through the same calls; rank 0 alone writes.
 """
@@ -269,7 +269,7 @@ class Saving(Results):
         raise NotImplementedError
 
     def _identity(self) -> dict[str, Any]:
-        """What has to be the same for a run to be the same, and how many steps it was to take."""
+        """Identifies a run: the settings that must agree to resume it, and its number of steps."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         found = {"rows": len(self.rows), "batch": self.batch, "seed": seed, "steps": self.steps}
         return {**found, "content": self._content, "adapter": _adapter(self.network), "objective": _settings(self)}
@@ -358,14 +358,14 @@ class Saving(Results):
         return place
 
     def _keep_batch(self, content: dict[str, Any]) -> None:
-        """On another number of ranks than before, as many batches a step as make the same rows a step."""
+        """On another number of ranks than before, as many batches per step as make the same rows per step."""
         before, wanted, args = content.get("ranks", 1), content["run"]["batch"], self.args
         if before == self.ranks.world or wanted == self.batch:
             return
         times, rest = divmod(wanted, args.per_device_train_batch_size * self.ranks.world)
         if rest:
             raise InputError(
-                f"the run took {wanted} rows a step on {before} ranks, which {self.ranks.world} ranks of "
+                f"the run took {wanted} rows per step on {before} ranks, which {self.ranks.world} ranks of "
                 f"{args.per_device_train_batch_size} rows do not divide; start another number of ranks, or set "
                 f"per_device_train_batch_size so that it times {self.ranks.world} divides {wanted}"
             )
@@ -429,7 +429,7 @@ def _feed(into: Any, value: object) -> None:
 
 
 def _adapter(model: PreTrainedModel) -> dict[str, Any]:
-    """What the active adapters are: ranks, scales, dropouts, and a hash of which module has which; {} without any."""
+    """Describes the active adapters: ranks, scales, dropouts, and a hash of which module has which; {} without any."""
     found = [
         (path, name, len(layer.lora_A[name]), layer.scaling[name] * len(layer.lora_A[name]), layer.dropout[name])
         for path, layer in lora.layers(model).items()
@@ -452,7 +452,7 @@ def _settings(trainer: Any) -> dict[str, Any]:
 
 
 def _differences(name: str, there: Any, here: Any) -> list[str]:
-    """What is another in a checkpoint than here, in words."""
+    """Lists the differences between a checkpoint and this run, in words."""
     if there == here or type(there) is not type(here):
         return []
     if isinstance(there, dict):

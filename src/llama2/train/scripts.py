@@ -1,4 +1,5 @@
-"""What TRL's example scripts take from it beside the trainers: options of a model and a data set, and the chat format.
+"""The parts of TRL's interface that its example scripts use besides trainers: options of a model and a data set, and
+the chat format.
 
 parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
 script_args, training_args, model_args = parser.parse_args_and_config()

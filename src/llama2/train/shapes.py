@@ -167,7 +167,7 @@ def _assistant(text: str) -> Message:
 
 @dataclass(frozen=True)
 class Context:
-    """What stands before or beside the turns of a row."""
+    """The context of a row's turns."""
 
     turns: tuple[Message, ...] = ()
     tools: tuple[Any, ...] = ()
@@ -338,7 +338,7 @@ def _instructed(row: Row, asked: str, contexts: Sequence[str]) -> tuple[str, str
     return f"{instruction}\n\n{context}" if context else instruction, alpaca(instruction, context)
 
 
-_ASKED = ("question", "instruction")  # of a preference, in the place of prompt
+_ASKED = ("question", "instruction")  # of a preference, in place of prompt
 
 
 def _preference(row: Row, shape: Shape) -> Pair:
@@ -396,7 +396,7 @@ def _without_prompt(
 
 
 def _shared_text(one: str, other: str) -> str:
-    """What both texts begin with, up to the space before the first difference."""
+    """Returns the common beginning of both texts, up to the space before the first difference."""
     count = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return one[: count - 1 if one[count - 1 : count] == " " else count]
 
@@ -439,7 +439,7 @@ def shape_of(row: Row, kinds: Collection[str] | None = None) -> Shape:
 
 
 def content_of(row: Row, shape: Shape) -> Content | Pair:
-    """What a row of this shape means. Raises InputError where it cannot be used, or says what cannot be obeyed."""
+    """Parses a row of this shape. Raises InputError where it cannot be used, or says what cannot be obeyed."""
     _check_row(row, shape)
     if not shape.chats and (lost := [name for name in CONTEXT if row.get(name)]):
         raise InputError(f"it has {lost[0]} beside a text, where that has no place")

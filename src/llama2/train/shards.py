@@ -98,7 +98,7 @@ def _starts(tensor: Tensor) -> list[int]:
 
 
 def read(folder: Path) -> dict[str, TensorParts]:
-    """What the parts of all ranks hold, by name; nothing is read but the directories of the files."""
+    """Returns the tensors of all ranks' parts, by name; only the directories of the files are read."""
     where = folder / INDEX
     content = read_object(where, INDEX, most=LISTING_BYTES)
     ranks, tensors = content.get("ranks"), content.get("tensors")

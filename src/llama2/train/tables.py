@@ -80,7 +80,7 @@ def saved(folder: Path, split: str) -> Rows:
 
 
 def _decoder(kind: object) -> Any:
-    """What makes a stored value of this kind the one meant: names of classes, JSON kept as text; None for others."""
+    """Returns the decoder of stored values of this kind: names of classes, JSON kept as text; None for others."""
     if not isinstance(kind, dict):
         return None
     if kind.get("_type") == "ClassLabel" and isinstance(kind.get("names"), list):

@@ -25,7 +25,7 @@ class Sink(Protocol):
 
 
 def _scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """What is a number, under transformers' names: eval/loss, train/loss."""
+    """Returns the numbers, under transformers' names: eval/loss, train/loss."""
     found = {}
     for name, value in entry.items():
         if name != "step" and isinstance(value, int | float):

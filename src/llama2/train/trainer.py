@@ -49,7 +49,7 @@ LOSS_SCALE = 2.0**6  # that fp16 begins with, of a sum over a step's targets; ha
 
 
 class TrainOutput(NamedTuple):
-    """What train() returns: the steps done, the mean loss of the steps of this call, and its figures."""
+    """Result of train(): the steps done, the mean loss of the steps of this call, and its figures."""
 
     global_step: int
     training_loss: float
@@ -70,7 +70,7 @@ class Trainer(Loop):
     What is trained for is chosen by the model's class and the rows: see `rows.objective_for`, for which
     processing_class (or tokenizer) encodes texts. An objective, with its own `rows` and `eval_rows`, says it instead.
     peft_config: a new adapter for the model. save: writes the model into a checkpoint's folder for others to load;
-    `save_model` does otherwise. report: hears of every step. The rest is as in transformers: see `hooks` for the
+    `save_model` does otherwise. report: called after every step. The rest is as in transformers: see `hooks` for the
     methods that a subclass may override. A model on the CPU moves to the GPU, where there is one and use_cpu is not
     set.
     """
@@ -173,7 +173,7 @@ class Trainer(Loop):
         self.train_dataset = self.rows if train_dataset is None else train_dataset
 
     def _encoder(self, objective: Objective | None) -> Encoder:
-        """What encodes the rows of this trainer."""
+        """Returns the encoder of this trainer's rows."""
         return Encoder(self.network, self.processing_class, self.data_collator, self.args, objective)
 
     def _check(self) -> None:

@@ -59,7 +59,7 @@ def _node(value: object, tensors: dict[str, Tensor], place: str, depth: int = 0)
 
 
 def read(folder: Path, name: str) -> Any:
-    """What `write` wrote; tensors are views of the mapped file. Raises CheckpointError for anything else."""
+    """Reads what `write` wrote; tensors are views of the mapped file. Raises CheckpointError for anything else."""
     where = folder / f"{name}.json"
     content = read_object(where, where.name, most=LISTING_BYTES)
     return _value(content.get("tree"), map_safetensors(folder / f"{name}.safetensors"), where)

@@ -34,7 +34,7 @@ _RENAMED = {"max_target_length": "max_completion_length"}
 
 
 class Tuner(Trainer):
-    """What the three share."""
+    """Base class of the trainers."""
 
     CONFIG: ClassVar[type[TuningArguments]]
     SUFFIX: ClassVar[str]

@@ -39,7 +39,7 @@ class TaskEncoder(RowEncoder):
 
 
 class _TaskTuner(Tuner):
-    """What the three share. _reference: another model than the one that is trained, as it is."""
+    """Base class of the trainers. _reference: another model than the one that is trained, as it is."""
 
     ENCODER = TaskEncoder
     _reference: Any = None

@@ -41,7 +41,7 @@ def unpaired(
 
 
 def _add(report: DataReport, one: DataReport, number: int) -> None:
-    """What was found in one row, in the report on all."""
+    """Adds the findings of one row to the report on all."""
     report.rows += 1
     report.tokens, report.targets = report.tokens + one.tokens, report.targets + one.targets
     report.kinds += one.kinds

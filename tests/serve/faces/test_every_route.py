@@ -81,7 +81,7 @@ def test_quotas_and_bounds(serve: Serve, dialect: Dialect, route: Route) -> None
     assert served.quiet()
     spent = call(served.port, "POST", route.path, body, a)
     assert spent.status == dialect.status(_refusal("rate")) and int(spent.headers["retry-after"]) > 0
-    assert "tokens a minute" in json.dumps(spent.json)
+    assert "tokens per minute" in json.dumps(spent.json)
     assert call(served.port, "POST", route.path, body, b).status == 200  # another key has its own
     assert call(served.port, "POST", route.path, b" " * 5000 + b"{}", b).status == 413
     assert served.quiet()

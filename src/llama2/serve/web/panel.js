@@ -19,7 +19,7 @@ export class Panel {
     this.actions = actions;
     this.fields = {};
     this.system = h("textarea", { id: "set-system", rows: 3, placeholder: "How the model should answer", on: { input: () => this.read() } });
-    this.stop = h("textarea", { id: "set-stop", rows: 2, placeholder: "One a line", on: { input: () => this.read() } });
+    this.stop = h("textarea", { id: "set-stop", rows: 2, placeholder: "One per line", on: { input: () => this.read() } });
     this.form = h("select", { id: "set-form", on: { change: () => this.read() } }, h("option", { value: "text" }, "Text"), h("option", { value: "json" }, "JSON"), h("option", { value: "schema" }, "JSON of a schema"));
     this.schema = h("textarea", { id: "set-schema", rows: 4, spellcheck: "false", placeholder: '{"type": "object", "properties": {…}}', "aria-describedby": "set-schema-hint", on: { input: () => this.read() } });
     this.schemaHint = h("p.hint", { id: "set-schema-hint" });

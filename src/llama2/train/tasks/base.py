@@ -1,4 +1,4 @@
-"""What a task is: all that `llama2 finetune` knows of one kind of training. No torch here.
+"""The interface of a task: all that `llama2 finetune` knows of one kind of training. No torch here.
 
 A task is a class: its fields are its settings, which are flags of the command line and fields of the Recipe; its class
 attributes are what the command line says and trains with unless told otherwise; its methods make items of rows, the
@@ -31,7 +31,7 @@ class ScoreHead:
 
 @dataclass
 class Outcome:
-    """What a task measures once training is over: values for finetune.json, lines for people, files by name."""
+    """Measures of a task after training: values for finetune.json, lines for people, files by name."""
 
     values: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Task:
         return {}
 
     def learnt_of(self, rows: Sequence[Row]) -> Any:
-        """What all rows together say, which both the items and the head need: labels. None for most tasks."""
+        """Returns what items and head need of all rows together: labels. None for most tasks."""
         return None
 
     def items(
@@ -78,11 +78,11 @@ class Task:
         return None
 
     def objective(self, items: Sequence[Any]) -> "Objective":
-        """What the items are trained for."""
+        """Returns the training objective of the items."""
         raise NotImplementedError
 
     def report(self, model: Any, held_out: Sequence[Any], trained_on: Sequence[Any]) -> Outcome:
-        """What the trained model does on items, besides its loss; nothing where the loss says it all."""
+        """Evaluates the trained model on items, besides its loss; empty where the loss suffices."""
         return Outcome()
 
 

@@ -20,7 +20,7 @@ classification = door("train.objectives", "Classification", "Labels of whole tex
 
 @dataclass(frozen=True, kw_only=True)
 class Classify(Task):
-    """A classifier on {"text", "label"}: a name or number a row; several in a list; or measurements (regression)."""
+    """A classifier on {"text", "label"}: a name or number per row; several in a list; or measurements (regression)."""
 
     name = "classify"
     summary = "labels of texts, or a number"

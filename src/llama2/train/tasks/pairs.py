@@ -1,4 +1,4 @@
-"""What tasks on pairs without a reference share."""
+"""Base class of tasks on pairs without a reference."""
 
 import math
 from collections.abc import Sequence
