@@ -1,6 +1,6 @@
 """Interfaces of models and tokenizers that the library accepts; those of transformers and PEFT satisfy them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
@@ -105,3 +105,20 @@ class TokenizerLike(Protocol):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Writes the tokenizer's files to a folder."""
+
+
+class TextDecoder(Protocol):
+    """Ids to text, piece by piece; the pieces joined are the whole text."""
+
+    def put(self, ids: "int | Sequence[int]", /) -> str:
+        """Takes ids in and returns the text that is certain."""
+
+    def finish(self) -> str:
+        """Returns the text held back."""
+
+
+class StreamingTokenizer(TokenizerLike, Protocol):
+    """A tokenizer of this library: it decodes token by token too."""
+
+    def stream_decoder(self, *, skip_special_tokens: bool = False) -> TextDecoder:
+        """A decoder of one text."""

@@ -15,6 +15,7 @@ from llama2.cli.loading import RunOptions, load_tokenizer, local_model
 from llama2.cli.progress import Waiting
 from llama2.errors import InputError
 from llama2.evaluate import machine, statistics
+from llama2.memory import total_bytes
 
 if TYPE_CHECKING:
     from llama2.evaluate.report import Row
@@ -141,7 +142,7 @@ def _candidate(
 
 def decide(found: list[Candidate], loss: float, memory_gb: float | None) -> tuple[Candidate, str]:
     """The file to use, and why. Raises InputError where none fits the memory."""
-    room = memory_gb * 1e9 if memory_gb is not None else machine.memory_bytes() or math.inf
+    room = memory_gb * 1e9 if memory_gb is not None else total_bytes()
     fitting = [each for each in found if each.memory <= room]
     if not fitting:
         least = min(found, key=lambda each: each.memory)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llama2.cli.steps import make_steps
+from llama2.cli.steps import Continuation, make_steps
 from llama2.cpu import KvDtype
 from llama2.errors import InputError
 from llama2.generation.config import GenerationConfig
@@ -98,7 +98,8 @@ class Speaker:
         said: list[int] = []
         pieces: list[str] = []
         try:
-            for number, token in enumerate(self._steps.tokens(ids, settings, self.tokenizer, new, seed, processors), 1):
+            continuation = Continuation(ids, settings, self.tokenizer, new, seed, processors)
+            for number, token in enumerate(self._steps.tokens(continuation), 1):
                 said.append(token)
                 if len(said) == 1:
                     answer.first = time.perf_counter() - began

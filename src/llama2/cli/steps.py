@@ -6,6 +6,7 @@ TorchSteps      a model of torch, through generate()'s loop on the runner that f
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llama2.cpu import PAGE, CpuModel, CpuRunner, KvDtype, PagedCache
@@ -15,9 +16,22 @@ from llama2.errors import InputError
 from llama2.generation.call_settings import settings
 from llama2.generation.config import GenerationConfig
 from llama2.lazy import door
+from llama2.protocols import StreamingTokenizer
 
 _stream = door("generation.loop", "stream", "TokenSource of generate().")
 _make_runner = door("runners.contract", "make_runner", "What runs a model.")
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt and how to continue it by at most `new` tokens."""
+
+    ids: list[int]
+    config: GenerationConfig
+    tokenizer: StreamingTokenizer
+    new: int
+    seed: int | None
+    processors: Sequence[Any] = ()
 
 
 class TokenSource(Protocol):
@@ -37,16 +51,8 @@ class TokenSource(Protocol):
     def forget(self, room: int) -> None:
         """An empty cache with room for so many tokens."""
 
-    def tokens(
-        self,
-        ids: list[int],
-        config: GenerationConfig,
-        tokenizer: Any,
-        new: int,
-        seed: int | None,
-        processors: Sequence[Any] = (),
-    ) -> Iterator[int]:
-        """Continues `ids`, the first `length` of which are in the cache, by at most `new` tokens."""
+    def tokens(self, continuation: Continuation) -> Iterator[int]:
+        """Generates new tokens after the prompt, the first `length` tokens of which are in the cache."""
 
 
 class EngineSteps:
@@ -75,24 +81,17 @@ class EngineSteps:
         # A page more for the end, and one to copy to; pages cost memory only once they are written.
         self._sequence = PagedCache(self._model.weights, (-(-room // PAGE) + 2) * PAGE, self._dtype).sequence()
 
-    def tokens(
-        self,
-        ids: list[int],
-        config: GenerationConfig,
-        tokenizer: Any,
-        new: int,
-        seed: int | None,
-        processors: Sequence[Any] = (),
-    ) -> Iterator[int]:
+    def tokens(self, continuation: Continuation) -> Iterator[int]:
         """As TokenSource.tokens."""
-        given: Any = self._model
-        whole = settings(given, config, {"max_new_tokens": new})
-        choice = TokenSampler(whole, ids, len(ids) + new, seed, own=processors)
+        ids, new = continuation.ids, continuation.new
+        model: Any = self._model
+        whole = settings(model, continuation.config, {"max_new_tokens": new})
+        sampler = TokenSampler(whole, ids, len(ids) + new, continuation.seed, own=continuation.processors)
         stops, ends = tuple(whole.stop_strings or ()), frozenset(whole.eos_token_ids)
-        text = StopText(tokenizer.stream_decoder(skip_special_tokens=True), stops) if stops else None
+        text = StopText(continuation.tokenizer.stream_decoder(skip_special_tokens=True), stops) if stops else None
         pending = ids[self.length :]
         for _ in range(new):
-            token = choice(self._runner.feed(self._sequence, pending, self._model.adapter)).token
+            token = sampler(self._runner.feed(self._sequence, pending, self._model.adapter)).token
             if text is not None:
                 text.put(token)
             yield token
@@ -128,27 +127,20 @@ class TorchSteps:
         """As TokenSource.forget."""
         self._cache = self._runner.new_cache(None, 1, room)
 
-    def tokens(
-        self,
-        ids: list[int],
-        config: GenerationConfig,
-        tokenizer: Any,
-        new: int,
-        seed: int | None,
-        processors: Sequence[Any] = (),
-    ) -> Iterator[int]:
+    def tokens(self, continuation: Continuation) -> Iterator[int]:
         """As TokenSource.tokens."""
         import torch
 
-        extra: dict[str, Any] = {"tokenizer": tokenizer} if config.stop_strings else {}
-        if processors:
-            extra["logits_processor"] = list(processors)
+        ids, seed = continuation.ids, continuation.seed
+        extra: dict[str, Any] = {"tokenizer": continuation.tokenizer} if continuation.config.stop_strings else {}
+        if continuation.processors:
+            extra["logits_processor"] = list(continuation.processors)
         device = self._model.device
         for step in _stream(
             self._model,
             torch.tensor([ids], device=device),
-            config,
-            max_new_tokens=new,
+            continuation.config,
+            max_new_tokens=continuation.new,
             past_key_values=self._cache,
             runner=self._runner,
             # torch's own state starts the same in every process, so without a seed every run would say the same.

@@ -1,15 +1,8 @@
 """A sequence's text as it comes out, up to a stop string. Its pieces joined are the whole text. No torch here."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
-
-class TextDecoder(Protocol):
-    """The part of `tokenizer.stream.StreamDecoder` that is used."""
-
-    def put(self, ids: int) -> str: ...
-
-    def finish(self) -> str: ...
+from llama2.protocols import TextDecoder
 
 
 class StopText:

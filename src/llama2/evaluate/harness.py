@@ -25,9 +25,10 @@ from llama2.checkpoint.source import locate, locate_all, revision_of
 from llama2.cpu import PAGE, KvDtype
 from llama2.engine.engine import Engine
 from llama2.errors import InputError, TokenizerError
-from llama2.evaluate import machine, plugin
+from llama2.evaluate import plugin
 from llama2.evaluate.opening import open_model
 from llama2.evaluate.score_blocks import BlockRunner, BlockStore, Generation, Scored, check_lengths
+from llama2.memory import total_bytes
 
 plugin.register()
 
@@ -299,7 +300,7 @@ class HarnessModel(TemplateLM):
         config = self._config
         position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
         # By the machine's memory, not by what is free now: the same run has the same cache each time.
-        room = (machine.memory_bytes() or 1 << 33) // 8 // position
+        room = total_bytes() // 8 // position
         tokens = max(min(CACHE_TOKENS, room), self.max_length + PAGE)
         return Engine(
             self._model,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama2.compiled import available, default_threads, native
+from llama2.memory import total_bytes
 
 BUSY = 0.1  # share of the processors that others take, above which figures are not to be trusted
 READ_BYTES = 256 << 20  # well beyond any cache
@@ -26,7 +27,7 @@ def describe() -> dict[str, Any]:
     return {
         "processor": processor(),
         "threads": default_threads(),
-        "memory_bytes": memory_bytes(),
+        "memory_bytes": total_bytes(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
@@ -41,14 +42,6 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def memory_bytes() -> int | None:
-    """Bytes of the machine's memory."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 class Limits(NamedTuple):
