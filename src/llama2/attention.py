@@ -233,8 +233,8 @@ def flash_rows(
         if not len(asked):
             continue
         one = slice(row, row + 1)
-        part = kernel(q[one][:, :, asked], k[one][:, :, seen], v[one][:, :, seen], len(asked) > 1, scale, dropout)
-        out[one, :, asked] = part
+        rows = kernel(q[one][:, :, asked], k[one][:, :, seen], v[one][:, :, seen], len(asked) > 1, scale, dropout)
+        out[one, :, asked] = rows
     return out
 
 

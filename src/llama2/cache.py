@@ -241,10 +241,10 @@ class KVCache(Cache):
 
     def crop(self, max_length: int) -> None:
         """Keeps the first `max_length` positions, or drops the last -`max_length`."""
-        held = self.get_seq_length()
-        keep = max_length if max_length >= 0 else held + max_length
+        cached = self.get_seq_length()
+        keep = max_length if max_length >= 0 else cached + max_length
         if keep < 0:
-            raise InputError(f"cannot drop {-max_length} positions: the cache holds {held}")
+            raise InputError(f"cannot drop {-max_length} positions: the cache holds {cached}")
         if self._store is not None:
             return self._store.crop(keep)
         for layer in self._layers:
@@ -258,9 +258,9 @@ class KVCache(Cache):
 
     def claim(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Moves into buffers (B, K, room, E), one of each per layer, which stay their owner's; grows out of them."""
-        held = self.layers
+        layers = self.layers
         self.layers = [_Lodged(k, v) for k, v in zip(keys, values, strict=True)]
-        for old, new in zip(held, self.layers, strict=False):
+        for old, new in zip(layers, self.layers, strict=False):
             new.append(*old.views)
 
     def lies_in(self, keys: Sequence[Tensor]) -> bool:
@@ -290,10 +290,10 @@ class KVCache(Cache):
         """Caches of `split_size` rows each, the last one of what is left."""
         parts = []
         for first in range(0, full_batch_size, split_size):
-            part = type(self)()
+            piece = type(self)()
             for index, (keys, values) in enumerate(self):
-                part.update(keys[first : first + split_size], values[first : first + split_size], index)
-            parts.append(part)
+                piece.update(keys[first : first + split_size], values[first : first + split_size], index)
+            parts.append(piece)
         return parts
 
     @classmethod
@@ -345,8 +345,8 @@ class LayerPlaces:
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
     ) -> tuple[Tensor, Tensor]:
         """As KVCache.update, of the layer at `place`."""
-        found: tuple[Tensor, Tensor] = self.cache.update(key_states, value_states, self.place, cache_kwargs)
-        return found
+        updated: tuple[Tensor, Tensor] = self.cache.update(key_states, value_states, self.place, cache_kwargs)
+        return updated
 
 
 class StaticCache(Cache):

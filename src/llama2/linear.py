@@ -23,13 +23,13 @@ def runs_as_written(module: nn.Module, training: bool = True) -> bool:
 
     Where not, its parameters must not be used past its call. training=False leaves backward hooks out.
     """
-    held = module.__dict__
+    attributes = module.__dict__
     return not (
-        held["_forward_pre_hooks"]
-        or held["_forward_hooks"]
-        or "forward" in held
-        or held.get("_compiled_call_impl") is not None
-        or (training and (held["_backward_hooks"] or held["_backward_pre_hooks"]))
+        attributes["_forward_pre_hooks"]
+        or attributes["_forward_hooks"]
+        or "forward" in attributes
+        or attributes.get("_compiled_call_impl") is not None
+        or (training and (attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]))
     )
 
 
@@ -61,21 +61,21 @@ def is_plain(layer: Any) -> TypeGuard[nn.Linear]:
 def fused_linear(layers: Group, x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers that share the input x, as one product where `prepack` has put their weights together."""
     if _REORDERED and not torch.is_grad_enabled() and x.dtype == torch.bfloat16:
-        held = _valid(layers)
-        if held is not None:
-            out = _multiply(x, held.weight, held.bias, "none", [], "")
-            return torch.split(out, [weight.shape[0] for weight in held.sources], dim=-1)
+        reordered = _valid(layers)
+        if reordered is not None:
+            out = _multiply(x, reordered.weight, reordered.bias, "none", [], "")
+            return torch.split(out, [weight.shape[0] for weight in reordered.sources], dim=-1)
     return tuple(layer(x) for layer in layers)
 
 
 def _valid(layers: Group) -> _Reordered | None:
-    held = _REORDERED.get(layers[0])
-    if held is None or len(held.sources) != len(layers) or has_global_hooks():
+    reordered = _REORDERED.get(layers[0])
+    if reordered is None or len(reordered.sources) != len(layers) or has_global_hooks():
         return None
-    for layer, source, version in zip(layers, held.sources, held.versions, strict=True):
+    for layer, source, version in zip(layers, reordered.sources, reordered.versions, strict=True):
         if not is_plain(layer) or layer.weight is not source or source._version != version:
             return None
-    return held
+    return reordered
 
 
 def prepack(groups: list[Group]) -> int:

@@ -109,11 +109,11 @@ class LlamaModel(PreTrainedModel):
         states: list[Tensor] = []
         attentions: list[Tensor | None] = []
         places = self._layer_places(cache)
-        for place, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(x_BTD)
             if places is not None:
-                places.place = place
+                places.place = index
             x_BTD, weights = self._run(layer, x_BTD, rotation, mask, implementation, places or cache, cache_position)
             if output_attentions:
                 attentions.append(weights)
@@ -178,10 +178,10 @@ class LlamaModel(PreTrainedModel):
         else:
             cache_position = None  # a growing cache appends: its length already says where
         if position_ids is None:
-            place = (
+            columns = (
                 torch.arange(cached, cached + new_tokens, device=device) if cache_position is None else cache_position
             )
-            position_ids = place[None]
+            position_ids = columns[None]
         mask = make_mask(
             attention_mask, new_tokens, cached, positions, device, cache_position, implementation, documents
         )

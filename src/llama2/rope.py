@@ -51,8 +51,8 @@ class LlamaRotaryEmbedding(nn.Module):
         return attention_scaling(self.config.rope_parameters)
 
     def _computed(self, dtype: torch.dtype, seq_len: int | None) -> Tensor:
-        found: Tensor = inverse_frequencies(self.config, seq_len, xp=torch, dtype=dtype)
-        return found
+        frequencies: Tensor = inverse_frequencies(self.config, seq_len, xp=torch, dtype=dtype)
+        return frequencies
 
     def _frequencies(self, device: torch.device, dtype: torch.dtype, seq_len: int | None) -> Tensor:
         if self._given is not None:
@@ -97,4 +97,4 @@ def rotate(heads: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> tuple[Tensor,
     wide = x.to(cos.dtype)
     turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
     out = (wide * cos + turned * sin).to(x.dtype)
-    return torch.split(out, [part.shape[1] for part in heads], dim=1)
+    return torch.split(out, [head.shape[1] for head in heads], dim=1)

@@ -38,10 +38,10 @@ def make_adapter(model: Any, layers: int, tensors: Tensors) -> Any:
         raise InputError("an adapter without tensors changes nothing; give at least one module path with (A, B, scale)")
     adapter = native().make_adapter(model)
     for path, (a, b, scale) in sorted(tensors.items(), key=lambda item: _place(item[0], layers)):
-        layer, part = _place(path, layers)
+        layer, linear = _place(path, layers)
         first, second = _matrix(a, f"A of {path}"), _matrix(b, f"B of {path}")
         try:
-            adapter.set(layer, part, first, second, scale)
+            adapter.set(layer, linear, first, second, scale)
         except ValueError as error:
             raise MismatchError(f"the adapter does not fit this model at {path}: {error}") from error
     return adapter

@@ -102,10 +102,10 @@ def block_matrices(source: GgufSource) -> Iterator[BlockMatrix]:
     names: list[tuple[str, str]] = [("token_embd", "")]
     names += [] if config.tie_word_embeddings else [("output", "")]
     names += [(f"blk.{i}.{theirs}", ours) for i in range(config.num_hidden_layers) for ours, theirs in PARTS.items()]
-    for stem, part in names:
+    for stem, linear in names:
         name = f"{stem}.weight"
         if not is_float(source, name):
-            yield block_matrix(source, name, _heads(config, part))
+            yield block_matrix(source, name, _heads(config, linear))
 
 
 def block_matrix(source: GgufSource, name: str, heads: int | None = None) -> BlockMatrix:
@@ -154,8 +154,8 @@ def check_coverage(source: GgufSource) -> None:
     report.refuse(str(source.path), excused=[name for name in report.missing if name.endswith(".bias")])
 
 
-def _heads(config: LlamaConfig, part: str) -> int | None:
-    return {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(part)
+def _heads(config: LlamaConfig, linear: str) -> int | None:
+    return {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(linear)
 
 
 class MatrixMaker(Protocol):

@@ -50,11 +50,11 @@ def pair_of(layer: LoraLinear) -> tuple[torch.Tensor, torch.Tensor, float] | Non
     names = [name for name in layer.active if name in layer.lora_A]
     if not names:
         return None
-    a, b = ([held[name].detach() for name in names] for held in (layer.lora_A, layer.lora_B))
+    a, b = ([factors[name].detach() for name in names] for factors in (layer.lora_A, layer.lora_B))
     if len(names) == 1:
         return a[0], b[0], layer.scaling[names[0]]
-    scaled = [part.float() * layer.scaling[name] for part, name in zip(b, names, strict=True)]
-    return torch.cat([part.float() for part in a]), torch.cat(scaled, 1), 1.0
+    scaled = [factor.float() * layer.scaling[name] for factor, name in zip(b, names, strict=True)]
+    return torch.cat([factor.float() for factor in a]), torch.cat(scaled, 1), 1.0
 
 
 def blocks_of(layer: nn.Module) -> BlockRows | None:

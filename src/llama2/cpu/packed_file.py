@@ -72,10 +72,10 @@ class PackedFile:
     def __init__(self, path: Path, source: GgufSource) -> None:
         """Raises CheckpointError for a file that is not whole, not of this source or not of this layout."""
         self.path = path
-        wanted = _describe(source)
+        expected = _describe(source)
         self.data, stored = _open(path)
-        self.checksums = _compare(path, stored, wanted)
-        self._places = _places(source, _data_start(wanted))
+        self.checksums = _compare(path, stored, expected)
+        self._places = _places(source, _data_start(expected))
         size = _end(self._places)
         if len(self.data) != size:
             raise CheckpointError(f"{path} has {len(self.data)} bytes, {size} are needed: it is damaged")
@@ -87,18 +87,18 @@ class PackedFile:
 
     def bytes(self, name: str) -> NDArray[np.uint8]:
         """The packed bytes of a matrix, in the file's map."""
-        place = self._places[name]
-        return np.frombuffer(self.data, np.uint8, place.size, place.start)
+        entry = self._places[name]
+        return np.frombuffer(self.data, np.uint8, entry.size, entry.start)
 
     def verify(self, progress: Progress | None = None) -> None:
         """Reads everything and compares checksums. Raises CheckpointError with the name of the first wrong matrix."""
         done = 0
-        for name, place in self._places.items():
+        for name, entry in self._places.items():
             if progress is not None:
                 progress(done, len(self.data), name)
             if zlib.crc32(self.bytes(name).data) != int(self.checksums[name], 16):
                 raise CheckpointError(f"{self.path}: the packed matrix {name!r} is damaged; delete the file")
-            done += place.size
+            done += entry.size
 
 
 def packed_path(source: GgufSource) -> Path:
@@ -138,8 +138,8 @@ def write(source: GgufSource, progress: Progress | None = None, threads: int | N
     places = _places(source, _data_start(header))
     if not places:
         raise InputError(f"{source.path} has no 4- to 8-bit blocks: its weights are used in place, without packing")
-    for place in places.values():
-        place.matrix.raw()  # refuses a truncated source before anything is written
+    for entry in places.values():
+        entry.matrix.raw()  # refuses a truncated source before anything is written
     size, free = _end(places), shutil.disk_usage(path.parent).free
     if size > free:
         raise InputError(f"{path} needs {size:,} bytes and {path.parent} has {free:,} free; make room there")
@@ -166,10 +166,10 @@ def _fill(
 ) -> None:
     size, checksums = _end(places), dict.fromkeys(places, "0" * 8)
     file.write(_header_bytes(header, checksums))  # keeps the room: the checksums are known at the end
-    for name, place in places.items():
-        file.write(bytes(place.start - file.tell()))
+    for name, entry in places.items():
+        file.write(bytes(entry.start - file.tell()))
         check = 0
-        for piece in _pieces(place, pool):
+        for piece in _pieces(entry, pool):
             if progress is not None:
                 progress(file.tell(), size, name)
             check = zlib.crc32(piece, check)
@@ -179,14 +179,14 @@ def _fill(
     file.write(_header_bytes(header, checksums))
 
 
-def _pieces(place: _Place, pool: Any) -> Iterator[memoryview]:
+def _pieces(entry: _Place, pool: Any) -> Iterator[memoryview]:
     """The tiles of one matrix, a few at a time, in a buffer that is used again."""
-    matrix, tiles = place.matrix, -(-place.matrix.shape[0] // 16)
-    step = max(1, _PIECE // place.tile)
-    buffer = np.empty(step * place.tile, np.uint8)
+    matrix, tiles = entry.matrix, -(-entry.matrix.shape[0] // 16)
+    step = max(1, _PIECE // entry.tile)
+    buffer = np.empty(step * entry.tile, np.uint8)
     raw, rows = matrix.raw(), matrix.rows
     for first in range(0, tiles, step):
-        out = buffer[: min(step, tiles - first) * place.tile]
+        out = buffer[: min(step, tiles - first) * entry.tile]
         native().pack_tiles(pool, raw, matrix.type_id, *matrix.shape, rows, first, out)
         yield out.data
     matrix.release()
@@ -224,7 +224,7 @@ def _open(path: Path) -> tuple[mmap.mmap, dict[str, Any]]:
     return data, stored
 
 
-def _compare(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
+def _compare(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> dict[str, str]:
     """The checksums of a header that is what it has to be. Raises CheckpointError with what differs."""
     reasons = {
         "source": "was packed from another file, or from this one before it changed",
@@ -233,24 +233,24 @@ def _compare(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> dict
         "matrices": "holds other matrices",
     }
     for key, reason in reasons.items():
-        if stored.get(key) != wanted[key]:
+        if stored.get(key) != expected[key]:
             raise CheckpointError(f"{path} {reason}")
     check(stored, {"crc32": table(_CHECKSUM, 1_000_000)}, path)
-    found: dict[str, str] = stored.get("crc32", {})
-    if set(found) != {name for name, *_ in wanted["matrices"]}:
+    checksums: dict[str, str] = stored.get("crc32", {})
+    if set(checksums) != {name for name, *_ in expected["matrices"]}:
         raise CheckpointError(f"{path} lacks checksums of its matrices")
-    return found
+    return checksums
 
 
 def _places(source: GgufSource, start: int) -> dict[str, _Place]:
     places: dict[str, _Place] = {}
     for matrix in block_matrices(source):
         try:
-            place = _Place(matrix, native().tile_bytes(matrix.type_id, *matrix.shape), start)
+            entry = _Place(matrix, native().tile_bytes(matrix.type_id, *matrix.shape), start)
         except ValueError as error:
             raise InputError(f"tensor {matrix.name!r} cannot be packed: {error}") from error
-        places[matrix.name] = place
-        start = -(-(start + place.size) // 64) * 64
+        places[matrix.name] = entry
+        start = -(-(start + entry.size) // 64) * 64
     return places
 
 
@@ -278,8 +278,8 @@ def _digest(source: GgufSource) -> str:
     for data, head in zip(source.maps, source.data_starts, strict=True):
         digest.update(data[:head])
         for i in range(_SAMPLES):
-            at = head + (len(data) - head) * i // _SAMPLES
-            digest.update(data[at : at + _SAMPLE])
+            offset = head + (len(data) - head) * i // _SAMPLES
+            digest.update(data[offset : offset + _SAMPLE])
     return digest.hexdigest()
 
 

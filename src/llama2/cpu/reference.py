@@ -49,8 +49,8 @@ class ReferenceRunner:
                 gate = self._linear(layer.mlp.gate_proj, y, f"{path}.gate_proj")
                 up = self._linear(layer.mlp.up_proj, y, f"{path}.up_proj")
                 x = x + self._linear(layer.mlp.down_proj, torch.nn.functional.silu(gate) * up, f"{path}.down_proj")
-            wanted = view.starts[1:] - 1 if rows is None else np.asarray(rows)
-            y = self._norm(x[torch.as_tensor(wanted).long()], self.module.model.norm)
+            logit_rows = view.starts[1:] - 1 if rows is None else np.asarray(rows)
+            y = self._norm(x[torch.as_tensor(logit_rows).long()], self.module.model.norm)
             logits: NDArray[np.float64] = self._linear(self.module.lm_head, y).double().numpy()
             view.commit()
             return logits

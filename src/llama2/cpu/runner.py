@@ -62,12 +62,12 @@ class CpuRunner:
         """
         ids = _ints(tokens, "tokens")
         places = _ints(positions, "positions")
-        wanted = view.last if rows is None else _ints(rows, "rows")
+        logit_rows = view.last if rows is None else _ints(rows, "rows")
         chosen = self._chosen(adapters, view)
-        logits = np.empty((len(wanted), self.weights.config.vocab_size), np.float32)
+        logits = np.empty((len(logit_rows), self.weights.config.vocab_size), np.float32)
         with view.held():
             try:
-                for first, last, sequences, arrays in _pieces(ids, places, view, wanted):
+                for first, last, sequences, arrays in _pieces(ids, places, view, logit_rows):
                     self._runner.step(
                         self.weights.model,
                         view.cache.handle,
@@ -80,7 +80,7 @@ class CpuRunner:
                         chosen if chosen is None else chosen[sequences],
                     )
             except ValueError as error:  # refused before anything was computed: say it with the remedy
-                self._explain(ids, places, view, wanted)
+                self._explain(ids, places, view, logit_rows)
                 raise InputError(f"{error}") from error
             view.commit()
         return logits
@@ -103,10 +103,10 @@ class CpuRunner:
             raise InputError(
                 f"adapters names one adapter, or None, for each of the step's {len(view.past)} sequences; got {names!r}"
             )
-        found = [own if name is None else self.weights.adapter(name) for name in names]
-        return found if any(a is not None for a in found) else None
+        adapters = [own if name is None else self.weights.adapter(name) for name in names]
+        return adapters if any(a is not None for a in adapters) else None
 
-    def _explain(self, ids: Ints, places: Ints, view: CacheView, wanted: Ints) -> None:
+    def _explain(self, ids: Ints, places: Ints, view: CacheView, logit_rows: Ints) -> None:
         """Raises InputError with the remedy for the usual mistakes."""
         total, vocabulary = int(view.starts[-1]), self.weights.config.vocab_size
         if len(ids) != total or len(places) != total:
@@ -130,22 +130,22 @@ def _ints(values: Any, name: str) -> Ints:
 
 
 def _pieces(
-    ids: Ints, places: Ints, view: CacheView, wanted: Ints
+    ids: Ints, places: Ints, view: CacheView, logit_rows: Ints
 ) -> Iterator[tuple[int, int, slice, tuple[Ints, ...]]]:
     """The step in calls of at most CHUNK tokens: first and last logits row, sequences, arrays of the native call."""
     total = int(view.starts[-1])
     if total <= CHUNK or len(ids) != total or len(places) != total:  # the native call refuses a wrong length
-        yield 0, len(wanted), slice(None), (ids, places, view.starts, view.past, view.tables, wanted)
+        yield 0, len(logit_rows), slice(None), (ids, places, view.starts, view.past, view.tables, logit_rows)
         return
-    if len(wanted) and (wanted[0] < 0 or wanted[-1] >= total or np.any(np.diff(wanted) <= 0)):
-        raise InputError(f"rows are ascending indices of the step's {total} tokens, got {wanted.tolist()[:8]}")
+    if len(logit_rows) and (logit_rows[0] < 0 or logit_rows[-1] >= total or np.any(np.diff(logit_rows) <= 0)):
+        raise InputError(f"rows are ascending indices of the step's {total} tokens, got {logit_rows.tolist()[:8]}")
     for first in range(0, total, CHUNK):
         last = min(first + CHUNK, total)
         begin = int(np.searchsorted(view.starts, first, side="right")) - 1
         end = int(np.searchsorted(view.starts, last, side="left"))
         starts = np.clip(view.starts[begin : end + 1], first, last).astype(np.int32)
         past = (view.past[begin:end] + (starts[:-1] - view.starts[begin:end])).astype(np.int32)
-        low, high = (int(i) for i in np.searchsorted(wanted, (first, last)))
-        rows = np.ascontiguousarray(wanted[low:high] - first, dtype=np.int32)
+        low, high = (int(i) for i in np.searchsorted(logit_rows, (first, last)))
+        rows = np.ascontiguousarray(logit_rows[low:high] - first, dtype=np.int32)
         arrays = (ids[first:last], places[first:last], starts - first, past, view.tables[begin:end], rows)
         yield low, high, slice(begin, end), arrays

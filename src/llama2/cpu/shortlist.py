@@ -11,8 +11,8 @@ def shortlists(
     """For each row of scores (B, V) float32 the ids, ascending, that temperature, top-k and top-p leave, `keep` at
     least, and their probabilities in float64; None where the rounding of float32 could leave others, for scores with
     NaN or +inf, and for more than a few hundred ids."""
-    found: list[tuple[list[int], list[float]] | None] = native().shortlists(scores_BV, temperature, top_k, top_p, keep)
-    return found
+    rows: list[tuple[list[int], list[float]] | None] = native().shortlists(scores_BV, temperature, top_k, top_p, keep)
+    return rows
 
 
 def shortlist_margin(count: int) -> float:

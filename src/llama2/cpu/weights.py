@@ -122,10 +122,10 @@ class CpuWeights:
         self._begin(embed, head, self._copied(body.norm.weight))
         for i, layer in enumerate(body.layers):
             a, f = layer.self_attn, layer.mlp
-            found = {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj, "o": a.o_proj, "gate": f.gate_proj, "up": f.up_proj}
-            found["down"] = f.down_proj
+            linears = {"q": a.q_proj, "k": a.k_proj, "v": a.v_proj, "o": a.o_proj, "gate": f.gate_proj, "up": f.up_proj}
+            linears["down"] = f.down_proj
             paths = {part: f"model.layers.{i}.{path}" for path, part in LINEARS.items()}
-            parts = {name: self._linear(linear, paths[name]) for name, linear in found.items()}
+            parts = {name: self._linear(linear, paths[name]) for name, linear in linears.items()}
             norms = (self._copied(layer.input_layernorm.weight), self._copied(layer.post_attention_layernorm.weight))
             self._layer(*norms, parts)
         self._take_own()
@@ -162,8 +162,8 @@ class CpuWeights:
     def adapter(self, name: str) -> Any:
         """The native adapter called `name`. Raises InputError where there is none."""
         if name not in self._adapters:
-            there = ", ".join(map(repr, self._adapters)) or "none"
-            raise InputError(f"there is no adapter {name!r}; there are: {there}. add_adapter adds one")
+            loaded = ", ".join(map(repr, self._adapters)) or "none"
+            raise InputError(f"there is no adapter {name!r}; there are: {loaded}. add_adapter adds one")
         return self._adapters[name]
 
     def states(self) -> "CpuWeights":
@@ -227,13 +227,13 @@ class CpuWeights:
                 "use runner='torch'"
             )
         if self._packed is not None:
-            made = native().packed_view(self._packed.bytes(matrix.name), matrix.type_id, *matrix.shape)
-            self._matrices.append(made)
-            return made
+            matrix_packed = native().packed_view(self._packed.bytes(matrix.name), matrix.type_id, *matrix.shape)
+            self._matrices.append(matrix_packed)
+            return matrix_packed
         type_name = BLOCKS[matrix.type_id].id
-        made = self.pack(matrix.raw(), type_name, matrix.shape, matrix.rows)
+        matrix_packed = self.pack(matrix.raw(), type_name, matrix.shape, matrix.rows)
         matrix.release()
-        return made
+        return matrix_packed
 
     def view(self, array: NDArray[Any], bfloat16: bool = False) -> Any:
         """A float matrix in place; bfloat16 comes as its 16-bit pattern."""

@@ -90,8 +90,8 @@ class _Numpy:
     """See `Arrays`."""
 
     def array(self, values: Any, like: Array) -> Array:
-        found = np.asarray(values)
-        return found.astype(like.dtype, copy=False) if found.dtype.kind == "f" else found
+        array = np.asarray(values)
+        return array.astype(like.dtype, copy=False) if array.dtype.kind == "f" else array
 
     def copy(self, x: Array) -> Array:
         return x.copy()
@@ -131,8 +131,8 @@ class _Numpy:
             rows = kernels().shortlists(np.ascontiguousarray(x), 1.0, count, 1.0, 1)
             if None not in rows:  # a few of each row, the count-th among them
                 return np.array([[np.sort(row[ids])[len(ids) - count]] for row, (ids, _) in zip(x, rows, strict=True)])
-        place = x.shape[-1] - count
-        return np.partition(x, place, axis=-1)[:, place : place + 1]
+        index = x.shape[-1] - count
+        return np.partition(x, index, axis=-1)[:, index : index + 1]
 
     def order(self, x: Array) -> Array:
         return np.argsort(x, axis=-1, kind="stable")
@@ -189,8 +189,8 @@ class _Numpy:
         ends = np.cumsum(p, -1, dtype=np.float64)
         totals = ends[:, -1]
         targets = np.minimum(np.asarray(uniform) * totals, np.nextafter(totals, 0.0))
-        found = [row.searchsorted(target, side="right") for row, target in zip(ends, targets, strict=True)]
-        return np.array(found, np.int64)
+        columns = [row.searchsorted(target, side="right") for row, target in zip(ends, targets, strict=True)]
+        return np.array(columns, np.int64)
 
 
 NUMPY: Arrays = _Numpy()

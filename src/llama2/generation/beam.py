@@ -186,16 +186,16 @@ def _cache_of(search: Search, returned: int) -> Any:
     request = search.request
     if request.cache is None:
         return None
-    held = request.cache.get_seq_length() - request.offset  # columns of ids
-    found = search.finished.ids[:, :returned, :held]
-    shared = (found[:, :, None] == search.running.ids[:, None, :, :held]).cumprod(-1).sum(-1)
+    cached = request.cache.get_seq_length() - request.offset  # columns of ids
+    sequences = search.finished.ids[:, :returned, :cached]
+    shared = (sequences[:, :, None] == search.running.ids[:, None, :, :cached]).cumprod(-1).sum(-1)
     longest, places = shared.max(-1)
     rows = (places + torch.arange(len(places), device=places.device)[:, None] * search.beams).flatten()
     request.cache.reorder_cache(rows)
     start, end = int(longest.min()), int((search.finished.origins[:, :returned] >= 0).sum(-1).max()) + request.width - 1
     request.cache.crop(min(start, end) + request.offset)
     if start < end:
-        tokens, first, last = found.flatten(0, 1)[:, start:end], start + request.offset, end + request.offset
+        tokens, first, last = sequences.flatten(0, 1)[:, start:end], start + request.offset, end + request.offset
         mask = None if request.mask is None else request.mask[rows, :last]
         positions = request.positions if len(request.positions) == 1 else request.positions[rows]
         request.runner.step(tokens, positions[:, first:last], mask, request.cache)

@@ -30,17 +30,17 @@ CALL_ARGUMENTS = (
 FILTERS = ("temperature", "top_p", "top_k", "min_p")
 
 
-def choosing(given: Mapping[str, Any]) -> dict[str, Any]:
+def choosing(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with the way of choosing that they imply: temperature 0 takes the likeliest token every time, any of
     FILTERS asks for a random choice. Raises InputError where do_sample=True contradicts temperature 0."""
-    found = dict(given)
-    if found.get("temperature") == 0:
-        del found["temperature"]
-        if found.setdefault("do_sample", False):
+    changed = dict(settings)
+    if changed.get("temperature") == 0:
+        del changed["temperature"]
+        if changed.setdefault("do_sample", False):
             raise InputError("temperature 0 takes the likeliest token, so do_sample=True contradicts it; drop one")
-    elif any(found.get(name) is not None for name in FILTERS):
-        found.setdefault("do_sample", True)
-    return found
+    elif any(changed.get(name) is not None for name in FILTERS):
+        changed.setdefault("do_sample", True)
+    return changed
 
 
 def settings(model: CausalLM, given: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
@@ -89,16 +89,16 @@ def _settle(config: GenerationConfig, explicit: dict[str, Any]) -> None:
 
 def arguments_of(model: Any) -> set[str]:
     """The arguments that forward or prepare_inputs_for_generation of a class of another library takes beside ours."""
-    found: set[str] = set()
+    names: set[str] = set()
     own: set[str] = set()
     for function in (getattr(type(model), "forward", None), getattr(model, "prepare_inputs_for_generation", None)):
         if function is not None and not function.__module__.startswith("llama2."):
-            found |= _names(function)
-    if found:
+            names |= _names(function)
+    if names:
         for base in (cls for cls in type(model).__mro__ if cls.__module__.startswith("llama2.")):
             for name in ("forward", "prepare_inputs_for_generation"):
                 own |= _names(vars(base)[name]) if name in vars(base) else set()
-    return found - own
+    return names - own
 
 
 def _names(function: Callable[..., Any]) -> set[str]:

@@ -180,9 +180,9 @@ class GenerationConfig(SettingsFile):
 
     @classmethod
     def _unchecked(cls, fields: Mapping[str, Any]) -> Self:
-        made = cls.__new__(cls)
-        made._fill(fields)
-        return made
+        config = cls.__new__(cls)
+        config._fill(fields)
+        return config
 
     def _fill(self, fields: Mapping[str, Any]) -> None:
         known = {name: value for name, value in fields.items() if name not in _NOT_SAVED}
@@ -356,15 +356,15 @@ class GenerationConfig(SettingsFile):
 
     def _refused(self) -> list[str]:
         """Values that cannot work whatever the others are."""
-        found = [
+        problems = [
             f"{name} is {self.value(name)!r}; it must be {bound}"
             for name, (good, bound) in _BOUNDS.items()
             if not good(self.value(name))
         ]
         for name, remedy in _NOT_IMPLEMENTED.items():
             if self.value(name) != DEFAULTS[name]:
-                found.append(f"{name} is {self.value(name)!r}, which this library does not implement; {remedy}")
-        return found
+                problems.append(f"{name} is {self.value(name)!r}, which this library does not implement; {remedy}")
+        return problems
 
     def _is(self, name: str, value: Any, settled: bool) -> bool:
         """Whether the field has this value; before the settings are settled, whether it was given."""
@@ -386,23 +386,23 @@ class GenerationConfig(SettingsFile):
         for problem in self.problems():
             raise InputError(problem)
 
-    def unused(self, given: Mapping[str, Any], settled: bool = True) -> list[str]:
+    def unused(self, fields: Mapping[str, Any], settled: bool = True) -> list[str]:
         """Names in `given` that have no effect with these settings, to be warned about.
 
         settled: whether fields that were not given have their defaults, as in generate(), or may still come.
         """
         idle: list[str] = []
         if self._is("do_sample", False, settled):
-            idle += [n for n in _SAMPLING_ONLY if given.get(n, DEFAULTS[n]) not in (None, DEFAULTS[n])]
+            idle += [n for n in _SAMPLING_ONLY if fields.get(n, DEFAULTS[n]) not in (None, DEFAULTS[n])]
         if self._is("num_beams", 1, settled):
-            idle += [n for n in _BEAMS_ONLY if given.get(n, DEFAULTS[n]) not in (None, DEFAULTS[n])]
+            idle += [n for n in _BEAMS_ONLY if fields.get(n, DEFAULTS[n]) not in (None, DEFAULTS[n])]
         if self._is("return_dict_in_generate", False, settled):
-            idle += [n for n in _RECORDS if given.get(n)]
+            idle += [n for n in _RECORDS if fields.get(n)]
         return idle
 
-    def warn_of_unused(self, given: Mapping[str, Any], stacklevel: int, settled: bool = True) -> None:
+    def warn_of_unused(self, fields: Mapping[str, Any], stacklevel: int, settled: bool = True) -> None:
         """Warns of the names in `given` that have no effect with these settings."""
-        if idle := self.unused(given, settled):
+        if idle := self.unused(fields, settled):
             warnings.warn(
                 f"{', '.join(idle)} has no effect: sampling filters need do_sample=True, early_stopping and "
                 "length_penalty num_beams above 1, and what is kept of each step return_dict_in_generate=True",

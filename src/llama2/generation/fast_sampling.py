@@ -94,14 +94,18 @@ class WholeDraw:
         ends = blocks.sum(1).cumsum(dtype=np.float64)
         uniform = self.sampler.uniform()
         total = float(ends[-1])
-        at = float(uniform[0]) * total
-        block = min(int(ends.searchsorted(at, side="right")), len(ends) - 1)
+        target = float(uniform[0]) * total
+        block = min(int(ends.searchsorted(target, side="right")), len(ends) - 1)
         begin = float(ends[block - 1]) if block else 0.0
         inner = blocks[block].cumsum(dtype=np.float64) + begin
-        place = int(inner.searchsorted(at, side="right"))
-        token = block * self._BLOCK + place
-        low = float(inner[place - 1]) if place else begin
-        if place == self._BLOCK or token >= count or min(at - low, float(inner[place]) - at) < self._MARGIN * total:
+        column = int(inner.searchsorted(target, side="right"))
+        token = block * self._BLOCK + column
+        low = float(inner[column - 1]) if column else begin
+        if (
+            column == self._BLOCK
+            or token >= count
+            or min(target - low, float(inner[column]) - target) < self._MARGIN * total
+        ):
             self.sampler.put_back(uniform)
             return None
         return token, (float(logits_V[token]) - peak) / self.temperature - math.log(total)

@@ -86,13 +86,13 @@ class TopPLogitsWarper(_Filter):
         p = arrays.softmax(scores)
         # All that are less likely than (1 - p) / V add up to less than 1 - p, so they go without being sorted.
         places = arrays.likely(p, _SURELY * (1 - self.top_p) / p.shape[-1], kept)
-        part, p_part = (scores, p) if places is None else (arrays.take(scores, places), arrays.take(p, places))
-        order = arrays.order(part)
+        kept_scores, p_part = (scores, p) if places is None else (arrays.take(scores, places), arrays.take(p, places))
+        order = arrays.order(kept_scores)
         rising = arrays.take(p_part, order)
         rest = 0.0 if places is None else 1 - arrays.total(p_part)
         drop = arrays.sums(rising, rest) <= 1 - self.top_p
         drop[:, -kept:] = False
-        left = arrays.masked(part, arrays.put(arrays.copy(drop), order, drop), self.filter_value)
+        left = arrays.masked(kept_scores, arrays.put(arrays.copy(drop), order, drop), self.filter_value)
         if places is None:
             return left
         return arrays.put(arrays.full_like(scores, self.filter_value), places, left)

@@ -85,6 +85,6 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.guidance_scale == 1:
             return scores.log_softmax(-1)
-        wanted = scores.log_softmax(-1)
+        conditional = scores.log_softmax(-1)
         other = self.get_unconditional_logits(input_ids)[:, -1].to(scores.dtype).log_softmax(-1)
-        return self.guidance_scale * (wanted - other) + other
+        return self.guidance_scale * (conditional - other) + other

@@ -124,11 +124,11 @@ def _handing_back(request: Request) -> Iterator[Step]:
 
 
 def _call(inputs: Tensor | None, kwargs: dict[str, Any], **more: Any) -> GenerateArguments:
-    given = kwargs.pop("input_ids", None)
-    if given is not None and inputs is not None:
+    input_ids = kwargs.pop("input_ids", None)
+    if input_ids is not None and inputs is not None:
         raise InputError("inputs and input_ids are the same argument and both are given; give one")
     extra = {name: kwargs.pop(name) for name in list(kwargs) if name not in CALL_ARGUMENTS}
-    return GenerateArguments(inputs=inputs if given is None else given, extra=extra, **more, **kwargs)
+    return GenerateArguments(inputs=inputs if input_ids is None else input_ids, extra=extra, **more, **kwargs)
 
 
 @torch.no_grad()

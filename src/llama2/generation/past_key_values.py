@@ -22,36 +22,36 @@ def given_cache(cache: Any, config: GenerationConfig, rows: int, context: int) -
         raise InputError("past_key_values needs use_cache=True")
     if isinstance(cache, tuple | list):
         cache = DynamicCache.from_legacy_cache(cache)
-    held = cache.get_seq_length()
-    if held > context:
+    cached = cache.get_seq_length()
+    if cached > context:
         raise InputError(
-            f"past_key_values holds {held} tokens but the prompt has {context}; give the whole sequence as input_ids, "
-            "its cached beginning included"
+            f"past_key_values holds {cached} tokens but the prompt has {context}; give the whole sequence as "
+            "input_ids, its cached beginning included"
         )
-    if held and rows % (batch := row_count(cache)):
+    if cached and rows % (batch := row_count(cache)):
         raise InputError(f"past_key_values holds {batch} rows but the prompt has {rows}; they must agree")
     return cache
 
 
 def cache_to_run(
-    given: Any, runner: Runner, config: GenerationConfig, rows: int, length: int, context: int, mask: Tensor | None
+    past: Any, runner: Runner, config: GenerationConfig, rows: int, length: int, context: int, mask: Tensor | None
 ) -> Any:
     """Returns the cache for the runner, None for none: with room for `length` columns of `rows` rows, all but the last
     cached."""
     if not config.value("use_cache"):
         return None
-    if given is None:
+    if past is None:
         kind = config.cache_implementation
         # The last token that is made never enters the cache; transformers' static caches have no room for it either.
         return runner.new_cache(kind, rows, length - 1 if kind == "static" else length)
-    cache = given
+    cache = past
     if isinstance(runner, NativeRunner):
-        cache = runner.adopt(given, rows, length, mask)
-    elif isinstance(given, NativeCache):
-        cache = DynamicCache.over(given)
-    held = cache.get_seq_length()
-    if held == context:
+        cache = runner.adopt(past, rows, length, mask)
+    elif isinstance(past, NativeCache):
+        cache = DynamicCache.over(past)
+    cached = cache.get_seq_length()
+    if cached == context:
         cache.crop(context - 1)  # the last token has to run again, for its logits
-    if held and rows > (batch := row_count(cache)):
+    if cached and rows > (batch := row_count(cache)):
         cache.batch_repeat_interleave(rows // batch)
     return cache

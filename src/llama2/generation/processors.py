@@ -378,5 +378,5 @@ class ClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
                 f"scores have {len(scores)} rows for {len(input_ids)} rows of ids; give conditional and unconditional "
                 "rows, twice as many"
             )
-        wanted, other = scores[: len(input_ids)], scores[len(input_ids) :]
-        return other + (wanted - other) * self.guidance_scale
+        conditional, other = scores[: len(input_ids)], scores[len(input_ids) :]
+        return other + (conditional - other) * self.guidance_scale

@@ -32,8 +32,8 @@ class Sampler:
         """Tokens (B,) and the largest score of each row (B,), which is not finite where no token could be picked."""
         in_memory = lies_in_memory(scores_BV)
         if in_memory and (self._seeded is not None or not self.do_sample):
-            found = likeliest(scores_BV.numpy()) if self._seeded is None else self._seeded(scores_BV.numpy())
-            return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+            drawn = likeliest(scores_BV.numpy()) if self._seeded is None else self._seeded(scores_BV.numpy())
+            return torch.from_numpy(drawn[0]), torch.from_numpy(drawn[1])
         peak_B, best_B = scores_BV.max(dim=-1)
         if not self.do_sample:
             return best_B, peak_B
@@ -42,8 +42,8 @@ class Sampler:
     def draw(self, p_BV: Tensor, peak_B: Tensor | None = None) -> Tensor:
         """One token per row from probabilities; rows whose peak is not finite get an arbitrary one."""
         if self._seeded is not None:
-            found: Tensor = self._seeded.draw(p_BV, peak_B)
-            return found
+            tokens: Tensor = self._seeded.draw(p_BV, peak_B)
+            return tokens
         if peak_B is not None:
             p_BV = torch.where(peak_B.isfinite()[:, None], p_BV, 1.0)
         if self._noise is not None:  # what it does not reach has probability 0
@@ -61,13 +61,13 @@ class Sampler:
         if self._seeded is not None:
             return self._seeded.among(rows, vocabulary, margin)
         # A row with one token left races alone: its numbers count as drawn and are not looked at.
-        places = [i * vocabulary + at for i, (ids, _) in enumerate(rows) if len(ids) > 1 for at in ids]
+        places = [i * vocabulary + column for i, (ids, _) in enumerate(rows) if len(ids) > 1 for column in ids]
         values, undo = self._noise_at(places, len(rows) * vocabulary)
         waits = iter(values)
-        found = [ids[0] if len(ids) == 1 else _race(ids, p, [next(waits) for _ in ids], margin) for ids, p in rows]
-        if None in found:
+        tokens = [ids[0] if len(ids) == 1 else _race(ids, p, [next(waits) for _ in ids], margin) for ids, p in rows]
+        if None in tokens:
             undo()
-        return None if None in found else [token for token in found if token is not None]
+        return None if None in tokens else [token for token in tokens if token is not None]
 
     def _noise_at(self, places: list[int], total: int) -> tuple[list[float], Callable[[], None]]:
         """Those at `places` of the `total` Exp(1) numbers that torch.multinomial would draw, which count as drawn; and

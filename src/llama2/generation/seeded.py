@@ -64,11 +64,11 @@ class SeededSampler:
         None where probabilities `margin` away could give another: the next `draw` then uses the same numbers.
         """
         uniform = self.uniform()
-        found = [_inverse(*row, u, margin) for row, u in zip(rows, uniform.tolist(), strict=True)]
-        if None in found:
+        tokens = [_inverse(*row, u, margin) for row, u in zip(rows, uniform.tolist(), strict=True)]
+        if None in tokens:
             self.put_back(uniform)
             return None
-        return [token for token in found if token is not None]
+        return [token for token in tokens if token is not None]
 
     def uniform(self) -> np.ndarray:
         """The next number of each row (B,)."""
@@ -76,11 +76,11 @@ class SeededSampler:
             self._draw_ahead()
         return self._ahead.pop()
 
-    def peek(self, place: int) -> np.ndarray:
-        """The numbers that `uniform` will give after `place` others."""
-        while len(self._ahead) <= place:
+    def peek(self, ahead: int) -> np.ndarray:
+        """The numbers that `uniform` will give after `ahead` others."""
+        while len(self._ahead) <= ahead:
             self._draw_ahead()
-        return self._ahead[-1 - place]
+        return self._ahead[-1 - ahead]
 
     def put_back(self, uniform: np.ndarray) -> None:
         """Makes numbers the next that `uniform` gives."""
@@ -94,10 +94,10 @@ class SeededSampler:
 def _inverse(ids: list[int], p: list[float], u: float, margin: float) -> int | None:
     """The token whose stretch of the cumulative distribution holds u in [0, 1), None within `margin` of its ends."""
     ends = list(accumulate(p))
-    at = min(bisect_right(ends, u), len(ids) - 1)
-    above = at == 0 or u - ends[at - 1] > margin
-    below = at == len(ids) - 1 or ends[at] - u > margin
-    return ids[at] if above and below else None
+    index = min(bisect_right(ends, u), len(ids) - 1)
+    above = index == 0 or u - ends[index - 1] > margin
+    below = index == len(ids) - 1 or ends[index] - u > margin
+    return ids[index] if above and below else None
 
 
 def likeliest(scores_BV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

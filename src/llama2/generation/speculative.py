@@ -40,9 +40,9 @@ class PromptLookup:
         row = ids[0]
         for size in range(min(self.max_ngram, len(row) - 1), 0, -1):
             windows = row[:-1].unfold(0, size, 1)
-            found = (windows == row[-size:]).all(1).nonzero().flatten()
-            if len(found):
-                start = int(found[-1]) + size
+            matches = (windows == row[-size:]).all(1).nonzero().flatten()
+            if len(matches):
+                start = int(matches[-1]) + size
                 return row[start : start + min(self.count, most)], None
         return row[:0], None
 
@@ -66,9 +66,9 @@ class AssistantModel:
         """As Drafter.propose. A draft ends with an end id, or where the assistant is not confident."""
         request, length = self.request, ids.shape[1]
         # All but the newest id are either older or drafts that were accepted: their keys are right.
-        held = min(self.cache.get_seq_length(), length - 1)
-        self.cache.crop(held)
-        text, new = ids, ids[:, held:]
+        cached = min(self.cache.get_seq_length(), length - 1)
+        self.cache.crop(cached)
+        text, new = ids, ids[:, cached:]
         tokens: list[Tensor] = []
         drawn_from: list[Tensor] = []
         for _ in range(min(self.count, most)):
@@ -140,10 +140,10 @@ class _Writer:
     def __init__(self, request: Request, put: Callable[[Tensor], None] | None) -> None:
         self.request, self.put, self.length, self.done = request, put, request.width, False
 
-    def processed(self, logits_V: Tensor, place: int | None = None) -> Tensor:
+    def processed(self, logits_V: Tensor, index: int | None = None) -> Tensor:
         """Scores (1, V) of the next token; kept, if the caller asked, with the logits and the rest of the step.
 
-        place: which of the tokens that were fed it follows, None for the prompt's.
+        index: which of the tokens that were fed it follows, None for the prompt's.
         """
         request = self.request
         raw = logits_V[None].to(promoted(logits_V.dtype))
@@ -151,7 +151,7 @@ class _Writer:
         invalid = ~scores.amax(-1).isfinite()
         if bool(invalid):
             raise invalid_logits(raw, scores, [0], self.length - request.width + 1)
-        request.record.add(request.runner, raw, scores, place)
+        request.record.add(request.runner, raw, scores, index)
         return scores
 
     def write(self, token: Tensor) -> None:

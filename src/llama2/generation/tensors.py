@@ -12,8 +12,8 @@ class _Torch:
     """See `arrays.Arrays`."""
 
     def array(self, values: Any, like: Tensor) -> Tensor:
-        found = torch.as_tensor(values, device=like.device)
-        return found.to(like.dtype) if found.is_floating_point() else found
+        tensor = torch.as_tensor(values, device=like.device)
+        return tensor.to(like.dtype) if tensor.is_floating_point() else tensor
 
     def copy(self, x: Tensor) -> Tensor:
         return x.clone()
@@ -34,8 +34,8 @@ class _Torch:
         return x.amax(-1, keepdim=True)
 
     def best(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        found = x.topk(count, sorted=True)
-        return found.values, found.indices
+        largest = x.topk(count, sorted=True)
+        return largest.values, largest.indices
 
     def kth(self, x: Tensor, count: int) -> Tensor:
         return x.topk(count, sorted=True).values[:, -1:]
@@ -98,8 +98,8 @@ def lies_in_memory(x: Tensor) -> bool:
 def through(rule: Callable[..., Any], owner: Any, input_ids: Any, scores: Tensor) -> Tensor:
     """The result of a rule as a tensor: on numpy where the scores (B, V) lie in memory, else on the tensors."""
     if not lies_in_memory(scores):
-        found: Tensor = rule(owner, input_ids, scores)
-        return found
+        processed: Tensor = rule(owner, input_ids, scores)
+        return processed
     seen = scores.numpy()
     ids = input_ids.numpy() if isinstance(input_ids, Tensor) else input_ids
     with np.errstate(all="ignore"):

@@ -48,8 +48,8 @@ class TorchRunner:
         self._looked, self._usable, self._length = False, False, 0
         self._extra = {
             name: True
-            for name, wanted in (("output_attentions", attentions), ("output_hidden_states", hidden_states))
-            if wanted
+            for name, requested in (("output_attentions", attentions), ("output_hidden_states", hidden_states))
+            if requested
         }
         self._prepacked = not isinstance(model, LlamaForCausalLM)
         self.attentions: tuple[Tensor, ...] | None = None  # of the last step

@@ -115,11 +115,11 @@ def signature(model: nn.Module) -> tuple[Any, ...] | None:
         return None
     parts: list[Any] = [repr(vars(config)), model.attn_implementation, torch.get_float32_matmul_precision()]
     for module in model.modules():
-        held = vars(module)
+        attributes = vars(module)
         if isinstance(module, PackedLinear) and not module.has_kernels(model.dtype, model.device):
             return None
-        parts += (type(module), _settings(held))
-        for tensor in (*held["_parameters"].values(), *held["_buffers"].values()):
+        parts += (type(module), _settings(attributes))
+        for tensor in (*attributes["_parameters"].values(), *attributes["_buffers"].values()):
             if tensor is None:
                 continue
             if tensor.device != model.device:
@@ -130,18 +130,18 @@ def signature(model: nn.Module) -> tuple[Any, ...] | None:
     return tuple(parts)
 
 
-def _settings(held: dict[str, Any]) -> tuple[Any, ...]:
+def _settings(attributes: dict[str, Any]) -> tuple[Any, ...]:
     """The numbers and names among a module's attributes: the active adapters and their scales, sizes, an eps."""
-    found: list[Any] = []
-    for name, value in held.items():
+    settings: list[Any] = []
+    for name, value in attributes.items():
         if name[0] == "_":
             continue
         if isinstance(value, _SIMPLE):
-            found.append((name, value))
+            settings.append((name, value))
         elif isinstance(value, tuple | dict):
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            found.append((name, tuple(item for item in items if isinstance(item[1], _SIMPLE))))
-    return tuple(found)
+            settings.append((name, tuple(item for item in items if isinstance(item[1], _SIMPLE))))
+    return tuple(settings)
 
 
 # -- buffers and their owner ------------------------------------------------------------------------------------
@@ -224,11 +224,11 @@ class _Slot:
         """Forgets graphs and buffers; a cache that lies in these keeps them."""
         self.graphs, self._buffers, self.room, self.keys, self.values = {}, None, 0, [], []
 
-    def fill(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, place: int) -> None:
+    def fill(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, position: int) -> None:
         """Puts a step's inputs where graphs read them."""
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
-        self.place.fill_(place)
+        self.place.fill_(position)
         if mask_BS is not None:
             self.real[:, : mask_BS.shape[1]].copy_(mask_BS)
             self._padded = True
@@ -281,12 +281,12 @@ class Graphs:
 
     def current(self, model: nn.Module) -> bool:
         """Forgets everything where the model is not as it was recorded; whether it can be recorded now."""
-        found = signature(model)
+        now = signature(model)
         with self._lock:
-            if found != self._signature:
+            if now != self._signature:
                 self._slots.clear()
-                self._signature = found
-        return found is not None
+                self._signature = now
+        return now is not None
 
     def receive(self, cache: DynamicCache, device: torch.device, rows: int, length: int) -> None:
         """Lodges an empty cache at once where there are buffers, so that the prompt is written straight into them."""
@@ -306,12 +306,12 @@ class Graphs:
             slot.seen += 1
             if slot.refused or slot.seen <= PATIENCE or not cache.layers:
                 return None
-            held = cache.get_seq_length()
-            if not slot.reserve(cache, held + 1, most):
+            cached = cache.get_seq_length()
+            if not slot.reserve(cache, cached + 1, most):
                 return None
-            slot.fill(tokens, positions, mask_BS, held)
+            slot.fill(tokens, positions, mask_BS, cached)
             try:
-                graph = slot.graph(model, held + 1)
+                graph = slot.graph(model, cached + 1)
             except RuntimeError:  # waits for the device, or no memory: the plain step says so where that is an error
                 slot.refused = True
                 cache.move_out()

@@ -131,11 +131,11 @@ class NativeCache:
         both = torch.zeros((c.layers, 2, *shape), dtype=self._tensor_dtype)
         for row, (sequence, real) in enumerate(zip(self.sequences, self._real, strict=True)):
             where = torch.from_numpy(np.flatnonzero(real[: self.columns]))
-            for part, held in enumerate(sequence.read()):
-                both[:, part, row, :, where] = torch.from_numpy(held).to(both.dtype)
+            for side, held in enumerate(sequence.read()):
+                both[:, side, row, :, where] = torch.from_numpy(held).to(both.dtype)
             if (hidden := self._hidden[row]) is not None:
-                for part, held in enumerate(hidden.parts):
-                    both[:, part, row, :, torch.from_numpy(hidden.columns)] = torch.from_numpy(held).to(both.dtype)
+                for side, held in enumerate(hidden.parts):
+                    both[:, side, row, :, torch.from_numpy(hidden.columns)] = torch.from_numpy(held).to(both.dtype)
         return [(layer[0], layer[1]) for layer in both]
 
     def fill(self, layers: Sequence[tuple[Tensor, Tensor]], real: np.ndarray | None) -> None:
@@ -249,8 +249,8 @@ class NativeRunner:
         pairs = list(cache)
         alike = {(x.shape, x.dtype, x.device.type, type(x), x.requires_grad) for pair in pairs for x in pair}
         keys = pairs[0][0]
-        wanted = (keys.shape[1], keys.shape[3], keys.dtype, keys.device.type, type(keys), keys.requires_grad)
-        return len(pairs) == layers and len(alike) == 1 and wanted == (heads, width, self.dtype, "cpu", Tensor, False)
+        expected = (keys.shape[1], keys.shape[3], keys.dtype, keys.device.type, type(keys), keys.requires_grad)
+        return len(pairs) == layers and len(alike) == 1 and expected == (heads, width, self.dtype, "cpu", Tensor, False)
 
     def adopt(self, cache: Any, rows: int, length: int, mask: Tensor | None) -> NativeCache:
         """A caller's cache in pages, for `rows` rows and `length` columns; mask (rows, ...): True = a real token.
@@ -263,11 +263,11 @@ class NativeRunner:
         elif cache.store is not None:
             native = cache.store
         else:
-            held = cache.get_seq_length()
+            cached = cache.get_seq_length()
             batch = cache.rows or rows
-            native = NativeCache(self.weights, batch, max(length, held), self.cache_dtype, self.dtype)
-            if held:
-                native.fill(list(cache), None if real is None else real[:: max(rows // batch, 1), :held])
+            native = NativeCache(self.weights, batch, max(length, cached), self.cache_dtype, self.dtype)
+            if cached:
+                native.fill(list(cache), None if real is None else real[:: max(rows // batch, 1), :cached])
         native.prepare(rows, length, real)
         if native is not cache:
             cache.stand_for(native, in_use=True)
@@ -287,8 +287,8 @@ class NativeRunner:
             places = np.broadcast_to(places, ids.shape)
         if mask_BS is None:
             # As many tokens in every row: what is asked for are the ends of equal stretches.
-            wanted = None if kept == 1 else np.arange(rows * new).reshape(rows, new)[:, new - kept :].ravel()
-            found = self._run(ids.ravel(), places.ravel(), wanted, cache, new)
+            logit_rows = None if kept == 1 else np.arange(rows * new).reshape(rows, new)[:, new - kept :].ravel()
+            found = self._run(ids.ravel(), places.ravel(), logit_rows, cache, new)
             return torch.from_numpy(found).view(rows, kept, -1)
         real = mask_BS[:, -new:].numpy() != 0
         logits = torch.zeros((rows, kept, self.weights.config.vocab_size))
@@ -308,19 +308,19 @@ class NativeRunner:
         self,
         ids: np.ndarray,
         places: np.ndarray,
-        wanted: np.ndarray | None,
+        logit_rows: np.ndarray | None,
         cache: NativeCache,
         new: int,
         real_BT: np.ndarray | None = None,
     ) -> np.ndarray:
         """Logits (len(wanted), V) of a packed step; the cache is as before where it fails."""
-        held = cache.columns
+        cached = cache.columns
         try:
             view = cache.append(new, real_BT)
             chosen = None if self.adapter is None else [self.adapter] * len(view.past)
-            return self._engine.step(ids, places, view, wanted, chosen)
+            return self._engine.step(ids, places, view, logit_rows, chosen)
         except BaseException:
-            cache.columns = held  # the engine has left the sequences as they were
+            cache.columns = cached  # the engine has left the sequences as they were
             raise
 
 
@@ -372,9 +372,9 @@ def stamp_of(model: Any) -> tuple[Any, ...]:
     settings = (config.rms_norm_eps, config.max_position_embeddings, repr(config.rope_parameters))
     tensors: list[tuple[int, ...]] = []
     for module in model.modules():
-        held = module.__dict__
-        tensors += [(id(p), p.data_ptr()) for p in held["_parameters"].values() if p is not None]
-        tensors += [(id(b), b.data_ptr(), _version(b)) for b in held["_buffers"].values() if b is not None]
+        attributes = module.__dict__
+        tensors += [(id(p), p.data_ptr()) for p in attributes["_parameters"].values() if p is not None]
+        tensors += [(id(b), b.data_ptr(), _version(b)) for b in attributes["_buffers"].values() if b is not None]
         if type(module) is LoraLinear and any(name in module.lora_magnitude_vector for name in module.active):
             tensors.append((id(module),))  # DoRA, which the engine has not
     return (*settings, *tensors)
@@ -384,12 +384,12 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def unsuited(model: Any, wanted: Any = LlamaForCausalLM) -> str:
+def unsuited(model: Any, expected: Any = LlamaForCausalLM) -> str:
     """Why the engine is not meant for `model`, or "": what its kind, device and dtype say."""
     if not cpu.available():
         return "it is not built; install a C++17 compiler and llama2 again"
-    if not isinstance(model, wanted):
-        return f"it runs {wanted.__name__}, not {type(model).__name__}"
+    if not isinstance(model, expected):
+        return f"it runs {expected.__name__}, not {type(model).__name__}"
     if model.training or model.device.type != "cpu":
         return f"the model is {'in training mode' if model.training else 'on ' + str(model.device)}"
     if model.dtype not in _NATIVE_DTYPES:
@@ -420,20 +420,20 @@ def native_weights(model: Any) -> cpu.CpuWeights | None:
         warn_once(model, reason, _TORCH_RUNS, stacklevel=9)
         return None
     stamp = stamp_of(model)
-    held = _HELD.get(model)
-    if held is None or held.stamp != stamp:
+    entry = _HELD.get(model)
+    if entry is None or entry.stamp != stamp:
         try:
             if model.config.hidden_act not in ("silu", "swish"):
                 raise InputError(f"hidden_act {model.config.hidden_act!r} has no native kernel")
-            held = _Held(stamp, cpu.CpuWeights.from_module(model))
+            entry = _Held(stamp, cpu.CpuWeights.from_module(model))
         except (Llama2Error, ValueError) as error:
-            held = _Held(stamp, None, str(error))
-        _HELD[model] = held
-    elif held.weights is not None:
-        held.weights.refresh()
-    if held.weights is None:
-        warn_once(model, held.reason, _TORCH_RUNS, stacklevel=9)
-    return held.weights
+            entry = _Held(stamp, None, str(error))
+        _HELD[model] = entry
+    elif entry.weights is not None:
+        entry.weights.refresh()
+    if entry.weights is None:
+        warn_once(model, entry.reason, _TORCH_RUNS, stacklevel=9)
+    return entry.weights
 
 
 _TORCH_RUNS = "torch runs this model, not the native engine"

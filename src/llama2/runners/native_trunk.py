@@ -42,14 +42,14 @@ class NativeTrunk:
         self.weights.refresh()
         longest = max(map(len, rows))
         sequence = cpu.CachedSequence(cpu.PagedCache(self.weights, longest, "float32"))
-        found, before = np.empty((len(rows), labels), np.float32), list[int]()
+        scores, before = np.empty((len(rows), labels), np.float32), list[int]()
         for number in sorted(range(len(rows)), key=lambda i: list(rows[i])):
             row = list(rows[number])
             shared = next((i for i, (a, b) in enumerate(zip(row, before, strict=False)) if a != b), len(before))
             sequence.crop(min(shared, len(row) - 1, len(before)))
-            found[number] = self._engine.feed(sequence, row[sequence.length :])[:labels]
+            scores[number] = self._engine.feed(sequence, row[sequence.length :])[:labels]
             before = row
-        return found
+        return scores
 
 
 _HELD: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], NativeTrunk | str]] = WeakKeyDictionary()
@@ -62,13 +62,13 @@ def native_trunk(model: LlamaForSequenceClassification, precision: str = "exact"
     if type(model.score) is not nn.Linear or model.score.bias is not None:
         return f"its classifier is a {type(model.score).__name__}"
     stamp = (precision, *stamp_of(model))
-    held = _HELD.get(model)
-    if held is None or held[0] != stamp:
+    entry = _HELD.get(model)
+    if entry is None or entry[0] != stamp:
         try:
             if model.config.hidden_act not in ("silu", "swish"):
                 raise InputError(f"hidden_act {model.config.hidden_act!r} has no native kernel")
-            held = (stamp, NativeTrunk(model, precision))
+            entry = (stamp, NativeTrunk(model, precision))
         except (Llama2Error, ValueError) as error:
-            held = (stamp, str(error))
-        _HELD[model] = held
-    return held[1]
+            entry = (stamp, str(error))
+        _HELD[model] = entry
+    return entry[1]

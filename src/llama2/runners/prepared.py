@@ -62,7 +62,7 @@ class PreparedRunner:
             use_cache=cache is not None,
             **self._extra,
         )
-        inputs |= {name: True for name, wanted in self._wanted.items() if wanted}
+        inputs |= {name: True for name, requested in self._wanted.items() if requested}
         output = self.model(**inputs, return_dict=True)
         if cache is not None:
             self._keep(cache, output.past_key_values, end)
