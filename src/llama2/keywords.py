@@ -118,22 +118,22 @@ NO_EFFECT["generate"] = NO_EFFECT["forward"] | NO_EFFECT["generate"]
 _UPLOAD = frozenset({"repo_id", "token", "private", "commit_message"})
 
 
-def refuse_unknown(place: str, kwargs: Mapping[str, Any]) -> None:
+def refuse_unknown(where: str, kwargs: Mapping[str, Any]) -> None:
     """Raises InputError for keywords that are left over."""
-    if unknown := sorted(set(kwargs) - (_UPLOAD if place == "save_pretrained" else set())):
-        raise InputError(f"{place}() got {', '.join(map(repr, unknown))}, which it does not know; leave it out")
+    if unknown := sorted(set(kwargs) - (_UPLOAD if where == "save_pretrained" else set())):
+        raise InputError(f"{where}() got {', '.join(map(repr, unknown))}, which it does not know; leave it out")
 
 
 def _asks(value: Any) -> bool:
     return value is not None and value is not False
 
 
-def drop(place: str, kwargs: dict[str, Any], stacklevel: int = 3) -> None:
+def drop(where: str, kwargs: dict[str, Any], stacklevel: int = 3) -> None:
     """Takes the keywords without an effect in this place out of `kwargs`; warns where a value asks for something.
 
     Raises InputError for a value that asks for what cannot be done.
     """
-    known, refused = NO_EFFECT[place], REFUSED.get(place, {})
+    known, refused = NO_EFFECT[where], REFUSED.get(where, {})
     for name in [name for name in kwargs if name in refused]:
         value = kwargs.pop(name)
         if _asks(value):
@@ -144,7 +144,7 @@ def drop(place: str, kwargs: dict[str, Any], stacklevel: int = 3) -> None:
             warnings.warn(f"{name} has no effect here: {known[name]}", stacklevel=stacklevel)
 
 
-def without_effect(place: str, kwargs: dict[str, Any], stacklevel: int = 4) -> None:
+def without_effect(where: str, kwargs: dict[str, Any], stacklevel: int = 4) -> None:
     """As `drop`; every keyword must be one without an effect. Raises InputError for another."""
-    drop(place, kwargs, stacklevel)
-    refuse_unknown(place, kwargs)
+    drop(where, kwargs, stacklevel)
+    refuse_unknown(where, kwargs)

@@ -204,11 +204,11 @@ def _look(operator: Any, value: Any, flags: int) -> Callable[[str, int, list[int
     inner._put("match")
     wanted, back = operator == sre.ASSERT, tree.getwidth()[0] if direction < 0 else 0
 
-    def test(text: str, place: int, budget: list[int]) -> bool:
-        if back > place:
+    def test(text: str, position: int, budget: list[int]) -> bool:
+        if back > position:
             return not wanted
-        ends = inner._ends(text, place - back, budget)
-        return any(end == place if direction < 0 else True for end in ends) == wanted
+        ends = inner._ends(text, position - back, budget)
+        return any(end == position if direction < 0 else True for end in ends) == wanted
 
     return test
 

@@ -154,13 +154,13 @@ class TextGenerationPipeline(Pipeline):
         if truncation or _holes(handle_long_generation):
             prompts = [self._cut(ids, settings) for ids in prompts]
 
-        def record(given: Any, prompt: list[int], new: list[int]) -> Record:
+        def record(results: Any, prompt: list[int], new: list[int]) -> Record:
             if return_tensors:
                 return {"generated_token_ids": prompt + new}
             text = self._continuation(prompt, new, skip_special_tokens, clean_up_tokenization_spaces)
             if return_full_text is False:
                 return {"generated_text": text}
-            return {"generated_text": _whole(given, text, continue_final_message)}
+            return {"generated_text": _whole(results, text, continue_final_message)}
 
         results: list[list[Record]] = []
         for rows in self._batches(range(len(inputs)), batch_size):

@@ -1,6 +1,6 @@
 """Interfaces of models and tokenizers that the library accepts; those of transformers and PEFT satisfy them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
@@ -110,14 +110,14 @@ class TokenizerLike(Protocol):
 class TextDecoder(Protocol):
     """Ids to text, piece by piece; the pieces joined are the whole text."""
 
-    def put(self, ids: "int | Sequence[int]", /) -> str:
+    def put(self, ids: "int | Iterable[int]") -> str:
         """Takes ids in and returns the text that is certain."""
 
     def finish(self) -> str:
         """Returns the text held back."""
 
 
-class StreamingTokenizer(TokenizerLike, Protocol):
+class TextTokenizer(TokenizerLike, Protocol):
     """A tokenizer of this library: it decodes token by token too."""
 
     def stream_decoder(self, *, skip_special_tokens: bool = False) -> TextDecoder:

@@ -194,12 +194,12 @@ def source_of(given: Any, policy_tokenizer: Any, device: str = "auto", tokenizer
         if kind == "function":
             return FunctionReward(_function(text), text)
         return ModelReward.load(text, policy_tokenizer, device)
-    if hasattr(given, "classify"):
-        return ModelReward(given, tokenizer or policy_tokenizer, policy_tokenizer)
-    if callable(given):
-        return FunctionReward(given)
+    if hasattr(reward, "classify"):
+        return ModelReward(reward, tokenizer or policy_tokenizer, policy_tokenizer)
+    if callable(reward):
+        return FunctionReward(reward)
     raise InputError(
-        f"a reward is {given!r}; give the folder of a reward model, module:function, the URL of a server, or a function"
+        f"a reward is {reward!r}; give the folder of a reward model, module:function, a server's URL, or a function"
     )
 
 

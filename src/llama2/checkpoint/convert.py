@@ -177,26 +177,26 @@ def wants_chat(source: Checkpoint, options: ConversionSettings) -> bool:
     return source.format == "meta" and source.path.resolve().name.lower().endswith("-chat")
 
 
-def dtype_of(source: Checkpoint, name: str, wanted: str) -> torch.dtype:
+def dtype_of(source: Checkpoint, name: str, requested: str) -> torch.dtype:
     """Returns the stored dtype of a tensor of a folder. Norms of a GGUF file are float32 by rule, so "keep" there means
     what the matrices are; bfloat16 where those are quantised."""
-    if wanted == "keep":
+    if requested == "keep":
         if source.format.endswith("gguf"):
             return _FLOATS[source.auto_dtype][1]
         return DTYPES[source.kept_type(name)]
-    if wanted not in _FLOATS:
-        raise InputError(f"dtype {wanted!r} is not one of keep, {', '.join(_FLOATS)}; block types need --to gguf")
-    return _FLOATS[wanted][1]
+    if requested not in _FLOATS:
+        raise InputError(f"dtype {requested!r} is not one of keep, {', '.join(_FLOATS)}; block types need --to gguf")
+    return _FLOATS[requested][1]
 
 
-def gguf_type(wanted: str) -> str | None:
+def gguf_type(requested: str) -> str | None:
     """The GGUF file type for a dtype argument; None for "keep"."""
-    if wanted == "keep":
+    if requested == "keep":
         return None
-    kind = file_type(_FLOATS[wanted][0] if wanted in _FLOATS else wanted)
-    if kind is None or (kind in _DENSE and wanted not in _FLOATS):
+    kind = file_type(_FLOATS[requested][0] if requested in _FLOATS else requested)
+    if kind is None or (kind in _DENSE and requested not in _FLOATS):
         choices = ", ".join(("keep", *_FLOATS, *(name.lower() for name in FILE_TYPES if name not in _DENSE)))
-        raise InputError(f"dtype {wanted!r} cannot be written to GGUF; it is one of {choices}")
+        raise InputError(f"dtype {requested!r} cannot be written to GGUF; it is one of {choices}")
     return kind
 
 

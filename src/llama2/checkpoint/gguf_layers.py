@@ -100,16 +100,16 @@ class PackingPlan:
         return "float32" if self.blocks else weights.auto_dtype
 
 
-def keep_blocks(model: PreTrainedModel, source: GgufCheckpoint, found: dict[str, str], dtype: torch.dtype) -> None:
-    """Puts layers of the file's own blocks where `found` names a matrix, and takes those out of it.
+def keep_blocks(model: PreTrainedModel, source: GgufCheckpoint, stored: dict[str, str], dtype: torch.dtype) -> None:
+    """Puts layers of the file's own blocks where `stored` names a matrix, and takes those out of it.
 
     A float matrix of the dtype that is computed in stays a parameter, in place. model: on the meta device.
     """
     for path, module in matrices(model).items():
-        name = found.get(f"{path}.weight")
+        name = stored.get(f"{path}.weight")
         if name is None or TYPES[source.tensors[name].type].dense == dtype:
             continue
-        del found[f"{path}.weight"]
+        del stored[f"{path}.weight"]
         layer = _layer(module, source, name, dtype)
         model.set_submodule(path, layer)
         remember(layer, FilePlace(source.file, source.stored_name(name)))

@@ -65,11 +65,11 @@ def tensor_type(name: str, columns: int, kind: str, config: LlamaConfig, calibra
     return fitting(wanted, columns)
 
 
-def fitting(wanted: str, columns: int) -> str:
+def fitting(kind: str, columns: int) -> str:
     """The type itself, or what is taken for rows that its blocks do not divide."""
-    if columns % BY_ID[wanted].weights:
-        wanted = _NARROWER.get(wanted, wanted)
-    return "F16" if columns % BY_ID[wanted].weights else wanted
+    if columns % BY_ID[kind].weights:
+        kind = _NARROWER.get(kind, kind)
+    return "F16" if columns % BY_ID[kind].weights else kind
 
 
 def _in_layer(linear: str, layer: int, kind: str, default: str, config: LlamaConfig, calibrated: bool) -> str:

@@ -441,20 +441,20 @@ def fill(model: PreTrainedModel, weights: Weights, report: Coverage, dtype: torc
 
 
 def pack(
-    model: PreTrainedModel, weights: Weights, found: dict[str, str], config: QuantizationConfig, dtype: torch.dtype
+    model: PreTrainedModel, weights: Weights, stored: dict[str, str], config: QuantizationConfig, dtype: torch.dtype
 ) -> None:
-    """Quantises the linears that `config` means as they are read, and takes their weights out of `found`."""
+    """Quantises the linears that `config` means as they are read, and takes their weights out of `stored`."""
     chosen = {path: linear for path, linear in linears(model).items() if not config.skips(path)}
-    chosen = {path: linear for path, linear in chosen.items() if f"{path}.weight" in found}
+    chosen = {path: linear for path, linear in chosen.items() if f"{path}.weight" in stored}
     kind = layer_class(config)
 
     def packed(path: str) -> nn.Module:
-        weight = weights.read(found[f"{path}.weight"], dtype)
+        weight = weights.read(stored[f"{path}.weight"], dtype)
         layer = kind.quantize(weight, chosen[path].bias, config.at(path))
         release(weight)  # of a mapped file: else all of it stays in memory beside what it became
         return layer
 
     for path, layer in zip(chosen, in_single_threads(packed, chosen), strict=True):
         model.set_submodule(path, layer)
-        del found[f"{path}.weight"]
+        del stored[f"{path}.weight"]
     model.config.quantization_config = config.to_dict()

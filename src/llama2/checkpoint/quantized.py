@@ -32,13 +32,17 @@ def settings_of(config: LlamaConfig, where: Path | str) -> QuantizationConfig | 
         raise CheckpointError(f"{where}: quantization_config: {error}") from error
 
 
-def asked_for(given: Any, load_in_4bit: bool, load_in_8bit: bool) -> QuantizationConfig | None:
+def asked_for(quantization_config: Any, load_in_4bit: bool, load_in_8bit: bool) -> QuantizationConfig | None:
     """The quantisation that a call of from_pretrained asks for. Raises InputError where it says two things."""
-    if given is not None and (load_in_4bit or load_in_8bit):
+    if quantization_config is not None and (load_in_4bit or load_in_8bit):
         raise InputError("quantization_config and load_in_4bit or load_in_8bit are one setting; give one of them")
-    if given is None and not (load_in_4bit or load_in_8bit):
+    if quantization_config is None and not (load_in_4bit or load_in_8bit):
         return None
-    config = parse({"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit} if given is None else given)
+    config = parse(
+        {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
+        if quantization_config is None
+        else quantization_config
+    )
     if isinstance(config, GPTQConfig) and config.dataset is not None and config.tokenizer is None:
         raise InputError(
             "GPTQConfig has a dataset to calibrate on and no tokenizer, and from_pretrained rounds without calibration "

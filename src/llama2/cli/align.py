@@ -46,9 +46,9 @@ TASKS: dict[str, type[Any]] = {name: row[0] for name, row in _ROWS.items()}
 SUMMARY = {name: row[1] for name, row in _ROWS.items()}
 
 
-def words(given: Sequence[str]) -> list[str]:
+def words(arguments: Sequence[str]) -> list[str]:
     """The words of the command line."""
-    return list(given)
+    return list(arguments)
 
 
 def run(options: Options) -> int:

@@ -238,13 +238,13 @@ def report(
     return EvaluationReport("bench", rows, {"repetitions": options.repetitions}, models, about)
 
 
-def start_rows(name: str, found: FirstToken | str) -> list[Row]:
+def start_rows(name: str, start: FirstToken | str) -> list[Row]:
     """Rows of a process's start and memory, where it could run."""
-    if isinstance(found, str):
+    if isinstance(start, str):
         return []
-    rows = [Row(name, "process start to first token", found.seconds, None, "s", "lower")]
-    if found.peak_bytes is not None:
-        rows.append(Row(name, "peak memory", found.peak_bytes / 1e6, None, "MB", "lower"))
+    rows = [Row(name, "process start to first token", start.seconds, None, "s", "lower")]
+    if start.peak_bytes is not None:
+        rows.append(Row(name, "peak memory", start.peak_bytes / 1e6, None, "MB", "lower"))
     return rows
 
 
@@ -268,11 +268,11 @@ def _beside(records: Sequence[BenchRecord], starts: Mapping[str, FirstToken | st
     return lines
 
 
-def interval(found: Interval) -> str:
+def interval(ratio: Interval) -> str:
     """A ratio with its bounds."""
-    if found.low is None:
-        return f"{found.value:.3f}"
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    if ratio.low is None:
+        return f"{ratio.value:.3f}"
+    return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
 def _percent(value: float | None) -> str:

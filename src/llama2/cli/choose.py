@@ -140,12 +140,12 @@ def _candidate(
     return Candidate(setup.name, decode, prefill, memory, sums, counts, rows)
 
 
-def decide(found: list[Candidate], loss: float, memory_gb: float | None) -> tuple[Candidate, str]:
+def decide(candidates: list[Candidate], loss: float, memory_gb: float | None) -> tuple[Candidate, str]:
     """The file to use, and why. Raises InputError where none fits the memory."""
     room = memory_gb * 1e9 if memory_gb is not None else total_bytes()
-    fitting = [each for each in found if each.memory <= room]
+    fitting = [each for each in candidates if each.memory <= room]
     if not fitting:
-        least = min(found, key=lambda each: each.memory)
+        least = min(candidates, key=lambda each: each.memory)
         raise InputError(f"none fits {size(room)}: {least.name}, the smallest, takes {size(least.memory)}")
     best = min(fitting, key=lambda each: each.nll)
     good = [each for each in fitting if math.exp(each.nll - best.nll) <= 1 + loss]

@@ -171,9 +171,9 @@ TASKS: dict[str, type[TaskOptions]] = {name: _options_of(task) for name, task in
 SUMMARY = {name: task.summary for name, task in FINETUNE.items()}
 
 
-def words(given: Sequence[str]) -> list[str]:
+def words(arguments: Sequence[str]) -> list[str]:
     """The words of the command line, with those of a recipe's file among them."""
-    return expanded(given, TASKS)
+    return expanded(arguments, TASKS)
 
 
 def bound_caches() -> None:

@@ -9,11 +9,11 @@ _RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
 _MOST = 10_000  # numbers of one list
 
 
-def read(flag: str, given: Sequence[str], default: int, least: int) -> list[int]:
+def read(flag: str, texts: Sequence[str], default: int, least: int) -> list[int]:
     """The numbers of a flag that may be given several times. Raises InputError for other words and for numbers under
     `least`."""
     found: list[int] = []
-    for word in [part.strip() for text in given for part in text.split(",")]:
+    for word in [part.strip() for text in texts for part in text.split(",")]:
         if match := _RANGE.fullmatch(word):
             found += _between(flag, word, int(match[1]), int(match[2]), match[3] or "+", int(match[4] or 1))
         elif word.isdecimal() and word.isascii() and len(word) < 16:

@@ -32,16 +32,16 @@ class RankOptions:
     store: str | None = None
 
 
-def ranks(wanted: int | None, environment: Mapping[str, str]) -> RankOptions | None:
+def ranks(count: int | None, environment: Mapping[str, str]) -> RankOptions | None:
     """The processes there are, or are to be; None for a server of one. Raises InputError where both differ."""
-    if wanted is not None and wanted < 0:
-        raise InputError(f"--tensor-parallel is {wanted}; give the number of processes, 1 for one")
-    wanted = wanted or None  # SageMaker says SM_NUM_GPUS=0 where there is no GPU
+    if count is not None and count < 0:
+        raise InputError(f"--tensor-parallel is {count}; give the number of processes, 1 for one")
+    count = count or None  # SageMaker says SM_NUM_GPUS=0 where there is no GPU
     if "WORLD_SIZE" not in environment:
-        return RankOptions(0, wanted, 0, wanted) if wanted is not None and wanted > 1 else None
+        return RankOptions(0, count, 0, count) if count is not None and count > 1 else None
     size, rank = int(environment["WORLD_SIZE"]), int(environment.get("RANK", "0"))
-    if wanted not in (None, size):
-        raise InputError(f"--tensor-parallel is {wanted} but {size} processes were started; leave it out")
+    if count not in (None, size):
+        raise InputError(f"--tensor-parallel is {count} but {size} processes were started; leave it out")
     local = int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", size))
     return RankOptions(rank, size, *local, environment.get(STORE)) if size > 1 else None
 

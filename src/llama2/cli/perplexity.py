@@ -67,21 +67,26 @@ def run(options: PerplexityOptions) -> int:
     return 0
 
 
-def report_rows(name: str, found: "Perplexity", window: int) -> "list[Row]":
+def report_rows(name: str, result: "Perplexity", window: int) -> "list[Row]":
     """The rows of one window's size."""
     from llama2.evaluate.report import Row
 
-    details = asdict(found) | {"window": window}
+    details = asdict(result) | {"window": window}
     rows = [
-        Row(name, f"perplexity @ {window}", found.value, found.error, "", "lower", details=details),
-        Row(name, f"nats per token @ {window}", found.nll, found.nll_error, "nats", "lower"),
+        Row(name, f"perplexity @ {window}", result.value, result.error, "", "lower", details=details),
+        Row(name, f"nats per token @ {window}", result.nll, result.nll_error, "nats", "lower"),
         Row(
-            name, f"first choices right @ {window}", 100 * found.accuracy, _percent(found.accuracy_error), "%", "higher"
+            name,
+            f"first choices right @ {window}",
+            100 * result.accuracy,
+            _percent(result.accuracy_error),
+            "%",
+            "higher",
         ),
     ]
-    if found.bits_per_byte is not None:
+    if result.bits_per_byte is not None:
         test = f"bits per byte @ {window}"
-        rows.append(Row(name, test, found.bits_per_byte, found.bits_per_byte_error, "bits", "lower"))
+        rows.append(Row(name, test, result.bits_per_byte, result.bits_per_byte_error, "bits", "lower"))
     return rows
 
 

@@ -77,7 +77,7 @@ def hub_id_of(text: str) -> "HubId":
     return found
 
 
-def chosen(found: "HubId", files: "list[RepositoryFile]") -> "HubId":
+def chosen(hub_id: "HubId", files: "list[RepositoryFile]") -> "HubId":
     """With the GGUF file that fits this machine, where the repository has several and none is named.
 
     Raises InputError where none fits.
@@ -85,12 +85,12 @@ def chosen(found: "HubId", files: "list[RepositoryFile]") -> "HubId":
     from llama2.checkpoint.hub import gguf_choices
     from llama2.memory import total_bytes
 
-    if found.file is not None or found.tag is not None:
-        return found
+    if hub_id.file is not None or hub_id.tag is not None:
+        return hub_id
     names = {file.name for file in files}
     choices = gguf_choices(files)
     if len(choices) < 2 or ("config.json" in names and any(name.endswith(".safetensors") for name in names)):
-        return found
+        return hub_id
     most = int(SHARE_OF_MEMORY * total_bytes())
     fitting = {
         name: count
@@ -100,7 +100,7 @@ def chosen(found: "HubId", files: "list[RepositoryFile]") -> "HubId":
     if not fitting:
         least = min(choices, key=lambda name: choices[name])
         raise InputError(
-            f"{found.repo} holds {len(choices)} GGUF files, and none takes at most {size(most)}, {SHARE_OF_MEMORY:.0%} "
+            f"{hub_id.repo} holds {len(choices)} GGUF files; none takes at most {size(most)}, {SHARE_OF_MEMORY:.0%} "
             f"of this machine's memory; the smallest, {least}, has {size(choices[least])}: name one to fetch it anyhow"
         )
     best = max(fitting, key=lambda name: fitting[name])
@@ -108,29 +108,29 @@ def chosen(found: "HubId", files: "list[RepositoryFile]") -> "HubId":
         f"llama2: of {len(choices)} GGUF files {best} is the largest that fits {SHARE_OF_MEMORY:.0%} of this machine's "
         f"{size(total_bytes())} of memory"
     )
-    return replace(found, file=best)
+    return replace(hub_id, file=best)
 
 
-def text_of(found: "HubId") -> str:
+def text_of(hub_id: "HubId") -> str:
     """A hub id as the user writes it."""
-    return found.repo + (f"/{found.file}" if found.file else f":{found.tag}" if found.tag else "")
+    return hub_id.repo + (f"/{hub_id.file}" if hub_id.file else f":{hub_id.tag}" if hub_id.tag else "")
 
 
-def selected(found: "HubId", files: "list[RepositoryFile]") -> "list[RepositoryFile]":
+def selected(hub_id: "HubId", files: "list[RepositoryFile]") -> "list[RepositoryFile]":
     """The files that fetching takes. Raises CheckpointError where a type or name means none or several."""
     from llama2.checkpoint import split_parts
     from llama2.checkpoint.hub import pick_gguf, weight_files
 
     names = [file.name for file in files]
-    if found.file is not None or found.tag is not None:
-        first = pick_gguf(found.repo, names, found.file, found.tag)
+    if hub_id.file is not None or hub_id.tag is not None:
+        first = pick_gguf(hub_id.repo, names, hub_id.file, hub_id.tag)
         parts = {part.as_posix() for part in split_parts(Path(first))}
         return [file for file in files if file.name in parts]
-    wanted = set(weight_files(found.repo, names))
+    wanted = set(weight_files(hub_id.repo, names))
     return [file for file in files if file.name in wanted]
 
 
-def fetched(text: str, found: "HubId", hub: "HubOptions", total: int) -> Path:
+def fetched(text: str, hub_id: "HubId", hub: "HubOptions", total: int) -> Path:
     """Fetches a model with its tokenizer; progress on standard error. Returns the folder or the file."""
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
@@ -140,7 +140,7 @@ def fetched(text: str, found: "HubId", hub: "HubOptions", total: int) -> Path:
     bars = sys.stderr.isatty()
     (enable_progress_bars if bars else disable_progress_bars)()
     with Waiting(f"fetching {text}") as waiting:
-        waiting.say(lambda: f"{size(incomplete_bytes(found.repo))} of {size(total)}")
+        waiting.say(lambda: f"{size(incomplete_bytes(hub_id.repo))} of {size(total)}")
         return locate_all(text, hub.revision).path
 
 

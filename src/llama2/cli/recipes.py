@@ -125,15 +125,15 @@ def _adapter(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     return {_LORA[name]: value for name, value in given.items() if name in _LORA}
 
 
-def words_of(cls: type[Any], given: Mapping[str, Any], where: str = "") -> list[str]:
+def words_of(cls: type[Any], values: Mapping[str, Any], where: str = "") -> list[str]:
     """The words of a command line that say the same as these values by name; true and false of a switch may be texts.
 
     A field of TrainingArguments without a flag is given by --set.
     """
     defaults = {f.name: f.default for f in fields(cls)}
-    known = _training_arguments() if set(given) - set(defaults) else set()
+    known = _training_arguments() if set(values) - set(defaults) else set()
     words = []
-    for name, value in given.items():
+    for name, value in values.items():
         flag = "--" + name.replace("_", "-")
         if name not in defaults and name in known:
             words.append(f"--set={name}={json.dumps(value)}")

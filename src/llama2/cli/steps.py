@@ -16,7 +16,7 @@ from llama2.errors import InputError
 from llama2.generation.call_settings import settings
 from llama2.generation.config import GenerationConfig
 from llama2.lazy import door
-from llama2.protocols import StreamingTokenizer
+from llama2.protocols import TextTokenizer
 
 _stream = door("generation.loop", "stream", "TokenSource of generate().")
 _make_runner = door("runners.contract", "make_runner", "What runs a model.")
@@ -28,7 +28,7 @@ class Continuation:
 
     ids: list[int]
     config: GenerationConfig
-    tokenizer: StreamingTokenizer
+    tokenizer: TextTokenizer
     new: int
     seed: int | None
     processors: Sequence[Any] = ()

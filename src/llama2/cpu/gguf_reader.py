@@ -183,9 +183,9 @@ class Reader:
         values = file_bytes(self.source, name, size).view(dtype).reshape(info.shape)
         return self.engine.view(values if heads is None else values[unpermute(heads, info.shape[0])], bfloat16)
 
-    def linear(self, stem: str, part: str) -> Any:
-        """Matrix and bias, where there is one, of a linear layer; `part` is its name in PARTS."""
-        heads = _heads(self.source.config, part)
+    def linear(self, stem: str, name: str) -> Any:
+        """Matrix and bias, where there is one, of a linear layer; `name` is its name in PARTS."""
+        heads = _heads(self.source.config, name)
         matrix = self.matrix(f"{stem}.weight", heads)
         if f"{stem}.bias" in self.source.tensors:
             bias = self.vector(f"{stem}.bias")

@@ -125,8 +125,8 @@ class Comparison:
             error = float(flat.std() / math.sqrt(max(len(flat) - 1, 1))) * factor
             return scaled, {"token_error": error, "tokens": len(flat)}
 
-        def row(test: str, found: tuple[Estimate, dict[str, Any]], unit: str = "", better: str = "lower") -> Row:
-            return Row(name, test, found[0].value, found[0].error, unit, better, details=found[1])
+        def row(test: str, measured: tuple[Estimate, dict[str, Any]], unit: str = "", better: str = "lower") -> Row:
+            return Row(name, test, measured[0].value, measured[0].error, unit, better, details=measured[1])
 
         windows = self.windows
         ratio = mean([w.nll - w.base_nll for w in windows])

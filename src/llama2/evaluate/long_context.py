@@ -135,7 +135,7 @@ def loss_by_position(
     return [(x, found.value, found.error) for x, found in zip(middles, columns, strict=True)]
 
 
-def position_rows(name: str, window: int, found: Sequence[tuple[float, float, float | None]]) -> list[Row]:
+def position_rows(name: str, window: int, losses: Sequence[tuple[float, float, float | None]]) -> list[Row]:
     """The report's rows of a loss by position; `details` says where each stretch is."""
     return [
         Row(
@@ -147,5 +147,5 @@ def position_rows(name: str, window: int, found: Sequence[tuple[float, float, fl
             "lower",
             details={"position": x, "window": window},
         )
-        for x, y, error in found
+        for x, y, error in losses
     ]

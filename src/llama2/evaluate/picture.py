@@ -80,14 +80,14 @@ def lines(title: str, across: str, up: str, series: Mapping[str, Sequence[tuple[
 
 
 def points(
-    title: str, across: str, up: str, found: Mapping[str, tuple[float, float, float | None]], chosen: str = ""
+    title: str, across: str, up: str, values: Mapping[str, tuple[float, float, float | None]], chosen: str = ""
 ) -> str:
     """A labelled point (x, y, error of y) for each name; the chosen one is marked."""
-    if not found:
+    if not values:
         return ""
-    ys = [y + side * (e or 0) for _, y, e in found.values() for side in (-1, 1)]
-    canvas = _Canvas(title, across, up, [0.0, *(x for x, _, _ in found.values())], ys)
-    for i, (name, (x, y, error)) in enumerate(found.items()):
+    ys = [y + side * (e or 0) for _, y, e in values.values() for side in (-1, 1)]
+    canvas = _Canvas(title, across, up, [0.0, *(x for x, _, _ in values.values())], ys)
+    for i, (name, (x, y, error)) in enumerate(values.items()):
         colour = COLOURS[i % len(COLOURS)]
         at, height = canvas.place(x, y)
         if error:
@@ -136,7 +136,7 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def shares(
-    title: str, across: str, up: str, columns: Sequence[str], rows: Sequence[str], found: Sequence[Sequence[float]]
+    title: str, across: str, up: str, columns: Sequence[str], rows: Sequence[str], values: Sequence[Sequence[float]]
 ) -> str:
     """A map of shares from 0 (red) to 1 (green): one cell for each row and column."""
     height = TOP + BOTTOM + 36 * len(rows)
@@ -144,7 +144,7 @@ def shares(
     wide = (WIDTH - LEFT - RIGHT) / max(len(columns), 1)
     for r, row in enumerate(rows):
         parts.append(text(LEFT - 8, TOP + 36 * r + 22, row, "end"))
-        for c, share in enumerate(found[r]):
+        for c, share in enumerate(values[r]):
             colour = f"hsl({120 * share:.0f},65%,62%)"
             parts.append(
                 f'<rect x="{LEFT + wide * c:.1f}" y="{TOP + 36 * r}" width="{wide - 2:.1f}" height="34" '

@@ -101,7 +101,7 @@ def entries(words: Sequence[str]) -> list[TaskEntry]:
 
 
 def load(
-    wanted: Sequence[TaskEntry],
+    entries: Sequence[TaskEntry],
     shots: int | None = None,
     data_dir: str | None = None,
     include: str | None = None,
@@ -112,18 +112,18 @@ def load(
     Raises InputError for a name that lm-eval does not know, for data that cannot be read, and for tasks that run a
     model's code where `unsafe` does not allow it.
     """
-    own = include is None and all(e.name == BOLD or Path(e.name).is_file() for e in wanted)
+    own = include is None and all(e.name == BOLD or Path(e.name).is_file() for e in entries)
     manager = _manager(None if own else include, not own)
     known = set(manager.all_tasks)
-    unknown = [e.name for e in wanted if e.name not in known and e.name != BOLD and not Path(e.name).is_file()]
+    unknown = [e.name for e in entries if e.name not in known and e.name != BOLD and not Path(e.name).is_file()]
     if unknown:
         near = _near(unknown[0], known)
         raise InputError(f"lm-eval has no task {unknown[0]!r}{near}; `llama2 evaluate --list` names them all")
-    if not unsafe and (code := [e.name for e in wanted if e.name.startswith(CODE_TASKS)]):
+    if not unsafe and (code := [e.name for e in entries if e.name.startswith(CODE_TASKS)]):
         raise _unsafe(code[0])  # before lm-eval fetches what runs the code
     found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     with local_data(data_dir):
-        for entry in wanted:
+        for entry in entries:
             part = _read(manager, entry)
             number = entry.shots if entry.shots is not None else shots
             for task in part["tasks"].values():

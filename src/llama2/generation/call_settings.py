@@ -43,13 +43,14 @@ def choosing(settings: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def settings(model: CausalLM, given: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
-    """Takes the settings out of `kwargs`: they win over `given`, that over the model's own, those over the defaults.
+def settings(model: CausalLM, own_config: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
+    """Takes the settings out of `kwargs`: they win over `own_config`, that over the model's own,
+    those over the defaults.
 
     Raises InputError for a keyword that is neither a setting nor an argument, naming the nearest.
     """
     own = GenerationConfig.of(getattr(model, "generation_config", None) or GenerationConfig())
-    given = None if given is None else GenerationConfig.of(given)
+    own_config = None if own_config is None else GenerationConfig.of(own_config)
     asked = {name: plain(kwargs.pop(name)) for name in list(kwargs) if name in DEFAULTS}
     drop("generate", kwargs, stacklevel=5)
     known = {*CALL_ARGUMENTS, *arguments_of(model)}
@@ -58,8 +59,8 @@ def settings(model: CausalLM, given: GenerationConfig | None, kwargs: dict[str, 
             near = difflib.get_close_matches(name, [*DEFAULTS, *CALL_ARGUMENTS], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; see GenerationConfig for the settings there are"
             raise InputError(f"generate() got {name!r}, which is no setting and no argument it knows{hint}")
-    config = (given or GenerationConfig()).over(own)
-    explicit = {**(vars(given) if given is not None else {}), **asked}
+    config = (own_config or GenerationConfig()).over(own)
+    explicit = {**(vars(own_config) if own_config is not None else {}), **asked}
     vars(config).update(asked)
     if explicit.get("max_length") is not None and explicit.get("max_new_tokens") is None:
         config.update(max_new_tokens=None)  # the caller's length wins over the one stored with the model

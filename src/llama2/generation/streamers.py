@@ -10,20 +10,13 @@ from queue import Empty, Queue
 from typing import Any, Protocol, Self
 
 from llama2.errors import InputError
+from llama2.protocols import TextDecoder
 
 
 class StreamingTokenizer(Protocol):
     """The part of a tokenizer that streamers use; `stream_decoder` is taken where there is one."""
 
     def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
-
-
-class IncrementalDecoder(Protocol):
-    """Ids in, pieces of text out."""
-
-    def put(self, ids: int | Iterable[int]) -> str: ...
-
-    def finish(self) -> str: ...
 
 
 class WindowDecoder:
@@ -89,7 +82,7 @@ class TextStreamer(BaseStreamer):
     def _restart(self) -> None:
         self._next_is_prompt = True
         make = getattr(self.tokenizer, "stream_decoder", None)
-        self._decoder: IncrementalDecoder = (
+        self._decoder: TextDecoder = (
             WindowDecoder(self.tokenizer, **self.decode_kwargs) if make is None else make(**self.decode_kwargs)
         )
 

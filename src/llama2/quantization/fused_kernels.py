@@ -61,15 +61,15 @@ def block_absmax(
     values: tl.tensor,
     nested: tl.tensor,
     offset: tl.tensor,
-    at: tl.tensor,
+    blocks: tl.tensor,
     mask: tl.tensor,
     NESTED: tl.constexpr,
 ) -> tl.tensor:
-    """Scales of the blocks `at`; with double quantisation values[code] * nested + offset."""
-    found = tl.load(absmax + at, mask=mask, other=0)
+    """Scales of the blocks `blocks`; with double quantisation values[code] * nested + offset."""
+    found = tl.load(absmax + blocks, mask=mask, other=0)
     if NESTED > 0:
         value = tl.load(values + found.to(tl.int32))
-        found = value * tl.load(nested + at // NESTED, mask=mask, other=0.0) + offset
+        found = value * tl.load(nested + blocks // NESTED, mask=mask, other=0.0) + offset
     return found
 
 

@@ -137,9 +137,9 @@ class GptqLinear(PackedLinear):
         return cls.of_values(torch.cat(rounded, 1), params, None, bias, config)
 
     @classmethod
-    def of_solution(cls, found: Solution, bias: nn.Parameter | None, config: Any) -> Self:
+    def of_solution(cls, solution: Solution, bias: nn.Parameter | None, config: Any) -> Self:
         """The layer of what the solver found on the grid `grid_of(config, K)`."""
-        return cls.of_values(found.weight, found.params, found.order, bias, config)
+        return cls.of_values(solution.weight, solution.params, solution.order, bias, config)
 
     @classmethod
     def of_values(

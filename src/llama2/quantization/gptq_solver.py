@@ -315,16 +315,17 @@ class _Run:
         at = torch.tensor([place * self.grid.span + index for place, index in self.places], device=device)
         return list(at.argsort().split(self.grid.span))
 
-    def again(self, at: Tensor, hessian_KK: Tensor, damping: float) -> float:
-        """Takes the columns held at `at` to better values, all others as they are: by how much tr(E H E^T) falls."""
-        rows = hessian_KK[at if self.order is None else self.order[at]]
+    def again(self, chosen: Tensor, hessian_KK: Tensor, damping: float) -> float:
+        """Takes the columns held at `chosen` to better values, all others as they are: by how much tr(E H E^T)
+        falls."""
+        rows = hessian_KK[chosen if self.order is None else self.order[chosen]]
         if self.order is not None:
             rows = rows.index_select(1, self.order)
-        errors, values = self.errors_KN[at], self.rounded_KN[at]
+        errors, values = self.errors_KN[chosen], self.rounded_KN[chosen]
         pull = (rows @ self.errors_KN).add_(errors, alpha=damping)
-        own = rows[:, at]
+        own = rows[:, chosen]
         own.diagonal().add_(damping)
-        place, moved, fallen = self.places[int(at[0])][0], torch.zeros_like(values), 0.0
+        place, moved, fallen = self.places[int(chosen[0])][0], torch.zeros_like(values), 0.0
         if isinstance(self.grid, Refitting) and self.grid.span < len(self.places):
             self.params[place], fitted = self.grid.refit(values, pull, own, self.params[place])
             moved = fitted - values
@@ -333,11 +334,11 @@ class _Run:
             values, pull = fitted, pull.sub_(pulled)
         costs = own.diagonal().clone()[:, None]
         shift, rounded = pull.div_(costs), torch.empty_like(values)
-        places = [(self.params[p], i) for p, i in (self.places[k] for k in at.tolist())]
+        places = [(self.params[p], i) for p, i in (self.places[k] for k in chosen.tolist())]
         columns = _Columns(self.grid, places, own.div_(costs), values.clone(), rounded, shift, torch.empty_like(values))
-        columns.round(0, len(at))
-        self.rounded_KN[at] = rounded
-        self.errors_KN[at] = errors.sub_(rounded.sub_(values).add_(moved))
+        columns.round(0, len(chosen))
+        self.rounded_KN[chosen] = rounded
+        self.errors_KN[chosen] = errors.sub_(rounded.sub_(values).add_(moved))
         gained = shift.square_().sum(1).double() - columns.lost.square_().sum(1).double()
         return fallen + float(gained @ costs[:, 0].double())
 

@@ -252,12 +252,12 @@ class Float8Config(_Float8Settings):
         """As FileSettings.to_dict: fp8, fbgemm_fp8 or modelopt as the file said."""
         return dict(self.content) or {"quant_method": self.quant_method}
 
-    def block(self, shape: tuple[int, int], held: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns that share a scale, of a weight whose scales have the shape `held`."""
-        if held in ((), (1,), (1, 1)):
+    def block(self, shape: tuple[int, int], scale_shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns that share a scale, of a weight whose scales have the shape `scale_shape`."""
+        if scale_shape in ((), (1,), (1, 1)):
             return shape
         block = self.content.get("weight_block_size")
-        if block is None or len(held) < 2 or held == (shape[0], 1):
+        if block is None or len(scale_shape) < 2 or scale_shape == (shape[0], 1):
             return 1, shape[1]
         return block[0], block[1]
 

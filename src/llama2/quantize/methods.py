@@ -189,9 +189,9 @@ class Errors(NamedTuple):
     weight: float
 
 
-def errors(weight: Tensor, made: Tensor, hessian: Tensor | None) -> Errors:
-    """The errors of a weight (out, in) that became `made`, from H: |X E^T|^2 is n/2 tr(E H E^T)."""
-    change = weight - made
+def errors(weight: Tensor, rounded: Tensor, hessian: Tensor | None) -> Errors:
+    """The errors of a weight (out, in) that became `rounded`, from H: |X E^T|^2 is n/2 tr(E H E^T)."""
+    change = weight - rounded
     plain = _ratio(change.square().sum().item(), weight.square().sum().item())
     if hessian is None:
         return Errors(None, plain)

@@ -164,26 +164,27 @@ def widths(config: LlamaConfig) -> dict[str, int]:
     }
 
 
-def group_size(config: LlamaConfig, wanted: int | None) -> int:
+def group_size(config: LlamaConfig, requested: int | None) -> int:
     """The group size asked for, or the largest that fits. Raises InputError where it does not divide every width."""
     found = widths(config)
     for name, width in found.items():
         if width % 32:
             raise InputError(f"{name} is {width}; GPTQ packs 32 columns at a time, so take nf4 or int8 for this model")
-    if wanted == -1:
+    if requested == -1:
         return -1
-    if wanted is None:
+    if requested is None:
         return next(size for size in GROUP_SIZES if all(width % size == 0 for width in found.values()))
-    if wanted < 1:
-        raise InputError(f"group_size is {wanted}; give 128, 64 or 32, or -1 for whole rows")
+    if requested < 1:
+        raise InputError(f"group_size is {requested}; give 128, 64 or 32, or -1 for whole rows")
     for name, width in found.items():
-        if width % wanted:
+        if width % requested:
             fits = [size for size in GROUP_SIZES if all(other % size == 0 for other in found.values())]
             raise InputError(
-                f"group_size {wanted} does not divide {name}, {width}; of the usual sizes {', '.join(map(str, fits))} "
+                f"group_size {requested} does not divide {name}, {width}; of the usual sizes "
+                f"{', '.join(map(str, fits))} "
                 "do, and -1 takes whole rows"
             )
-    return wanted
+    return requested
 
 
 def as_dict(options: QuantizationSettings) -> dict[str, Any]:

@@ -191,31 +191,30 @@ class Common(Body):
         model: ServedModel,
         owner: str,
         prompts: tuple[tuple[int, ...], ...],
-        wanted: int | None,
+        new_tokens: int | None,
         *,
         overflow: str | None = None,
         **more: Any,
     ) -> GenerationRequest:
         """The request, with what all dialects share. Raises Refusal.
 
-        wanted: new tokens at most; below 0 or None what the context holds. overflow: what happens to a prompt that is
-        too long, as --context-overflow; None for the policy's. more: further fields of GenerationRequest.
-        """
+        new_tokens: new tokens at most; below 0 or None what the context holds. overflow: what happens to a prompt that
+        is too long, as --context-overflow; None for the policy's. more: further fields of GenerationRequest."""
         bounds = model.bounds.within(self.num_ctx)
-        wanted = None if wanted is None or wanted < 0 else wanted
+        new_tokens = None if new_tokens is None or new_tokens < 0 else new_tokens
         keep = self.truncate_prompt_tokens
         if keep is not None:
             keep = bounds.max_input_tokens if keep < 0 else keep
             prompts = tuple(prompt[-keep:] if keep else () for prompt in prompts)
-        prompts, told = placed(prompts, bounds, wanted, overflow or model.policy.context_overflow)
-        if wanted is not None and self.max_tokens is None:  # a default, which nobody asked for
-            told = [warning for warning in told if not warning.startswith(str(wanted))]
+        prompts, told = placed(prompts, bounds, new_tokens, overflow or model.policy.context_overflow)
+        if new_tokens is not None and self.max_tokens is None:  # a default, which nobody asked for
+            told = [warning for warning in told if not warning.startswith(str(new_tokens))]
         if "" in self.stops:
             told.append("a stop string is empty, which every text contains; it is ignored")
         return GenerationRequest(
             prompts=prompts,
             sampling=self.sampling(model),
-            max_new_tokens=wanted,
+            max_new_tokens=new_tokens,
             context=self.num_ctx,
             seed=drawn(self.seed),
             stop=tuple(stop for stop in self.stops if stop),
@@ -256,6 +255,6 @@ def drawn(seed: int | None) -> int:
     return secrets.randbits(62) if seed is None or seed == -1 else seed & SEED_BITS
 
 
-def salt(owner: str, given: str | None) -> str:
+def salt(owner: str, cache_salt: str | None) -> str:
     """Whose cached prefixes a request shares: those of the same key and the same cache_salt."""
-    return f"{owner}\0{given or ''}"
+    return f"{owner}\0{cache_salt or ''}"

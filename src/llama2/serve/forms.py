@@ -104,9 +104,9 @@ def vllm_forms(
     return found
 
 
-def only(given: Mapping[str, Constraint | None]) -> Constraint | None:
+def only(forms: Mapping[str, Constraint | None]) -> Constraint | None:
     """The one form among those that may have been given. Raises Refusal where there are several."""
-    found = {name: constraint for name, constraint in given.items() if constraint is not None}
+    found = {name: constraint for name, constraint in forms.items() if constraint is not None}
     if len(found) > 1:
         raise Refusal("validation", f"{' and '.join(found)} exclude each other; an answer has one form")
     return next(iter(found.values()), None)
@@ -140,8 +140,8 @@ def _as_converted(source: str) -> str:
     """GBNF as the converter reads it: alternatives do not begin a line, escapes of characters are characters."""
     source = re.sub(r"\n[ \t]*\|", " |", source).replace("{,", "{0,")
 
-    def written(found: re.Match[str]) -> str:
-        number = int(found[1] or found[2], 16)
+    def written(match: re.Match[str]) -> str:
+        number = int(match[1] or match[2], 16)
         character = chr(number) if number < 0x110000 and not 0xD800 <= number < 0xE000 else ""
         return f"\\{character}" if character in ('"', "\\", "]", "[", "-", "^") else character
 

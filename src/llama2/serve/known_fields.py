@@ -43,9 +43,9 @@ OFF: Mapping[str, tuple[Any, ...] | None] = {
 }  # fmt: skip
 
 
-def renamed(given: dict[str, Any]) -> dict[str, Any]:
+def renamed(body: dict[str, Any]) -> dict[str, Any]:
     """A body with other servers' names replaced by ours, and what Ollama has in `options` beside the rest."""
-    found = dict(given)
+    found = dict(body)
     if (options := found.get("options")) is None or isinstance(options, Mapping):
         found.pop("options", None)
         for name, value in (options or {}).items():

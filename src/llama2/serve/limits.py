@@ -71,19 +71,19 @@ def cache_tokens(model: Any, wanted: Wanted, bytes_per_token: int, most_bytes: i
             "give --max-total-tokens or --max-batch-total-tokens, or --kv-cache int8"
         )
     if most <= fits:
-        return most, f"{wanted.max_batch_size} texts of {context} tokens"
+        return most, f"{limits.max_batch_size} texts of {context} tokens"
     return fits // PAGE * PAGE, f"{CACHE_SHARE:.0%} of {free / GIB:.1f} GiB free"
 
 
-def bounds(engine: Engine, wanted: Wanted) -> Bounds:
+def bounds(engine: Engine, limits: Wanted) -> Bounds:
     """Returns the bounds of a request. Raises InputError for bounds that contradict each other or the model."""
     context, held = engine.limit, engine.scheduler.capacity() + 1
-    total = wanted.max_total_tokens or min(context, held)
+    total = limits.max_total_tokens or min(context, held)
     if total > context:
         raise InputError(f"max_total_tokens is {total}, but the model's context is {context}; lower it")
     if total > held:
         raise InputError(f"max_total_tokens is {total}, but the cache holds {held - 1}; lower it or enlarge the cache")
-    longest = wanted.max_input_tokens or total - 1
+    longest = limits.max_input_tokens or total - 1
     if not 0 < longest < total:
         raise InputError(
             f"max_input_tokens is {longest}; it must be between 1 and {total - 1}, max_total_tokens less 1"
@@ -91,10 +91,10 @@ def bounds(engine: Engine, wanted: Wanted) -> Bounds:
     return Bounds(
         max_input_tokens=longest,
         max_total_tokens=total,
-        max_best_of=wanted.max_best_of,
-        max_stop_sequences=wanted.max_stop_sequences,
-        max_top_n_tokens=wanted.max_top_n_tokens,
-        max_client_batch_size=wanted.max_client_batch_size,
+        max_best_of=limits.max_best_of,
+        max_stop_sequences=limits.max_stop_sequences,
+        max_top_n_tokens=limits.max_top_n_tokens,
+        max_client_batch_size=limits.max_client_batch_size,
     )
 
 

@@ -13,11 +13,11 @@ from llama2.serve.errors import Refusal
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
-def allowed_hosts(given: Sequence[str], host: str) -> tuple[str, ...]:
-    """The names that are answered to; () for any. given: from the options; host: what the server listens on."""
-    if "*" in given:
+def allowed_hosts(hosts: Sequence[str], host: str) -> tuple[str, ...]:
+    """The names that are answered to; () for any. hosts: from the options; host: what the server listens on."""
+    if "*" in hosts:
         return ()
-    names = tuple(name.lower().rstrip(".") for name in given)
+    names = tuple(name.lower().rstrip(".") for name in hosts)
     if host in ("127.0.0.1", "localhost", "::1"):
         return (*names, *LOOPBACK)
     return names

@@ -177,11 +177,11 @@ class GenerationRequest:
             )
 
     def engine_requests(
-        self, engine: Engine, bounds: Bounds, held: Callable[[int], Constrained] | None
+        self, engine: Engine, bounds: Bounds, constrained: Callable[[int], Constrained] | None
     ) -> list[EngineRequest]:
         """The engine's requests, `best_of` for each prompt in turn. Raises InputError. May take milliseconds.
 
-        held: makes what holds an answer behind so many tokens to the constraint, where there is one.
+        constrained: makes what holds an answer behind so many tokens to the constraint, where there is one.
         """
         own: GenerationConfig = engine.model.generation_config
         bounds = bounds.within(self.context)
@@ -228,36 +228,35 @@ def _most(what: str, value: int, bound: int, param: str) -> None:
 
 
 def placed(
-    prompts: Iterable[tuple[int, ...]], bounds: Bounds, wanted: int | None, overflow: str
+    prompts: Iterable[tuple[int, ...]], bounds: Bounds, new_tokens: int | None, overflow: str
 ) -> tuple[tuple[tuple[int, ...], ...], list[str]]:
     """Prompts that leave room for an answer, and warnings of what that took.
 
-    wanted: new tokens asked for, None for what there is room for. overflow: "refuse" leaves a prompt that is too long
-    to `GenerationRequest.check`, else its oldest tokens are left out.
-    """
+    new_tokens: new tokens asked for, None for what there is room for. overflow: "refuse" leaves a prompt that is too
+    long to `GenerationRequest.check`, else its oldest tokens are left out."""
     warnings: list[str] = []
     found = tuple(prompts)
     if overflow != "refuse":
-        found = tuple(fitted(prompt, bounds, wanted, warnings) for prompt in found)
+        found = tuple(fitted(prompt, bounds, new_tokens, warnings) for prompt in found)
     room = bounds.max_total_tokens - max(map(len, found), default=0)
-    if wanted is not None and wanted > room > 0:
-        warnings.append(f"{wanted} new tokens were asked for and {room} fit behind the prompt")
+    if new_tokens is not None and new_tokens > room > 0:
+        warnings.append(f"{new_tokens} new tokens were asked for and {room} fit behind the prompt")
     return found, warnings
 
 
-def prompt_room(bounds: Bounds, wanted: int | None) -> int:
-    """Tokens of a prompt that leave room for an answer of `wanted` tokens, but for half of the context at most."""
+def prompt_room(bounds: Bounds, new_tokens: int | None) -> int:
+    """Tokens of a prompt that leave room for an answer of `new_tokens` tokens, but for half of the context at most."""
     total = bounds.max_total_tokens
-    return min(bounds.max_input_tokens, total - min(total // 4 if wanted is None else wanted, total // 2))
+    return min(bounds.max_input_tokens, total - min(total // 4 if new_tokens is None else new_tokens, total // 2))
 
 
-def fitted(prompt: tuple[int, ...], bounds: Bounds, wanted: int | None, warnings: list[str]) -> tuple[int, ...]:
+def fitted(prompt: tuple[int, ...], bounds: Bounds, new_tokens: int | None, warnings: list[str]) -> tuple[int, ...]:
     """A prompt without its oldest tokens, as many as leave room for an answer; its first token, a BOS, stays.
 
-    wanted: new tokens asked for. Adds to warnings what it did.
+    new_tokens: new tokens asked for. Adds to warnings what it did.
     """
-    most = prompt_room(bounds, wanted)
-    if len(prompt) <= (bounds.max_input_tokens if wanted is None else most):
+    most = prompt_room(bounds, new_tokens)
+    if len(prompt) <= (bounds.max_input_tokens if new_tokens is None else most):
         return prompt
     warnings.append(f"the prompt had {len(prompt)} tokens; its oldest {len(prompt) - most} were left out")
     return (prompt[0], *prompt[len(prompt) - most + 1 :])

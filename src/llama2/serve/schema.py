@@ -65,12 +65,12 @@ def without_notes(schema: Mapping[str, Any]) -> dict[str, Any]:
     return found.root
 
 
-def moved(schema: Any, place: str) -> Any:
+def moved(schema: Any, path: str) -> Any:
     """A prepared schema as part of another, its references to itself followed to its new place."""
     found = _Schema(copy.deepcopy(dict(schema)), True)
     for _, node in found.nodes:
         if isinstance(reference := node.get("$ref"), str) and reference.startswith("#"):
-            node["$ref"] = place + reference[1:]
+            node["$ref"] = path + reference[1:]
     for name in ("x-guidance", "$schema"):
         found.root.pop(name, None)
     return found.root
