@@ -1,4 +1,4 @@
-"""What an adapter says of itself before its tensors are read: a GGUF file's keys, or peft's settings. No torch here."""
+"""Header of an adapter, read before its tensors: a GGUF file's keys, or peft's settings. No torch here."""
 
 import math
 from collections.abc import Mapping

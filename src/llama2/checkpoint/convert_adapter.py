@@ -62,7 +62,7 @@ def convert_adapter(source: Path, target: Path, model: LlamaConfig, base: str | 
 
 
 def _about(base: str | None) -> dict[str, Any]:
-    """What llama.cpp's converter says of the base, where it is a repository of the hub."""
+    """Returns the base that llama.cpp's converter names, where it is a repository of the hub."""
     found = None if base is None or Path(base).expanduser().exists() else hub_id(base)
     if found is None:
         return {}
@@ -74,7 +74,7 @@ def _about(base: str | None) -> dict[str, Any]:
 
 
 def _shortened(config: LoraConfig, model: LlamaConfig) -> LoraConfig:
-    """The configuration with q_proj in the place of every layer's path, where that means the same modules."""
+    """The configuration with q_proj in place of every layer's path, where that means the same modules."""
     linears = [name.removesuffix(".weight") for name, size in parameter_shapes(model).items() if len(size) == 2]
     wanted = {path for path in linears if config.targets(path)}
     short = replace(config, target_modules=tuple(dict.fromkeys(path.rpartition(".")[2] for path in linears

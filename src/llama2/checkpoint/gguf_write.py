@@ -187,7 +187,7 @@ class GgufTarget(Target):
 
     @property
     def loss(self) -> dict[str, Any] | None:
-        """What quantising again took from the weights, JSON-ready; None where nothing was quantised before."""
+        """Returns what quantising again cost the weights, JSON-ready; None where nothing was quantised before."""
         if not self._errors:
             return None
         kinds = Counter(f"{self.requantized[name]} as {self._entries[name].block.name}" for name in self._errors)

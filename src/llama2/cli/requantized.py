@@ -1,4 +1,4 @@
-"""What quantising quantised weights again has lost: told after a conversion, with its measure on a text."""
+"""The loss of quantising quantised weights again: reported after a conversion, with its measure on a text."""
 
 from collections.abc import Mapping
 from importlib.resources import as_file, files
