@@ -29,7 +29,7 @@ def described_base(metadata: Mapping[str, Any]) -> str | None:
 
 
 def facts(path: Path) -> dict[str, str] | None:
-    """What the header of a GGUF adapter says, for people; None for anything else. Raises as `lora_alpha`."""
+    """Describes the header of a GGUF adapter, for people; None for anything else. Raises as `lora_alpha`."""
     with found(path) as start:
         if start.read(4) != b"GGUF":
             return None
