@@ -10,10 +10,9 @@ finds again, the smaller one has too.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 from weakref import WeakKeyDictionary
 
-from llama2.cpu import CpuModel
+from llama2.cpu import CpuModel, KvDtype
 from llama2.engine.plan_runners import PlanRunner, make_plan_runner
 from llama2.engine.sampler import TokenSampler
 from llama2.engine.scheduler import Chunk
@@ -28,7 +27,13 @@ class Drafter:
     """A smaller model with the model's vocabulary. count: guesses of a sequence in a step at most."""
 
     def __init__(
-        self, model: CausalLM, draft: CausalLM, pages: int, count: int, runner: str = "auto", dtype: Any = None
+        self,
+        model: CausalLM,
+        draft: CausalLM,
+        pages: int,
+        count: int,
+        runner: str = "auto",
+        dtype: KvDtype | None = None,
     ) -> None:
         """runner, dtype: as make_plan_runner; a NativeModel runs natively whatever they say.
 

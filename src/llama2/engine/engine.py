@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
+from llama2.cpu import KvDtype
 from llama2.cpu.model import CpuModel
 from llama2.engine.blocks import BlockPool
 from llama2.engine.draft import UNKNOWN, Drafter, look_up
@@ -43,7 +44,7 @@ from llama2.engine.stream import Stream, complete
 from llama2.errors import ContextLengthError, InputError
 from llama2.generation.call_settings import settings
 from llama2.generation.config import GenerationConfig
-from llama2.protocols import CausalLM
+from llama2.protocols import CausalLM, TextDecoder, TextTokenizer
 
 DRAFTING = 8  # requests that run, above which a drafter rests
 
@@ -51,7 +52,9 @@ DRAFTING = 8  # requests that run, above which a drafter rests
 class ActiveRequest:
     """A request in the engine."""
 
-    def __init__(self, ask: EngineRequest, limit: int, decoder: Any, sink: Callable[[TokenEvent], None]) -> None:
+    def __init__(
+        self, ask: EngineRequest, limit: int, decoder: TextDecoder | None, sink: Callable[[TokenEvent], None]
+    ) -> None:
         self.ask, self.sink = ask, sink
         salt = f"{ask.tenant}\0{ask.adapter or ''}".encode()
         tokens = list(ask.prompt if ask.score_from is None else ask.prompt[:-1])
@@ -118,7 +121,7 @@ class Engine:
         waiting: int = 1024,
         prefix_cache: bool = True,
         runner: str = "auto",
-        kv_cache: Any = None,
+        kv_cache: KvDtype | None = None,
         draft: CausalLM | None = None,
         guesses: int | None = None,
         each_waiting: int | None = None,
@@ -178,7 +181,7 @@ class Engine:
         tenant: str = "",
         lookup: int | None = None,
         skip_special_tokens: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> EngineRequest:
         """A checked request; further keywords are settings of generate(). Raises InputError for what cannot work."""
         ids: Sequence[int] = self._tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt
@@ -327,7 +330,7 @@ class Engine:
 
     # -- checks --------------------------------------------------------------------------------------------------
 
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> TextTokenizer:
         if self.tokenizer is None:
             raise InputError("the prompt is a text and the engine has no tokenizer: Engine(model, tokenizer)")
         return self.tokenizer

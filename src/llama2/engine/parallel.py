@@ -180,7 +180,7 @@ class PartOfLlama(LlamaForCausalLM):
 
 
 def load_part(
-    path: str | Path, place: Place, dtype: Any = None, device: torch.device | None = None, neighbours: int = 1
+    path: str | Path, place: Place, dtype: object = None, device: torch.device | None = None, neighbours: int = 1
 ) -> PartOfLlama:
     """This process's part of a checkpoint folder, file or hub id; nobody ever holds the whole.
 

@@ -1,7 +1,6 @@
 """Log-probabilities of a prompt's tokens, many rows at once."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from llama2.engine.scheduler import Chunk
 from llama2.errors import ContextLengthError, InputError
 
 
-def scores(logits_TV: Any, targets: Sequence[int], endings: Sequence[int] = ()) -> list[Score]:
+def scores(logits_TV: np.ndarray, targets: Sequence[int], endings: Sequence[int] = ()) -> list[Score]:
     """The score of each target (T,) under its row of logits, then of each ending under the last row.
 
     The sum of a row is taken in float64, whatever the logits are in.
@@ -32,7 +31,7 @@ class PromptScores:
     def __init__(self, ask: EngineRequest) -> None:
         self._ask, self._scores = ask, list[Score]()
 
-    def add(self, chunk: Chunk, logits_TV: Any) -> TokenEvent | None:
+    def add(self, chunk: Chunk, logits_TV: np.ndarray | None) -> TokenEvent | None:
         """Takes in the logits of a chunk's wanted tokens; the request's event after the last of them."""
         start = chunk.start + chunk.skipped
         if logits_TV is not None:

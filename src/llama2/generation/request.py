@@ -30,7 +30,7 @@ from llama2.generation.stopping import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from llama2.protocols import CausalLM
+from llama2.protocols import CausalLM, TokenizerLike
 from llama2.rope_types import context_limit
 from llama2.runners.contract import Runner, make_runner
 from llama2.runners.native import NATIVE_CACHES, NativeCache, NativeModel, NativeRunner
@@ -120,8 +120,8 @@ class GenerateArguments:
     position_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
     past_key_values: Any = None
-    tokenizer: Any = None
-    assistant_tokenizer: Any = None
+    tokenizer: TokenizerLike | None = None
+    assistant_tokenizer: TokenizerLike | None = None
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | None = None
     runner: str | Runner = "auto"

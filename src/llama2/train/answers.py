@@ -18,6 +18,7 @@ from torch import Tensor
 from llama2 import lora
 from llama2.errors import InputError
 from llama2.pretrained import PreTrainedModel
+from llama2.protocols import CausalLM
 from llama2.train.data import IGNORED, EncodedPair, Example
 from llama2.train.losses import dpo_loss, targets, token_log_probs
 from llama2.train.objectives import Batch, Loss, Objective, head_of, hidden_of, padded, places
@@ -150,7 +151,7 @@ class Preferences(Referenced):
     beta: float = 0.1
     kind: Preference = "sigmoid"
     label_smoothing: float = 0.0
-    reference: Any = None
+    reference: CausalLM | None = None
     reference_free: bool = False
     disable_dropout: bool = True
     precomputed: bool = False
@@ -271,7 +272,7 @@ class UnpairedObjective(Referenced):
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
-    reference: Any = None
+    reference: CausalLM | None = None
     reference_free: bool = False
     disable_dropout: bool = True
     function: Callable[..., Tensor] | None = None

@@ -49,7 +49,7 @@ class TrainingArguments:
     with the reason, in one warning: see `llama2.train.fields`. Raises InputError for a value beyond its bound.
     """
 
-    def __new__(cls, *args: Any, **given: Any) -> Self:
+    def __new__(cls, *args: object, **given: object) -> Self:
         known = [f.name for f in dataclasses.fields(cls) if f.init]
         for name in given:
             if name not in known:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llama2.protocols import CausalLM
 from llama2.train.chart import svg, svg_bar, svg_text
 from llama2.train.ranking import RATINGS, Ranked
 from llama2.train.reward import Rewards
@@ -22,7 +23,7 @@ HACKED = 0.3  # a correlation of reward and length beyond it is said
 
 
 @torch.inference_mode()
-def rewards_of(model: Any, items: Sequence[Ranked]) -> np.ndarray:
+def rewards_of(model: CausalLM, items: Sequence[Ranked]) -> np.ndarray:
     """Rewards (2, N) of the chosen and the rejected answers. Raises nothing for NaN: the report counts it."""
     objective, was = Rewards(), model.training
     model.eval()
@@ -135,7 +136,7 @@ def picture(found: dict[str, Any]) -> str:
     return svg(parts)
 
 
-def reward_report(model: Any, held_out: Sequence[Ranked], trained_on: Sequence[Ranked]) -> Outcome:
+def reward_report(model: CausalLM, held_out: Sequence[Ranked], trained_on: Sequence[Ranked]) -> Outcome:
     """The report of `llama2 finetune reward`: of the pairs held out, or where there are none of those trained on."""
     items = held_out or trained_on[:1000]
     where = "held out" if held_out else "of the pairs trained on (hold some out with --eval-split 0.1)"

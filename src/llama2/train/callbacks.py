@@ -166,57 +166,57 @@ class TrainerCallback:
     """
 
     def on_init_end(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """The trainer is made."""
 
     def on_train_begin(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """Before the first step."""
 
     def on_train_end(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """After the last step."""
 
     def on_epoch_begin(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """Before the first step of an epoch."""
 
     def on_epoch_end(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """After the last step of an epoch."""
 
     def on_step_begin(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """Before a step."""
 
     def on_pre_optimizer_step(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """Gradients are there and scaled, weights are not changed yet."""
 
     def on_optimizer_step(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """Weights are changed."""
 
     def on_substep_end(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """After each batch of a step but the last."""
 
     def on_step_end(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """After a step, before anything is logged, measured or saved."""
 
     def on_evaluate(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """Rows were measured."""
 
@@ -226,27 +226,27 @@ class TrainerCallback:
         state: TrainerState,
         control: TrainerControl,
         metrics: dict[str, float],
-        **kwargs: Any,
+        **kwargs: object,
     ) -> TrainerControl | None:
         """`predict` is done."""
 
     def on_save(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """A checkpoint is written."""
 
     def on_log(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """An entry was logged."""
 
     def on_prediction_step(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """A batch was measured."""
 
     def on_push_begin(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl | None:
         """Before an upload to the hub."""
 
@@ -265,7 +265,7 @@ class EarlyStoppingCallback(TrainerCallback):
         self.early_stopping_patience_counter = 0
 
     def on_train_begin(
-        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Raises InputError where nothing is measured or no value says what is better."""
         if args.metric_for_best_model is None:
@@ -340,7 +340,7 @@ class Callbacks:
         return next((one for one in self.all if match(one) is True), None)
 
     def call(
-        self, event: str, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **given: Any
+        self, event: str, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **given: object
     ) -> TrainerControl:
         """Calls an event of all, and returns the control that the last of them left."""
         for callback in self.all:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama2.errors import InputError
-from llama2.protocols import TokenizerLike
+from llama2.protocols import CausalLM, TokenizerLike
 from llama2.train.data import IGNORED
 
 Row = Mapping[str, Any]
@@ -71,8 +71,8 @@ class DefaultDataCollator:
 class DataCollatorWithPadding:
     """Pads rows on the tokenizer's side; label and label_ids become labels (B,)."""
 
-    tokenizer: Any
-    padding: Any = True
+    tokenizer: TokenizerLike
+    padding: bool | str = True
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
@@ -92,8 +92,8 @@ class DataCollatorWithPadding:
 class DataCollatorForSeq2Seq:
     """Pads rows on the tokenizer's side, and their labels with label_pad_token_id."""
 
-    tokenizer: Any
-    model: Any = None
+    tokenizer: TokenizerLike
+    model: CausalLM | None = None
     padding: Any = True
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
@@ -133,7 +133,7 @@ class DataCollatorForTokenClassification(DataCollatorForSeq2Seq):
 class DataCollatorForLanguageModeling:
     """Pads rows; labels are the ids themselves, -100 where the pad token stands. Needs mlm=False: Llama is causal."""
 
-    tokenizer: Any
+    tokenizer: TokenizerLike
     mlm: bool = True
     whole_word_mask: bool = False
     mlm_probability: float | None = 0.15
@@ -142,7 +142,7 @@ class DataCollatorForLanguageModeling:
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
     seed: int | None = None
-    padding: Any = True
+    padding: bool | str = True
     max_length: int | None = None
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from llama2.errors import InputError
 from llama2.pretrained import PreTrainedModel
+from llama2.protocols import TokenizerLike
 from llama2.train.answers import Preferences
 from llama2.train.data import IGNORED, DataReport, Example, kind_of, prepare, prepare_pairs
 from llama2.train.labels import MULTI, REGRESSION, SINGLE, Labels, prepare_labelled
@@ -38,7 +39,7 @@ def objective_for(
 
 
 def _items(
-    model: PreTrainedModel, rows: list[Mapping[str, Any]], tokenizer: Any, length: int
+    model: PreTrainedModel, rows: list[Mapping[str, Any]], tokenizer: TokenizerLike, length: int
 ) -> tuple[Objective, list[Any], DataReport]:
     encoded = "input_ids" in rows[0]
     if not encoded and tokenizer is None:
@@ -90,7 +91,7 @@ def _labelled(model: PreTrainedModel, rows: list[Mapping[str, Any]]) -> tuple[li
 
 
 def _labelled_texts(
-    model: PreTrainedModel, rows: list[Mapping[str, Any]], tokenizer: Any, length: int
+    model: PreTrainedModel, rows: list[Mapping[str, Any]], tokenizer: TokenizerLike, length: int
 ) -> tuple[list[Any], DataReport]:
     config = model.config
     kind = config.problem_type or (REGRESSION if config.num_labels == 1 else None)

@@ -217,7 +217,7 @@ def plan_of(layer: object, x_BTD: Tensor) -> _Plan | None:
     return _Plan(parts[:3], parts[3:4], parts[4:6], parts[6:], norms, *heads, attention.scaling)
 
 
-def _product_of(linear: Any, dtype: torch.dtype) -> _Product | None:
+def _product_of(linear: nn.Linear, dtype: torch.dtype) -> _Product | None:
     base, adapter = (linear.base_layer, linear) if isinstance(linear, LoraLinear) else (linear, None)
     if base.bias is not None or not (type(base) is nn.Linear or isinstance(base, PackedLinear)):
         return None

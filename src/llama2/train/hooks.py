@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from llama2.errors import InputError
 from llama2.pretrained import PreTrainedModel
+from llama2.train.arguments import TrainingArguments
 from llama2.train.callbacks import Callbacks, TrainerCallback, TrainerControl, TrainerState
 from llama2.train.data import IGNORED
 from llama2.train.distributed import Ranks
@@ -105,11 +106,11 @@ class Accelerator:
     is_main_process = property(lambda self: self._trainer.ranks.first)
     is_local_main_process = property(lambda self: self._trainer.ranks.local == 0)
 
-    def backward(self, loss: Tensor, **_: Any) -> None:
+    def backward(self, loss: Tensor, **_: object) -> None:
         """The gradients of a loss, scaled where float16 needs it."""
         (loss * self._trainer.scale).backward()
 
-    def unwrap_model(self, model: nn.Module, **_: Any) -> nn.Module:
+    def unwrap_model(self, model: nn.Module, **_: object) -> nn.Module:
         """The model itself."""
         return model
 
@@ -117,7 +118,7 @@ class Accelerator:
         """Until all ranks are here."""
         self._trainer.ranks.wait()
 
-    def print(self, *values: Any) -> None:
+    def print(self, *values: object) -> None:
         """Prints on rank 0."""
         if self.is_main_process:
             print(*values)
@@ -171,7 +172,11 @@ class Hooks:
         return loss.detach()
 
     def compute_loss(
-        self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch: with num_items_in_batch its share of the step's mean, else the batch's own mean.
 
@@ -195,7 +200,7 @@ class Hooks:
                 loss = loss * (self._items(inputs) / num_items_in_batch) * world
         return (loss, outputs) if return_outputs else loss
 
-    def _smoothed(self, outputs: Any, labels: Any, items: Any) -> Tensor:
+    def _smoothed(self, outputs: Any, labels: Any, items: object) -> Tensor:
         """The cross entropy with label_smoothing_factor spread over all classes."""
         logits = outputs["logits"] if _keyed(outputs) else outputs[0]
         if self._causal:
@@ -379,7 +384,7 @@ class Hooks:
             self.optimizer = kind([g for g in groups if g["params"]], **given)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Makes self.lr_scheduler, where it is not there, as lr_scheduler_type says."""
         if self.lr_scheduler is None:
             args = self.args
@@ -393,7 +398,9 @@ class Hooks:
         return self.lr_scheduler
 
     @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: PreTrainedModel | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """The class of the optimiser and what it is made with."""
         betas = (args.adam_beta1, args.adam_beta2)
         return torch.optim.AdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
@@ -404,7 +411,7 @@ class Hooks:
 
     # -- callbacks -----------------------------------------------------------------------------------------------
 
-    def _call(self, event: str, **given: Any) -> None:
+    def _call(self, event: str, **given: object) -> None:
         """Calls an event of all callbacks."""
         if self.callbacks.all:
             known = {"model": self.model, "processing_class": self.processing_class, "optimizer": self.optimizer,

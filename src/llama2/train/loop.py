@@ -21,7 +21,7 @@ from llama2.quantization.gguf import GgufLinear
 from llama2.train.callbacks import plan_epoch, plan_step
 from llama2.train.encoding import CLASSIFIERS, Encoder
 from llama2.train.hooks import MEASURES, TRAINS, Hooks, accepts, overridden
-from llama2.train.objectives import Classification, Loss, NextToken
+from llama2.train.objectives import Classification, Loss, NextToken, Objective
 from llama2.train.optim import clip, trained
 from llama2.train.saving import Saving, grouped, order_of
 from llama2.train.schedules import learning_rate
@@ -230,14 +230,14 @@ class Loop(Hooks, Saving):
         return total, int(count), dict(zip(logs, values, strict=True))
 
     @torch.no_grad()
-    def _mean(self, objective: Any, rows: Sequence[Any], size: int) -> float:
+    def _mean(self, objective: Objective, rows: Sequence[Any], size: int) -> float:
         """The mean of an objective's loss over rows of all ranks."""
         mine, most = self.ranks.share(rows), math.ceil(len(rows) / self.ranks.world)
         found = [self._loss(mine[start : start + size], rows, objective) for start in range(0, most, size)]
         total, units = self.ranks.sums([sum(one.total.item() for one in found), sum(one.units for one in found)])
         return total / max(units, 1)
 
-    def _loss(self, rows: Sequence[Any], others: Sequence[Any], objective: Any) -> Loss:
+    def _loss(self, rows: Sequence[Any], others: Sequence[Any], objective: Objective) -> Loss:
         """The loss of some rows. A rank that has none left runs another's for nothing, since ranks run in step."""
         batch = self._prepare_inputs(objective.collate(rows or others[:1]))
         root = self._root

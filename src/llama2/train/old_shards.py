@@ -33,7 +33,7 @@ _PLACE = {"relative_path": text(255), "offset": whole(0, 2**60), "length": whole
 class _Record:
     """Stands for an object of torch's classes: what it was made of, and its attributes."""
 
-    def __init__(self, *parts: Any) -> None:
+    def __init__(self, *parts: object) -> None:
         self.parts = parts
 
     def __setstate__(self, state: object) -> None:
@@ -44,7 +44,7 @@ class _TensorRecord(_Record):
     """TensorStorageMetadata: the only entries that are read."""
 
 
-def _plain(*parts: Any) -> tuple[Any, ...]:
+def _plain(*parts: object) -> tuple[Any, ...]:
     """torch.Size, a path, a layout: what they were made of."""
     return tuple(parts[0]) if len(parts) == 1 and isinstance(parts[0], tuple | list) else parts
 

@@ -17,6 +17,7 @@ from llama2.checkpoint.source import fetch_files, local_path, locate_all, revisi
 from llama2.config import LlamaConfig
 from llama2.errors import InputError, Llama2Error
 from llama2.lora_config import LoraConfig
+from llama2.protocols import TokenizerLike
 from llama2.quantization_config import BitsAndBytesConfig, QuantizationConfig
 from llama2.train.precision import beneath_adapter
 from llama2.train.recipe import Recipe
@@ -97,7 +98,7 @@ class Origin:
 
     # -- what is loaded of it ------------------------------------------------------------------------------------
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> TokenizerLike:
         """The adapter's own, where its folder has one, else the model's."""
         path, own = Path(self.base), self.adapter
         if own is not None and any((own / name).exists() for name in _TOKENIZERS):

@@ -84,7 +84,7 @@ def _weighted(items: Sequence[Ranked]) -> list[Ranked]:
     return [item._replace(labelled=len(items) / labels) for item in items] if labels else list(items)
 
 
-def _rating(value: Any, number: int) -> str | None:
+def _rating(value: object, number: int) -> str | None:
     if value is None:
         return None
     name = str(value).strip().lower().replace(" ", "_").replace("-", "_")

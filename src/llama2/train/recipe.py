@@ -9,6 +9,7 @@ from typing import Any, Self
 from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
 from llama2.train.data import DataReport
+from llama2.train.labels import Labels
 from llama2.train.mixing import shares_of
 from llama2.train.tasks import TASKS, Task
 
@@ -52,7 +53,7 @@ class Recipe:
     samples_every: int = 0
     mix: tuple[str, ...] = ()
 
-    def __new__(cls, **settings: Any) -> Self:
+    def __new__(cls, **settings: object) -> Self:
         """An instance of the class that has the settings of the task too."""
         if cls is not Recipe or "task" not in settings:
             return super().__new__(cls)
@@ -116,7 +117,7 @@ class Data:
     eval_items: list[Any] = field(default_factory=list)
     eval_report: DataReport | None = None
     mixture: list[str] = field(default_factory=list)  # what came of each further data set
-    learnt: Any = None  # what the task learns of all rows together
+    learnt: Labels | None = None  # what the task learns of all rows together
 
     def text(self) -> str:
         """Both reports, and what all rows together say."""

@@ -16,6 +16,7 @@ import torch
 from llama2 import memory
 from llama2.checkpoint.arguments import resolve_device
 from llama2.pretrained import PreTrainedModel
+from llama2.train.arguments import TrainingArguments
 from llama2.train.finetune import Finetune
 from llama2.train.trainer import Trainer
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llama2.files import write_text
+from llama2.protocols import CausalLM
+from llama2.train.arguments import TrainingArguments
 from llama2.train.callbacks import TrainerState
 from llama2.train.distributed import Ranks
 
@@ -16,8 +18,8 @@ CARD, ALL = "README.md", "all_results.json"
 class Results:
     """The part of a trainer that scripts call at their end."""
 
-    args: Any
-    network: Any
+    args: TrainingArguments
+    network: CausalLM
     ranks: Ranks
     state: TrainerState
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama2.protocols import CausalLM
 from llama2.rope import promoted
 from llama2.train.objectives import Batch, Loss, last_of, whole_rows
 from llama2.train.ranking import Ranked
@@ -79,7 +80,7 @@ class Rewards:
         logits: Tensor = model.classify(last_of(model, batch), None)[0].squeeze(-1)
         return logits.to(promoted(logits.dtype))
 
-    def loss(self, model: Any, batch: Batch) -> Loss:
+    def loss(self, model: CausalLM, batch: Batch) -> Loss:
         """As Objective.loss; units are pairs."""
         rewards = self.rewards(model, batch)
         chosen, rejected = rewards.chunk(2)

@@ -14,7 +14,8 @@ import torch
 from llama2.errors import InputError
 from llama2.files import appending, replacing
 from llama2.protocols import TokenizerLike
-from llama2.train.callbacks import TrainerCallback
+from llama2.train.arguments import TrainingArguments
+from llama2.train.callbacks import TrainerCallback, TrainerControl, TrainerState
 from llama2.train.data import IGNORED
 
 FILE = "samples.jsonl"
@@ -42,7 +43,7 @@ def prompts_of_items(items: Sequence[Any], most: int = COUNT) -> list[SampleProm
     return found
 
 
-def _prompt(item: Any) -> SamplePrompt | None:
+def _prompt(item: object) -> SamplePrompt | None:
     example = getattr(item, "chosen", None) or getattr(item, "example", None) or item
     ids, labels = getattr(example, "input_ids", None), getattr(example, "labels", None)
     if ids is None or labels is None:
@@ -69,7 +70,9 @@ class SampledAnswers(TrainerCallback):
         self._prompts, self._every, self._tokenizer, self._heard = prompts, every, tokenizer, heard
         self._file, self._last = folder / FILE, -1
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: object
+    ) -> None:
         """Before the first step; lines of steps that are taken again are dropped."""
         if not state.is_world_process_zero:
             return
@@ -81,19 +84,23 @@ class SampledAnswers(TrainerCallback):
             self._answer(0, given["model"])
         self._last = state.global_step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: object
+    ) -> None:
         """Every so many steps."""
         if state.is_world_process_zero and state.global_step % self._every == 0:
             self._answer(state.global_step, given["model"])
             self._last = state.global_step
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: object
+    ) -> None:
         """After the last step, if that was none of them."""
         ended = state.global_step >= state.max_steps
         if state.is_world_process_zero and ended and self._last != state.global_step:
             self._answer(state.global_step, given["model"])
 
-    def _answer(self, step: int, model: Any) -> None:
+    def _answer(self, step: int, model: object) -> None:
         lines = []
         for prompt, answer in zip(self._prompts, _answers(model, self._tokenizer, self._prompts), strict=True):
             said = {"prompt": prompt.ids, "answer": answer, "wanted": prompt.wanted}

@@ -27,7 +27,9 @@ from llama2.checkpoint.save import write_safetensors
 from llama2.errors import CheckpointError, InputError
 from llama2.lazy import door
 from llama2.pretrained import PreTrainedModel
+from llama2.protocols import CausalLM, TokenizerLike
 from llama2.train import checkpoint_state, checkpoints, trees
+from llama2.train.arguments import TrainingArguments
 from llama2.train.callbacks import Callbacks, TrainerControl, TrainerState, read_stored
 from llama2.train.distributed import Ranks, Root, gathered, local
 from llama2.train.optim import AdamW
@@ -48,9 +50,9 @@ _create = door("checkpoint.hub", "create", "Makes a repository of the hub, where
 class Saving(Results):
     """The part of a trainer that writes and reads."""
 
-    model: Any
+    model: CausalLM
     network: Any
-    args: Any
+    args: TrainingArguments
     ranks: Ranks
     rows: Sequence[Any]
     state: TrainerState
@@ -60,7 +62,7 @@ class Saving(Results):
     folder: Path
     scale: float
     place: int
-    processing_class: Any
+    processing_class: TokenizerLike
     lr_scheduler: Any
     _root: Root | None
     _narrow: torch.dtype | None
@@ -81,7 +83,7 @@ class Saving(Results):
         """Steps of the whole run."""
         raise NotImplementedError
 
-    def _call(self, event: str, **given: Any) -> None:
+    def _call(self, event: str, **given: object) -> None:
         raise NotImplementedError
 
     def _check_folder(self) -> None:

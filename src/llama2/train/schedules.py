@@ -197,7 +197,7 @@ def learning_rate(
 
 
 def _schedule(
-    name: str, optimizer: Optimizer, warmup: int, total: int, last_epoch: int = -1, **settings: Any
+    name: str, optimizer: Optimizer, warmup: int, total: int, last_epoch: int = -1, **settings: object
 ) -> LambdaLR:
     peak = optimizer.defaults["lr"]
     settings = {key: value for key, value in settings.items() if value is not None}

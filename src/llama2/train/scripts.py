@@ -115,7 +115,7 @@ def get_kbit_device_map() -> dict[str, int] | None:
 class TrlParser(HfArgumentParser):
     """An HfArgumentParser that also reads `--config FILE` (YAML or JSON), whose values options override."""
 
-    def __init__(self, dataclass_types: type | Iterable[type] | None = None, **kwargs: Any) -> None:
+    def __init__(self, dataclass_types: type | Iterable[type] | None = None, **kwargs: object) -> None:
         super().__init__(dataclass_types, **kwargs)
         self.add_argument("--config", help="YAML or JSON file of options")
 

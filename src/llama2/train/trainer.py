@@ -81,7 +81,7 @@ class Trainer(Loop):
         args: TrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Iterable[Any] | None = None,
-        eval_dataset: Any = None,
+        eval_dataset: Iterable[Any] | None = None,
         processing_class: TokenizerLike | None = None,
         model_init: Callable[..., Any] | None = None,
         compute_loss_func: Callable[..., Any] | None = None,
@@ -98,7 +98,7 @@ class Trainer(Loop):
         eval_rows: Sequence[Any] = (),
         save: Callable[[Path], Any] | None = None,
         report: Callable[[dict[str, Any]], None] | None = None,
-        **others: Any,
+        **others: object,
     ) -> None:
         for name in others:
             raise InputError(f"Trainer has no {name!r}; {_INSTEAD.get(name, 'leave it out')}")
@@ -160,7 +160,12 @@ class Trainer(Loop):
                 warnings.warn("tf32=True has no effect: there is no CUDA device", stacklevel=4)
 
     def _encode(
-        self, objective: Objective | None, rows: Sequence[Any], eval_rows: Any, train_dataset: Any, eval_dataset: Any
+        self,
+        objective: Objective | None,
+        rows: Sequence[Any],
+        eval_rows: object,
+        train_dataset: Any,
+        eval_dataset: Iterable[Any] | None,
     ) -> None:
         """Rows as items of the objective, or for a collator of the caller's as they are."""
         self.encoder = self._encoder(objective)
@@ -345,7 +350,7 @@ class Trainer(Loop):
         return TrainOutput(self.state.global_step, loss, metrics)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> TokenizerLike:
         """processing_class, under its old name."""
         return self.processing_class
 
@@ -357,7 +362,10 @@ class Trainer(Loop):
     # -- measuring -----------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Iterable[Any] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Measures eval_dataset, or the trainer's own: the mean loss, what the objective logs or compute_metrics finds.
 
@@ -390,7 +398,7 @@ class Trainer(Loop):
         self.control.should_evaluate = False
         return metrics
 
-    def _measured(self, dataset: Any, prefix: str) -> tuple[dict[str, float], int]:
+    def _measured(self, dataset: object, prefix: str) -> tuple[dict[str, float], int]:
         """The means of the objective's loss and logs over a set."""
         items = self._eval_items(dataset)[0]
         with torch.no_grad():
@@ -445,7 +453,7 @@ class Trainer(Loop):
         return True
 
     def predict(
-        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+        self, test_dataset: Iterable[Any], ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """Predictions for a set, its labels and what is measured of them; rows need no labels.
 

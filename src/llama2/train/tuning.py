@@ -18,6 +18,7 @@ from llama2.checkpoint.load import head_follows
 from llama2.checkpoint.quantized import packed_layers
 from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
+from llama2.protocols import CausalLM, TokenizerLike
 from llama2.quantization.gguf import GgufLinear
 from llama2.text_file import read_utf8
 from llama2.train.answers import Preferences
@@ -42,8 +43,8 @@ class Tuner(Trainer):
     ENCODER: ClassVar[type[Encoder]]
 
     def _set_up(
-        self, model: Any, args: TrainingArguments | None, old: Mapping[str, Any], quantization: Any, peft_config: Any
-    ) -> tuple[Any, Any]:
+        self, model: Any, args: TrainingArguments | None, old: Mapping[str, Any], quantization: object, peft_config: Any
+    ) -> tuple[Any, CausalLM]:
         """The configuration with what is given in the old place, and the model, loaded where it is a path."""
         config = self._config(args, model, old)
         if isinstance(model, str | Path):
@@ -60,7 +61,9 @@ class Tuner(Trainer):
             )
         return config, model
 
-    def _config(self, args: TrainingArguments | None, model: Any, old: Mapping[str, Any]) -> TuningArguments:
+    def _config(
+        self, args: TrainingArguments | None, model: CausalLM | str | Path, old: Mapping[str, Any]
+    ) -> TuningArguments:
         kind, name = self.CONFIG, model if isinstance(model, str | Path) else getattr(model, "name_or_path", None)
         known = {f.name for f in dataclasses.fields(kind)}
         moved = {_RENAMED.get(key, key): value for key, value in old.items() if value is not None}
@@ -76,7 +79,9 @@ class Tuner(Trainer):
             given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
             return kind(**{**{k: v for k, v in given.items() if k in known}, **moved})
 
-    def _loaded(self, model: str | Path, config: TuningArguments, quantization: Any, peft_config: Any) -> Any:
+    def _loaded(
+        self, model: str | Path, config: TuningArguments, quantization: object, peft_config: object
+    ) -> CausalLM:
         given = dict(config.model_init_kwargs or {})
         if quantization is not None:
             given["quantization_config"] = quantization
@@ -92,7 +97,7 @@ class Tuner(Trainer):
             found.to(best_of_processor())
         return found
 
-    def _tokenizer(self, given: Any, model: Any, config: Any) -> Any:
+    def _tokenizer(self, given: Any, model: CausalLM, config: object) -> TokenizerLike:
         """The tokenizer that is given, or the model's own, with a pad token and the configuration's tokens."""
         network = _inner(model)
         if given is None:
@@ -113,14 +118,15 @@ class Tuner(Trainer):
             given.chat_template = read_utf8(Path(path))
         return given
 
-    def _construct(self, model: Any, config: Any, data: tuple[Any, Any], tokenizer: Any, peft_config: Any,
+    def _construct(self, model: Any, config: Any, data: tuple[Any, Any], tokenizer: TokenizerLike | None,
+               peft_config: LoraConfig | None,
                data_collator: Any = None, **rest: Any) -> None:  # fmt: skip
         """The Trainer over a model that is set up. data: the sets that are trained on and measured."""
         tokenizer = self._tokenizer(tokenizer, model, config)
         peft_config = None if lora.names(_inner(model)) else peft_config
         super().__init__(model, config, data_collator, *data, tokenizer, peft_config=peft_config, **rest)
 
-    def _refuse(self, why: str, **given: Any) -> None:
+    def _refuse(self, why: str, **given: object) -> None:
         """Raises InputError for arguments that this trainer has no use for."""
         for name, value in given.items():
             if value is not None:
@@ -132,11 +138,11 @@ class Tuner(Trainer):
         return self.ENCODER(self.network, self.processing_class, self.data_collator, self.args, objective)
 
 
-def _inner(model: Any) -> Any:
+def _inner(model: CausalLM) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _same(there: Any, peft_config: LoraConfig) -> bool:
+def _same(there: object, peft_config: LoraConfig) -> bool:
     """Whether a model's one adapter is the one that is asked for."""
     held = list(there.values()) if isinstance(there, dict) else []
     return len(held) == 1 and dataclasses.replace(held[0], base_model_name_or_path=None) == dataclasses.replace(
@@ -144,12 +150,15 @@ def _same(there: Any, peft_config: LoraConfig) -> bool:
     )
 
 
-def frozen_reference(ref_model: Any, model: Any, settings: Mapping[str, Any] | None = None) -> Any:
+def frozen_reference(
+    ref_model: CausalLM | str | Path | None, model: CausalLM | str | Path, settings: Mapping[str, Any] | None = None
+) -> CausalLM | None:
     """Another model than the one that is trained, loaded with `settings` where it is a path; or None."""
     if ref_model is model and model is not None and not isinstance(model, str | Path):
         raise InputError("ref_model is the model itself; leave it out: the reference is the model as it is now")
     if isinstance(ref_model, str | Path):
-        ref_model = AutoModelForCausalLM.from_pretrained(ref_model, **(settings or {}))
+        loaded: CausalLM = AutoModelForCausalLM.from_pretrained(ref_model, **(settings or {}))
+        ref_model = loaded
     return None if ref_model is None else _inner(ref_model).requires_grad_(False).eval()
 
 
@@ -163,24 +172,24 @@ class SFTTrainer(Tuner):
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM | str | Path,
         args: SFTConfig | TrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Iterable[Any] | None = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
+        eval_dataset: Iterable[Any] | None = None,
+        processing_class: TokenizerLike | None = None,
         compute_loss_func: Callable[..., Any] | None = None,
         compute_metrics: Callable[..., Any] | None = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[..., Any] | None = None,
-        quantization_config: Any = None,
+        quantization_config: object = None,
         peft_config: LoraConfig | None = None,
         formatting_func: Callable[..., Any] | None = None,
         *,
         tokenizer: Any = None,
-        **old: Any,
+        **old: object,
     ) -> None:
         self.formatting_func = formatting_func
         config, model = self._set_up(model, args, old, quantization_config, peft_config)
@@ -216,23 +225,23 @@ class DPOTrainer(Tuner):
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM | str | Path,
         ref_model: Any = None,
         args: DPOConfig | TrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Iterable[Any] | None = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
+        eval_dataset: Iterable[Any] | None = None,
+        processing_class: TokenizerLike | None = None,
         compute_metrics: Callable[..., Any] | None = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
+        quantization_config: object = None,
         peft_config: LoraConfig | None = None,
         *,
         tokenizer: Any = None,
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[..., Any] | None = None,
-        **old: Any,
+        **old: object,
     ) -> None:
         self._refuse(
             ", whose loss needs no whole logits; rewards, accuracies and margins are logged",
@@ -268,22 +277,22 @@ class RewardTrainer(Tuner):
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM | str | Path,
         args: RewardConfig | TrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Iterable[Any] | None = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
+        eval_dataset: Iterable[Any] | None = None,
+        processing_class: TokenizerLike | None = None,
         compute_metrics: Callable[..., Any] | None = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[..., Any] | None = None,
-        quantization_config: Any = None,
+        quantization_config: object = None,
         peft_config: LoraConfig | None = None,
         *,
         tokenizer: Any = None,
-        **old: Any,
+        **old: object,
     ) -> None:
         self._refuse(
             "; accuracy, margin and rewards are logged",
@@ -307,11 +316,13 @@ class RewardTrainer(Tuner):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
 
-    def _loaded(self, model: str | Path, config: TuningArguments, quantization: Any, peft_config: Any) -> Any:
+    def _loaded(
+        self, model: str | Path, config: TuningArguments, quantization: object, peft_config: object
+    ) -> CausalLM:
         config.model_init_kwargs = {"num_labels": 1, **(config.model_init_kwargs or {})}
         return super()._loaded(model, config, quantization, peft_config)
 
-    def _take(self, model: Any) -> None:
+    def _take(self, model: CausalLM) -> None:
         super()._take(model)
         if lora.names(self.network):
             self.network.score.requires_grad_(True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from llama2.errors import InputError
 from llama2.pretrained import PreTrainedModel
 from llama2.protocols import TokenizerLike
+from llama2.train.arguments import TrainingArguments
 from llama2.train.data import IGNORED, DataReport, EncodedPair, Example, kind_of, pieces, prepare, prepare_pairs
 from llama2.train.encoding import EVAL_ROWS, TRAINED, Encoder
 from llama2.train.objectives import Objective, packed_rows
@@ -21,7 +22,7 @@ COMPLETIONS = ("completion", "response")
 _MASKS = ("completion_mask", "assistant_masks")
 
 
-def dft_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+def dft_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Dynamic fine-tuning (arXiv 2508.05629): each target's cross entropy times its own probability, a constant of the
     backward pass; the mean over the targets of the step."""
     logits, wanted = outputs["logits"][..., :-1, :], labels[..., 1:]
@@ -68,7 +69,7 @@ class TextEncoder(RowEncoder):
         model: PreTrainedModel,
         tokenizer: TokenizerLike,
         collator: Callable[..., Any] | None,
-        args: Any,
+        args: TrainingArguments,
         objective: Objective | None,
     ) -> None:
         super().__init__(model, tokenizer, collator, args, None if collator is not None else objective)

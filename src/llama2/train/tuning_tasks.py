@@ -4,10 +4,12 @@ Each makes the task of `llama2 finetune` from its configuration; the loop, the r
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from llama2.errors import InputError
 from llama2.lora_config import LoraConfig
+from llama2.protocols import CausalLM, TokenizerLike
 from llama2.train.arguments import TrainingArguments
 from llama2.train.configs import CPOConfig, KTOConfig, ORPOConfig
 from llama2.train.data import DataReport
@@ -25,7 +27,7 @@ class TaskEncoder(RowEncoder):
     """Rows as a task reads them; the first set that is encoded, the one that is trained on, makes the objective."""
 
     task: Task
-    reference: Any = None
+    reference: CausalLM | None = None
 
     def made(self, rows: list[Any], name: str) -> tuple[list[Any], DataReport]:
         """As RowEncoder.made."""
@@ -42,12 +44,19 @@ class _TaskTuner(Tuner):
     """Base class of the trainers. _reference: another model than the one that is trained, as it is."""
 
     ENCODER = TaskEncoder
-    _reference: Any = None
+    _reference: CausalLM | None = None
 
     def _make(
-        self, model: Any, args: Any, sets: tuple[Any, Any], tokenizer: Any, quantization: Any, peft_config: Any,
-        old: dict[str, Any], **rest: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: CausalLM | str | Path,
+        args: TrainingArguments | None,
+        sets: tuple[Any, Any],
+        tokenizer: TokenizerLike | None,
+        quantization: object,
+        peft_config: LoraConfig | None,
+        old: dict[str, Any],
+        **rest: object,
+    ) -> None:
         unused = {
             name: rest.pop(name) for name in ("data_collator", "compute_metrics", "preprocess_logits_for_metrics")
         }
@@ -61,7 +70,7 @@ class _TaskTuner(Tuner):
         made.task.check()
         return made
 
-    def _task(self, args: Any) -> Task:
+    def _task(self, args: TrainingArguments) -> Task:
         raise NotImplementedError
 
 
@@ -73,12 +82,12 @@ class KTOTrainer(_TaskTuner):
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM | str | Path,
         ref_model: Any = None,
         args: KTOConfig | TrainingArguments | None = None,
         train_dataset: Iterable[Any] | None = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
+        eval_dataset: Iterable[Any] | None = None,
+        processing_class: TokenizerLike | None = None,
         data_collator: Callable[..., Any] | None = None,
         model_init: Callable[..., Any] | None = None,
         callbacks: Sequence[Any] | None = None,
@@ -87,9 +96,9 @@ class KTOTrainer(_TaskTuner):
         peft_config: LoraConfig | None = None,
         compute_metrics: Callable[..., Any] | None = None,
         *,
-        quantization_config: Any = None,
+        quantization_config: object = None,
         tokenizer: Any = None,
-        **old: Any,
+        **old: object,
     ) -> None:
         self._refuse("; load the model before", model_init=model_init)
         self._reference = frozen_reference(ref_model, model)
@@ -109,12 +118,12 @@ class _PairTuner(_TaskTuner):
 
     def __init__(
         self,
-        model: Any,
-        args: Any = None,
+        model: CausalLM | str | Path,
+        args: TrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Iterable[Any] | None = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
+        eval_dataset: Iterable[Any] | None = None,
+        processing_class: TokenizerLike | None = None,
         model_init: Callable[..., Any] | None = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -122,9 +131,9 @@ class _PairTuner(_TaskTuner):
         peft_config: LoraConfig | None = None,
         compute_metrics: Callable[..., Any] | None = None,
         *,
-        quantization_config: Any = None,
+        quantization_config: object = None,
         tokenizer: Any = None,
-        **old: Any,
+        **old: object,
     ) -> None:
         self._refuse("; load the model before", model_init=model_init)
         self._make(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llama2.lazy import door
 from llama2.options import option
-from llama2.protocols import TokenizerLike
+from llama2.protocols import CausalLM, TokenizerLike
 from llama2.train.data import DataReport, Row
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Task:
         """Returns the training objective of the items."""
         raise NotImplementedError
 
-    def report(self, model: Any, held_out: Sequence[Any], trained_on: Sequence[Any]) -> Outcome:
+    def report(self, model: CausalLM, held_out: Sequence[Any], trained_on: Sequence[Any]) -> Outcome:
         """Evaluates the trained model on items, besides its loss; empty where the loss suffices."""
         return Outcome()
 

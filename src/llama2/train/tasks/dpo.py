@@ -9,6 +9,7 @@ from llama2.lazy import door
 from llama2.options import option
 from llama2.protocols import TokenizerLike
 from llama2.train.data import DataReport, Row, prepare_pairs
+from llama2.train.labels import Labels
 from llama2.train.preference import Preference, check_preference
 from llama2.train.tasks.base import Chats
 
@@ -43,7 +44,7 @@ class Dpo(Chats):
             raise InputError("reference_free and precompute_reference exclude each other; leave one of them out")
 
     def items(
-        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Any
+        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Labels
     ) -> tuple[list[Any], DataReport]:
         """As Task.items."""
         pairs, report = prepare_pairs(rows, tokenizer, length)

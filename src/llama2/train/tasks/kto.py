@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llama2.options import option
 from llama2.protocols import TokenizerLike
 from llama2.train.data import DataReport, Row
+from llama2.train.labels import Labels
 from llama2.train.tasks.pairs import Pairs, unpaired_objective
 from llama2.train.unpaired import balance, unpaired
 
@@ -46,7 +47,7 @@ class Kto(Pairs):
     undesirable_weight: float = option(1.0, "of answers with the label false")
 
     def items(
-        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Any
+        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Labels
     ) -> tuple[list[Any], DataReport]:
         """As Task.items. Warns where the kinds of answers weigh too differently."""
         made, report = unpaired(rows, tokenizer, length)

@@ -9,6 +9,7 @@ from llama2.errors import InputError
 from llama2.lazy import door
 from llama2.protocols import TokenizerLike
 from llama2.train.data import DataReport, Row, prepare_pairs
+from llama2.train.labels import Labels
 from llama2.train.tasks.base import Chats
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Pairs(Chats):
                 raise InputError(f"{name} is {value!r}; it must be {bound}")
 
     def items(
-        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Any
+        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Labels
     ) -> tuple[list[Any], DataReport]:
         """As Task.items."""
         pairs, report = prepare_pairs(rows, tokenizer, length)

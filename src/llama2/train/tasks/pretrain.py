@@ -8,6 +8,7 @@ from llama2.errors import InputError
 from llama2.options import option
 from llama2.protocols import TokenizerLike
 from llama2.train.data import DataReport, Row, kind_of, pieces, prepare
+from llama2.train.labels import Labels
 from llama2.train.tasks.base import Texts, packed_rows
 
 
@@ -23,7 +24,7 @@ class Pretrain(Texts):
     fresh: bool = option(False, "new random weights of the model's configuration")
 
     def items(
-        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Any
+        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Labels
     ) -> tuple[list[Any], DataReport]:
         """As Task.items. Long texts are cut in pieces, so that nothing is lost."""
         if kinds := {kind_of(row) for row in rows if row.get("text") is None}:

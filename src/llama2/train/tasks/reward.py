@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llama2.errors import InputError
 from llama2.lazy import door
 from llama2.options import option
-from llama2.protocols import TokenizerLike
+from llama2.protocols import CausalLM, TokenizerLike
 from llama2.train.data import DataReport, Row
+from llama2.train.labels import Labels
 from llama2.train.ranking import Margins, check_margins, reward_pairs
 from llama2.train.tasks.base import Chats, Outcome, ScoreHead
 
@@ -54,13 +55,13 @@ class Reward(Chats):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or a positive number")
 
     def items(
-        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Any
+        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Labels
     ) -> tuple[list[Any], DataReport]:
         """As Task.items."""
         ranked, report = reward_pairs(rows, tokenizer, length, self.margins)
         return list(ranked), report
 
-    def head(self, learnt: Any) -> ScoreHead:
+    def head(self, learnt: Labels) -> ScoreHead:
         """As Task.head: one output, given as it is (a regression's)."""
         return ScoreHead(("LABEL_0",), "regression")
 
@@ -69,7 +70,7 @@ class Reward(Chats):
         made: Objective = rewards(self.center or None, self.safety_weight)
         return made
 
-    def report(self, model: Any, held_out: Sequence[Any], trained_on: Sequence[Any]) -> Outcome:
+    def report(self, model: CausalLM, held_out: Sequence[Any], trained_on: Sequence[Any]) -> Outcome:
         """As Task.report."""
         found: Outcome = reward_report(model, held_out, trained_on)
         return found

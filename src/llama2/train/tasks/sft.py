@@ -6,6 +6,7 @@ from typing import Any
 
 from llama2.protocols import TokenizerLike
 from llama2.train.data import DataReport, Row, prepare
+from llama2.train.labels import Labels
 from llama2.train.tasks.base import Chats, Texts, packed_rows
 
 
@@ -21,7 +22,7 @@ class Sft(Texts, Chats):
     rates = (2e-5, 2e-4)
 
     def items(
-        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Any
+        self, rows: Sequence[Row], tokenizer: TokenizerLike, length: int, learnt: Labels
     ) -> tuple[list[Any], DataReport]:
         """As Task.items."""
         examples, report = prepare(rows, tokenizer, length)
