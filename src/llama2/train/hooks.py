@@ -1,8 +1,7 @@
-"""Methods that a subclass of Trainer may override: transformers' methods with transformers' signatures, and their own
-way.
+"""Methods that a subclass of Trainer may override: transformers' methods with transformers' signatures.
 
-The trainer's own loop goes past these methods, since it computes the loss without whole logits. It calls them as soon
-as one of them is overridden, or where what was given needs them: a collator, a loss function, metrics.
+The trainer's own loop goes past these methods, since it computes the loss without whole logits. It calls them if one
+is overridden, or if a collator, a loss function or metrics are given.
 """
 
 import contextlib
@@ -172,11 +171,7 @@ class Hooks:
         return loss.detach()
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch: with num_items_in_batch its share of the step's mean, else the batch's own mean.
 
@@ -398,9 +393,7 @@ class Hooks:
         return self.lr_scheduler
 
     @staticmethod
-    def get_optimizer_cls_and_kwargs(
-        args: TrainingArguments, model: PreTrainedModel | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
         """The class of the optimiser and what it is made with."""
         betas = (args.adam_beta1, args.adam_beta2)
         return torch.optim.AdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
