@@ -160,12 +160,7 @@ class Trainer(Loop):
                 warnings.warn("tf32=True has no effect: there is no CUDA device", stacklevel=4)
 
     def _encode(
-        self,
-        objective: Objective | None,
-        rows: Sequence[Any],
-        eval_rows: object,
-        train_dataset: Any,
-        eval_dataset: Iterable[Any] | None,
+        self, objective: Objective | None, rows: Sequence[Any], eval_rows: object, train_dataset: Any, eval_dataset: Any
     ) -> None:
         """Rows as items of the objective, or for a collator of the caller's as they are."""
         self.encoder = self._encoder(objective)
@@ -362,10 +357,7 @@ class Trainer(Loop):
     # -- measuring -----------------------------------------------------------------------------------------------
 
     def evaluate(
-        self,
-        eval_dataset: Iterable[Any] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measures eval_dataset, or the trainer's own: the mean loss, what the objective logs or compute_metrics finds.
 
