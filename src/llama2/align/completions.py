@@ -1,4 +1,4 @@
-"""What was answered and what it was worth: OUT/completions.jsonl, a line per answer of an iteration.
+"""Answers and their rewards: OUT/completions.jsonl, a line per answer of an iteration.
 
 {"step", "row", "k", "prompt", "completion", "ended", "reward", "rewards": {source: value}, "advantage"}; step is the
 last one before the answers were drawn, advantage the mean over the answer's tokens.

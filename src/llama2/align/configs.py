@@ -29,14 +29,13 @@ _NO_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 @dataclass
 class PolicyConfig(TuningArguments):
-    """What the three share. num_generations: answers to a prompt. generation_batch_size: answers of an iteration, of
-    all ranks, by default per_device_train_batch_size times ranks times steps_per_generation; num_iterations: how often
-    each is learnt from. temperature, top_p, top_k, min_p: of sampling; log-probabilities are those at the temperature.
-    max_prompt_length: rows with a longer prompt are left out; without it they are an error. reward_weights: of several
-    rewards. mask_truncated_completions: answers without an end token are not learnt from. safety_threshold: probability
-    of being safe below which the safety reward takes the place of the rest. log_completions: every answer with its
-    rewards and advantage is written to completions.jsonl.
-    """
+    """Settings of PPO, GRPO and RLOO alike. num_generations: answers to a prompt. generation_batch_size: answers of an
+    iteration, of all ranks, by default per_device_train_batch_size times ranks times steps_per_generation;
+    num_iterations: how often each is learnt from. temperature, top_p, top_k, min_p: of sampling; log-probabilities are
+    those at the temperature. max_prompt_length: rows with a longer prompt are left out; without it they are an error.
+    reward_weights: of several rewards. mask_truncated_completions: answers without an end token are not learnt from.
+    safety_threshold: probability of being safe below which the safety reward takes the place of the rest.
+    log_completions: every answer with its rewards and advantage is written to completions.jsonl."""
 
     learning_rate: float = 1e-6
     disable_dropout: bool = True

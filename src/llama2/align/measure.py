@@ -1,4 +1,4 @@
-"""What a policy is worth on held-out prompts: its rewards, how often it wins against another model, and the KL to it.
+"""Evaluation of a policy on held-out prompts: its rewards, how often it wins against another model, and the KL to it.
 
 OUT/samples.jsonl   the answers of both with their rewards, a line per prompt; a resumed run goes on behind them
 OUT/rows.jsonl      each answer of the policy with its rewards

@@ -1,4 +1,4 @@
-"""What a run will take: `--dry-run`. Of PPO, GRPO and RLOO from two iterations, of jobs that write rows from their
+"""Estimate of a run's cost: `--dry-run`. Of PPO, GRPO and RLOO from two iterations, of jobs that write rows from their
 first prompts. Nothing is written."""
 
 import time
@@ -54,7 +54,7 @@ class SamplingJob(Protocol):
     device: Any
 
     def trial(self) -> tuple[Callable[[], object], int, int]:
-        """What does a part of the job, how many prompts of it, and of all."""
+        """Returns the function that does a part of the job, the number of its prompts, and of all."""
 
 
 @dataclass

@@ -167,7 +167,7 @@ def _check_vocabulary(name: str, tokenizer: Any, policy_tokenizer: Any) -> None:
 
 
 def _kind(text: str) -> str:
-    """What a name is of: "server", "function" or "model"."""
+    """Returns the kind of a named reward: "server", "function" or "model"."""
     if text.startswith(("http://", "https://")):
         return "server"
     return "function" if ":" in text and not Path(text).exists() else "model"
@@ -183,11 +183,11 @@ def check_rewards(names: Sequence[str], policy_tokenizer: Any) -> None:
             _check_vocabulary(name, AutoTokenizer.from_pretrained(name), policy_tokenizer)
 
 
-def source_of(given: Any, policy_tokenizer: Any, device: str = "auto", tokenizer: Any = None) -> Source:
+def source_of(reward: Any, policy_tokenizer: Any, device: str = "auto", tokenizer: Any = None) -> Source:
     """The reward that is named: a folder or hub id of a reward model, module:function, an URL; or given as a function,
     or as a model with its tokenizer. Raises InputError for anything else."""
-    if isinstance(given, str | Path):
-        text = str(given)
+    if isinstance(reward, str | Path):
+        text = str(reward)
         kind = _kind(text)
         if kind == "server":
             return ServerReward(text)

@@ -102,7 +102,7 @@ class Watching:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptions(AdapterOptions, Optimizing, Watching, Judging):
-    """What the three methods share."""
+    """Options of all three methods."""
 
     name: ClassVar[Literal["ppo", "grpo", "rloo"]]
 
@@ -227,7 +227,7 @@ class DistilOptions(SynthesisOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions(SynthesisOptions):
-    """What a policy is worth on held-out prompts: answers are drawn and judged by each reward. With --against a model
+    """Evaluate a policy on held-out prompts: answers are drawn and judged by each reward. With --against a model
     (the one that a run began with) how often its answers are beaten, and the KL to it. Nothing is trained."""
 
     name: ClassVar[str] = "measure"

@@ -96,7 +96,7 @@ def points(
         if name == chosen:
             canvas.parts.append(f'<circle cx="{at:.1f}" cy="{height:.1f}" r="9" fill="none" stroke="{colour}"/>')
         canvas.parts.append(f'<circle cx="{at:.1f}" cy="{height:.1f}" r="4.5" fill="{colour}"/>')
-    canvas.parts += _labels({name: canvas.place(x, y) for name, (x, y, _) in found.items()})
+    canvas.parts += _labels({name: canvas.place(x, y) for name, (x, y, _) in values.items()})
     return canvas.svg()
 
 

@@ -16,7 +16,6 @@ import torch
 from llama2 import memory
 from llama2.checkpoint.arguments import resolve_device
 from llama2.pretrained import PreTrainedModel
-from llama2.train.arguments import TrainingArguments
 from llama2.train.finetune import Finetune
 from llama2.train.trainer import Trainer
 
@@ -147,7 +146,7 @@ def free_bytes(device: str | torch.device) -> int:
 
 
 def files_of(job: Finetune, model: PreTrainedModel, args: Any) -> dict[str, int]:
-    """What OUT will hold: the result, and checkpoints with their moments."""
+    """Estimates the files in OUT: the result, and checkpoints with their moments."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = job.origin.lora is None or job.recipe.merge
     result = sum(p.nbytes for p in model.parameters()) if whole else 4 * trained
