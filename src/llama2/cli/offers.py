@@ -143,7 +143,7 @@ class _Maker:
         return ServedModel(engine, bounds, self.policy, names, aliases)
 
     def describe(self, path: str) -> "Facts":
-        """What the files of a model say. Raises CheckpointError, ConfigError, TokenizerError."""
+        """Reads the facts in a model's files. Raises CheckpointError, ConfigError, TokenizerError."""
         from llama2.cli.inspect import read
         from llama2.serve.facts import Facts, weight_type
 

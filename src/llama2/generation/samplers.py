@@ -273,7 +273,7 @@ class DynamicTemperature(LogitsProcessor):
 class Mirostat(LogitsProcessor):
     """Keeps the surprise of what is picked near tau bits (Basu et al. 2020, arXiv 2007.14966); version 1 or 2.
 
-    It hears of what was picked as the last of the ids of its next call.
+    It receives what was picked as the last of the ids of its next call.
     """
 
     _ESTIMATED = 100  # tokens from which version 1 estimates how steeply probabilities fall

@@ -1,4 +1,4 @@
-"""What several APIs tell of a model, loaded or not: its size, its parameters, how its weights are kept."""
+"""Facts about a model that several APIs report, loaded or not: its size, its parameters, how its weights are kept."""
 
 import hashlib
 from collections.abc import Mapping

@@ -71,7 +71,7 @@ def cache_tokens(model: Any, wanted: Wanted, bytes_per_token: int, most_bytes: i
             "give --max-total-tokens or --max-batch-total-tokens, or --kv-cache int8"
         )
     if most <= fits:
-        return most, f"{limits.max_batch_size} texts of {context} tokens"
+        return most, f"{wanted.max_batch_size} texts of {context} tokens"
     return fits // PAGE * PAGE, f"{CACHE_SHARE:.0%} of {free / GIB:.1f} GiB free"
 
 

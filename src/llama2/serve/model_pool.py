@@ -155,7 +155,7 @@ class ModelPool:
         return fits or next((o for o in self.offers if ANY in (*o.names, *o.aliases)), None)
 
     async def facts(self, offer: Offer) -> Facts:
-        """What is told of a model. Raises Refusal for files that cannot be read."""
+        """Returns the facts about a model. Raises Refusal for files that cannot be read."""
         if offer.trouble is not None:
             raise offer.trouble
         if offer.facts is None:
@@ -186,7 +186,7 @@ class ModelPool:
     # -- having it -------------------------------------------------------------------------------------------------
 
     async def take(self, name: str | None = None) -> Offer:
-        """The model that a name asks for, loaded; whoever has it calls `give_back` once. Raises Refusal.
+        """The model that a name asks for, loaded; its holder calls `give_back` once. Raises Refusal.
 
         The first requests of a model load it once, together.
         """

@@ -249,7 +249,7 @@ class ChatWriter(OpenAIWriter):
 
 
 class OlderWriter(ChatWriter):
-    """Chunks for whoever asks with `functions`: the one call of an answer is `function_call`, without index and id."""
+    """Chunks for requests with `functions`: the one call of an answer is `function_call`, without index and id."""
 
     def call_delta(self, number: int, call: FunctionCall) -> dict[str, Any]:
         """The begin of a call."""

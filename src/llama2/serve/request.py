@@ -204,7 +204,7 @@ class GenerationRequest:
             )
             for j in range(self.best_of):
                 seed = (self.seed + i * self.best_of + j) & SEED_BITS
-                processors = self._processors(len(prompt), held)
+                processors = self._processors(len(prompt), constrained)
                 if self.sampling.chain is not None:
                     processors += tuple(chain(self.sampling.chain, seed, engine.tokenizer.token_bytes))
                 found.append(replace(ask, seed=seed, processors=processors, rate_prompt=ask.rate_prompt and j == 0))

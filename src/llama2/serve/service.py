@@ -1,4 +1,4 @@
-"""What every route shares: the models with their engines, life and metrics; and one call on a route."""
+"""State shared by all routes: the models with their engines, life and metrics; and one call on a route."""
 
 import asyncio
 import contextlib

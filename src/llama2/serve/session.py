@@ -85,7 +85,7 @@ class Session:
             raise Refusal(kind_of(error), str(error)) from None
 
     def arrive(self, index: int, event: TokenEvent) -> None:
-        """Called in the event loop for each event; nobody hears what comes behind `close`."""
+        """Called in the event loop for each event; events after `close` are dropped."""
         if not self._lives:
             return
         now = time.monotonic()

@@ -7,7 +7,7 @@
 | hermes | `<tool_call>\n{"name": "f", "arguments": {...}}\n</tool_call>` | one behind the other |
 | mistral | `[TOOL_CALLS] [{"name": "f", "arguments": {...}}]` | in the list |
 | mistral-args | `[TOOL_CALLS]f[ARGS]{...}` | one behind the other |
-| function-tag | `<function=f>{...}</function>` | one a line |
+| function-tag | `<function=f>{...}</function>` | one per line |
 """
 
 import json
