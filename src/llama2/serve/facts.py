@@ -65,7 +65,7 @@ def facts_of(model: ServedModel, modified: float) -> Facts:
 
 
 def measured(known: Facts, model: ServedModel) -> Facts:
-    """What files said of a model, with what is known of it once it is loaded."""
+    """The facts in a model's files, with those known once it is loaded."""
     now, engine = facts_of(model, known.modified), model.engine
     drafts = engine.drafter.runner.bytes_per_page if engine.drafter else 0
     needs = now.bytes + engine.runner.pages * (engine.runner.bytes_per_page + drafts)
