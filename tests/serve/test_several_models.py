@@ -324,6 +324,8 @@ def test_lists_load_nothing(several: Make) -> None:
 
 def test_routes_without_a_body_tell_of_a_named_model(several: Make) -> None:
     server = several()
+    told = get(server.port, "/info").json  # the chat page asks at its start, and probes do
+    assert told["model_id"] is None and told["router"] == "llama2" and server.loaded == []
     assert get(server.port, "/info?model=b").json["model_id"] == "b" and server.loaded == ["b"]
     assert get(server.port, "/info").json["model_id"] == "b" and server.loaded == ["b"]  # the one that is there
     assert get(server.port, "/props?model=a").json["model_alias"] == "a"

@@ -40,31 +40,37 @@ async def metrics(call: RouteCall) -> Response:
 
 
 async def info(call: RouteCall) -> Response:
-    """/info, with TGI's names; of several models that of the query's `model`."""
-    policy, model = call.service.policy, await call.shown()
+    """/info, with TGI's names; of several models that of the query's `model`, or one that is loaded already."""
+    pool, policy = call.service.pool, call.service.policy
+    server = {
+        "model_sha": policy.revision,
+        "max_concurrent_requests": policy.max_concurrent_requests,
+        "validation_workers": policy.workers,
+        "router": "llama2",
+        "version": llama2.__version__,
+        "sha": None,
+        "docker_label": None,
+    }
+    if not (pool.fixed or pool.loaded or "model" in call.request.query_params):
+        return JSONResponse({"model_id": None, **server})
+    model = await call.shown()
     engine, bounds = model.engine, model.bounds
     return JSONResponse(
         {
             "model_id": model.names[0],
-            "model_sha": policy.revision,
             "model_pipeline_tag": "text-generation",
             "model_dtype": dtype_name(model),
             "model_device_type": device_type(model),
-            "max_concurrent_requests": policy.max_concurrent_requests,
             "max_best_of": bounds.max_best_of,
             "max_stop_sequences": bounds.max_stop_sequences,
             "max_input_tokens": bounds.max_input_tokens,
             "max_total_tokens": bounds.max_total_tokens,
             "max_batch_total_tokens": engine.scheduler.capacity(),
             "max_top_n_tokens": bounds.max_top_n_tokens,
-            "validation_workers": policy.workers,
             "max_client_batch_size": bounds.max_client_batch_size,
-            "router": "llama2",
-            "version": llama2.__version__,
-            "sha": None,
-            "docker_label": None,
             "adapters": model.adapters,
             "chat": model.tokenizer.chat_template is not None,
+            **server,
         }
     )
 

@@ -150,6 +150,7 @@ class App {
 
   chooseModel(id) {
     this.current.model = id;
+    this.meter();
     if (path(this.current).length) this.library.save(this.current);
   }
 
@@ -166,7 +167,7 @@ class App {
 
   meter() {
     const last = path(this.current).findLast(({ stats }) => stats?.prompt !== undefined);
-    const limit = this.limits.max_total_tokens ?? this.models.find(({ id }) => id === this.model)?.max_model_len;
+    const limit = this.models.find(({ id }) => id === this.model)?.max_model_len ?? this.limits.max_total_tokens;
     this.composer.fill(last && last.stats.prompt + last.stats.tokens, limit);
   }
 
