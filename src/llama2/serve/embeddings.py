@@ -54,6 +54,9 @@ def embed(served: ServedModel, body: EmbeddingBody, pooling: str | None = None) 
         given = [given]
     if not given or len(given) > MAX_TEXTS:
         raise Refusal("validation", f"input has {len(given)} texts; give 1 to {MAX_TEXTS}", "input")
+    for text in given:
+        if isinstance(text, str):
+            served.check_texts((text,))
     rows = [encode(served.tokenizer, text, False) if isinstance(text, str) else tuple(text) for text in given]
     for row in rows:
         _check(row, served.bounds.max_input_tokens, model.config.vocab_size)

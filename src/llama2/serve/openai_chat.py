@@ -105,6 +105,8 @@ def parse(model: ServedModel, body: ChatBody, owner: str) -> tuple[GenerationReq
     if body.chat_template is not None:
         raise Refusal("template", "requests cannot bring a chat template; the server's is used", "chat_template")
     n, warnings = body.n or 1, list[str]()
+    if body.truncate_prompt_tokens is None:  # templates leave out much, but nothing that a user says
+        model.check_texts(message.text() for message in body.messages if message.role == "user")
     room = None
     if model.policy.context_overflow != "refuse":
         room = prompt_room(model.bounds.within(body.num_ctx), None if wanted is None or wanted < 0 else wanted)

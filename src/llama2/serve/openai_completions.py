@@ -91,6 +91,8 @@ def parse(model: ServedModel, body: CompletionBody, owner: str) -> GenerationReq
 
 def _ids(model: ServedModel, body: CompletionBody, prompt: str) -> tuple[int, ...]:
     special = model.policy.parse_special if body.parse_special is None else body.parse_special
+    if body.truncate_prompt_tokens is None:
+        model.check_texts((prompt,))
     ids = encode(model.tokenizer, prompt, special)
     if body.add_special_tokens is False and ids[:1] == (model.tokenizer.bos_token_id,):
         return ids[1:]

@@ -1,6 +1,7 @@
 """One model that is served: its engine, tokenizer and bounds, the names it answers to and what it can be held to."""
 
 import time
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,10 @@ class ServedModel:
         self.alternates = self.tokenizer.chat_template is not None and alternates(self.tokenizer)
         template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template is not None else None
         self.tool_dialect = dialect_of(template)
+        tokens = range(len(self.tokenizer))
+        special = max((len(text.encode()) for text in self.tokenizer.special_contents), default=1)
+        # Bytes of text that one token can stand for: composing characters makes three bytes of nine at most.
+        self.longest = max(special, 3 * max((len(self.tokenizer.token_bytes(i)) for i in tokens), default=1))
         self.compiler = Compiler(self.tokenizer, engine.model.config.vocab_size, eos) if eos else None
 
     @property
@@ -60,6 +65,19 @@ class ServedModel:
     def answers_to(self, name: str) -> bool:
         """Whether a name is this model's; that of an adapter is not."""
         return name.removesuffix(":latest") not in self.adapters and answers_to(name, (*self.names, *self.aliases))
+
+    def check_texts(self, texts: Iterable[str]) -> None:
+        """Raises Refusal for prompts that are too long however they are tokenised, before that is done: of 2 MB that
+        takes seconds. Where what is too long is cut, nothing is."""
+        if self.policy.context_overflow != "refuse":
+            return
+        least = sum(map(len, texts)) // self.longest  # a character has a byte at least
+        if least > self.bounds.max_input_tokens:
+            raise Refusal(
+                "context",
+                f"the prompt has {least} tokens or more but at most {self.bounds.max_input_tokens} are taken "
+                "(max_input_tokens); shorten it",
+            )
 
     def check(self, request: GenerationRequest) -> None:
         """Raises Refusal for what the bounds forbid."""

@@ -164,6 +164,8 @@ def parse(model: ServedModel, body: GenerateBody, owner: str, stream: bool) -> G
             "validation", "decoder_input_details needs the whole answer; do not stream", "decoder_input_details"
         )
     special = model.policy.parse_special if given.parse_special is None else given.parse_special
+    if not given.truncate:
+        model.check_texts((body.inputs,))
     ids = encode(model.tokenizer, body.inputs, special)
     if given.max_new_tokens == 0:
         raise Refusal("validation", "max_new_tokens is 0; ask for at least 1", "max_new_tokens")
