@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import pytest
 from llama2 import AutoTokenizer, LlamaForCausalLM
 from llama2.cli import main, parallel, serve
 from llama2.cli.args import parse
-from llama2.cli.serve import ServeOptions, check_numbers
+from llama2.cli.serve import ServeOptions, check_numbers, open_model
 from llama2.errors import InputError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -326,3 +327,21 @@ def test_numbers_that_bound_nothing_are_refused_before_a_model_is_looked_for(
 def test_zero_is_taken_where_it_says_something(name: str) -> None:
     """SageMaker sets SM_NUM_GPUS=0 on machines without a GPU."""
     check_numbers(replace(ServeOptions(), **{name: 0}))
+
+
+def test_what_is_loaded_is_never_collected_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection of all objects of a loaded model holds the interpreter's lock for 0.3 s."""
+    frozen: list[int] = []
+
+    class Opened:
+        def open(self, engine: Any, bounds: Any) -> None:
+            frozen.append(gc.get_freeze_count())
+
+    monkeypatch.setattr("llama2.cli.serve.make_engine", lambda *_: (object(), object()))
+    gc.unfreeze()
+    try:
+        assert gc.get_freeze_count() == 0
+        open_model(None, None, (), Opened())  # type: ignore[arg-type]
+        assert frozen[0] > 10_000
+    finally:
+        gc.freeze()  # as tests/conftest.py has it

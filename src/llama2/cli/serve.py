@@ -1,5 +1,6 @@
 """`llama2 serve`: many users at once over HTTP."""
 
+import gc
 import math
 import os
 import resource
@@ -371,9 +372,8 @@ def _connections(options: ServeOptions) -> "Connections":
 
 def _open(options: ServeOptions, service: "Service", failed: Callable[[Exception], None], loader: Loader) -> None:
     """Loads the model beside the server, which answers 503 meanwhile; a failure ends the server."""
-    waiting = options.max_waiting or 1024
     try:
-        open_model(options, options.chat_template, options.lora_adapters, service, waiting, loader=loader)
+        open_model(options, options.chat_template, options.lora_adapters, service, options.max_waiting, loader=loader)
     except (Llama2Error, OSError, RuntimeError) as error:
         failed(error)
 
@@ -383,15 +383,17 @@ def open_model(
     chat_template: str | None,
     adapters: tuple[str, ...],
     service: "Service",
-    waiting: int = 1024,
+    waiting: int | None = None,
     tell: Callable[[str], None] = terminal.notice,
     loader: Loader = load,
 ) -> None:
     """Loads the model, makes the engine within the memory, tells the table of limits and opens the service.
 
-    options: RunOptions and EngineOptions. Raises as `load`.
-    """
-    service.open(*make_engine(options, chat_template, adapters, waiting, tell, loader))
+    options: RunOptions and EngineOptions. Raises as `load`."""
+    made = make_engine(options, chat_template, adapters, waiting or 1024, tell, loader)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: looking through it again held up every stream for 0.3 s
+    service.open(*made)
 
 
 def _made(service: "Service", options: ServeOptions, cache_bytes: int) -> tuple["Engine", "Bounds"]:
@@ -402,7 +404,9 @@ def _made(service: "Service", options: ServeOptions, cache_bytes: int) -> tuple[
 
         logger.info(text)
 
-    return make_engine(options, options.chat_template, (), options.max_waiting or 1024, tell, load_light, cache_bytes)
+    made = make_engine(options, options.chat_template, (), options.max_waiting or 1024, tell, load_light, cache_bytes)
+    gc.freeze()  # as in `open_model`, without a collection: others are served; what has no cycles is freed all the same
+    return made
 
 
 def make_engine(
