@@ -276,7 +276,7 @@ def test_every_number_of_the_api_has_bounds(served: Served) -> None:
     ]
     assert len(found) > 60
     for path, schema in found:
-        if "/logit_bias/" in path:  # any finite number, which is rounded to the bound: see the next test
+        if "/logit_bias/" in path or "enum" in schema:  # any finite number, rounded to the bound: see the next test
             continue
         assert {"minimum", "exclusiveMinimum"} & schema.keys(), path
         assert {"maximum", "exclusiveMaximum"} & schema.keys(), path

@@ -23,7 +23,10 @@ MaxTokens = Annotated[int, Field(ge=-2, le=2**53)]  # below 0: what the context 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 UnsignedSeed = Annotated[int, Field(ge=-1, lt=2**64)]  # -1: a new one
 # Seconds, or a duration such as 5m.
-KeepAlive = Annotated[float | str, Field(union_mode="left_to_right"), AfterValidator(lambda value: keep_alive(value))]
+_Seconds = Annotated[float, Field(ge=-1e12, le=1e12)]  # below 0: without end
+KeepAlive = Annotated[
+    _Seconds | str, Field(union_mode="left_to_right"), AfterValidator(lambda value: keep_alive(value))
+]
 MaxNew = Annotated[int, Field(ge=-2, le=MAX_COUNT)]  # llama.cpp's: below 0 for as many as there is room for
 Temperature = Annotated[float, Field(ge=0, le=100)]
 # Below 1e-5 the logits over the temperature leave float32, and every draw is the likeliest token long before.
