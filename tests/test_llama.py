@@ -139,7 +139,7 @@ def test_the_same_without_torch(llm: Llama, smollm2: Path) -> None:
         llm.generate("Once", max_new_tokens=8, temperature=1.0, top_p=0.9, seed=5).tokens,
     ]
     assert json.loads(tokens) == wanted
-    assert error.startswith("LlamaForCausalLM needs torch, which is not installed: run `pip install torch`")
+    assert error.startswith("LlamaForCausalLM needs torch, which is not installed: run `pip install 'llama2[torch]'`")
 
 
 @pytest.mark.parametrize(

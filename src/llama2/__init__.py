@@ -181,12 +181,10 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        from llama2.errors import MissingDependencyError
+        from llama2.errors import needs_torch
 
-        raise MissingDependencyError(
-            f"{name} needs torch, which is not installed: run `pip install torch`. llama2.Llama and the commands that "
-            "run GGUF files do without"
-        ) from error
+        extra = "train" if _HOME[name].partition(".")[0] in ("train", "align") else "torch"
+        raise needs_torch(name, extra) from error
     globals()[name] = value
     return value
 

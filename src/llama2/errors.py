@@ -56,3 +56,8 @@ class MismatchError(CheckpointError, RuntimeError):
 
 class MissingDependencyError(Llama2Error, ImportError):
     """An optional package, compiler or device that the call needs and this machine lacks."""
+
+
+def needs_torch(what: str, extra: str = "torch") -> MissingDependencyError:
+    """The error where torch is missing. what: the subject of the sentence; extra: the one that brings torch."""
+    return MissingDependencyError(f"{what} needs torch, which is not installed: run `pip install 'llama2[{extra}]'`")

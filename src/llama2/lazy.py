@@ -11,7 +11,7 @@ from functools import cache, wraps
 from importlib import import_module
 from typing import Any, TypeVar
 
-from llama2.errors import MissingDependencyError
+from llama2.errors import needs_torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,7 +24,7 @@ def resolve(module: str, name: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise MissingDependencyError("this needs torch, which is not installed; run `pip install torch`") from error
+        raise needs_torch("this") from error
     return function
 
 

@@ -4,6 +4,7 @@ llm = Llama("model.gguf")                      a path, or a hub id
 llm.generate("The sky is", max_new_tokens=20).text
 for piece in llm.stream("Once upon a time"): print(piece, end="")
 llm.chat("Why is the sky blue?").text          or a list of messages
+llm.embed("a text")                            its vector
 await llm.agenerate("...")                     many at once share the engine's steps
 """
 
@@ -12,19 +13,22 @@ import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
+
+import numpy as np
 
 from llama2 import checkpoint, cpu
 from llama2.auto import AutoModelForCausalLM, AutoTokenizer
-from llama2.checkpoint.gguf import GgufFile
+from llama2.checkpoint.native_files import NativeFiles
 from llama2.checkpoint.source import locate_all
 from llama2.engine.engine import Engine
 from llama2.engine.request import Completion, EngineRequest
 from llama2.engine.stream import Stream, complete
 from llama2.errors import InputError
+from llama2.evaluate.embedding import Embedder
 from llama2.generation.call_settings import choosing
+from llama2.lazy import door
 from llama2.memory import available_bytes
-from llama2.quantization.formats import BFLOAT16, BLOCKS
 from llama2.serve.constraint import Compiler, Constraint, json_schema
 
 Prompt = str | Sequence[int]
@@ -33,10 +37,12 @@ _FORMS: dict[str, Any] = {"schema": "json", "regex": "regex", "grammar": "lark"}
 CACHE_SHARE = 0.4  # of the free memory, for keys and values
 
 
-def engine_runs(file: GgufFile) -> bool:
-    """Whether the native engine has kernels for every matrix of a GGUF file."""
-    rows = [BLOCKS.get(info.type_id) for info in file.tensors.values() if len(info.shape) > 1]
-    return cpu.available() and all(row is not None and row.engine != BFLOAT16 for row in rows)
+_gguf_tokenizer = door("tokenizer", "from_gguf", "A tokenizer from GGUF metadata.")
+
+
+def _tokenizer(path: Path) -> Any:
+    """The tokenizer of a folder, or of the one in which a file of weights is."""
+    return AutoTokenizer.from_pretrained(path.parent if path.is_file() else path)
 
 
 def constraint_of(kind: Any, value: Any) -> Constraint:
@@ -77,21 +83,20 @@ class Llama:
         chat_template: str | None = None,
         revision: str | None = None,
     ) -> None:
-        """model: a GGUF file or a folder with one, which need no torch, or any checkpoint that AutoModelForCausalLM
-        loads. context: tokens that the cache of keys and values holds for all texts together (default: the model's
-        context, within 40 % of the free memory). threads: of the native engine (default: one per processor).
+        """model: a GGUF file, a folder of safetensors (GPTQ, AWQ and NF4 too) or of Meta's files, which need no torch,
+        or any other checkpoint that AutoModelForCausalLM loads. context: tokens that the cache of keys and values holds
+        for all texts together (default: the model's context, within 40 % of the free memory). threads: of the native
+        engine (default: one per processor).
         chat_template: a Jinja template in place of the model's. Raises CheckpointError, InputError."""
         place = locate_all(str(model), revision)
-        file = checkpoint.find_gguf(place.path)
-        opened = None if file is None else GgufFile(file)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(file or place.path)
+        files = NativeFiles(checkpoint.find_gguf(place.path) or place.path)
+        self.tokenizer: Any = _gguf_tokenizer(files.file.metadata) if files.file else _tokenizer(place.path)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
-        self.model: Any
-        if opened is not None and engine_runs(opened):
-            self.model = cpu.CpuModel.from_source(opened, threads)
-        else:
-            self.model = AutoModelForCausalLM.from_pretrained(file or place.path)
+        native = files.native_or_torch(threads)
+        self.model: Any = native
+        if native is None:
+            self.model = AutoModelForCausalLM.from_pretrained(files.path)
         self.engine = Engine(
             self.model,
             self.tokenizer,
@@ -100,6 +105,7 @@ class Llama:
             precision=precision,
         )
         self._compiler: Compiler | None = None
+        self._embedder: Embedder | None = None
 
     def _room(self, context: int | None) -> int:
         """Positions of the cache."""
@@ -124,6 +130,18 @@ class Llama:
         """The text of ids, without control tokens."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def embed(
+        self, text: str | Sequence[str], *, pooling: Literal["mean", "last"] = "mean", normalise: bool = False
+    ) -> Any:
+        """The vector float32 (D,) of a text, or (n, D) of several: the mean of its final hidden states, or the last.
+
+        normalise: of length 1. Raises InputError for a text without tokens, or longer than the context."""
+        if self._embedder is None:
+            self._embedder = Embedder(self.model)
+        texts = [text] if isinstance(text, str) else list(text)
+        found = [self._embedder.vector(self.tokenize(one), pooling, normalise) for one in texts]
+        return found[0] if isinstance(text, str) else np.stack(found)
 
     def render(self, messages: Messages, *, system: str | None = None, tools: Sequence[Any] | None = None) -> list[int]:
         """The ids of a conversation whose next words are the model's. What messages hold is text, never a control

@@ -17,7 +17,8 @@ from llama2 import CheckpointError, InputError, LlamaForCausalLM, cpu
 from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.convert_adapter import convert_adapter, named_base
 from llama2.checkpoint.merge import merge_into
-from llama2.checkpoint.peft import load_adapter, read_adapter
+from llama2.checkpoint.peft import load_adapter
+from llama2.checkpoint.peft_adapter import read_adapter
 from llama2.errors import MismatchError
 from llama2.runners.native import NativeModel
 

@@ -217,7 +217,9 @@ def test_gguf_files_of_the_hub_stay_packed(snapshot: Make, tmp_path: Path) -> No
     folder = snapshot("who/chat-GGUF")
     convert(tmp_path / "hf", folder / "chat.Q8_0.gguf", ConversionSettings("gguf", "q8_0"))
     model, tokenizer = load(RunOptions(model="who/chat-GGUF:Q8_0", device="cpu"))
-    assert packed_layers(model) and native_weights(model) is not None
+    assert isinstance(model, cpu.CpuModel)
+    torchs = AutoModelForCausalLM.from_pretrained("who/chat-GGUF:Q8_0")
+    assert packed_layers(torchs) and native_weights(torchs) is not None
     assert tokenizer("ab").input_ids == AutoTokenizer.from_pretrained("who/chat-GGUF").encode("ab")
 
 

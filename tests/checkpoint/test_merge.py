@@ -14,8 +14,8 @@ from llama2 import AutoModelForCausalLM, BitsAndBytesConfig, CheckpointError, cp
 from llama2.checkpoint import convert as engine
 from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.merge import MergedCheckpoint, merge_into
-from llama2.checkpoint.packing import write_packing
-from llama2.checkpoint.peft import read_adapter
+from llama2.checkpoint.packing_note import write_packing
+from llama2.checkpoint.peft_adapter import read_adapter
 from llama2.errors import MismatchError
 from llama2.quantize.job import quantize
 from llama2.runners.native import NativeModel

@@ -15,7 +15,9 @@ from tolerance import FLOAT32
 from llama2 import CheckpointError, LlamaForSequenceClassification, LoraConfig
 from llama2.architecture import linear_shapes
 from llama2.checkpoint.merge import merge_into
-from llama2.checkpoint.peft import load_adapter, read_adapter, read_config, save_adapter
+from llama2.checkpoint.peft import load_adapter, save_adapter
+from llama2.checkpoint.peft_adapter import read_adapter
+from llama2.checkpoint.peft_files import read_config
 from llama2.errors import MismatchError
 
 MODEL = tiny_config()

@@ -12,7 +12,7 @@ from tolerance import FLOAT32
 from llama2 import AutoModel, LlamaForCausalLM, cpu
 from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.merge import merge_into
-from llama2.checkpoint.peft import read_adapter
+from llama2.checkpoint.peft_adapter import read_adapter
 from llama2.runners.native import NativeModel
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]

@@ -17,7 +17,8 @@ from llama2 import AutoModel, AutoModelForSequenceClassification, LlamaForCausal
 from llama2.architecture import EMBEDDING, HEAD
 from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.merge import merge_into
-from llama2.checkpoint.peft import load_adapter, read_adapter, save_adapter
+from llama2.checkpoint.peft import load_adapter, save_adapter
+from llama2.checkpoint.peft_adapter import read_adapter
 from llama2.errors import CheckpointError, MismatchError
 from llama2.runners.native import NativeModel
 

@@ -83,6 +83,6 @@ def test_no_numbers(text: str) -> None:
 def test_wrong_inputs(
     run: Run, checkpoint: Path, words: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama2.cli.bench.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("llama2.cli.bench.load", lambda *_: pytest.fail("a model was loaded"))
     code, out, err = run("bench", checkpoint, *words)
     assert code == 2 and said in err and not out

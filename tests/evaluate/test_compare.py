@@ -12,7 +12,7 @@ from tiny import tiny_ids, tiny_model
 from llama2.errors import CheckpointError, InputError
 from llama2.evaluate import compare, kl_file
 from llama2.evaluate.kl_file import BaseHeader
-from llama2.runners.contract import make_runner
+from llama2.evaluate.steps import make_steps
 
 
 def by_hand(tokens: list[list[int]], rows: list[tuple[float, float, list[int]]], vocabulary: int = 3) -> bytes:
@@ -82,7 +82,7 @@ def test_damaged_files(tmp_path: Path, damage: "object", said: str) -> None:
 
 def run_pair(base: object, other: object, ids: list[int], context: int) -> list[object]:
     header = compare.chunks(ids, context, base.config.vocab_size)  # type: ignore[attr-defined]
-    streams = [compare.chunk_logits(make_runner("auto", m), torch.device("cpu"), header, 1) for m in (base, other)]
+    streams = [compare.chunk_logits(make_steps(m), header, 1) for m in (base, other)]
     *_, found = compare.run(streams[0], False, {"other": streams[1]}, header)
     return found["other"].rows("other")
 

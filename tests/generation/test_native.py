@@ -181,7 +181,7 @@ def test_adapters_of_a_native_model_are_chosen_for_each_call(tmp_path: Path) -> 
     from checkpoint.adapter_files import tensors_for, write_adapter
 
     from llama2.checkpoint.merge import merge_into
-    from llama2.checkpoint.peft import read_adapter
+    from llama2.checkpoint.peft_adapter import read_adapter
 
     model, parts = tiny_model(torch.float32), ("q_proj", "up_proj", "down_proj")
     native = NativeModel.from_module(model)

@@ -37,7 +37,8 @@ from llama2.checkpoint.adapter_header import facts
 from llama2.checkpoint.convert import ConversionSettings, convert
 from llama2.checkpoint.convert_adapter import convert_adapter
 from llama2.checkpoint.imatrix import from_importance, read_imatrix, write_imatrix
-from llama2.checkpoint.peft import load_adapter, read_adapter
+from llama2.checkpoint.peft import load_adapter
+from llama2.checkpoint.peft_adapter import read_adapter
 from llama2.checkpoint.peft_files import read_config
 from llama2.cli import inspect
 from llama2.errors import Llama2Error

@@ -11,7 +11,7 @@ from bytewise import write_tokenizer
 from tiny import tiny_model
 
 from llama2 import AutoModelForCausalLM, InputError, LoraConfig, Trainer, TrainingArguments, lora
-from llama2.checkpoint.packing import PACKING
+from llama2.checkpoint.packing_note import PACKING
 from llama2.checkpoint.peft import save_adapter
 from llama2.train import precision
 from llama2.train.finetune import Finetune, Recipe

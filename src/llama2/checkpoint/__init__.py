@@ -28,6 +28,8 @@ from llama2.text_file import LISTING_BYTES, SETTINGS_BYTES, inside, linked_insid
 if TYPE_CHECKING:
     import torch
 
+    from llama2.checkpoint.tensor_library import TensorLibrary
+
 __all__ = [
     "Checkpoint",
     "RawTensor",
@@ -63,6 +65,12 @@ class Checkpoint(ABC):
 
     format: str
     path: Path
+
+    @cached_property
+    def library(self) -> "TensorLibrary":
+        """The operations on its tensors."""
+        found: TensorLibrary = _torch()
+        return found
 
     @property
     @abstractmethod
@@ -210,6 +218,7 @@ def _refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
         )
 
 
+_torch = door("checkpoint.torch_tensors", "library", "The operations on torch's tensors.")
 _FORMATS: dict[str, Callable[..., Checkpoint]] = {
     "hf": door("checkpoint.hf", "HfCheckpoint", "Folders and files that transformers writes."),
     "meta": door("checkpoint.meta", "MetaCheckpoint", "A folder of Meta's original files."),
@@ -226,12 +235,14 @@ def open(
     variant: str | None = None,
     weights_only: bool = True,
     gguf_file: str | None = None,
+    library: "TensorLibrary | None" = None,
 ) -> Checkpoint:
     """Opens a checkpoint folder or file; its content, not its name, decides the format.
 
     A folder: Meta's (params.json) unless it has a config.json; safetensors before .bin (`use_safetensors` True or False
     admits one of them only), each single or by index, with `variant` in the file name; `gguf_file` names a GGUF file in
-    it. Raises CheckpointError for what is missing, truncated, malformed or not a Llama model.
+    it. library: `tensor_library.ARRAYS` for numpy's arrays in place of torch's tensors, of Hugging Face's and
+    Meta's files. Raises CheckpointError for what is missing, truncated, malformed or not a Llama model.
     """
     path = Path(path)
     if gguf_file is not None:
@@ -243,9 +254,13 @@ def open(
         path, kind = _sniff_folder(path)
     else:
         kind = _sniff_file(path)
+    if kind == "meta":
+        return _FORMATS["meta"](path, library)
     if kind != "hf":
         return _FORMATS[kind](path)
-    return _FORMATS["hf"](path, use_safetensors=use_safetensors, variant=variant, weights_only=weights_only)
+    return _FORMATS["hf"](
+        path, use_safetensors=use_safetensors, variant=variant, weights_only=weights_only, library=library
+    )
 
 
 def find_gguf(path: Path) -> Path | None:

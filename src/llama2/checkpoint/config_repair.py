@@ -3,9 +3,14 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llama2.config import LlamaConfig
+from llama2.generation.config import GenerationConfig
 from llama2.rope_types import ROPE_TYPES
+
+if TYPE_CHECKING:
+    from llama2.checkpoint import Checkpoint
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SPELLINGS = ("rope_scaling", "rope_parameters")
@@ -53,3 +58,11 @@ def _known_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         names = ", ".join(odd)
         warnings.warn(f"{where} has {names}, which RoPE of type {kind!r} does not use: no effect", stacklevel=6)
     return {key: value for key, value in settings.items() if key in known}
+
+
+def stored_generation(source: "Checkpoint", config: LlamaConfig) -> GenerationConfig:
+    """How a model generates unless told: as its generation_config.json says, else its configuration."""
+    settings = source.generation_settings
+    if settings is None:
+        return GenerationConfig.from_model_config(config)
+    return GenerationConfig.from_dict(known_ids(settings, config.vocab_size, f"{source.path}/generation_config.json"))

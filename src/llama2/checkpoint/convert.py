@@ -26,7 +26,6 @@ from llama2.checkpoint.covered import covered
 from llama2.checkpoint.gguf_mixture import FILE_TYPES, file_type
 from llama2.checkpoint.gguf_write import GgufTarget
 from llama2.checkpoint.gqa_pooling import PooledCheckpoint
-from llama2.checkpoint.hf import DTYPES
 from llama2.checkpoint.hf_write import HfTarget
 from llama2.checkpoint.imatrix import read_imatrix
 from llama2.checkpoint.merge import MergedCheckpoint, open_merged, with_adapter
@@ -36,6 +35,7 @@ from llama2.checkpoint.quantized import unpacked
 from llama2.checkpoint.save import parse_size
 from llama2.checkpoint.source import Located, locate_all, open_source
 from llama2.checkpoint.tokenizer_files import gguf_keys, write_folder, write_model
+from llama2.checkpoint.torch_tensors import DTYPES
 from llama2.checkpoint.writer import Appender, Target
 from llama2.errors import CheckpointError, InputError
 from llama2.files import is_leftover, locked, rename, sync_tree, write_text

@@ -8,7 +8,8 @@ from llama2.architecture import parameter_shapes
 from llama2.checkpoint import gguf_adapter
 from llama2.checkpoint.adapter_header import adapter_file, described_base
 from llama2.checkpoint.gguf import GgufFile
-from llama2.checkpoint.peft import Adapter, read_adapter, write_adapter
+from llama2.checkpoint.peft import write_adapter
+from llama2.checkpoint.peft_adapter import Adapter, read_adapter
 from llama2.checkpoint.peft_files import read_fields
 from llama2.checkpoint.source import hub_id
 from llama2.config import LlamaConfig

@@ -5,23 +5,20 @@ base model's prefix is there, a tied head is the embedding alone, and harmless e
 are gone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from llama2.architecture import EMBEDDING, HEAD, parameter_shapes
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
+from llama2.checkpoint.packed_names import with_prefix
 from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.coverage import Coverage, cover, listed
 from llama2.errors import MismatchError
-from llama2.quantization import ggml
+from llama2.quantization.formats import BLOCKS
 
-WEIGHT_TYPES = frozenset({"F64", *ggml.TYPES})
-PREFIX = "model."
-_BODY = ("embed_tokens.", "layers.", "norm.")
+WEIGHT_TYPES = frozenset({"F64", *(row.id for row in BLOCKS.values())})
 
 
 def covered(source: Checkpoint) -> Checkpoint:
@@ -44,9 +41,10 @@ def head_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 class CoveredCheckpoint(SeenCheckpoint):
     """Another checkpoint under the model's names, each tensor once."""
 
-    def __init__(self, source: Checkpoint) -> None:
+    def __init__(self, source: Checkpoint, packed: Sequence[str] = (), taken: Sequence[str] = ()) -> None:
+        """packed: linears whose weights the source holds otherwise; taken: names of the source's tensors of those."""
         super().__init__(source)
-        report, config = _report(source), source.config
+        report, config = _report(source, packed, taken), source.config
         if config.tie_word_embeddings and {HEAD, EMBEDDING} <= set(report.found):
             _same_head(source, report)
             del report.found[HEAD]
@@ -64,31 +62,29 @@ class CoveredCheckpoint(SeenCheckpoint):
     def packed_type(self, name: str) -> str:
         return self.source.packed_type(self._names[name])
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: Any = None) -> Any:
         return self.source.read(self._names[name], dtype)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Any:
         return self.source.read_rows(self._names[name], start, stop)
 
-    def mapped(self, name: str) -> list[Tensor]:
+    def mapped(self, name: str) -> list[Any]:
         return self.source.mapped(self._names[name])
 
     def raw(self, name: str) -> RawTensor:
         return self.source.raw(self._names[name])
 
 
-def with_prefix(name: str) -> str:
-    """The name with the base model's prefix: a LlamaModel's own files leave it out, question answering has another."""
-    name = PREFIX + name.removeprefix("transformer.") if name.startswith("transformer.") else name
-    return PREFIX + name if name.startswith(_BODY) else name
-
-
-def _report(source: Checkpoint) -> Coverage:
-    config, stored = source.config, source.tensors
+def _report(source: Checkpoint, packed: Sequence[str], taken: Sequence[str]) -> Coverage:
+    config, used = source.config, set(taken)
+    stored = {name: tensor for name, tensor in source.tensors.items() if name not in used}
     parameters = parameter_shapes(config)
+    for path in packed:
+        del parameters[f"{path}.weight"]
     names = {with_prefix(name): name for name in stored}
     parameters |= {name: shape for name, shape in head_shapes(config).items() if name in names}
-    if HEAD not in names and "LlamaForCausalLM" not in (config.architectures or ()) and not config.tie_word_embeddings:
+    headless = "LlamaForCausalLM" not in (config.architectures or ()) and not config.tie_word_embeddings
+    if HEAD in parameters and HEAD not in names and headless:
         del parameters[HEAD]  # of a base model or a classifier; a causal model without its head is damaged
     same = {HEAD: EMBEDDING} if config.tie_word_embeddings else {}
     report = cover(parameters, stored, names, same, lambda name: is_zero(source, name))
@@ -106,7 +102,7 @@ def not_weights(stored: Mapping[str, Stored], report: Coverage) -> list[str]:
 
 def is_zero(source: Checkpoint, name: str) -> bool:
     """Whether a tensor is 0 throughout."""
-    return not bool(source.read(name).any())
+    return source.library.is_zero(source.read(name))
 
 
 def _same_head(source: Checkpoint, report: Coverage) -> None:
@@ -115,7 +111,7 @@ def _same_head(source: Checkpoint, report: Coverage) -> None:
     rows = source.tensors[head].shape[0]
     for start in range(0, rows, 4096):
         stop = min(start + 4096, rows)
-        if not torch.equal(source.read_rows(head, start, stop), source.read_rows(embedding, start, stop)):
+        if not source.library.equal(source.read_rows(head, start, stop), source.read_rows(embedding, start, stop)):
             raise MismatchError(
                 f"the configuration of {source.path} ties {HEAD} to {EMBEDDING}, but the file holds different tensors "
                 "for them; set tie_word_embeddings to false in config.json if both are meant"

@@ -21,9 +21,9 @@ from llama2.architecture import EMBEDDING
 from llama2.checkpoint.adapter_header import ALPHA, lora_alpha
 from llama2.checkpoint.gguf import GgufFile
 from llama2.checkpoint.gguf_write import ALIGNMENT, container_head
-from llama2.checkpoint.hf import CODES
 from llama2.checkpoint.names import gguf_to_hf, hf_to_gguf, rotated_heads, to_half_split, to_pairs
 from llama2.checkpoint.peft_files import Parts
+from llama2.checkpoint.torch_tensors import CODES
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
 from llama2.files import replacing

@@ -2,53 +2,36 @@
 
 A safetensors file is a u64 header length, a JSON header {name: {dtype, shape, data_offsets}} and the data. It is parsed
 here and not by the safetensors package, so that tensors are views of one copy-on-write map (parameters can be trained
-without a copy, and the file never changes) and so that every offset is checked before any byte is touched.
+without a copy, and the file never changes) and so that every offset is checked before any byte is touched. Tensors are
+torch's, or arrays (`tensor_library`). No torch here.
 """
 
-import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llama2.checkpoint import (
     Checkpoint,
     RawTensor,
     Stored,
-    pickles,
     read_config,
     read_generation,
     read_index,
     read_json,
 )
 from llama2.checkpoint.directory import found, read_directory
+from llama2.checkpoint.tensor_library import TensorLibrary
 from llama2.checkpoint.unwrap import inner_dict, plain_names, without_wrappers
 from llama2.config import LlamaConfig
 from llama2.coverage import is_table
 from llama2.errors import CheckpointError
+from llama2.lazy import door
 from llama2.mapping import mapped
+from llama2.stored_arrays import NAMES
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+_torch = door("checkpoint.torch_tensors", "library", "The operations on torch's tensors.")
+_raw = door("checkpoint.torch_tensors", "raw", "A tensor of torch as engines take it.")
 _META_NAMES = ("tok_embeddings.weight", "layers.0.attention.wq.weight")
 
 
@@ -64,15 +47,17 @@ class HfCheckpoint(Checkpoint):
         use_safetensors: bool | None = None,
         variant: str | None = None,
         weights_only: bool = True,
+        library: TensorLibrary | None = None,
     ) -> None:
-        self.path = path
+        """library: whose tensors these are; None for torch's."""
+        self.path, self.library = path, library or _torch()
         self.folder = path if path.is_dir() else path.parent
         if path.is_dir():
             self.config  # noqa: B018 - a foreign architecture is refused before its files are looked for
         self.files = find_files(path, use_safetensors, variant) if path.is_dir() else [path]
         self._weights_only = weights_only
         self._weight_map = self._read_index()
-        self._shards: dict[Path, Mapping[str, Tensor]] = {}
+        self._shards: dict[Path, Mapping[str, Any]] = {}
 
     def _read_index(self) -> dict[str, Path] | None:
         """Where each tensor is, by the index; None for a single file. Every shard named must exist."""
@@ -101,13 +86,13 @@ class HfCheckpoint(Checkpoint):
             )
         return {name: file for name, file in located.items() if not is_table(name)}
 
-    def _shard(self, file: Path) -> Mapping[str, Tensor]:
+    def _shard(self, file: Path) -> Mapping[str, Any]:
         if file not in self._shards:
             # By content; but a .safetensors too short to tell is a damaged one, and no pickle to be opened.
             if is_safetensors(file) or file.suffix == ".safetensors":
-                tensors: Mapping[str, Tensor] = map_safetensors(file)
+                tensors: Mapping[str, Any] = map_safetensors(file, self.library)
             else:
-                tensors = load_bin(file, weights_only=self._weights_only)
+                tensors = load_bin(file, weights_only=self._weights_only, library=self.library)
             self._shards[file] = without_wrappers(tensors, file)
         return self._shards[file]
 
@@ -116,7 +101,7 @@ class HfCheckpoint(Checkpoint):
         found = {}
         for name, file in self._located.items():
             tensor = self._shard(file)[name]
-            found[name] = Stored(tuple(tensor.shape), CODES.get(tensor.dtype, str(tensor.dtype)))
+            found[name] = Stored(tuple(tensor.shape), self.library.code(tensor))
         return found
 
     @cached_property
@@ -137,21 +122,21 @@ class HfCheckpoint(Checkpoint):
             return self.config.dtype_name
         for name, file in self._located.items():
             tensor = self._shard(file)[name]
-            if tensor.is_floating_point():
-                return str(tensor.dtype).removeprefix("torch.")
+            if self.library.is_float(tensor):
+                code = self.library.code(tensor)
+                return NAMES.get(code, code)
         raise CheckpointError(f"{self.path} holds no floating-point tensor; it is not a model")
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: Any = None) -> Any:
         tensor = self._shard(self._located[name])[name]
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor if dtype is None else self.library.converted(tensor, dtype)
 
-    def mapped(self, name: str) -> list[Tensor]:
+    def mapped(self, name: str) -> list[Any]:
         return [self._shard(self._located[name])[name]]
 
     def raw(self, name: str) -> RawTensor:
-        tensor = self.read(name).contiguous()
-        rows = tensor.reshape(-1, tensor.shape[-1]).view(torch.uint8)
-        return RawTensor(rows, CODES[tensor.dtype], tuple(tensor.shape))
+        made: RawTensor = _raw(self.read(name))
+        return made
 
 
 def find_files(folder: Path, use_safetensors: bool | None = None, variant: str | None = None) -> list[Path]:
@@ -203,29 +188,21 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def load_bin(path: Path, *, weights_only: bool = True) -> Mapping[str, Tensor]:
+def load_bin(path: Path, *, weights_only: bool = True, library: TensorLibrary | None = None) -> Mapping[str, Any]:
     """A state dict that torch.save wrote, mapped where the format allows; CheckpointError for anything else."""
-    content = inner_dict(pickles.load(path, weights_only=weights_only), path)
+    kind = library or _torch()
+    content = inner_dict(kind.unpickled(path, weights_only), path, kind.is_tensor)
     named = isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
-    if not named or not all(isinstance(t, Tensor) for t in content.values()):
+    if not named or not all(kind.is_tensor(tensor) for tensor in content.values()):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors; it is not a checkpoint")
-    found: Mapping[str, Tensor] = content
+    found: Mapping[str, Any] = content
     return found
 
 
-def map_safetensors(path: Path) -> dict[str, Tensor]:
+def map_safetensors(path: Path, library: TensorLibrary | None = None) -> dict[str, Any]:
     """Every tensor of a safetensors file as a view of the file, mapped copy-on-write; all offsets are checked first."""
+    kind = library or _torch()
     with found(path) as file:
         header_end, entries = read_directory(path, file)
         data = mapped(file)
-    tensors = {}
-    for name, code, shape, start, end in entries:
-        dtype, count, at = DTYPES[code], math.prod(shape), header_end + start
-        if count == 0:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-        elif at % dtype.itemsize == 0:
-            tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=at).view(shape)
-        else:  # a header that is not padded to 8 bytes; the format allows it
-            copied = torch.frombuffer(data, dtype=torch.uint8, count=end - start, offset=at).clone()
-            tensors[name] = copied.view(dtype).view(shape)
-    return tensors
+    return {name: kind.view(data, code, shape, header_end + start) for name, code, shape, start, _ in entries}

@@ -24,8 +24,8 @@ from torch import Tensor
 from llama2.architecture import parameter_shapes
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
 from llama2.checkpoint.directory import found
-from llama2.checkpoint.hf import CODES
 from llama2.checkpoint.names import meta_to_hf, rotated_heads, to_half_split
+from llama2.checkpoint.torch_tensors import CODES
 from llama2.config import LlamaConfig
 from llama2.coverage import cover, is_table
 from llama2.errors import CheckpointError

@@ -15,17 +15,18 @@ from torch.overrides import TorchFunctionMode
 
 from llama2.checkpoint import Checkpoint, Stored
 from llama2.checkpoint.arguments import DTYPES, resolve_device, resolve_dtype
-from llama2.checkpoint.config_repair import known_ids
+from llama2.checkpoint.config_repair import stored_generation
 from llama2.checkpoint.covered import not_weights
 from llama2.checkpoint.fresh import draw, not_of_the_network
 from llama2.checkpoint.gguf_layers import PackingPlan, keep_blocks
 from llama2.checkpoint.hf import HfCheckpoint
-from llama2.checkpoint.packing import read_packing
+from llama2.checkpoint.packed_names import settings_of
+from llama2.checkpoint.packing_note import read_packing
 from llama2.checkpoint.page_cache import release
 from llama2.checkpoint.parallel_read import in_single_threads
 from llama2.checkpoint.peft import load_adapter
 from llama2.checkpoint.peft_files import HEADS, AdaptedBase, adapted_base
-from llama2.checkpoint.quantized import asked_for, dequantize_as, linears, packed_layers, place, settings_of
+from llama2.checkpoint.quantized import asked_for, dequantize_as, linears, packed_layers, place
 from llama2.checkpoint.source import Located, locate, open_source, override, split_hub_options
 from llama2.checkpoint.weights import GivenWeights, Renamed, Rest, Weights
 from llama2.classifiers import (
@@ -328,10 +329,7 @@ def _take_quantization(config: LlamaConfig, source: Checkpoint | None) -> None:
 def _generation_config(given: Any, source: Checkpoint | None, config: LlamaConfig) -> GenerationConfig:
     if given is not None:
         return copy.deepcopy(GenerationConfig.of(given))
-    settings = None if source is None else source.generation_settings
-    if settings is None or source is None:
-        return GenerationConfig.from_model_config(config)
-    return GenerationConfig.from_dict(known_ids(settings, config.vocab_size, f"{source.path}/generation_config.json"))
+    return GenerationConfig.from_model_config(config) if source is None else stored_generation(source, config)
 
 
 # -- coverage ----------------------------------------------------------------------------------------------------

@@ -17,12 +17,14 @@ from llama2 import lora
 from llama2.architecture import EMBEDDING, HEAD
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
 from llama2.checkpoint.covered import covered
-from llama2.checkpoint.hf import CODES
-from llama2.checkpoint.packing import RepackedCheckpoint, read_packing
-from llama2.checkpoint.peft import Adapter, attach, read_adapter
+from llama2.checkpoint.packing import RepackedCheckpoint
+from llama2.checkpoint.packing_note import read_packing
+from llama2.checkpoint.peft import attach
+from llama2.checkpoint.peft_adapter import Adapter, read_adapter
 from llama2.checkpoint.peft_files import adapted_base
 from llama2.checkpoint.quantized import unpacked
 from llama2.checkpoint.source import Located, local_path, locate_all, open_source
+from llama2.checkpoint.torch_tensors import CODES
 from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.config import LlamaConfig
 

@@ -11,21 +11,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llama2.architecture import EMBEDDING, HEAD, parameter_shapes
 from llama2.checkpoint import Checkpoint, RawTensor, Stored, read_generation, read_json
 from llama2.checkpoint.directory import found
-from llama2.checkpoint.hf import CODES, load_bin
+from llama2.checkpoint.hf import load_bin
 from llama2.checkpoint.names import meta_axis, meta_to_hf, rotated_heads, to_half_split
+from llama2.checkpoint.tensor_library import TensorLibrary
 from llama2.checkpoint.unwrap import without_wrappers
 from llama2.config import LlamaConfig
 from llama2.coverage import cover, is_table
 from llama2.errors import CheckpointError, MismatchError
+from llama2.lazy import door
 from llama2.schema import FLAG, Schema, check, maybe, real, whole
+from llama2.stored_arrays import DTYPES, NAMES
 from llama2.tokenizer.reading import beside
 
+_torch = door("checkpoint.torch_tensors", "library", "The operations on torch's tensors.")
+_raw = door("checkpoint.torch_tensors", "raw", "A tensor of torch as engines take it.")
 # What Meta's params.json cannot say (context, special ids, tied head) is kept beside it by our writer.
 SIDECAR = "huggingface_config.json"
 _SHARD = re.compile(r"consolidated\.(\d+)\.pth")
@@ -37,12 +39,13 @@ class MetaCheckpoint(Checkpoint):
 
     format = "meta"
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, library: TensorLibrary | None = None) -> None:
+        """library: whose tensors these are; None for torch's."""
+        self.path, self.library = path, library or _torch()
         self.params = read_params(path / "params.json")
         self.files = find_shards(path)
         _check_order(self.files)
-        self._shards = [_translated(file, load_bin(file)) for file in self.files]
+        self._shards = [_translated(file, load_bin(file, library=self.library), self.library) for file in self.files]
         _same_names(self.files, self._shards)
         self.config  # noqa: B018 - heads and widths are checked before any tensor is placed
         self._places = self._place_all()
@@ -84,28 +87,28 @@ class MetaCheckpoint(Checkpoint):
         axis = meta_axis(name)
         if axis is None or len(parts) == 1:
             if all(one == shape for one in found):
-                return _Place(parts[:1], None, shape)
+                return _Place(self.library, parts[:1], None, shape)
             raise self._misfit(name, found, shape)
         # Llama 3 divides the embedding along the vocabulary, Llama 2 along the width.
         axes = (1, 0) if name == "model.embed_tokens.weight" else (axis,)
         for axis in axes:
             if all(len(one) == 2 and one[1 - axis] == shape[1 - axis] for one in found):
                 if sum(one[axis] for one in found) == shape[axis]:
-                    return _Place(parts, axis, shape)
+                    return _Place(self.library, parts, axis, shape)
                 if name.endswith(("k_proj.weight", "v_proj.weight")):
                     return self._replicated(name, parts, shape)
         raise self._misfit(name, found, shape)
 
-    def _replicated(self, name: str, parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> "_Place":
+    def _replicated(self, name: str, parts: tuple[Any, ...], shape: tuple[int, ...]) -> "_Place":
         """Key and value heads that several ranks hold in common, because there are more ranks than heads."""
         kv_heads, width = self.config.num_key_value_heads, self.config.head_dim
         copies = len(parts) // kv_heads
         if copies * kv_heads != len(parts) or any(part.shape[0] != width for part in parts):
             raise self._misfit(name, [tuple(part.shape) for part in parts], shape)
         for i, part in enumerate(parts):
-            if not torch.equal(part, parts[i - i % copies]):
+            if not self.library.equal(part, parts[i - i % copies]):
                 raise MismatchError(f"{self.path}: shards {i - i % copies} and {i} differ in {name}; fetch them again")
-        return _Place(parts[::copies], 0, shape)
+        return _Place(self.library, parts[::copies], 0, shape)
 
     def _misfit(self, name: str, found: list[tuple[int, ...]], shape: tuple[int, ...]) -> MismatchError:
         shown = ", ".join(map(str, dict.fromkeys(found)))
@@ -116,7 +119,7 @@ class MetaCheckpoint(Checkpoint):
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
-        return {name: Stored(place.shape, CODES[place.parts[0].dtype]) for name, place in self._places.items()}
+        return {name: Stored(place.shape, self.library.code(place.parts[0])) for name, place in self._places.items()}
 
     @property
     def generation_settings(self) -> dict[str, Any] | None:
@@ -129,13 +132,14 @@ class MetaCheckpoint(Checkpoint):
 
     @cached_property
     def auto_dtype(self) -> str:
-        return str(self._places["model.embed_tokens.weight"].parts[0].dtype).removeprefix("torch.")
+        code = self.library.code(self._places["model.embed_tokens.weight"].parts[0])
+        return NAMES.get(code, code)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: Any = None) -> Any:
         tensor = self.read_rows(name, 0, self._places[name].shape[0])
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor if dtype is None else self.library.converted(tensor, dtype)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Any:
         place, config = self._places[name], self.config
         stop = min(stop, place.shape[0])
         if rotated_heads(name, config.num_attention_heads, config.num_key_value_heads) is None:
@@ -144,36 +148,35 @@ class MetaCheckpoint(Checkpoint):
         low, high = start // width * width, -(-stop // width) * width  # RoPE reorders whole heads
         return to_half_split(place.rows(low, high), (high - low) // width)[start - low : stop - low]
 
-    def mapped(self, name: str) -> list[Tensor]:
+    def mapped(self, name: str) -> list[Any]:
         return list(self._places[name].parts)
 
     def raw(self, name: str) -> RawTensor:
-        tensor = self.read(name).contiguous()
-        return RawTensor(
-            tensor.reshape(-1, tensor.shape[-1]).view(torch.uint8), CODES[tensor.dtype], tuple(tensor.shape)
-        )
+        made: RawTensor = _raw(self.read(name))
+        return made
 
 
 @dataclass(frozen=True)
 class _Place:
     """Where a tensor lies: its parts in rank order and the axis that joins them."""
 
-    parts: tuple[Tensor, ...]
+    library: TensorLibrary
+    parts: tuple[Any, ...]
     axis: int | None
     shape: tuple[int, ...]
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int) -> Any:
         if len(self.parts) == 1:
             return self.parts[0][start:stop]
         if self.axis == 1:
-            return torch.cat([part[start:stop] for part in self.parts], 1)
+            return self.library.joined([part[start:stop] for part in self.parts], 1)
         found, at = [], 0
         for part in self.parts:
             low, high = max(start - at, 0), min(stop - at, len(part))
             if low < high:
                 found.append(part[low:high])
             at += len(part)
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return found[0] if len(found) == 1 else self.library.joined(found, 0)
 
 
 # -- files -------------------------------------------------------------------------------------------------------
@@ -205,7 +208,7 @@ def _check_order(files: list[Path]) -> None:
             )
 
 
-def _translated(file: Path, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _translated(file: Path, shard: Mapping[str, Any], library: TensorLibrary) -> dict[str, Any]:
     found = {}
     for name, tensor in without_wrappers(shard, file).items():
         if is_table(name):
@@ -216,7 +219,7 @@ def _translated(file: Path, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"{file}: the tensor {name!r} {tuple(tensor.shape)} belongs to no Llama model of Meta's; "
                 "give the original checkpoint"
             )
-        if not tensor.is_floating_point() or tensor.dtype not in CODES:
+        if not library.is_float(tensor) or library.code(tensor) not in DTYPES:
             raise CheckpointError(f"{file}: {name!r} is {tensor.dtype}; weights are floating-point numbers")
         found[ours] = tensor
     if not found:
@@ -224,7 +227,7 @@ def _translated(file: Path, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _same_names(files: list[Path], shards: list[dict[str, Tensor]]) -> None:
+def _same_names(files: list[Path], shards: list[dict[str, Any]]) -> None:
     for file, shard in zip(files, shards, strict=True):
         if differing := sorted(set(shard) ^ set(shards[0])):
             raise CheckpointError(

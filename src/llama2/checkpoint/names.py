@@ -4,12 +4,9 @@ The names inside are Hugging Face's. `{i}` stands for the layer. GGUF's table st
 """
 
 import re
-from typing import TYPE_CHECKING
+from typing import Any
 
 from llama2.architecture import GGUF, gguf_to_hf, hf_to_gguf, pattern, translate
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "GGUF",
@@ -66,14 +63,14 @@ def rotated_heads(name: str, heads: int, kv_heads: int) -> int | None:
     return None if match is None else (heads if match[1] == "q" else kv_heads)
 
 
-def to_half_split(rows: "Tensor", heads: int) -> "Tensor":
+def to_half_split(rows: Any, heads: int) -> Any:
     """Rows (heads * E, ...) from pairs (0, 1), (2, 3), ... to Hugging Face's (0, E/2), (1, E/2 + 1), ...
 
-    Works on packed rows too: only whole rows move. Meta and GGUF store pairs.
+    Works on packed rows too: only whole rows move; on arrays and on tensors. Meta and GGUF store pairs.
     """
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def to_pairs(rows: "Tensor", heads: int) -> "Tensor":
+def to_pairs(rows: Any, heads: int) -> Any:
     """The inverse of `to_half_split`."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

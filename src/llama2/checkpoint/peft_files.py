@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llama2.checkpoint import read_json
 from llama2.checkpoint.hf import load_bin, map_safetensors
+from llama2.checkpoint.tensor_library import ARRAYS, TensorLibrary
 from llama2.errors import CheckpointError
 from llama2.lora_config import LoraConfig
 from llama2.schema import FLAG, Schema, check, either, maybe, real, several, table, text, whole
@@ -36,7 +34,7 @@ _NAME = re.compile(
     r"|\.token_adapter\.(?P<rows>trainable_tokens_delta)(?:\.default)?"
     r"|(?:\.base_layer|\.modules_to_save\.default|\.original_module)?\.(?P<full>weight|bias))"
 )
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = ("F32", "F16", "BF16")
 # What changes the sum in ways that are not computed here, and whether peft can merge it.
 _FOREIGN = {
     "lora_bias": ("B has a bias", False),
@@ -79,9 +77,9 @@ _SCHEMA: Schema = {
 class Parts:
     """The tensors of an adapter by what they change; paths and parameters in the model's own names."""
 
-    pairs: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # module -> "A", "B", "magnitude_vector"
-    full: dict[str, Tensor] = field(default_factory=dict)  # parameter -> its value
-    rows: dict[str, Tensor] = field(default_factory=dict)  # parameter -> the rows that trainable_token_indices names
+    pairs: dict[str, dict[str, Any]] = field(default_factory=dict)  # module -> "A", "B", "magnitude_vector"
+    full: dict[str, Any] = field(default_factory=dict)  # parameter -> its value
+    rows: dict[str, Any] = field(default_factory=dict)  # parameter -> the rows that trainable_token_indices names
 
 
 # -- adapter_config.json -----------------------------------------------------------------------------------------
@@ -162,20 +160,20 @@ def token_indices(folder: Path, fields: Mapping[str, Any], parameter: str) -> li
 # -- the tensors -------------------------------------------------------------------------------------------------
 
 
-def read_tensors(folder: Path) -> Mapping[str, Tensor]:
+def read_tensors(folder: Path, library: TensorLibrary | None = None) -> Mapping[str, Any]:
     """The adapter's tensors by the names of its file, views of the mapped file."""
     if (folder / WEIGHTS).exists():
-        return map_safetensors(linked_inside(folder / WEIGHTS, folder))
+        return map_safetensors(linked_inside(folder / WEIGHTS, folder), library)
     if (folder / PICKLE).exists():
-        return load_bin(linked_inside(folder / PICKLE, folder))
+        return load_bin(linked_inside(folder / PICKLE, folder), library=library)
     raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {PICKLE}; fetch or save the adapter again")
 
 
-def read_parts(folder: Path, dora: bool) -> Parts:
+def read_parts(folder: Path, dora: bool, library: TensorLibrary) -> Parts:
     """The tensors sorted by what they change. Raises CheckpointError for a name or a dtype that fits nothing, and for
     half of a pair."""
     parts = Parts()
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, library)
     inner = _made_on_base(tensors)
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
@@ -185,7 +183,7 @@ def read_parts(folder: Path, dora: bool) -> Parts:
                 f"and .lora_B.weight, MODULE as in the model (model.layers.0.self_attn.q_proj). Rename it, or save the "
                 "adapter again with peft"
             )
-        if tensor.dtype not in _FLOATS:
+        if library.code(tensor) not in _FLOATS:
             raise CheckpointError(
                 f"{folder}: {name!r} is {tensor.dtype}; an adapter is float32, float16 or bfloat16. Convert it first"
             )
@@ -199,7 +197,7 @@ def read_parts(folder: Path, dora: bool) -> Parts:
     return parts
 
 
-def _sort_in(folder: Path, parts: Parts, match: re.Match[str], path: str, tensor: Tensor, dora: bool) -> None:
+def _sort_in(folder: Path, parts: Parts, match: re.Match[str], path: str, tensor: Any, dora: bool) -> None:
     if match["full"]:
         parts.full[f"{path}.{match['full']}"] = tensor
     elif match["rows"]:
@@ -212,12 +210,12 @@ def _sort_in(folder: Path, parts: Parts, match: re.Match[str], path: str, tensor
             )
         parts.pairs.setdefault(path, {})["magnitude_vector"] = tensor
     elif match["table"]:  # transposed, so that the sum is that of a linear (V, D)
-        parts.pairs.setdefault(path, {})["A" if match["table"] == "B" else "B"] = tensor.mT
+        parts.pairs.setdefault(path, {})["A" if match["table"] == "B" else "B"] = tensor.T
     else:
         parts.pairs.setdefault(path, {})[match["half"]] = tensor
 
 
-def _made_on_base(tensors: Mapping[str, Tensor]) -> bool:
+def _made_on_base(tensors: Mapping[str, Any]) -> bool:
     """Whether the names lack the "model." of a causal model: the adapter was made on AutoModel."""
     return any(name.startswith(f"{PREFIX}layers.") for name in tensors)
 
@@ -274,13 +272,13 @@ def adapted_base(folder: Path) -> AdaptedBase | None:
 
 def head_parameters(folder: Path) -> list[str]:
     """The parameters of a classifier's or another task's head that an adapter holds."""
-    names = (name.removeprefix(PREFIX).replace(".modules_to_save.default", "") for name in read_tensors(folder))
+    names = (name.removeprefix(PREFIX).replace(".modules_to_save.default", "") for name in read_tensors(folder, ARRAYS))
     return [name for name in names if name.partition(".")[0] in HEADS]
 
 
 def classifier_labels(folder: Path) -> dict[str, Any]:
     """Returns the labels of a classifier's adapter, as keywords of from_pretrained; {} for another adapter."""
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, ARRAYS)
     head = next((t for name, t in tensors.items() if name.removeprefix(PREFIX).startswith("score")), None)
     if head is None:
         return {}

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,25 +10,18 @@ from torch import Tensor, nn
 
 from llama2.architecture import linear_shapes
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
-from llama2.checkpoint.hf import CODES
+from llama2.checkpoint.packed_names import packed_parts, settings_of
+from llama2.checkpoint.torch_tensors import CODES
 from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.errors import CheckpointError, InputError, MismatchError
-from llama2.quantization.formats import BY_ID, layer_class, parse, settings_in
+from llama2.quantization.formats import BY_ID, layer_class, parse
 from llama2.quantization.gguf import GgufEmbedding, GgufLinear, checked
 from llama2.quantization.linear import PackedLinear
 from llama2.quantization.settings import MlxConfig
 from llama2.quantization_config import GgufConfig, GPTQConfig, QuantizationConfig
 
 PackedLayer = PackedLinear | GgufEmbedding
-
-
-def settings_of(config: LlamaConfig, where: Path | str) -> QuantizationConfig | None:
-    """The quantisation that a configuration names, or None. Raises CheckpointError for one that is not supported."""
-    try:
-        return settings_in(vars(config))
-    except InputError as error:
-        raise CheckpointError(f"{where}: quantization_config: {error}") from error
 
 
 def asked_for(quantization_config: Any, load_in_4bit: bool, load_in_8bit: bool) -> QuantizationConfig | None:
@@ -49,21 +41,6 @@ def asked_for(quantization_config: Any, load_in_4bit: bool, load_in_8bit: bool) 
             "otherwise; give GPTQConfig(tokenizer=...) too, or leave dataset out"
         )
     return config
-
-
-def packed_parts(names: Mapping[str, Any], modules: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """{path of a linear: {part: tensor name}} for the linears that a file holds packed.
-
-    names: tensors by the model's names. A linear is packed where it has more parts than weight and bias, or no weight.
-    """
-    parts: dict[str, dict[str, str]] = {}
-    for name in names:
-        path = name
-        while path and path not in modules:
-            path = path.rpartition(".")[0]
-        if path and (part := name[len(path) + 1 :]) != "bias":
-            parts.setdefault(path, {})[part] = name
-    return {path: found for path, found in parts.items() if set(found) != {"weight"}}
 
 
 def is_zero(source: Any, name: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llama2 import lora
 from llama2.checkpoint import QUANTIZE_CONFIGS
-from llama2.checkpoint.hf import CODES
+from llama2.checkpoint.torch_tensors import CODES
 from llama2.errors import InputError
 from llama2.files import Save, replacing, saving, write_bytes, write_text
 from llama2.keywords import drop, refuse_unknown

@@ -5,20 +5,18 @@ module., _orig_mod., model.model.        from DistributedDataParallel, torch.com
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "model_state", "weights")
 _ANYWHERE = ("_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
-def inner_dict(content: Any, where: Path) -> Any:
+def inner_dict(content: Any, where: Path, is_tensor: Callable[[Any], bool]) -> Any:
     """The dict of tensors in what torch.save wrote: the content itself, or what is wrapped in it, which is told."""
     taken: list[str] = []
-    while isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
+    while isinstance(content, Mapping) and not all(is_tensor(value) for value in content.values()):
         key = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if key is None or len(taken) == 8:  # a pickled dict may hold itself
             return content
@@ -46,7 +44,7 @@ def _doubled(name: str) -> bool:
     return name.startswith(("model.model.", "model.lm_head.", "model.score."))
 
 
-def without_wrappers(tensors: Mapping[str, Tensor], where: Path) -> Mapping[str, Tensor]:
+def without_wrappers(tensors: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
     """The tensors under names without wrappers; that they had some is told."""
     names = plain_names(tensors)
     changed = next(((new, old) for new, old in names.items() if new != old), None)

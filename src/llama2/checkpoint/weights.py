@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama2.checkpoint import Stored
-from llama2.checkpoint.hf import CODES
+from llama2.checkpoint.torch_tensors import CODES
 
 
 class Weights(Protocol):

@@ -4,8 +4,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from llama2.checkpoint import Checkpoint
 from llama2.config import LlamaConfig
 
@@ -14,7 +12,7 @@ class SeenCheckpoint(Checkpoint):
     """Base class of views of a checkpoint; `source` is the wrapped one."""
 
     def __init__(self, source: Checkpoint) -> None:
-        self.source, self.format, self.path = source, source.format, source.path
+        self.source, self.format, self.path, self.library = source, source.format, source.path, source.library
 
     @cached_property
     def config(self) -> LlamaConfig:
@@ -45,5 +43,5 @@ class SeenCheckpoint(Checkpoint):
         """The source's answer; "" for a tensor that only this view has."""
         return self.source.packed_type(name) if name in self.source.tensors else ""
 
-    def mapped(self, name: str) -> list[Tensor]:
+    def mapped(self, name: str) -> list[Any]:
         return self.source.mapped(name)

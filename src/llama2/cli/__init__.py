@@ -11,10 +11,11 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TextIO
 
 import llama2
-from llama2.errors import InputError, Llama2Error
+from llama2.errors import InputError, Llama2Error, needs_torch
 
 # name -> (module, what `llama2 --help` says)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -59,6 +60,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("llama2.cli.show_config", "the options that files and the environment set"),
     "doctor": ("llama2.cli.doctor", "what this machine has, and what is wrong with it: for bug reports"),
     "completion": ("llama2.cli.completion", "a script that completes commands in bash, zsh or fish"),
+}
+# Commands that need torch whatever they are given -> the extra that brings it. Others need it for some models only.
+NEEDS_TORCH = {
+    **dict.fromkeys(("convert", "quantize", "merge-adapter", "shard"), "torch"),
+    **dict.fromkeys(("finetune", "align", "train", "classify", "score"), "train"),
 }
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -119,7 +125,14 @@ def _run(words: list[str]) -> int:
         options: Any = parse(options_class(command), " ".join(("llama2", *command)), rest, os.environ)
     except SystemExit:  # --help has been printed
         return 0
-    code: int = module.run(options)
+    if (extra := NEEDS_TORCH.get(name)) is not None and find_spec("torch") is None:
+        raise needs_torch(f"`llama2 {name}`", extra)
+    try:
+        code: int = module.run(options)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise needs_torch(f"`llama2 {name}` with these options") from error
     return code
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from llama2.cli import bench_output, first_token, numbers, terminal, variants
 from llama2.cli.args import option
 from llama2.cli.inspect import Headers, main_type, read
-from llama2.cli.loading import RunOptions, load, load_model, local_model, model_path
+from llama2.cli.loading import RunOptions, load, local_model, model_path
 from llama2.cli.progress import Waiting
 from llama2.errors import InputError
 from llama2.evaluate import machine, statistics
@@ -162,18 +162,11 @@ def other_setup(first: Setup, text: str) -> Setup:
 
 def open_bench(setup: Setup) -> "SpeedBench":
     """The model of a setup, ready to be timed."""
-    import torch
-
     from llama2.evaluate.speed import SpeedBench
-    from llama2.runners.native import NativeModel, why_not
 
     options = setup.options
     with Waiting(f"loading {setup.path}"):
-        model: Any = load_model(setup.path, options) if options.adapter is None else load(options)[0]
-        if setup.threads is not None:
-            torch.set_num_threads(setup.threads)
-            if options.runner != "torch" and not isinstance(model, NativeModel) and not why_not(model):
-                model = NativeModel.from_module(model, setup.threads)
+        model: Any = load(options, setup.threads)[0]
     return SpeedBench(model, setup.batch, options.runner, options.cache_dtype, options.precision)
 
 

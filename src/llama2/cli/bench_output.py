@@ -39,9 +39,7 @@ class BenchRecord:
     @property
     def backend(self) -> str:
         """The native engine with its instruction set, or torch with its device."""
-        if self.bench.native:
-            return f"CPU {self.bench.runner.isa}"  # type: ignore[attr-defined]
-        return f"torch {self.bench.model.device.type}"
+        return self.bench.steps.engine
 
     @property
     def of_read(self) -> float | None:

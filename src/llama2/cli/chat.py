@@ -11,7 +11,7 @@ from llama2.cli import explain, terminal
 from llama2.cli.args import nearest, option
 from llama2.cli.conversation import Conversation, TemplateOptions, Turn, new_kept, newest_kept, render
 from llama2.cli.forms import FormOptions, Forms
-from llama2.cli.loading import RunOptions, load_light, model_path
+from llama2.cli.loading import RunOptions, load, model_path
 from llama2.cli.pull import fetched_if_asked as fetched
 from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError, Llama2Error
@@ -56,7 +56,7 @@ def run(options: ChatOptions) -> int:
 
         read = line_reader([*COMMANDS, *_names(), "exit"], _WITH_PATHS)
     options = replace(options, model=fetched(path, options.revision))
-    model, tokenizer = load_light(options)
+    model, tokenizer = load(options)
     from llama2.cli.session import Speaker
 
     options.install(tokenizer)

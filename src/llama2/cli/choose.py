@@ -112,7 +112,7 @@ def _measured(setups: list[Setup], ids: list[int], window: int, options: ChooseO
                 records.setdefault(setup.path, []).append(bench_output.BenchRecord(setup, bench, limits, each))
         for setup, bench in zip(setups, benches, strict=True):
             waiting.say(f"perplexity of {setup.name}")
-            losses[setup.path] = list(window_scores(bench.model, ids, window, None, bench.runner))
+            losses[setup.path] = list(window_scores(bench.model, ids, window, None, bench.steps))
     del benches
     made = []
     for setup in setups:

@@ -93,9 +93,7 @@ def _with_file(options: CompareOptions, stack: ExitStack) -> Any:
         _fits(name, model, header)
         bos = _bos(tokenizer)
         models[name] = (models[name][0], model, bos)
-    streams = {
-        name: compare.chunk_logits(runner, model.device, header, bos) for name, (runner, model, bos) in models.items()
-    }
+    streams = {name: compare.chunk_logits(runner, header, bos) for name, (runner, model, bos) in models.items()}
     base = (compare.split(chunk) for chunk in reader.chunks())
     return _report(options, base, True, streams, header, None, Path(options.paths[0]).name)
 
@@ -118,19 +116,19 @@ def _with_model(options: CompareOptions, stack: ExitStack) -> Any:
     for name, variant in others.items():
         other_runner, other, _ = _opened(options, variant)
         _fits(name, other, header)
-        streams[name] = compare.chunk_logits(other_runner, other.device, header, bos)
+        streams[name] = compare.chunk_logits(other_runner, header, bos)
     writer = None if options.save is None else stack.enter_context(kl_file.writing(options.save, header))
-    pieces = compare.chunk_logits(runner, model.device, header, bos)
+    pieces = compare.chunk_logits(runner, header, bos)
     return _report(options, pieces, False, streams, header, writer, Path(base.path).name)
 
 
 def _opened(options: CompareOptions, variant: variants.Variant) -> tuple[Any, Any, Any]:
     """Runner, model and tokenizer of a variant."""
-    from llama2.runners.contract import make_runner
+    from llama2.evaluate.steps import make_steps
 
     own = variants.applied(options, variant)
     model, tokenizer = load(own)
-    return make_runner(own.runner, model, cache_dtype=own.cache_dtype, precision=own.precision), model, tokenizer
+    return make_steps(model, own.runner, own.cache_dtype, own.precision), model, tokenizer
 
 
 def _bos(tokenizer: Any) -> int | None:

@@ -66,7 +66,7 @@ def _software(problems: list[str]) -> dict[str, str]:
     if libc:
         rows["C library"] = f"{libc} {number}"
     rows["packages"] = ", ".join(f"{name} {found}" for name in _PACKAGES if (found := _version(name)))
-    missing = [name for name in _PACKAGES[:6] if _version(name) is None]
+    missing = [name for name in _PACKAGES[1:6] if _version(name) is None]
     if missing:
         problems.append(f"{', '.join(missing)} not installed: run `pip install llama2` again")
     return rows
@@ -88,7 +88,7 @@ def _processor(problems: list[str]) -> dict[str, str]:
         rows["load"] = f"{os.getloadavg()[0]:.1f} processes in the last minute"
     if not compiled.available():
         problems.append(
-            "the native engine is not built: install a C++17 compiler, then llama2 again; torch runs instead"
+            "the native engine is not built: install a C++17 compiler, then llama2 again; until then models need torch"
         )
         return rows | {"native engine": "none"}
     sets = compiled.instruction_sets()
@@ -114,7 +114,7 @@ def _memory(measure: bool, problems: list[str]) -> dict[str, str]:
 
 def _gpu() -> dict[str, str]:
     if _version("torch") is None:
-        return {"torch": "not installed"}
+        return {"torch": "not installed, so models run on the processor; `pip install 'llama2[torch]'` brings it"}
     import torch
 
     if not torch.cuda.is_available():

@@ -9,7 +9,7 @@ from llama2.cli import terminal
 from llama2.cli.args import option
 from llama2.cli.conversation import TemplateOptions, render
 from llama2.cli.forms import FormOptions, Forms
-from llama2.cli.loading import RunOptions, load_light
+from llama2.cli.loading import RunOptions, load
 from llama2.cli.sampling import SamplingOptions
 from llama2.errors import InputError
 
@@ -33,7 +33,7 @@ def run(options: GenerateOptions) -> int:
     settings, form = options.settings(), options.form()
     prompt = _prompt(options)
     began = time.perf_counter()
-    model, tokenizer = load_light(options)
+    model, tokenizer = load(options)
     from llama2.cli.session import Speaker
 
     loaded = time.perf_counter() - began

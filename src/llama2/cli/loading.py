@@ -127,27 +127,6 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     return AutoTokenizer.from_pretrained(path, **revision_of(path, revision))
 
 
-def load_light(options: RunOptions) -> tuple[Any, Any]:
-    """As `load`; a GGUF file that the native engine runs is held by it alone (`cpu.CpuModel`), and torch, whose import
-    takes longer than the rest of a start, is not imported."""
-    from llama2 import checkpoint, cpu
-    from llama2.checkpoint.gguf import GgufFile
-    from llama2.checkpoint.source import local_path
-    from llama2.llama import engine_runs
-
-    name = model_path(options.model)
-    plain = (options.adapter, options.attn_implementation, options.dtype) == (None, None, "auto")
-    if not plain or options.runner == "torch" or not cpu.available() or not on_cpu(options.device):
-        return load(options)
-    path = local_path(name) if options.revision is None else None
-    found = None if path is None else checkpoint.find_gguf(path)
-    if found is None or not engine_runs(file := GgufFile(found)):
-        return load(options)
-    with Waiting(f"loading {name}"), reading_whole(options.no_mmap), _keeping_interrupts():
-        tokenizer = load_tokenizer(name)
-        return cpu.CpuModel.from_source(file), tokenizer
-
-
 def on_cpu(device: str) -> bool:
     """Whether `device` means a CPU; "auto" is a GPU where the driver of one finds it. No torch is imported for it."""
     if device != "auto":
@@ -161,16 +140,84 @@ def on_cpu(device: str) -> bool:
         return True
 
 
-def load(options: RunOptions) -> tuple["LlamaForCausalLM | NativeModel", Any]:
-    """The model with its adapter, and its tokenizer.
+def load(options: RunOptions, threads: int | None = None) -> tuple[Any, Any]:
+    """The model with its adapter, and its tokenizer: a `cpu.CpuModel` where the native engine alone can hold it, for
+    which torch, whose import takes longer than the rest of a start, is not imported; else a model of torch.
 
-    The tokenizer comes first: what is wrong with a path or a tokenizer is told before torch is imported. Building it in
-    a thread meanwhile gains nothing (2.4 s against 2.5 s in all, within the noise): both hold the interpreter's lock.
+    The tokenizer comes first: what is wrong with a path or a tokenizer is told before any weight is read. threads: of
+    the native engine, None for one per processor. Raises MissingDependencyError where torch is needed and missing.
     """
+    from llama2.availability import is_torch_available
+    from llama2.checkpoint.native_files import NativeFiles
+    from llama2.errors import needs_torch
+
     name = model_path(options.model)
-    with Waiting(f"loading {name}"), reading_whole(options.no_mmap):
-        tokenizer = load_tokenizer(name, options.revision)
-        return _loaded(local_model(name, options.revision), options), tokenizer
+    reason = _asks_for_torch(options)
+    if reason and not is_torch_available():
+        raise needs_torch(reason)
+    with Waiting(f"loading {name}"), reading_whole(options.no_mmap), _keeping_interrupts():
+        place = local_model(name, options.revision)
+        files = NativeFiles(Path(place)) if not reason else None
+        if files is not None and files.file is not None:
+            from llama2.tokenizer import from_gguf
+
+            tokenizer: Any = from_gguf(files.file.metadata)
+        else:
+            tokenizer = load_tokenizer(name, options.revision)
+        model = None if files is None else _native_model(files, options, threads)
+    if model is None:
+        with Waiting(f"loading {name}"), reading_whole(options.no_mmap):
+            model = _on_threads(_loaded(place, options), options, threads)
+    return model, tokenizer
+
+
+def _asks_for_torch(options: RunOptions) -> str:
+    """Which option asks for what torch alone does, or ""."""
+    if options.runner == "torch":
+        return "--runner torch"
+    if options.attn_implementation is not None:
+        return f"--attn-implementation {options.attn_implementation}"
+    if options.dtype != "auto":
+        return f"--dtype {options.dtype}"
+    return "" if on_cpu(options.device) else f"--device {options.device}"
+
+
+def _native_model(files: Any, options: RunOptions, threads: int | None) -> Any:
+    """The model on the native engine alone, with its adapter; None where torch has to run it.
+
+    What is wrong with the adapter is told before weights are read."""
+    adapter = None
+    if options.adapter is not None and not files.reason:
+        from llama2.checkpoint.packing_note import read_packing, warn_of_packing
+        from llama2.checkpoint.peft_adapter import read_adapter
+        from llama2.checkpoint.tensor_library import ARRAYS
+
+        folder = adapter_folder(options.adapter)
+        adapter = read_adapter(folder, files.config, library=ARRAYS)
+        if not adapter.layered:
+            files.reason = "the adapter changes more than the layers' linears"
+        elif read_packing(folder) is not None and getattr(files.config, "quantization_config", None) is None:
+            files.reason = "the adapter was trained on weights that were packed as they were loaded"
+        else:
+            warn_of_packing(folder, files.config)
+    model = files.native_or_torch(threads)
+    if model is not None and adapter is not None:
+        model.add_adapter("default", adapter.plain)
+    return model
+
+
+def _on_threads(model: Any, options: RunOptions, threads: int | None) -> Any:
+    """The model of torch on so many threads."""
+    if threads is None:
+        return model
+    import torch
+
+    from llama2.runners.native import NativeModel, why_not
+
+    torch.set_num_threads(threads)
+    if options.runner != "torch" and not isinstance(model, NativeModel) and not why_not(model):
+        return NativeModel.from_module(model, threads)
+    return model
 
 
 def _loaded(path: str, options: RunOptions) -> "LlamaForCausalLM | NativeModel":
@@ -178,8 +225,8 @@ def _loaded(path: str, options: RunOptions) -> "LlamaForCausalLM | NativeModel":
     if options.adapter is None:
         return load_model(path, options)
     from llama2.auto import load_config
-    from llama2.checkpoint.packing import read_packing
-    from llama2.checkpoint.peft import read_adapter
+    from llama2.checkpoint.packing_note import read_packing
+    from llama2.checkpoint.peft_adapter import read_adapter
 
     folder = adapter_folder(options.adapter)
     # What is wrong with the adapter is told before the model is loaded.
@@ -240,7 +287,8 @@ def _native(model: "LlamaForCausalLM", runner: str) -> "NativeModel":
 
 def _adapted_for_torch(model: "LlamaForCausalLM", folder: Path) -> "LlamaForCausalLM":
     from llama2.checkpoint.merge import merge_into
-    from llama2.checkpoint.peft import load_adapter, read_adapter
+    from llama2.checkpoint.peft import load_adapter
+    from llama2.checkpoint.peft_adapter import read_adapter
     from llama2.checkpoint.quantized import packed_layers
 
     if packed_layers(model):
@@ -309,7 +357,7 @@ def load_classifier(
     task: the task of finetune that makes what is asked for."""
     from llama2.auto import AutoModelForSequenceClassification
     from llama2.checkpoint.load import head_follows
-    from llama2.checkpoint.packing import read_packing
+    from llama2.checkpoint.packing_note import read_packing
     from llama2.checkpoint.peft import load_adapter
     from llama2.checkpoint.peft_files import classifier_labels, read_config
 

@@ -24,7 +24,7 @@ def read_text(options: "EvaluateOptions") -> str:
 def measure(options: "EvaluateOptions", variant: Variant, name: str, tasks: list[str], text: str) -> list[Any]:
     """The rows of one model: of `needle` the share found by length and depth, of `position` the loss by position."""
     from llama2.evaluate import long_context
-    from llama2.runners.contract import make_runner
+    from llama2.evaluate.steps import make_steps
 
     lengths = numbers.read("--lengths", options.lengths, 1024, 8)
     depths = _depths(options.depths)
@@ -50,7 +50,7 @@ def measure(options: "EvaluateOptions", variant: Variant, name: str, tasks: list
         found += long_context.needle_rows(name, prompts, hits)[0]
     if "position" in tasks:
         ids = tokenizer(text, verbose=False)["input_ids"]
-        runner = make_runner(options.runner, model, cache_dtype=options.cache_dtype, precision=options.precision)
+        runner = make_steps(model, options.runner, options.cache_dtype, options.precision)
         for length in lengths:
             losses = long_context.loss_by_position(model, ids, length, runner)
             found += long_context.position_rows(name, length, losses)

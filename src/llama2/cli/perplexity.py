@@ -46,11 +46,11 @@ def run(options: PerplexityOptions) -> int:
     model, tokenizer = load(options)
     ids = tokenizer(text, verbose=False)["input_ids"]  # longer than the context is what windows are for
     from llama2.evaluate.perplexity import check_sizes
-    from llama2.runners.contract import make_runner
+    from llama2.evaluate.steps import make_steps
 
     for window in windows:
         check_sizes(model.config.max_position_embeddings, len(ids), window, options.stride or window)
-    runner = make_runner(options.runner, model, cache_dtype=options.cache_dtype, precision=options.precision)
+    runner = make_steps(model, options.runner, options.cache_dtype, options.precision)
     found = {}
     for window in windows:
         found[window] = _measure(model, ids, window, options.stride, runner, len(text.encode()))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hin
 
 from llama2.cli import offers, parallel, terminal
 from llama2.cli.args import option, revision_option
-from llama2.cli.loading import RunOptions, adapter_folder, load, load_light, load_model, local_model, model_path
+from llama2.cli.loading import RunOptions, adapter_folder, load, model_path
 from llama2.cli.registry import registered
 from llama2.errors import InputError, Llama2Error, MissingDependencyError
 
@@ -248,7 +248,7 @@ def run(options: ServeOptions) -> int:
     if several is not None and "WORLD_SIZE" not in environment:
         others = parallel.Others(several, failed)
         several = replace(several, store=others.store)
-    loader: Loader = load_light if options.draft is None else load
+    loader: Loader = load
     if several is not None:
         loader = partial(parallel.load_part, ranks=several)
     if several_models:
@@ -404,7 +404,7 @@ def _made(service: "Service", options: ServeOptions, cache_bytes: int) -> tuple[
 
         logger.info(text)
 
-    made = make_engine(options, options.chat_template, (), options.max_waiting or 1024, tell, load_light, cache_bytes)
+    made = make_engine(options, options.chat_template, (), options.max_waiting or 1024, tell, load, cache_bytes)
     gc.freeze()  # as in `open_model`, without a collection: others are served; what has no cycles is freed all the same
     return made
 
@@ -434,7 +434,8 @@ def make_engine(
     elif chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     wanted = options.wanted()
-    draft = None if options.draft is None else load_model(local_model(options.draft), options)
+    alone = replace(options, model=options.draft, adapter=None, revision=None)
+    draft = None if options.draft is None else load(alone)[0]
     each = limits.bytes_per_token(model, options.runner, options.cache_dtype, draft)
     tokens, source = limits.cache_tokens(model, wanted, each, cache_bytes)
     engine = Engine(
@@ -482,8 +483,7 @@ def _without_template(tokenizer: Any, name: str, tell: Callable[[str], None]) ->
 
 
 def _add_adapter(engine: Any, adapter: str) -> None:
-    from llama2.checkpoint.packing import warn_of_packing
-    from llama2.checkpoint.peft import read_adapter
+    from llama2.checkpoint.peft_adapter import engine_pairs
 
     name, sign, folder = adapter.partition("=")
     weights = getattr(engine.runner, "weights", None)
@@ -496,5 +496,4 @@ def _add_adapter(engine: Any, adapter: str) -> None:
             "adapters for each request need the native engine, and torch runs this model; merge one instead"
         )
     place = adapter_folder(folder.strip())
-    warn_of_packing(place, engine.model.config)
-    weights.add_adapter(name.strip(), read_adapter(place, engine.model.config).plain)
+    weights.add_adapter(name.strip(), engine_pairs(place, engine.model.config))

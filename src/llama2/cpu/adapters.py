@@ -14,6 +14,7 @@ import numpy as np
 
 from llama2.compiled import native
 from llama2.errors import InputError, MismatchError
+from llama2.stored_arrays import BFLOAT16, patterns
 
 Tensors = Mapping[str, tuple[Any, Any, float]]
 
@@ -59,12 +60,14 @@ def _place(path: str, layers: int) -> tuple[int, str]:
 
 
 def _matrix(values: Any, name: str) -> Any:
-    """A native view of a float32 or float16 array, or of a torch tensor of those or of bfloat16, for the copy."""
+    """A native view of an array (`stored_arrays`) or a torch tensor of float32, float16 or bfloat16, for the copy."""
     bfloat16 = str(getattr(values, "dtype", "")) == "torch.bfloat16"
     if hasattr(values, "detach"):
         values = values.detach().cpu().contiguous()
         values = (_pattern(values) if bfloat16 else values).numpy()
     array = np.ascontiguousarray(values)
+    if array.dtype == BFLOAT16:
+        array, bfloat16 = patterns(array), True
     if array.ndim != 2 or not array.size:
         raise MismatchError(f"{name} has shape {tuple(array.shape)}; a matrix is needed")
     if not bfloat16 and array.dtype not in (np.float32, np.float16):

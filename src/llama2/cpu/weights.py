@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llama2.architecture import EMBEDDING
 from llama2.compiled import make_pool, native
 from llama2.config import LlamaConfig
 from llama2.cpu.adapters import PARTS as LINEARS
@@ -22,6 +23,7 @@ from llama2.lazy import door
 from llama2.quantization.formats import BLOCKS, PACKED_BLOCKS
 from llama2.quantization.packable import PackableWeight
 from llama2.rope_types import attention_scaling, inverse_frequencies, type_of
+from llama2.stored_arrays import BFLOAT16, CODES, patterns, to_float32
 
 _blocks_of = door("cpu.modules", "blocks_of", "The blocks of a layer of a GGUF file, None for any other layer.")
 _base_of = door("cpu.modules", "base_of", "The linear beneath a layer with adapters.")
@@ -35,6 +37,19 @@ class PackedMatrices(Protocol):
     def bytes(self, name: str) -> NDArray[np.uint8]: ...
 
 
+class ArraySource(Protocol):
+    """A model's tensors by Hugging Face's names; `checkpoint.native_model` makes one of a folder."""
+
+    def parameter(self, name: str) -> NDArray[Any]:
+        """A parameter that is not packed, rows in order. Raises CheckpointError where there is none."""
+
+    def bias(self, path: str) -> NDArray[Any] | None:
+        """The bias of a linear; None where it has none."""
+
+    def packed(self, path: str) -> PackableWeight | None:
+        """The packed weight of a linear; None where that is not packed."""
+
+
 class CpuWeights:
     """Weights ready for `CpuRunner`; keeps alive whatever they point into."""
 
@@ -46,7 +61,7 @@ class CpuWeights:
         self.rope_by_length = type_of(config).constant_below is not None
         self.model: Any = None
         self._layers_made: list[tuple[Any, ...]] = []  # what `states` makes a second model of
-        self._states: CpuWeights | None = None
+        self._states: dict[bool, CpuWeights] = {}
         self._arena = native().Arena()
         self._packed: PackedMatrices | None = None
         self._beside: GgufSource | None = None  # whose packed file that is
@@ -94,6 +109,43 @@ class CpuWeights:
             parts = {ours: reader.linear(f"blk.{i}.{theirs}", ours) for ours, theirs in PARTS.items()}
             self._layer(reader.vector(f"blk.{i}.attn_norm.weight"), reader.vector(f"blk.{i}.ffn_norm.weight"), parts)
         return self
+
+    @classmethod
+    def from_arrays(cls, config: LlamaConfig, source: ArraySource, threads: int | None = None) -> "CpuWeights":
+        """Weights of arrays (`stored_arrays`) float32, float16 or bfloat16, used in place, and of packed linears.
+
+        Raises InputError for values that no kernel takes, MismatchError where shapes are not the configuration's.
+        """
+        self = cls(config, threads)
+        embed = self._array(source.parameter(EMBEDDING), EMBEDDING)
+        head = embed if config.tie_word_embeddings else self._of_arrays(source, "lm_head")
+        self._begin(embed, head, to_float32(source.parameter("model.norm.weight")).copy())
+        for i in range(config.num_hidden_layers):
+            layer = f"model.layers.{i}"
+            parts = {part: self._of_arrays(source, f"{layer}.{path}") for path, part in LINEARS.items()}
+            norms = [
+                to_float32(source.parameter(f"{layer}.{name}.weight")).copy()
+                for name in ("input_layernorm", "post_attention_layernorm")
+            ]
+            self._layer(norms[0], norms[1], parts)
+        return self
+
+    def _of_arrays(self, source: ArraySource, path: str) -> Any:
+        """The matrix of a linear, with its bias where it has one."""
+        packed, bias = source.packed(path), source.bias(path)
+        weight = f"{path}.weight"
+        matrix = self._array(source.parameter(weight), weight) if packed is None else self.pack_codes(packed)
+        if bias is not None:
+            matrix.set_bias(to_float32(bias).copy())
+        return matrix
+
+    def _array(self, array: NDArray[Any], name: str) -> Any:
+        if CODES.get(array.dtype) not in ("F32", "F16", "BF16"):
+            raise InputError(
+                f"{name} is {CODES.get(array.dtype, array.dtype)}; the native engine takes float32, float16 and "
+                "bfloat16: use runner='torch'"
+            )
+        return self.view(patterns(array), bfloat16=True) if array.dtype == BFLOAT16 else self.view(array)
 
     @classmethod
     def from_module(cls, module: Any, threads: int | None = None) -> "CpuWeights":
@@ -166,23 +218,24 @@ class CpuWeights:
             raise InputError(f"there is no adapter {name!r}; there are: {loaded}. add_adapter adds one")
         return self._adapters[name]
 
-    def states(self) -> "CpuWeights":
+    def states(self, wide: bool = False) -> "CpuWeights":
         """The same weights with the identity for a head: the first hidden_size "logits" are the final hidden states.
 
         Matrices are shared; the head takes vocabulary x width bfloat16, made at the first call. Adapters are left out.
+        wide: a head of float32, twice as large, which precision="fast" does not round states to bfloat16 for.
         """
-        if self._states is None:
+        if wide not in self._states:
             c, twin = self.config, copy.copy(self)
-            identity = np.zeros((c.vocab_size, c.hidden_size), np.uint16)
-            np.fill_diagonal(identity, 0x3F80)  # 1.0
+            identity: Any = np.zeros((c.vocab_size, c.hidden_size), np.float32 if wide else np.uint16)
+            np.fill_diagonal(identity, 1.0 if wide else 0x3F80)  # 1.0 in bfloat16
             sizes = (c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size)
-            head = native().view(identity, True)
+            head = native().view(identity, not wide)
             twin.model = native().make_model(*sizes, c.vocab_size, c.rms_norm_eps, self.model_embed, head, self._norm)
-            twin._adapters, twin.own = {}, None
+            twin._adapters, twin.own, twin._states = {}, None, {}
             for layer in self._layers_made:
                 twin.model.add_layer(*layer)
-            self._states = twin
-        return self._states
+            self._states[wide] = twin
+        return self._states[wide]
 
     def refresh(self) -> None:
         """Copies norms, biases and adapters from the module again; a change through `.data` leaves no other trace."""

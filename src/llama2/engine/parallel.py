@@ -27,7 +27,7 @@ from llama2.checkpoint import Stored
 from llama2.checkpoint.arguments import DTYPES, resolve_dtype
 from llama2.checkpoint.covered import covered
 from llama2.checkpoint.load import fill, match
-from llama2.checkpoint.quantized import settings_of
+from llama2.checkpoint.packed_names import settings_of
 from llama2.checkpoint.source import open_source
 from llama2.config import LlamaConfig
 from llama2.engine.scheduler import Chunk

@@ -97,9 +97,17 @@ def runner_of(model: CausalLM, pages: int, runner: str, dtype: cpu.KvDtype | Non
     return TorchPlanRunner(model, pages)
 
 
-@torch.inference_mode()
 def pooled_state(model: LlamaForCausalLM, ids: Sequence[int], pooling: str) -> np.ndarray:
     """The "mean" or the "last" (D,) of the final hidden states of a text, float32."""
-    states_TD = model.model(torch.tensor([list(ids)], device=model.device)).last_hidden_state[0].float()
-    pooled_D: np.ndarray = (states_TD.mean(0) if pooling == "mean" else states_TD[-1]).cpu().numpy()
+    states_TD = final_states(model, ids)
+    pooled_D: np.ndarray = states_TD.mean(0) if pooling == "mean" else states_TD[-1]
     return pooled_D
+
+
+@torch.inference_mode()
+def final_states(model: LlamaForCausalLM, ids: Sequence[int]) -> np.ndarray:
+    """The final hidden states (T, D) of a text, float32."""
+    found: np.ndarray = (
+        model.model(torch.tensor([list(ids)], device=model.device)).last_hidden_state[0].float().cpu().numpy()
+    )
+    return found

@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from llama2.errors import InputError
 from llama2.evaluate import statistics
 from llama2.evaluate.kl_file import SPAN, BaseHeader, BaseWriter
-from llama2.evaluate.perplexity import scored_logits
 from llama2.evaluate.report import Row
 from llama2.evaluate.statistics import Estimate
-from llama2.runners.contract import Runner
+from llama2.evaluate.steps import MeasuredModel, scored_logits
+from llama2.generation.arrays import to_numpy
 
 ROWS_AT_ONCE = 64  # of a vocabulary, in float32: some MB
 RESAMPLES = 400  # of the windows, for the error of a percentile
@@ -52,23 +51,27 @@ def chunks(ids: Sequence[int], context: int, vocabulary: int, most: int | None =
     return BaseHeader(context, vocabulary, np.array(ids[: count * context], np.int32).reshape(count, context))
 
 
-def chunk_logits(runner: Runner, device: Any, header: BaseHeader, bos: int | None) -> Iterator[Iterator[Floats]]:
+def chunk_logits(steps: MeasuredModel, header: BaseHeader, bos: int | None) -> Iterator[Iterator[Floats]]:
     """For each chunk its logits float32 (n, V), in pieces: those that predict its second half.
 
     bos: what stands in place of each chunk's first token, None for itself.
     """
     for row in header.tokens:
-        tokens = torch.tensor(row.tolist(), device=device)
+        tokens = np.array(row, np.int64)
         if bos is not None:
             tokens[0] = bos
-        yield _pieces(runner, tokens, header.rows)
+        yield _pieces(steps, tokens, header.rows)
 
 
-@torch.inference_mode()
-def _pieces(runner: Runner, tokens: torch.Tensor, scored: int) -> Iterator[Floats]:
+def _pieces(steps: MeasuredModel, tokens: NDArray[np.int64], scored: int) -> Iterator[Floats]:
     held: Floats | None = None  # less than a piece, which the next logits fill up
-    for logits in scored_logits(runner, tokens, scored):
-        found = logits.float().cpu().numpy()
+    rows = scored_logits(steps, tokens, scored)
+    while True:
+        with steps.scope():  # not around what the caller does between two pieces
+            logits = next(rows, None)
+        if logits is None:
+            break
+        found = to_numpy(logits).astype(np.float32, copy=False)
         found = found if held is None else np.concatenate((held, found))
         whole = len(found) // ROWS_AT_ONCE * ROWS_AT_ONCE
         yield from split(found[:whole])

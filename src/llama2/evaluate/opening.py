@@ -5,7 +5,8 @@ from typing import Any
 from llama2.auto import AutoModelForCausalLM
 from llama2.checkpoint import find_gguf
 from llama2.checkpoint.merge import merge_into
-from llama2.checkpoint.peft import load_adapter, read_adapter
+from llama2.checkpoint.peft import load_adapter
+from llama2.checkpoint.peft_adapter import read_adapter
 from llama2.checkpoint.quantized import packed_layers
 from llama2.checkpoint.source import locate, locate_all
 from llama2.runners.native import NativeModel, why_not

@@ -7,18 +7,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from llama2.errors import InputError
 from llama2.evaluate import statistics
 from llama2.evaluate.statistics import Estimate
-from llama2.model import LlamaForCausalLM
-from llama2.rope import promoted
-from llama2.runners.contract import Runner, make_runner
-from llama2.runners.native import NativeModel
-
-AT_ONCE = 512  # tokens of one step: the logits of 4,096 would take 0.8 GB with 49,152 entries
+from llama2.evaluate.steps import make_steps, scored_logits
+from llama2.generation.arrays import of, to_numpy
 
 
 @dataclass(frozen=True)
@@ -72,24 +67,25 @@ def windows(length: int, window: int, stride: int) -> Iterator[Window]:
 
 
 def perplexity(
-    model: LlamaForCausalLM | NativeModel,
-    ids: Sequence[int] | torch.Tensor,
+    model: Any,
+    ids: Any,
     window: int = 512,
     stride: int | None = None,
     on_window: Callable[[int, int, float], None] | None = None,
-    runner: str | Runner = "auto",
+    runner: Any = "auto",
     text_bytes: int | None = None,
 ) -> Perplexity:
     """Perplexity of the token ids (T,) in windows of `window` tokens, each `stride` tokens after the last.
 
     stride=None means `window`: disjoint windows, the first token of each unscored. A smaller stride gives every
     scored token at least window - stride tokens of context, at window / stride times the work. `on_window` is told the
-    position reached, the length and the perplexity so far; `runner` is that of generate(). text_bytes: bytes of the
-    text in UTF-8, for bits per byte: the bits of a token on average, times the tokens of the text by its bytes. Raises
+    position reached, the length and the perplexity so far; model is a LlamaForCausalLM or a `cpu.CpuModel`, `runner`
+    that of generate(), or a `steps.MeasuredModel` of it. text_bytes: bytes of the text in UTF-8, for bits per byte: the
+    bits of a token on average, times the tokens of the text by its bytes. Raises
     InputError for sizes that cannot work.
     """
     began, sums, counts, hits = time.perf_counter(), list[float](), list[int](), list[int]()
-    length = len(torch.as_tensor(ids).reshape(-1))
+    length = _array(ids).size
     for (_, end, scored), nll, first in window_scores(model, ids, window, stride, runner):
         sums.append(float(nll.sum()))
         counts.append(scored)
@@ -131,46 +127,36 @@ def _scaled(found: Estimate, factor: float) -> Estimate:
     return Estimate(found.value * factor, None if found.error is None else found.error * factor)
 
 
-@torch.inference_mode()
 def window_scores(
-    model: LlamaForCausalLM | NativeModel,
-    ids: Sequence[int] | torch.Tensor,
-    window: int = 512,
-    stride: int | None = None,
-    runner: str | Runner = "auto",
+    model: Any, ids: Any, window: int = 512, stride: int | None = None, runner: Any = "auto"
 ) -> Iterator[WindowScores]:
     """Every window of the token ids (T,), scored; arguments as `perplexity`."""
-    ids = torch.as_tensor(ids, dtype=torch.long, device=model.device).reshape(-1)
+    known = _array(ids)
     stride = window if stride is None else stride
-    check_sizes(model.config.max_position_embeddings, len(ids), window, stride)
-    engine = make_runner(runner, model)
-    for place in windows(len(ids), window, stride):
-        targets, found = ids[place.end - place.scored : place.end], list[tuple[Any, Any]]()
+    check_sizes(model.config.max_position_embeddings, len(known), window, stride)
+    steps = make_steps(model, runner)
+    for place in windows(len(known), window, stride):
+        targets, found = known[place.end - place.scored : place.end], list[tuple[Any, Any]]()
         done = 0
-        for logits_TV in scored_logits(engine, ids[place.start : place.end], place.scored):
-            wanted = targets[done : done + len(logits_TV)]
-            exact_TV = logits_TV.to(promoted(logits_TV.dtype))
-            nll = torch.nn.functional.cross_entropy(exact_TV, wanted, reduction="none").double()
-            found.append((nll.cpu().numpy(), (logits_TV.argmax(-1) == wanted).cpu().numpy()))
-            done += len(logits_TV)
+        with steps.scope():
+            for logits_TV in scored_logits(steps, known[place.start : place.end], place.scored):
+                found.append(_scores(logits_TV, targets[done : done + len(logits_TV)]))
+                done += len(logits_TV)
         yield WindowScores(place, np.concatenate([n for n, _ in found]), np.concatenate([f for _, f in found]))
 
 
-def scored_logits(engine: Runner, ids: torch.Tensor, scored: int) -> Iterator[torch.Tensor]:
-    """Logits (n, V) that predict the last `scored` of the ids (T,), in order, in pieces of AT_ONCE rows at most."""
-    length = len(ids)
-    places = torch.arange(length, device=ids.device)[None]
-    if length <= AT_ONCE:
-        yield engine.step(ids[None], places, None, None, keep=scored + 1)[0, :-1]
-        return
-    cache = engine.new_cache(None, 1, length)
-    first = length - scored - 1  # whose logits predict the first one
-    for start in range(0, length, AT_ONCE):
-        end = min(start + AT_ONCE, length)
-        keep = max(end - max(start, first), 1)
-        logits = engine.step(ids[None, start:end], places[:, start:end], None, cache, keep=keep)[0]
-        if end > first:
-            yield logits[:-1] if end == length else logits
+def _array(ids: Any) -> NDArray[np.int64]:
+    """Token ids (T,) of a list, an array or a tensor."""
+    return np.asarray(to_numpy(ids) if hasattr(ids, "detach") else ids, np.int64).reshape(-1)
+
+
+def _scores(logits_TV: Any, targets: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The negative log-likelihood of each target, from logits of at least float32, and whether it is the likeliest."""
+    ops = of(logits_TV)
+    wanted = ops.array(targets, logits_TV)[:, None]
+    exact_TV = logits_TV.float() if str(logits_TV.dtype) in ("torch.bfloat16", "torch.float16") else logits_TV
+    nll = -to_numpy(ops.take(ops.log_softmax(exact_TV), wanted))[:, 0]
+    return nll.astype(np.float64), to_numpy(logits_TV.argmax(-1)) == targets
 
 
 def check_sizes(context: int, length: int, window: int, stride: int) -> None:

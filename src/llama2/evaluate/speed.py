@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
 from llama2 import cpu
 from llama2.errors import InputError
 from llama2.evaluate import machine, statistics
-from llama2.runners.contract import make_runner
-from llama2.runners.native import NativeRunner
+from llama2.evaluate.steps import Ids, make_steps
 
 WARM_UP = 3  # tokens decoded before the clock starts
 
@@ -89,58 +88,56 @@ class SpeedBench:
         if batch < 1:
             raise InputError(f"a batch of {batch} tokens computes nothing; give at least 1")
         self.model, self.batch = model, batch
-        self.runner = make_runner(runner, model, cache_dtype=cache_dtype, precision=precision)
+        self.steps = make_steps(model, runner, cache_dtype, precision)
         self.precision = precision
-        self._draws = torch.Generator().manual_seed(seed)
+        self._draws = np.random.default_rng(seed)
 
     @property
     def native(self) -> bool:
         """Whether the native engine computes."""
-        return isinstance(self.runner, NativeRunner)
+        return self.steps.weights is not None
 
     @property
     def cache_dtype(self) -> str:
         """Number format of keys and values."""
-        if isinstance(self.runner, NativeRunner):
-            return self.runner.cache_dtype
-        return str(self.model.dtype).removeprefix("torch.")
+        return self.steps.cache_dtype
 
     @property
     def threads(self) -> int:
         """Threads that compute."""
-        return self.runner.weights.pool.size if isinstance(self.runner, NativeRunner) else torch.get_num_threads()
+        return self.steps.threads
 
     def check(self, test: SpeedTest) -> None:
         """Raises InputError for a test that the model's context cannot hold, or that computes nothing."""
         check(test, self.model.config.max_position_embeddings)
 
-    @torch.inference_mode()
     def ready(self, test: SpeedTest) -> "ReadyTest":
         """The test with its depth filled and its first, untimed repetition done."""
         self.check(test)
-        ready = ReadyTest(self, test)
+        with self.steps.scope():
+            ready = ReadyTest(self, test)
         ready.warm_up()
         return ready
 
-    def ids(self, rows: int, tokens: int) -> torch.Tensor:
+    def ids(self, rows: int, tokens: int) -> Ids:
         """Random ids (rows, tokens)."""
-        return torch.randint(0, self.model.config.vocab_size, (rows, tokens), generator=self._draws)
+        return self._draws.integers(0, self.model.config.vocab_size, (rows, tokens))
 
     def limits(self) -> machine.Limits | None:
         """The machine's limits with these threads; None where torch computes, whose limits are its libraries'."""
-        return machine.limits(self.runner.weights.pool) if isinstance(self.runner, NativeRunner) else None
+        return None if self.steps.weights is None else machine.limits(self.steps.weights.pool)
 
     def arithmetic(self, packed: bool) -> int:
         """Which of machine's kinds of arithmetic the products are in. packed: whether most weights are blocks."""
-        if self.precision == "exact" or (self.model.dtype == torch.float32 and not packed):
+        if self.precision == "exact" or (self.steps.weights_dtype == "float32" and not packed):
             return machine.FLOAT32
         return machine.INT8 if packed else machine.BFLOAT16
 
     def step_bytes(self, test: SpeedTest) -> float:
         """Bytes that one decoding step reads at least: the weights once, keys and values of the texts' positions."""
         config = self.model.config
-        if isinstance(self.runner, NativeRunner):
-            weights = self.runner.weights.decode_bytes
+        if self.steps.weights is not None:
+            weights = self.steps.weights.decode_bytes
         else:
             weights = sum(p.nbytes for p in self.model.parameters())
         width = {"float32": 4, "float64": 8, "int8": 1}.get(self.cache_dtype, 2)
@@ -165,22 +162,22 @@ class ReadyTest:
         self.samples = Samples(test)
         # One position more: warming up decodes behind an empty prompt too.
         length = max(test.positions, test.depth + WARM_UP)
-        self._cache = bench.runner.new_cache(None, test.sequences, length)
+        self._cache = bench.steps.new_cache(test.sequences, length)
         self._prompt = bench.ids(test.sequences, test.prompt)
         self._new = bench.ids(test.sequences, max(test.new, WARM_UP))
         if test.depth:
             self._feed(bench.ids(test.sequences, test.depth), 0)
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
         """A repetition that is not timed: all of the prompt, a few tokens."""
-        self._run(min(self.test.new, WARM_UP))
+        with self.bench.steps.scope():
+            self._run(min(self.test.new, WARM_UP))
 
-    @torch.inference_mode()
     def repeat(self) -> float:
         """Times one repetition; its seconds, which `samples` keeps."""
         start = time.perf_counter()
-        self._run(self.test.new)
+        with self.bench.steps.scope():
+            self._run(self.test.new)
         seconds = time.perf_counter() - start
         self.samples.seconds.append(seconds)
         return seconds
@@ -189,11 +186,10 @@ class ReadyTest:
         end = self._feed(self._prompt, self.test.depth)
         for i in range(new):
             self._step(self._new[:, i : i + 1], end + i)
-        if self.bench.model.device.type == "cuda":
-            torch.cuda.synchronize(self.bench.model.device)
+        self.bench.steps.wait()
         self._cache.crop(self.test.depth)
 
-    def _feed(self, tokens: torch.Tensor, start: int) -> int:
+    def _feed(self, tokens: Ids, start: int) -> int:
         """Runs tokens (rows, T) from position `start` on in steps of the batch; the position behind them."""
         size = max(self.bench.batch // self.test.sequences, 1)
         for first in range(0, tokens.shape[1], size):
@@ -201,10 +197,8 @@ class ReadyTest:
             self._step(part, start + first)
         return start + tokens.shape[1]
 
-    def _step(self, tokens: torch.Tensor, start: int) -> None:
-        device = self.bench.model.device
-        places = torch.arange(start, start + tokens.shape[1])[None].expand(len(tokens), -1)
-        self.bench.runner.step(tokens.to(device), places.to(device), None, self._cache)
+    def _step(self, tokens: Ids, start: int) -> None:
+        self.bench.steps.step(tokens, np.arange(start, start + tokens.shape[1])[None], self._cache)
 
 
 def check(test: SpeedTest, context: int) -> None:

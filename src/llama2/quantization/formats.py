@@ -37,6 +37,8 @@ class Format:
     settings: the class of its settings. reader: of a format that is only read, what its tensors mean, "module:NAME".
     file_type: general.file_type of a GGUF file whose matrices have this type (enum llama_ftype), None where that says a
     mixture. written: whether GGUF files of this type are made here.
+    packs: of a format of folders that runs without torch, what makes a `packable.PackableWeight` of a linear's arrays,
+    "module:function".
     """
 
     id: str
@@ -51,6 +53,14 @@ class Format:
     reader: str = ""
     file_type: int | None = None
     written: bool = False
+    packs: str = ""
+
+    def packed(self, tensors: Mapping[str, Any], shape: tuple[int, int], settings: Any) -> Any:
+        """A linear's arrays as a `PackableWeight` without torch; None where no layout of the engine holds them.
+
+        tensors: by name after the module's path. Raises CheckpointError for arrays that are no such weight."""
+        module, _, name = self.packs.partition(":")
+        return resolve(module, name)(tensors, shape, settings)
 
     @property
     def layer_class(self) -> Any:
@@ -69,10 +79,12 @@ def _block(
 
 
 def _folder(
-    name: str, label: str, engine: str, settings: type[QuantizationConfig], reader: str, *methods: str
+    name: str, label: str, engine: str, settings: type[QuantizationConfig], reader: str, *methods: str, packs: str = ""
 ) -> Format:
     layer = "quantization.file_linear:FileLinear"
-    return Format(name, label, 0, 0, engine, None, layer, methods or (name,), settings, f"quantization.{reader}")
+    return Format(
+        name, label, 0, 0, engine, None, layer, methods or (name,), settings, f"quantization.{reader}", packs=packs
+    )
 
 
 FORMATS: tuple[Format, ...] = (
@@ -104,13 +116,16 @@ FORMATS: tuple[Format, ...] = (
     _block(39, "MXFP4", 32, 17, "T4", 38),
     _block(40, "NVFP4", 64, 36, "T4H", 39),
     # Formats of folders: quantization_config of config.json names the method
-    Format("nf4", "NF4", 64, 36, "C4", None, "quantization.nf4:Linear4bit", ("bitsandbytes",), BitsAndBytesConfig),
-    Format("fp4", "FP4", 64, 36, "C4", None, "quantization.nf4:Linear4bit", ("bitsandbytes",), BitsAndBytesConfig),
+    Format("nf4", "NF4", 64, 36, "C4", None, "quantization.nf4:Linear4bit", ("bitsandbytes",), BitsAndBytesConfig,
+           packs="quantization.nf4_file:weight_of"),
+    Format("fp4", "FP4", 64, 36, "C4", None, "quantization.nf4:Linear4bit", ("bitsandbytes",), BitsAndBytesConfig,
+           packs="quantization.nf4_file:weight_of"),
     Format("int8", "INT8 rows", 0, 0, "R8", None, "quantization.int8:Linear8bit", ("bitsandbytes",),
-           BitsAndBytesConfig),
-    Format("gptq", "GPTQ", 0, 0, "G4, G8", None, "quantization.gptq:GptqLinear", ("gptq",), GPTQConfig),
+           BitsAndBytesConfig, packs="quantization.int8_file:weight_of"),
+    Format("gptq", "GPTQ", 0, 0, "G4, G8", None, "quantization.gptq:GptqLinear", ("gptq",), GPTQConfig,
+           packs="quantization.gptq_file:weight_of"),
     Format("gguf", "GGUF blocks", 0, 0, "as its type", None, "quantization.gguf:GgufLinear", ("gguf",), GgufConfig),
-    _folder("awq", "AWQ", "G4, A4", AwqConfig, "awq:AWQ"),
+    _folder("awq", "AWQ", "G4, A4", AwqConfig, "awq:AWQ", packs="quantization.awq_file:weight_of"),
     _folder("compressed-tensors", "compressed-tensors", "G4, G8, A4, A8, R8, T4, T4H, bfloat16 of FP8",
             CompressedTensorsConfig, "compressed_tensors:READER"),
     _folder("fp8", "FP8", BFLOAT16, Float8Config, "float8:READER", "fp8", "fbgemm_fp8", "modelopt"),

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2.quantization.packable import AffineWeight, GroupWeight, Int8Weight, PackableWeight, TableWeight, order_of
+from llama2.quantization.integer_weight import integer_weight
+from llama2.quantization.linear import arrays_of
+from llama2.quantization.packable import PackableWeight, TableWeight
 
 _SPAN = 32  # columns that a kernel takes at once
 
@@ -59,27 +61,9 @@ class Integers:
 
     def packable(self) -> PackableWeight | None:
         """G4, G8 where scales are float16 and zeros bytes, R8 for signed bytes of whole rows, else A4, A8."""
-        codes = np.ascontiguousarray(self.codes.numpy())
-        whole = self.scales.shape[1] == 1
-        if not whole and (self.group % _SPAN or self.codes.shape[1] % self.group):
-            return None
-        group, bits = -1 if whole else self.group, 4 if self.bits <= 4 else 8
-        if whole and bits == 8 and self.zeros is not None and bool((self.zeros == 128).all()):
-            values = (self.codes.int() - 128).to(torch.int8).numpy()
-            return Int8Weight(values, np.ascontiguousarray(self.scales.float().flatten().numpy()))
-        order = None if self.index is None else order_of(self.index.numpy(), self.group)
-        halves = self.scales.to(torch.float16)
-        if self.minima is None and torch.equal(halves.float(), self.scales.float()):
-            zeros = torch.zeros_like(self.scales, dtype=torch.float32) if self.zeros is None else self.zeros.float()
-            if bool(((zeros == zeros.round()) & (zeros >= 0) & (zeros <= 255)).all()):
-                small = np.ascontiguousarray(zeros.to(torch.uint8).numpy())
-                return GroupWeight(codes, np.ascontiguousarray(halves.numpy()), small, group, bits, order)
-        scales = self.scales.float()
-        minima = self.minima.float() if self.minima is not None else torch.zeros_like(scales)
-        if self.zeros is not None:
-            minima = -self.zeros.float() * scales
-        s, m = (np.ascontiguousarray(each.numpy()) for each in (scales, minima))
-        return AffineWeight(codes, s, m, group, bits, order)
+        held = {"scales": self.scales, "zeros": self.zeros, "minima": self.minima, "index": self.index}
+        arrays = arrays_of({name: tensor for name, tensor in held.items() if tensor is not None})
+        return integer_weight(self.codes.numpy(), arrays.pop("scales"), self.bits, self.group, **arrays)
 
 
 @dataclass(frozen=True)

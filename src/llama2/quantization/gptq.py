@@ -14,24 +14,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llama2.errors import CheckpointError, InputError
+from llama2.errors import InputError
 from llama2.lazy import door
+from llama2.quantization.gptq_file import PARTS, SPAN, checked, format_of, packed, unpack, unpack_zeros
 from llama2.quantization.gptq_solver import Solution
 from llama2.quantization.integer_grid import IntegerGrid, Steps
-from llama2.quantization.linear import Fused, PackedLinear
-from llama2.quantization.packable import GroupWeight, PackableWeight, order_of
+from llama2.quantization.linear import Fused, PackedLinear, arrays_of
+from llama2.quantization.packable import PackableWeight
 
-SPAN = 32  # fields that fill whole words, whatever their bits
-# What makes every zero of a word one larger, for widths that divide a word.
-_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+__all__ = ["GptqLinear", "format_of", "grid_of", "pack", "pack_zeros", "unpack", "unpack_zeros"]
+
 _CHUNK = 1 << 19  # codes unpacked in one go: their floats (2 MiB) stay near a core's cache
-_SCALES = (torch.float16, torch.bfloat16, torch.float32)
 _groups = door("quantization.fused", "Groups", "The kernels of GPTQ's integers; imports triton.")
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 # -- fields in words ---------------------------------------------------------------------------------------------
@@ -49,50 +46,12 @@ def pack(codes_KN: Tensor, bits: int) -> Tensor:
     return words.flatten(0, 1)
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """The codes (K, N) int32 of words (K bits / 32, N)."""
-    top = (1 << bits) - 1
-    if bits != 3:
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-        return ((words[:, None] >> shifts[:, None]) & top).flatten(0, 1)
-    groups = words.unflatten(0, (-1, bits))
-    codes = groups.new_empty(groups.shape[0], SPAN, groups.shape[2])
-    for field in range(SPAN):
-        word, shift = divmod(field * bits, 32)
-        codes[:, field] = groups[:, word] >> shift
-        if shift + bits > 32:  # the shift above drew in the sign
-            codes[:, field] &= (1 << (32 - shift)) - 1
-            codes[:, field] |= groups[:, word + 1] << (32 - shift)
-    return codes.bitwise_and_(top).flatten(0, 1)
-
-
-def unpack_zeros(qzeros: Tensor, bits: int, v2: bool) -> Tensor:
-    """The zeros (G, N) int32 that are subtracted.
-
-    A v1 zero of 0 is stored as -1. GPTQModel subtracts and adds on whole words, so that it comes back together with
-    what it borrowed from its neighbour; of 3 bits it works on fields.
-    """
-    if not v2 and bits != 3:
-        qzeros = qzeros + _ONES[bits]
-    zeros = unpack(qzeros.mT.contiguous(), bits).mT
-    return (zeros + 1) & 7 if bits == 3 and not v2 else zeros
-
-
 def pack_zeros(zeros_GN: Tensor, bits: int, v2: bool) -> Tensor:
     """qzeros of zeros (G, N). Raises InputError for a zero that v1 cannot say in the same way to every reader."""
     low, top = (0 if v2 else 1), (1 << bits) - 1
     if not v2 and bool((zeros_GN == 0).any()):
         raise InputError("a zero is 0, which readers of format 'gptq' disagree about: take format 'gptq_v2'")
     return pack((zeros_GN - low).bitwise_and(top).mT.contiguous(), bits).mT.contiguous()
-
-
-def format_of(qzeros: Tensor, bits: int) -> str | None:
-    """The format of a symmetric weight, whose zeros are all 2^(bits - 1); None where they are not."""
-    first = unpack(qzeros.mT.contiguous(), bits)
-    middle = 1 << (bits - 1)
-    return next(
-        (name for name, zero in (("gptq", middle - 1), ("gptq_v2", middle)) if bool((first == zero).all())), None
-    )
 
 
 # -- the layer ---------------------------------------------------------------------------------------------------
@@ -116,14 +75,11 @@ class GptqLinear(PackedLinear):
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], bias: nn.Parameter | None, config: Any
     ) -> Self:
         """As PackedLinear.from_file: qweight, qzeros, scales and, unless columns are in order, g_idx."""
-        group = config.group_size if config.group_size != -1 else shape[1]
-        g_idx = tensors.get("g_idx")
-        if g_idx is None:
-            tensors = {**tensors, "g_idx": torch.arange(shape[1], dtype=torch.int32) // group}
-        elif g_idx.dtype == torch.int64:
-            tensors = {**tensors, "g_idx": g_idx.to(torch.int32)}
-        _check(tensors, shape, config)
-        return cls(shape, {name: tensors[name] for name in _PARTS}, bias, config)
+        g_idx = torch.from_numpy(checked(arrays_of(tensors), shape, config)["g_idx"])
+        kept = {**{name: tensors[name] for name in PARTS[:3]}, "g_idx": g_idx}
+        if (given := tensors.get("g_idx")) is not None:
+            kept["g_idx"] = given.to(torch.int32)
+        return cls(shape, kept, bias, config)
 
     @classmethod
     def quantize(cls, weight: Tensor, bias: nn.Parameter | None, config: Any) -> Self:
@@ -219,29 +175,12 @@ class GptqLinear(PackedLinear):
 
     def packable(self) -> PackableWeight:
         """As PackedLinear.packable: 2 and 3 bits by the kernel of 4, which their codes are a part of."""
-        scales = self.packed["scales"]
-        halves = scales.to(torch.float16)
-        if not torch.equal(halves.float(), scales.float()):
-            at = scales.float().flatten()[(halves.float() != scales.float()).flatten()][0].item()
-            raise InputError(
-                f"a scale, {at} in {scales.dtype}, is no float16, which the kernel reads; use runner='torch'"
-            )
-        codes, zeros = self.codes()
-        if int(zeros.max()) > 255:
-            raise InputError("a zero is 256, which does not fit the 8 bits of the kernel; use runner='torch'")
-        return GroupWeight(
-            np.ascontiguousarray(codes.to(torch.uint8).mT),
-            np.ascontiguousarray(halves.mT),
-            np.ascontiguousarray(zeros.to(torch.uint8).mT),
-            group=-1 if self.group_size == self.in_features else self.group_size,
-            bits=max(4, self.bits),
-            order=order_of(self.packed["g_idx"].numpy(), self.group_size),
-        )
+        return packed(arrays_of(self.packed), self.bits, self.group_size, self.v2)
 
     def fused(self) -> Fused:
         """As PackedLinear.fused."""
         shape = (self.out_features, self.in_features)
-        tensors = [self.packed[name] for name in _PARTS]
+        tensors = [self.packed[name] for name in PARTS]
         made: Fused = _groups(
             shape, self.bits, self.group_size, not self.v2, self.in_order, *tensors, *self._by_group()
         )
@@ -272,52 +211,3 @@ def _packable(weight_NK: Tensor) -> tuple[int, int]:
             "nf4 or int8"
         )
     return rows, columns
-
-
-# -- files that cannot be right ----------------------------------------------------------------------------------
-
-
-def _check(tensors: Mapping[str, Tensor], shape: tuple[int, int], config: Any) -> None:
-    """Raises CheckpointError for tensors that are no weight (N, K) of this configuration."""
-    (rows, columns), bits = shape, config.bits
-    if rows % SPAN or columns % SPAN:
-        raise CheckpointError(
-            f"the weight is {shape}; GPTQ packs multiples of {SPAN}: the configuration is of another model"
-        )
-    groups = 1 if config.group_size == -1 else -(-columns // config.group_size)
-    wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
-        "qweight": ((torch.int32,), (columns * bits // 32, rows)),
-        "qzeros": ((torch.int32,), (groups, rows * bits // 32)),
-        "scales": (_SCALES, (groups, rows)),
-        "g_idx": ((torch.int32,), (columns,)),
-    }
-    for name, (dtypes, size) in wanted.items():
-        found = tensors.get(name)
-        if found is None or found.dtype not in dtypes or tuple(found.shape) != size:
-            there = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-            raise CheckpointError(
-                f"{name} is {there}; {dtypes[0]} {size} is needed for {bits} bits in groups of {config.group_size}: "
-                "correct quantization_config, or fetch the file again"
-            )
-    if stray := sorted(set(tensors) - set(wanted)):
-        raise CheckpointError(f"{stray[0]} is no part of a GPTQ linear ({', '.join(wanted)}); quantise the model again")
-    _check_values(tensors, groups, config)
-
-
-def _check_values(tensors: Mapping[str, Tensor], groups: int, config: Any) -> None:
-    scales, g_idx = tensors["scales"], tensors["g_idx"]
-    good = scales.isfinite()
-    if not bool(good.all()):
-        bad = scales[~good][0].item()
-        raise CheckpointError(f"scales hold {bad}; each must be a finite number: fetch or quantise the file again")
-    low, high = int(g_idx.min()), int(g_idx.max())
-    if low < 0 or high >= groups:
-        raise CheckpointError(
-            f"g_idx holds {low if low < 0 else high}; groups are 0..{groups - 1}: fetch the file again"
-        )
-    found = format_of(tensors["qzeros"], config.bits) if config.sym else None
-    if found is not None and found != config.format:
-        raise CheckpointError(
-            f"the zeros are those of format {found!r} and the configuration says {config.format!r}: every weight would "
-            f"be off by a step. Set format and checkpoint_format of quantization_config to {found!r}"
-        )

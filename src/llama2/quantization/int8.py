@@ -15,12 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from llama2.errors import CheckpointError, InputError
+from llama2.errors import InputError
 from llama2.lazy import door
-from llama2.quantization.linear import Fused, PackedLinear
-from llama2.quantization.packable import Int8Weight, PackableWeight
+from llama2.quantization.int8_file import LEVELS, checked, packed
+from llama2.quantization.linear import Fused, PackedLinear, arrays_of
+from llama2.quantization.packable import PackableWeight
 
-LEVELS = 127
 _bytes = door("quantization.fused", "Bytes", "The kernels of int8 rows; imports triton.")
 
 
@@ -32,25 +32,9 @@ class Linear8bit(PackedLinear):
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], bias: nn.Parameter | None, config: Any
     ) -> Self:
         """As PackedLinear.from_file: "weight", "SCB" and, where the file has it, "weight_format"."""
-        scales = tensors.get("SCB")
-        if scales is not None and scales.dtype == torch.float16:  # of releases before 2023
-            tensors = {**tensors, "SCB": scales.float()}
-        wanted = {"weight": (torch.int8, shape), "SCB": (torch.float32, shape[:1])}
-        for name, (dtype, size) in wanted.items():
-            found = tensors.get(name)
-            if found is None or found.dtype != dtype or tuple(found.shape) != size:
-                there = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-                raise CheckpointError(f"{name} is {there}; {dtype} {size} is needed: quantise the model again")
-        if stray := sorted(set(tensors) - {*wanted, "weight_format"}):
-            raise CheckpointError(f"{stray[0]} is no part of int8 rows ({', '.join(wanted)}); quantise the model again")
-        order = tensors.get("weight_format")
-        if order is not None and order.numel() != 1:
-            raise CheckpointError(f"weight_format has {order.numel()} values; one is needed: save the model again")
-        if order is not None and int(order) != 0:
-            raise CheckpointError(f"weight_format is {int(order)}; only 0, rows, is supported: save the model again")
-        if not bool((tensors["SCB"].isfinite() & (tensors["SCB"] >= 0)).all()):
-            raise CheckpointError("SCB holds NaN, inf or values below 0; the file is damaged: fetch it again")
-        kept = {name: tensors[name] for name in wanted}
+        held = checked(arrays_of(tensors), shape)
+        scales = tensors["SCB"] if tensors["SCB"].dtype == torch.float32 else torch.from_numpy(held["SCB"])
+        kept = {"weight": tensors["weight"], "SCB": scales}
         return cls(shape, {**kept, "weight_format": torch.zeros((), dtype=torch.uint8)}, bias)
 
     @classmethod
@@ -79,8 +63,7 @@ class Linear8bit(PackedLinear):
 
     def packable(self) -> PackableWeight:
         """As PackedLinear.packable."""
-        held = self.packed
-        return Int8Weight(held["weight"].numpy(), (held["SCB"] / LEVELS).numpy())
+        return packed(arrays_of(self.packed))
 
     def fused(self) -> Fused:
         """As PackedLinear.fused."""

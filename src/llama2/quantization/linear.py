@@ -8,10 +8,12 @@ from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llama2.errors import InputError
 from llama2.quantization.packable import PackableWeight
+from llama2.stored_arrays import BFLOAT16
 
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)
 _ROWS = 16  # of x, up to which a kernel multiplies with packed weights
@@ -33,6 +35,18 @@ class Fused(Protocol):
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Tensors as arrays (`stored_arrays`), in place where they are on the CPU."""
+    return {name: _array_of(tensor) for name, tensor in tensors.items()}
+
+
+def _array_of(tensor: Tensor) -> NDArray[Any]:
+    held = tensor.detach().cpu()
+    if held.dtype == torch.bfloat16:
+        return held.view(torch.uint16).numpy().view(BFLOAT16)
+    return held.numpy()
 
 
 def kernels_run(device: torch.device) -> bool:

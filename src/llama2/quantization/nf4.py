@@ -15,7 +15,6 @@ w = table[code] * absmax of its block, in float32. A file holds, after the path 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
 
@@ -23,22 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from llama2.compiled import kernels, pool
-from llama2.errors import CheckpointError, InputError
+from llama2.errors import InputError
 from llama2.lazy import door
-from llama2.quantization.codebooks import FP4, NF4
-from llama2.quantization.linear import Fused, PackedLinear
-from llama2.quantization.packable import CodebookWeight, PackableWeight
+from llama2.quantization.linear import Fused, PackedLinear, arrays_of
+from llama2.quantization.nf4_file import STATE, STORAGES, TABLES, State, checked, packed
+from llama2.quantization.packable import PackableWeight
 from llama2.quantization_config import BitsAndBytesConfig
 
-TABLES = {"nf4": NF4, "fp4": FP4}
 BLOCK, NESTED = 64, 256
-BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # sizes that bitsandbytes knows
-STORAGES = {t: getattr(torch, t) for t in ("uint8", "bfloat16", "float16", "float32")}
-_STATE = "weight.quant_state.bitsandbytes__"
+_STORAGES = {name: getattr(torch, name) for name in STORAGES}
 _NEAREST = 65536  # steps of [-1, 1] in which bitsandbytes looks for the nearest of the 256 values
 _CHUNK = 1 << 20  # values at once: what is between codes and weights stays in the cache of a core
 _blocks = door("quantization.fused", "Blocks", "The kernels of two codes a byte; imports triton.")
-_DAMAGED = "the file is damaged: fetch it, or quantise the model, again"
 
 
 def _table(kind: str, device: torch.device) -> Tensor:
@@ -61,31 +56,15 @@ class Linear4bit(PackedLinear):
     ) -> None:
         super().__init__(shape, tensors, bias)
         self.compute_dtype = compute_dtype
-        self.state = _State.read(tensors, shape)
+        self.state = State.read(tensors, shape)
 
     @classmethod
     def from_file(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], bias: nn.Parameter | None, config: Any
     ) -> Self:
         """As PackedLinear.from_file: the tensors that the module's docstring lists."""
-        state = _State.read(tensors, shape)
-        wanted = _layout(state, shape, tensors)
-        for name, (dtype, size) in wanted.items():
-            found = tensors.get(name)
-            if found is None or found.dtype != dtype or tuple(found.shape) != size:
-                there = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-                raise CheckpointError(f"{name} is {there}; {dtype} {size} is needed: quantise the model again")
-        if stray := sorted(set(tensors) - set(wanted)):
-            raise CheckpointError(f"{stray[0]} is no part of {state.kind} ({', '.join(wanted)}); quantise it again")
-        table = _table(state.kind, torch.device("cpu"))
-        if not torch.allclose(tensors["weight.quant_map"].cpu(), table, atol=1e-6):
-            raise CheckpointError(f"weight.quant_map is not the table of {state.kind}; {_DAMAGED}")
-        scales = "weight.nested_absmax" if state.nested else "weight.absmax"
-        if not bool((tensors[scales].isfinite() & (tensors[scales] >= 0)).all()):
-            raise CheckpointError(f"{scales} holds NaN, inf or values below 0; {_DAMAGED}")
-        if state.nested and not bool((tensors["weight.nested_quant_map"].abs() <= 1).all()):
-            raise CheckpointError(f"weight.nested_quant_map holds NaN or values outside [-1, 1]; {_DAMAGED}")
-        return cls(shape, {name: tensors[name] for name in wanted}, bias, _compute_dtype(config))
+        _, names = checked(arrays_of(tensors), shape)
+        return cls(shape, {name: tensors[name] for name in names}, bias, _compute_dtype(config))
 
     @classmethod
     def quantize(cls, weight: Tensor, bias: nn.Parameter | None, config: Any) -> Self:
@@ -95,14 +74,14 @@ class Linear4bit(PackedLinear):
         Raises InputError for a weight that is no float16, bfloat16 or float32, or not finite.
         """
         settings = config or BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        kind, storage = settings.bnb_4bit_quant_type, STORAGES.get(settings.bnb_4bit_quant_storage)
+        kind, storage = settings.bnb_4bit_quant_type, _STORAGES.get(settings.bnb_4bit_quant_storage)
         if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise InputError(f"the weight is {weight.dtype}; 4-bit blocks are made of float16, bfloat16 or float32")
         codes, absmax = to_codes(weight.detach(), kind)
         if storage is None or codes.numel() % storage.itemsize:
             raise InputError(
                 f"bnb_4bit_quant_storage is {settings.bnb_4bit_quant_storage!r}; {codes.numel()} bytes go into one of "
-                f"{', '.join(name for name, t in STORAGES.items() if codes.numel() % t.itemsize == 0)}"
+                f"{', '.join(name for name, t in _STORAGES.items() if codes.numel() % t.itemsize == 0)}"
             )
         return cls(
             (weight.shape[0], weight.shape[1]),
@@ -138,8 +117,7 @@ class Linear4bit(PackedLinear):
 
     def packable(self) -> PackableWeight:
         """As PackedLinear.packable."""
-        shape, state = (self.out_features, self.in_features), self.state
-        return CodebookWeight(self.codes.numpy(), self.absmax.numpy(), shape, TABLES[state.kind], state.block)
+        return packed(arrays_of(self.packed), (self.out_features, self.in_features), self.state)
 
     def fused(self) -> Fused:
         """As PackedLinear.fused."""
@@ -160,78 +138,11 @@ class Linear4bit(PackedLinear):
         return f"{super().extra_repr()}, {self.state.kind}, block={self.state.block}{double}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        key = _STATE + self.state.kind
+        key = STATE + self.state.kind
         if prefix + key in state_dict:  # its length is that of the numbers in it
             self._buffers[key] = torch.empty_like(state_dict[prefix + key], device=self.codes.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self.state = _State.read(self.packed, (self.out_features, self.in_features))
-
-
-# -- the JSON beside the codes -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _State:
-    """The quantisation state of the JSON: "nf4" or "fp4", values of a block, and of double quantisation blocks of a
-    block (0: without) and what is added."""
-
-    kind: str
-    block: int
-    nested: int = 0
-    offset: float = 0.0
-
-    @classmethod
-    def read(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> "_State":
-        """The state among the tensors of a layer. Raises CheckpointError for one that is not of a weight (out, in)."""
-        keys = [name for name in tensors if name.startswith("weight.quant_state.")]
-        if len(keys) != 1 or keys[0].removeprefix(_STATE) not in TABLES:
-            raise CheckpointError(
-                f"it has {keys or 'no weight.quant_state'}; exactly one of {_STATE}nf4 and {_STATE}fp4 is needed: "
-                "quantise the model again with bitsandbytes 0.41.3 or later"
-            )
-        kind = keys[0].removeprefix(_STATE)
-        try:
-            content = json.loads(bytes(tensors[keys[0]].flatten().tolist()).decode())
-            asked = {**content}
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{keys[0]} is not a JSON object in bytes ({error}); {_DAMAGED}") from error
-        nested = "nested_blocksize" in asked or "nested_offset" in asked
-        rules = {
-            "quant_type": (asked.get("quant_type") == kind, f"{kind!r}, as its name says"),
-            "blocksize": (asked.get("blocksize") in BLOCKS, f"one of {', '.join(map(str, BLOCKS))}"),
-            "dtype": (asked.get("dtype") in list(STORAGES)[1:], f"one of {', '.join(list(STORAGES)[1:])}"),
-            "shape": (asked.get("shape") == list(shape), f"{list(shape)}, which the configuration says"),
-        }
-        if nested:
-            size, offset = asked.get("nested_blocksize"), asked.get("nested_offset")
-            rules["nested_blocksize"] = (type(size) is int and size > 0, "a number of blocks")
-            rules["nested_dtype"] = (asked.get("nested_dtype") == "float32", "'float32'")
-            rules["nested_offset"] = (isinstance(offset, int | float) and math.isfinite(offset), "a finite number")
-        for name, (holds, bound) in rules.items():
-            if not holds:
-                raise CheckpointError(f"{keys[0]}: {name} is {asked.get(name)!r}; it must be {bound}: {_DAMAGED}")
-        if not nested:
-            return cls(kind, asked["blocksize"])
-        return cls(kind, asked["blocksize"], asked["nested_blocksize"], float(asked["nested_offset"]))
-
-
-def _layout(
-    state: _State, shape: tuple[int, int], tensors: Mapping[str, Tensor]
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of every tensor of a layer; the weight's dtype is the file's, where it can be."""
-    count = math.prod(shape)
-    held = tensors["weight"].dtype if "weight" in tensors else torch.uint8
-    storage = held if held in STORAGES.values() else torch.uint8
-    blocks, key = -(-count // state.block), _STATE + state.kind
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "weight": (storage, (-(-count // 2) // storage.itemsize, 1)),
-        "weight.absmax": (torch.uint8 if state.nested else torch.float32, (blocks,)),
-        "weight.quant_map": (torch.float32, (16,)),
-    }
-    if state.nested:
-        layout["weight.nested_absmax"] = (torch.float32, (-(-blocks // state.nested),))
-        layout["weight.nested_quant_map"] = (torch.float32, (256,))
-    return {**layout, key: (torch.uint8, tuple(tensors[key].shape))}
+        self.state = State.read(self.packed, (self.out_features, self.in_features))
 
 
 def _compute_dtype(config: Any) -> torch.dtype:
@@ -251,7 +162,7 @@ def _tensors(weight: Tensor, absmax: Tensor, kind: str, source: Tensor, double: 
         made["weight.nested_quant_map"] = torch.tensor(dynamic_map(), device=absmax.device)
         said |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": offset.item()}
     text = json.dumps(said).encode()
-    return {**made, _STATE + kind: torch.tensor(list(text), dtype=torch.uint8, device=absmax.device)}
+    return {**made, STATE + kind: torch.tensor(list(text), dtype=torch.uint8, device=absmax.device)}
 
 
 # -- values and codes --------------------------------------------------------------------------------------------

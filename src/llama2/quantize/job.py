@@ -21,10 +21,11 @@ from llama2.architecture import linear_shapes
 from llama2.auto import AutoTokenizer
 from llama2.checkpoint import Checkpoint, convert
 from llama2.checkpoint.gguf_write import GgufTarget
-from llama2.checkpoint.hf import DTYPES, map_safetensors
+from llama2.checkpoint.hf import map_safetensors
 from llama2.checkpoint.hf_write import HfTarget
 from llama2.checkpoint.merge import open_merged
 from llama2.checkpoint.save import parse_size
+from llama2.checkpoint.torch_tensors import DTYPES
 from llama2.errors import CheckpointError, InputError, Llama2Error
 from llama2.files import locked, write_text
 from llama2.quantization.gptq_solver import Hessian

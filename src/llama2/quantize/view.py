@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llama2.checkpoint import Checkpoint, RawTensor, Stored
-from llama2.checkpoint.hf import CODES, map_safetensors
+from llama2.checkpoint.hf import map_safetensors
+from llama2.checkpoint.torch_tensors import CODES
 from llama2.checkpoint.wrapper import SeenCheckpoint
 from llama2.config import LlamaConfig
 from llama2.quantization_config import QuantizationConfig

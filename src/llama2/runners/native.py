@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from llama2 import cpu
 from llama2.cache import Cache, KVCache
 from llama2.checkpoint.gguf import GgufFile
-from llama2.checkpoint.packing import warn_of_packing
-from llama2.checkpoint.peft import read_adapter
+from llama2.checkpoint.packing_note import warn_of_packing
+from llama2.checkpoint.peft_adapter import read_adapter
 from llama2.errors import InputError, Llama2Error
 from llama2.lora import LoraLinear
 from llama2.model import LlamaForCausalLM

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama2.checkpoint import directory, pickles
-from llama2.checkpoint.hf import DTYPES
+from llama2.checkpoint.torch_tensors import DTYPES
 from llama2.errors import CheckpointError
 from llama2.schema import check, several, text, whole
 from llama2.text_file import LISTING_BYTES, inside, read_bytes

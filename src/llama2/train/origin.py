@@ -11,7 +11,7 @@ from llama2 import checkpoint
 from llama2.architecture import parameter_shapes
 from llama2.auto import AutoTokenizer, load_config
 from llama2.checkpoint.arguments import resolve_device
-from llama2.checkpoint.packing import read_packing
+from llama2.checkpoint.packing_note import read_packing
 from llama2.checkpoint.peft_files import PICKLE, WEIGHTS, is_adapter, read_config, read_fields
 from llama2.checkpoint.source import fetch_files, local_path, locate_all, revision_of
 from llama2.config import LlamaConfig

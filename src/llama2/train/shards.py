@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llama2 import schema
-from llama2.checkpoint.hf import CODES, DTYPES, map_safetensors
+from llama2.checkpoint.hf import map_safetensors
 from llama2.checkpoint.save import write_safetensors
+from llama2.checkpoint.torch_tensors import CODES, DTYPES
 from llama2.errors import CheckpointError
 from llama2.files import replacing, write_text
 from llama2.text_file import LISTING_BYTES, inside, read_object
