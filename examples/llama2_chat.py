@@ -354,7 +354,10 @@ def main() -> None:
     helpful = rewarded("reward", helpful_rows, sft, f"--eval-data {measure}")
     safe = rewarded("safety", safe_rows, sft)
     judges = f"--reward {helpful} --safety-reward {safe}"
-    models, mixed = {"tuned": sft}, first[: len(first) // 5]
+    models = {"tuned": sft}
+    mixed = [row for row in first if not dragon(row["messages"][-1]["content"])][
+        : len(first) // 5
+    ]  # keeps instructions
     for number in (1, 2):
         policy = models[f"rejection {number - 1}" if number > 1 else "tuned"]
         models[f"rejection {number}"] = rejection(number, base, policy, judges, mixed)
