@@ -221,7 +221,7 @@ def test_every_limit_that_can_be_set_is_documented() -> None:
     # What these bound is a matter of the model and the memory: docs/serving.md.
     others = {
         "max_input_tokens", "max_total_tokens", "max_batch_total_tokens", "max_batch_prefill_tokens", "max_batch_size",
-        "max_best_of", "max_top_n_tokens", "request_timeout", "api_key", "ssl_keyfile",
+        "max_best_of", "max_models", "max_top_n_tokens", "request_timeout", "api_key", "ssl_keyfile",
     }  # fmt: skip
     named = [f.name for f in fields(ServeOptions) if any(word in f.name for word in words) and f.name not in others]
     assert len(named) > 15

@@ -143,7 +143,7 @@ class Service:
         """Ends everything that runs, and the wait for models that are being loaded."""
         self.pool.cut()
         for session in list(self.sessions):
-            session.close()
+            session.cancel()
 
     def alive(self) -> bool:
         """Whether the models that are loaded work."""

@@ -131,10 +131,14 @@ class Session:
             if not self.open and not self._arrived:
                 return
 
-    def close(self) -> None:
-        """Ends what still runs, and lets go of it: a request knows its session, which would keep the model."""
+    def cancel(self) -> None:
+        """Ends what still runs; `batches` says so to whoever listens."""
         for live in self._lives:
             self._engine.cancel(live)
+
+    def close(self) -> None:
+        """Ends what still runs, and lets go of it: a request knows its session, which would keep the model."""
+        self.cancel()
         self._lives = []
 
 
