@@ -5,11 +5,11 @@
 namespace llama2 {
 namespace {
 
-constexpr int TRIAL = 3;                        // steps
-constexpr double FASTER = 0.9;                  // what a trial has to take of the usual time
-constexpr double RECENT = 0.2;                  // weight of the last step
-constexpr double SLEEPY = 0.2;                  // share of a step asleep from which on fewer threads may be faster
-constexpr double PAID = 50;                     // pause, in times of what a lost trial lost
+constexpr int TRIAL = 12;            // steps
+constexpr double FASTER = 0.9;       // what a trial has to take of the usual time
+constexpr double RECENT = 1 / 64.0;  // weight of the last step: a trial must not be compared with one slow step
+constexpr double SLEEPY = 0.5;       // share of a step asleep from which on fewer threads may be faster
+constexpr double PAID = 50;          // pause, in times of what a lost trial lost
 constexpr double SHORTEST = 0.05, LONGEST = 5;  // pause before a trial, seconds
 
 }  // namespace
@@ -17,7 +17,7 @@ constexpr double SHORTEST = 0.05, LONGEST = 5;  // pause before a trial, seconds
 int Governor::team(int most, double now) {
   for (lowest_ = 0; most >> (lowest_ + 1); ++lowest_) {}
   level_ = std::min(level_, lowest_);
-  if (!on_trial() && usual_ > 0 && now >= due_) {
+  if (!on_trial() && counted_ >= 2 * TRIAL && now >= due_) {
     bool down = level_ < lowest_ && slept_ >= SLEEPY * usual_, up = level_ > 0;
     if (down && (!up || down_next_)) trial_ = level_ + 1;
     else if (up) trial_ = level_ - 1;
@@ -36,8 +36,9 @@ void Governor::done(double now, double seconds, double slept) {
     if (steps_ == TRIAL || spent_ > (steps_ + 1) * usual_) settle(now);
     return;
   }
-  usual_ = usual_ > 0 ? usual_ + RECENT * (seconds - usual_) : seconds;
-  slept_ += RECENT * (slept - slept_);
+  double weight = std::max(RECENT, 1.0 / ++counted_);
+  usual_ += weight * (seconds - usual_);
+  slept_ += weight * (slept - slept_);
 }
 
 void Governor::settle(double now) {
@@ -46,6 +47,7 @@ void Governor::settle(double now) {
     level_ = trial_;
     usual_ = mean;
     slept_ = 0;
+    counted_ = TRIAL;
     pause_ = SHORTEST;
   } else {
     double lost = std::max(0.0, spent_ - steps_ * usual_);

@@ -27,6 +27,7 @@ class Governor {
   bool down_next_ = true;         // where both directions are open
   int steps_ = 0;                 // of the trial so far
   double spent_ = 0;              // seconds of these
+  int64_t counted_ = 0;           // steps of the usual level in the next two, up to a bound
   double usual_ = 0, slept_ = 0;  // of a step of the usual level: seconds in all and asleep, recent ones counting more
   double due_ = 0, pause_ = 0;    // when the next trial may begin, and how long it was waited for
 };

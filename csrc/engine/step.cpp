@@ -12,6 +12,7 @@
 namespace llama2 {
 namespace {
 
+constexpr int64_t DYNAMIC = 16;         // from this many tokens on, threads take work piece by piece
 constexpr int64_t FETCHED = 128 << 10;  // bytes of the next weights that a waiting thread brings in
 constexpr int64_t STEALABLE = 2 << 20;  // bytes a thread from which on the end of a product is shared by demand
 constexpr int64_t PIECE = 128 << 10;    // bytes of such a piece: shorter ones end before the hardware has prefetched
@@ -415,8 +416,8 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 }  // namespace
 
 bool Runner::step(const Model& model, const KvCache& cache, const Batch& batch, const std::function<bool()>& stop) {
-  // Work that is handed out by pieces waits less for a late thread, and all threads are worth having.
-  Governor* governor = batch.tokens < DYNAMIC ? &governors_[batch.tokens] : nullptr;
+  // With more tokens a step is longer beside its barriers, and all threads are worth having.
+  Governor* governor = batch.tokens < GOVERNED ? &governors_[batch.tokens] : nullptr;
   double begun = now();
   int threads = governor ? governor->team(pool_->size(), begun) : pool_->size();
   int64_t need = Step::bytes(model, batch, threads);

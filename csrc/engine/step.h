@@ -11,7 +11,7 @@
 
 namespace llama2 {
 
-constexpr int64_t DYNAMIC = 16;  // from this many tokens on, threads take work piece by piece
+constexpr int64_t GOVERNED = 4;  // below this many tokens the number of threads is measured
 
 struct Layer {
   const float *norm1 = nullptr, *norm2 = nullptr;
@@ -72,7 +72,7 @@ class Runner {
   bool exact_;
   std::shared_ptr<uint8_t> scratch_;
   int64_t scratch_bytes_ = 0;
-  Governor governors_[DYNAMIC];  // by the step's tokens
+  Governor governors_[GOVERNED];  // by the step's tokens
 };
 
 }  // namespace llama2
