@@ -132,7 +132,7 @@ class Session:
                 return
 
     def cancel(self) -> None:
-        """Ends what still runs; `batches` says so to whoever listens."""
+        """Ends what still runs; `batches` tells the caller."""
         for live in self._lives:
             self._engine.cancel(live)
 
