@@ -400,3 +400,13 @@ def test_a_model_keeps_the_adapter_it_was_loaded_with() -> None:
         assert max(abs(a - b) for a, b in zip(adapted[1], base[1], strict=True)) > 0.1
         held.set_adapter(None)
         assert answers(engine) == base
+
+
+def test_of_several_prompts_none_begins_where_one_is_refused() -> None:
+    """Those before the refused one went on for nobody, to the end of the context."""
+    model = tiny_model(vocab_size=64, max_position_embeddings=512)
+    with Engine(model, runner="torch") as engine:
+        with pytest.raises(InputError, match="id 64"):
+            engine.generate([[1, 2, 3], [64]], max_new_tokens=400)
+        assert engine.waiting + engine.running == 0
+        assert len(engine.generate([[1, 2, 3], [4]], max_new_tokens=2)) == 2

@@ -1,7 +1,7 @@
 """The events of a request for a plain loop, and what became of several. No torch here."""
 
-import queue
 from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from llama2.engine.request import Completion, EngineRequest, TokenEvent
@@ -14,7 +14,7 @@ class Stream:
     """The events of one request, for a plain loop, which raises its error; leaving the loop or `cancel` ends it."""
 
     def __init__(self, engine: "Engine", ask: EngineRequest) -> None:
-        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self._events: SimpleQueue[TokenEvent] = SimpleQueue()
         self._engine = engine
         self._live = engine.submit(ask, self._events.put)
 
@@ -24,27 +24,33 @@ class Stream:
 
     def __iter__(self) -> Iterator[TokenEvent]:
         try:
-            while True:
-                event = self._events.get()
-                if event.error is not None:
-                    raise event.error
-                yield event
-                if event.finish is not None:
-                    return
+            yield from _until_end(self._events)
         finally:
             self.cancel()
 
 
+def _until_end(events: SimpleQueue[TokenEvent]) -> Iterator[TokenEvent]:
+    """The events of one request; raises its error."""
+    while True:
+        event = events.get()
+        if event.error is not None:
+            raise event.error
+        yield event
+        if event.finish is not None:
+            return
+
+
 def complete(engine: "Engine", asks: Sequence[EngineRequest]) -> list[Completion]:
     """Runs several requests at once and returns their completions. Raises the error of one that fails, and ends the
-    others."""
-    streams = [Stream(engine, ask) for ask in asks]
-    results = [Completion() for _ in streams]
+    others; where one is refused, none begins."""
+    received = [SimpleQueue[TokenEvent]() for _ in asks]
+    results = [Completion() for _ in asks]
+    lives = engine.submit_together([(ask, events.put) for ask, events in zip(asks, received, strict=True)])
     try:
-        for result, stream in zip(results, streams, strict=True):
-            for event in stream:
+        for result, events in zip(results, received, strict=True):
+            for event in _until_end(events):
                 result.add(event)
     finally:
-        for stream in streams:
-            stream.cancel()
+        for live in lives:
+            engine.cancel(live)
     return results
