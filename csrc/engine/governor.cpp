@@ -15,18 +15,15 @@ constexpr double SHORTEST = 0.05, LONGEST = 5;  // pause before a trial, seconds
 }  // namespace
 
 int Governor::team(int most, double now) {
-  for (lowest_ = 0; most >> (lowest_ + 1); ++lowest_) {}
-  level_ = std::min(level_, lowest_);
   if (!on_trial() && counted_ >= 2 * TRIAL && now >= due_) {
-    bool down = level_ < lowest_ && slept_ >= SLEEPY * usual_, up = level_ > 0;
+    bool down = most >> (level_ + 1) && slept_ >= SLEEPY * usual_, up = level_ > 0;
     if (down && (!up || down_next_)) trial_ = level_ + 1;
     else if (up) trial_ = level_ - 1;
     if (down && up) down_next_ = !down_next_;
     steps_ = 0;
     spent_ = 0;
   }
-  trial_ = std::min(trial_, lowest_);
-  return std::max(1, most >> trial_);
+  return most >> trial_;
 }
 
 void Governor::done(double now, double seconds, double slept) {

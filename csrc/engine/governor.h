@@ -12,7 +12,7 @@ namespace llama2 {
 
 class Governor {
  public:
-  // threads of the step that begins `now` (seconds of any steady clock), of at most `most`
+  // threads of the step that begins `now` (seconds of any steady clock), of `most`, the same for every step
   int team(int most, double now);
   // the step that `team` was asked for took `seconds`, `slept` of which a thread slept in barriers, of several threads
   // the sum
@@ -23,7 +23,6 @@ class Governor {
   void settle(double now);
 
   int level_ = 0, trial_ = 0;     // halvings of the threads: as is usual now, and of the step that runs
-  int lowest_ = 0;                // level of one thread
   bool down_next_ = true;         // where both directions are open
   int steps_ = 0;                 // of the trial so far
   double spent_ = 0;              // seconds of these

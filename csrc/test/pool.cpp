@@ -123,8 +123,7 @@ void check_governor() {
   expect(c.by_one == 0, "steps of one thread when it has ended", "", c.by_one, c.steps, 0);
   c.run(60, 0.1, 0.2, 0.3);  // threads that are late without being slow: trials cost little
   expect(c.by_one * 0.1 < 60 * 0.03, "trials that lose", "", c.by_one, c.steps, 0);
-  Governor four;
-  expect(four.team(1, 1) == 1 && four.team(6, 1) == 6, "threads to begin with", "", 0, 0, 0);
+  expect(Governor().team(1, 1) == 1 && Governor().team(6, 1) == 6, "threads to begin with", "", 0, 0, 0);
 }
 
 // A thread that comes late to a barrier finds the others asleep; one that is there in time, awake.

@@ -4,6 +4,7 @@ An array of bfloat16 or of floats of 8 bits holds their patterns in a dtype with
 slicing, joining and comparing bits work as for any array, and no arithmetic is done on patterns by mistake.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ CODES: dict[Any, str] = {dtype: code for code, dtype in DTYPES.items()}
 BFLOAT16 = DTYPES["BF16"]
 WIDTHS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by torch's names
 NAMES = {code: name for name, code in WIDTHS.items()}
-_SAID = {
+TORCH_NAMES = {  # of all types
     **NAMES,
     **{f"I{8 * size}": f"int{8 * size}" for size in (8, 4, 2, 1)},
     "U8": "uint8",
@@ -47,7 +48,15 @@ _SAID = {
 def said(kind: Any) -> str:
     """A type, or the dtype of an array, by torch's name, for messages."""
     code = kind if isinstance(kind, str) else CODES.get(kind, str(kind))
-    return f"torch.{_SAID.get(code, code)}"
+    return f"torch.{TORCH_NAMES.get(code, code)}"
+
+
+def misfit(array: NDArray[Any] | None, codes: Collection[str], shape: tuple[int, ...]) -> str:
+    """Describes an array that is none of these types and this shape, for messages; "" for one that is."""
+    if array is None:
+        return "missing"
+    fits = CODES.get(array.dtype) in codes and array.shape == shape
+    return "" if fits else f"{said(array.dtype)} {array.shape}"
 
 
 def is_float(array: NDArray[Any]) -> bool:

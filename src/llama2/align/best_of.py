@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from llama2.errors import InputError
+from llama2.evaluate.statistics import mean
 
 
 def best_of(scores: Sequence[float], n: int) -> float:
@@ -28,10 +29,8 @@ def curve(scores: Sequence[Sequence[float]]) -> dict[int, tuple[float, float]]:
         return {}
     found = {}
     for n in range(1, min(map(len, held)) + 1):
-        values = [best_of(row, n) for row in held]
-        mean = sum(values) / len(values)
-        spread = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
-        found[n] = (mean, math.sqrt(spread / len(values)))
+        value, error = mean([best_of(row, n) for row in held])
+        found[n] = (value, error or 0.0)
     return found
 
 

@@ -19,6 +19,7 @@ from llama2.align.rollout import Rollout, RolloutSampler, resting, seed_of
 from llama2.align.synthesis import Synthesis, SynthesisPlan, said
 from llama2.auto import AutoModelForCausalLM
 from llama2.errors import InputError
+from llama2.evaluate.statistics import mean
 from llama2.train.data import Row
 from llama2.train.fused_layer import fused
 
@@ -172,6 +173,5 @@ def mean_error(groups: Sequence[Sequence[float | None]]) -> dict[str, float]:
     means = [sum(group) / len(group) for group in held if group]
     if not means:
         raise InputError("no answer has a reward: the reward functions returned None for all")
-    mean = sum(means) / len(means)
-    spread = sum((value - mean) ** 2 for value in means) / max(len(means) - 1, 1)
-    return {"mean": mean, "error": math.sqrt(spread / len(means))}
+    found = mean(means)
+    return {"mean": found.value, "error": found.error or 0.0}

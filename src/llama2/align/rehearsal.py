@@ -18,6 +18,7 @@ from llama2.train.rehearsal import (
     peak_now,
     peak_of,
     size_text,
+    time_text,
     twice,
 )
 
@@ -72,10 +73,9 @@ class SamplingRehearsal:
 
     def lines(self) -> list[str]:
         """For people."""
-        took = f"{self.hours:.1f} hours" if self.hours >= 1 else f"{60 * self.hours:.1f} minutes"
         return [
-            f"{self.prompts:,} prompts, {took} at {self.seconds / self.tried:.2f} seconds each (of the first "
-            f"{self.tried})",
+            f"{self.prompts:,} prompts, {time_text(self.hours)} at {self.seconds / self.tried:.2f} seconds each (of "
+            f"the first {self.tried})",
             f"memory: {size_text(self.peak)}, of {size_text(self.free)}; {size_text(self.disk)} free on the disk",
         ]
 

@@ -20,7 +20,7 @@ import numpy as np
 from llama2.checkpoint.pickle_check import begins, inspect, refusal, too_large
 from llama2.errors import CheckpointError, needs_torch
 from llama2.mapping import mapped
-from llama2.stored_arrays import DTYPES
+from llama2.stored_arrays import DTYPES, TORCH_NAMES
 from llama2.text_file import opened, shown
 
 _STORAGES = {
@@ -135,18 +135,7 @@ class _Archive:
         return np.lib.stride_tricks.as_strided(flat, shape, steps)
 
 
-_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "bool": "BOOL",
-    **{f"int{8 * size}": f"I{8 * size}" for size in (1, 2, 4, 8)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32)},
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-}
+_DTYPES = {name: code for code, name in TORCH_NAMES.items()}
 
 
 def _tensor(storage: Any, first: Any, shape: Any, strides: Any, *rest: Any) -> _Placeholder:

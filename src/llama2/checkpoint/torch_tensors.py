@@ -10,24 +10,9 @@ import torch
 from torch import Tensor
 
 from llama2.checkpoint import RawTensor, pickles
+from llama2.stored_arrays import TORCH_NAMES
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-}
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in TORCH_NAMES.items()}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 

@@ -89,6 +89,16 @@ def _rehearsed(found: "Rehearsal | SamplingRehearsal", first: bool, as_json: boo
     return 0
 
 
+def _prompt_meter(options: "RejectionOptions | SynthesisOptions") -> Callable[[int, int], None]:
+    """Tells how many prompts are done."""
+
+    def report(done: int, of: int) -> None:
+        if not options.quiet:
+            terminal.notice(f"{done:,} of {of:,} prompts")
+
+    return report
+
+
 # -- rejection sampling ------------------------------------------------------------------------------------------
 
 
@@ -113,12 +123,7 @@ def _reject(options: RejectionOptions) -> int:
     job = Rejection(round, options.resume, None if options.quiet else terminal.notice)
     if options.dry_run:
         return _rehearsed(rehearse_sampling(job), job.ranks.first, options.json)
-
-    def report(done: int, of: int) -> None:
-        if not options.quiet:
-            terminal.notice(f"{done:,} of {of:,} prompts")
-
-    outcome = job.run(report)
+    outcome = job.run(_prompt_meter(options))
     if job.ranks.first and options.json:
         print(json.dumps({"folder": folder, **vars(outcome)}))
     elif job.ranks.first:
@@ -146,12 +151,7 @@ def _synthesise(options: GhostOptions | DistilOptions | MeasureOptions) -> int:
     job = _synthesis(options)
     if options.dry_run:
         return _rehearsed(rehearse_sampling(job), job.ranks.first, options.json)
-
-    def report(done: int, of: int) -> None:
-        if not options.quiet:
-            terminal.notice(f"{done:,} of {of:,} prompts")
-
-    outcome = job.run(report)
+    outcome = job.run(_prompt_meter(options))
     folder = options.paths[2]
     if job.ranks.first and options.json:
         print(json.dumps({"folder": folder, "rows": outcome.rows, **outcome.values}))

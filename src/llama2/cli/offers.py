@@ -22,7 +22,6 @@ KEEP = "5m"
 SHARE = 0.9  # of the memory that is free at the start, for all models together
 LEVELS = 3  # of folders below --models
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 Make = Callable[["ServeOptions", int], tuple[Any, Any]]  # options and bytes of the cache -> engine and bounds
 
 
@@ -146,11 +145,12 @@ class _Maker:
         """Reads the facts in a model's files. Raises CheckpointError, ConfigError, TokenizerError."""
         from llama2.cli.inspect import read
         from llama2.serve.facts import Facts, weight_type
+        from llama2.stored_arrays import DTYPES, WIDTHS
 
         headers, options = read(path), self.options
         config = headers.config
         size = headers.file_bytes or 2 * headers.parameters
-        held = size if options.dtype == "auto" else _BYTES[options.dtype] * headers.parameters
+        held = size if options.dtype == "auto" else DTYPES[WIDTHS[options.dtype]].itemsize * headers.parameters
         context = min(options.max_total_tokens or config.max_position_embeddings, config.max_position_embeddings)
         wanted = options.wanted()
         each = config.kv_bytes_per_token({"int8": 1.25, "float32": 4}.get(options.kv_cache, 2))

@@ -16,8 +16,7 @@ from torch import Tensor
 from llama2.quantization.awq_file import PLACES, grid, layout, sizes
 from llama2.quantization.file_linear import FileReader, TensorPart
 from llama2.quantization.forms import Form, Integers
-
-_DTYPES = {"I32": torch.int32, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+from llama2.stored_arrays import TORCH_NAMES
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -29,7 +28,9 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 def _layout(shape: tuple[int, int], settings: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, TensorPart]:
     return {
-        name: TensorPart(tuple(_DTYPES[code] for code in part.codes), part.shape, optional=part.optional)
+        name: TensorPart(
+            tuple(getattr(torch, TORCH_NAMES[code]) for code in part.codes), part.shape, optional=part.optional
+        )
         for name, part in layout(shape, settings).items()
     }
 

@@ -10,7 +10,7 @@ from llama2.array_kinds import numbers, to_bytes
 from llama2.errors import CheckpointError
 from llama2.quantization.integer_weight import integer_weight
 from llama2.quantization.packable import PackableWeight
-from llama2.stored_arrays import CODES, said, to_float32
+from llama2.stored_arrays import misfit, said, to_float32
 
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble of each output: the inverse of 0, 2, 4, 6, 1, 3, 5, 7
 _FLOATS = ("F16", "BF16", "F32")
@@ -102,11 +102,9 @@ def weight_of(tensors: Mapping[str, NDArray[Any]], shape: tuple[int, int], setti
     """As `formats.Format.packed`. Raises CheckpointError for tensors that are no such weight."""
     wanted = layout(shape, settings)
     for name, part in wanted.items():
-        found = tensors.get(name)
-        if found is None and part.optional:
+        if part.optional and name not in tensors:
             continue
-        if found is None or CODES.get(found.dtype) not in part.codes or found.shape != part.shape:
-            there = "missing" if found is None else f"{said(found.dtype)} {found.shape}"
+        if there := misfit(tensors.get(name), part.codes, part.shape):
             raise CheckpointError(
                 f"{name} is {there}; {' or '.join(map(said, part.codes))} {part.shape} is needed: correct "
                 "quantization_config, or fetch the file again"

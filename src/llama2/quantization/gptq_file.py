@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from llama2.array_kinds import empty, numbers
 from llama2.errors import CheckpointError, InputError
 from llama2.quantization.packable import GroupWeight, order_of
-from llama2.stored_arrays import CODES, said, to_float32
+from llama2.stored_arrays import misfit, said, to_float32
 
 SPAN = 32  # fields that fill whole words, whatever their bits
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -115,9 +115,7 @@ def _check(tensors: Mapping[str, NDArray[Any]], shape: tuple[int, int], config: 
         "g_idx": (("I32",), (columns,)),
     }
     for name, (codes, size) in wanted.items():
-        found = tensors.get(name)
-        if found is None or CODES.get(found.dtype) not in codes or tuple(found.shape) != size:
-            there = "missing" if found is None else f"{said(found.dtype)} {tuple(found.shape)}"
+        if there := misfit(tensors.get(name), codes, size):
             raise CheckpointError(
                 f"{name} is {there}; {said(codes[0])} {size} is needed for {bits} bits in groups of "
                 f"{config.group_size}: correct quantization_config, or fetch the file again"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from llama2.errors import CheckpointError
 from llama2.quantization.packable import Int8Weight
-from llama2.stored_arrays import CODES, said, to_float32
+from llama2.stored_arrays import misfit, said, to_float32
 
 LEVELS = 127
 
@@ -21,9 +21,7 @@ def checked(tensors: Mapping[str, NDArray[Any]], shape: tuple[int, int]) -> Mapp
         tensors = {**tensors, "SCB": to_float32(tensors["SCB"])}
     wanted = {"weight": ("I8", shape), "SCB": ("F32", shape[:1])}
     for name, (code, size) in wanted.items():
-        found = tensors.get(name)
-        if found is None or CODES.get(found.dtype) != code or tuple(found.shape) != size:
-            there = "missing" if found is None else f"{said(found.dtype)} {tuple(found.shape)}"
+        if there := misfit(tensors.get(name), (code,), size):
             raise CheckpointError(f"{name} is {there}; {said(code)} {size} is needed: quantise the model again")
     if stray := sorted(set(tensors) - {*wanted, "weight_format"}):
         raise CheckpointError(f"{stray[0]} is no part of int8 rows ({', '.join(wanted)}); quantise the model again")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from llama2.errors import CheckpointError
 from llama2.quantization.codebooks import FP4, NF4
 from llama2.quantization.packable import CodebookWeight
-from llama2.stored_arrays import CODES, DTYPES, WIDTHS, said
+from llama2.stored_arrays import CODES, DTYPES, WIDTHS, misfit, said
 
 TABLES = {"nf4": NF4, "fp4": FP4}
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # sizes that bitsandbytes knows
@@ -92,9 +92,7 @@ def checked(tensors: Mapping[str, NDArray[Any]], shape: tuple[int, int]) -> tupl
     state = State.read(tensors, shape)
     wanted = _layout(state, shape, tensors)
     for name, (code, size) in wanted.items():
-        found = tensors.get(name)
-        if found is None or CODES.get(found.dtype) != code or tuple(found.shape) != size:
-            there = "missing" if found is None else f"{said(found.dtype)} {tuple(found.shape)}"
+        if there := misfit(tensors.get(name), (code,), size):
             raise CheckpointError(f"{name} is {there}; {said(code)} {size} is needed: quantise the model again")
     if stray := sorted(set(tensors) - set(wanted)):
         raise CheckpointError(f"{stray[0]} is no part of {state.kind} ({', '.join(wanted)}); quantise it again")

@@ -42,11 +42,10 @@ class Rehearsal:
 
     def lines(self) -> list[str]:
         """For people."""
-        took = f"{self.hours:.1f} hours" if self.hours >= 1 else f"{60 * self.hours:.1f} minutes"
         files = ", ".join(f"{name} {size_text(size)}" for name, size in self.files.items())
         lines = [
-            f"{self.steps:,} steps, {took} at {self.tokens_per_second:,.0f} tokens per second (of the second of two "
-            f"{self.part}s, without measuring, samples and saving)",
+            f"{self.steps:,} steps, {time_text(self.hours)} at {self.tokens_per_second:,.0f} tokens per second (of the "
+            f"second of two {self.part}s, without measuring, samples and saving)",
             f"memory: {size_text(self.peak)} at the longest rows, of {size_text(self.free)}",
             f"files: {files}; {size_text(self.disk)} free",
         ]
@@ -58,6 +57,11 @@ class Rehearsal:
         if sum(self.files.values()) > self.disk:
             lines.append("the disk is too small: --keep 1 holds one checkpoint at a time")
         return lines
+
+
+def time_text(hours: float) -> str:
+    """A duration, for people."""
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
 def size_text(count: float) -> str:
