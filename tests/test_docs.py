@@ -79,13 +79,15 @@ def test_every_page_with_an_example_is_found() -> None:
 
 
 def test_the_index_of_the_log_leads_somewhere() -> None:
-    """Every link of docs/LOG.md is a heading's; an entry that a later one replaces is marked in the index and below."""
+    """Every link of docs/LOG.md is a heading's, and every heading has one; an entry that a later one replaces is marked
+    in the index and below."""
     text = (ROOT / "docs" / "LOG.md").read_text()
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"): heading for heading in headings}
     index = text[text.index("## Index") : text.index("## Dependencies")]
     entries = re.findall(r"^- \[(.+)\]\(#(.+)\)(, superseded)?$", index, re.MULTILINE)
     assert len(entries) > 60 and all(anchors[anchor] == heading for heading, anchor, _ in entries)
+    assert sorted(heading for heading, _, _ in entries) == sorted(set(headings) - {"Index"})
     marked = re.findall(r"^## (.+)\n\nSuperseded by \[(.+)\]\(#(.+)\)", text, re.MULTILINE)
     assert {heading for heading, _, mark in entries if mark} == {heading for heading, _, _ in marked}
     assert marked and all(anchors[anchor] == later for _, later, anchor in marked)
