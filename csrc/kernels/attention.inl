@@ -37,6 +37,7 @@ struct Reading {
 
 template <class T, int R>
 void attend_rows(const KvLayer& kv, const AttentionTask& t, int row0, int rows, float* scratch) {
+  constexpr int TOGETHER = R == 1 ? 2 : 1;  // pages whose scores are summed at once
   int64_t width = kv.width, wide = kv.wide();
   float *q = scratch, *o = q + R * wide, *s = o + R * wide;
   float top[R], total[R];
@@ -55,8 +56,11 @@ void attend_rows(const KvLayer& kv, const AttentionTask& t, int row0, int rows, 
   auto query = T::template prepare<R>(q, wide, width, bytes);
   for (int64_t k0 = 0; k0 < keys; k0 += ATT_KEYS) {
     Reading read(kv, t, k0, keys);
-    for (int j = 0; j * PAGE < read.keys; ++j)
-      T::template scores<R>(read.page[j], read.page[j + T::AHEAD], width, query, s + PAGE * j);
+    int j = 0, pages = (read.keys + PAGE - 1) / PAGE;
+    for (; j + TOGETHER <= pages; j += TOGETHER)
+      T::template scores<R, TOGETHER>(read.page + j, read.page + j + T::AHEAD, width, query, s + PAGE * j);
+    for (; j < pages; ++j)
+      T::template scores<R, 1>(read.page + j, read.page + j + T::AHEAD, width, query, s + PAGE * j);
     for (int r = 0; r < R; ++r) {
       int64_t left = limit[r] - k0;
       softmax_step(s + r * ATT_KEYS,

@@ -30,8 +30,14 @@ struct KvF32 {
     return {q, wide};
   }
 
+  template <int R, int P>
+  INLINE void scores(const uint8_t* const* keys, const uint8_t* const* ahead, int64_t width, const Query<R>& query,
+                     float* s) {
+    UNROLLED(2, p, P) page_scores<R>(keys[p], ahead[p], width, query, s + p * PAGE);
+  }
+
   template <int R>
-  INLINE void scores(const uint8_t* key, const uint8_t* ahead, int64_t width, const Query<R>& query, float* s) {
+  INLINE void page_scores(const uint8_t* key, const uint8_t* ahead, int64_t width, const Query<R>& query, float* s) {
     F acc[2][R];
     UNROLLED(8, r, R) acc[0][r] = acc[1][r] = fzero();
     for (int64_t d = 0; d < width; d += 2)
@@ -97,36 +103,30 @@ struct KvBF16 {
     return {q, wide};
   }
 
-  template <int R>
-  INLINE void scores(const uint8_t* key, const uint8_t* ahead, int64_t width, const Query<R>& query, float* s) {
-    constexpr int U = R <= 2 ? 4 : 1;  // independent sums: a multiplication takes four cycles
-    F even[U][R], odd[U][R];
-    UNROLLED(4, u, U)
-      UNROLLED(8, r, R) even[u][r] = odd[u][r] = fzero();
-    int64_t d = 0;
-    for (; d + 2 * U <= width; d += 2 * U)
-      UNROLLED(4, u, U) {
-        fetch(ahead, (d + 2 * u) * 32);
-        F2 k = load_pairs(key + (d + 2 * u) * 32);
+  // Independent sums, a multiplication takes four cycles, are those of several pages and never parts of one score: a
+  // score is summed in one order whichever rows are computed beside it.
+  template <int R, int P>
+  INLINE void scores(const uint8_t* const* keys, const uint8_t* const* ahead, int64_t width, const Query<R>& query,
+                     float* s) {
+    F even[P][R], odd[P][R];
+    const uint8_t *key[P], *next[P];
+    UNROLLED(2, p, P) {
+      key[p] = keys[p];
+      next[p] = ahead[p];
+    }
+    UNROLLED(2, p, P)
+      UNROLLED(8, r, R) even[p][r] = odd[p][r] = fzero();
+    for (int64_t d = 0; d < width; d += 2)
+      UNROLLED(2, p, P) {
+        fetch(next[p], d * 32);
+        F2 k = load_pairs(key[p] + d * 32);
         UNROLLED(8, r, R) {
-          even[u][r] = fma(k.a, fset(query.q[r * query.ld + d + 2 * u]), even[u][r]);
-          odd[u][r] = fma(k.b, fset(query.q[r * query.ld + d + 2 * u + 1]), odd[u][r]);
+          even[p][r] = fma(k.a, fset(query.q[r * query.ld + d]), even[p][r]);
+          odd[p][r] = fma(k.b, fset(query.q[r * query.ld + d + 1]), odd[p][r]);
         }
       }
-    for (; d < width; d += 2) {
-      F2 k = load_pairs(key + d * 32);
-      UNROLLED(8, r, R) {
-        even[0][r] = fma(k.a, fset(query.q[r * query.ld + d]), even[0][r]);
-        odd[0][r] = fma(k.b, fset(query.q[r * query.ld + d + 1]), odd[0][r]);
-      }
-    }
-    UNROLLED(8, r, R) {
-      for (int u = 1; u < U; ++u) {
-        even[0][r] = add(even[0][r], even[u][r]);
-        odd[0][r] = add(odd[0][r], odd[u][r]);
-      }
-      fstore(s + r * ATT_KEYS, add(even[0][r], odd[0][r]));
-    }
+    UNROLLED(2, p, P)
+      UNROLLED(8, r, R) fstore(s + p * PAGE + r * ATT_KEYS, add(even[p][r], odd[p][r]));
   }
 
   template <int R, int NV>
@@ -244,8 +244,14 @@ struct KvI8 {
     return {to, scale, neg};
   }
 
+  template <int R, int P>
+  INLINE void scores(const uint8_t* const* keys, const uint8_t* const* ahead, int64_t width, const Query<R>& query,
+                     float* s) {
+    UNROLLED(2, p, P) page_scores<R>(keys[p], ahead[p], width, query, s + p * PAGE);
+  }
+
   template <int R>
-  INLINE void scores(const uint8_t* key, const uint8_t* ahead, int64_t width, const Query<R>& query, float* s) {
+  INLINE void page_scores(const uint8_t* key, const uint8_t* ahead, int64_t width, const Query<R>& query, float* s) {
     F acc[R];
     UNROLLED(8, r, R) acc[r] = fzero();
     int64_t lines = (width + 3) / 4, header = kv_scales(width);

@@ -35,6 +35,19 @@ def test_the_native_engine_gives_torchs_vectors(model: Any, pooling: str) -> Non
         assert ours.shape == (64,) and np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_torch_computes_texts_of_one_length_together(model: Any, pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(0, 300, size).tolist() for size in (3, 5, 3, 300, 5, 3)]
+    alone = [next(iter(vectors(model, [row], pooling))) for row in rows]
+    shapes: list[tuple[int, ...]] = []
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda ids: shapes.append(tuple(ids.shape)) or forward(ids))
+    for vector, wanted in zip(vectors(model, rows, pooling), alone, strict=True):
+        assert np.abs(vector - wanted).max() < 1e-5
+    assert shapes == [(2, 3), (1, 5), (1, 300), (1, 5), (1, 3)]
+
+
 def test_short_texts_share_a_step() -> None:
     rows = [[1]] * 200 + [[1] * 300] + [[1] * 100] * 3
     found = list(batches(rows))

@@ -97,17 +97,25 @@ def runner_of(model: CausalLM, pages: int, runner: str, dtype: cpu.KvDtype | Non
     return TorchPlanRunner(model, pages)
 
 
-def pooled_state(model: LlamaForCausalLM, ids: Sequence[int], pooling: str) -> np.ndarray:
-    """The "mean" or the "last" (D,) of the final hidden states of a text, float32."""
-    states_TD = final_states(model, ids)
-    pooled_D: np.ndarray = states_TD.mean(0) if pooling == "mean" else states_TD[-1]
-    return pooled_D
+def pooled_states(model: LlamaForCausalLM, rows: Sequence[Sequence[int]], pooling: str) -> list[np.ndarray]:
+    """The "mean" or the "last" (D,) of the final hidden states of each text, float32.
+
+    Texts of one length are one batch: none is padded, so that no vector depends on its neighbours' lengths.
+    """
+    of_length: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        of_length.setdefault(len(row), []).append(index)
+    pooled: dict[int, np.ndarray] = {}
+    for indices in of_length.values():
+        states_BTD = final_states(model, [rows[index] for index in indices])
+        pooled_BD = states_BTD.mean(1) if pooling == "mean" else states_BTD[:, -1]
+        pooled.update(zip(indices, pooled_BD))
+    return [pooled[index] for index in range(len(rows))]
 
 
 @torch.inference_mode()
-def final_states(model: LlamaForCausalLM, ids: Sequence[int]) -> np.ndarray:
-    """The final hidden states (T, D) of a text, float32."""
-    found: np.ndarray = (
-        model.model(torch.tensor([list(ids)], device=model.device)).last_hidden_state[0].float().cpu().numpy()
-    )
-    return found
+def final_states(model: LlamaForCausalLM, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """The final hidden states (B, T, D) of texts of one length, float32."""
+    ids_BT = torch.tensor([list(row) for row in rows], device=model.device)
+    states_BTD: np.ndarray = model.model(ids_BT).last_hidden_state.float().cpu().numpy()
+    return states_BTD

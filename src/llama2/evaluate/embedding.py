@@ -18,7 +18,7 @@ Pooling = Literal["mean", "last"]
 _native_weights = door("runners.native", "native_weights", "The engine's weights of a module, or None.")
 _why_not = door("runners.native", "why_not", "Why torch has to run a module.")
 _kept_in = door("runners.native", "kept_in", "What the engine keeps keys and values of a module in.")
-_torch_states = door("engine.torch_plan_runner", "final_states", "The final hidden states of a module.")
+_torch_states = door("engine.torch_plan_runner", "final_states", "The final hidden states of texts of one length.")
 AT_ONCE = 256  # tokens of one step, each with a row as long as the vocabulary
 
 
@@ -53,7 +53,7 @@ class Embedder:
     def hidden(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Hidden states float32 (n, D) of the tokens, behind the last norm, in pieces."""
         if self._weights is None:
-            yield _torch_states(self._model, list(ids))
+            yield _torch_states(self._model, [ids])[0]
             return
         sequence = cpu.PagedCache(self._weights, len(ids) + cpu.PAGE, self._cache_dtype).sequence()
         for start in range(0, len(ids), AT_ONCE):

@@ -21,9 +21,9 @@ from llama2.serve.service import RouteCall
 from llama2.serve.validation import Body, Text, Texts
 
 MAX_TEXTS = 8192  # of one request
-AT_ONCE = 64  # texts in one step of the native engine
-CHUNK = 256  # tokens of one step of the native engine: their states stand in rows as wide as the vocabulary
-_pooled_state = door("engine.torch_plan_runner", "pooled_state", "A pooled final hidden state of a torch model.")
+AT_ONCE = 64  # texts in one step
+CHUNK = 256  # tokens of one step. In the native engine their states stand in rows as wide as the vocabulary
+_pooled_states = door("engine.torch_plan_runner", "pooled_states", "Pooled final hidden states of a torch model.")
 
 
 class EmbeddingBody(Body):
@@ -81,9 +81,10 @@ def vectors(model: Any, rows: Sequence[Sequence[int]], pooling: str) -> Iterator
     """The "mean" of the final hidden states of each row of ids, or the "last" of them, float32 (D,)."""
     weights = model.weights if isinstance(model, CpuModel) else None
     if weights is None:
-        yield from (_pooled_state(model, row, pooling) for row in rows)
-        return
-    yield from _native_vectors(weights, rows, pooling)
+        for batch in batches(rows):
+            yield from _pooled_states(model, batch, pooling)
+    else:
+        yield from _native_vectors(weights, rows, pooling)
 
 
 def _native_vectors(weights: Any, rows: Sequence[Sequence[int]], pooling: str) -> Iterator[np.ndarray]:
