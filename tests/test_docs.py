@@ -16,7 +16,9 @@ from llama2.checkpoint.convert import ConversionSettings, convert
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = sorted(page for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if FENCE.search(page.read_text()))
+# Those of docs/tutorials run with their shell commands: test_tutorials.py.
+_TEXTS = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "coming-from").glob("*.md"))
+PAGES = sorted(page for page in _TEXTS if FENCE.search(page.read_text()))
 HUB_ID = "meta-llama/Llama-2-7b-chat-hf"
 PROMPT = [40, 41, 42]
 

@@ -247,6 +247,17 @@ def test_help_lists_tasks_and_flags(run: Run) -> None:
     assert code == 0 and "--beta" in out and "--lora-r" in out and "--label-column" not in out
 
 
+def test_a_name_of_ones_own_is_a_model(
+    run: Run, checkpoint: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names that `llama2 list` shows, in the place of a path or a hub id."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "llama2").mkdir()
+    (tmp_path / "llama2" / "models.toml").write_text(f'mine = "{checkpoint}"\n')
+    code, _, err = run("finetune", "sft", "mine", chats, tmp_path / "out", *QUICK, "--lora-r", "4", "--dry-run")
+    assert code == 0, err
+
+
 def test_columns_under_other_names(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     rows = [{"question": f"{w} ", "response_j": "sky", "response_k": "sea", "id": i} for i, w in enumerate(WORDS * 2)]
     data = write(tmp_path / "pairs.jsonl", rows)

@@ -50,6 +50,12 @@ def whole_parser(file: Any = None) -> argparse.ArgumentParser:
     return parser
 
 
+def children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of a parser's commands or tasks, by name."""
+    found = next((action for action in parser._actions if isinstance(action, argparse._SubParsersAction)), None)
+    return {} if found is None else dict(found.choices)
+
+
 def _fill(parser: argparse.ArgumentParser, command: tuple[str, ...], file: Any) -> None:
     cls = options_class(command)
     parser.description = _plain(cls.__doc__ or "")

@@ -263,7 +263,7 @@ def _continues(options: TaskOptions) -> bool:
     """Whether MODEL is an adapter."""
     from llama2.train.origin import adapter_of
 
-    return bool(options.paths) and adapter_of(options.paths[0], options.revision) is not None
+    return bool(options.paths) and adapter_of(resolve_name(options.paths[0]), options.revision) is not None
 
 
 def arguments(options: TaskOptions, checkpoint_dir: str | None = None) -> "TrainingArguments":
