@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llama2 import LlamaConfig, LlamaForCausalLM
-from llama2.runners.contract import TorchRunner
+from llama2.runners.padded import TorchRunner
 
 # Relative error of the logits against float64, norm over norm: a dozen roundings of 2**-9 and 2**-12.
 BOUNDS = {torch.bfloat16: 5e-2, torch.float16: 6e-3}

@@ -132,7 +132,7 @@ class GenerationMethods:
             assistant_tokenizer: must be `tokenizer`.
             seed: an int, or one per row: a row's draws are then the same alone and in any batch.
             generator: torch's, for draws without a seed.
-            runner: "auto", "native" (the CPU engine), "torch", "plain" (torch without CUDA graphs), or a Runner.
+            runner: "auto", "native" (the CPU engine), "torch", "plain" (torch without CUDA graphs), or a PaddedRunner.
             precision: of activations in the native engine: "fast" rounds them (8 bits beside packed weights, bfloat16
                 beside bfloat16), "exact" keeps float32. torch computes in the model's dtype either way.
             settings: fields of GenerationConfig, such as max_new_tokens, shown with the library's defaults; the

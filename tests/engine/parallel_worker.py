@@ -15,7 +15,7 @@ from llama2.engine.engine import Engine
 from llama2.engine.parallel import follow, join, load_part
 from llama2.engine.plan_runners import PAGE
 from llama2.engine.scheduler import ScheduledSequence, Scheduler
-from llama2.engine.torch_plan_runner import TorchPlanRunner
+from llama2.engine.torch_plan_runner import torch_plan_runner
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 33, 7, 21, 60, 2, 8, 90, 11] * 4, [1, 2, 3], [44]]
@@ -49,7 +49,7 @@ def main(folder: Path, *given: str) -> None:
     every = sum(p.numel() for p in whole.parameters())
     assert held < 0.9 * every, (held, every)
     runner = model.plan_runner(20)
-    ours, theirs = logits_of(runner, 20), logits_of(TorchPlanRunner(whole, 20), 20)
+    ours, theirs = logits_of(runner, 20), logits_of(torch_plan_runner(whole, 20), 20)
     worst = float((ours - theirs).abs().max() / theirs.abs().max())
     assert ours.shape == theirs.shape and worst < 1e-5, worst
     texts = []

@@ -91,9 +91,7 @@ def test_guesses_looked_up_leave_no_hole_in_the_drafts_cache(model: Any) -> None
     with Engine(model, runner="torch", draft=model, guesses=3) as engine:
         ask = engine.ask([0, 1, 2, 3, 4, 0, 1], max_new_tokens=60, eos_token_id=None, do_sample=True, seed=1, lookup=2)
         events = list(Stream(engine, replace(ask, processors=(Periodic(),))))
-        caches = [
-            runner._cached[:, :, :4].flatten(2, 3)[:, :, :60] for runner in (engine.runner, engine.drafter.runner)
-        ]
+        caches = [runner.cache[:, :, :4].flatten(2, 3)[:, :, :60] for runner in (engine.runner, engine.drafter.runner)]
     assert len(events) == 60 and engine.tokens_guessed > 20
     assert torch.allclose(*caches, atol=1e-4) and float(caches[0].abs().sum(dim=(0, 1, 3, 4)).min()) > 0
 

@@ -14,7 +14,7 @@ from tiny import tiny_ids, tiny_model
 
 from llama2 import InputError, cpu
 from llama2.cpu import PAGE
-from llama2.engine.engine import Engine, EngineBusyError, TokenEvent, look_up
+from llama2.engine.engine import Engine, EngineBusyError, TokenEvent
 from llama2.engine.sampler import TokenSampler
 from llama2.engine.stop_text import StopText
 from llama2.engine.stream import Stream
@@ -288,12 +288,6 @@ def test_refused_before_it_is_queued(small: Engine, prompt: Any, given: dict[str
     with pytest.raises(InputError, match=message):
         small.generate([prompt] if prompt == [] else prompt, **given)
     assert small.running == small.waiting == 0
-
-
-def test_look_up() -> None:
-    assert look_up([1, 2, 3, 9, 1, 2], 2) == [3, 9]
-    assert look_up([1, 2, 3], 2) == []
-    assert look_up([5], 2) == []
 
 
 def test_a_prompt_is_rated_whatever_is_cached_or_preempted(model: Any, runner: str) -> None:

@@ -5,15 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from tiny import VARIANTS, tiny_config, tiny_model
 
 from llama2 import InputError
-from llama2.engine.parallel import Place, load_part, packed, part_of, unpacked
-from llama2.engine.scheduler import Chunk, ScheduledSequence
-from llama2.engine.torch_plan_runner import TorchPlanRunner
+from llama2.cpu import CacheView
+from llama2.engine.parallel import Place, as_integers, from_integers, load_part, part_of
+from llama2.engine.torch_plan_runner import torch_plan_runner
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 needs_gloo = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -65,7 +66,7 @@ def test_the_parts_together_need_what_the_whole_needs(tmp_path: Path) -> None:
     assert torch.equal(head, whole["lm_head.weight"]) and [len(p["lm_head.weight"]) for p in held] == [49, 48]
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(torch.cat([part[name] for part in held], 1), whole[name])
-    each = TorchPlanRunner(model, 1).bytes_per_page
+    each = torch_plan_runner(model, 1).bytes_per_page
     assert [part.neighbours * part.plan_runner(1).bytes_per_page for part in parts] == [each, each]
 
 
@@ -75,13 +76,16 @@ def test_what_cannot_be_shared_out(size: int, message: str) -> None:
         part_of(tiny_config(), size)
 
 
-def test_a_plan_survives_the_way() -> None:
-    chunks = [
-        Chunk(ScheduledSequence([], 0, pages=[4, 7]), 3, [9, 8, 7], True, 2),
-        Chunk(ScheduledSequence([], 0, pages=[1]), 0, [5], False),
-        Chunk(ScheduledSequence([], 0, pages=[2, 3, 0]), 32, [6, 6], True, 0, True),
-    ]
-    found = unpacked(packed(chunks))
-    assert [(c.start, c.tokens, c.sampled, c.drafted, c.whole, c.sequence.pages) for c in found] == [
-        (c.start, c.tokens, c.sampled, c.drafted, c.whole, c.sequence.pages) for c in chunks
-    ]
+def test_a_step_survives_the_way() -> None:
+    starts, past = np.array([0, 3, 4, 6], np.int32), np.array([3, 0, 32], np.int32)
+    tables = np.array([[4, 7, 0], [1, 0, 0], [2, 3, 5]], np.int32)
+    view, tokens = (
+        CacheView(torch.zeros(1), starts, past, tables, starts[1:] - 1),
+        np.array([9, 8, 7, 5, 6, 6], np.int32),
+    )
+    positions, rows = np.array([3, 4, 5, 0, 32, 33], np.int32), np.array([0, 1, 2, 4, 5], np.int32)
+    back = from_integers(as_integers(20, tokens, positions, view, rows), view.cache)
+    for sent, received in zip((tokens, positions, rows), (back[0], back[1], back[3]), strict=True):
+        assert np.array_equal(sent, received)
+    for name in ("starts", "past", "tables", "last"):
+        assert np.array_equal(getattr(view, name), getattr(back[2], name))

@@ -10,8 +10,8 @@ from tolerance import FLOAT32
 
 from llama2 import InputError, LlamaForCausalLM, LoraConfig, cpu, lora
 from llama2.engine.engine import Engine
-from llama2.runners.contract import make_runner
 from llama2.runners.native import NativeCache, NativeModel, native_runner, native_weights
+from llama2.runners.padded import make_runner
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the compiled module is not built")
 

@@ -486,7 +486,7 @@ def _add_adapter(engine: Any, adapter: str) -> None:
     from llama2.checkpoint.peft_adapter import engine_pairs
 
     name, sign, folder = adapter.partition("=")
-    weights = getattr(engine.runner, "weights", None)
+    weights = engine.runner.weights
     if not (sign and name.strip() and folder.strip()):
         raise InputError(
             f"--lora-adapters is {adapter!r}; write it as NAME=ADAPTER, a folder that peft wrote or a GGUF file"

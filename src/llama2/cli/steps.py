@@ -19,7 +19,7 @@ from llama2.lazy import door
 from llama2.protocols import TextTokenizer
 
 _stream = door("generation.loop", "stream", "TokenSource of generate().")
-_make_runner = door("runners.contract", "make_runner", "What runs a model.")
+_make_runner = door("runners.padded", "make_runner", "What runs a model.")
 
 
 @dataclass(frozen=True)

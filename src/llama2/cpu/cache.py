@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ PAGE = 16
 KvDtype = Literal["float32", "bfloat16", "int8"]
 _ELSEWHERE = "the sequence is in a step of another thread; give each thread a sequence of its own"
 KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
+Pages = TypeVar("Pages", covariant=True)
 
 
 class CachedSequence:
@@ -96,13 +97,14 @@ class CachedSequence:
 
 
 @dataclass(frozen=True)
-class CacheView:
+class CacheView(Generic[Pages]):
     """Where the new tokens of a step go: tokens starts[s] .. starts[s+1] follow the past[s] positions of sequence s.
 
-    `tables` int32 (sequences, pages) lists each sequence's pages in order; unused entries are 0.
+    `tables` int32 (sequences, pages) lists each sequence's pages in order; unused entries are 0. `cache` holds the
+    pages, a PagedCache in the native engine.
     """
 
-    cache: "PagedCache"
+    cache: Pages
     starts: NDArray[np.int32]
     past: NDArray[np.int32]
     tables: NDArray[np.int32]
@@ -159,7 +161,7 @@ class PagedCache:
         """A new, empty sequence."""
         return CachedSequence(self)
 
-    def view(self, counts: Iterable[tuple[CachedSequence, int]]) -> CacheView:
+    def view(self, counts: Iterable[tuple[CachedSequence, int]]) -> "CacheView[PagedCache]":
         """Room for `count` new tokens of each sequence, in the order they will be packed."""
         pairs = list(counts)
         if len(pairs) == 1 and pairs[0][1] > 0 and pairs[0][0].cache is self:  # decoding: every microsecond counts

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama2.cpu.adapters import Tensors
-from llama2.cpu.cache import PAGE, CacheView
+from llama2.cpu.cache import PAGE, CacheView, PagedCache
 from llama2.rope_types import attention_scaling, inverse_frequencies
 
 
@@ -31,7 +31,7 @@ class ReferenceRunner:
         self,
         tokens: Any,
         positions: Any,
-        view: CacheView,
+        view: CacheView[PagedCache],
         rows: Any = None,
         adapters: SequenceOf[str | None] | None = None,
     ) -> NDArray[np.float64]:
@@ -80,7 +80,9 @@ class ReferenceRunner:
         cos, sin = cos[:, None], sin[:, None]
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
-    def _attention(self, index: int, layer: Any, x: Tensor, cos: Tensor, sin: Tensor, view: CacheView) -> Tensor:
+    def _attention(
+        self, index: int, layer: Any, x: Tensor, cos: Tensor, sin: Tensor, view: CacheView[PagedCache]
+    ) -> Tensor:
         c, a, path = self.config, layer.self_attn, f"model.layers.{index}.self_attn"
         q = self._rotate(self._linear(a.q_proj, x, f"{path}.q_proj").view(len(x), c.num_attention_heads, -1), cos, sin)
         k = self._rotate(self._linear(a.k_proj, x, f"{path}.k_proj").view(len(x), c.num_key_value_heads, -1), cos, sin)

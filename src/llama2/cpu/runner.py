@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.compiled import instruction_sets, native
-from llama2.cpu.cache import CachedSequence, CacheView
+from llama2.cpu.cache import CachedSequence, CacheView, PagedCache
 from llama2.cpu.weights import CpuWeights
 from llama2.errors import InputError
 
@@ -47,7 +47,7 @@ class CpuRunner:
         self,
         tokens: Any,
         positions: Any,
-        view: CacheView,
+        view: CacheView[PagedCache],
         rows: Any = None,
         adapters: SequenceOf[str | None] | None = None,
     ) -> NDArray[np.float32]:
@@ -95,7 +95,7 @@ class CpuRunner:
         logits: NDArray[np.float32] = self.step(tokens, positions, view, adapters=chosen)[0]
         return logits
 
-    def _chosen(self, names: SequenceOf[str | None] | None, view: CacheView) -> list[Any] | None:
+    def _chosen(self, names: SequenceOf[str | None] | None, view: CacheView[PagedCache]) -> list[Any] | None:
         own = self.weights.own
         if names is None:
             return None if own is None else [own] * len(view.past)
@@ -106,7 +106,7 @@ class CpuRunner:
         adapters = [own if name is None else self.weights.adapter(name) for name in names]
         return adapters if any(a is not None for a in adapters) else None
 
-    def _explain(self, ids: Ints, places: Ints, view: CacheView, logit_rows: Ints) -> None:
+    def _explain(self, ids: Ints, places: Ints, view: CacheView[PagedCache], logit_rows: Ints) -> None:
         """Raises InputError with the remedy for the usual mistakes."""
         total, vocabulary = int(view.starts[-1]), self.weights.config.vocab_size
         if len(ids) != total or len(places) != total:
@@ -130,7 +130,7 @@ def _ints(values: Any, name: str) -> Ints:
 
 
 def _pieces(
-    ids: Ints, places: Ints, view: CacheView, logit_rows: Ints
+    ids: Ints, places: Ints, view: CacheView[PagedCache], logit_rows: Ints
 ) -> Iterator[tuple[int, int, slice, tuple[Ints, ...]]]:
     """The step in calls of at most CHUNK tokens: first and last logits row, sequences, arrays of the native call."""
     total = int(view.starts[-1])

@@ -13,11 +13,12 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from llama2.cpu import CpuModel, KvDtype
-from llama2.engine.plan_runners import PlanRunner, make_plan_runner
+from llama2.engine.plan_runners import make_plan_runner
 from llama2.engine.sampler import TokenSampler
 from llama2.engine.scheduler import Chunk
 from llama2.engine.scheduler import ScheduledSequence as Scheduled
 from llama2.errors import InputError
+from llama2.generation.drafts import check_vocabularies
 from llama2.protocols import CausalLM
 
 UNKNOWN = -1  # a guess for which the plan has a place and the drafter has yet to find a token
@@ -39,16 +40,10 @@ class Drafter:
 
         Raises InputError where the vocabularies differ, and for a count that guesses nothing.
         """
-        ours, theirs = model.config.vocab_size, draft.config.vocab_size
-        if ours != theirs:
-            raise InputError(
-                f"the draft model's vocabulary is {theirs} but the model's is {ours}; both must be the same"
-            )
+        check_vocabularies("draft model", draft.config.vocab_size, model.config.vocab_size)
         if count < 1:
             raise InputError(f"guesses is {count}, so the draft model would never run; give at least 1, or no draft")
-        self.runner: PlanRunner = make_plan_runner(
-            draft, pages, "auto" if isinstance(draft, CpuModel) else runner, dtype
-        )
+        self.runner = make_plan_runner(draft, pages, "auto" if isinstance(draft, CpuModel) else runner, dtype)
         self.count, self._context = count, int(draft.config.max_position_embeddings)
         self._missing: WeakKeyDictionary[Scheduled, int] = WeakKeyDictionary()  # last positions it has not run
 
@@ -92,15 +87,3 @@ def _asks(chunk: Chunk) -> bool:
 def _guessed(chunk: Chunk, guesses: list[int]) -> Chunk:
     known = chunk.tokens[: len(chunk.tokens) - chunk.drafted]
     return replace(chunk, tokens=known + guesses, drafted=len(guesses))
-
-
-def look_up(tokens: Sequence[int], count: int, longest: int = 3, window: int = 2048) -> list[int]:
-    """Returns the tokens that followed the latest earlier occurrence of the last few tokens: `count` guesses at most
-    (prompt lookup)."""
-    recent = list(tokens[-window:])
-    for size in range(min(longest, len(recent) - 1), 0, -1):
-        tail = recent[-size:]
-        for start in range(len(recent) - size - 1, -1, -1):
-            if recent[start] == tail[0] and recent[start : start + size] == tail:
-                return recent[start + size : start + size + count]
-    return []

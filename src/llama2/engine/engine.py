@@ -19,12 +19,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
+import numpy as np
+
 from llama2.cpu import KvDtype
 from llama2.cpu.model import CpuModel
 from llama2.engine.blocks import BlockPool
-from llama2.engine.draft import UNKNOWN, Drafter, look_up
+from llama2.engine.draft import UNKNOWN, Drafter
 from llama2.engine.fairness import STRETCH
-from llama2.engine.plan_runners import PAGE, PlanRunner, make_plan_runner
+from llama2.engine.plan_runners import PAGE, make_plan_runner
 from llama2.engine.request import (
     Completion,
     EngineBusyError,
@@ -44,6 +46,7 @@ from llama2.engine.stream import Stream, complete
 from llama2.errors import ContextLengthError, InputError
 from llama2.generation.call_settings import settings
 from llama2.generation.config import GenerationConfig
+from llama2.generation.drafts import adaptive_count, check_drafts, look_up
 from llama2.protocols import CausalLM, TextDecoder, TextTokenizer
 
 DRAFTING = 8  # requests that run, above which a drafter rests
@@ -143,7 +146,7 @@ class Engine:
         if guesses is not None and guesses < 0:
             raise InputError(f"guesses is {guesses}; give 0 for none, or a small number")
         self.model, self.tokenizer, self.limit = model, tokenizer, int(model.config.max_position_embeddings)
-        self.runner: PlanRunner = make_plan_runner(model, -(-cache_tokens // PAGE), runner, kv_cache, precision)
+        self.runner = make_plan_runner(model, -(-cache_tokens // PAGE), runner, kv_cache, precision)
         self.pool = BlockPool(self.runner.pages, PAGE, prefix_cache)
         self.drafter: Drafter | None = None
         if draft is not None:
@@ -362,7 +365,7 @@ class Engine:
                 self.limit,
             )
         if ask.adapter is not None:
-            weights = getattr(self.runner, "weights", None)
+            weights = self.runner.weights
             if weights is None:
                 raise InputError(f"adapter {ask.adapter!r} needs the native engine, and torch runs this model")
             weights.adapter(ask.adapter)
@@ -443,7 +446,7 @@ class Engine:
                     continue
                 if chunk.whole:
                     live.rate(chunk, logits)
-                if chunk.sampled:
+                if chunk.sampled and logits is not None:
                     self._advance(chunk, logits)
                 else:
                     self.scheduler.commit(chunk)
@@ -453,18 +456,21 @@ class Engine:
         self._step_seconds += (took - self._step_seconds) * (0.1 if self._step_seconds else 1.0)
         self.scheduler.ran(planned, took)
 
-    def _advance(self, chunk: Chunk, logits: Any) -> None:
+    def _advance(self, chunk: Chunk, logits: np.ndarray) -> None:
         """Picks the next token of a sequence, and those that its guesses have foreseen."""
         live = self._live[chunk.sequence]
         guesses = chunk.tokens[len(chunk.tokens) - chunk.drafted :]
         new: list[int] = []
         done = False
-        for i, logits_V in enumerate(logits[len(logits) - 1 - chunk.drafted :]):
+
+        def take(index: int, logits_V: np.ndarray) -> tuple[bool, bool]:
+            nonlocal done
             picked = live.choice(logits_V)
             new.append(picked.token)
             done = live.take(picked)
-            if done or i == len(guesses) or picked.token != guesses[i]:
-                break
+            return picked.token == guesses[index] if index < len(guesses) else False, done
+
+        check_drafts(chunk.drafted, logits[len(logits) - 1 - chunk.drafted :], take)
         self.tokens_out += len(new)
         self.tokens_proposed += chunk.drafted
         self.tokens_guessed += len(new) - 1
@@ -477,11 +483,11 @@ class Engine:
             chunk.sequence.draft = self._proposed(live, chunk.drafted, len(new) - 1)
 
     def _proposed(self, live: ActiveRequest, drafted: int, held: int) -> list[int]:
-        """Guesses for the next step, or places for those of the drafter: one more after a full success, one more than
-        held after a failure, none where so many decode that their rows cost more than they save."""
+        """Guesses for the next step, or places for those of the drafter; none where so many decode that their rows cost
+        more than they save."""
         found = look_up(live.sequence.tokens, live.ask.lookup) if live.ask.lookup else []
         if found or self.drafter is None or len(self.scheduler.running) > DRAFTING:
             return found
         if drafted:
-            live.guesses = min(held + 1, self.drafter.count) if held < drafted else min(drafted + 1, self.drafter.count)
+            live.guesses = adaptive_count(drafted, held, self.drafter.count)
         return [UNKNOWN] * (live.guesses or self.drafter.count)

@@ -11,7 +11,6 @@ with its part of the cache, and end when it says so or is gone.
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,12 +29,13 @@ from llama2.checkpoint.load import fill, match
 from llama2.checkpoint.packed_names import settings_of
 from llama2.checkpoint.source import open_source
 from llama2.config import LlamaConfig
-from llama2.engine.scheduler import Chunk
-from llama2.engine.scheduler import ScheduledSequence as Scheduled
-from llama2.engine.torch_plan_runner import TorchPlanRunner
+from llama2.cpu import CacheView
+from llama2.engine.plan_runners import PlanRunner
 from llama2.errors import InputError
 from llama2.generation.config import GenerationConfig
 from llama2.model import LlamaForCausalLM
+from llama2.runners.contract import Ints
+from llama2.runners.torch_pages import TorchPageRunner, new_pages
 
 _PATIENCE = timedelta(minutes=30)  # until all processes are there, and within a step
 _FOREVER = timedelta(days=3650)  # an idle server tells no plan for hours; who is gone is noticed by its connection
@@ -212,54 +212,41 @@ def load_part(
     return model.eval()
 
 
-# -- plans -------------------------------------------------------------------------------------------------------
+# -- steps -------------------------------------------------------------------------------------------------------
 
 
-def packed(chunks: Sequence[Chunk]) -> list[int]:
-    """A plan as integers: of each chunk five counts, its tokens and its pages."""
-    numbers: list[int] = []
-    for c in chunks:
-        kind = 2 * c.whole + c.sampled
-        numbers += [c.start, len(c.tokens), kind, c.drafted, len(c.sequence.pages), *c.tokens, *c.sequence.pages]
-    return numbers
+class ToldRunner:
+    """Tells every step to the other processes and runs it with them: `contract.Runner` in the process of rank 0.
 
+    failed: the error of a step, after which none runs any more.
+    """
 
-def unpacked(numbers: Sequence[int]) -> list[Chunk]:
-    """The plan of those integers."""
-    found, at = [], 0
-    while at < len(numbers):
-        start, tokens, kind, drafted, pages = numbers[at : at + 5]
-        middle, end = at + 5 + tokens, at + 5 + tokens + pages
-        sequence = Scheduled([], 0, pages=list(numbers[middle:end]))
-        text = list(numbers[at + 5 : middle])
-        found.append(Chunk(sequence, start, text, bool(kind & 1), drafted, bool(kind & 2)))
-        at = end
-    return found
-
-
-class ParallelPlanRunner:
-    """Tells every plan to the other processes and runs it with them. Once a step has failed, none runs any more."""
-
-    def __init__(self, model: PartOfLlama, pages: int) -> None:
-        self._local, self._place = TorchPlanRunner(model, pages), model.place
-        self.pages, self.bytes_per_page = pages, self._local.bytes_per_page
-        self.limit_openmp: AbstractContextManager[None] = nullcontext()
+    def __init__(self, model: PartOfLlama) -> None:
+        self._local, self._place = TorchPageRunner(model), model.place
         self.failed: Exception | None = None
 
-    def step(self, chunks: Sequence[Chunk], adapters: Sequence[str | None]) -> list[np.ndarray]:
-        """As PlanRunner.step. Raises RuntimeError once the processes have lost each other."""
+    def step(
+        self,
+        tokens: Ints,
+        positions: Ints,
+        view: CacheView[Tensor],
+        rows: Ints | None = None,
+        adapters: Sequence[str | None] | None = None,
+    ) -> np.ndarray:
+        """As Runner.step. Raises InputError for adapters, RuntimeError once the processes have lost each other."""
         if self.failed is not None:
             raise RuntimeError(f"the processes of this model have lost each other: {self.failed}") from self.failed
-        if any(name is not None for name in adapters):
+        if any(name is not None for name in adapters or ()):
             raise InputError(f"a model over several processes has no adapters, but {adapters!r} are asked for")
+        logit_rows = view.last if rows is None else rows
         try:
-            _tell([self.pages, *packed(chunks)], self._place)
-            return self._local.step(chunks, adapters)
+            _tell(as_integers(view.cache.shape[2], tokens, positions, view, logit_rows), self._place)
+            return self._local.step(tokens, positions, view, logit_rows)
         except Exception as error:
             self.failed = error
             raise
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Lets the other processes end."""
         if self.failed is None:
             self.failed = RuntimeError("the runner is closed")
@@ -268,14 +255,44 @@ class ParallelPlanRunner:
                 _leave(self._place)
 
 
+class ParallelPlanRunner(PlanRunner[Tensor]):
+    """Runs plans on all parts of a model."""
+
+    def __init__(self, model: PartOfLlama, pages: int) -> None:
+        self._told, cache = ToldRunner(model), new_pages(model, pages)
+        super().__init__(self._told, cache, pages, cache.nbytes)
+
+    @property
+    def failed(self) -> Exception | None:
+        """As PlanRunner.failed."""
+        return self._told.failed
+
+    def close(self) -> None:
+        """As PlanRunner.close."""
+        self._told.end()
+
+
+def as_integers(pages: int, tokens: Ints, positions: Ints, view: CacheView[Tensor], rows: Ints) -> list[int]:
+    """A step over `pages` pages as integers: four counts, and what `from_integers` gives back."""
+    arrays = (tokens, positions, rows, view.starts, view.past, view.tables.ravel())
+    return [pages, len(tokens), len(rows), len(view.past), *np.concatenate(arrays).tolist()]
+
+
+def from_integers(numbers: Sequence[int], cache: Tensor) -> tuple[Ints, Ints, CacheView[Tensor], Ints]:
+    """The step of those integers, over this process's pages: tokens, positions, view, rows."""
+    _, new, wanted, sequences = numbers[:4]
+    bounds = np.cumsum([new, new, wanted, sequences + 1, sequences])
+    tokens, positions, rows, starts, past, tables = np.split(np.array(numbers[4:], np.int32), bounds)
+    view = CacheView(cache, starts, past, tables.reshape(sequences, -1), starts[1:] - 1)
+    return tokens, positions, view, rows
+
+
 def follow(model: PartOfLlama) -> None:
-    """Runs plans as rank 0 tells them, until it has no more. Raises RuntimeError where it is gone."""
-    runner: TorchPlanRunner | None = None
+    """Runs steps as rank 0 tells them, until it has no more. Raises RuntimeError where it is gone."""
+    runner, cache = TorchPageRunner(model), None
     while numbers := _hear(model.place):
-        if runner is None:
-            runner = TorchPlanRunner(model, numbers[0])
-        chunks = unpacked(numbers[1:])
-        runner.step(chunks, [None] * len(chunks))
+        cache = new_pages(model, numbers[0]) if cache is None else cache
+        runner.step(*from_integers(numbers, cache))
     _leave(model.place)
 
 

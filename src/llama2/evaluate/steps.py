@@ -124,7 +124,7 @@ class NativeMeasured:
 def make_steps(
     model: Any, runner: Any = "auto", cache_dtype: cpu.KvDtype | None = None, precision: str = "fast"
 ) -> MeasuredModel:
-    """The runner of `model` for a measurement; arguments and errors as of `runners.contract.make_runner`."""
+    """The runner of `model` for a measurement; arguments and errors as of `runners.padded.make_runner`."""
     made: MeasuredModel
     if hasattr(runner, "scope"):  # made before
         made = runner

@@ -7,14 +7,14 @@ import torch
 
 from llama2 import cpu
 from llama2.evaluate.steps import Ids, MeasuredModel
-from llama2.runners.contract import Runner, make_runner
 from llama2.runners.native import NativeRunner
+from llama2.runners.padded import PaddedRunner, make_runner
 
 
 class TorchMeasured:
     """See `steps.MeasuredModel`."""
 
-    def __init__(self, model: Any, runner: Runner) -> None:
+    def __init__(self, model: Any, runner: PaddedRunner) -> None:
         self.model, self.runner = model, runner
         self.weights: cpu.CpuWeights | None = runner.weights if isinstance(runner, NativeRunner) else None
 
@@ -60,6 +60,8 @@ class TorchMeasured:
         return torch.inference_mode()
 
 
-def torch_steps(model: Any, runner: str | Runner, cache_dtype: cpu.KvDtype | None, precision: str) -> MeasuredModel:
+def torch_steps(
+    model: Any, runner: str | PaddedRunner, cache_dtype: cpu.KvDtype | None, precision: str
+) -> MeasuredModel:
     """As `steps.make_steps`, of a module of torch."""
     return TorchMeasured(model, make_runner(runner, model, cache_dtype=cache_dtype, precision=precision))

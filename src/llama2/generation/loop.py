@@ -28,7 +28,7 @@ from llama2.generation.speculative import PromptLookup, drafting_model, speculat
 from llama2.generation.streamers import BaseStreamer
 from llama2.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from llama2.rope import promoted
-from llama2.runners.contract import Runner
+from llama2.runners.padded import PaddedRunner
 
 GenerateOutput = Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
@@ -247,4 +247,4 @@ def compute_transition_scores(
     return picked.masked_fill(rows_BT < 0, 0.0)
 
 
-__all__ = ["GenerateOutput", "Runner", "Step", "compute_transition_scores", "decode", "generate", "stream"]
+__all__ = ["GenerateOutput", "PaddedRunner", "Step", "compute_transition_scores", "decode", "generate", "stream"]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from llama2.generation.config import GenerationConfig
-from llama2.runners.contract import Runner, TorchRunner
+from llama2.runners.padded import PaddedRunner, TorchRunner
 from llama2.runners.prepared import PreparedRunner
 
 
@@ -29,7 +29,7 @@ class Record:
         names = ("scores", "logits", "attentions", "hidden_states")
         return cls(**{name: [] for name in names if as_dict and getattr(config, f"output_{name}")})
 
-    def add(self, runner: Runner, logits: Tensor, scores: Tensor, index: int | None = None) -> None:
+    def add(self, runner: PaddedRunner, logits: Tensor, scores: Tensor, index: int | None = None) -> None:
         """Keeps one step; of attentions and hidden states those of the new token `index`, None for all of them."""
         if self.scores is not None:
             self.scores.append(scores)

@@ -7,8 +7,8 @@ from torch import Tensor
 from llama2.cache import DynamicCache
 from llama2.errors import InputError
 from llama2.generation.config import GenerationConfig
-from llama2.runners.contract import Runner
 from llama2.runners.native import NativeCache, NativeRunner, row_count
+from llama2.runners.padded import PaddedRunner
 
 
 def given_cache(cache: Any, config: GenerationConfig, rows: int, context: int) -> Any:
@@ -34,7 +34,7 @@ def given_cache(cache: Any, config: GenerationConfig, rows: int, context: int) -
 
 
 def cache_to_run(
-    past: Any, runner: Runner, config: GenerationConfig, rows: int, length: int, context: int, mask: Tensor | None
+    past: Any, runner: PaddedRunner, config: GenerationConfig, rows: int, length: int, context: int, mask: Tensor | None
 ) -> Any:
     """Returns the cache for the runner, None for none: with room for `length` columns of `rows` rows, all but the last
     cached."""

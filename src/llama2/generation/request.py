@@ -32,8 +32,8 @@ from llama2.generation.stopping import (
 )
 from llama2.protocols import CausalLM, TokenizerLike
 from llama2.rope_types import context_limit
-from llama2.runners.contract import Runner, make_runner
 from llama2.runners.native import NATIVE_CACHES, NativeCache, NativeModel, NativeRunner
+from llama2.runners.padded import PaddedRunner, make_runner
 from llama2.runners.prepared import PreparedRunner
 
 
@@ -42,7 +42,7 @@ class Request:
     """A checked call. Columns of `ids` and of the context differ by `offset` where the prompt came as embeddings."""
 
     config: GenerationConfig
-    runner: Runner
+    runner: PaddedRunner
     cache: Any  # what the runner fills
     given: Any  # the caller's cache
     ids: Tensor  # (rows, max_length): prompt, then room filled with the pad id
@@ -124,7 +124,7 @@ class GenerateArguments:
     assistant_tokenizer: TokenizerLike | None = None
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | None = None
-    runner: str | Runner = "auto"
+    runner: str | PaddedRunner = "auto"
     precision: str = "fast"  # of the activations in the native engine
     extra: dict[str, Any] = field(default_factory=dict)  # arguments of the forward of a model's own class
 
@@ -267,7 +267,7 @@ def _positions(call: GenerateArguments, mask: Tensor | None, context: int, new: 
 
 def _runner(
     call: GenerateArguments, model: CausalLM, config: GenerationConfig, given: object, mask: Tensor | None
-) -> Runner:
+) -> PaddedRunner:
     """The runner of this call: torch also where the native engine cannot go on from the caller's cache."""
     attentions, hidden_states = config.value("output_attentions"), config.value("output_hidden_states")
     needs_torch = _needs_torch(call, config, mask)
@@ -327,7 +327,7 @@ def _guidance(model: CausalLM, call: GenerateArguments, config: GenerationConfig
     return UnbatchedClassifierFreeGuidanceLogitsProcessor(scale, model, ids, mask, config.value("use_cache"))
 
 
-def _limit_openmp(call: GenerateArguments, runner: Runner, busy: bool) -> AbstractContextManager[None]:
+def _limit_openmp(call: GenerateArguments, runner: PaddedRunner, busy: bool) -> AbstractContextManager[None]:
     """torch without threads where the engine has its own, unless there is nothing to do or it is the caller's code."""
     theirs = call.logits_processor or call.stopping_criteria or call.prefix_allowed_tokens_fn
     return cpu.OneOpenMpThread() if isinstance(runner, NativeRunner) and busy and not theirs else nullcontext()

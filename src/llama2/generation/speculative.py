@@ -5,6 +5,7 @@ with probability min(1, p(x) / q(x)), and in its place comes a draw from max(p -
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from llama2.cache import DynamicCache
 from llama2.errors import InputError
+from llama2.generation.drafts import check_drafts, check_vocabularies, heuristic_count, look_up
 from llama2.generation.request import GenerateArguments, Request
 from llama2.generation.seeded import invalid_logits
 from llama2.rope import promoted
-from llama2.runners.contract import Runner, make_runner
 from llama2.runners.native import NativeCache
+from llama2.runners.padded import PaddedRunner, make_runner
 
 
 class DraftSource(Protocol):
@@ -37,14 +39,8 @@ class PromptLookup:
 
     def propose(self, ids: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
         """As Drafter.propose: the longest n-gram that was seen before wins."""
-        row = ids[0]
-        for size in range(min(self.max_ngram, len(row) - 1), 0, -1):
-            windows = row[:-1].unfold(0, size, 1)
-            matches = (windows == row[-size:]).all(1).nonzero().flatten()
-            if len(matches):
-                start = int(matches[-1]) + size
-                return row[start : start + min(self.count, most)], None
-        return row[:0], None
+        guesses = look_up(ids[0].tolist(), min(self.count, most), self.max_ngram, None)
+        return ids.new_tensor(guesses), None
 
     def learn(self, proposed: int, accepted: int) -> None:
         """Nothing to adapt."""
@@ -54,7 +50,13 @@ class AssistantModel:
     """Proposes what a smaller model with the same vocabulary would write, with the same processors."""
 
     def __init__(
-        self, runner: Runner, request: Request, count: int, threshold: float | None, schedule: str, kept: Any = None
+        self,
+        runner: PaddedRunner,
+        request: Request,
+        count: int,
+        threshold: float | None,
+        schedule: str,
+        kept: Any = None,
     ) -> None:
         """kept: the assistant's settings, whose num_assistant_tokens follows the schedule "heuristic" over calls."""
         self.runner, self.request = runner, request
@@ -92,7 +94,7 @@ class AssistantModel:
     def learn(self, proposed: int, accepted: int) -> None:
         """Two more drafts after a full success, else one less, unless the schedule is constant."""
         if self.schedule != "constant" and proposed:
-            self.count = self.count + 2 if accepted == proposed else max(1, self.count - 1)
+            self.count = heuristic_count(self.count, proposed, accepted)
             if self.kept is not None:
                 self.kept.num_assistant_tokens = self.count
 
@@ -104,9 +106,7 @@ def drafting_model(model: Any, assistant: Any, request: Request, call: GenerateA
             "an assistant with a tokenizer of its own is not implemented; use an assistant with the model's tokenizer "
             "and leave assistant_tokenizer out"
         )
-    ours, theirs = model.config.vocab_size, assistant.config.vocab_size
-    if ours != theirs:
-        raise InputError(f"the assistant's vocabulary is {theirs} but the model's is {ours}; both must be the same")
+    check_vocabularies("assistant", assistant.config.vocab_size, model.config.vocab_size)
     config, own = request.config, getattr(assistant, "generation_config", None)
 
     def setting(name: str) -> Any:
@@ -183,6 +183,17 @@ def _choose(request: Request, scores: Tensor, draft: Tensor | None, q_V: Tensor 
     return sampler.draw(rest if bool(rest.sum() > 0) else p), False
 
 
+def _take(
+    request: Request, writer: _Writer, drafts: Tensor, drawn_from: Tensor | None, index: int, logits_V: Tensor
+) -> tuple[bool, bool]:
+    """Writes the token behind `index` drafts; whether the draft there was right, and whether the row is done."""
+    draft = drafts[index : index + 1] if index < len(drafts) else None
+    q_V = None if draft is None or drawn_from is None else drawn_from[index]
+    token, right = _choose(request, writer.processed(logits_V, index), draft, q_V)
+    writer.write(token)
+    return right, writer.done
+
+
 @torch.no_grad()
 def speculate(request: Request, drafter: DraftSource, put: Callable[[Tensor], None] | None = None) -> int:
     """Fills `request.ids` and returns how many columns of it are used; `put` receives each new token (1,).
@@ -197,13 +208,7 @@ def speculate(request: Request, drafter: DraftSource, put: Callable[[Tensor], No
         drafts, drawn_from = drafter.propose(request.ids[:, :start], request.max_length - start - 1)
         new = torch.cat((request.ids[0, start - 1 : start], drafts))[None]
         logits_TV = request.feed(new, start - 1, keep=new.shape[1])[0]
-        for i, logits_V in enumerate(logits_TV):
-            draft = drafts[i : i + 1] if i < len(drafts) else None
-            q_V = None if draft is None or drawn_from is None else drawn_from[i]
-            token, right = _choose(request, writer.processed(logits_V, i), draft, q_V)
-            writer.write(token)
-            if not right or writer.done:
-                break
-        drafter.learn(len(drafts), i + int(right))
+        accepted = check_drafts(len(drafts), logits_TV, partial(_take, request, writer, drafts, drawn_from))
+        drafter.learn(len(drafts), accepted)
         request.cache.crop(writer.length - 1)
     return writer.length

@@ -299,7 +299,7 @@ class Graphs:
     def step(
         self, model: Any, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: DynamicCache, most: int
     ) -> Tensor | None:
-        """Logits (B, 1, V) of the newest tokens (B, 1), as Runner.step; None where this step is to run plainly."""
+        """Logits (B, 1, V) of the newest tokens (B, 1), as PaddedRunner.step; None where this step runs plainly."""
         # Outside of inference mode, since what is made in it could not be written to by a later call without it.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             slot = self._slot(len(tokens), _stream(tokens.device))

@@ -1,4 +1,4 @@
-"""The native CPU engine behind generation's Runner contract.
+"""The native CPU engine for generate(): rows of a batch packed for the runner contract (`contract.Runner`).
 
     NativeRunner(weights)     step() over the engine's paged cache; rows of a batch are sequences, padding is skipped
     NativeModel               a model that exists in the engine only: a GGUF file runs packed, torch holds no weights
@@ -80,7 +80,7 @@ class NativeCache:
         """Context columns there is room for."""
         return self._real.shape[1]
 
-    def append(self, new: int, real_BT: np.ndarray | None = None) -> cpu.CacheView:
+    def append(self, new: int, real_BT: np.ndarray | None = None) -> cpu.CacheView[cpu.PagedCache]:
         """Room for `new` tokens of every row, or for those marked True (B, new) of the rows that have any; counts the
         columns."""
         end = self.columns + new
@@ -206,7 +206,7 @@ def _shape(weights: cpu.CpuWeights) -> tuple[int, int, int]:
 
 
 class NativeRunner:
-    """`weights` on the engine's own threads, as generation's Runner. cache_dtype: see `cpu.PagedCache`."""
+    """`weights` on the engine's own threads, as generation's PaddedRunner. cache_dtype: see `cpu.PagedCache`."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class NativeRunner:
         return self._engine.isa
 
     def new_cache(self, kind: str | None, rows: int, length: int) -> NativeCache:
-        """As Runner.new_cache; there is no static kind. "quantized" is int8 whatever cache_dtype is."""
+        """As PaddedRunner.new_cache; there is no static kind. "quantized" is int8 whatever cache_dtype is."""
         if kind not in NATIVE_CACHES:
             raise InputError(
                 f"the native engine has no {kind!r} cache; leave cache_implementation out or runner='torch'"
@@ -276,7 +276,7 @@ class NativeRunner:
     def step(
         self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: NativeCache | None, keep: int = 1
     ) -> Tensor:
-        """As Runner.step, float32 logits; those of padding are 0. tokens are ids: embeddings need torch."""
+        """As PaddedRunner.step, float32 logits; those of padding are 0. tokens are ids: embeddings need torch."""
         rows, new = tokens.shape
         if cache is None:
             cache = self.new_cache(None, rows, new)

@@ -16,7 +16,7 @@ from llama2.errors import InputError
 
 
 class PreparedRunner:
-    """The torch module, with the arguments that its own `prepare_inputs_for_generation` gives. See `runner.Runner`.
+    """A PaddedRunner: the torch module, with the arguments that its own `prepare_inputs_for_generation` gives.
 
     `ids` (B, L) are all tokens so far, set before each step where they are known. extra: arguments of the caller that
     only the model knows.
@@ -34,7 +34,7 @@ class PreparedRunner:
         self._wanted = {"output_attentions": attentions or None, "output_hidden_states": hidden_states or None}
 
     def new_cache(self, kind: str | None, rows: int, length: int) -> Any:
-        """As Runner.new_cache; static caches are not given, because their room would not count what is put before."""
+        """As PaddedRunner.new_cache; no static ones, because their room would not count what is put before."""
         if kind not in (None, "dynamic"):
             raise InputError(
                 f"cache_implementation={kind!r} does not go with a model whose prepare_inputs_for_generation was "
@@ -44,7 +44,7 @@ class PreparedRunner:
         return DynamicCache()
 
     def step(self, tokens: Tensor, positions: Tensor, mask_BS: Tensor | None, cache: Any, keep: int = 1) -> Tensor:
-        """As Runner.step."""
+        """As PaddedRunner.step."""
         embeds = tokens if tokens.is_floating_point() else None
         rows, new = tokens.shape[:2]
         start = 0 if cache is None else cache.get_seq_length() - self._ahead

@@ -74,7 +74,7 @@ def measured(known: Facts, model: ServedModel) -> Facts:
 
 def weight_bytes(model: ServedModel) -> int:
     """Bytes of the weights in memory."""
-    weights = getattr(model.engine.runner, "weights", None)
+    weights = model.engine.runner.weights
     return int(weights.nbytes if weights is not None else sum(p.nbytes for p in model.engine.model.parameters()))
 
 

@@ -100,7 +100,7 @@ def bounds(engine: Engine, limits: Wanted) -> Bounds:
 
 def table(engine: Engine, limits: Bounds, source: str) -> str:
     """Formats the server's capacity, for people."""
-    runner, weights, drafter = engine.runner, getattr(engine.runner, "weights", None), engine.drafter
+    runner, weights, drafter = engine.runner, engine.runner.weights, engine.drafter
     size = weights.nbytes if weights is not None else sum(p.nbytes for p in engine.model.parameters())
     page = runner.bytes_per_page + (drafter.runner.bytes_per_page if drafter else 0)
     each, held = page / PAGE, engine.scheduler.capacity()

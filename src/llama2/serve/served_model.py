@@ -50,7 +50,8 @@ class ServedModel:
     @property
     def adapters(self) -> list[str]:
         """Names of the adapters that a request can choose."""
-        return list(getattr(getattr(self.engine.runner, "weights", None), "adapters", ()))
+        weights = self.engine.runner.weights
+        return [] if weights is None else list(weights.adapters)
 
     def adapter(self, name: str | None) -> str | None:
         """The adapter that a model name asks for; None for the model alone. Raises Refusal for another name."""
@@ -93,7 +94,7 @@ class ServedModel:
     def alive(self) -> bool:
         """Whether the engine is moving, or has nothing to do, and has not lost a process of its model."""
         engine = self.engine
-        lost = getattr(engine.runner, "failed", None) is not None
+        lost = engine.runner.failed is not None
         return not lost and (not engine.running or time.monotonic() - engine.beat < 120)
 
     def close(self) -> None:

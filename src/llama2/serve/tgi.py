@@ -341,7 +341,7 @@ class TokenWriter(sse.Writer):
 
 
 def _compute_type(model: ServedModel) -> str:
-    return "cpu+optimized" if hasattr(model.engine.runner, "weights") else str(model.engine.model.device.type)
+    return "cpu+optimized" if model.engine.runner.weights is not None else str(model.engine.model.device.type)
 
 
 def _headers(session: Session, prompt: int, characters: int) -> dict[str, str]:
