@@ -265,6 +265,31 @@ def test_budgets(path: Path) -> None:
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{path.name} has a bare except"
 
 
+# Where annotations say what is taken and given, because everything passes through: no more bare Any than there are.
+SPOKEN = ("generation/request.py", "engine", "train")
+MOST_BARE_ANY = 58
+
+
+def bare(annotation: ast.expr | None) -> bool:
+    return (isinstance(annotation, ast.Name) and annotation.id == "Any") or (
+        isinstance(annotation, ast.Constant) and annotation.value == "Any"
+    )
+
+
+def test_few_annotations_are_a_bare_any() -> None:
+    """Of parameters, results and fields; the bound falls with them and never rises."""
+    count = 0
+    for path in FILES:
+        if any(part == PACKAGE / name for part in (path, *path.parents) for name in SPOKEN):
+            for node in nodes(path):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    a = node.args
+                    taken = [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg]
+                    count += bare(node.returns) + sum(bare(x.annotation) for x in taken if x is not None)
+                count += isinstance(node, ast.AnnAssign) and bare(node.annotation)
+    assert 0 < count <= MOST_BARE_ANY
+
+
 def test_environment_is_read_in_the_command_line_only() -> None:
     """And where torchrun's variables are."""
     for path in FILES:

@@ -1,6 +1,6 @@
 """Interfaces of models and tokenizers that the library accepts; those of transformers and PEFT satisfy them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ class TokenizerLike(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Texts as columns of ids."""
 
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """The tokens that are no part of the vocabulary's own, by id."""
+
     def __len__(self) -> int:
         """The number of ids, added tokens included."""
 
@@ -99,6 +103,9 @@ class TokenizerLike(Protocol):
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         """The text of ids."""
+
+    def get_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        """The Jinja text that renders conversations."""
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """A conversation as a prompt."""

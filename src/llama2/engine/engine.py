@@ -93,7 +93,7 @@ class ActiveRequest:
         self.tell(TokenEvent(picked.token, text, picked.logprob, picked.top, finish, stop=stop))
         return finish is not None
 
-    def rate(self, chunk: Chunk, logits_TV: Any) -> None:
+    def rate(self, chunk: Chunk, logits_TV: np.ndarray) -> None:
         """Tells the log-probabilities of the prompt tokens that follow the tokens of a chunk."""
         rows = range(max(self.rated, chunk.start), min(chunk.start + len(chunk.tokens), self.sequence.scored))
         if not rows:
@@ -204,7 +204,7 @@ class Engine:
             list(ids), config, seed, stops, keep_stop, logprobs, adapter, tenant, lookup, (), skip_special_tokens
         )
 
-    def generate(self, prompts: str | Sequence[Any], *args: Any, **kwargs: Any) -> list[Completion]:
+    def generate(self, prompts: str | Sequence[Any], *args: GenerationConfig | None, **kwargs: Any) -> list[Completion]:
         """Continues one prompt or several (texts, or lists of ids), all at once; arguments as `ask`.
 
         An int seed s gives prompt i the seed s + i, as generate() gives its rows.
@@ -214,7 +214,7 @@ class Engine:
         asks = [self.ask(p, *args, seed=None if seed is None else seed + i, **kwargs) for i, p in enumerate(several)]
         return complete(self, asks)
 
-    def stream(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> Stream:
+    def stream(self, prompt: str | Sequence[int], *args: GenerationConfig | None, **kwargs: Any) -> Stream:
         """The events of one request as they happen; arguments as `ask`."""
         return Stream(self, self.ask(prompt, *args, **kwargs))
 
@@ -444,7 +444,7 @@ class Engine:
                     if event is not None:
                         self._end(live, event)
                     continue
-                if chunk.whole:
+                if chunk.whole and logits is not None:
                     live.rate(chunk, logits)
                 if chunk.sampled and logits is not None:
                     self._advance(chunk, logits)

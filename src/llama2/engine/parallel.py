@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama2.checkpoint import Stored
+from llama2.checkpoint import Checkpoint, Stored
 from llama2.checkpoint.arguments import DTYPES, resolve_dtype
 from llama2.checkpoint.covered import covered
 from llama2.checkpoint.load import fill, match
@@ -50,8 +50,8 @@ class Place:
 
     rank: int
     size: int
-    control: Any = None
-    data: Any = None
+    control: "dist.ProcessGroup | None" = None
+    data: "dist.ProcessGroup | None" = None
 
 
 def join(device: torch.device, store: str | None = None, rank: int = -1, size: int = -1) -> Place:
@@ -85,7 +85,7 @@ def part_of(config: LlamaConfig, size: int) -> LlamaConfig:
 class Shares:
     """A checkpoint's tensors cut to one process's part; each is read, cut and let go."""
 
-    def __init__(self, source: Any, config: LlamaConfig, place: Place) -> None:
+    def __init__(self, source: Checkpoint, config: LlamaConfig, place: Place) -> None:
         self._source, self._config, self._place = source, config, place
         self._names = {name: name for name in source.tensors}
         if _HEAD not in self._names and config.tie_word_embeddings:
@@ -141,7 +141,7 @@ def _rows(vocabulary: int, place: Place) -> tuple[int, int]:
 class Summed(nn.Linear):
     """A linear whose input is shared out: its output is the sum over the processes."""
 
-    group: Any = None
+    group: "dist.ProcessGroup | None" = None
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x).contiguous()

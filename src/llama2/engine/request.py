@@ -1,7 +1,7 @@
 """Input and output of the engine: a request, its token events, and their fold."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -105,7 +105,7 @@ class Completion:
         self.finish = event.finish or self.finish
 
 
-def listed(value: Any) -> list[str]:
+def listed(value: str | Iterable[str] | None) -> list[str]:
     """Strings from one, several or None."""
     return [value] if isinstance(value, str) else list(value or ())
 

@@ -44,7 +44,7 @@ class Request:
     config: GenerationConfig
     runner: PaddedRunner
     cache: Any  # what the runner fills
-    given: Any  # the caller's cache
+    given: object  # the caller's cache
     ids: Tensor  # (rows, max_length): prompt, then room filled with the pad id
     width: int  # columns of `ids` that the prompt fills
     offset: int  # context column = column of ids + offset
@@ -66,7 +66,7 @@ class Request:
         """Columns of `ids`."""
         return self.ids.shape[1]
 
-    def hand_back(self) -> Any:
+    def hand_back(self) -> object:
         """The cache as callers get it: their own object, or a new one. None for none."""
         if not isinstance(self.cache, NativeCache) or self.cache is self.given:
             return self.cache
@@ -119,7 +119,7 @@ class GenerateArguments:
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
-    past_key_values: Any = None
+    past_key_values: object = None
     tokenizer: TokenizerLike | None = None
     assistant_tokenizer: TokenizerLike | None = None
     seed: int | Sequence[int] | None = None
@@ -310,7 +310,9 @@ def _criteria(call: GenerateArguments, config: GenerationConfig) -> StoppingCrit
     return criteria
 
 
-def _guidance(model: CausalLM, call: GenerateArguments, config: GenerationConfig) -> Any:
+def _guidance(
+    model: CausalLM, call: GenerateArguments, config: GenerationConfig
+) -> UnbatchedClassifierFreeGuidanceLogitsProcessor | None:
     scale = config.guidance_scale
     if scale is None or scale == 1:
         if call.negative_prompt_ids is not None:

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from llama2.errors import InputError
 from llama2.train.fields import ALIASES, DICTS, NUMBERS, OPTIMIZERS, read_flag, read_mapping, without_effect
 from llama2.train.trackers import sinks_of
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
              "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
@@ -146,7 +149,7 @@ class TrainingArguments:
     data_seed: int | None = None
     use_cpu: bool = False
     accelerator_config: dict[str, Any] | str | None = None
-    parallelism_config: Any = None
+    parallelism_config: object = None
     dataloader_drop_last: bool = False
     dataloader_num_workers: int = 0
     dataloader_pin_memory: bool = True
@@ -388,7 +391,7 @@ class TrainingArguments:
         return timedelta(seconds=self.ddp_timeout)
 
     @property
-    def device(self) -> Any:
+    def device(self) -> "torch.device":
         """The torch.device that a model on no GPU yet is trained on."""
         import torch
 

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from llama2.errors import CheckpointError
 from llama2.files import rename, sync_tree, write_text
@@ -137,7 +136,7 @@ def prune(folder: Path, keep: int, spare: Path | None = None, run: str = "") -> 
 def sweep(folder: Path) -> None:
     """Removes what a run that was killed had begun to write or to remove. What only lacks its name gets it."""
     for left in folder.glob(".checkpoint-*"):
-        step: Any = -1
+        step: object = -1
         if left.name.startswith(_BEGUN) and not problem(left):
             step = read_object(left / MANIFEST, MANIFEST, most=LISTING_BYTES).get("step")
         if type(step) is int and step >= 0 and not (folder / f"checkpoint-{step}").exists():

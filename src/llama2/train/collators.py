@@ -4,7 +4,7 @@ A row is a dict of input_ids, perhaps attention_mask, and labels (or label). B r
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ class DataCollatorForSeq2Seq:
 
     tokenizer: TokenizerLike
     model: CausalLM | None = None
-    padding: Any = True
+    padding: bool | str = True
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     label_pad_token_id: int = IGNORED
@@ -120,7 +120,7 @@ class DataCollatorForTokenClassification(DataCollatorForSeq2Seq):
     def __init__(
         self,
         tokenizer: TokenizerLike,
-        padding: object = True,
+        padding: bool | str = True,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         label_pad_token_id: int = IGNORED,
@@ -172,7 +172,7 @@ class DataCollatorForLanguageModeling:
 ROW_BY_ROW = (DefaultDataCollator, DataCollatorWithPadding, DataCollatorForSeq2Seq, DataCollatorForLanguageModeling)
 
 
-def _list(values: Any) -> list[Any]:
+def _list(values: Iterable[Any]) -> list[Any]:
     return list(values.tolist() if hasattr(values, "tolist") else values)
 
 

@@ -161,7 +161,7 @@ def _chat(chat: Chat, tokenizer: TokenizerLike) -> Example:
     return Example(ids, [token if on else IGNORED for token, on in zip(ids, mask, strict=True)])
 
 
-def _check_template(chat: Chat, tokenizer: Any) -> None:
+def _check_template(chat: Chat, tokenizer: TokenizerLike) -> None:
     """Refuses what the template would leave out without a word."""
     template = tokenizer.get_chat_template(tools=list(chat.tools) or None)
     if chat.tools and "tools" not in template:
@@ -170,7 +170,7 @@ def _check_template(chat: Chat, tokenizer: Any) -> None:
         raise InputError("a message has tool_calls, and the chat template writes none")
 
 
-def _unread(content: Content, tokenizer: Any) -> list[str]:
+def _unread(content: Content, tokenizer: TokenizerLike) -> list[str]:
     """Keys of messages that the chat template does not read."""
     if not isinstance(content, Chat) or tokenizer.chat_template is None:
         return []

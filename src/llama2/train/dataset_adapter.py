@@ -16,7 +16,11 @@ from llama2.train.shapes import PREFERENCE
 
 
 def objective_for(
-    model: PreTrainedModel, rows: Iterable[Any], tokenizer: Any, max_length: int | None = None, most: int | None = None
+    model: PreTrainedModel,
+    rows: Iterable[Any],
+    tokenizer: Any,
+    max_length: int | None = None,
+    most: int | None = None,
 ) -> tuple[Objective, list[Any], DataReport]:
     """Selects the objective of rows, by the model's class and for texts by their shape, and makes their items.
 

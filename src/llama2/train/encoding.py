@@ -65,7 +65,9 @@ class Encoder:
         most = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * join().world
         return most if most > 0 else None
 
-    def sets(self, dataset: Iterable[Any] | Mapping[str, Iterable[Any]], name: str = "eval_dataset") -> Any:
+    def sets(
+        self, dataset: Iterable[Any] | Mapping[str, Iterable[Any]], name: str = "eval_dataset"
+    ) -> list[Any] | dict[str, list[Any]]:
         """The items of a set, or of each set of a dict."""
         if isinstance(dataset, Mapping):
             return {key: self.items(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}
@@ -111,7 +113,7 @@ def inputs_of(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {"input_ids": padded(rows, 0), "attention_mask": padded([[1] * len(row) for row in rows], 0)}
 
 
-def _ids(values: Any) -> list[int]:
+def _ids(values: Iterable[Any]) -> list[int]:
     return [int(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
 
 

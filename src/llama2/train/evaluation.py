@@ -67,7 +67,7 @@ def speed(prefix: str, begin: float, rows: int, steps: int) -> dict[str, float]:
     }
 
 
-def detached(value: object) -> Any:
+def detached(value: object) -> object:
     """Tensors on the CPU, without a graph; tuples and lists of them alike, None left out of tuples."""
     if isinstance(value, Tensor):
         found = value.detach().cpu()
@@ -100,11 +100,11 @@ class Gathered:
         return _joined(self._parts)
 
 
-def _array(part: Any) -> Any:
+def _array(part: Any) -> Arrays:
     return tuple(map(_array, part)) if isinstance(part, tuple) else part.numpy()
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def _joined(parts: Sequence[Any]) -> Arrays:
     if isinstance(parts[0], tuple):
         return tuple(_joined([part[i] for part in parts]) for i in range(len(parts[0])))
     if isinstance(parts[0], Mapping):
@@ -116,7 +116,7 @@ def _joined(parts: Sequence[Any]) -> Any:
     return np.concatenate(arrays)
 
 
-def _widened(array: Any, length: int) -> Any:
+def _widened(array: np.ndarray, length: int) -> np.ndarray:
     pad = [(0, 0), (0, length - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]
     return np.pad(array, pad, constant_values=IGNORED)
 

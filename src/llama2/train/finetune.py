@@ -32,6 +32,7 @@ from llama2.checkpoint.source import revision_of
 from llama2.errors import InputError
 from llama2.files import locked, saving, write_text
 from llama2.pretrained import PreTrainedModel
+from llama2.protocols import TokenizerLike
 from llama2.train import checkpoints
 from llama2.train.chart import loss_chart
 from llama2.train.data import Row, held_out, read, renamed
@@ -102,7 +103,7 @@ class Finetune:
         if held and not ours:
             raise InputError(f"{self.folder} holds {held[0]} already, of a model or another run; give a new folder")
 
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> TokenizerLike:
         tokenizer = self.origin.tokenizer()
         if self.task.chat_template is not None:
             tokenizer.chat_template = self.task.chat_template
@@ -154,7 +155,7 @@ class Finetune:
 
     # -- the model -----------------------------------------------------------------------------------------------
 
-    def _model(self) -> Any:
+    def _model(self) -> PreTrainedModel:
         recipe, head = self.recipe, self.task.head(self.data.learnt)
         torch.manual_seed(self.args.seed)  # for the fresh weights of a head, an adapter or a model
         if self.task.fresh:
@@ -169,7 +170,7 @@ class Finetune:
             return AutoModelForCausalLM.from_pretrained(recipe.model, **settings)
         return self._classifier(head, settings)
 
-    def _classifier(self, head: ScoreHead, settings: dict[str, Any]) -> Any:
+    def _classifier(self, head: ScoreHead, settings: dict[str, Any]) -> PreTrainedModel:
         names = dict(enumerate(head.names))
         settings |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
         with head_follows():
@@ -196,7 +197,7 @@ class Finetune:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
 
-    def loaded(self) -> Any:
+    def loaded(self) -> PreTrainedModel:
         """The model as it is trained: with its new adapter or head."""
         model = self._model()
         if self.recipe.lora is not None:

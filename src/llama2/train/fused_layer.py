@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from llama2.attention import Mask
 from llama2.compiled import kernels, pool
-from llama2.layers import LlamaDecoderLayer
+from llama2.layers import LlamaDecoderLayer, LlamaRMSNorm
 from llama2.lora import LoraLinear
 from llama2.model import LlamaModel
 from llama2.plain_network import difference, layer_difference, warn_once
@@ -316,13 +316,13 @@ def _weights(
 # -- the layer ---------------------------------------------------------------------------------------------------
 
 
-def _norm(x: Tensor, norm: Any) -> Tensor:
+def _norm(x: Tensor, norm: LlamaRMSNorm) -> Tensor:
     out = torch.empty_like(x)
     kernels().norm(pool(), x, norm.weight.detach(), norm.variance_epsilon, out)
     return out
 
 
-def _norm_grad(x: Tensor, norm: Any, grad: Tensor, residual: Tensor, found: Grads) -> Tensor:
+def _norm_grad(x: Tensor, norm: LlamaRMSNorm, grad: Tensor, residual: Tensor, found: Grads) -> Tensor:
     """The gradient of x, `residual` added."""
     weight, to_x = norm.weight, torch.empty_like(x)
     to_weight = torch.zeros(len(weight)) if weight.requires_grad else None

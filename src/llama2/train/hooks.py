@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from llama2.errors import InputError
 from llama2.pretrained import PreTrainedModel
+from llama2.protocols import CausalLM
 from llama2.train.arguments import TrainingArguments
 from llama2.train.callbacks import Callbacks, TrainerCallback, TrainerControl, TrainerState
 from llama2.train.data import IGNORED
@@ -126,7 +128,7 @@ class Accelerator:
 class Hooks:
     """The methods, as transformers has them."""
 
-    model: Any
+    model: CausalLM
     network: Any
     args: Any
     objective: Any
@@ -150,11 +152,13 @@ class Hooks:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module | CausalLM, inputs: Inputs, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Loss and gradients of one batch of a step; returns the loss without its graph."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        given = {}
+        given: dict[str, Any] = {}
         if takes := accepts(self.compute_loss, "num_items_in_batch"):
             given["num_items_in_batch"] = num_items_in_batch
         with self.compute_loss_context_manager():
@@ -171,7 +175,11 @@ class Hooks:
         return loss.detach()
 
     def compute_loss(
-        self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module | CausalLM,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch: with num_items_in_batch its share of the step's mean, else the batch's own mean.
 
@@ -187,7 +195,7 @@ class Hooks:
         outputs = model(**{k: v for k, v in inputs.items() if not (apart and k == "labels")})
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch) * world
-        elif apart:
+        elif apart and labels is not None:
             loss = self._smoothed(outputs, labels, num_items_in_batch) * world
         else:
             loss = _loss_of(outputs, inputs)
@@ -195,7 +203,7 @@ class Hooks:
                 loss = loss * (self._items(inputs) / num_items_in_batch) * world
         return (loss, outputs) if return_outputs else loss
 
-    def _smoothed(self, outputs: Any, labels: Any, items: object) -> Tensor:
+    def _smoothed(self, outputs: Any, labels: Tensor, items: Tensor | int | None) -> Tensor:
         """The cross entropy with label_smoothing_factor spread over all classes."""
         logits = outputs["logits"] if _keyed(outputs) else outputs[0]
         if self._causal:
@@ -210,7 +218,9 @@ class Hooks:
         """Returns the context of compute_loss."""
         return self.autocast_smart_context_manager()
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[None]:
         """Returns the context of the forward pass: a null context, since bf16 and fp16 cast the weights."""
         return contextlib.nullcontext()
 
@@ -218,7 +228,7 @@ class Hooks:
         """A batch on the model's device."""
         return {name: self._prepare_input(value) for name, value in inputs.items()}
 
-    def _prepare_input(self, data: object) -> Any:
+    def _prepare_input(self, data: object) -> object:
         """A value of a batch on the model's device."""
         if isinstance(data, Tensor):
             return data.to(self.accelerator.device)
@@ -276,7 +286,7 @@ class Hooks:
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of per_device_train_batch_size rows, in the order of the epoch."""
         sampler = self._get_train_sampler()
-        order = {"shuffle": False} if sampler is None else {"sampler": sampler}
+        order: dict[str, Any] = {"shuffle": False} if sampler is None else {"sampler": sampler}
         return DataLoader(
             list(self.rows),  # type: ignore[arg-type]
             batch_size=self.args.per_device_train_batch_size,
@@ -285,15 +295,19 @@ class Hooks:
             **order,
         )
 
-    def _get_train_sampler(self, train_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None) -> Any:
+    def _get_train_sampler(
+        self, train_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None
+    ) -> Iterable[int]:
         """The order of the rows, one for each epoch."""
         return _Order(self)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+    def get_eval_dataloader(
+        self, eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None
+    ) -> DataLoader[Any]:
         """Batches of per_device_eval_batch_size rows of a set, the trainer's own where none is given."""
         rows, collate = self._eval_items(eval_dataset)
         sampler = self._get_eval_sampler(rows)
-        order = {} if sampler is None else {"sampler": sampler}
+        order: dict[str, Any] = {} if sampler is None else {"sampler": sampler}
         size = self.args.per_device_eval_batch_size
         return DataLoader(list(rows), batch_size=size, collate_fn=collate, **order)  # type: ignore[arg-type]
 
@@ -301,12 +315,12 @@ class Hooks:
         """Batches of per_device_eval_batch_size rows of a set, which need no labels."""
         return Hooks.get_eval_dataloader(self, test_dataset)
 
-    def _get_eval_sampler(self, eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]]) -> Any:
+    def _get_eval_sampler(self, eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]]) -> Iterable[int] | None:
         """The order of rows that are measured; None is their own."""
         return None
 
     def _eval_items(
-        self, dataset: Iterable[Any] | Mapping[str, Iterable[Any]]
+        self, dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None
     ) -> tuple[Sequence[Any], Callable[[Sequence[Any]], Inputs]]:
         raise NotImplementedError
 
@@ -338,12 +352,16 @@ class Hooks:
                        metric_key_prefix, heard)  # fmt: skip
 
     def prediction_step(
-        self, model: nn.Module, inputs: Inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module | CausalLM,
+        inputs: Inputs,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """Loss, logits and labels of a batch, each None where there is none or where the loss alone is wanted."""
         inputs = self._prepare_inputs(inputs)
         there = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
-        labels: Any = tuple(inputs[name] for name in self.label_names) if there else None
+        labels = tuple(inputs[name] for name in self.label_names) if there else None
         loss = None
         with torch.no_grad(), self.compute_loss_context_manager():
             if there or (self.objective is not None and not isinstance(self.objective, NextToken | Classification)):
@@ -362,7 +380,7 @@ class Hooks:
         self.create_optimizer()
         self.create_scheduler(num_training_steps, self.optimizer)
 
-    def create_optimizer(self, model: PreTrainedModel | None = None) -> Any:
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
         """Makes self.optimizer, where it is not there: AdamW of torch, matrices decay."""
         if self.optimizer is None:
             network = self.network if model is None else model
@@ -379,7 +397,7 @@ class Hooks:
             self.optimizer = kind([g for g in groups if g["params"]], **given)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Makes self.lr_scheduler, where it is not there, as lr_scheduler_type says."""
         if self.lr_scheduler is None:
             args = self.args
@@ -393,7 +411,7 @@ class Hooks:
         return self.lr_scheduler
 
     @staticmethod
-    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: object = None) -> tuple[Any, dict[str, Any]]:
         """The class of the optimiser and what it is made with."""
         betas = (args.adam_beta1, args.adam_beta2)
         return torch.optim.AdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
@@ -416,7 +434,7 @@ class Hooks:
         """Adds a callback, an object or its class."""
         self.callbacks.add(callback)
 
-    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> Any:
+    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
         """Takes a callback out, an object or the first of its class, and returns it; None where there is none."""
         found = self.callbacks.find(callback)
         if found is not None:

@@ -8,7 +8,7 @@ regression                     a number
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsFloat, get_args
 
 from llama2.errors import InputError
 from llama2.protocols import TokenizerLike
@@ -89,8 +89,8 @@ def _kind(values: Sequence[Any]) -> str:
     return SINGLE
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat | str):
         return None
     try:
         return float(value)

@@ -6,13 +6,14 @@ Steps go by the objective, which needs no whole logits, or by transformers' meth
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from llama2.errors import CheckpointError, InputError
 from llama2.model import LlamaForCausalLM
@@ -46,8 +47,8 @@ class Loop(Hooks, Saving):
     _agreed = False
     _in_epoch = False
     _plateau: ReduceLROnPlateau | None = None
-    _report: Any = None
-    _loader: Any = None
+    _report: Callable[[dict[str, Any]], None] | None = None
+    _loader: DataLoader[Any] | None = None
     _coming: Iterator[Any] | None = None
     _order: tuple[int, list[int]] | None = None
     _losses_of_call: list[float]

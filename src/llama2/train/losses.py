@@ -3,7 +3,7 @@
 N targets, D width of the model, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -82,16 +82,26 @@ def _gradients(
     return torch.cat(found), to_hidden, None if to_weight is None else to_weight.to(weight.dtype)
 
 
+class _Context(Protocol):
+    """What an autograd function keeps between its passes."""
+
+    needs_input_grad: tuple[bool, bool]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keeps tensors for the backward pass."""
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: _Context, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         factors = torch.full((len(hidden),), -1.0, device=hidden.device)
         found, to_hidden, to_weight = _gradients(hidden, weight, target, factors, ctx.needs_input_grad[:2])
         ctx.save_for_backward(to_hidden, to_weight)
         return -found.sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         to_hidden, to_weight = ctx.saved_tensors
         scaled = (None if t is None else t * grads[0].to(t.dtype) for t in (to_hidden, to_weight))
         return next(scaled), next(scaled), None
@@ -102,14 +112,14 @@ class _LogProbs(torch.autograd.Function):
     the weight is a sum over rows, for which the logits are computed again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: _Context, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         ones = torch.ones(len(hidden), device=hidden.device)
         found, to_hidden, _ = _gradients(hidden, weight, target, ones, (ctx.needs_input_grad[0], False))
         ctx.save_for_backward(to_hidden, *((hidden, weight, target) if ctx.needs_input_grad[1] else ()))
         return found
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         to_hidden, *again = ctx.saved_tensors
         to_weight = None
         if again:

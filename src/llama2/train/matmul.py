@@ -58,7 +58,7 @@ class PackedFactor:
             weight = layer.dequantize(dtype)
         return weight.T if self.transposed else weight
 
-    def given(self) -> Any:
+    def given(self) -> object:
         """As the kernel takes it, which unpacks two codes a byte where it needs them."""
         layer = self.layer
         if not isinstance(layer, Linear4bit) or layer.in_features % 32:

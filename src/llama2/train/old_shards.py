@@ -69,7 +69,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
 class _Unpickler(pickle.Unpickler):
     """Knows the names of _CLASSES and none besides."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> type:
         """Returns the substitute for a class. Raises UnpicklingError for any that no directory has."""
         if (module, name) not in _CLASSES:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which was not run")

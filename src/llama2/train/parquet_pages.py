@@ -4,13 +4,16 @@ A reader makes room for what the header of each page says, whatever the file's f
 are Thrift structs in the compact protocol, PageHeader(1: type, 2: uncompressed size, 3: compressed size, ...).
 """
 
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ColumnChunkMetaData
 
 HEADER_BYTES = 1 << 16  # of one page's header; statistics in it are cut to some hundred bytes by all writers
 _DEPTH = 8  # of structs in it
 
 
-def unpacked(file: IO[bytes], column: Any) -> int:
+def unpacked(file: IO[bytes], column: "ColumnChunkMetaData") -> int:
     """Bytes of all pages of a column of a row group (pyarrow's ColumnChunkMetaData) once they are unpacked.
 
     Raises ValueError for what is no row of pages."""

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -96,7 +95,7 @@ def _read(file: Path, mark: str, lengths: Sequence[int]) -> list[list[list[float
     if not file.is_file():
         return None
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
         values = content["values"]
         known = content["fingerprint"] == mark and [len(of) for of in values] == list(lengths)
     except (ValueError, KeyError, TypeError):

@@ -5,7 +5,7 @@ Margins and safety labels are those of Llama 2 (arXiv 2307.09288, section 3.2.2,
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, SupportsFloat, get_args
 
 from llama2.errors import InputError
 from llama2.protocols import TokenizerLike
@@ -94,7 +94,7 @@ def _rating(value: object, number: int) -> str | None:
     return name
 
 
-def _margin(value: Any, rating: str | None, margins: Margins, number: int) -> float:
+def _margin(value: SupportsFloat | str | None, rating: str | None, margins: Margins, number: int) -> float:
     if value is None:
         return 0.0 if rating is None else MARGINS[margins][RATINGS.index(rating)]
     if rating is not None:

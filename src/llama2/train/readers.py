@@ -10,11 +10,15 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from llama2.errors import InputError, MissingDependencyError
 from llama2.text_file import check_regular, read_utf8
 from llama2.train import tables
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Row = Mapping[str, Any]
 Rows = list[dict[str, Any]]
@@ -94,7 +98,7 @@ def _json(path: Path, split: str = "train") -> Rows:
     return content
 
 
-def _one_list(path: Path, content: Mapping[str, Any], split: str) -> Any:
+def _one_list(path: Path, content: Mapping[str, Any], split: str) -> Rows | None:
     """The rows of {"data": [...]}, or those of the split in {"train": [...], "test": [...]}."""
     lists = {name: value for name, value in content.items() if isinstance(value, list)}
     found = {name: value for name, value in lists.items() if value and all(isinstance(row, dict) for row in value)}
@@ -158,7 +162,7 @@ def _folder(path: Path, split: str) -> Rows:
     return [row for file in named for row in read(file)]
 
 
-def _datasets(why: str) -> Any:
+def _datasets(why: str) -> ModuleType:
     try:
         import datasets
     except ImportError as error:
@@ -178,10 +182,12 @@ def _from_hub(name: str, split: str, config: str | None, data_dir: str | None) -
     return _with_names(found)
 
 
-def _with_names(found: Any) -> Rows:
+def _with_names(dataset: "Dataset") -> Rows:
     """Rows of a data set; numbers of classes become their names."""
-    named = {column: kind.int2str for column, kind in (found.features or {}).items() if hasattr(kind, "int2str")}
-    return [{**row, **{c: name_of(row[c]) for c, name_of in named.items() if isinstance(row[c], int)}} for row in found]
+    named = {column: kind.int2str for column, kind in (dataset.features or {}).items() if hasattr(kind, "int2str")}
+    return [
+        {**row, **{c: name_of(row[c]) for c, name_of in named.items() if isinstance(row[c], int)}} for row in dataset
+    ]
 
 
 def renamed(rows: Sequence[Row], columns: Mapping[str, str | None]) -> list[Row]:

@@ -16,6 +16,7 @@ import torch
 from llama2 import memory
 from llama2.checkpoint.arguments import resolve_device
 from llama2.pretrained import PreTrainedModel
+from llama2.train.arguments import TrainingArguments
 from llama2.train.finetune import Finetune
 from llama2.train.trainer import Trainer
 
@@ -117,7 +118,7 @@ def _step_rows(job: Finetune) -> int:
     return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * job.ranks.world)
 
 
-def _steps(args: Any, rows: int, size: int) -> int:
+def _steps(args: TrainingArguments, rows: int, size: int) -> int:
     if args.max_steps > 0:
         return int(args.max_steps)
     return int(-(-(max(-(-rows // size), 1) * args.num_train_epochs) // 1))
@@ -149,7 +150,7 @@ def free_bytes(device: str | torch.device) -> int:
     return memory.available_bytes()
 
 
-def files_of(job: Finetune, model: PreTrainedModel, args: Any) -> dict[str, int]:
+def files_of(job: Finetune, model: PreTrainedModel, args: TrainingArguments) -> dict[str, int]:
     """Estimates the files in OUT: the result, and checkpoints with their moments."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = job.origin.lora is None or job.recipe.merge

@@ -1,10 +1,10 @@
 """Files written at the end of a run: measures, the state, and a model card."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from llama2.files import write_text
 from llama2.protocols import CausalLM
@@ -86,11 +86,11 @@ def _listed(value: str | Sequence[str] | None) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: str | Iterable[str]) -> str | list[str]:
     return value if isinstance(value, str) else list(value)
 
 
-def _shown(name: str, value: Any) -> str:
+def _shown(name: str, value: SupportsFloat | str) -> str:
     if name.endswith("_runtime"):
         return str(timedelta(seconds=round(float(value), 2)))
     return f"{value:.4f}" if isinstance(value, float) else str(value)

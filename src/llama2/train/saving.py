@@ -410,7 +410,7 @@ def digest(rows: Iterable[Any]) -> str:
     return found.hexdigest()
 
 
-def _feed(into: Any, value: object) -> None:
+def _feed(into: hashlib.blake2b, value: object) -> None:
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if isinstance(value, dict):
@@ -453,11 +453,11 @@ def _settings(trainer: Any) -> dict[str, Any]:
     return {"kind of training": type(objective).__name__, **plain} if objective else {}
 
 
-def _differences(name: str, there: Any, here: Any) -> list[str]:
+def _differences(name: str, there: object, here: object) -> list[str]:
     """Lists the differences between a checkpoint and this run, in words."""
     if there == here or type(there) is not type(here):
         return []
-    if isinstance(there, dict):
+    if isinstance(there, dict) and isinstance(here, dict):
         keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
         shown = [key for key in keys if key != "modules"] or keys
         return [f"{key} ({_shown(there.get(key))}, not {_shown(here.get(key))})" for key in shown]

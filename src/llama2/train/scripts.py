@@ -15,6 +15,7 @@ from llama2.errors import InputError
 from llama2.hf_argument_parser import HfArgumentParser, read_options
 from llama2.lora_config import LoraConfig
 from llama2.pretrained import PreTrainedModel
+from llama2.protocols import TokenizerLike
 from llama2.quantization_config import BitsAndBytesConfig
 
 _CHATML = (
@@ -153,7 +154,7 @@ class TrlParser(HfArgumentParser):
 
 
 def setup_chat_format(
-    model: PreTrainedModel, tokenizer: Any, format: str = "chatml", resize_to_multiple_of: int | None = None
+    model: PreTrainedModel, tokenizer: TokenizerLike, format: str = "chatml", resize_to_multiple_of: int | None = None
 ) -> tuple[Any, Any]:
     """Gives model and tokenizer ChatML: its two tokens, template, end and pad token, and rows for them. Returns both.
 
@@ -168,7 +169,7 @@ def setup_chat_format(
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = begin, end, end
     tokenizer.chat_template = _CHATML
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=resize_to_multiple_of)
-    named = {
+    named: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

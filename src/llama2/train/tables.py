@@ -6,15 +6,19 @@ parquet), and read by pyarrow alone: `datasets` would follow the paths and addre
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from llama2.errors import CheckpointError, InputError, MissingDependencyError
 from llama2.schema import Kind, check, several, table, text
 from llama2.text_file import inside, linked_inside, opened, read_object, shown
 from llama2.train.parquet_pages import unpacked
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Rows = list[dict[str, Any]]
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # what datasets.save_to_disk writes
@@ -79,7 +83,7 @@ def saved(folder: Path, split: str) -> Rows:
         raise InputError(f"{folder}: a row is not of the kind that dataset_info.json gives it ({error})") from error
 
 
-def _decoder(kind: object) -> Any:
+def _decoder(kind: object) -> Callable[[Any], Any] | None:
     """Returns the decoder of stored values of this kind: names of classes, JSON kept as text; None for others."""
     if not isinstance(kind, dict):
         return None
@@ -93,7 +97,7 @@ def _decoder(kind: object) -> Any:
 # -- pyarrow -----------------------------------------------------------------------------------------------------
 
 
-def _pyarrow(why: str) -> Any:
+def _pyarrow(why: str) -> ModuleType:
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -127,7 +131,7 @@ def _too_much(path: Path, bound: int) -> InputError:
     )
 
 
-def _compressed(message: Any) -> bool:
+def _compressed(message: "pyarrow.Message") -> bool:
     """Whether a message of Arrow's has compressed buffers, which say their own size: ten kilobytes become gigabytes.
 
     Its metadata is a flatbuffer, Message(version, header type, header, ...) of RecordBatch(length, nodes, buffers,
@@ -171,7 +175,7 @@ def _rows(path: Path, batches: Iterable[Any], bound: int) -> Iterator[dict[str, 
         yield from batch.to_pylist()
 
 
-def _known(kind: Any) -> Iterator[bool]:
+def _known(kind: "pyarrow.DataType") -> Iterator[bool]:
     """Whether each part of a type is one whose values are all stored, once each."""
     from pyarrow import types
 
@@ -191,7 +195,7 @@ def _known(kind: Any) -> Iterator[bool]:
         yield types.is_primitive(kind) or types.is_null(kind) or types.is_decimal(kind) or _is_bytes(kind)
 
 
-def _weight(array: Any) -> int:
+def _weight(array: "pyarrow.Array") -> int:
     """Values and bytes of text in a column."""
     from pyarrow import types
 

@@ -6,6 +6,7 @@ One row a tracker: its package, and a class whose `write` takes an entry and who
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from llama2.errors import InputError, MissingDependencyError
@@ -40,7 +41,7 @@ class Tensorboard:
     def __init__(self, args: "TrainingArguments") -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(args.logging_dir or str(Path(args.output_dir) / "runs"))
+        self._writer = SummaryWriter(args.logging_dir or str(Path(args.output_dir) / "runs"))
 
     def write(self, entry: dict[str, Any]) -> None:
         """As Sink.write."""
@@ -62,7 +63,7 @@ class Wandb:
         self._own = wandb.run is None
         if self._own:
             wandb.init(name=args.run_name, config=args.to_sanitized_dict())
-        self._wandb: Any = wandb
+        self._wandb: ModuleType = wandb
 
     def write(self, entry: dict[str, Any]) -> None:
         """As Sink.write."""
@@ -86,7 +87,7 @@ class Mlflow:
         values = list(args.to_sanitized_dict().items())
         for start in range(0, len(values), 100):  # MLflow takes 100 at once, of at most 500 characters
             mlflow.log_params({k: str(v)[:500] for k, v in values[start : start + 100]})
-        self._mlflow: Any = mlflow
+        self._mlflow: ModuleType = mlflow
 
     def write(self, entry: dict[str, Any]) -> None:
         """As Sink.write."""
@@ -108,7 +109,7 @@ class Trackio:
         if args.trackio_space_id is not None:
             given["space_id"] = args.trackio_space_id
         trackio.init(project=args.project, **given)
-        self._trackio: Any = trackio
+        self._trackio: ModuleType = trackio
 
     def write(self, entry: dict[str, Any]) -> None:
         """As Sink.write."""

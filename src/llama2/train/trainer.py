@@ -23,6 +23,7 @@ from llama2 import lora
 from llama2.errors import InputError
 from llama2.files import appending
 from llama2.lora_config import LoraConfig
+from llama2.pretrained import PreTrainedModel
 from llama2.protocols import TokenizerLike
 from llama2.train import checkpoints, hooks
 from llama2.train.answers import keep_reference
@@ -130,7 +131,7 @@ class Trainer(Loop):
 
     # -- what is trained -----------------------------------------------------------------------------------------
 
-    def call_model_init(self, trial: object = None) -> Any:
+    def call_model_init(self, trial: object = None) -> PreTrainedModel:
         """The model that model_init makes."""
         assert self.model_init is not None
         torch.manual_seed(self.args.seed)
@@ -160,7 +161,12 @@ class Trainer(Loop):
                 warnings.warn("tf32=True has no effect: there is no CUDA device", stacklevel=4)
 
     def _encode(
-        self, objective: Objective | None, rows: Sequence[Any], eval_rows: object, train_dataset: Any, eval_dataset: Any
+        self,
+        objective: Objective | None,
+        rows: Sequence[Any],
+        eval_rows: object,
+        train_dataset: Iterable[Any] | None,
+        eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None,
     ) -> None:
         """Rows as items of the objective, or for a collator of the caller's as they are."""
         self.encoder = self._encoder(objective)
@@ -168,7 +174,7 @@ class Trainer(Loop):
         self.rows = rows if train_dataset is None else self.encoder.items(train_dataset, TRAINED)
         if eval_dataset is not None:
             eval_rows = self.encoder.sets(eval_dataset)
-        self.eval_rows: Any = eval_rows
+        self.eval_rows = eval_rows
         self.objective, self.data_collator = self.encoder.objective, self.encoder.collator
         self.train_dataset = self.rows if train_dataset is None else train_dataset
 
@@ -220,7 +226,7 @@ class Trainer(Loop):
             dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
             self._plateau = ReduceLROnPlateau(dummy, **(args.lr_scheduler_kwargs or {}))
 
-    def _updates(self, given: Any) -> AdamW:
+    def _updates(self, given: torch.optim.Optimizer | None) -> AdamW:
         args = self.args
         found = AdamW(
             self._trainable().items(),
@@ -357,7 +363,10 @@ class Trainer(Loop):
     # -- measuring -----------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Measures eval_dataset, or the trainer's own: the mean loss, what the objective logs or compute_metrics finds.
 

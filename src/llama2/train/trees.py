@@ -32,7 +32,7 @@ def write(folder: Path, name: str, tree: object) -> None:
     write_text(folder / f"{name}.json", json.dumps({"tree": content}) + "\n")
 
 
-def _node(value: object, tensors: dict[str, Tensor], place: str, depth: int = 0) -> Any:
+def _node(value: object, tensors: dict[str, Tensor], place: str, depth: int = 0) -> object:
     if isinstance(value, Tensor):
         tensors[str(len(tensors))] = value.detach()
         return {"tensor": str(len(tensors) - 1)}
@@ -65,7 +65,7 @@ def read(folder: Path, name: str) -> Any:
     return _value(content.get("tree"), map_safetensors(folder / f"{name}.safetensors"), where)
 
 
-def _value(node: object, tensors: Mapping[str, Tensor], where: Path) -> Any:
+def _value(node: object, tensors: Mapping[str, Tensor], where: Path) -> object:
     if not isinstance(node, dict):
         if isinstance(node, list):
             raise CheckpointError(f"{where} has a bare list, {shown(node)}; it is damaged")

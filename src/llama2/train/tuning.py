@@ -43,7 +43,12 @@ class Tuner(Trainer):
     ENCODER: ClassVar[type[Encoder]]
 
     def _set_up(
-        self, model: Any, args: TrainingArguments | None, old: Mapping[str, Any], quantization: object, peft_config: Any
+        self,
+        model: Any,
+        args: TrainingArguments | None,
+        old: Mapping[str, Any],
+        quantization: object,
+        peft_config: LoraConfig | None,
     ) -> tuple[Any, CausalLM]:
         """The configuration with what is given in the old place, and the model, loaded where it is a path."""
         config = self._config(args, model, old)
@@ -118,7 +123,7 @@ class Tuner(Trainer):
             given.chat_template = read_utf8(Path(path))
         return given
 
-    def _construct(self, model: Any, config: Any, data: tuple[Any, Any], tokenizer: TokenizerLike | None,
+    def _construct(self, model: Any, config: TuningArguments, data: tuple[Any, Any], tokenizer: TokenizerLike | None,
                peft_config: LoraConfig | None,
                data_collator: Any = None, **rest: Any) -> None:  # fmt: skip
         """The Trainer over a model that is set up. data: the sets that are trained on and measured."""
@@ -188,7 +193,7 @@ class SFTTrainer(Tuner):
         peft_config: LoraConfig | None = None,
         formatting_func: Callable[..., Any] | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: TokenizerLike | None = None,
         **old: object,
     ) -> None:
         self.formatting_func = formatting_func
@@ -226,7 +231,7 @@ class DPOTrainer(Tuner):
     def __init__(
         self,
         model: CausalLM | str | Path,
-        ref_model: Any = None,
+        ref_model: CausalLM | str | Path | None = None,
         args: DPOConfig | TrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Iterable[Any] | None = None,
@@ -238,7 +243,7 @@ class DPOTrainer(Tuner):
         quantization_config: object = None,
         peft_config: LoraConfig | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: TokenizerLike | None = None,
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[..., Any] | None = None,
         **old: object,
@@ -291,7 +296,7 @@ class RewardTrainer(Tuner):
         quantization_config: object = None,
         peft_config: LoraConfig | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: TokenizerLike | None = None,
         **old: object,
     ) -> None:
         self._refuse(

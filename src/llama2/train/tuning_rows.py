@@ -22,7 +22,7 @@ COMPLETIONS = ("completion", "response")
 _MASKS = ("completion_mask", "assistant_masks")
 
 
-def dft_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+def dft_loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Dynamic fine-tuning (arXiv 2508.05629): each target's cross entropy times its own probability, a constant of the
     backward pass; the mean over the targets of the step."""
     logits, wanted = outputs["logits"][..., :-1, :], labels[..., 1:]

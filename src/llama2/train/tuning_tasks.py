@@ -66,11 +66,11 @@ class _TaskTuner(Tuner):
 
     def _encoder(self, objective: Objective | None) -> Encoder:
         made = TaskEncoder(self.network, self.processing_class, self.data_collator, self.args, None)
-        made.task, made.reference = self._task(self.args), self._reference
+        made.task, made.reference = self._task(), self._reference
         made.task.check()
         return made
 
-    def _task(self, args: TrainingArguments) -> Task:
+    def _task(self) -> Task:
         raise NotImplementedError
 
 
@@ -79,11 +79,12 @@ class KTOTrainer(_TaskTuner):
     now."""
 
     CONFIG, SUFFIX = KTOConfig, "KTO"
+    args: KTOConfig
 
     def __init__(
         self,
         model: CausalLM | str | Path,
-        ref_model: Any = None,
+        ref_model: CausalLM | str | Path | None = None,
         args: KTOConfig | TrainingArguments | None = None,
         train_dataset: Iterable[Any] | None = None,
         eval_dataset: Iterable[Any] | None = None,
@@ -97,7 +98,7 @@ class KTOTrainer(_TaskTuner):
         compute_metrics: Callable[..., Any] | None = None,
         *,
         quantization_config: object = None,
-        tokenizer: Any = None,
+        tokenizer: TokenizerLike | None = None,
         **old: object,
     ) -> None:
         self._refuse("; load the model before", model_init=model_init)
@@ -108,7 +109,8 @@ class KTOTrainer(_TaskTuner):
             compute_metrics=compute_metrics, preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
 
-    def _task(self, args: Any) -> Task:
+    def _task(self) -> Task:
+        args = self.args
         weights = {"desirable_weight": args.desirable_weight, "undesirable_weight": args.undesirable_weight}
         return TASKS["kto"](beta=args.beta, **weights)  # type: ignore[call-arg]
 
@@ -132,7 +134,7 @@ class _PairTuner(_TaskTuner):
         compute_metrics: Callable[..., Any] | None = None,
         *,
         quantization_config: object = None,
-        tokenizer: Any = None,
+        tokenizer: TokenizerLike | None = None,
         **old: object,
     ) -> None:
         self._refuse("; load the model before", model_init=model_init)
@@ -147,8 +149,10 @@ class ORPOTrainer(_PairTuner):
     """Instruction tuning and preferences in one: see `ORPOConfig`."""
 
     CONFIG, SUFFIX = ORPOConfig, "ORPO"
+    args: ORPOConfig
 
-    def _task(self, args: Any) -> Task:
+    def _task(self) -> Task:
+        args = self.args
         return TASKS["orpo"](beta=args.beta)  # type: ignore[call-arg]
 
 
@@ -156,8 +160,10 @@ class CPOTrainer(_PairTuner):
     """Preferences without a reference: see `CPOConfig`; SimPO with loss_type="simpo"."""
 
     CONFIG, SUFFIX = CPOConfig, "CPO"
+    args: CPOConfig
 
-    def _task(self, args: Any) -> Task:
+    def _task(self) -> Task:
+        args = self.args
         if args.loss_type == "simpo":
             if args.cpo_alpha:
                 raise InputError(f"cpo_alpha is {args.cpo_alpha} with loss_type 'simpo'; set it to 0, as SimPO has it")

@@ -8,6 +8,8 @@ from llama2.options import option
 from llama2.train.tasks.pairs import PairLosses, Pairs, pair_objective
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llama2.train.answers import LogProbs
     from llama2.train.objectives import Objective
 
@@ -21,7 +23,7 @@ def orpo_loss(chosen: "LogProbs", rejected: "LogProbs", tokens: float, beta: flo
     import torch
     import torch.nn.functional as F
 
-    def log_odds(a: Any) -> Any:
+    def log_odds(a: "Tensor") -> "Tensor":
         a = a.clamp(max=-torch.finfo(a.dtype).eps)  # an answer that is certain has infinite odds
         return a - torch.where(a > -0.6931, (-a.expm1()).log(), (-a.exp()).log1p())
 
