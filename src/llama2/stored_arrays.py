@@ -5,7 +5,7 @@ slicing, joining and comparing bits work as for any array, and no arithmetic is 
 """
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,18 +45,33 @@ TORCH_NAMES = {  # of all types
 }
 
 
+class ArrayLike(Protocol):
+    """An array of numpy, or a tensor."""
+
+    @property
+    def dtype(self) -> Any:
+        """The type of its values."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its extents."""
+
+
 def said(kind: Any) -> str:
-    """A type, or the dtype of an array, by torch's name, for messages."""
+    """A type, or the dtype of an array or a tensor, by torch's name, for messages."""
     code = kind if isinstance(kind, str) else CODES.get(kind, str(kind))
-    return f"torch.{TORCH_NAMES.get(code, code)}"
+    return f"torch.{TORCH_NAMES.get(code, code).removeprefix('torch.')}"
 
 
-def misfit(array: NDArray[Any] | None, codes: Collection[str], shape: tuple[int, ...]) -> str:
-    """Describes an array that is none of these types and this shape, for messages; "" for one that is."""
+def misfit(array: ArrayLike | None, types: Collection[Any], shape: tuple[int, ...] | None) -> str:
+    """Describes an array that is none of these types and this shape, for messages; "" for one that is.
+
+    types: codes for arrays, dtypes for tensors. shape: None for any."""
     if array is None:
         return "missing"
-    fits = CODES.get(array.dtype) in codes and array.shape == shape
-    return "" if fits else f"{said(array.dtype)} {array.shape}"
+    own_shape = tuple(array.shape)
+    fits = CODES.get(array.dtype, array.dtype) in types and shape in (None, own_shape)
+    return "" if fits else f"{said(array.dtype)} {own_shape}"
 
 
 def is_float(array: NDArray[Any]) -> bool:

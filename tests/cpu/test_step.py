@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import threading
 import time
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_model
 
 from llama2 import cpu
 from llama2.config import LlamaConfig
@@ -316,3 +317,12 @@ def test_a_model_that_runs_is_not_changed() -> None:
                 found.set()
     stepping.join()
     assert any("the model runs in another thread; add layers before" in text for text in told)
+
+
+@pytest.mark.parametrize("width", [16, 32, 48, 64, 128])
+def test_bytes_of_a_value_are_those_of_the_cache(width: int) -> None:
+    module = tiny_model(torch.float32, hidden_size=4 * width, num_attention_heads=4, head_dim=width)
+    weights = cpu.CpuWeights.from_module(module)
+    sizes = {dtype: cpu.PagedCache(weights, 64 * cpu.PAGE, dtype).nbytes for dtype in get_args(cpu.KvDtype)}
+    for dtype, size in sizes.items():
+        assert size / sizes["float32"] == pytest.approx(cpu.bytes_per_value(dtype, width) / 4)

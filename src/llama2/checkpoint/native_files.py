@@ -47,6 +47,10 @@ class NativeFiles:
         except MissingDependencyError:
             self.reason = "its file is of a kind that torch alone reads"
 
+    def rule_out(self, reason: str) -> None:
+        """Says why the native engine alone cannot run what is done with the model, where the headers do not."""
+        self.reason = self.reason or reason
+
     @property
     def config(self) -> LlamaConfig:
         """The architecture, where the engine may run it."""

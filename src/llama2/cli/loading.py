@@ -195,9 +195,9 @@ def _native_model(files: Any, options: RunOptions, threads: int | None) -> Any:
         folder = adapter_folder(options.adapter)
         adapter = read_adapter(folder, files.config, library=ARRAYS)
         if not adapter.layered:
-            files.reason = "the adapter changes more than the layers' linears"
+            files.rule_out("the adapter changes more than the layers' linears")
         elif read_packing(folder) is not None and getattr(files.config, "quantization_config", None) is None:
-            files.reason = "the adapter was trained on weights that were packed as they were loaded"
+            files.rule_out("the adapter was trained on weights that were packed as they were loaded")
         else:
             warn_of_packing(folder, files.config)
     model = files.native_or_torch(threads)

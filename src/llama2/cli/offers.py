@@ -144,6 +144,7 @@ class _Maker:
     def describe(self, path: str) -> "Facts":
         """Reads the facts in a model's files. Raises CheckpointError, ConfigError, TokenizerError."""
         from llama2.cli.inspect import read
+        from llama2.cpu import KvDtype, bytes_per_value
         from llama2.serve.facts import Facts, weight_type
         from llama2.stored_arrays import DTYPES, WIDTHS
 
@@ -153,7 +154,8 @@ class _Maker:
         held = size if options.dtype == "auto" else DTYPES[WIDTHS[options.dtype]].itemsize * headers.parameters
         context = min(options.max_total_tokens or config.max_position_embeddings, config.max_position_embeddings)
         wanted = options.wanted()
-        each = config.kv_bytes_per_token({"int8": 1.25, "float32": 4}.get(options.kv_cache, 2))
+        kept: KvDtype = "bfloat16" if options.kv_cache == "auto" else options.kv_cache
+        each = config.kv_bytes_per_token(bytes_per_value(kept, config.head_dim))
         cache = min(wanted.max_batch_size * context * each, self.cache)
         if wanted.max_batch_total_tokens is not None:
             cache = wanted.max_batch_total_tokens * each

@@ -12,7 +12,7 @@ use raises MissingDependencyError with the remedy.
 """
 
 from llama2.compiled import OneOpenMpThread, available, default_threads, instruction_sets
-from llama2.cpu.cache import KV_DTYPES, PAGE, CachedSequence, CacheView, KvDtype, PagedCache
+from llama2.cpu.cache import KV_DTYPES, PAGE, CachedSequence, CacheView, KvDtype, PagedCache, bytes_per_value
 from llama2.cpu.model import CpuModel
 from llama2.cpu.packed_file import PackedFile
 from llama2.cpu.packed_file import find as find_packed
@@ -34,6 +34,7 @@ __all__ = [
     "PackedFile",
     "PagedCache",
     "available",
+    "bytes_per_value",
     "check_precision",
     "default_threads",
     "find_packed",

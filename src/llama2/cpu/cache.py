@@ -20,6 +20,11 @@ KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
 Pages = TypeVar("Pages", covariant=True)
 
 
+def bytes_per_value(dtype: KvDtype, width: int) -> float:
+    """Bytes in the cache per number of a key or value of `width` channels: int8 has two scales of 2 bytes per 64."""
+    return {"float32": 4, "bfloat16": 2, "int8": 1 + 4 * -(-width // 64) / width}[dtype]
+
+
 class CachedSequence:
     """One text in the cache: its pages in order and how many positions of them are filled.
 

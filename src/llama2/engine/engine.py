@@ -222,14 +222,12 @@ class Engine:
         """The events of a request in an event loop; raises its error. Leaving the loop ends the request."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent]()
         live = self.submit(ask, lambda event: hand_over(loop, events, event))
+        last = False
         try:
-            while True:
+            while not last:
                 event = await events.get()
-                if event.error is not None:
-                    raise event.error
+                last = event.is_last()
                 yield event
-                if event.finish is not None:
-                    return
         finally:
             self.cancel(live)
 

@@ -50,6 +50,12 @@ class TokenEvent:
     scores: tuple[Score, ...] = ()
     stop: str | None = None
 
+    def is_last(self) -> bool:
+        """Whether the request ends with this event. Raises its error."""
+        if self.error is not None:
+            raise self.error
+        return self.finish is not None
+
 
 @dataclass(frozen=True)
 class EngineRequest:

@@ -31,13 +31,11 @@ class Stream:
 
 def _until_end(events: SimpleQueue[TokenEvent]) -> Iterator[TokenEvent]:
     """The events of one request; raises its error."""
-    while True:
+    last = False
+    while not last:
         event = events.get()
-        if event.error is not None:
-            raise event.error
+        last = event.is_last()
         yield event
-        if event.finish is not None:
-            return
 
 
 def complete(engine: "Engine", asks: Sequence[EngineRequest]) -> list[Completion]:

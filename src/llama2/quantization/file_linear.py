@@ -13,6 +13,7 @@ from llama2.quantization.formats import BY_ID
 from llama2.quantization.forms import Form
 from llama2.quantization.linear import Fused, PackedLinear
 from llama2.quantization.packable import PackableWeight
+from llama2.stored_arrays import misfit, said
 
 Dtypes = tuple[torch.dtype, ...]
 FLOATS: Dtypes = (torch.float16, torch.bfloat16, torch.float32)
@@ -120,16 +121,15 @@ def _reader(settings: Any) -> FileReader:
 
 
 def _check(name: str, tensor: Tensor | None, part: TensorPart) -> None:
+    fault = misfit(tensor, part.dtypes, part.shape)
+    if not fault or (tensor is None and part.optional):
+        return
     if tensor is None:
-        if part.optional:
-            return
-        raise CheckpointError(f"{name} is missing: fetch the file again")
-    if tensor.dtype not in part.dtypes or (part.shape is not None and tuple(tensor.shape) != part.shape):
-        wanted = " or ".join(str(dtype) for dtype in part.dtypes)
-        raise CheckpointError(
-            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {wanted} {part.shape or ''} is needed: correct "
-            "quantization_config, or fetch the file again"
-        )
+        raise CheckpointError(f"{name} is {fault}: fetch the file again")
+    types = " or ".join(map(said, part.dtypes))
+    raise CheckpointError(
+        f"{name} is {fault}; {types} {part.shape or ''} is needed: correct quantization_config, or fetch the file again"
+    )
 
 
 def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
