@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from rooms import walked
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "llama2"
@@ -55,3 +56,23 @@ def test_every_room_is_imported_by_one_of_its_path(name: str) -> None:
         assert any(known == dotted(room) or known.startswith(dotted(room) + ".") for known in others), (
             f"nothing on the path {name} imports {room}"
         )
+
+
+BESIDE = 14  # files that an answer calls besides the rooms of its path: settings, forms, the arithmetic of a draw
+
+
+def test_an_answer_walks_its_path(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind loading, which is a path of its own. Only the ids go back: into the tokenizer, as text."""
+    from llama2.cli import generate, loading
+
+    options = generate.GenerateOptions(prompt=("Hello",), chat=True, model=str(smollm2), max_new_tokens=3, seed=1,
+                                       temperature=0.6)  # fmt: skip
+    loaded = loading.load(options)
+    monkeypatch.setattr(generate, "load", lambda _: loaded)
+    generate.run(options)  # what is imported late is there now
+    with walked() as walk:
+        generate.run(options)
+    rooms = PATHS["text -> text"]
+    assert walk.rooms(rooms) == rooms
+    assert walk.backward(rooms) == {("cli/session.py", "tokenizer/")}
+    assert len(walk.beside(rooms)) <= BESIDE, sorted(walk.beside(rooms))
