@@ -44,9 +44,9 @@ class _Raw(io.FileIO):
         return os.write(self.fileno(), data)
 
     def truncate(self, size: int | None = None) -> int:
-        wanted = self.tell() if size is None else size
-        os.ftruncate(self.fileno(), wanted)
-        return wanted
+        length = self.tell() if size is None else size
+        os.ftruncate(self.fileno(), length)
+        return length
 
 
 # -- one file ----------------------------------------------------------------------------------------------------
@@ -59,16 +59,16 @@ def replacing(target: str | Path, buffering: int = 1 << 20) -> Iterator[IO[bytes
     It can be read and sought in. Its folder must exist."""
     target = Path(target)
     _sweep(target.parent, re.compile(rf"\.{re.escape(_short(target.name))}-[0-9a-f]{{16}}\.tmp"))
-    part, descriptor = _temporary(target)
+    temporary, descriptor = _temporary(target)
     try:
         with io.BufferedRandom(_Raw(descriptor, "r+b"), buffering) as file:
             yield file
             file.flush()
             os.fsync(descriptor)
-            os.replace(part, target)
+            os.replace(temporary, target)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.unlink(part)
+            os.unlink(temporary)
         raise
     sync_folder(target.parent)
 
@@ -138,10 +138,10 @@ def rename(old: Path, new: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """All files and folders of a folder, and itself: other libraries may have written in it."""
-    for place, _, names in os.walk(folder):
+    for directory, _, names in os.walk(folder):
         for name in names:
-            sync_folder(Path(place) / name)  # a descriptor of either kind syncs
-        sync_folder(place)
+            sync_folder(Path(directory) / name)  # a descriptor of either kind syncs
+        sync_folder(directory)
 
 
 def is_leftover(path: Path) -> bool:
@@ -156,11 +156,11 @@ def _short(name: str) -> str:
 def _temporary(target: Path) -> tuple[Path, int]:
     """A new file beside `target`, held against sweeping."""
     while True:
-        part = target.with_name(f".{_short(target.name)}-{secrets.token_hex(8)}.tmp")
-        descriptor = os.open(part, os.O_RDWR | _NEW, 0o666)
+        temporary = target.with_name(f".{_short(target.name)}-{secrets.token_hex(8)}.tmp")
+        descriptor = os.open(temporary, os.O_RDWR | _NEW, 0o666)
         _hold(descriptor)
         if os.fstat(descriptor).st_nlink:  # nobody swept it between the two
-            return part, descriptor
+            return temporary, descriptor
         os.close(descriptor)
 
 
@@ -225,7 +225,7 @@ def saving(folder: str | Path) -> Iterator[Save]:
     block a save into its stage, or a folder below it, is part of it. Raises InputError where the folder is a file.
     """
     folder = Path(folder).expanduser().resolve()
-    outer = next((_OPEN[place] for place in (folder, *folder.parents) if place in _OPEN), None)
+    outer = next((_OPEN[ancestor] for ancestor in (folder, *folder.parents) if ancestor in _OPEN), None)
     if outer is not None:
         inside = folder.relative_to(outer.stage)
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ def saving(folder: str | Path) -> Iterator[Save]:
         return
     if folder.exists() and not folder.is_dir():
         raise InputError(f"save_directory {str(folder)!r} is a file; give the path of a folder")
-    made = _make_folders(folder if folder.is_dir() else folder.parent)
+    new_folders = _make_folders(folder if folder.is_dir() else folder.parent)
     home = folder if folder.is_dir() else folder.parent
     _sweep(home, _stages(folder, home))
     stage, descriptor = _stage(home, "" if home == folder else folder.name)
@@ -246,7 +246,7 @@ def saving(folder: str | Path) -> Iterator[Save]:
     except BaseException as error:
         if not _decided(save):
             shutil.rmtree(save.stage, ignore_errors=True)
-            _remove_folders(made)
+            _remove_folders(new_folders)
             raise
         settle(folder)
         if not isinstance(error, OSError):
@@ -342,8 +342,8 @@ def _complete(folder: Path) -> None:
     for name in removed:
         with suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(folder / name)
-    for place in {(folder / name).parent for name in files}:
-        sync_folder(place)
+    for directory in {(folder / name).parent for name in files}:
+        sync_folder(directory)
     sync_folder(folder)
     os.unlink(journal)
     shutil.rmtree(stage, ignore_errors=True)
@@ -374,7 +374,7 @@ def _inside(folder: Path, name: Any) -> bool:
 
 def _make_folders(folder: Path) -> list[Path]:
     """Makes a folder with those above it; those that were made, the last one first."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = [ancestor for ancestor in (folder, *folder.parents) if not ancestor.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
@@ -398,38 +398,38 @@ def locked(output: str | Path) -> Iterator[None]:
     machine and time. A thread that has the lock may take it again. Raises InputError where another process has it.
     """
     output = Path(output).expanduser().resolve()
-    place = _lock_file(output)
-    if _HELD.get(place) == threading.get_ident():
+    lock_path = _lock_file(output)
+    if _HELD.get(lock_path) == threading.get_ident():
         yield
         return
-    made = _make_folders(place.parent)
-    descriptor = _take(place, wait=False)
+    new_folders = _make_folders(lock_path.parent)
+    descriptor = _take(lock_path, wait=False)
     if descriptor is None:
         raise InputError(
-            f"{output} is being written by {_holder(place)}; wait until that has ended, or give another path"
+            f"{output} is being written by {_holder(lock_path)}; wait until that has ended, or give another path"
         )
-    _HELD[place] = threading.get_ident()
+    _HELD[lock_path] = threading.get_ident()
     try:
         about = {"pid": os.getpid(), "machine": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps(about).encode())
         yield
     finally:
-        del _HELD[place]
-        _leave(place, descriptor)
-        _remove_folders(made)
+        del _HELD[lock_path]
+        _leave(lock_path, descriptor)
+        _remove_folders(new_folders)
 
 
 @contextmanager
 def _lock_of_saves(folder: Path) -> Iterator[None]:
     """Waits for its turn: what is done under it takes milliseconds."""
-    place = folder / ".save.lock"
-    descriptor = _take(place, wait=True)
+    lock_path = folder / ".save.lock"
+    descriptor = _take(lock_path, wait=True)
     assert descriptor is not None
     try:
         yield
     finally:
-        _leave(place, descriptor)
+        _leave(lock_path, descriptor)
 
 
 def _lock_file(output: Path) -> Path:

@@ -42,8 +42,8 @@ class LoraLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The base layer's."""
-        found: Tensor | None = self.base_layer.bias
-        return found
+        own_bias: Tensor | None = self.base_layer.bias
+        return own_bias
 
     def weight_of_base(self, dtype: torch.dtype) -> Tensor:
         """The base layer's weight (out, in), unpacked where it is packed."""
@@ -52,8 +52,8 @@ class LoraLinear(nn.Module):
 
     def add(self, name: str, config: LoraConfig, path: str) -> None:
         """Makes an adapter of this layer, which lies at `path`, and activates it alone."""
-        held = (*self.base_layer.parameters(), *self.base_layer.buffers())
-        weight = held[0] if held else self.base_layer.weight  # a tied packed head has the embedding's
+        base_tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
+        weight = base_tensors[0] if base_tensors else self.base_layer.weight  # a tied packed head has the embedding's
         rank, device = config.rank(path), weight.device
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
         a = torch.empty((rank, self.in_features), dtype=dtype, device=device)
@@ -72,9 +72,9 @@ class LoraLinear(nn.Module):
 
     def remove(self, name: str) -> None:
         """Forgets an adapter."""
-        for held in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, self.dropout):
-            if name in held:
-                del held[name]
+        for by_name in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, self.dropout):
+            if name in by_name:
+                del by_name[name]
         self.active = tuple(n for n in self.active if n != name)
 
     def delta(self, name: str) -> Tensor:
@@ -196,29 +196,29 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
         raise InputError(f"an adapter cannot be called {name!r}; give a name without dots, such as 'default'")
     if name in names(model):
         raise InputError(f"there is an adapter {name!r} already; remove_adapter(model, {name!r}) or take another name")
-    there = layers(model)
+    adapted = layers(model)
     linear = {
         path: module
         for path, module in model.named_modules()
         if _is_linear(module) and not path.endswith(".base_layer")
     }
-    chosen = [path for path in {**linear, **there} if config.targets(path)]
+    chosen = [path for path in {**linear, **adapted} if config.targets(path)]
     if not chosen:
         raise InputError(f"target_modules {config.target_modules!r} name none of {', '.join(linear)[:200]}")
     model.requires_grad_(False)
     for path in chosen:
-        if path not in there:
-            there[path] = LoraLinear(linear[path]).train(linear[path].training)
-            model.set_submodule(path, there[path])
-        there[path].add(name, config, path)
+        if path not in adapted:
+            adapted[path] = LoraLinear(linear[path]).train(linear[path].training)
+            model.set_submodule(path, adapted[path])
+        adapted[path].add(name, config, path)
     set_adapter(model, name)
     _train_beside(model, config, chosen)
 
 
 def _train_beside(model: nn.Module, config: LoraConfig, adapted: list[str]) -> None:
     """Trains the parameters that go into the adapter whole: modules_to_save, a task's head, and biases."""
-    wanted = config.saved_modules
-    modules = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in wanted or path in wanted]
+    saved = config.saved_modules
+    modules = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in saved or path in saved]
     named = {path.rpartition(".")[2] for path in modules} | set(modules)
     if lost := [name for name in config.modules_to_save if name not in named]:
         raise InputError(f"modules_to_save names {lost[0]!r}, which this model does not have; leave it out")
@@ -251,21 +251,23 @@ def current(model: nn.Module) -> str:
 
     Raises InputError where there is none, or where several could be meant."""
     active = list(dict.fromkeys(name for layer in layers(model).values() for name in layer.active))
-    found = active or names(model)
-    if len(found) != 1:
-        raise InputError(f"the model has {len(found)} adapters ({', '.join(found) or 'none'}); name one of them")
-    return found[0]
+    active_names = active or names(model)
+    if len(active_names) != 1:
+        raise InputError(
+            f"the model has {len(active_names)} adapters ({', '.join(active_names) or 'none'}); name one of them"
+        )
+    return active_names[0]
 
 
 def set_adapter(model: nn.Module, *active: str) -> None:
     """Makes these adapters, and no others, active and trainable. Raises InputError for one that is not there."""
-    there = names(model)
-    if lost := [name for name in active if name not in there]:
-        raise InputError(f"there is no adapter {lost[0]!r}; there are {', '.join(there) or 'none'}")
+    known_names = names(model)
+    if lost := [name for name in active if name not in known_names]:
+        raise InputError(f"there is no adapter {lost[0]!r}; there are {', '.join(known_names) or 'none'}")
     for layer in layers(model).values():
         layer.active = tuple(name for name in active if name in layer.lora_A)
-        for held in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-            for name, parameter in held.items():
+        for parameters in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            for name, parameter in parameters.items():
                 parameter.requires_grad_(name in active)
 
 
@@ -282,14 +284,14 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The model without its adapters, for instance as the reference of DPO."""
-    there = layers(model).values()
-    before = [layer.active for layer in there]
-    for layer in there:
+    adapted = layers(model).values()
+    before = [layer.active for layer in adapted]
+    for layer in adapted:
         layer.active = ()
     try:
         yield
     finally:
-        for layer, active in zip(there, before, strict=True):
+        for layer, active in zip(adapted, before, strict=True):
             layer.active = active
 
 
@@ -299,10 +301,10 @@ def merge(model: nn.Module) -> None:
 
     Raises InputError over packed weights, which have no room for the sum: dequantize() the model first.
     """
-    there = layers(model)
-    if packed := [path for path, layer in there.items() if isinstance(layer.base_layer, PackedLinear)]:
+    adapted = layers(model)
+    if packed := [path for path, layer in adapted.items() if isinstance(layer.base_layer, PackedLinear)]:
         raise InputError(f"{packed[0]} is packed, so nothing can be merged into it; call model.dequantize() first")
-    for path, layer in there.items():
+    for path, layer in adapted.items():
         weight = layer.base_layer.weight
         weight.copy_(layer.merged_weight().to(weight.dtype))
         model.set_submodule(path, layer.base_layer)

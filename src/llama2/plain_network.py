@@ -75,11 +75,11 @@ _METHODS: dict[type[nn.Module], tuple[str, ...]] = {
 def _as_imported() -> list[tuple[Any, str, Any]]:
     """Every function that computes the network, where it is looked up: replacing one changes all models."""
     kinds = [*_PARTS, *_WEIGHTED, *_PACKED, GgufEmbedding, LlamaRotaryEmbedding]
-    found: list[tuple[Any, str, Any]] = [
+    originals: list[tuple[Any, str, Any]] = [
         (kind, name, getattr(kind, name)) for kind in kinds for name in ("forward", *_METHODS.get(kind, ()))
     ]
     calls = [(nn.Module, "__call__"), (nn.Module, "_call_impl"), (F, "scaled_dot_product_attention"), (F, "linear")]
-    return found + [(owner, name, getattr(owner, name)) for owner, name in calls]
+    return originals + [(owner, name, getattr(owner, name)) for owner, name in calls]
 
 
 _FUNCTIONS, _ATTENTION = _as_imported(), dict(ATTENTION)
@@ -97,8 +97,8 @@ def difference(model: nn.Module, training: bool = False) -> str:
 
 def layer_difference(layer: nn.Module, config: LlamaConfig | None, training: bool = False) -> str:
     """As `difference`, for one decoder layer of a model of `config`; `layers[place]` is not looked at."""
-    found = _examine(layer, (LlamaDecoderLayer,), training, config)
-    return _surroundings(layer, training) or _named("a layer", found)
+    difference_text = _examine(layer, (LlamaDecoderLayer,), training, config)
+    return _surroundings(layer, training) or _named("a layer", difference_text)
 
 
 def _named(whole: str, reason: str) -> str:
@@ -151,35 +151,35 @@ def _surroundings(model: nn.Module, training: bool) -> str:
 
 def _examine(module: Any, kinds: Kinds, training: bool, config: Any) -> str:
     """Returns the difference of a module and its children, the path first, or ""."""
-    kind = type(module)
-    if kind not in kinds:
-        return f" is a {kind.__module__}.{kind.__qualname__}, not a {kinds[0].__name__}"
-    held = module.__dict__
-    if not runs_as_written(module, training) and (reason := _disturbed(held)):
+    module_class = type(module)
+    if module_class not in kinds:
+        return f" is a {module_class.__module__}.{module_class.__qualname__}, not a {kinds[0].__name__}"
+    attributes = module.__dict__
+    if not runs_as_written(module, training) and (reason := _disturbed(attributes)):
         return reason
-    for name in _METHODS.get(kind, ()):
-        if name in held:
+    for name in _METHODS.get(module_class, ()):
+        if name in attributes:
             return f"'s {name} was replaced"
-    if reason := _tensors(kind, held) or _constants(kind, held, config):
+    if reason := _tensors(module_class, attributes) or _constants(module_class, attributes, config):
         return reason
-    parts = held["_modules"]
-    for name, allowed in _PARTS.get(kind, ()):
-        part = parts.get(name)
-        reason = f" is {part!r}" if part is None else _examine(part, allowed, training, config)
+    parts = attributes["_modules"]
+    for name, allowed in _PARTS.get(module_class, ()):
+        child_rule = parts.get(name)
+        reason = f" is {child_rule!r}" if child_rule is None else _examine(child_rule, allowed, training, config)
         if reason:
             return f".{name}{reason}"
-    return _layers(parts["layers"], training, config) if kind is LlamaModel else ""
+    return _layers(parts["layers"], training, config) if module_class is LlamaModel else ""
 
 
 def _layers(layers: nn.ModuleList, training: bool, config: LlamaConfig) -> str:
     if len(layers) != config.num_hidden_layers:
         return f".layers has {len(layers)} layers; the configuration says {config.num_hidden_layers}"
-    for place, layer in enumerate(layers._modules.values()):
+    for index, layer in enumerate(layers._modules.values()):
         reason = _examine(layer, (LlamaDecoderLayer,), training, config)
-        if not reason and layer.self_attn.layer_idx != place:  # type: ignore[union-attr]
+        if not reason and layer.self_attn.layer_idx != index:  # type: ignore[union-attr]
             reason = f" is layer {layer.self_attn.layer_idx} of the model"  # type: ignore[union-attr]
         if reason:
-            return f".layers.{place}{reason}"
+            return f".layers.{index}{reason}"
     return ""
 
 
@@ -208,24 +208,24 @@ def _tensors(kind: type[nn.Module], held: dict[str, Any]) -> str:
 
 def _constants(kind: type[nn.Module], held: dict[str, Any], config: LlamaConfig) -> str:
     """A number or function of a module that the configuration does not give."""
-    wanted: dict[str, Any]
+    expected: dict[str, Any]
     if kind is LlamaRMSNorm:
-        wanted = {"variance_epsilon": config.rms_norm_eps}
+        expected = {"variance_epsilon": config.rms_norm_eps}
     elif kind is LlamaAttention:
-        wanted = {"config": config, "head_dim": config.head_dim, "scaling": config.head_dim**-0.5}
+        expected = {"config": config, "head_dim": config.head_dim, "scaling": config.head_dim**-0.5}
     elif kind is LlamaMLP:
-        wanted = {"config": config, "act_fn": ACTIVATIONS.get(config.hidden_act)}
+        expected = {"config": config, "act_fn": ACTIVATIONS.get(config.hidden_act)}
     elif kind is LlamaRotaryEmbedding:
-        wanted = {"config": config, "_given": None}
+        expected = {"config": config, "_given": None}
     elif kind in (nn.Embedding, GgufEmbedding):
-        wanted = {"max_norm": None}
+        expected = {"max_norm": None}
     elif kind is LlamaModel:
-        wanted = {"config": config}
+        expected = {"config": config}
         if held["run_layer"] is not None and not getattr(held["run_layer"], "equivalent", False):
             return ".run_layer is set"
     else:
         return ""
-    for name, value in wanted.items():
+    for name, value in expected.items():
         found = held.get(name)
         if found is not value and found != value:
             plain = isinstance(value, int | float) and isinstance(found, int | float)

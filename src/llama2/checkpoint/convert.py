@@ -159,11 +159,11 @@ def make_target(source: Checkpoint, file: str, options: ConversionSettings) -> T
             f"{source.path} has no lm_head.weight, which a file of {options.to} needs; convert to hf instead"
         )
     if options.to == "gguf":
-        kind = gguf_type(options.dtype)
+        type_name = gguf_type(options.dtype)
         keys = gguf_keys(source.tokenizer_source, source.config.vocab_size, wants_chat(source, options))
         importance = None if options.imatrix is None else read_imatrix(options.imatrix).importance()
         split = None if options.split_size is None else parse_size(options.split_size)
-        return GgufTarget(source, names, kind, file, keys, importance, options.calibrated, split)
+        return GgufTarget(source, names, type_name, file, keys, importance, options.calibrated, split)
     dtypes = {name: dtype_of(source, name, options.dtype) for name in names}
     if options.to == "meta":
         return MetaTarget(source, dtypes, options.shards)
@@ -193,11 +193,11 @@ def gguf_type(requested: str) -> str | None:
     """The GGUF file type for a dtype argument; None for "keep"."""
     if requested == "keep":
         return None
-    kind = file_type(_FLOATS[requested][0] if requested in _FLOATS else requested)
-    if kind is None or (kind in _DENSE and requested not in _FLOATS):
+    type_name = file_type(_FLOATS[requested][0] if requested in _FLOATS else requested)
+    if type_name is None or (type_name in _DENSE and requested not in _FLOATS):
         choices = ", ".join(("keep", *_FLOATS, *(name.lower() for name in FILE_TYPES if name not in _DENSE)))
         raise InputError(f"dtype {requested!r} cannot be written to GGUF; it is one of {choices}")
-    return kind
+    return type_name
 
 
 def _check_target(source: Checkpoint, path: Path, options: ConversionSettings) -> None:
@@ -227,8 +227,8 @@ def _check_target(source: Checkpoint, path: Path, options: ConversionSettings) -
 
 def ended(path: Path, form: str) -> bool:
     """Whether a conversion to this path was made, to its last rename and without a rest."""
-    made = path if form == "gguf" else path / "config.json"
-    return made.exists() and not _journal(path, form).exists()
+    last_file = path if form == "gguf" else path / "config.json"
+    return last_file.exists() and not _journal(path, form).exists()
 
 
 def _journal(path: Path, form: str) -> Path:
@@ -267,8 +267,8 @@ class _Run:
                 rename(hidden, self.folder / name)
         shutil.rmtree(self.small, ignore_errors=True)
         self.journal.unlink()
-        made = self.folder / self.target.files[0] if self.target.format == "gguf" else self.path
-        return ConversionResult(made, self.target.format, state["bytes"], resumed, state.get("requantized"))
+        first_file = self.folder / self.target.files[0] if self.target.format == "gguf" else self.path
+        return ConversionResult(first_file, self.target.format, state["bytes"], resumed, state.get("requantized"))
 
     def _resume(self) -> dict[str, Any]:
         """The journal of an interrupted run of the same conversion, or {}; raises where the target is taken."""
@@ -294,10 +294,10 @@ class _Run:
         return [file for file in self.path.iterdir() if file not in ours and not is_leftover(file)]
 
     def _check_space(self, have: int) -> None:
-        place = self.folder.absolute()
-        while not place.exists():
-            place = place.parent
-        free, needed = shutil.disk_usage(place).free, self.target.size - have + _RESERVE
+        target_folder = self.folder.absolute()
+        while not target_folder.exists():
+            target_folder = target_folder.parent
+        free, needed = shutil.disk_usage(target_folder).free, self.target.size - have + _RESERVE
         if free < needed:
             raise CheckpointError(
                 f"{self.path} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
@@ -331,9 +331,9 @@ class _Run:
                 self._record(out, 0)
                 target.begin(out)
             ahead = _Ahead(self.source, target.steps, stack.enter_context(ThreadPoolExecutor(1)))
-            synced = sum(part.size for part in out)
+            synced = sum(piece.size for piece in out)
             for i, name in enumerate(target.steps[done:], done):
-                written = sum(part.size for part in out)
+                written = sum(piece.size for piece in out)
                 if progress is not None:
                     progress(written, target.size, name)
                 if i > done and written - synced >= SYNC_BYTES:
@@ -342,8 +342,8 @@ class _Run:
                 ahead.fetch(i)
                 target.write(name, self.source, out)
             target.end(out)
-            for part in out:
-                part.sync()
+            for piece in out:
+                piece.sync()
             if progress is not None:
                 progress(target.size, target.size, "")
             return self._finish(out)
@@ -461,12 +461,12 @@ def verify(path: str | Path, progress: Progress | None = None) -> list[str]:
         raise CheckpointError(f"{manifest} is malformed; each line is a hash, two spaces and a file name")
     present = {name: (folder / name).stat().st_size for _, name in lines if (folder / name).exists()}
     faults, done = [f"{name} is missing" for _, name in lines if name not in present], 0
-    for wanted, name in lines:
+    for expected, name in lines:
         if name not in present:
             continue
         if progress is not None:
             progress(done, sum(present.values()), name)
-        if sha256(folder / name) != wanted:
+        if sha256(folder / name) != expected:
             faults.append(f"{name} differs")
         done += present[name]
     if faults:

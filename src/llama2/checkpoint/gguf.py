@@ -60,13 +60,15 @@ class GgufFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._parts = [_Part(Path(path))]
-        given = self._parts[0]
-        named = split_parts(given.path)
-        count = max(given.split("count", 1), len(named) if all(part.exists() for part in named) else 1)
+        header = self._parts[0]
+        named = split_parts(header.path)
+        count = max(header.split("count", 1), len(named) if all(file.exists() for file in named) else 1)
         if count > 1:
-            self._parts = self._all_parts(given, count)
-        elif given.split("no", 0):
-            raise CheckpointError(f"{path}: split.no is {given.split('no', 0)} and split.count {count}; fetch it again")
+            self._parts = self._all_parts(header, count)
+        elif header.split("no", 0):
+            raise CheckpointError(
+                f"{path}: split.no is {header.split('no', 0)} and split.count {count}; fetch it again"
+            )
         first = self._parts[0]
         self.path, self.version, self.metadata = first.path, first.version, first.metadata
 
@@ -84,11 +86,11 @@ class GgufFile:
                 f"({len(lost)} in all) is missing beside it; fetch all parts"
             )
         parts = [given if path == given.path else _Part(path) for path in paths]
-        for i, part in enumerate(parts):
-            said = part.split("no", 0), part.split("count", 1)
+        for i, file in enumerate(parts):
+            said = file.split("no", 0), file.split("count", 1)
             if said != (i, count):
                 raise CheckpointError(
-                    f"{part.path} says that it is part {said[0] + 1} of {said[1]} (split.no, split.count), not "
+                    f"{file.path} says that it is part {said[0] + 1} of {said[1]} (split.no, split.count), not "
                     f"{i + 1} of {count} as it is called; the files do not belong together"
                 )
         return parts
@@ -96,31 +98,31 @@ class GgufFile:
     @property
     def files(self) -> list[Path]:
         """The file, or the parts of a split one in order."""
-        return [part.path for part in self._parts]
+        return [file.path for file in self._parts]
 
     @property
     def maps(self) -> list[mmap.mmap]:
         """The whole files, mapped copy-on-write: writing to them changes memory only."""
-        return [part.map for part in self._parts]
+        return [file.map for file in self._parts]
 
     @property
     def data_starts(self) -> list[int]:
         """Where the weights begin in each file, in bytes from its start."""
-        return [part.data_start for part in self._parts]
+        return [file.data_start for file in self._parts]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files together."""
-        return sum(len(part.map) for part in self._parts)
+        return sum(len(file.map) for file in self._parts)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """The tensor directory of all parts by GGUF name."""
         found: dict[str, TensorInfo] = {}
-        for i, part in enumerate(self._parts):
-            for name, info in part.tensors.items():
+        for i, file in enumerate(self._parts):
+            for name, info in file.tensors.items():
                 if name in found:
-                    raise CheckpointError(f"{part.path} and an earlier part both hold {name!r}; fetch the files again")
+                    raise CheckpointError(f"{file.path} and an earlier part both hold {name!r}; fetch the files again")
                 found[name] = replace(info, part=i)
         total = self._parts[0].split("tensors.count", len(found))
         if len(self._parts) > 1 and total != len(found):
@@ -132,8 +134,8 @@ class GgufFile:
     def place(self, name: str) -> tuple[mmap.mmap, int]:
         """The map that holds the data of a tensor, and the byte where it begins."""
         info = self.tensors[name]
-        part = self._parts[info.part]
-        return part.map, part.data_start + info.offset
+        file = self._parts[info.part]
+        return file.map, file.data_start + info.offset
 
     def check_extents(self) -> None:
         """Raises CheckpointError for a tensor of a type that is not known, or that does not lie within its file."""
@@ -189,9 +191,9 @@ class _Part:
         reader.at = 4
         version: int = reader.scalar("I")
         if version not in (2, 3):
-            kind = "big-endian" if version in (2 << 24, 3 << 24) else f"version {version}"
+            version_name = "big-endian" if version in (2 << 24, 3 << 24) else f"version {version}"
             raise CheckpointError(
-                f"{self.path} is a {kind} GGUF file; little-endian versions 2 and 3 are supported. "
+                f"{self.path} is a {version_name} GGUF file; little-endian versions 2 and 3 are supported. "
                 "Convert it again with a current llama.cpp"
             )
         return version, reader.scalar("Q"), reader.scalar("Q")
@@ -307,10 +309,10 @@ class _Reader:
             )
 
     def array(self) -> list[Any]:
-        kind, count = self.scalar("I"), self.scalar("Q")
-        if kind == _STRING:
+        value_type, count = self.scalar("I"), self.scalar("Q")
+        if value_type == _STRING:
             return self._strings(count)
-        code = self._code(kind)
+        code = self._code(value_type)
         size = struct.calcsize("<" + code)
         self._hold(count, size, "array items")
         start, self.at = self.at, self.at + count * size
@@ -319,22 +321,22 @@ class _Reader:
     def _strings(self, count: int) -> list[str]:
         # A vocabulary is 50,000 to 200,000 strings: one tight loop over plain bytes, bounds checked once per string.
         self._hold(count, 8, "strings")
-        data, at, size = self.data, self.at, self.size
+        data, offset, size = self.data, self.at, self.size
         length_at = struct.Struct("<Q").unpack_from
-        found: list[str] = []
+        strings: list[str] = []
         try:
             for _ in range(count):
-                start = at + 8
-                at = start + length_at(data, at)[0]
-                if at > size:
+                start = offset + 8
+                offset = start + length_at(data, offset)[0]
+                if offset > size:
                     break
-                found.append(data[start:at].decode())
+                strings.append(data[start:offset].decode())
         except (struct.error, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.path}: the strings at byte {self.at} are malformed ({error})") from error
-        if at > size:
+        if offset > size:
             raise CheckpointError(
-                f"{self.path} is truncated or malformed: a string ends at byte {at}, the file at byte {size}. "
+                f"{self.path} is truncated or malformed: a string ends at byte {offset}, the file at byte {size}. "
                 "Fetch the file again"
             )
-        self.at = at
-        return found
+        self.at = offset
+        return strings

@@ -79,9 +79,11 @@ class GgufTarget(Target):
         metadata["general.quantization_version"] = 2
         self._tables = {"rope_freqs.weight": table} if (table := rope_divisors(self.config)) is not None else {}
         parts = self._parts(split_size)
-        self._file_of = {name: i for i, part in enumerate(parts) for name in part}
+        self._file_of = {name: i for i, names_of in enumerate(parts) for name in names_of}
         self.files = part_names(file, len(parts))
-        self._heads = [self._header(self._keys(metadata, i, len(parts)), part, i == 0) for i, part in enumerate(parts)]
+        self._heads = [
+            self._header(self._keys(metadata, i, len(parts)), names_of, i == 0) for i, names_of in enumerate(parts)
+        ]
         self.size = sum(map(len, self._heads)) + sum(entry.bytes + ALIGNMENT for entry in self._entries.values())
         self.requantized = {name: kind for name in names if (kind := self._again(name, source))}
         self._errors: dict[str, tuple[float, float]] = {}
@@ -116,10 +118,10 @@ class GgufTarget(Target):
         if len(shape) < 2:
             return _Entry(name, shape, block_type("F32"), stored == "F32")
         if kind is None:
-            wanted = fitting(block_type("F32" if stored == "F64" else stored).name, shape[-1])
+            type_name = fitting(block_type("F32" if stored == "F64" else stored).name, shape[-1])
         else:
-            wanted = tensor_type(name, shape[-1], kind, self.config, self._calibrated)
-        return _Entry(name, shape, block_type(wanted), source.tensors[name].type == wanted)
+            type_name = tensor_type(name, shape[-1], kind, self.config, self._calibrated)
+        return _Entry(name, shape, block_type(type_name), source.tensors[name].type == type_name)
 
     def _kept(self) -> str:
         """The file type nearest to what the matrices are stored as."""
@@ -158,8 +160,10 @@ class GgufTarget(Target):
         def encoded(rows: tuple[int, int]) -> tuple[Tensor, float, float]:
             start, stop = rows
             part = _in_pairs(source.read_rows(name, start, stop), None if heads is None else (stop - start) // width)
-            made = quantize(part, entry.block, self._importance.get(name))
-            return made, *(_squares(part, dequantize(made, entry.block)) if name in self.requantized else (0.0, 0.0))
+            blocks = quantize(part, entry.block, self._importance.get(name))
+            return blocks, *(
+                _squares(part, dequantize(blocks, entry.block)) if name in self.requantized else (0.0, 0.0)
+            )
 
         if entry.packed and (source.format == "gguf" or entry.block.dense is None):
             file.write(_in_pairs(source.raw(name).rows.reshape(entry.shape[0], -1), heads))
@@ -203,9 +207,9 @@ class GgufTarget(Target):
 
 def _file_type(kind: str) -> int:
     """general.file_type of a file type, or of blocks that are kept."""
-    found = FILE_TYPES[kind].id if kind in FILE_TYPES else BY_ID[kind].file_type
-    assert found is not None, kind
-    return found
+    file_type = FILE_TYPES[kind].id if kind in FILE_TYPES else BY_ID[kind].file_type
+    assert file_type is not None, kind
+    return file_type
 
 
 def _squares(weights: Tensor, rounded: Tensor) -> tuple[float, float]:
@@ -249,10 +253,10 @@ def _info(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
 def container_head(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[int, ...], int, int]]) -> bytes:
     """All that stands before the data, padded. tensors: name, shape, ggml type and bytes; the data of each begins at a
     multiple of 32 bytes."""
-    directory, at = [], 0
-    for name, shape, kind, size in tensors:
-        directory.append(_info(name, shape, kind, at))
-        at = _aligned(at + size)
+    directory, offset = [], 0
+    for name, shape, type_name, size in tensors:
+        directory.append(_info(name, shape, type_name, offset))
+        offset = _aligned(offset + size)
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     head += b"".join(_text(key) + encode(key, value) for key, value in metadata.items()) + b"".join(directory)
     return head + bytes(-len(head) % ALIGNMENT)
@@ -304,10 +308,10 @@ def architecture(config: LlamaConfig) -> dict[str, Any]:
         "llama.rope.freq_base": float(config.rope_theta),
     }
     rope = config.rope_parameters
-    kind = rope["rope_type"]
-    if kind in ("linear", "yarn"):
-        keys |= {"llama.rope.scaling.type": kind, "llama.rope.scaling.factor": float(rope["factor"])}
-        if kind == "yarn":
+    rope_type = rope["rope_type"]
+    if rope_type in ("linear", "yarn"):
+        keys |= {"llama.rope.scaling.type": rope_type, "llama.rope.scaling.factor": float(rope["factor"])}
+        if rope_type == "yarn":
             original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
             keys["llama.rope.scaling.original_context_length"] = original
             keys |= _yarn_betas(rope)
@@ -316,15 +320,15 @@ def architecture(config: LlamaConfig) -> dict[str, Any]:
             scale, own = attention_scaling(rope), yarn_attention(rope["factor"])
             if abs(scale - own) > 1e-6 * own:
                 keys["llama.rope.scaling.attn_factor"] = scale / own  # llama.cpp multiplies it with its own
-    elif kind not in ("default", "llama3"):
-        raise InputError(f"GGUF names no RoPE scaling {kind!r}; default, linear, yarn and llama3 are written")
+    elif rope_type not in ("default", "llama3"):
+        raise InputError(f"GGUF names no RoPE scaling {rope_type!r}; default, linear, yarn and llama3 are written")
     return keys
 
 
 def _yarn_betas(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of yarn's betas where they are given; warns that llama.cpp reads none of a Llama model."""
-    given = {name: float(rope[name]) for name in ("beta_fast", "beta_slow") if name in rope}
-    odd = {name: value for name, value in given.items() if value != {"beta_fast": 32.0, "beta_slow": 1.0}[name]}
+    betas = {name: float(rope[name]) for name in ("beta_fast", "beta_slow") if name in rope}
+    odd = {name: value for name, value in betas.items() if value != {"beta_fast": 32.0, "beta_slow": 1.0}[name]}
     if odd:
         flags = " ".join(f"--yarn-{name.replace('_', '-')} {value:g}" for name, value in odd.items())
         warnings.warn(
@@ -332,7 +336,7 @@ def _yarn_betas(rope: Mapping[str, Any]) -> dict[str, Any]:
             f"{flags}, or its answers are wrong",
             stacklevel=6,
         )
-    return {f"llama.rope.scaling.yarn_{name}": value for name, value in given.items()}
+    return {f"llama.rope.scaling.yarn_{name}": value for name, value in betas.items()}
 
 
 def rope_divisors(config: LlamaConfig) -> list[float] | None:

@@ -98,11 +98,11 @@ class HfCheckpoint(Checkpoint):
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
-        found = {}
+        stored = {}
         for name, file in self._located.items():
             tensor = self._shard(file)[name]
-            found[name] = Stored(tuple(tensor.shape), self.library.code(tensor))
-        return found
+            stored[name] = Stored(tuple(tensor.shape), self.library.code(tensor))
+        return stored
 
     @cached_property
     def config(self) -> LlamaConfig:
@@ -135,8 +135,8 @@ class HfCheckpoint(Checkpoint):
         return [self._shard(self._located[name])[name]]
 
     def raw(self, name: str) -> RawTensor:
-        made: RawTensor = _raw(self.read(name))
-        return made
+        raw_tensor: RawTensor = _raw(self.read(name))
+        return raw_tensor
 
 
 def find_files(folder: Path, use_safetensors: bool | None = None, variant: str | None = None) -> list[Path]:
@@ -157,18 +157,18 @@ def find_files(folder: Path, use_safetensors: bool | None = None, variant: str |
     if others:
         return others
     for suffix in ("safetensors", "safetensors.index.json", "bin"):
-        found = sorted(folder.glob(f"gptq_model-*bit-*g.{suffix}"))
+        gptq = sorted(folder.glob(f"gptq_model-*bit-*g.{suffix}"))
         if use_safetensors is (suffix != "bin") or use_safetensors is None:
-            if len(found) > 1:
+            if len(gptq) > 1:
                 raise CheckpointError(
-                    f"{folder} holds {len(found)} quantised models, {', '.join(file.name for file in found)}; keep one"
+                    f"{folder} holds {len(gptq)} quantised models, {', '.join(file.name for file in gptq)}; keep one"
                 )
-            if found:
-                return found
-    there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".gguf"))
+            if gptq:
+                return gptq
+    weight_names = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".gguf"))
     raise CheckpointError(
         f"{folder} holds none of {', '.join(names)}; "
-        + (f"it holds {', '.join(there[:8])}" if there else "it holds no weights at all")
+        + (f"it holds {', '.join(weight_names[:8])}" if weight_names else "it holds no weights at all")
         + ". Check the path, `variant` and `use_safetensors`"
     )
 
@@ -190,19 +190,19 @@ def is_safetensors(path: Path) -> bool:
 
 def load_bin(path: Path, *, weights_only: bool = True, library: TensorLibrary | None = None) -> Mapping[str, Any]:
     """A state dict that torch.save wrote, mapped where the format allows; CheckpointError for anything else."""
-    kind = library or _torch()
-    content = inner_dict(kind.unpickled(path, weights_only), path, kind.is_tensor)
+    tensor_library = library or _torch()
+    content = inner_dict(tensor_library.unpickled(path, weights_only), path, tensor_library.is_tensor)
     named = isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
-    if not named or not all(kind.is_tensor(tensor) for tensor in content.values()):
+    if not named or not all(tensor_library.is_tensor(tensor) for tensor in content.values()):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors; it is not a checkpoint")
-    found: Mapping[str, Any] = content
-    return found
+    state: Mapping[str, Any] = content
+    return state
 
 
 def map_safetensors(path: Path, library: TensorLibrary | None = None) -> dict[str, Any]:
     """Every tensor of a safetensors file as a view of the file, mapped copy-on-write; all offsets are checked first."""
-    kind = library or _torch()
+    tensor_library = library or _torch()
     with found(path) as file:
         header_end, entries = read_directory(path, file)
         data = mapped(file)
-    return {name: kind.view(data, code, shape, header_end + start) for name, code, shape, start, _ in entries}
+    return {name: tensor_library.view(data, code, shape, header_end + start) for name, code, shape, start, _ in entries}

@@ -107,7 +107,7 @@ def only_gguf(repo_id: str, options: HubOptions) -> str | None:
     """
     models = _models(list_files(repo_id, options))
     if len(models) > 1:
-        kinds = ", ".join(dict.fromkeys(kind for name in models if (kind := _kind(name)))) or "none by their names"
+        kinds = ", ".join(dict.fromkeys(tag for name in models if (tag := _kind(name)))) or "none by their names"
         raise CheckpointError(
             f"{repo_id} holds {len(models)} GGUF files; choose one by its type, such as {repo_id}:{_kind(models[0])} "
             f"({kinds}), or by its name, {repo_id}/{models[0]}"
@@ -119,8 +119,8 @@ def fetch_gguf(repo_id: str, options: HubOptions, file: str | None, tag: str | N
     """One GGUF file of a repository, by its name or by a type that its name holds, with all its parts."""
     if file is None:
         file = pick_gguf(repo_id, list_files(repo_id, options), None, tag)
-    parts = [part.as_posix() for part in split_parts(Path(file))]
-    folder = fetch(repo_id, options, tuple(glob_escape(part) for part in parts))
+    parts = [file_part.as_posix() for file_part in split_parts(Path(file))]
+    folder = fetch(repo_id, options, tuple(glob_escape(file_part) for file_part in parts))
     if not (folder / file).exists():
         raise CheckpointError(f"{repo_id} holds no {file!r} at this revision; check the name")
     return folder / file
@@ -136,13 +136,13 @@ def pick_gguf(repo_id: str, names: list[str], file: str | None, tag: str | None)
         if file not in models:
             raise CheckpointError(f"{repo_id} holds no {file!r}; it holds {', '.join(models) or 'no GGUF file'}")
         return file
-    wanted = str(tag).lower().removesuffix(".gguf")
-    exact = [name for name in models if (_kind(name) or "").lower() == wanted]
-    fitting = exact or [name for name in models if wanted in name.lower()]
+    type_tag = str(tag).lower().removesuffix(".gguf")
+    exact = [name for name in models if (_kind(name) or "").lower() == type_tag]
+    fitting = exact or [name for name in models if type_tag in name.lower()]
     if len(fitting) != 1:
-        there = ", ".join(fitting or models) or "no GGUF file"
+        choices = ", ".join(fitting or models) or "no GGUF file"
         raise CheckpointError(
-            f"{repo_id}:{tag} means {len(fitting)} files; {repo_id} holds {there}: give {repo_id}/FILE.gguf"
+            f"{repo_id}:{tag} means {len(fitting)} files; {repo_id} holds {choices}: give {repo_id}/FILE.gguf"
         )
     return fitting[0]
 
@@ -158,19 +158,19 @@ def weight_files(repo_id: str, names: list[str]) -> list[str]:
     models = _models(names)
     if len(models) != 1:
         raise CheckpointError(f"{repo_id} holds {len(models)} GGUF files and no other weights; name one of them")
-    return [part.as_posix() for part in split_parts(Path(models[0]))]
+    return [file_part.as_posix() for file_part in split_parts(Path(models[0]))]
 
 
 def _models(names: list[str]) -> list[str]:
     """GGUF models among files, split ones by their first part, without the companions of a model."""
-    found = {split_parts(Path(name))[0].as_posix() for name in names if name.endswith(".gguf")}
-    return sorted(name for name in found if not _COMPANION.search(name))
+    models = {split_parts(Path(name))[0].as_posix() for name in names if name.endswith(".gguf")}
+    return sorted(name for name in models if not _COMPANION.search(name))
 
 
 def _kind(name: str) -> str | None:
     """The quantisation type that a file's name holds, as llama.cpp spells it."""
-    found = _TYPE.findall(Path(name).stem)
-    return found[-1].upper() if found else None
+    types = _TYPE.findall(Path(name).stem)
+    return types[-1].upper() if types else None
 
 
 def name_of_gguf(repo_id: str, file: str, models: Collection[Any]) -> str:
@@ -178,9 +178,9 @@ def name_of_gguf(repo_id: str, file: str, models: Collection[Any]) -> str:
     with its type where no other has it, else with its file name."""
     if len(models) == 1:
         return repo_id
-    kind = _kind(file)
-    alike = [model for model in models if _kind(str(model)) == kind]
-    return f"{repo_id}:{kind}" if kind and len(alike) == 1 else f"{repo_id}/{file}"
+    type_name = _kind(file)
+    alike = [model for model in models if _kind(str(model)) == type_name]
+    return f"{repo_id}:{type_name}" if type_name and len(alike) == 1 else f"{repo_id}/{file}"
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,8 @@ def gguf_choices(files: Sequence[RepositoryFile]) -> dict[str, int]:
     """The GGUF models among the files of a repository, with the bytes of all their parts."""
     sizes = {file.name: file.bytes for file in files}
     return {
-        name: sum(sizes.get(part.as_posix(), 0) for part in split_parts(Path(name))) for name in _models(list(sizes))
+        name: sum(sizes.get(file_part.as_posix(), 0) for file_part in split_parts(Path(name)))
+        for name in _models(list(sizes))
     }
 
 

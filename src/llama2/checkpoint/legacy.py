@@ -100,9 +100,9 @@ class LegacyCheckpoint(Checkpoint):
 
     def _check(self) -> None:
         expected = parameter_shapes(self.config)
-        held = {name: Stored(place.shape, "") for name, place in self._places.items()}
+        stored = {name: Stored(placed.shape, "") for name, placed in self._places.items()}
         same = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
-        cover(expected, held, same=same).refuse(str(self.path))
+        cover(expected, stored, same=same).refuse(str(self.path))
 
     @property
     def generation_settings(self) -> dict[str, Any] | None:
@@ -168,10 +168,10 @@ class GgmlCheckpoint(LegacyCheckpoint):
     def _directory(self) -> Iterator[tuple[str, _Place]]:
         names: set[str] = set()
         while self._at < len(self._data):
-            axes, length, kind = (self._number() for _ in range(3))
-            if axes not in (1, 2) or length > 4096 or kind not in _NAMES:
+            axes, length, code = (self._number() for _ in range(3))
+            if axes not in (1, 2) or length > 4096 or code not in _NAMES:
                 raise CheckpointError(
-                    f"{self.path}: a tensor of {axes} axes, type {kind} at byte {self._at}; the file is malformed, or "
+                    f"{self.path}: a tensor of {axes} axes, type {code} at byte {self._at}; the file is malformed, or "
                     f"of a type that is not read ({', '.join(_NAMES.values())} are)"
                 )
             shape = tuple(reversed([self._number() for _ in range(axes)]))
@@ -182,14 +182,14 @@ class GgmlCheckpoint(LegacyCheckpoint):
             if self.kind == "ggjt":
                 self._at += -self._at % 32
             start = self._at
-            self._take(math.prod(shape[:-1]) * self._row_bytes(kind, shape[-1]))
+            self._take(math.prod(shape[:-1]) * self._row_bytes(code, shape[-1]))
             if is_table(said):
                 continue
             name = meta_to_hf(said)
             if name is None or name in names:
                 raise CheckpointError(f"{self.path}: the tensor {said!r} belongs to no Llama model, or comes twice")
             names.add(name)
-            yield name, _Place(shape, kind, start)
+            yield name, _Place(shape, code, start)
 
     def _old(self, kind: int) -> _OldBlocks | None:
         """The layout of a type where it is not GGUF's."""
@@ -251,8 +251,8 @@ class GgmlCheckpoint(LegacyCheckpoint):
         }
 
     def packed_type(self, name: str) -> str:
-        kind = self._places[name].kind
-        return "" if kind in _DENSE else _NAMES[kind]
+        type_name = self._places[name].kind
+        return "" if type_name in _DENSE else _NAMES[type_name]
 
     def kept_type(self, name: str) -> str:
         """Blocks become what "auto" means: float32 would double the size."""
@@ -260,7 +260,7 @@ class GgmlCheckpoint(LegacyCheckpoint):
 
     @property
     def auto_dtype(self) -> str:
-        kinds = {place.kind for place in self._places.values() if len(place.shape) > 1}
+        kinds = {placed.kind for placed in self._places.values() if len(placed.shape) > 1}
         return "float32" if kinds == {0} else "float16"
 
     @property
@@ -363,7 +363,7 @@ class Llama2cCheckpoint(LegacyCheckpoint):
 
     @cached_property
     def tensors(self) -> Mapping[str, Stored]:
-        return {name: Stored(place.shape, "F32") for name, place in self._places.items()}
+        return {name: Stored(placed.shape, "F32") for name, placed in self._places.items()}
 
     def packed_type(self, name: str) -> str:
         return "int8" if self.version == 2 and len(self._places[name].shape) > 1 else ""
@@ -389,16 +389,16 @@ def _tokenizer_bin(path: Path, count: int) -> list[tuple[bytes, float]]:
     """Entries of llama2.c's tokenizer.bin: the longest length; a score, a length and bytes each."""
     with found(path) as file:
         data = file.read()
-    at = 4
+    offset = 4
     entries: list[tuple[bytes, float]] = []
     for _ in range(count):
-        if at + 8 > len(data):
+        if offset + 8 > len(data):
             raise CheckpointError(f"{path} ends after {len(entries)} of {count} tokens; it is of another model")
-        score, length = struct.unpack_from("<fi", data, at)
-        if length < 0 or at + 8 + length > len(data):
-            raise CheckpointError(f"{path}: a token at byte {at} has {length} bytes; the file is damaged")
-        entries.append((data[at + 8 : at + 8 + length], score))
-        at += 8 + length
+        score, length = struct.unpack_from("<fi", data, offset)
+        if length < 0 or offset + 8 + length > len(data):
+            raise CheckpointError(f"{path}: a token at byte {offset} has {length} bytes; the file is damaged")
+        entries.append((data[offset + 8 : offset + 8 + length], score))
+        offset += 8 + length
     return entries
 
 

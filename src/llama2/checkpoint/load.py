@@ -107,20 +107,20 @@ def _on_adapters(load: Callable[..., Any]) -> Callable[..., Any]:
         drop("hub", kwargs, stacklevel=5)
         hub = split_hub_options(dict(kwargs))
         chosen = {key: kwargs[key] for key in ("use_safetensors", "gguf_file") if key in kwargs}
-        place = locate(pretrained_model_name_or_path, hub, **chosen)
+        located = locate(pretrained_model_name_or_path, hub, **chosen)
         if (given := _calibrated(kwargs.get("quantization_config"))) is not None:
             with tempfile.TemporaryDirectory() as folder:  # mapped files stay readable when their names are gone
-                made = Path(folder) / "gptq"
-                _quantized(place.path, given, made)
-                model = loaded(cls, made, *args, **{**kwargs, "quantization_config": None})
-            _named(model, str(place))
+                quantised_folder = Path(folder) / "gptq"
+                _quantized(located.path, given, quantised_folder)
+                model = loaded(cls, quantised_folder, *args, **{**kwargs, "quantization_config": None})
+            _named(model, str(located))
             return model
-        found = adapted_base(place.path)
-        if found is None:
-            return load(cls, place, *args, **kwargs)
-        for key in ("subfolder",) if Path(place.name).expanduser().exists() else ("subfolder", "revision"):
+        adapter_base = adapted_base(located.path)
+        if adapter_base is None:
+            return load(cls, located, *args, **kwargs)
+        for key in ("subfolder",) if Path(located.name).expanduser().exists() else ("subfolder", "revision"):
             kwargs.pop(key, None)
-        return _with_adapter(functools.partial(loaded, cls, found.base, *args), place, found, kwargs)
+        return _with_adapter(functools.partial(loaded, cls, adapter_base.base, *args), located, adapter_base, kwargs)
 
     return loaded
 
@@ -220,8 +220,8 @@ def from_pretrained(
         dequantize,
     )
     packing.decide(cls is LlamaForCausalLM, device)
-    given = settings.dtype_name if config is not None else None
-    chosen = packing.asked or DTYPES[given or packing.auto_dtype(weights)]
+    asked_dtype = settings.dtype_name if config is not None else None
+    chosen = packing.asked or DTYPES[asked_dtype or packing.auto_dtype(weights)]
     settings.dtype = chosen
     if pretrained_model_name_or_path is not None:
         settings.name_or_path = str(pretrained_model_name_or_path)
@@ -246,8 +246,8 @@ def _filled(
 ) -> Coverage:
     """Gives the model its weights, packed as `packing` says; what was found of them."""
     if packing.stored is not None:
-        used, given = place(model, translated(model, weights.tensors), weights, packing.stored)
-        weights = Rest(weights, used, given)
+        used, filled = place(model, translated(model, weights.tensors), weights, packing.stored)
+        weights = Rest(weights, used, filled)
     report = match(model, weights, ignore_mismatched_sizes)
     if packing.file is not None and packing.blocks:
         keep_blocks(model, packing.file, report.found, dtype)
@@ -444,11 +444,11 @@ def pack(
     """Quantises the linears that `config` means as they are read, and takes their weights out of `stored`."""
     chosen = {path: linear for path, linear in linears(model).items() if not config.skips(path)}
     chosen = {path: linear for path, linear in chosen.items() if f"{path}.weight" in stored}
-    kind = layer_class(config)
+    linear_class = layer_class(config)
 
     def packed(path: str) -> nn.Module:
         weight = weights.read(stored[f"{path}.weight"], dtype)
-        layer = kind.quantize(weight, chosen[path].bias, config.at(path))
+        layer = linear_class.quantize(weight, chosen[path].bias, config.at(path))
         release(weight)  # of a mapped file: else all of it stays in memory beside what it became
         return layer
 

@@ -39,12 +39,12 @@ def merge_into(model: nn.Module, adapter: Adapter) -> None:
 def open_merged(source: str | Path | Located) -> Checkpoint:
     """A path or hub id as `covered` shows it, packed linears unpacked; an adapter's as its model with the adapter
     merged."""
-    place = locate_all(source)
-    found = adapted_base(place.path)
-    if found is None:
-        return covered(unpacked(open_source(place, {})))
-    base = locate_all(found.base, found.revision) if local_path(found.base) is None else locate_all(found.base)
-    return with_adapter(covered(unpacked(open_source(base, {}))), place.path)
+    located = locate_all(source)
+    adapter = adapted_base(located.path)
+    if adapter is None:
+        return covered(unpacked(open_source(located, {})))
+    base = locate_all(adapter.base, adapter.revision) if local_path(adapter.base) is None else locate_all(adapter.base)
+    return with_adapter(covered(unpacked(open_source(base, {}))), located.path)
 
 
 def with_adapter(source: Checkpoint, folder: Path) -> Checkpoint:
@@ -81,20 +81,20 @@ class MergedCheckpoint(SeenCheckpoint):
 
     @cached_property
     def tensors(self) -> Mapping[str, Stored]:
-        found = dict(self.source.tensors)
+        merged = dict(self.source.tensors)
         if self.adapter.untied:
-            found[HEAD] = found[EMBEDDING]
+            merged[HEAD] = merged[EMBEDDING]
         for name in self._changed:  # the sum of quantised weights and an adapter is not quantised
-            shape, kind = found[name]
+            shape, type_name = merged[name]
             whole = self.adapter.full.get(name)
             shape = shape if whole is None else tuple(whole.shape)
-            found[name] = Stored(shape, kind if kind in CODES.values() else "F32")
-        return found
+            merged[name] = Stored(shape, type_name if type_name in CODES.values() else "F32")
+        return merged
 
     def kept_type(self, name: str) -> str:
         """Of sums with quantised weights what the rest of the model is read in: float32 would double it."""
-        there = self.source.tensors.get(name)
-        if name in self._changed and there is not None and there.type not in CODES.values():
+        stored = self.source.tensors.get(name)
+        if name in self._changed and stored is not None and stored.type not in CODES.values():
             return CODES[getattr(torch, self.source.auto_dtype)]
         return super().kept_type(name)
 
@@ -125,8 +125,8 @@ class MergedCheckpoint(SeenCheckpoint):
     def raw(self, name: str) -> RawTensor:
         if name not in self._changed and name in self.source.tensors:
             return self.source.raw(name)
-        shape, kind = self.tensors[name]
-        return RawTensor(self.read(name).contiguous().view(torch.uint8), kind, shape)
+        shape, type_name = self.tensors[name]
+        return RawTensor(self.read(name).contiguous().view(torch.uint8), type_name, shape)
 
 
 def _dtype(code: str) -> torch.dtype:

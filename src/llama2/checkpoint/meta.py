@@ -71,8 +71,8 @@ class MetaCheckpoint(Checkpoint):
 
     def _place_all(self) -> dict[str, "_Place"]:
         expected, tied = parameter_shapes(self.config), self.config.tie_word_embeddings
-        held = {name: Stored(expected.get(name, tuple(t.shape)), "") for name, t in self._shards[0].items()}
-        cover(expected, held, same={HEAD: EMBEDDING} if tied else {}).refuse(str(self.path))
+        stored = {name: Stored(expected.get(name, tuple(t.shape)), "") for name, t in self._shards[0].items()}
+        cover(expected, stored, same={HEAD: EMBEDDING} if tied else {}).refuse(str(self.path))
         return {
             name: self._place(name, expected[name])
             for name in expected
@@ -83,21 +83,21 @@ class MetaCheckpoint(Checkpoint):
         parts = tuple(shard[name] for shard in self._shards)
         if len({part.dtype for part in parts}) > 1:
             raise MismatchError(f"{self.path}: the shards of {name} differ in dtype; fetch them again")
-        found = [tuple(part.shape) for part in parts]
+        shapes = [tuple(part.shape) for part in parts]
         axis = meta_axis(name)
         if axis is None or len(parts) == 1:
-            if all(one == shape for one in found):
+            if all(one == shape for one in shapes):
                 return _Place(self.library, parts[:1], None, shape)
-            raise self._misfit(name, found, shape)
+            raise self._misfit(name, shapes, shape)
         # Llama 3 divides the embedding along the vocabulary, Llama 2 along the width.
         axes = (1, 0) if name == "model.embed_tokens.weight" else (axis,)
         for axis in axes:
-            if all(len(one) == 2 and one[1 - axis] == shape[1 - axis] for one in found):
-                if sum(one[axis] for one in found) == shape[axis]:
+            if all(len(one) == 2 and one[1 - axis] == shape[1 - axis] for one in shapes):
+                if sum(one[axis] for one in shapes) == shape[axis]:
                     return _Place(self.library, parts, axis, shape)
                 if name.endswith(("k_proj.weight", "v_proj.weight")):
                     return self._replicated(name, parts, shape)
-        raise self._misfit(name, found, shape)
+        raise self._misfit(name, shapes, shape)
 
     def _replicated(self, name: str, parts: tuple[Any, ...], shape: tuple[int, ...]) -> "_Place":
         """Key and value heads that several ranks hold in common, because there are more ranks than heads."""
@@ -119,7 +119,7 @@ class MetaCheckpoint(Checkpoint):
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
-        return {name: Stored(place.shape, self.library.code(place.parts[0])) for name, place in self._places.items()}
+        return {name: Stored(placed.shape, self.library.code(placed.parts[0])) for name, placed in self._places.items()}
 
     @property
     def generation_settings(self) -> dict[str, Any] | None:
@@ -140,20 +140,20 @@ class MetaCheckpoint(Checkpoint):
         return tensor if dtype is None else self.library.converted(tensor, dtype)
 
     def read_rows(self, name: str, start: int, stop: int) -> Any:
-        place, config = self._places[name], self.config
-        stop = min(stop, place.shape[0])
+        placed, config = self._places[name], self.config
+        stop = min(stop, placed.shape[0])
         if rotated_heads(name, config.num_attention_heads, config.num_key_value_heads) is None:
-            return place.rows(start, stop)
+            return placed.rows(start, stop)
         width = config.head_dim
         low, high = start // width * width, -(-stop // width) * width  # RoPE reorders whole heads
-        return to_half_split(place.rows(low, high), (high - low) // width)[start - low : stop - low]
+        return to_half_split(placed.rows(low, high), (high - low) // width)[start - low : stop - low]
 
     def mapped(self, name: str) -> list[Any]:
         return list(self._places[name].parts)
 
     def raw(self, name: str) -> RawTensor:
-        made: RawTensor = _raw(self.read(name))
-        return made
+        raw_tensor: RawTensor = _raw(self.read(name))
+        return raw_tensor
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,14 @@ class _Place:
         if len(self.parts) == 1:
             return self.parts[0][start:stop]
         if self.axis == 1:
-            return self.library.joined([part[start:stop] for part in self.parts], 1)
-        found, at = [], 0
-        for part in self.parts:
-            low, high = max(start - at, 0), min(stop - at, len(part))
+            return self.library.joined([shard[start:stop] for shard in self.parts], 1)
+        pieces, first = [], 0
+        for shard in self.parts:
+            low, high = max(start - first, 0), min(stop - first, len(shard))
             if low < high:
-                found.append(part[low:high])
-            at += len(part)
-        return found[0] if len(found) == 1 else self.library.joined(found, 0)
+                pieces.append(shard[low:high])
+            first += len(shard)
+        return pieces[0] if len(pieces) == 1 else self.library.joined(pieces, 0)
 
 
 # -- files -------------------------------------------------------------------------------------------------------
@@ -200,16 +200,16 @@ def _check_order(files: list[Path]) -> None:
     for file in files if len(files) > 1 else []:
         with found(file) as opened:
             head = opened.read(64)
-        made = re.match(rb"(consolidated\.\d+)/", head[30:]) if head[:2] == b"PK" else None
-        if made is not None and made[1].decode() != file.stem:
+        match = re.match(rb"(consolidated\.\d+)/", head[30:]) if head[:2] == b"PK" else None
+        if match is not None and match[1].decode() != file.stem:
             raise MismatchError(
-                f"{file} was saved as {made[1].decode()}.pth; its place among the shards is lost. Give each file its "
+                f"{file} was saved as {match[1].decode()}.pth; its place among the shards is lost. Give each file its "
                 "name back, or fetch them again"
             )
 
 
 def _translated(file: Path, shard: Mapping[str, Any], library: TensorLibrary) -> dict[str, Any]:
-    found = {}
+    names = {}
     for name, tensor in without_wrappers(shard, file).items():
         if is_table(name):
             continue
@@ -221,10 +221,10 @@ def _translated(file: Path, shard: Mapping[str, Any], library: TensorLibrary) ->
             )
         if not library.is_float(tensor) or library.code(tensor) not in DTYPES:
             raise CheckpointError(f"{file}: {name!r} is {tensor.dtype}; weights are floating-point numbers")
-        found[ours] = tensor
-    if not found:
+        names[ours] = tensor
+    if not names:
         raise CheckpointError(f"{file} holds no tensor; fetch it again")
-    return found
+    return names
 
 
 def _same_names(files: list[Path], shards: list[dict[str, Any]]) -> None:
@@ -338,10 +338,10 @@ def config_of_params(folder: Path) -> LlamaConfig:
 def _check_feed_forward(params: Mapping[str, Any], where: Path, dim: int, found: int) -> None:
     if params.get("multiple_of") is None:
         return
-    wanted = intermediate_size(dim, _whole(params, "multiple_of", where), params.get("ffn_dim_multiplier"))
-    if wanted != found:
+    expected = intermediate_size(dim, _whole(params, "multiple_of", where), params.get("ffn_dim_multiplier"))
+    if expected != found:
         raise MismatchError(
-            f"{where}: the shards hold {found} feed-forward rows together, but params.json makes them {wanted}; "
+            f"{where}: the shards hold {found} feed-forward rows together, but params.json makes them {expected}; "
             "a shard is missing, or params.json belongs to another model"
         )
 
@@ -384,7 +384,7 @@ def _with_sidecar(config: LlamaConfig, sidecar: Path) -> LlamaConfig:
         "rms_norm_eps",
         "rope_theta",
     ):
-        here, there = getattr(config, key), getattr(full, key)
-        if here != there:
-            raise MismatchError(f"{sidecar} says {key} {there}, but params.json and the tensors say {here}; delete it")
+        here, stored = getattr(config, key), getattr(full, key)
+        if here != stored:
+            raise MismatchError(f"{sidecar} says {key} {stored}, but params.json and the tensors say {here}; delete it")
     return full

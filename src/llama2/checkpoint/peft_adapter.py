@@ -48,8 +48,8 @@ class LowRank(NamedTuple):
         a, b = (half.to(weight.device).float() for half in (self.a, self.b[start : start + len(weight)]))
         total = weight.float().addmm(b, a, alpha=self.scale)
         if self.magnitude is not None:
-            wanted = self.magnitude[start : start + len(weight)].to(weight.device).float()
-            total *= (wanted / total.norm(dim=1))[:, None]
+            magnitudes = self.magnitude[start : start + len(weight)].to(weight.device).float()
+            total *= (magnitudes / total.norm(dim=1))[:, None]
         return total.to(weight.dtype)
 
 
@@ -125,8 +125,8 @@ def read_adapter(
     CheckpointError for files that are missing, malformed, or of a kind that is no LoRA; MismatchError where names or
     shapes do not fit the model.
     """
-    kind = library or torch_library()
-    folder, fields, config, parts = _opened(Path(folder), model, kind)
+    tensors = library or torch_library()
+    folder, fields, config, parts = _opened(Path(folder), model, tensors)
     vocab_size = next((len(parts.full[name]) for name in (EMBEDDING, HEAD) if name in parts.full), model.vocab_size)
     shapes = _shapes(model, vocab_size)
     _check_heads(folder, parts, model, classifier)
@@ -147,7 +147,9 @@ def read_adapter(
         raise MismatchError(f"{folder}: {CONFIG} names trainable_token_indices, but there are no rows; save it again")
     if model.tie_word_embeddings and EMBEDDING in rows and HEAD not in rows:
         rows[HEAD] = rows[EMBEDDING]
-    return Adapter(folder, config, modules, parts.full, rows, vocab_size, _unties(parts, rows, model, vocab_size, kind))
+    return Adapter(
+        folder, config, modules, parts.full, rows, vocab_size, _unties(parts, rows, model, vocab_size, tensors)
+    )
 
 
 def engine_pairs(folder: Path, model: LlamaConfig) -> dict[str, tuple[Any, Any, float]]:
@@ -184,12 +186,12 @@ def _check_heads(folder: Path, parts: Parts, model: LlamaConfig, classifier: boo
                 "as LlamaForSequenceClassification, or use `llama2 classify`"
             )
         rows = 2 if name.startswith("qa_outputs") else model.num_labels
-        wanted = (rows, model.hidden_size) if name.endswith("weight") else (rows,)
-        found = tuple(parts.full[name].shape)
-        if found != wanted:
+        expected = (rows, model.hidden_size) if name.endswith("weight") else (rows,)
+        own_shape = tuple(parts.full[name].shape)
+        if own_shape != expected:
             raise MismatchError(
-                f"{folder}: {name} has shape {found}, but this model needs {wanted}; give the model "
-                f"num_labels={found[0]}, or it is an adapter of another model"
+                f"{folder}: {name} has shape {own_shape}, but this model needs {expected}; give the model "
+                f"num_labels={own_shape[0]}, or it is an adapter of another model"
             )
 
 
@@ -209,8 +211,8 @@ def _check_full(folder: Path, parts: Parts, fields: Mapping[str, Any], shapes: M
                 "adapter of another model"
             )
     for module in fields.get("modules_to_save") or ():
-        there = any(re.search(rf"(?:^|\.){re.escape(module)}\.", name) for name in parts.full)
-        if not there and module not in HEADS:
+        matches = any(re.search(rf"(?:^|\.){re.escape(module)}\.", name) for name in parts.full)
+        if not matches and module not in HEADS:
             raise MismatchError(
                 f"{folder}: modules_to_save names {module!r}, but the file holds no tensor of it; save it again"
             )
@@ -227,12 +229,12 @@ def _token_rows(
     folder: Path, fields: Mapping[str, Any], name: str, values: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[list[int], Any]:
     indices = token_indices(folder, fields, name)
-    wanted = shapes.get(name, (0, 0))
-    fits = tuple(values.shape) == (len(indices), wanted[-1]) and all(0 <= row < wanted[0] for row in indices)
+    shape = shapes.get(name, (0, 0))
+    fits = tuple(values.shape) == (len(indices), shape[-1]) and all(0 <= row < shape[0] for row in indices)
     if name not in (EMBEDDING, HEAD) or not fits:
         raise MismatchError(
             f"{folder}: the rows {indices[:8]} of {name} have shape {tuple(values.shape)}, which does not fit "
-            f"{wanted}; it is an adapter of another model"
+            f"{shape}; it is an adapter of another model"
         )
     return indices, values
 

@@ -57,7 +57,7 @@ def load_layer(
     config: QuantizationConfig,
 ) -> PackedLinear:
     """The packed layer at `path`; `parts`: what its tensors are called in `source`. Errors name the layer."""
-    tensors = {part: source.read(name) for part, name in parts.items()}
+    tensors = {suffix: source.read(name) for suffix, name in parts.items()}
     try:
         return layer_class(config).from_file(tensors, shape, bias, config.at(path))
     except CheckpointError as error:
@@ -95,21 +95,21 @@ def place(
     names: the file's tensors, from the model's name to the file's. Raises CheckpointError where one cannot be right.
     """
     blocks = isinstance(config, GgufConfig)
-    there: Mapping[str, Any] = matrices(model)
-    given: dict[str, Tensor] = {}
+    linears: Mapping[str, Any] = matrices(model)
+    filled: dict[str, Tensor] = {}
     used = {name for said, name in names.items() if config.describes_others(said)}
     tied = getattr(model, "config", None) is not None and model.config.tie_word_embeddings  # type: ignore[union-attr]
-    for path, found in packed_parts(names, there).items():
+    for path, part_names in packed_parts(names, linears).items():
         if path == "lm_head" and tied:
             if isinstance(config, MlxConfig):  # a copy of the embedding's
-                used |= {names[name] for name in found.values()}
+                used |= {names[name] for name in part_names.values()}
                 continue
             raise MismatchError("the head is packed but the configuration ties it to the embedding; untie them")
-        parts = {part: names[name] for part, name in found.items()}
+        parts = {suffix: names[name] for suffix, name in part_names.items()}
         used |= set(parts.values())
-        linear = there[path]
+        linear = linears[path]
         if isinstance(linear, nn.Embedding) and not blocks:
-            given[f"{path}.weight"] = _unpacked_table(weights, path, parts, linear, model, config)
+            filled[f"{path}.weight"] = _unpacked_table(weights, path, parts, linear, model, config)
             continue
         if isinstance(linear, nn.Embedding):
             model.set_submodule(path, _embedding(weights, path, parts, linear, model))
@@ -125,7 +125,7 @@ def place(
         )
     if blocks:
         tie(model)
-    return used, given
+    return used, filled
 
 
 def _unpacked_table(
@@ -142,11 +142,11 @@ def _embedding(
 ) -> GgufEmbedding:
     shape = (plain.num_embeddings, plain.embedding_dim)
     try:
-        kind, rows = checked({part: weights.read(name) for part, name in parts.items()}, shape)
+        type_name, rows = checked({suffix: weights.read(name) for suffix, name in parts.items()}, shape)
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from error
     dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]
-    return GgufEmbedding(shape, kind, rows, dtype, plain.padding_idx)
+    return GgufEmbedding(shape, type_name, rows, dtype, plain.padding_idx)
 
 
 def tie(model: Any) -> None:
@@ -201,28 +201,28 @@ def _forget(config: LlamaConfig) -> None:
 def unpack_layer(model: Any, path: str) -> nn.Module:
     """Unpacks the layer at `path`, and the head with the embedding that it reads; returns what stands there now."""
     layer = model.get_submodule(path)
-    made = plain(layer, model.dtype)
-    model.set_submodule(path, made)
+    unpacked = plain(layer, model.dtype)
+    model.set_submodule(path, unpacked)
     for other, module in packed_layers(model).items():
         if getattr(module, "tied", None) is layer:
             head = plain(module, model.dtype)
-            head.weight = made.weight
+            head.weight = unpacked.weight
             model.set_submodule(other, head)
-    return made
+    return unpacked
 
 
 def plain(layer: PackedLayer, dtype: torch.dtype) -> nn.Linear | nn.Embedding:
     """The layer with its weight unpacked; a tied head without one, for `tie_weights` to fill."""
-    made: nn.Linear | nn.Embedding
+    unpacked: nn.Linear | nn.Embedding
     if isinstance(layer, GgufEmbedding):
         size, padding = (layer.num_embeddings, layer.embedding_dim), layer.padding_idx
-        made = nn.Embedding(*size, padding, device="meta")
+        unpacked = nn.Embedding(*size, padding, device="meta")
     else:
-        made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        made.bias = layer.bias
+        unpacked = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        unpacked.bias = layer.bias
     if getattr(layer, "tied", None) is None:
-        made.weight = nn.Parameter(layer.dequantize(dtype))
-    return made.train(layer.training)
+        unpacked.weight = nn.Parameter(layer.dequantize(dtype))
+    return unpacked.train(layer.training)
 
 
 # -- as a checkpoint ---------------------------------------------------------------------------------------------
@@ -266,9 +266,9 @@ class UnpackedCheckpoint(SeenCheckpoint):
                 if not self._needless(name):
                     yield name, stored
             elif name == next(iter(self._parts[path].values())):
-                part = next(iter(self._parts[path]))
-                kind = part.removeprefix("weight.") if self._blocks else "F32"
-                yield f"{path}.weight", Stored(self._shapes[path], kind)
+                first_suffix = next(iter(self._parts[path]))
+                type_name = first_suffix.removeprefix("weight.") if self._blocks else "F32"
+                yield f"{path}.weight", Stored(self._shapes[path], type_name)
 
     def kept_type(self, name: str) -> str:
         """Of unpacked linears what the rest of the model is stored in: float32 would double its size."""
@@ -286,10 +286,10 @@ class UnpackedCheckpoint(SeenCheckpoint):
 
     def _needless(self, name: str) -> bool:
         """Whether it is the bias of a packed linear that has none, and 0."""
-        path, _, part = name.rpartition(".")
+        path, _, suffix = name.rpartition(".")
         config = self.source.config
         biased = config.attention_bias if ".self_attn." in name else config.mlp_bias
-        return part == "bias" and path in self._parts and not biased and is_zero(self.source, name)
+        return suffix == "bias" and path in self._parts and not biased and is_zero(self.source, name)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         path = name.removesuffix(".weight")
@@ -299,19 +299,19 @@ class UnpackedCheckpoint(SeenCheckpoint):
         return layer.dequantize(dtype or torch.float32)
 
     def _tensors_of(self, path: str) -> dict[str, Tensor]:
-        return {part: self.source.read(name) for part, name in self._parts[path].items()}
+        return {suffix: self.source.read(name) for suffix, name in self._parts[path].items()}
 
     def mapped(self, name: str) -> list[Tensor]:
         path = name.removesuffix(".weight")
-        found = self._parts[path].values() if path in self._parts else [name]
-        return [view for part in found for view in self.source.mapped(part)]
+        stored_names = self._parts[path].values() if path in self._parts else [name]
+        return [view for stored_name in stored_names for view in self.source.mapped(stored_name)]
 
     def raw(self, name: str) -> RawTensor:
         path = name.removesuffix(".weight")
         if path not in self._parts:
             return self.source.raw(name)
         if self._blocks:
-            kind, rows = checked(self._tensors_of(path), self._shapes[path])
-            return RawTensor(rows, kind, self._shapes[path])
+            type_name, rows = checked(self._tensors_of(path), self._shapes[path])
+            return RawTensor(rows, type_name, self._shapes[path])
         tensor = self.read(name)
         return RawTensor(tensor.view(torch.uint8), CODES[tensor.dtype], tuple(tensor.shape))

@@ -54,11 +54,11 @@ class Drafter:
         going = {c.sequence: c for c in chunks if _asks(c)}
         guesses: dict[Scheduled, list[int]] = {sequence: [] for sequence in going}
         while ran:
-            wanted = [c.sequence for c in ran if c.wanted]
-            for sequence, logits in zip(wanted, self.runner.step(ran, [None] * len(ran)), strict=True):
-                found = guesses[sequence]
-                found.append(choice(going[sequence]).guess(logits[-1], len(found)))
-            ran = [self._next(texts[s], guesses[s]) for s in wanted if len(guesses[s]) < going[s].drafted]
+            asking = [c.sequence for c in ran if c.wanted]
+            for sequence, logits in zip(asking, self.runner.step(ran, [None] * len(ran)), strict=True):
+                own_guesses = guesses[sequence]
+                own_guesses.append(choice(going[sequence]).guess(logits[-1], len(own_guesses)))
+            ran = [self._next(texts[s], guesses[s]) for s in asking if len(guesses[s]) < going[s].drafted]
             ran = [c for c in ran if c.start < self._context]
         for chunk in chunks:
             own = guesses.get(chunk.sequence)  # of these the last has not run; of those looked up, none has

@@ -57,8 +57,8 @@ class Place:
 def join(device: torch.device, store: str | None = None, rank: int = -1, size: int = -1) -> Place:
     """Meets the other processes, through the file `store` or as torchrun says; returns when all are there."""
     backend = "gloo" if device.type == "cpu" else "nccl"
-    given: dict[str, Any] = {} if store is None else {"init_method": store, "rank": rank, "world_size": size}
-    dist.init_process_group(backend, timeout=_PATIENCE, **given)
+    meeting: dict[str, Any] = {} if store is None else {"init_method": store, "rank": rank, "world_size": size}
+    dist.init_process_group(backend, timeout=_PATIENCE, **meeting)
     control = dist.new_group(backend="gloo", timeout=_FOREVER)
     return Place(dist.get_rank(), dist.get_world_size(), control, dist.group.WORLD)
 
@@ -122,9 +122,9 @@ class Shares:
         if name == _HEAD:
             return 0, *_rows(shape[0], self._place)
         if layer in ("k_proj", "v_proj"):
-            held = max(self._config.num_key_value_heads // size, 1) * self._config.head_dim
+            rows_held = max(self._config.num_key_value_heads // size, 1) * self._config.head_dim
             first = rank * self._config.num_key_value_heads // size * self._config.head_dim
-            return 0, first, first + held
+            return 0, first, first + rows_held
         if layer in ("q_proj", "gate_proj", "up_proj"):
             return 0, shape[0] // size * rank, shape[0] // size * (rank + 1)
         if layer in _COLUMNS and name.endswith(".weight"):
@@ -207,8 +207,8 @@ def load_part(
     chosen = resolve_dtype(dtype) or DTYPES[shares.auto_dtype]
     fill(model, shares, match(model, shares), chosen, device or torch.device("cpu"))
     settings = source.generation_settings
-    found = GenerationConfig.from_model_config(config) if settings is None else GenerationConfig.from_dict(settings)
-    model.generation_config, model.config.name_or_path = found, str(path)
+    sampling = GenerationConfig.from_model_config(config) if settings is None else GenerationConfig.from_dict(settings)
+    model.generation_config, model.config.name_or_path = sampling, str(path)
     return model.eval()
 
 
@@ -280,8 +280,8 @@ def as_integers(pages: int, tokens: Ints, positions: Ints, view: CacheView[Tenso
 
 def from_integers(numbers: Sequence[int], cache: Tensor) -> tuple[Ints, Ints, CacheView[Tensor], Ints]:
     """The step of those integers, over this process's pages: tokens, positions, view, rows."""
-    _, new, wanted, sequences = numbers[:4]
-    bounds = np.cumsum([new, new, wanted, sequences + 1, sequences])
+    _, new, logit_count, sequences = numbers[:4]
+    bounds = np.cumsum([new, new, logit_count, sequences + 1, sequences])
     tokens, positions, rows, starts, past, tables = np.split(np.array(numbers[4:], np.int32), bounds)
     view = CacheView(cache, starts, past, tables.reshape(sequences, -1), starts[1:] - 1)
     return tokens, positions, view, rows
@@ -314,5 +314,5 @@ def _hear(place: Place) -> list[int]:
     numbers = torch.zeros(int(length), dtype=torch.long)
     if len(numbers):
         dist.broadcast(numbers, 0, group=place.control)
-    found: list[int] = numbers.tolist()
-    return found
+    received: list[int] = numbers.tolist()
+    return received

@@ -61,15 +61,15 @@ class TokenSampler:
 
     def __call__(self, logits_V: np.ndarray) -> SampledToken:
         """The next token. Raises InputError where there is none to pick."""
-        found = None if self._whole is None else self._whole(logits_V)
-        token, scores_V = (found[0], None) if found is not None else self._pick(logits_V[None])
+        drawn = None if self._whole is None else self._whole(logits_V)
+        token, scores_V = (drawn[0], None) if drawn is not None else self._pick(logits_V[None])
         if self._before:
             self._ids[0, self.length] = token
         self.length += 1
         if self._logprobs is None:
             return SampledToken(token)
-        if found is not None and self._drawn and not self._logprobs:
-            return SampledToken(*found)
+        if drawn is not None and self._drawn and not self._logprobs:
+            return SampledToken(*drawn)
         if not self._drawn:
             return self.rate(token, logits_V)
         if scores_V is None:
@@ -80,9 +80,9 @@ class TokenSampler:
         """A token, and the scores (V,) as far as they were made for it."""
         ids_BS = self._ids[:, : self.length]
         scores_BV = self._before(ids_BS, raw_BV)
-        found = None if self._shortlist is None else self._shortlist(scores_BV)
-        if found is not None:
-            return found[0], scores_BV[0]
+        shortlisted = None if self._shortlist is None else self._shortlist(scores_BV)
+        if shortlisted is not None:
+            return shortlisted[0], scores_BV[0]
         scores_BV = self._filters(ids_BS, scores_BV)
         token_B, peak_B = self._sampler(scores_BV)
         if not math.isfinite(peak_B[0]):
@@ -102,8 +102,8 @@ class TokenSampler:
             self._guesser = sampler, split(self._filters, sampler)[2]
         sampler, shortlist = self._guesser
         sampler.put_back(self._sampler.peek(ahead))
-        found = None if shortlist is None else shortlist(scores_BV)
-        return found[0] if found is not None else int(sampler(self._filters(self._ids, scores_BV))[0][0])
+        shortlisted = None if shortlist is None else shortlist(scores_BV)
+        return shortlisted[0] if shortlisted is not None else int(sampler(self._filters(self._ids, scores_BV))[0][0])
 
     def rate(self, token: int, logits_V: np.ndarray) -> SampledToken:
         """A token with its log-probability in the model's own logits and as many of the likeliest as were asked for."""

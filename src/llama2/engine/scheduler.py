@@ -198,9 +198,9 @@ class Scheduler:
         if self._owners < 2 or not self.stretch:
             return None, None
         fair = self._owners * min(min(counts.values()), share(self.width, self._owners))
-        if (found := self.times.room(fair, self.stretch)) is None:
+        if (times := self.times.room(fair, self.stretch)) is None:
             return None, None
-        seconds, row, token = found
+        seconds, row, token = times
         coming = bool(self.waiting) or any(s.pending > 1 for s in self.running)
         decoding = sum(s.pending <= 1 for s in self.running)
         rows = max(int((seconds / 2 if coming else seconds) / row), fair)
@@ -210,11 +210,11 @@ class Scheduler:
     def _decoding(self, most: int | None) -> list[ScheduledSequence]:
         """Those that decode, in the order of admission; no more than `most`, by the credit of their owner, each owner's
         in turn."""
-        found = [s for s in self.running if s.pending <= 1]
-        if most is None or len(found) <= most:
-            return found
+        decoding = [s for s in self.running if s.pending <= 1]
+        if most is None or len(decoding) <= most:
+            return decoding
         queues: dict[str, deque[ScheduledSequence]] = {}
-        for sequence in sorted(found, key=lambda s: s.planned):
+        for sequence in sorted(decoding, key=lambda s: s.planned):
             queues.setdefault(sequence.owner, deque()).append(sequence)
         chosen: set[ScheduledSequence] = set()
         while len(chosen) < most:
@@ -224,7 +224,7 @@ class Scheduler:
                 del queues[owner]
             self._charge(sequence, 1)
             chosen.add(sequence)
-        return [s for s in found if s in chosen]
+        return [s for s in decoding if s in chosen]
 
     def _charge(self, sequence: ScheduledSequence, tokens: int) -> None:
         """Counts tokens of the plan that is being made at once, since they decide who comes next in it."""
@@ -296,22 +296,22 @@ class Scheduler:
 
     def _held(self) -> Counter[str]:
         """Pages of each owner."""
-        held: Counter[str] = Counter()
+        pages: Counter[str] = Counter()
         for sequence in self.running:
-            held[sequence.owner] += len(sequence.pages)
-        return held
+            pages[sequence.owner] += len(sequence.pages)
+        return pages
 
     def _victim(self, sequence: ScheduledSequence) -> ScheduledSequence:
         """Returns the sequence to preempt for a running one: the youngest of all, or of the owner that has more than
         its share."""
         if self._owners < 2 and self.each_pages == self.pool.count:
             return self.running[-1]
-        held = self._held()
-        if held[sequence.owner] >= self.each_pages:
+        pages = self._held()
+        if pages[sequence.owner] >= self.each_pages:
             return next(s for s in reversed(self.running) if s.owner == sequence.owner)
-        owner = above(held, share(self.pool.count, self._owners), "")
-        found = [s for s in self.running if s.owner == owner and s.preemptions < PATIENT]
-        return found[-1] if found and owner is not None else self.running[-1]
+        owner = above(pages, share(self.pool.count, self._owners), "")
+        candidates = [s for s in self.running if s.owner == owner and s.preemptions < PATIENT]
+        return candidates[-1] if candidates and owner is not None else self.running[-1]
 
     def _make_place(self, owner: str, planned: dict[ScheduledSequence, Chunk]) -> bool:
         """Takes a place in the step from the owner that has most, for one that has less than its share."""
@@ -320,26 +320,26 @@ class Scheduler:
         other = above(counts, fair, owner)
         if other is None or counts[owner] >= fair:
             return False
-        found = [s for s in self.running if s.owner == other and s.preemptions < PATIENT]
-        if found:
-            planned.pop(found[-1], None)
-            self._preempt(found[-1])
-        return bool(found)
+        candidates = [s for s in self.running if s.owner == other and s.preemptions < PATIENT]
+        if candidates:
+            planned.pop(candidates[-1], None)
+            self._preempt(candidates[-1])
+        return bool(candidates)
 
     def _make_room(self, owner: str, needed: int, planned: dict[ScheduledSequence, Chunk]) -> bool:
         """Takes pages from owners that have more than their share, for one that stays within its own."""
-        fair, held = share(self.pool.count, self._owners), self._held()
-        if self._owners < 2 or held[owner] + needed > fair:
+        fair, pages = share(self.pool.count, self._owners), self._held()
+        if self._owners < 2 or pages[owner] + needed > fair:
             return False
-        if sum(max(count - fair, 0) for count in held.values()) + self.pool.free < needed + len(self.running):
+        if sum(max(count - fair, 0) for count in pages.values()) + self.pool.free < needed + len(self.running):
             return False
         while needed + len(self.running) > self.pool.free:
             other = above(self._held(), fair, owner)
-            found = [s for s in self.running if s.owner == other and s.preemptions < PATIENT]
-            if other is None or not found:
+            candidates = [s for s in self.running if s.owner == other and s.preemptions < PATIENT]
+            if other is None or not candidates:
                 return False
-            planned.pop(found[-1], None)
-            self._preempt(found[-1])
+            planned.pop(candidates[-1], None)
+            self._preempt(candidates[-1])
         return True
 
     def _preempt(self, sequence: ScheduledSequence) -> None:
@@ -381,29 +381,29 @@ class Scheduler:
             if len(self.running) >= self.width and not self._make_place(owner, planned):
                 passed.add(owner)
                 continue
-            found = self._remembered(sequence)
+            remembered = self._remembered(sequence)
             keys = self._usable(sequence)
-            if self.pool.remembers and len(found) < len(keys) and keys[len(found)] in coming:
+            if self.pool.remembers and len(remembered) < len(keys) and keys[len(remembered)] in coming:
                 continue
-            for page in found:
+            for page in remembered:
                 self.pool.share(page)
             # Room for the whole text now, and for a page more of everyone: else it would soon be thrown out again.
-            needed = -(-len(sequence.tokens) // self.pool.size) - len(found)
+            needed = -(-len(sequence.tokens) // self.pool.size) - len(remembered)
             short = self.running and needed + len(self.running) > self.pool.free
-            if self._held()[owner] + needed + len(found) > self.each_pages or (
+            if self._held()[owner] + needed + len(remembered) > self.each_pages or (
                 short and not self._make_room(owner, needed, planned)
             ):
-                self.pool.give_back(found)
+                self.pool.give_back(remembered)
                 if not self._count(owner):
                     return  # its turn: pages that come free are for it
                 passed.add(owner)
                 continue
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            sequence.pages, sequence.computed = found, len(found) * self.pool.size
+            sequence.pages, sequence.computed = remembered, len(remembered) * self.pool.size
             if not sequence._admitted:
                 sequence._admitted, sequence.reused = True, sequence.computed
-            coming.update(keys[len(found) :])
+            coming.update(keys[len(remembered) :])
             self._plan_one(sequence, planned, None if each is None else each - spent[owner])
             tokens = len(planned[sequence].tokens) if sequence in planned else 0
             spent[owner] += tokens
@@ -418,13 +418,13 @@ class Scheduler:
         return sequence._keys[: (min(sequence.scored_from, last) if sequence.scored else last) // self.pool.size]
 
     def _remembered(self, sequence: ScheduledSequence) -> list[int]:
-        found: list[int] = []
+        pages: list[int] = []
         for i, key in enumerate(self._usable(sequence)):
             page = self.pool.find(key, sequence.tokens[i * self.pool.size : (i + 1) * self.pool.size])
             if page is None:
                 break
-            found.append(page)
-        return found
+            pages.append(page)
+        return pages
 
     # -- commit --------------------------------------------------------------------------------------------------
 

@@ -105,13 +105,13 @@ class NativeMeasured:
     def step(self, ids: Ids, positions: Ids, cache: Any, keep: int = 1) -> NDArray[np.float32]:
         """As MeasuredModel.step."""
         rows, new = ids.shape
-        held = self.new_cache(rows, new) if cache is None else cache
-        view, kept = held.pages.view([(sequence, new) for sequence in held.sequences]), min(keep, new)
-        wanted = None if kept == 1 else np.arange(rows * new).reshape(rows, new)[:, new - kept :].ravel()
+        own_cache = self.new_cache(rows, new) if cache is None else cache
+        view, kept = own_cache.pages.view([(sequence, new) for sequence in own_cache.sequences]), min(keep, new)
+        logit_rows = None if kept == 1 else np.arange(rows * new).reshape(rows, new)[:, new - kept :].ravel()
         chosen = None if self._model.adapter is None else [self._model.adapter] * rows
         places = np.broadcast_to(positions, ids.shape)
-        found = self._runner.step(ids.ravel(), places.ravel(), view, wanted, chosen)
-        return found.reshape(rows, kept, -1)
+        logits = self._runner.step(ids.ravel(), places.ravel(), view, logit_rows, chosen)
+        return logits.reshape(rows, kept, -1)
 
     def wait(self) -> None:
         """As MeasuredModel.wait: a step is computed when it returns."""
@@ -125,13 +125,13 @@ def make_steps(
     model: Any, runner: Any = "auto", cache_dtype: cpu.KvDtype | None = None, precision: str = "fast"
 ) -> MeasuredModel:
     """The runner of `model` for a measurement; arguments and errors as of `runners.padded.make_runner`."""
-    made: MeasuredModel
+    measured: MeasuredModel
     if hasattr(runner, "scope"):  # made before
-        made = runner
-        return made
+        measured = runner
+        return measured
     if type(model) is not cpu.CpuModel:
-        made = _of_torch(model, runner, cache_dtype, precision)
-        return made
+        measured = _of_torch(model, runner, cache_dtype, precision)
+        return measured
     cpu.check_precision(precision)
     if runner not in ("auto", "native"):
         raise InputError(f"the native engine alone holds this model, so runner={runner!r} cannot run it")

@@ -89,14 +89,14 @@ def _need(good: bool, name: str, value: Any, bound: str) -> None:
 
 def ordered(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """An order of samplers as clients write it, by names or as llama.cpp's letters; and what is none of them."""
-    found, unknown = dict[str, None](), list[str]()
+    names_in_order, unknown = dict[str, None](), list[str]()
     for name in names:
         plain = _NAMES.get(name.strip().lower().replace("-", "_"), name.strip().lower().replace("-", "_"))
         if plain in ORDER:
-            found[plain] = None
+            names_in_order[plain] = None
         else:
             unknown.append(name)
-    return tuple(found), tuple(unknown)
+    return tuple(names_in_order), tuple(unknown)
 
 
 def chain(settings: SamplerSettings, seed: int, piece: Callable[[int], bytes]) -> list[LogitsProcessor]:
@@ -105,33 +105,33 @@ def chain(settings: SamplerSettings, seed: int, piece: Callable[[int], bytes]) -
     With mirostat only penalties, the temperature and mirostat run, as in llama.cpp.
     """
     least = max(settings.min_keep, 1)
-    found: dict[str, LogitsProcessor] = {}
+    processors: dict[str, LogitsProcessor] = {}
     penalties = (settings.repeat_penalty, settings.frequency_penalty, settings.presence_penalty)
     if penalties != (1, 0, 0) and settings.penalty_last_n:
-        found["penalties"] = LastTokensPenalty(*penalties, settings.penalty_last_n)
+        processors["penalties"] = LastTokensPenalty(*penalties, settings.penalty_last_n)
     if settings.dry_multiplier and settings.dry_base >= 1 and settings.dry_penalty_last_n:
-        found["dry"] = DryPenalty(settings, piece)
+        processors["dry"] = DryPenalty(settings, piece)
     if settings.top_n_sigma > 0:
-        found["top_n_sigma"] = TopNSigma(settings.top_n_sigma)
+        processors["top_n_sigma"] = TopNSigma(settings.top_n_sigma)
     if settings.top_k > 0:
-        found["top_k"] = TopKLogitsWarper(settings.top_k)
+        processors["top_k"] = TopKLogitsWarper(settings.top_k)
     if settings.typical_p < 1:
-        found["typ_p"] = TypicalLogitsWarper(settings.typical_p, min_tokens_to_keep=least)
+        processors["typ_p"] = TypicalLogitsWarper(settings.typical_p, min_tokens_to_keep=least)
     if settings.top_p < 1:
-        found["top_p"] = TopPLogitsWarper(settings.top_p, min_tokens_to_keep=least)
+        processors["top_p"] = TopPLogitsWarper(settings.top_p, min_tokens_to_keep=least)
     if settings.min_p > 0:
-        found["min_p"] = MinPLogitsWarper(settings.min_p, min_tokens_to_keep=least)
+        processors["min_p"] = MinPLogitsWarper(settings.min_p, min_tokens_to_keep=least)
     if settings.xtc_probability > 0 and settings.xtc_threshold <= 0.5:
-        found["xtc"] = Xtc(settings.xtc_probability, settings.xtc_threshold, settings.min_keep, seed)
+        processors["xtc"] = Xtc(settings.xtc_probability, settings.xtc_threshold, settings.min_keep, seed)
     if settings.temperature is not None and settings.dynatemp_range:
         spread = settings.dynatemp_range
-        found["temperature"] = DynamicTemperature(settings.temperature, spread, settings.dynatemp_exponent)
+        processors["temperature"] = DynamicTemperature(settings.temperature, spread, settings.dynatemp_exponent)
     elif settings.temperature not in (None, 1):
-        found["temperature"] = TemperatureLogitsWarper(settings.temperature)
+        processors["temperature"] = TemperatureLogitsWarper(settings.temperature)
     if settings.mirostat and settings.temperature is not None:
-        first = [found[name] for name in ("penalties", "temperature") if name in found]
+        first = [processors[name] for name in ("penalties", "temperature") if name in processors]
         return [*first, Mirostat(settings.mirostat, settings.mirostat_tau, settings.mirostat_eta)]
-    return [found[name] for name in settings.order if name in found]
+    return [processors[name] for name in settings.order if name in processors]
 
 
 class LastTokensPenalty(LogitsProcessor):
@@ -200,19 +200,19 @@ class DryPenalty(LogitsProcessor):
 
     def _lengths(self, row: np.ndarray, limit: int) -> dict[int, int]:
         """The length of the repetition that each token would go on with, where that counts; limit: the longest."""
-        found: dict[int, int] = {}
+        lengths: dict[int, int] = {}
         last = len(row) - 1
         ends = np.flatnonzero(row[:last] == row[last])  # places at which what is repeated may end
         length = 1
         while len(ends):
             if length >= self.allowed:
-                found |= dict.fromkeys(row[ends + 1].tolist(), length)
+                lengths |= dict.fromkeys(row[ends + 1].tolist(), length)
             if length >= min(limit, self.allowed + self._most):
-                return found
+                return lengths
             ends = ends[ends >= length]
             ends = ends[row[ends - length] == row[last - length]]
             length += 1
-        return found
+        return lengths
 
 
 class TopNSigma(LogitsProcessor):
@@ -302,8 +302,8 @@ class Mirostat(LogitsProcessor):
         if self._left is None:
             return
         ids, p = self._left
-        if len(at := np.flatnonzero(ids == token)):
-            self.mu -= self.eta * (-math.log2(float(p[at[0]])) - self.tau)
+        if len(positions := np.flatnonzero(ids == token)):
+            self.mu -= self.eta * (-math.log2(float(p[positions[0]])) - self.tau)
 
     def _first(self, p: np.ndarray, vocabulary: int) -> int:
         top = p[: self._ESTIMATED]

@@ -107,8 +107,8 @@ class GptqLinear(PackedLinear):
         places = torch.arange(shape[1], dtype=torch.int32, device=weight_NK.device) // group
         g_idx = places if order is None else torch.empty_like(places).index_copy_(0, order, places)
         scales, zeros = (torch.stack(each) for each in zip(*((p.scale, p.zero) for p in params), strict=True))
-        at = g_idx.long()
-        codes_KN = (weight_NK.mT / scales[at]).round_().add_(zeros[at])
+        group_of_row = g_idx.long()
+        codes_KN = (weight_NK.mT / scales[group_of_row]).round_().add_(zeros[group_of_row])
         tensors = {
             "qweight": pack(codes_KN, config.bits),
             "qzeros": pack_zeros(zeros.to(torch.int32), config.bits, config.format == "gptq_v2"),
@@ -139,38 +139,38 @@ class GptqLinear(PackedLinear):
         if self.in_order or self.bits != 4:
             return None, None
         qweight, g_idx = self.packed["qweight"], self.packed["g_idx"]
-        held = ((qweight, _version(qweight)), (g_idx, _version(g_idx)))
+        versions = ((qweight, _version(qweight)), (g_idx, _version(g_idx)))
         kept = self._moved
-        if kept is None or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(kept[:2], held, strict=True)):
+        if kept is None or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(kept[:2], versions, strict=True)):
             order = torch.argsort(g_idx, stable=True)
             places = torch.arange(len(g_idx), dtype=torch.int32, device=g_idx.device) // self.group_size
             if bool(torch.equal(g_idx[order], places)):
-                kept = (*held, order, pack(unpack(qweight, self.bits)[order], self.bits))
+                kept = (*versions, order, pack(unpack(qweight, self.bits)[order], self.bits))
             else:
-                kept = (*held, None, None)
+                kept = (*versions, None, None)
             self._moved = kept
         return kept[2], kept[3]
 
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes (K, N) and zeros (G, N), int32."""
-        held = self.packed
-        return unpack(held["qweight"], self.bits), unpack_zeros(held["qzeros"], self.bits, self.v2)
+        tensors = self.packed
+        return unpack(tensors["qweight"], self.bits), unpack_zeros(tensors["qzeros"], self.bits, self.v2)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """As PackedLinear.dequantize."""
-        held = self.packed
-        scales_GN = held["scales"].float()
-        zeros_GN = unpack_zeros(held["qzeros"], self.bits, self.v2).float()
+        tensors = self.packed
+        scales_GN = tensors["scales"].float()
+        zeros_GN = unpack_zeros(tensors["qzeros"], self.bits, self.v2).float()
         out_NK = torch.empty(self.out_features, self.in_features, dtype=dtype, device=scales_GN.device)
         step = max(1, _CHUNK // (SPAN * self.out_features)) * SPAN
-        groups = held["g_idx"].tolist() if self.in_order and self.group_size % SPAN == 0 else None
+        groups = tensors["g_idx"].tolist() if self.in_order and self.group_size % SPAN == 0 else None
         if groups is not None:  # then no chunk reaches into two groups, and its rows share their scales
             step = math.gcd(step, self.group_size)
         for start in range(0, self.in_features, step):
-            words = held["qweight"][start * self.bits // 32 : (start + step) * self.bits // 32]
-            at = held["g_idx"][start : start + step].long() if groups is None else groups[start]
-            part = unpack(words, self.bits).float().sub_(zeros_GN[at]).mul_(scales_GN[at])
-            out_NK[:, start : start + step] = part.mT
+            words = tensors["qweight"][start * self.bits // 32 : (start + step) * self.bits // 32]
+            groups_of_rows = tensors["g_idx"][start : start + step].long() if groups is None else groups[start]
+            weights = unpack(words, self.bits).float().sub_(zeros_GN[groups_of_rows]).mul_(scales_GN[groups_of_rows])
+            out_NK[:, start : start + step] = weights.mT
         return out_NK
 
     def packable(self) -> PackableWeight:
@@ -181,10 +181,10 @@ class GptqLinear(PackedLinear):
         """As PackedLinear.fused."""
         shape = (self.out_features, self.in_features)
         tensors = [self.packed[name] for name in PARTS]
-        made: Fused = _groups(
+        fused_weights: Fused = _groups(
             shape, self.bits, self.group_size, not self.v2, self.in_order, *tensors, *self._by_group()
         )
-        return made
+        return fused_weights
 
     def extra_repr(self) -> str:
         """As PackedLinear.extra_repr."""

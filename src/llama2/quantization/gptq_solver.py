@@ -198,9 +198,9 @@ def _reverse_(matrix_KK: Tensor) -> None:
     for start in range(0, (size + 1) // 2, step):
         end = min(start + step, (size + 1) // 2)
         upper, lower = matrix_KK[start:end], matrix_KK[size - end : size - start]
-        held = upper.flip(0, 1)
+        flipped = upper.flip(0, 1)
         upper.copy_(lower.flip(0, 1))
-        lower.copy_(held)
+        lower.copy_(flipped)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
@@ -291,13 +291,13 @@ class _Run:
         columns = _Columns(
             self.grid, [], own, self.errors_KN[part], self.rounded_KN[part], shift_PN, torch.empty_like(shift_PN)
         )
-        for at in range(0, end - start, span):
-            stop = min(at + span, end - start)
-            if (start + at) // span == len(self.params):
-                self._fit(start + at, own[at:stop, at:stop], shift_PN[at:stop])
-            columns.places += [(self.params[p], i) for p, i in self.places[start + at : start + stop]]
-            columns.round(at, stop)
-            columns.push(at, stop, end - start)
+        for offset in range(0, end - start, span):
+            stop = min(offset + span, end - start)
+            if (start + offset) // span == len(self.params):
+                self._fit(start + offset, own[offset:stop, offset:stop], shift_PN[offset:stop])
+            columns.places += [(self.params[p], i) for p, i in self.places[start + offset : start + stop]]
+            columns.round(offset, stop)
+            columns.push(offset, stop, end - start)
         return float(columns.lost.square_().sum(1).double() @ self.pivots[part].double())
 
     def _fit(self, start: int, own: Tensor, shift: Tensor) -> None:

@@ -74,10 +74,10 @@ class Linear4bit(PackedLinear):
         Raises InputError for a weight that is no float16, bfloat16 or float32, or not finite.
         """
         settings = config or BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        kind, storage = settings.bnb_4bit_quant_type, _STORAGES.get(settings.bnb_4bit_quant_storage)
+        code_type, storage = settings.bnb_4bit_quant_type, _STORAGES.get(settings.bnb_4bit_quant_storage)
         if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise InputError(f"the weight is {weight.dtype}; 4-bit blocks are made of float16, bfloat16 or float32")
-        codes, absmax = to_codes(weight.detach(), kind)
+        codes, absmax = to_codes(weight.detach(), code_type)
         if storage is None or codes.numel() % storage.itemsize:
             raise InputError(
                 f"bnb_4bit_quant_storage is {settings.bnb_4bit_quant_storage!r}; {codes.numel()} bytes go into one of "
@@ -85,7 +85,7 @@ class Linear4bit(PackedLinear):
             )
         return cls(
             (weight.shape[0], weight.shape[1]),
-            _tensors(codes.view(storage)[:, None], absmax, kind, weight, settings.bnb_4bit_use_double_quant),
+            _tensors(codes.view(storage)[:, None], absmax, code_type, weight, settings.bnb_4bit_use_double_quant),
             bias,
             _compute_dtype(settings),
         )
@@ -93,11 +93,11 @@ class Linear4bit(PackedLinear):
     @property
     def absmax(self) -> Tensor:
         """The scale of every block, float32 (blocks,), double quantisation undone. It may then fall below 0."""
-        held = self.packed
+        tensors = self.packed
         if not self.state.nested:
-            return held["weight.absmax"]
-        found = held["weight.nested_quant_map"][held["weight.absmax"].int()]
-        return scaled(found, held["weight.nested_absmax"], self.state.nested) + self.state.offset
+            return tensors["weight.absmax"]
+        scales = tensors["weight.nested_quant_map"][tensors["weight.absmax"].int()]
+        return scaled(scales, tensors["weight.nested_absmax"], self.state.nested) + self.state.offset
 
     @property
     def codes(self) -> Tensor:
@@ -121,11 +121,11 @@ class Linear4bit(PackedLinear):
 
     def fused(self) -> Fused:
         """As PackedLinear.fused."""
-        held, shape, state = self.packed, (self.out_features, self.in_features), self.state
-        tables = (held.get("weight.nested_quant_map"), held.get("weight.nested_absmax"))
-        scales = (held["weight.absmax"], *tables, state.nested, state.offset)
-        made: Fused = _blocks(shape, state.kind, state.block, self.codes, *scales)
-        return made
+        tensors, shape, state = self.packed, (self.out_features, self.in_features), self.state
+        tables = (tensors.get("weight.nested_quant_map"), tensors.get("weight.nested_absmax"))
+        scales = (tensors["weight.absmax"], *tables, state.nested, state.offset)
+        fused_weights: Fused = _blocks(shape, state.kind, state.block, self.codes, *scales)
+        return fused_weights
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear, computed in compute_dtype."""
@@ -154,15 +154,15 @@ def _tensors(weight: Tensor, absmax: Tensor, kind: str, source: Tensor, double: 
     """The tensors of a file, in bitsandbytes' order. Tables are this layer's own: shared ones are saved only once."""
     said: dict[str, Any] = {"quant_type": kind, "blocksize": BLOCK, "dtype": str(source.dtype).removeprefix("torch.")}
     said["shape"] = list(source.shape)
-    made = {"weight": weight, "weight.absmax": absmax}
-    made["weight.quant_map"] = _table(kind, absmax.device)
+    tensors = {"weight": weight, "weight.absmax": absmax}
+    tensors["weight.quant_map"] = _table(kind, absmax.device)
     if double:
         offset = absmax.mean()
-        made["weight.absmax"], made["weight.nested_absmax"] = to_bytes(absmax - offset)
-        made["weight.nested_quant_map"] = torch.tensor(dynamic_map(), device=absmax.device)
+        tensors["weight.absmax"], tensors["weight.nested_absmax"] = to_bytes(absmax - offset)
+        tensors["weight.nested_quant_map"] = torch.tensor(dynamic_map(), device=absmax.device)
         said |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": offset.item()}
     text = json.dumps(said).encode()
-    return {**made, STATE + kind: torch.tensor(list(text), dtype=torch.uint8, device=absmax.device)}
+    return {**tensors, STATE + kind: torch.tensor(list(text), dtype=torch.uint8, device=absmax.device)}
 
 
 # -- values and codes --------------------------------------------------------------------------------------------
@@ -199,10 +199,10 @@ def from_codes(
     count = math.prod(shape)
     out = torch.empty(count, dtype=dtype, device=codes.device)
     step = _CHUNK if codes.device.type == "cpu" else 2 * codes.numel()
-    for at in range(0, count, step):
-        values = pairs.index_select(0, codes[at // 2 : (at + step) // 2].int()).view(torch.float32)
-        values = values[: count - at]
-        out[at : at + step] = scaled(values, absmax[at // block :], block)
+    for start in range(0, count, step):
+        values = pairs.index_select(0, codes[start // 2 : (start + step) // 2].int()).view(torch.float32)
+        values = values[: count - start]
+        out[start : start + step] = scaled(values, absmax[start // block :], block)
     return out.view(shape)
 
 
@@ -217,8 +217,8 @@ def to_codes(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     bounds = (table[order[:-1]] + table[order[1:]]) / 2
     flat = weight.reshape(-1)
     codes, scales = [], []
-    for at in range(0, flat.numel(), _CHUNK):
-        values = flat[at : at + _CHUNK].float()
+    for start in range(0, flat.numel(), _CHUNK):
+        values = flat[start : start + _CHUNK].float()
         absmax, shares = _shares(values)
         found = torch.bucketize(shares, bounds, out_int32=True)
         codes.append((found if kind == "nf4" else order[found]).to(torch.uint8))

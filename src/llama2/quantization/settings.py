@@ -124,8 +124,8 @@ class _Float8Settings(FileSettings):
 
     def describes_others(self, name: str) -> bool:
         """As QuantizationConfig.describes_others."""
-        module, _, part = name.rpartition(".")
-        return part in _CACHE_SCALES and module.endswith(("self_attn", "attn"))
+        module, _, suffix = name.rpartition(".")
+        return suffix in _CACHE_SCALES and module.endswith(("self_attn", "attn"))
 
 
 _CT_KINDS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
@@ -161,8 +161,8 @@ class CompressedTensorsConfig(_Float8Settings):
 
     def _group(self) -> Mapping[str, Any]:
         groups = [group for group in (self.content.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-        found = [group for group in groups if any_match(group.get("targets"), self.module)]
-        return next(iter(found or groups), {})
+        matching = [group for group in groups if any_match(group.get("targets"), self.module)]
+        return next(iter(matching or groups), {})
 
     @property
     def weights(self) -> Mapping[str, Any]:
@@ -172,15 +172,15 @@ class CompressedTensorsConfig(_Float8Settings):
     @property
     def kind(self) -> str:
         """How the weight lies. Raises InputError for a layout that is not read."""
-        found = self._group().get("format") or self.content.get("format") or "pack-quantized"
-        if found == "naive-quantized":
+        form_name = self._group().get("format") or self.content.get("format") or "pack-quantized"
+        if form_name == "naive-quantized":
             return "int-quantized" if self.type == "int" else "float-quantized"
-        if found not in _CT_KINDS:
+        if form_name not in _CT_KINDS:
             raise InputError(
-                f"the format of compressed-tensors is {shown(found)}; {', '.join(_CT_KINDS)} are read: compress "
+                f"the format of compressed-tensors is {shown(form_name)}; {', '.join(_CT_KINDS)} are read: compress "
                 "the model in one of these"
             )
-        return str(found)
+        return str(form_name)
 
     @property
     def type(self) -> str:
@@ -215,8 +215,8 @@ class CompressedTensorsConfig(_Float8Settings):
         """As QuantizationConfig.label."""
         own = self.at(module) if module else self
         group = own.weights.get("group_size")
-        kind = "FP" if own.type == "float" else "INT"
-        return f"{kind}{own.bits}" + (f" g{group}" if own.strategy in ("group", "tensor_group") and group else "")
+        number = "FP" if own.type == "float" else "INT"
+        return f"{number}{own.bits}" + (f" g{group}" if own.strategy in ("group", "tensor_group") and group else "")
 
 
 def _check_scheme(weights: Mapping[str, Any], what: str) -> None:
@@ -300,9 +300,9 @@ class HqqConfig(FileSettings):
     def _params(self) -> Mapping[str, Any]:
         whole_ = self.content.get("quant_config") or {}
         tag = ".".join(part for part in self.module.split(".")[2:] if not part.isdigit())
-        found = whole_.get(self.module) or whole_.get(tag) or whole_
-        found = found.get("weight_quant_params", found) if isinstance(found, Mapping) else {}
-        return found if isinstance(found, Mapping) else {}
+        params = whole_.get(self.module) or whole_.get(tag) or whole_
+        params = params.get("weight_quant_params", params) if isinstance(params, Mapping) else {}
+        return params if isinstance(params, Mapping) else {}
 
     def _said(self, key: str, default: Any) -> Any:
         value = self._params().get(key, default)
@@ -318,8 +318,8 @@ class HqqConfig(FileSettings):
     @property
     def group_size(self) -> int | None:
         """Weights that share a scale; None for a row."""
-        found = self._said("group_size", 64)
-        return None if found is None else int(found)
+        size = self._said("group_size", 64)
+        return None if size is None else int(size)
 
     @property
     def axis(self) -> int:

@@ -121,7 +121,9 @@ class Job:
             [LinearReport(**row) for row in state["linears"]],
             bytes_before=before,
             resumed_layers=done,
-            quantized_before=sorted({kind for n in self.source.tensors if (kind := self.source.packed_type(n))}),
+            quantized_before=sorted(
+                {type_name for n in self.source.tensors if (type_name := self.source.packed_type(n))}
+            ),
         )
         shapes = linear_shapes(self.config)
         weights = sum(torch.Size(shapes[row.path]).numel() for row in report.linears if row.path in shapes)
@@ -138,8 +140,8 @@ class Job:
     def _check_target(self) -> None:
         gguf, path = self.options.kind == "gguf", self.path
         if gguf != (path.suffix == ".gguf"):
-            wanted = "a path that ends in .gguf" if gguf else "the path of a new folder, not one that ends in .gguf"
-            raise InputError(f"{self.options.method} is written to {wanted}; the target is {path}")
+            expected = "a path that ends in .gguf" if gguf else "the path of a new folder, not one that ends in .gguf"
+            raise InputError(f"{self.options.method} is written to {expected}; the target is {path}")
         sweep(path)
         if path.exists() and (path.is_file() or any(path.iterdir())):
             raise CheckpointError(f"{path} exists and is not empty; give a new path, nothing is overwritten")
@@ -162,19 +164,19 @@ class Job:
                     raise
                 return None
         length = min(options.length, self.config.max_position_embeddings)
-        found = calibrate(data, tokenizer, options.samples, length, options.seed)
+        calibration = calibrate(data, tokenizer, options.samples, length, options.seed)
         if held_out is None:
-            return found
+            return calibration
         ids = torch.tensor(encode(read_text(held_out), tokenizer))
-        return Calibration(found.windows, ids, found.origin, found.digest, Path(held_out).name)
+        return Calibration(calibration.windows, ids, calibration.origin, calibration.digest, Path(held_out).name)
 
     def _identity(self) -> dict[str, Any]:
-        found = self.calibration
+        calibration = self.calibration
         return {
             "source": convert.fingerprint(self.source, convert.ConversionSettings()),
             "options": as_dict(self.options),
-            "text": None if found is None else found.digest,
-            "held_out": None if found is None else _digest(found.held_out),
+            "text": None if calibration is None else calibration.digest,
+            "held_out": None if calibration is None else _digest(calibration.held_out),
             "version": 1,
         }
 
@@ -191,15 +193,15 @@ class Job:
     def _check_space(self) -> None:
         options, config = self.options, self.config
         quantised = sum(torch.Size(shape).numel() for shape in linear_shapes(config).values())
-        others = sum(stored_bytes(kind, shape) for kind, shape in _others(self.source))
+        others = sum(stored_bytes(type_name, shape) for type_name, shape in _others(self.source))
         needed = _RESERVE + others + 2 * quantised * self._bits() // 8
         if options.calibrated and self.calibration is not None:
             tokens = self.calibration.windows.numel()
             needed += tokens * (8 * config.hidden_size + 4 * config.intermediate_size)
-        place = self.path.absolute().parent
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        parent = self.path.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        free = shutil.disk_usage(parent).free
         if free < needed:
             raise CheckpointError(
                 f"quantising to {self.path} needs {needed / 1e9:.2f} GB (activations, layers and result) and its disk "
@@ -207,8 +209,8 @@ class Job:
             )
 
     def _bits(self) -> int:
-        kind = self.options.kind
-        return {"gptq": self.options.bits + 1, "nf4": 5, "fp4": 5, "int8": 8}.get(kind, 9)
+        format_name = self.options.kind
+        return {"gptq": self.options.bits + 1, "nf4": 5, "fp4": 5, "int8": 8}.get(format_name, 9)
 
     def _embed(self) -> None:
         assert self.calibration is not None
@@ -271,9 +273,9 @@ class Job:
 
         def replace(group: int, weights: list[Tensor], hessian: Hessian) -> None:
             paths = [stages.path(name) for name in GROUPS[group]]
-            found = self._make(paths, weights, hessian.matrix(), rows, tensors)
-            for name, made in zip(GROUPS[group], found, strict=True):
-                stages.replace(name, made.weight)
+            hessians = self._make(paths, weights, hessian.matrix(), rows, tensors)
+            for name, layer in zip(GROUPS[group], hessians, strict=True):
+                stages.replace(name, layer.weight)
 
         if self.options.true_sequential:
             for stage in range(4):
@@ -287,11 +289,11 @@ class Job:
         else:
             for name in (name for group in GROUPS for name in group):
                 stages.load(name)
-            found = [make_hessian(stages.width(stage), self.bfloat16) for stage in range(4)]
+            hessians = [make_hessian(stages.width(stage), self.bfloat16) for stage in range(4)]
             for stage in range(4):
-                run(stage, found[stage])
+                run(stage, hessians[stage])
             for group in range(4):
-                replace(group, load(group), found[group])
+                replace(group, load(group), hessians[group])
             for stage in range(1, 5):
                 run(stage, None)
 
@@ -307,11 +309,11 @@ class Job:
         began = time.perf_counter()
         every = self.method.make_group(paths, weights, hessian)
         took = (time.perf_counter() - began) / len(paths)
-        for path, weight, made in zip(paths, weights, every, strict=True):
-            found = errors(weight.float(), made.weight, hessian)
-            bits = 8 * sum(tensor.nbytes for tensor in made.tensors.values()) / weight.numel()
-            rows.append(LinearReport(path, made.kind, bits, found.output, found.weight, made.damp, took))
-            tensors |= {f"{path}.{part}": tensor.contiguous() for part, tensor in made.tensors.items()}
+        for path, weight, layer in zip(paths, weights, every, strict=True):
+            lost = errors(weight.float(), layer.weight, hessian)
+            bits = 8 * sum(tensor.nbytes for tensor in layer.tensors.values()) / weight.numel()
+            rows.append(LinearReport(path, layer.kind, bits, lost.output, lost.weight, layer.damp, took))
+            tensors |= {f"{path}.{suffix}": tensor.contiguous() for suffix, tensor in layer.tensors.items()}
         return every
 
     def _stored(self, path: str) -> torch.dtype:
@@ -344,9 +346,9 @@ class Job:
         files = [self.journal.folder / layer_file(i) for i in range(self.config.num_hidden_layers)]
         if self.journal.state.get("head"):
             files.append(self.journal.folder / _HEAD)
-        made = [name for file in files for name in map_safetensors(file)]
+        names = [name for file in files for name in map_safetensors(file)]
         paths = [row["path"] for row in self.journal.state["linears"]]
-        replaced = {f"{path}.weight": [name for name in made if name.startswith(f"{path}.")] for path in paths}
+        replaced = {f"{path}.weight": [name for name in names if name.startswith(f"{path}.")] for path in paths}
         blocks = {name: self.blocks.block_of(name).name for name in replaced} if self.blocks else {}
         return QuantizedCheckpoint(self.source, files, replaced, self.settings, blocks)
 
@@ -382,17 +384,17 @@ class Job:
         self.journal.finish(self.path)
 
     def _told_calibration(self) -> dict[str, Any] | None:
-        found = self.calibration
-        if found is None or not self.options.calibrated:
+        calibration = self.calibration
+        if calibration is None or not self.options.calibrated:
             return None
-        count, length = found.windows.shape
+        count, length = calibration.windows.shape
         products = "bfloat16" if self.bfloat16 else "float32"
-        return {"text": found.origin, "windows": count, "length": length, "products": products}
+        return {"text": calibration.origin, "windows": count, "length": length, "products": products}
 
     def _measure(self, report: Report, path: Path) -> None:
-        found = self.calibration
-        ids = torch.empty(0) if found is None else found.held_out[: self.options.eval_tokens]
-        if found is None or len(ids) < 2:
+        calibration = self.calibration
+        ids = torch.empty(0) if calibration is None else calibration.held_out[: self.options.eval_tokens]
+        if calibration is None or len(ids) < 2:
             why = "eval_tokens is 0" if not self.options.eval_tokens else "there is no tokenizer, or no text"
             report.perplexity = {"not measured": why}
             return
@@ -405,7 +407,7 @@ class Job:
         self.progress(layers, layers, "measuring after")
         after = measure.measure(path, ids)
         report.perplexity = {"before": before.perplexity, "after": after.perplexity, "tokens": before.tokens}
-        report.perplexity["text"] = found.held_out_origin
+        report.perplexity["text"] = calibration.held_out_origin
         report.tokens_per_second = {"before": before.speed, "after": after.speed}
 
 
@@ -429,7 +431,7 @@ class PackedTarget(HfTarget):
 def _others(source: Checkpoint) -> list[tuple[str, tuple[int, ...]]]:
     """(type, shape) of what is not quantised."""
     paths, tensors = linear_shapes(source.config), source.tensors.items()
-    return [(kind, shape) for name, (shape, kind) in tensors if name.removesuffix(".weight") not in paths]
+    return [(type_name, shape) for name, (shape, type_name) in tensors if name.removesuffix(".weight") not in paths]
 
 
 def stored_bytes(kind: str, shape: tuple[int, ...]) -> int:

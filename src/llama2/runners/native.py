@@ -131,11 +131,11 @@ class NativeCache:
         both = torch.zeros((c.layers, 2, *shape), dtype=self._tensor_dtype)
         for row, (sequence, real) in enumerate(zip(self.sequences, self._real, strict=True)):
             where = torch.from_numpy(np.flatnonzero(real[: self.columns]))
-            for side, held in enumerate(sequence.read()):
-                both[:, side, row, :, where] = torch.from_numpy(held).to(both.dtype)
+            for side, cached in enumerate(sequence.read()):
+                both[:, side, row, :, where] = torch.from_numpy(cached).to(both.dtype)
             if (hidden := self._hidden[row]) is not None:
-                for side, held in enumerate(hidden.parts):
-                    both[:, side, row, :, torch.from_numpy(hidden.columns)] = torch.from_numpy(held).to(both.dtype)
+                for side, cached in enumerate(hidden.parts):
+                    both[:, side, row, :, torch.from_numpy(hidden.columns)] = torch.from_numpy(cached).to(both.dtype)
         return [(layer[0], layer[1]) for layer in both]
 
     def fill(self, layers: Sequence[tuple[Tensor, Tensor]], real: np.ndarray | None) -> None:
@@ -288,8 +288,8 @@ class NativeRunner:
         if mask_BS is None:
             # As many tokens in every row: what is asked for are the ends of equal stretches.
             logit_rows = None if kept == 1 else np.arange(rows * new).reshape(rows, new)[:, new - kept :].ravel()
-            found = self._run(ids.ravel(), places.ravel(), logit_rows, cache, new)
-            return torch.from_numpy(found).view(rows, kept, -1)
+            logits_of_real = self._run(ids.ravel(), places.ravel(), logit_rows, cache, new)
+            return torch.from_numpy(logits_of_real).view(rows, kept, -1)
         real = mask_BS[:, -new:].numpy() != 0
         logits = torch.zeros((rows, kept, self.weights.config.vocab_size))
         if not real.any():
@@ -297,11 +297,11 @@ class NativeRunner:
             return logits
         asked = np.zeros(ids.shape, bool)
         asked[:, new - kept :] = True
-        found = self._run(ids[real], places[real], np.flatnonzero(asked[real]), cache, new, real)
+        logits_of_real = self._run(ids[real], places[real], np.flatnonzero(asked[real]), cache, new, real)
         target = torch.from_numpy(asked & real)[:, new - kept :]
         if bool(target.all()):
-            return torch.from_numpy(found).view_as(logits)
-        logits[target] = torch.from_numpy(found)
+            return torch.from_numpy(logits_of_real).view_as(logits)
+        logits[target] = torch.from_numpy(logits_of_real)
         return logits
 
     def _run(

@@ -120,10 +120,10 @@ class Files(SpecialTokens):
         entries = [(key, as_added_token(decoder[key])) for key in sorted(decoder, key=int) if content_of(decoder[key])]
         self._register([token for _, token in entries])
         for key, token in entries:
-            found = self._token_id(token.content)
-            if found != int(key):
+            known_id = self._token_id(token.content)
+            if known_id != int(key):
                 raise CheckpointError(
-                    f"added token {token.content!r} is declared as id {key}, and the vocabulary makes it {found}; "
+                    f"added token {token.content!r} is declared as id {key}, and the vocabulary makes it {known_id}; "
                     "the files of this tokenizer do not belong together"
                 )
 
@@ -153,12 +153,12 @@ class Files(SpecialTokens):
         known = {name for maker in makers for name in inspect.signature(maker).parameters}
         known = {*known, *inspect.signature(cls._setup).parameters, "legacy", "add_prefix_space"} - _INTERNAL
         files = find_files(pretrained_model_name_or_path, kwargs)
-        wanted = cls._class_of(files)
-        if wanted is not cls and kwargs.pop("_from_auto", False):
-            return wanted.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if issubclass(wanted, cls) and hasattr(wanted, "prefix_id") and not hasattr(cls, "prefix_id"):
+        own_class = cls._class_of(files)
+        if own_class is not cls and kwargs.pop("_from_auto", False):
+            return own_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if issubclass(own_class, cls) and hasattr(own_class, "prefix_id") and not hasattr(cls, "prefix_id"):
             warnings.warn(
-                f"the folder is {wanted.__name__}'s; {cls.__name__} takes its <FILL_ME> for text. Load it with that "
+                f"the folder is {own_class.__name__}'s; {cls.__name__} takes its <FILL_ME> for text. Load it with that "
                 "class or with AutoTokenizer",
                 stacklevel=2,
             )
@@ -170,13 +170,13 @@ class Files(SpecialTokens):
             settings.pop("add_prefix_space", None)
         if not ("vocab_file" in files or "tokenizer_file" in files):
             raise CheckpointError(f"no tokenizer.model or tokenizer.json in {pretrained_model_name_or_path}")
-        given = {k: str(v) for k, v in files.items() if k in ("vocab_file", "tokenizer_file") and k in arguments}
-        if cls.is_fast and "tokenizer_file" in given and not kwargs.get("from_slow"):
+        paths = {k: str(v) for k, v in files.items() if k in ("vocab_file", "tokenizer_file") and k in arguments}
+        if cls.is_fast and "tokenizer_file" in paths and not kwargs.get("from_slow"):
             if kwargs.get("legacy") is None and kwargs.get("add_prefix_space") is None:
                 settings.pop("legacy", None)
                 settings.pop("add_prefix_space", None)
             style = {}
-        return cls(**{**given, **settings, **style, "name_or_path": str(pretrained_model_name_or_path), **kwargs})
+        return cls(**{**paths, **settings, **style, "name_or_path": str(pretrained_model_name_or_path), **kwargs})
 
     @classmethod
     def _class_of(cls, files: dict[str, Path]) -> type[Self]:
@@ -189,11 +189,11 @@ class Files(SpecialTokens):
         if not name:
             return cls
         plain = str(name).removesuffix("Fast")
-        found = _CLASSES.get(plain + "Fast" if cls.is_fast else plain)
-        if found is None:
+        tokenizer_class = _CLASSES.get(plain + "Fast" if cls.is_fast else plain)
+        if tokenizer_class is None:
             return _CLASSES.get("PreTrainedTokenizerFast", cls) if cls.is_fast else cls
-        if issubclass(found, cls):
-            return found
+        if issubclass(tokenizer_class, cls):
+            return tokenizer_class
         return cls
 
     @classmethod
@@ -366,10 +366,10 @@ _UPLOAD = ("commit_message", "commit_description", "private", "token", "revision
 
 def arguments_of(values: dict[str, Any]) -> dict[str, Any]:
     """`init_kwargs` of a constructor's locals(): what it was given, by name; objects of other libraries left out."""
-    given = {**values, **values.get("kwargs", {})}
+    all_values = {**values, **values.get("kwargs", {})}
     hidden = ("self", "kwargs", "__class__", "prefix", "extra")
-    found = {name: value for name, value in given.items() if name not in hidden}
-    return {**found, "tokenizer_object": None} if found.get("tokenizer_object") is not None else found
+    shown = {name: value for name, value in all_values.items() if name not in hidden}
+    return {**shown, "tokenizer_object": None} if shown.get("tokenizer_object") is not None else shown
 
 
 def _is_token(value: Any) -> bool:

@@ -109,8 +109,8 @@ class SentencePieceModel:
         Runs of "▁", which share a score in Llama 2's vocabulary, come out the same in any order of ranks.
         """
         groups: dict[float, list[str]] = {}
-        for piece, score, kind in zip(self.pieces, self.scores, self.types):
-            if kind == NORMAL and len(piece) > 1 and piece.strip("▁"):
+        for piece, score, piece_type in zip(self.pieces, self.scores, self.types):
+            if piece_type == NORMAL and len(piece) > 1 and piece.strip("▁"):
                 groups.setdefault(score, []).append(piece)
         tied = {piece: score for score, group in groups.items() if len(group) > 1 for piece in group}
         if not tied:
@@ -139,15 +139,15 @@ class SentencePieceModel:
             return self._merges
         usable = (NORMAL, USER_DEFINED)
         ids = {piece: i for i, piece in enumerate(self.pieces) if self.types[i] in usable}
-        found: list[tuple[float, int, int, str, str]] = []
+        candidates: list[tuple[float, int, int, str, str]] = []
         for piece, i in ids.items():
             score = -self.scores[i]
             for cut in range(1, len(piece)):
                 left, right = piece[:cut], piece[cut:]
                 if left in ids and right in ids:
-                    found.append((score, ids[left], ids[right], left, right))
-        found.sort()
-        self._merges.extend((left, right) for *_, left, right in found)
+                    candidates.append((score, ids[left], ids[right], left, right))
+        candidates.sort()
+        self._merges.extend((left, right) for *_, left, right in candidates)
         return self._merges
 
 
@@ -166,24 +166,24 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) of one message; a length that passes the end is an IndexError."""
-    at, end = 0, len(data)
-    while at < end:
-        key, at = _varint(data, at)
-        kind = key & 7
-        if kind == 0:
+    offset, end = 0, len(data)
+    while offset < end:
+        key, offset = _varint(data, offset)
+        wire_type = key & 7
+        if wire_type == 0:
             value: int | bytes
-            value, at = _varint(data, at)
+            value, offset = _varint(data, offset)
         else:
-            if kind == 2:
-                size, at = _varint(data, at)
-            elif kind in (1, 5):
-                size = 8 if kind == 1 else 4
+            if wire_type == 2:
+                size, offset = _varint(data, offset)
+            elif wire_type in (1, 5):
+                size = 8 if wire_type == 1 else 4
             else:
-                raise TypeError(f"wire type {kind} at byte {at}")
-            value = data[at : at + size]
-            at += size
-            if at > end:
-                raise IndexError(f"field {key >> 3} ends at byte {at} of {end}")
+                raise TypeError(f"wire type {wire_type} at byte {offset}")
+            value = data[offset : offset + size]
+            offset += size
+            if offset > end:
+                raise IndexError(f"field {key >> 3} ends at byte {offset} of {end}")
         yield key >> 3, value
 
 
@@ -194,10 +194,10 @@ def _parse(data: bytes) -> SentencePieceModel:
     specs: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}}
     for number, value in _fields(data):
         if number == 1 and isinstance(value, bytes):
-            piece, score, kind = _parse_piece(value)
+            piece, score, piece_type = _parse_piece(value)
             pieces.append(piece)
             scores.append(score)
-            types.append(kind)
+            types.append(piece_type)
         elif number in specs and isinstance(value, bytes):
             specs[number].update(_fields(value))
     if not pieces or len(pieces) > 2**24 or max(map(len, pieces)) > MAX_PIECE:
@@ -222,12 +222,12 @@ def _parse(data: bytes) -> SentencePieceModel:
 
 def pieces_of_text(data: bytes) -> list[tuple[int, str, int, int]]:
     """(id, piece, first byte, byte behind the last) of each piece of a serialised SentencePieceText."""
-    found = []
+    pieces = []
     for number, value in _fields(data):
         if number == 2 and isinstance(value, bytes):
             entry: dict[int, Any] = dict(_fields(value))
-            found.append((entry.get(2, 0), entry.get(1, b"").decode(), entry.get(4, 0), entry.get(5, 0)))
-    return found
+            pieces.append((entry.get(2, 0), entry.get(1, b"").decode(), entry.get(4, 0), entry.get(5, 0)))
+    return pieces
 
 
 def _parse_piece(data: bytes) -> tuple[str, float, int]:
@@ -242,10 +242,10 @@ def _parse_piece(data: bytes) -> tuple[str, float, int]:
         if len(rest) == 2 and rest[0] == 0x18:
             return piece, score, rest[1]
     fields = dict(_fields(data))
-    text, packed, kind = fields.get(1, b""), fields.get(2, b"\0\0\0\0"), fields.get(3, NORMAL)
-    if not isinstance(text, bytes) or not isinstance(packed, bytes) or not isinstance(kind, int):
+    text, packed, piece_type = fields.get(1, b""), fields.get(2, b"\0\0\0\0"), fields.get(3, NORMAL)
+    if not isinstance(text, bytes) or not isinstance(packed, bytes) or not isinstance(piece_type, int):
         raise TypeError("a piece of an unknown layout")
-    return text.decode(), struct.unpack("<f", packed)[0], kind
+    return text.decode(), struct.unpack("<f", packed)[0], piece_type
 
 
 def _number(field: int, value: int) -> bytes:
@@ -267,9 +267,9 @@ def _encode_varint(value: int) -> bytes:
 
 def _serialize(model: SentencePieceModel) -> bytes:
     body = bytearray()
-    for piece, score, kind in zip(model.pieces, model.scores, model.types):
+    for piece, score, piece_type in zip(model.pieces, model.scores, model.types):
         entry = _string(1, piece.encode()) + b"\x15" + struct.pack("<f", score)
-        body += _string(1, entry if kind == NORMAL else entry + _number(3, kind))
+        body += _string(1, entry if piece_type == NORMAL else entry + _number(3, piece_type))
     trainer = _number(3, model.model_type) + _number(4, len(model.pieces)) + _number(35, model.byte_fallback)
     body += _string(2, trainer + _special_ids(model))
     normalizer = _string(1, model.normalizer.encode()) + _number(3, model.add_dummy_prefix)
