@@ -28,6 +28,7 @@ from llama2.train.answers import Preferences
 from llama2.train.arguments import TrainingArguments
 from llama2.train.callbacks import EVENTS, TrainerCallback
 from llama2.train.data import EncodedPair, Example
+from llama2.train.neftune import noisy
 from llama2.train.trainer import Trainer
 
 ROWS = [{"input_ids": (ids := tiny_ids(1, 6, i)[0].tolist()), "labels": ids} for i in range(7)]
@@ -272,8 +273,8 @@ def test_noisy_embeddings(tmp_path: Path) -> None:
     )
     assert not with_noise.network.get_input_embeddings()._forward_hooks
     module, ones = torch.nn.Embedding(2, 4), torch.ones(1, 9, 4)
-    changed = hooks.noisy(3.0, module, None, ones) - ones
-    assert 0.4 < changed.abs().max() <= 3.0 / 6 and torch.equal(hooks.noisy(3.0, module.eval(), None, ones), ones)
+    changed = noisy(3.0, module, None, ones) - ones
+    assert 0.4 < changed.abs().max() <= 3.0 / 6 and torch.equal(noisy(3.0, module.eval(), None, ones), ones)
 
 
 def test_a_forward_pass_of_ones_own_is_trained(tmp_path: Path) -> None:

@@ -486,7 +486,7 @@ def test_float16_needs_cuda(tmp_path: Path) -> None:
 
 
 def test_float16_scales_the_loss_and_leaves_overflows_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_check_float16", lambda model: None)
+    monkeypatch.setattr(loop, "check_float16", lambda model: None)
     plain, model = tiny_model(torch.float32), tiny_model(torch.float32)
     trainer(tmp_path / "plain", plain, bf16=False).train()
     run = trainer(tmp_path / "half", model, fp16=True, save_steps=3)

@@ -57,7 +57,7 @@ class PlanRunner(Generic[Pages]):
 
     @property
     def failed(self) -> Exception | None:
-        """What ended it for good, None while it runs."""
+        """The error that ended it for good, None while it runs."""
         return None
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ from llama2.train.distributed import Ranks
 from llama2.train.evaluation import EvalLoopOutput, measure
 from llama2.train.objectives import Classification, NextToken
 from llama2.train.schedules import get_scheduler
+
+RowSets = Iterable[Any] | Mapping[str, Iterable[Any]]  # one set of rows, or several by name
 
 Inputs = dict[str, Any]
 TRAINS = ("compute_loss", "training_step", "get_train_dataloader", "_get_train_sampler", "_prepare_inputs",
@@ -295,15 +296,11 @@ class Hooks:
             **order,
         )
 
-    def _get_train_sampler(
-        self, train_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None
-    ) -> Iterable[int]:
+    def _get_train_sampler(self, train_dataset: RowSets | None = None) -> Iterable[int]:
         """The order of the rows, one for each epoch."""
         return _Order(self)
 
-    def get_eval_dataloader(
-        self, eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None
-    ) -> DataLoader[Any]:
+    def get_eval_dataloader(self, eval_dataset: RowSets | None = None) -> DataLoader[Any]:
         """Batches of per_device_eval_batch_size rows of a set, the trainer's own where none is given."""
         rows, collate = self._eval_items(eval_dataset)
         sampler = self._get_eval_sampler(rows)
@@ -311,17 +308,15 @@ class Hooks:
         size = self.args.per_device_eval_batch_size
         return DataLoader(list(rows), batch_size=size, collate_fn=collate, **order)  # type: ignore[arg-type]
 
-    def get_test_dataloader(self, test_dataset: Iterable[Any] | Mapping[str, Iterable[Any]]) -> DataLoader[Any]:
+    def get_test_dataloader(self, test_dataset: RowSets) -> DataLoader[Any]:
         """Batches of per_device_eval_batch_size rows of a set, which need no labels."""
         return Hooks.get_eval_dataloader(self, test_dataset)
 
-    def _get_eval_sampler(self, eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]]) -> Iterable[int] | None:
+    def _get_eval_sampler(self, eval_dataset: RowSets) -> Iterable[int] | None:
         """The order of rows that are measured; None is their own."""
         return None
 
-    def _eval_items(
-        self, dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None
-    ) -> tuple[Sequence[Any], Callable[[Sequence[Any]], Inputs]]:
+    def _eval_items(self, dataset: RowSets | None) -> tuple[Sequence[Any], Callable[[Sequence[Any]], Inputs]]:
         raise NotImplementedError
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
@@ -495,24 +490,3 @@ def _logits_of(outputs: Any, ignore_keys: list[str] | None, with_loss: bool) -> 
 
 def _single(values: object) -> Any:
     return values[0] if isinstance(values, tuple) and len(values) == 1 else values
-
-
-def noisy(alpha: float, module: nn.Module, _: object, output: Tensor) -> Tensor:
-    """NEFTune (arXiv 2310.05914): uniform noise on embeddings (B, T, D), alpha / sqrt(T D) at most."""
-    if not module.training:
-        return output
-    most = alpha / math.sqrt(output.shape[1] * output.shape[2])
-    return output + torch.zeros_like(output).uniform_(-most, most)
-
-
-@contextlib.contextmanager
-def neftune(model: PreTrainedModel, alpha: float | None) -> Iterator[None]:
-    """Within it the model's embeddings are noisy while it trains."""
-    if not alpha:
-        yield
-        return
-    hook = model.get_input_embeddings().register_forward_hook(partial(noisy, alpha))
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -83,7 +83,7 @@ def _gradients(
 
 
 class _Context(Protocol):
-    """What an autograd function keeps between its passes."""
+    """The context of an autograd function, kept between its passes."""
 
     needs_input_grad: tuple[bool, bool]
     saved_tensors: tuple[Tensor, ...]

@@ -3,7 +3,9 @@
 import warnings
 
 import torch
+from torch import nn
 
+from llama2.errors import InputError
 from llama2.pretrained import PreTrainedModel
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -50,5 +52,20 @@ def suit_processor(model: PreTrainedModel) -> None:
     warnings.warn(
         f"the weights are float16, in which this processor is slow: they are {name_of(best)} from now on. Load the "
         f"model with dtype='{name_of(best)}' to choose it yourself",
+        stacklevel=4,
+    )
+
+
+def check_float16(model: nn.Module) -> None:
+    """Raises InputError for float16 on a processor without it, and warns of what it does to Llama 2 elsewhere."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        raise InputError(
+            f"fp16 needs a CUDA device, and the model is on {device}: use bf16=True there. Llama 2 was trained in "
+            "bfloat16; in float16, whose largest number is 65,504, training it is known to end in NaN"
+        )
+    warnings.warn(
+        "Llama 2 was trained in bfloat16; in float16 its activations may overflow and the loss become NaN. Use "
+        "bf16=True where the device has it",
         stacklevel=4,
     )

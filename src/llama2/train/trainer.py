@@ -36,9 +36,10 @@ from llama2.train.fused_layer import fused
 from llama2.train.hooks import Hooks
 from llama2.train.loop import Loop, Rates
 from llama2.train.malloc import kept
+from llama2.train.neftune import neftune
 from llama2.train.objectives import Classification, NextToken, Objective
 from llama2.train.optim import AdamW
-from llama2.train.precision import suit_processor
+from llama2.train.precision import check_float16, suit_processor
 from llama2.train.results import Results
 from llama2.train.saving import LOG, Saving
 from llama2.train.schedules import PLATEAU, check
@@ -149,7 +150,7 @@ class Trainer(Loop):
         if self._peft_config is not None:
             lora.add_adapter(self.network, self._peft_config)
         if self.args.fp16:
-            _check_float16(self.network)
+            check_float16(self.network)
         first = next(self.network.parameters())
         if first.device.type == "cpu" and not self.args.fsdp and not self.args.use_cpu and torch.cuda.is_available():
             self.network.to(f"cuda:{self.ranks.local}")
@@ -166,7 +167,7 @@ class Trainer(Loop):
         rows: Sequence[Any],
         eval_rows: object,
         train_dataset: Iterable[Any] | None,
-        eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None,
+        eval_dataset: hooks.RowSets | None,
     ) -> None:
         """Rows as items of the objective, or for a collator of the caller's as they are."""
         self.encoder = self._encoder(objective)
@@ -282,7 +283,7 @@ class Trainer(Loop):
         self.model.train()
         self.is_in_train = True
         self._call("on_train_begin")
-        noise = hooks.neftune(self.network, self.args.neftune_noise_alpha)
+        noise = neftune(self.network, self.args.neftune_noise_alpha)
         with self._signals(), fused(self.network), noise, kept() as returned:
             if self.args.eval_on_start and self.eval_rows and self.state.global_step == 0:
                 self._evaluated(counts=False)
@@ -364,7 +365,7 @@ class Trainer(Loop):
 
     def evaluate(
         self,
-        eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
+        eval_dataset: hooks.RowSets | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -493,17 +494,3 @@ class Trainer(Loop):
 
 def _narrow(args: TrainingArguments) -> torch.dtype | None:
     return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
-
-
-def _check_float16(model: nn.Module) -> None:
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        raise InputError(
-            f"fp16 needs a CUDA device, and the model is on {device}: use bf16=True there. Llama 2 was trained in "
-            "bfloat16; in float16, whose largest number is 65,504, training it is known to end in NaN"
-        )
-    warnings.warn(
-        "Llama 2 was trained in bfloat16; in float16 its activations may overflow and the loss become NaN. Use "
-        "bf16=True where the device has it",
-        stacklevel=4,
-    )
