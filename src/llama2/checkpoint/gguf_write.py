@@ -159,10 +159,10 @@ class GgufTarget(Target):
 
         def encoded(rows: tuple[int, int]) -> tuple[Tensor, float, float]:
             start, stop = rows
-            part = _in_pairs(source.read_rows(name, start, stop), None if heads is None else (stop - start) // width)
-            blocks = quantize(part, entry.block, self._importance.get(name))
+            values = _in_pairs(source.read_rows(name, start, stop), None if heads is None else (stop - start) // width)
+            blocks = quantize(values, entry.block, self._importance.get(name))
             return blocks, *(
-                _squares(part, dequantize(blocks, entry.block)) if name in self.requantized else (0.0, 0.0)
+                _squares(values, dequantize(blocks, entry.block)) if name in self.requantized else (0.0, 0.0)
             )
 
         if entry.packed and (source.format == "gguf" or entry.block.dense is None):

@@ -219,13 +219,13 @@ def gguf_choices(files: Sequence[RepositoryFile]) -> dict[str, int]:
 def cached_snapshots() -> list[tuple[str, Path]]:
     """The repositories of models in the cache and the folder of the newest snapshot of each."""
     root = Path(constants.HF_HUB_CACHE)
-    found = []
+    complete = []
     for repository in sorted(root.glob("models--*")) if root.is_dir() else ():
         snapshots = [folder for folder in repository.glob("snapshots/*") if folder.is_dir() and any(folder.iterdir())]
         if snapshots:
             newest = max(snapshots, key=lambda folder: folder.stat().st_mtime)
-            found.append((repository.name.removeprefix("models--").replace("--", "/"), newest))
-    return found
+            complete.append((repository.name.removeprefix("models--").replace("--", "/"), newest))
+    return complete
 
 
 def is_cached(repo_id: str) -> bool:

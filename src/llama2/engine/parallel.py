@@ -75,11 +75,11 @@ def part_of(config: LlamaConfig, size: int) -> LlamaConfig:
             f"{heads} heads, {kv} key-value heads and {channels} channels cannot be shared out to {size} processes; "
             f"take one of {fits}"
         )
-    part = copy.deepcopy(config)
-    part.keep_head_dim()
-    part.num_attention_heads, part.num_key_value_heads = heads // size, max(kv // size, 1)
-    part.intermediate_size, part.tie_word_embeddings, part.pretraining_tp = channels // size, False, 1
-    return part
+    own_config = copy.deepcopy(config)
+    own_config.keep_head_dim()
+    own_config.num_attention_heads, own_config.num_key_value_heads = heads // size, max(kv // size, 1)
+    own_config.intermediate_size, own_config.tie_word_embeddings, own_config.pretraining_tp = channels // size, False, 1
+    return own_config
 
 
 class Shares:

@@ -220,8 +220,8 @@ def to_codes(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     for start in range(0, flat.numel(), _CHUNK):
         values = flat[start : start + _CHUNK].float()
         absmax, shares = _shares(values)
-        found = torch.bucketize(shares, bounds, out_int32=True)
-        codes.append((found if kind == "nf4" else order[found]).to(torch.uint8))
+        indices = torch.bucketize(shares, bounds, out_int32=True)
+        codes.append((indices if kind == "nf4" else order[indices]).to(torch.uint8))
         scales.append(absmax)
     absmax, every = torch.cat(scales), torch.cat(codes)
     if not bool(absmax.isfinite().all()):

@@ -91,9 +91,9 @@ class Job:
         self.settings = options.settings(self.config, self.source.auto_dtype)
         self.blocks: GgufTarget | None = None
         if options.kind == "gguf":
-            made = convert.make_target(self.source, self.path.name, self._writing())
-            assert isinstance(made, GgufTarget)
-            self.blocks = made
+            new_target = convert.make_target(self.source, self.path.name, self._writing())
+            assert isinstance(new_target, GgufTarget)
+            self.blocks = new_target
         self.method = make_method(options, self.settings, self.blocks.block_of if self.blocks else None)
         self.calibration = self._calibration(data, held_out, tokenizer)
         self.journal = Journal(self.path, self._identity())

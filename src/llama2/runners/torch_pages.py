@@ -58,9 +58,9 @@ class TorchPageRunner:
             computed = self._batch(tokens[token_rows], positions[token_rows], view, sequences, keep)
             if len(own):
                 # At once: tokens are picked from a few candidates of each row, on the CPU.
-                part = to_numpy(computed[of_group, column - (new - keep)].cpu())
-                logits = np.empty((len(logit_rows), part.shape[1]), part.dtype) if logits is None else logits
-                logits[own] = part
+                selected = to_numpy(computed[of_group, column - (new - keep)].cpu())
+                logits = np.empty((len(logit_rows), selected.shape[1]), selected.dtype) if logits is None else logits
+                logits[own] = selected
         return np.empty((0, self.model.config.vocab_size), np.float32) if logits is None else logits
 
     def _batch(

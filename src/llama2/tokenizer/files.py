@@ -340,12 +340,12 @@ class Files(SpecialTokens):
         return dict(sorted(config.items()))
 
     def _tokens_map(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        by_role: dict[str, Any] = {}
         for name, value in self.special_tokens_map.items():
             tokens = [value] if isinstance(value, str) else value
             entries = [{k: v for k, v in self._added[t][1].to_dict().items() if k != "special"} for t in tokens]
-            found[name] = entries[0] if isinstance(value, str) else entries
-        return found
+            by_role[name] = entries[0] if isinstance(value, str) else entries
+        return by_role
 
 
 _INTERNAL = {
