@@ -1,4 +1,4 @@
-"""Every example of docs/apis.md runs as it stands there, against a server in the place of the one it names."""
+"""Every example of docs/apis.md, and the client of docs/index.md, runs as it stands, against a server of the tests."""
 
 import importlib.util
 import json
@@ -14,6 +14,9 @@ from serve.conftest import Serve
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "apis.md").read_text()
 COMMANDS = re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 EXAMPLES = re.findall(r"^```py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+START = (Path(__file__).resolve().parents[3] / "docs" / "index.md").read_text()
+STARTED = re.findall(r"^```sh\n(curl .*?)^```", START, re.MULTILINE | re.DOTALL)
+STARTED_IN_PYTHON = re.findall(r"^```py\n(.*?)^```", START, re.MULTILINE | re.DOTALL)
 ADDRESS = "http://127.0.0.1:8000"
 
 
@@ -25,9 +28,10 @@ def url(serve: Serve) -> str:
 def test_every_api_has_both() -> None:
     sections = [part for part in PAGE.split("\n## ")[1:] if "```" in part]
     assert len(sections) == len(COMMANDS) == len(EXAMPLES) >= 6
+    assert len(STARTED) == len(STARTED_IN_PYTHON) == 1
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: re.findall(r"8000(\S+)", c)[0])
+@pytest.mark.parametrize("command", COMMANDS + STARTED, ids=lambda c: re.findall(r"8000(\S+)", c)[0])
 def test_command(url: str, command: str) -> None:
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
@@ -37,7 +41,7 @@ def test_command(url: str, command: str) -> None:
     assert lines and not any(line.get("error") or line.get("type") == "error" for line in lines), ran.stdout
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=lambda c: c.split()[1])
+@pytest.mark.parametrize("code", EXAMPLES + STARTED_IN_PYTHON, ids=lambda c: c.split()[1])
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_example(url: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)
