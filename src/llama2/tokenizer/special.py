@@ -271,7 +271,7 @@ class SpecialTokens:
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """Ids with the special tokens around them: <s> a [</s>] [<s> b [</s>]]."""
+        """Ids with the special tokens around them: `<s> a [</s>] [<s> b [</s>]]`."""
         texts = {"A": token_ids_0, "B": token_ids_1 or []}
         parts = self.special_tokens_template.single if token_ids_1 is None else self.special_tokens_template.pair
         return [i for part in parts for i in (part.ids if part.kind == "special" else texts[part.kind])]
