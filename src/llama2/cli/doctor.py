@@ -93,7 +93,10 @@ def _processor(problems: list[str]) -> dict[str, str]:
         return rows | {"native engine": "none"}
     sets = compiled.instruction_sets()
     asked = os.environ.get("LLAMA2_ISA")
-    rows["native engine"] = f"{sets[0]} (also {', '.join(sets[1:])})" + (f"; LLAMA2_ISA={asked}" if asked else "")
+    rows["native engine"] = sets[0] + (f" (also {', '.join(sets[1:])})" if sets[1:] else "")
+    rows["native engine"] += f"; LLAMA2_ISA={asked}" if asked else ""
+    if missing := compiled.left_out():
+        rows["native engine"] += f"; this build leaves out {', '.join(missing)}"
     return rows
 
 
