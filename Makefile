@@ -5,6 +5,7 @@
 # make docs     the site, in build/site: strict, and nothing in it comes from another host
 # make man      the manual pages, in build/man; a wheel that is built then holds them
 # make pictures  the drawings of docs/assets, from docs/measurements
+# make sdist    the source distribution, built from and tried
 # make check    format, lint, types, the map of imports, the words; csrc by clang-format and clang-tidy
 # make parity   the comparisons with transformers and gguf (installs them)
 # make parity-446  converted folders in transformers 4.46, in an environment of its own
@@ -31,7 +32,7 @@ PROMPT ?= Explain in two sentences why the sky is blue.
 
 PEERS_ROOT ?= $(CURDIR)/$(VENV)-peers
 
-.PHONY: demo test test-slim wheel docs man pictures check check-native format peers interop clients parity parity-446 parity-bitsandbytes parity-peft triton-check page ray fuzz \
+.PHONY: demo test test-slim wheel sdist docs man pictures check check-native format peers interop clients parity parity-446 parity-bitsandbytes parity-peft triton-check page ray fuzz \
   bench bench-train gpu-check clean
 
 $(BIN)/python:
@@ -304,6 +305,16 @@ wheel:
 	  *) echo "one Python alone: abi3 needs WHEEL_PYTHON of 3.12 or later";; esac
 	build/wheel-tools/bin/check-wheel-contents build/wheels/*.whl
 	build/wheel-tools/bin/twine check --strict build/wheels/*.whl
+
+# The source as it is published, from which a wheel is then built and tried in an environment of its own.
+sdist:
+	rm -rf build/sdist build/sdist-tried && $(PYTHON) -m venv build/sdist-tried
+	build/sdist-tried/bin/python -m pip install -q build twine
+	build/sdist-tried/bin/python -m build -q --sdist -o build/sdist .
+	build/sdist-tried/bin/twine check --strict build/sdist/*.tar.gz
+	tar -xzf build/sdist/*.tar.gz -C build/sdist
+	build/sdist-tried/bin/python -m pip install -q -C cmake.define.LLAMA2_ISAS=native build/sdist/*/
+	cd build/sdist/*/ && $(CURDIR)/build/sdist-tried/bin/python -I tests/slim/smoke.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-446 $(VENV)-bitsandbytes $(VENV)-peft $(VENV)-triton $(VENV)-peers $(VENV)-interop $(VENV)-clients .make build dist

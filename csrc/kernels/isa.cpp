@@ -1,5 +1,5 @@
 // All kernels, compiled once for each instruction set: LLAMA2_ISA_NAME is its name, LLAMA2_SIMD the header that holds
-// its intrinsics. What it needs of a processor stands in dispatch.cpp, its compiler flags in CMakeLists.txt.
+// its intrinsics. What it needs of a processor stands in rows.h, its compiler flags in CMakeLists.txt.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)

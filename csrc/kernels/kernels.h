@@ -262,6 +262,5 @@ const Kernels* best_kernels();
 bool has_amx();  // whether the processor multiplies tiles of bfloat16 (Sapphire Rapids and later)
 const Kernels* find_kernels(const char* name);  // null when the build or the machine lacks it
 int list_kernels(const char** names, int capacity);
-int list_left_out(const char** names);  // at most MAX_ROWS: what this processor runs and the build leaves out
 
 }  // namespace llama2

@@ -51,4 +51,6 @@ inline int list_rows(Row* to) {  // how many there are for this architecture
   return n;
 }
 
+int list_left_out(const char** names);  // at most MAX_ROWS: what this processor runs and the build leaves out
+
 }  // namespace llama2

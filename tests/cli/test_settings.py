@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llama2 import compiled
 from llama2.cli import COMMANDS, main
 from llama2.cli.args import parse
 from llama2.cli.chat import ChatOptions
@@ -150,6 +151,18 @@ def test_completion_of_no_shell(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "csh"]) == 2
     assert "needs one of bash, zsh, fish, not 'csh'" in capsys.readouterr().err
     assert "serve" in whole_parser().format_help()
+
+
+@pytest.mark.skipif(not compiled.available(), reason="the compiled module is not built")
+def test_doctor_names_what_a_build_leaves_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "instruction_sets", lambda: ["avx2"])
+    monkeypatch.setattr(compiled, "left_out", lambda: ["scalar"])
+    monkeypatch.delenv("LLAMA2_ISA", raising=False)
+    main(["doctor", "--json", "--no-measure"])
+    engine = json.loads(capsys.readouterr().out)["processor"]["native engine"]
+    assert engine == "avx2; this build leaves out scalar"
 
 
 def test_doctor_tells_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ PROGRAM = """
 #include <cstdio>
 #include <exception>
 #include "kernels/kernels.h"
+#include "kernels/rows.h"
 namespace llama2 {
 #define BUILT(name) const Kernels* kernels_##name() { static Kernels table = {#name}; return &table; }
 #include "rows.inc"
