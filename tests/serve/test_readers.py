@@ -1,7 +1,9 @@
 """Large bodies are read in other processes: nothing of them is parsed in the one that holds the streams."""
 
 import asyncio
+import json
 import os
+import pickle
 import subprocess
 import threading
 import time
@@ -13,8 +15,10 @@ from wire import post
 
 from llama2.serve import validation
 from llama2.serve.errors import Refusal
+from llama2.serve.openai_chat import ChatBody
 from llama2.serve.openai_completions import CompletionBody
-from llama2.serve.readers import LARGE, Readers
+from llama2.serve.reader import Resident
+from llama2.serve.readers import LARGE, MOST_KEPT, ReaderError, Readers
 from llama2.serve.service import Service
 from llama2.serve.workers import Workers
 
@@ -125,3 +129,84 @@ def test_a_closed_service_has_no_process() -> None:
     service.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+LONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "completion": ("/v1/completions", {"prompt": "Hi " * 20_000, "max_tokens": 2, "truncate_prompt_tokens": 8}),
+    "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi " * 20_000}], "max_tokens": 2}),
+    "TGI": ("/generate", {"inputs": "Hi " * 20_000, "parameters": {"max_new_tokens": 2, "truncate": 8}}),
+    "llama.cpp": ("/completion", {"prompt": "Hi " * 20_000, "n_predict": 2}),
+    "Anthropic": ("/v1/messages", {"messages": [{"role": "user", "content": "Hi " * 20_000}], "max_tokens": 2}),
+    "responses": ("/v1/responses", {"input": "Hi " * 20_000, "max_output_tokens": 2}),
+    "Ollama": ("/api/chat", {"messages": [{"role": "user", "content": "Hi " * 20_000}], "stream": False}),
+    "Ollama, raw": ("/api/generate", {"prompt": "Hi " * 20_000, "raw": True, "stream": False}),
+    "tokenize": ("/tokenize", {"inputs": "Hi " * 20_000}),
+    "tokenize, vLLM": ("/tokenize", {"prompt": "Hi " * 20_000}),
+    "tokenize, llama.cpp": ("/tokenize", {"content": "Hi " * 20_000}),
+    "template": ("/apply-template", {"messages": [{"role": "user", "content": "Hi " * 20_000}]}),
+    "detokenize": ("/detokenize", {"tokens": [5] * 20_000}),
+    "count": ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "Hi " * 20_000}]}),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_no_long_text_is_tokenised_in_the_servers_process(
+    name: str, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, seen = type(served.service.tokenizer), list[int]()
+
+    def watched(method: str) -> Any:
+        inside = getattr(kind, method)
+
+        def call(self: Any, given: Any, *args: Any, **more: Any) -> Any:
+            seen.append(len(given))
+            return inside(self, given, *args, **more)
+
+        return call
+
+    for method in ("__call__", "apply_chat_template", "decode"):
+        monkeypatch.setattr(kind, method, watched(method))
+    path, body = LONG[name]
+    status = post(served.port, path, body).status
+    assert status in (200, 400, 413, 422)
+    assert not [length for length in seen if length > 1_000], "texts of these lengths were read beside the streams"
+    assert served.service.readers.calls >= 2  # the body, then what it asks
+
+
+def test_lists_of_a_large_body_stay_pickled_until_they_are_asked_for(readers: Readers) -> None:
+    messages = [{"role": "user", "content": "x"}] * 2_000
+    body, _ = readers(validation.read_apart, ChatBody, json.dumps({"messages": messages, "seed": 7}).encode(), "warn")
+    assert "messages" not in vars(body) and body.seed == 7
+    sent: ChatBody = pickle.loads(pickle.dumps(body))
+    assert "messages" not in vars(sent)
+    assert len(sent.messages) == 2_000 and sent.messages[-1].content == "x" and "messages" in vars(sent)
+    with pytest.raises(AttributeError):
+        sent.mesages  # noqa: B018
+
+
+def test_a_model_is_sent_once_to_each_process_and_forgotten_behind_the_bound(readers: Readers) -> None:
+    made = [_Numbered(i) for i in range(MOST_KEPT + 2)]
+    for each in (made[0], made[0], *made, made[0]):
+        assert readers(abs, each) == each.value
+    assert [each.pickles for each in made] == [2, *[1] * (MOST_KEPT + 1)]
+
+
+def test_what_fails_in_a_reader_is_no_refusal(readers: Readers) -> None:
+    with pytest.raises(ReaderError, match="ZeroDivisionError"):
+        readers(divmod, 1, 0)
+    with pytest.raises(ReaderError, match="pickle"):
+        readers(threading.Lock)
+    assert readers(divmod, 7, 2) == (3, 1)
+
+
+class _Numbered(Resident):
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        self.value, self.pickles = value, 0
+
+    def pickled(self) -> bytes:
+        self.pickles += 1
+        return super().pickled()
+
+    def sent(self) -> int:
+        return self.value

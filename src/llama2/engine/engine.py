@@ -243,6 +243,12 @@ class Engine:
     ) -> list[ActiveRequest]:
         """As `submit` for requests that all begin in one step, or none where one is refused: an idle engine computes
         equal requests in equal company to the last bit."""
+        lives = self.accept(asks)
+        self.begin(lives)
+        return lives
+
+    def accept(self, asks: Sequence[tuple[EngineRequest, Callable[[TokenEvent], None]]]) -> list[ActiveRequest]:
+        """The first half of `submit_together`: checks and counts requests, all or none. They wait for `begin`."""
         lives: list[ActiveRequest] = []
         try:
             lives.extend(self._accept(ask, sink) for ask, sink in asks)
@@ -250,8 +256,11 @@ class Engine:
             for live in lives:
                 self._uncount(live)
             raise
-        self._put(lambda: self._begin(lives))
         return lives
+
+    def begin(self, lives: Sequence[ActiveRequest]) -> None:
+        """The second half: lets accepted requests run. Each needs one call, also one that is cancelled behind it."""
+        self._put(lambda: self._begin(lives))
 
     def _accept(self, ask: EngineRequest, sink: Callable[[TokenEvent], None]) -> ActiveRequest:
         """A request that is counted and will begin."""

@@ -20,7 +20,7 @@ from llama2.serve.numbers import FIRST_FAULT
 from llama2.serve.proof import MAX_SOURCE
 from llama2.serve.roles import legal, merged
 from llama2.serve.schema import moved, prepared, without_notes
-from llama2.serve.served_model import ServedModel
+from llama2.serve.served_model import TextModel
 from llama2.serve.tool_calls import JSON, LLAMA3, CallReader, ToolDialect, call_grammar, hidden_marks
 from llama2.serve.validation import Body, Text
 from llama2.tokenizer import marks
@@ -197,7 +197,7 @@ def _embedded(form: Constraint) -> str:
 
 
 def chosen(
-    tools: Sequence[Tool] | None, choice: Any, parallel: bool | None = None, model: ServedModel | None = None
+    tools: Sequence[Tool] | None, choice: Any, parallel: bool | None = None, model: TextModel | None = None
 ) -> Tools:
     """The tools of a request. choice: none, auto, required, a function's name, or an object that names one or several.
 
@@ -251,7 +251,7 @@ def _allowed(functions: tuple[Function, ...], choice: Mapping[str, Any]) -> tupl
 
 
 def prompt_ids(
-    model: ServedModel,
+    model: TextModel,
     messages: Sequence[Message],
     tools: Tools,
     continues: bool,
@@ -303,7 +303,7 @@ def prompt_ids(
 
 
 def fitting_ids(
-    model: ServedModel,
+    model: TextModel,
     messages: Sequence[Message],
     tools: Tools,
     continues: bool,

@@ -36,7 +36,7 @@ from llama2.serve.numbers import (
     Temperature,
 )  # fmt: skip
 from llama2.serve.request import SEED_BITS, GenerationRequest, Sampling, placed
-from llama2.serve.served_model import ServedModel
+from llama2.serve.served_model import TextModel
 from llama2.serve.validation import Body, Text, Texts
 
 LEAST_TOP_P = 1e-6  # what a top_p of 0 means: the likeliest token
@@ -120,9 +120,9 @@ class Common(Body):
     def _rename(cls, given: Any) -> Any:
         return renamed(given) if isinstance(given, dict) else given
 
-    def sampling(self, model: ServedModel) -> Sampling:
+    def sampling(self, model: TextModel) -> Sampling:
         """How to choose tokens. What is not given comes from the checkpoint's generation_config.json."""
-        own = model.engine.model.generation_config
+        own = model.settings
 
         def value(name: str, neutral: float) -> Any:
             given = getattr(self, name)
@@ -188,7 +188,7 @@ class Common(Body):
 
     def request(
         self,
-        model: ServedModel,
+        model: TextModel,
         owner: str,
         prompts: tuple[tuple[int, ...], ...],
         new_tokens: int | None,

@@ -32,7 +32,7 @@ from llama2.serve.llamacpp_state import (
 from llama2.serve.numbers import MAX_BIAS, MaxNew, Seed, Tops
 from llama2.serve.openai import finite
 from llama2.serve.request import GenerationRequest
-from llama2.serve.served_model import ServedModel
+from llama2.serve.served_model import TextModel
 from llama2.serve.service import RouteCall
 from llama2.serve.session import Answer, Session, fold
 from llama2.serve.validation import Body, Text, Texts
@@ -80,11 +80,11 @@ class NativeBody(Body):
         """Likeliest tokens to tell with each token."""
         return self.n_probs or self.logprobs or 0
 
-    def fields(self, model: ServedModel, prompts: list[list[int]]) -> dict[str, Any]:
+    def fields(self, model: TextModel, prompts: list[list[int]]) -> dict[str, Any]:
         """The body of a completion. Raises Refusal."""
         if self.post_sampling_probs:
             raise Refusal("unable", "post_sampling_probs is not supported: log-probabilities are the model's own")
-        own = model.engine.model.generation_config
+        own = model.settings
         greedy = own.is_set("do_sample") and not own.value("do_sample")
         found: dict[str, Any] = {} if greedy else {k: v for k, v in DEFAULTS.items() if not own.is_set(k)}
         for name, value in (self.model_extra or {}).items():
@@ -112,7 +112,7 @@ class InfillBody(NativeBody):
     input_extra: list[dict[str, Any]] | None = None
 
 
-def _biases(model: ServedModel, given: Any) -> dict[str, float]:
+def _biases(model: TextModel, given: Any) -> dict[str, float]:
     """Biases by id; a text's is that of each of its tokens, `false` forbids, and ids that do not exist are nobody's."""
     pairs = list(given.items()) if isinstance(given, dict) else given
     if not isinstance(pairs, list) or not all(isinstance(p, Sequence) and len(p) == 2 for p in pairs):
@@ -133,7 +133,7 @@ def _biases(model: ServedModel, given: Any) -> dict[str, float]:
     return found
 
 
-def _adapter(model: ServedModel, given: list[dict[str, Any]]) -> str | None:
+def _adapter(model: TextModel, given: list[dict[str, Any]]) -> str | None:
     active = [entry for entry in given if entry.get("scale")]
     if not active:
         return model.names[0]
@@ -142,14 +142,14 @@ def _adapter(model: ServedModel, given: list[dict[str, Any]]) -> str | None:
     return model.adapters[active[0]["id"]]
 
 
-def _pieces(model: ServedModel, text: str, special: bool) -> list[int]:
+def _pieces(model: TextModel, text: str, special: bool) -> list[int]:
     found: list[int] = model.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=not special)[
         "input_ids"
     ]
     return found
 
 
-def _prompts(model: ServedModel, given: Any) -> tuple[list[list[int]], bool]:
+def _prompts(model: TextModel, given: Any) -> tuple[list[list[int]], bool]:
     """The prompts as ids, and whether there is a list of them. Raises Refusal."""
     if isinstance(given, list) and not any(isinstance(item, int) for item in given):
         if not 1 <= len(given) <= model.bounds.max_client_batch_size:
@@ -158,7 +158,7 @@ def _prompts(model: ServedModel, given: Any) -> tuple[list[list[int]], bool]:
     return [_prompt(model, given)], False
 
 
-def _prompt(model: ServedModel, given: Any) -> list[int]:
+def _prompt(model: TextModel, given: Any) -> list[int]:
     """One prompt: a text, ids, both in turn, or {"prompt_string"}. BOS comes before a text that it begins with."""
     if isinstance(given, dict):
         if given.get("multimodal_data"):
@@ -185,7 +185,7 @@ def _prompt(model: ServedModel, given: Any) -> list[int]:
 class NativeReply:
     """The objects of one request."""
 
-    def __init__(self, model: ServedModel, body: NativeBody, request: GenerationRequest, prompts: Any) -> None:
+    def __init__(self, model: TextModel, body: NativeBody, request: GenerationRequest, prompts: Any) -> None:
         """prompts: as they were sent."""
         self.model, self.body, self.request, self.prompts = model, body, request, prompts
         self.answers = [Answer() for _ in range(request.answers)]
@@ -379,7 +379,7 @@ async def infill(call: RouteCall) -> Response:
     return await _answer(call, body, [prompt], [body.prompt or ""], False)
 
 
-def _gap(model: ServedModel, body: InfillBody) -> list[int]:
+def _gap(model: TextModel, body: InfillBody) -> list[int]:
     marks = []
     for names in _GAP:
         ids = [token for token in map(model.tokenizer.convert_tokens_to_ids, names) if token is not None]

@@ -13,6 +13,7 @@ from llama2.serve import embeddings, openai_chat
 from llama2.serve.chat import prompt_ids
 from llama2.serve.errors import Refusal
 from llama2.serve.numbers import Ids
+from llama2.serve.served_model import TextModel
 from llama2.serve.service import RouteCall
 from llama2.serve.validation import Body, Text, Texts
 
@@ -95,14 +96,13 @@ async def slots(call: RouteCall) -> Response:
 async def apply_template(call: RouteCall) -> Response:
     """/apply-template: the text of a rendered conversation."""
     body = await call.read(openai_chat.ChatBody)
+    return JSONResponse({"prompt": await call.parse(_rendered, call.model, body)})
 
-    def rendered() -> str:
-        tools = body.offered(call.model)
-        ids = prompt_ids(call.model, body.messages, tools, body.continues)
-        text: str = call.model.tokenizer.decode(list(ids))
-        return text
 
-    return JSONResponse({"prompt": await call.parse(rendered)})
+def _rendered(model: TextModel, body: openai_chat.ChatBody) -> str:
+    ids = prompt_ids(model, body.messages, body.offered(model), body.continues)
+    text: str = model.tokenizer.decode(list(ids))
+    return text
 
 
 async def embedding(call: RouteCall) -> Response:
@@ -116,9 +116,13 @@ async def embedding(call: RouteCall) -> Response:
         raise Refusal("validation", "content is missing; give a text or several", "content")
     if body.embd_normalize not in (None, 2):
         raise Refusal("unable", f"embd_normalize is {body.embd_normalize}; vectors have the length 1, which is 2")
-    read = await call.translate(lambda: {"input": given}, to=embeddings.EmbeddingBody)
+    read = await call.translate(_as_input, given, to=embeddings.EmbeddingBody)
     found = await call.service.embedded(call.owner, embeddings.embed, call.model, read)
     return JSONResponse([{"index": row["index"], "embedding": [row["embedding"]]} for row in found["data"]])
+
+
+def _as_input(given: Any) -> dict[str, Any]:
+    return {"input": given}
 
 
 async def lora_adapters(call: RouteCall) -> Response:

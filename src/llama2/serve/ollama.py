@@ -39,7 +39,7 @@ from llama2.serve.ollama_models import (
 )
 from llama2.serve.openai import rated
 from llama2.serve.request import GenerationRequest
-from llama2.serve.served_model import ServedModel
+from llama2.serve.served_model import TextModel
 from llama2.serve.service import RouteCall
 from llama2.serve.session import Answer, Session, fold
 from llama2.serve.turn import ModelTurn
@@ -89,11 +89,11 @@ class Prompted(Named):
         """Ollama streams where nothing is said."""
         return self.stream is not False
 
-    def fields(self, model: ServedModel) -> dict[str, Any]:
+    def fields(self, model: TextModel) -> dict[str, Any]:
         """Sampling, form and model under OpenAI's names. Raises Refusal."""
         if self.think:
             raise Refusal("validation", f'"{self.asked}" does not support thinking', "think")
-        own = model.engine.model.generation_config
+        own = model.settings
         greedy = own.is_set("do_sample") and not own.value("do_sample")
         found: dict[str, Any] = {} if greedy else {k: v for k, v in DEFAULTS.items() if not own.is_set(k)}
         for name, value in (self.options or {}).items():
@@ -218,9 +218,7 @@ class _Lines(sse.Writer):
     media_type = "application/x-ndjson"
     ping = b""
 
-    def __init__(
-        self, call: RouteCall, name: str, model: ServedModel, request: GenerationRequest, tools: Tools
-    ) -> None:
+    def __init__(self, call: RouteCall, name: str, model: TextModel, request: GenerationRequest, tools: Tools) -> None:
         self.name, self.model, self.request, self.came = name, model, request, call.times.came
         self.turn, self.finish = ModelTurn(tools), "stop"
 
@@ -349,7 +347,7 @@ async def chat(call: RouteCall) -> Response:
     return await _answer(call, begun.session, lines, body.streams)
 
 
-def _chat_fields(model: ServedModel, body: OllamaChatBody) -> dict[str, Any]:
+def _chat_fields(model: TextModel, body: OllamaChatBody) -> dict[str, Any]:
     found = body.fields(model) | {"messages": [message.plain() for message in body.messages or ()]}
     found |= {"tools": body.tools} if body.tools else {}
     return found | ({"logprobs": True, "top_logprobs": body.top_logprobs or 0} if body.logprobs else {})
@@ -375,13 +373,13 @@ async def generate(call: RouteCall) -> Response:
     return await _answer(call, begun.session, lines, body.streams)
 
 
-def _turn_fields(model: ServedModel, body: OllamaGenerateBody) -> dict[str, Any]:
+def _turn_fields(model: TextModel, body: OllamaGenerateBody) -> dict[str, Any]:
     system = [{"role": "system", "content": body.system}] if body.system else []
     found = body.fields(model) | {"messages": [*system, {"role": "user", "content": body.prompt or ""}]}
     return found | ({"logprobs": True, "top_logprobs": body.top_logprobs or 0} if body.logprobs else {})
 
 
-def _raw_fields(model: ServedModel, body: OllamaGenerateBody) -> dict[str, Any]:
+def _raw_fields(model: TextModel, body: OllamaGenerateBody) -> dict[str, Any]:
     found = body.fields(model) | ({"logprobs": body.top_logprobs or 0} if body.logprobs else {})
     prompt = body.prompt or ""
     if body.raw:

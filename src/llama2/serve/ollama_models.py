@@ -12,7 +12,7 @@ from llama2.serve import embeddings, openai_completions
 from llama2.serve.errors import Refusal
 from llama2.serve.facts import Facts, timestamp
 from llama2.serve.numbers import Dimensions, KeepAlive
-from llama2.serve.served_model import ServedModel
+from llama2.serve.served_model import TextModel
 from llama2.serve.service import RouteCall
 from llama2.serve.validation import Body, Text, Texts
 
@@ -108,7 +108,7 @@ async def _vectors(call: RouteCall, name: str, texts: list[str], cut: bool) -> t
     return [row["embedding"] for row in found["data"]], found["usage"]["prompt_tokens"]
 
 
-def _embedding_fields(model: ServedModel, name: str, texts: list[str], cut: bool) -> dict[str, Any]:
+def _embedding_fields(model: TextModel, name: str, texts: list[str], cut: bool) -> dict[str, Any]:
     most = model.bounds.max_input_tokens if cut else None
     return {"model": name, "input": [openai_completions.encode(model.tokenizer, text, False)[:most] for text in texts]}
 

@@ -9,7 +9,7 @@ from llama2.engine.engine import Finish
 from llama2.engine.sampler import SampledToken
 from llama2.serve.dialect import Dialect, Route
 from llama2.serve.errors import KINDS, Refusal
-from llama2.serve.served_model import ServedModel
+from llama2.serve.served_model import TextModel
 from llama2.serve.session import Session
 from llama2.serve.sse import Writer, data
 
@@ -44,7 +44,7 @@ class Head:
     """The common fields of all objects of one answer; the first has the warnings."""
 
     def __init__(
-        self, model: ServedModel, prefix: str, kind: str, name: str | None, warnings: Sequence[str] = ()
+        self, model: TextModel, prefix: str, kind: str, name: str | None, warnings: Sequence[str] = ()
     ) -> None:
         self.fields: dict[str, Any] = {
             "id": f"{prefix}-{secrets.token_hex(12)}",
@@ -60,7 +60,7 @@ class Head:
         return {**self.fields, **more, **({"warnings": warnings} if warnings else {})}
 
 
-def fingerprint(model: ServedModel) -> str:
+def fingerprint(model: TextModel) -> str:
     """Identifies what produced an answer: the same string, the same seed and greedy settings give the same text."""
     return f"llama2-{model.policy.revision or 'native'}"
 

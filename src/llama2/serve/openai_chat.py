@@ -16,7 +16,7 @@ from llama2.serve.errors import Refusal
 from llama2.serve.numbers import FIRST_FAULT, MaxTokens, Tops
 from llama2.serve.openai import Head, OpenAI, OpenAIWriter, rated, usage
 from llama2.serve.request import GenerationRequest, prompt_room
-from llama2.serve.served_model import ServedModel
+from llama2.serve.served_model import TextModel
 from llama2.serve.service import RouteCall
 from llama2.serve.session import Answer, Session, fold
 from llama2.serve.turn import FunctionCall, ModelTurn
@@ -60,7 +60,7 @@ class ChatBody(Common):
         """Whether functions are given as OpenAI's first API had them: one call an answer, as `function_call`."""
         return self.functions is not None
 
-    def offered(self, model: ServedModel) -> Tools:
+    def offered(self, model: TextModel) -> Tools:
         """Its tools, under whichever names it gives them. Raises Refusal."""
         if self.functions is None:
             if self.function_call is not None:
@@ -84,7 +84,7 @@ class ChatBody(Common):
         return self.top_logprobs or 0
 
 
-def parse(model: ServedModel, body: ChatBody, owner: str) -> tuple[GenerationRequest, Tools]:
+def parse(model: TextModel, body: ChatBody, owner: str) -> tuple[GenerationRequest, Tools]:
     """The body as a generation. Raises Refusal."""
     if len(body.messages) > model.bounds.max_messages:
         raise Refusal(
@@ -133,7 +133,7 @@ class Begun:
     """A chat that the engine has: what it was read as, and the session that answers it."""
 
     body: ChatBody
-    model: ServedModel
+    model: TextModel
     generation: GenerationRequest
     tools: Tools
     session: Session

@@ -16,7 +16,7 @@ from llama2.serve.errors import Refusal
 from llama2.serve.numbers import FIRST_FAULT, Answers, Ids, Tops
 from llama2.serve.openai import REASONS, Head, OpenAI, OpenAIWriter, finite, token_text, usage
 from llama2.serve.request import GenerationRequest
-from llama2.serve.served_model import ServedModel
+from llama2.serve.served_model import TextModel
 from llama2.serve.service import RouteCall
 from llama2.serve.session import Answer, Session, fold
 from llama2.serve.validation import Text, Texts
@@ -46,7 +46,7 @@ def encode(tokenizer: Any, text: str, special: bool) -> tuple[int, ...]:
     return tuple(tokenizer(text, verbose=False, split_special_tokens=not special)["input_ids"])
 
 
-def parse(model: ServedModel, body: CompletionBody, owner: str) -> GenerationRequest:
+def parse(model: TextModel, body: CompletionBody, owner: str) -> GenerationRequest:
     """The body as a generation. Raises Refusal."""
     if body.suffix:
         raise Refusal(
@@ -89,7 +89,7 @@ def parse(model: ServedModel, body: CompletionBody, owner: str) -> GenerationReq
     )
 
 
-def _ids(model: ServedModel, body: CompletionBody, prompt: str) -> tuple[int, ...]:
+def _ids(model: TextModel, body: CompletionBody, prompt: str) -> tuple[int, ...]:
     special = model.policy.parse_special if body.parse_special is None else body.parse_special
     if body.truncate_prompt_tokens is None:
         model.check_texts((prompt,))
@@ -139,7 +139,7 @@ async def completions(call: RouteCall) -> Response:
 
 
 def _choice(
-    model: ServedModel, body: CompletionBody, prompt: tuple[int, ...], index: int, answer: Answer
+    model: TextModel, body: CompletionBody, prompt: tuple[int, ...], index: int, answer: Answer
 ) -> dict[str, Any]:
     tokenizer, text, picked = model.tokenizer, answer.text, answer.picked
     if body.max_tokens == 0:
@@ -196,7 +196,7 @@ class CompletionWriter(OpenAIWriter):
     """Chunks with the text of one answer each; the reason comes with the last."""
 
     def __init__(
-        self, model: ServedModel, body: CompletionBody, generation: GenerationRequest, warnings: Sequence[str] = ()
+        self, model: TextModel, body: CompletionBody, generation: GenerationRequest, warnings: Sequence[str] = ()
     ) -> None:
         self.tokenizer, self.body, self.generation = model.tokenizer, body, generation
         self.head = Head(model, "cmpl", "text_completion", body.model, warnings)

@@ -110,7 +110,7 @@ class Prover:
             return self._process
         self.close()
         command = [sys.executable, "-P", str(Path(prover.__file__))]
-        process = subprocess.Popen(command, stdin=-1, stdout=-1, start_new_session=True)
+        process = subprocess.Popen(command, stdin=-1, stdout=-1, process_group=0)
         self._process, self._stop = process, weakref.finalize(self, end_process, process)
         assert process.stdin is not None
         hello = {

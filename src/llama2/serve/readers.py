@@ -1,16 +1,18 @@
 """The processes that read large bodies (`reader.py`): how many there are, and one call to one of them.
 
-Parsing and validating JSON keeps the interpreter's lock until it is done, a fifth of a second for a million values. In
-the server's process that would hold up every stream; in another it holds up nobody.
+Parsing, rendering and tokenising keep the interpreter's lock, a fifth of a second for a million values. In the
+server's process that would hold up every stream; in another it holds up nobody.
 """
 
+import pickle
 import select
 import subprocess
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from llama2.processes import end_process
 from llama2.serve import reader
@@ -18,7 +20,12 @@ from llama2.serve.errors import Refusal
 
 T = TypeVar("T")
 LARGE = 16_384  # bytes of a body, from which on another process reads it; below, that would cost more than it saves
+MOST_KEPT = 4  # models whose tokenizers a process keeps, tens of megabytes each
 _GLANCE = 50  # milliseconds between two looks at whether the deadline has come
+
+
+class ReaderError(RuntimeError):
+    """A task failed in a reader process; holds the traceback from there."""
 
 
 class _Reader:
@@ -26,7 +33,8 @@ class _Reader:
 
     def __init__(self) -> None:
         command = [sys.executable, "-P", "-m", "llama2.serve.reader"]
-        self._process = subprocess.Popen(command, stdin=-1, stdout=-1, start_new_session=True)
+        self._process = subprocess.Popen(command, stdin=-1, stdout=-1, process_group=0)
+        self._kept: OrderedDict[int, None] = OrderedDict()  # numbers of the residents that it has, latest last
         self.close = weakref.finalize(self, end_process, self._process)
 
     def __call__(self, task: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, Any] | None:
@@ -34,15 +42,31 @@ class _Reader:
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         try:
-            reader.write(process.stdin, (task, args))
+            call, residents = reader.packed_call(task, args)
+            for number, resident in residents.items():
+                self._keep(process.stdin, number, resident)
+            self._send(process.stdin, "call", 0, call)
             answered = select.poll()  # select() ends at 1,024 open files
             answered.register(process.stdout, select.POLLIN)
             while not answered.poll(_GLANCE):
                 pass  # a deadline is an exception raised in this thread, which needs a moment of Python
-            found: tuple[str, Any] | None = reader.read(process.stdout)
+            frame = reader.read(process.stdout)
         except OSError:
             return None
-        return found
+        return None if frame is None else pickle.loads(frame)
+
+    def _keep(self, file: IO[bytes], number: int, resident: reader.Resident) -> None:
+        if number not in self._kept:
+            self._send(file, "keep", number, resident.pickled())
+        self._kept[number] = None
+        self._kept.move_to_end(number)
+        while len(self._kept) > MOST_KEPT:
+            oldest, _ = self._kept.popitem(last=False)
+            self._send(file, "forget", oldest, b"")
+
+    @staticmethod
+    def _send(file: IO[bytes], kind: str, number: int, content: bytes) -> None:
+        reader.write(file, pickle.dumps((kind, number, content), pickle.HIGHEST_PROTOCOL))
 
 
 class Readers:
@@ -68,7 +92,7 @@ class Readers:
     def __call__(self, task: Callable[..., T], *args: Any) -> T:
         """task(*args), run in one of the processes; a function of a module, and arguments that can be pickled.
 
-        Raises Refusal as the task does, and where the process ends.
+        Raises Refusal as the task does, and where the process ends; ReaderError for another exception of the task.
         """
         with self._lock:
             self._count += not self._idle
@@ -91,6 +115,8 @@ class Readers:
         kind, value = found
         if kind == "refusal":
             raise Refusal(*value)
+        if kind == "failure":
+            raise ReaderError(value)
         result: T = value
         return result
 

@@ -1,4 +1,4 @@
-"""One model that is served: its engine, tokenizer and bounds, the names it answers to and what it can be held to."""
+"""One model that is served: what reads requests for it, in any process, and with it the engine that answers them."""
 
 import time
 from collections.abc import Iterable
@@ -7,57 +7,54 @@ from typing import Any
 
 from llama2.engine.engine import Engine, EngineRequest
 from llama2.errors import InputError
+from llama2.generation.config import GenerationConfig
 from llama2.serve.constraint import Compiler
 from llama2.serve.errors import Refusal
 from llama2.serve.names import ALIASES, answers_to
 from llama2.serve.policy import Policy
+from llama2.serve.reader import Resident
 from llama2.serve.request import Bounds, GenerationRequest
 from llama2.serve.roles import alternates
 from llama2.serve.tool_calls import dialect_of
 
+_OF_THE_SERVER = ("engine", "compiler", "number", "_pickled")  # what other processes have no use for
 
-class ServedModel:
-    """A model behind its engine. Parsers and writers of every dialect take one; its attributes do not change."""
+
+class TextModel:
+    """What reading a request takes of a model: tokenizer, bounds, names and settings. No weights, so that it can be
+    sent to another process. Parsers of every dialect take one; its attributes do not change."""
 
     def __init__(
         self,
-        engine: Engine,
+        tokenizer: Any,
         bounds: Bounds,
         policy: Policy,
-        names: tuple[str, ...] | None = None,
-        aliases: tuple[str, ...] | None = None,
+        names: tuple[str, ...],
+        aliases: tuple[str, ...],
+        settings: GenerationConfig,
+        vocab_size: int,
+        adapters: tuple[str, ...],
+        own_adapter: str | None,
     ) -> None:
-        """names: those it is shown under, aliases: further ones that it answers to; the policy's if None.
-
-        Raises InputError for an engine without tokenizer.
-        """
-        if engine.tokenizer is None:
-            raise InputError("a server needs the tokenizer: Engine(model, tokenizer)")
-        self.engine, self.bounds, self.policy = engine, bounds, policy
-        self.names = names or policy.names
-        self.aliases = policy.aliases if aliases is None else aliases
-        self.tokenizer: Any = engine.tokenizer
-        eos = engine.model.generation_config.eos_token_ids
-        self.alternates = self.tokenizer.chat_template is not None and alternates(self.tokenizer)
-        template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template is not None else None
+        """names: those it is shown under, aliases: further ones that it answers to. settings: the checkpoint's.
+        vocab_size: columns of the logits. adapters: names that a request can choose; own_adapter: the one that the
+        model was loaded with."""
+        self.tokenizer, self.bounds, self.policy = tokenizer, bounds, policy
+        self.names, self.aliases = names, aliases
+        self.settings, self.vocab_size = settings, vocab_size
+        self.adapters, self.own_adapter = adapters, own_adapter
+        self.alternates = tokenizer.chat_template is not None and alternates(tokenizer)
+        template = tokenizer.get_chat_template() if tokenizer.chat_template is not None else None
         self.tool_dialect = dialect_of(template)
-        tokens = range(len(self.tokenizer))
-        special = max((len(text.encode()) for text in self.tokenizer.special_contents), default=1)
+        tokens = range(len(tokenizer))
+        special = max((len(text.encode()) for text in tokenizer.special_contents), default=1)
         # Bytes of text that one token can stand for: composing characters makes three bytes of nine at most.
-        self.longest = max(special, 3 * max((len(self.tokenizer.token_bytes(i)) for i in tokens), default=1))
-        self.compiler = Compiler(self.tokenizer, engine.model.config.vocab_size, eos) if eos else None
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the adapters that a request can choose."""
-        weights = self.engine.runner.weights
-        return [] if weights is None else list(weights.adapters)
+        self.longest = max(special, 3 * max((len(tokenizer.token_bytes(i)) for i in tokens), default=1))
 
     def adapter(self, name: str | None) -> str | None:
         """The adapter that a model name asks for; None for the model alone. Raises Refusal for another name."""
         if name is None or name in ALIASES or self.answers_to(name):
-            own: str | None = getattr(self.engine.model, "adapter", None)
-            return own
+            return self.own_adapter
         if name.removesuffix(":latest") in self.adapters:
             return name.removesuffix(":latest")
         known = ", ".join((*self.names, *self.adapters))
@@ -82,7 +79,51 @@ class ServedModel:
 
     def check(self, request: GenerationRequest) -> None:
         """Raises Refusal for what the bounds forbid."""
-        request.check(self.bounds, self.engine.model.config.vocab_size)
+        request.check(self.bounds, self.vocab_size)
+
+
+class ServedModel(TextModel, Resident):
+    """A model behind its engine; for writers and whatever else runs in the server's process."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        bounds: Bounds,
+        policy: Policy,
+        names: tuple[str, ...] | None = None,
+        aliases: tuple[str, ...] | None = None,
+    ) -> None:
+        """names, aliases: as `TextModel`; the policy's if None.
+
+        Raises InputError for an engine without tokenizer.
+        """
+        if engine.tokenizer is None:
+            raise InputError("a server needs the tokenizer: Engine(model, tokenizer)")
+        own = engine.model
+        TextModel.__init__(
+            self,
+            engine.tokenizer,
+            bounds,
+            policy,
+            names or policy.names,
+            policy.aliases if aliases is None else aliases,
+            own.generation_config,
+            own.config.vocab_size,
+            tuple(engine.runner.weights.adapters) if engine.runner.weights is not None else (),
+            getattr(own, "adapter", None),
+        )
+        Resident.__init__(self)
+        self.engine = engine
+        eos = own.generation_config.eos_token_ids
+        self.compiler = Compiler(self.tokenizer, self.vocab_size, eos) if eos else None
+        self.pickled()  # now: the tokenizer's library keeps the interpreter's lock for up to a tenth of a second
+
+    def sent(self) -> TextModel:
+        """What other processes read requests with."""
+        found = TextModel.__new__(TextModel)
+        own = {name: value for name, value in vars(self).items() if name not in _OF_THE_SERVER}
+        found.__dict__.update(own)
+        return found
 
     def engine_requests(self, request: GenerationRequest, compiled: Any) -> list[EngineRequest]:
         """A checked request as the engine takes it; compiled: its constraint, where it has one. Raises InputError."""

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -166,26 +167,33 @@ class Service:
         """Runs a forward pass beside the event loop, one at a time. Raises Refusal."""
         return await self._embed(owner, refusing, task, *args)
 
-    def session(
-        self, model: ServedModel, request: GenerationRequest, asks: Sequence[EngineRequest], times: Times
-    ) -> Session:
-        """Submits a checked request; called in the event loop. Raises Refusal."""
+    def session(self, model: ServedModel, request: GenerationRequest, times: Times) -> Session:
+        """A place for a checked request, which is to be submitted; called in the event loop. Raises Refusal."""
         if self._mailbox is None:
             self._mailbox = Mailbox(asyncio.get_running_loop())
         owner, engine = request.owner, model.engine
         self.rate.check(owner)
         self.places.take(owner, lambda: engine.patience(owner))
-        try:
-            session = Session(engine, self._mailbox, asks, times, lambda tokens: self.rate.charge(owner, tokens))
-        except Refusal:
-            self.places.leave(owner)
-            raise
+        count = partial(self.rate.charge, owner)
+        session = Session(engine, self._mailbox, request.answers, times, count)
         session.owner, session.model = owner, model.names[0]
         self.sessions.add(session)
-        held = sum(map(len, request.prompts))
-        self.rate.charge(owner, held)
-        self.metrics.taken(held, asks[0].config.max_new_tokens or 0, "" if self.pool.fixed else model.names[0])
         return session
+
+    def submitted(self, session: Session, request: GenerationRequest, asks: Sequence[EngineRequest]) -> None:
+        """Counts a request that the engine has."""
+        held = sum(map(len, request.prompts))
+        self.rate.charge(request.owner, held)
+        self.metrics.taken(held, asks[0].config.max_new_tokens or 0, "" if self.pool.fixed else session.model)
+
+    def leave(self, session: Session) -> bool:
+        """Closes a session and gives its place back, once; whether it was open."""
+        if session not in self.sessions:
+            return False
+        self.sessions.remove(session)
+        self.places.leave(session.owner)
+        session.close()
+        return True
 
     def close(self) -> None:
         """Ends the engines; what runs is cancelled."""
@@ -213,6 +221,7 @@ class RouteCall:
     headers: dict[str, str] = field(default_factory=dict)  # of the response, beside its own
     held: int = 0  # bytes of the body that are counted
     offer: Offer | None = None  # the model that this call has
+    large: bool = False  # whether the body is read in another process
     keep: float | None = None  # seconds that the model stays behind this call, where the body says so
 
     def hold(self, size: int) -> None:
@@ -275,7 +284,8 @@ class RouteCall:
     async def _checked(self, model: type[M]) -> M:
         unknown = self.service.policy.unknown_fields
         try:
-            if len(self.data) < LARGE:
+            self.large = self.large or len(self.data) >= LARGE
+            if not self.large:
                 return validation.read(model, self.data, unknown, self.warnings)
             body, warnings = await self.service.apart(self.owner, validation.read_apart, model, self.data, unknown)
             self.warnings += warnings
@@ -293,7 +303,14 @@ class RouteCall:
         return await self._read(to)
 
     async def parse(self, task: Callable[..., T], *args: Any) -> T:
-        """Runs a dialect's parser beside the event loop. Raises Refusal, also for the library's own errors."""
+        """Runs a dialect's parser beside the event loop, for a large body in another process: a function of a module
+        then, on what can be pickled and on the model. Raises Refusal, also for the library's own errors."""
+        if self.large:
+            return await self.service.apart(self.owner, refusing, task, *args)
+        return await self.beside(task, *args)
+
+    async def beside(self, task: Callable[..., T], *args: Any) -> T:
+        """As `parse`, always in a thread of this process: for what needs the engine. Raises Refusal."""
         return await self.service.check(self.owner, refusing, task, *args)
 
     @property
@@ -306,14 +323,19 @@ class RouteCall:
     async def begin(self, request: GenerationRequest) -> Session:
         """Checks and submits. Raises Refusal."""
         model, compiled = self.model, None
-        await self.parse(model.check, request)
+        await self.beside(model.check, request)
         if request.constraint is not None:
             compiled = await self.service.compiled(self.owner, model, request.constraint)
         if MERGED in request.warnings:
             self.headers["x-llama2-roles"] = "merged"
         self.warnings += (*request.warnings, *(compiled.warnings if compiled is not None else ()))
-        asks = await self.parse(model.engine_requests, request, compiled)
-        session = self.service.session(model, request, asks, self.times)
+        session = self.service.session(model, request, self.times)
+        try:
+            asks = await self.beside(session.submit, model.engine_requests, request, compiled)
+        except BaseException:
+            self.service.leave(session)
+            raise
+        self.service.submitted(session, request, asks)
         self.notes |= {"prompt_tokens": sum(map(len, request.prompts)), "answers": len(asks)}
         return session
 
@@ -346,10 +368,7 @@ class RouteCall:
 
     def finish(self, session: Session) -> None:
         """Closes a session and counts it."""
-        if session in self.service.sessions:
-            self.service.sessions.remove(session)
-            self.service.places.leave(session.owner)
-            session.close()
+        if self.service.leave(session):
             several = "" if self.service.pool.fixed else session.model
             self.service.metrics.done(session, ended=not (session.open or session.failed), model=several)
             self.notes |= {"tokens": session.tokens, "cached_tokens": session.reused}

@@ -4,12 +4,15 @@ The engine's thread hands events over in batches, with one call into the event l
 """
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from llama2.engine.engine import Engine, EngineBusyError, EngineRequest, Finish, TokenEvent
+from llama2.engine.engine import ActiveRequest, Engine, EngineBusyError, EngineRequest, Finish, TokenEvent
 from llama2.engine.sampler import SampledToken
 from llama2.errors import InputError, Llama2Error
 from llama2.serve.constraint import ConstraintError
@@ -60,29 +63,44 @@ class Session:
         self,
         engine: Engine,
         mailbox: Mailbox,
-        asks: Sequence[EngineRequest],
-        times: Times | None = None,
-        count: Callable[[int], None] | None = None,
+        asks: int,
+        times: Times,
+        count: Callable[[int], None],
     ) -> None:
-        """count: receives new tokens. Raises Refusal where the engine takes them not all; then it has none of them."""
-        self.times = times or Times()
-        self.times.checked = time.monotonic()
-        self.open, self.failed = len(asks), False
+        """asks: how many will be submitted. count: receives new tokens."""
+        self.times = times
+        self.open, self.failed = asks, False
         self.reused, self.tokens, self.gaps = 0, 0, list[float]()
         self.model = ""  # its name
-        self.owner, self._count = "", count or (lambda tokens: None)
-        self._engine, self._arrived, self._news = engine, list[Told](), asyncio.Event()
-        self._last = [0.0] * len(asks)
-        self._lives = []
+        self.owner, self._count = "", count
+        self._engine, self._mailbox = engine, mailbox
+        self._arrived, self._news = list[Told](), asyncio.Event()
+        self._last = [0.0] * asks
+        self._lives: list[ActiveRequest] = []
+        self._ending, self._ends, self._closed = threading.Lock(), False, False
+
+    def submit(self, make: Callable[..., Sequence[EngineRequest]], *args: Any) -> Sequence[EngineRequest]:
+        """Makes the asks, make(*args), and gives them to the engine, once; returns them. In any thread: 256 of them
+        take a tenth of a second. Raises Refusal where the engine does not take them all; then it has none of them."""
+        asks = make(*args)
+        self.times.checked = time.monotonic()
+        put = self._mailbox.put
         try:
-            for i, ask in enumerate(asks):
-                self._lives.append(engine.submit(ask, lambda event, i=i: mailbox.put(self, i, event)))  # type: ignore[misc]
+            lives = self._engine.accept([(ask, partial(put, self, i)) for i, ask in enumerate(asks)])
         except EngineBusyError as error:
-            self.close()
             raise Refusal("busy", str(error), retry_after=error.retry_after) from None
         except InputError as error:
-            self.close()
             raise Refusal(kind_of(error), str(error)) from None
+        ends = False
+        try:
+            with self._ending:
+                ends, self._lives = self._ends, [] if self._closed else lives  # known before the first event comes
+        finally:  # also at a deadline: what is accepted has to begin
+            self._engine.begin(lives)
+        if ends:  # while they were made
+            for live in lives:
+                self._engine.cancel(live)
+        return asks
 
     def arrive(self, index: int, event: TokenEvent) -> None:
         """Called in the event loop for each event; events after `close` are dropped."""
@@ -133,13 +151,16 @@ class Session:
 
     def cancel(self) -> None:
         """Ends what still runs; `batches` tells the caller."""
-        for live in self._lives:
+        with self._ending:
+            self._ends, lives = True, self._lives
+        for live in lives:
             self._engine.cancel(live)
 
     def close(self) -> None:
         """Ends what still runs, and lets go of it: a request knows its session, which would keep the model."""
         self.cancel()
-        self._lives = []
+        with self._ending:
+            self._closed, self._lives = True, []
 
 
 def _failed(error: Exception) -> Refusal:

@@ -37,7 +37,7 @@ from llama2.serve.openai import finite
 from llama2.serve.openai_chat import ChatBody
 from llama2.serve.openai_completions import encode
 from llama2.serve.request import GenerationRequest, Sampling, placed
-from llama2.serve.served_model import ServedModel
+from llama2.serve.served_model import ServedModel, TextModel
 from llama2.serve.service import RouteCall
 from llama2.serve.session import Answer, Session, fold
 from llama2.serve.validation import Body, Text, Texts
@@ -150,7 +150,7 @@ class GenerateBody(Body):
         return self.parameters or Parameters.model_validate({})
 
 
-def parse(model: ServedModel, body: GenerateBody, owner: str, stream: bool) -> GenerationRequest:
+def parse(model: TextModel, body: GenerateBody, owner: str, stream: bool) -> GenerationRequest:
     """The body as a generation. Raises Refusal."""
     given, best_of = body.given, body.given.best_of or 1
     if not body.inputs:
@@ -248,7 +248,7 @@ async def streamed(call: RouteCall, body: GenerateBody) -> Response:
     return sse.EventStream(call, session, writer, headers)
 
 
-def _full_text(model: ServedModel, body: GenerateBody, generation: GenerationRequest) -> str:
+def _full_text(model: TextModel, body: GenerateBody, generation: GenerationRequest) -> str:
     if not body.given.return_full_text:
         return ""
     if not body.given.truncate:
@@ -258,7 +258,7 @@ def _full_text(model: ServedModel, body: GenerateBody, generation: GenerationReq
 
 
 def _sequence(
-    model: ServedModel, body: GenerateBody, generation: GenerationRequest, answer: Answer, index: int, before: str
+    model: TextModel, body: GenerateBody, generation: GenerationRequest, answer: Answer, index: int, before: str
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
         "generated_text": before + answer.text,
@@ -276,7 +276,7 @@ def _sequence(
     return found
 
 
-def _prefill(model: ServedModel, generation: GenerationRequest, answer: Answer) -> list[dict[str, Any]]:
+def _prefill(model: TextModel, generation: GenerationRequest, answer: Answer) -> list[dict[str, Any]]:
     if not generation.prompt_logprobs:
         return []
     rows = [SampledToken(generation.prompts[0][0]), *answer.prompt]
@@ -286,14 +286,14 @@ def _prefill(model: ServedModel, generation: GenerationRequest, answer: Answer) 
     ]
 
 
-def token(model: ServedModel, token_id: int, logprob: float | None, text: str | None = None) -> dict[str, Any]:
+def token(model: TextModel, token_id: int, logprob: float | None, text: str | None = None) -> dict[str, Any]:
     """A token as TGI tells it; text: what it added, where that is known."""
     special = token_id in model.tokenizer.special_ids
     told = _text(model, token_id) if text is None else text
     return {"id": token_id, "text": told, "logprob": finite(logprob), "special": special}
 
 
-def _text(model: ServedModel, token_id: int) -> str:
+def _text(model: TextModel, token_id: int) -> str:
     raw: bytes = model.tokenizer.token_bytes(token_id)
     return raw.decode("utf-8", "replace")
 
@@ -302,7 +302,7 @@ class TokenWriter(sse.Writer):
     """One event a token; the last one carries the whole text. Special tokens have no text: clients join it."""
 
     def __init__(
-        self, model: ServedModel, body: GenerateBody, generation: GenerationRequest, warnings: list[str]
+        self, model: TextModel, body: GenerateBody, generation: GenerationRequest, warnings: list[str]
     ) -> None:
         self.model, self.body, self.generation, self.warnings = model, body, generation, warnings
         self.answer = Answer()
@@ -368,20 +368,20 @@ def _headers(session: Session, prompt: int, characters: int) -> dict[str, str]:
 async def tokenize(call: RouteCall) -> Response:
     """/tokenize: the ids of a prompt with their places in it."""
     body = await call.read(GenerateBody)
-    check_bytes(call.model, [body.inputs])
-    special = call.model.policy.parse_special
-    return await call.parse(answer, pieces, call.model.tokenizer, body.inputs, special)
+    return await call.parse(answer, pieces, call.model, body.inputs)
 
 
-def check_bytes(model: ServedModel, texts: list[str]) -> None:
+def check_bytes(model: TextModel, texts: list[str]) -> None:
     """Each byte may become a token, and each token an object of the answer."""
     held, most = sum(len(text.encode()) for text in texts), model.bounds.max_tokenize_bytes
     if held > most:
         raise Refusal("size", f"{held} bytes of text; {most} are the most that are tokenised at once, so send parts")
 
 
-def pieces(tokenizer: Any, text: str, special: bool) -> list[dict[str, Any]]:
+def pieces(model: TextModel, text: str) -> list[dict[str, Any]]:
     """The ids that a prompt becomes, each with its text and place. A BOS that the tokenizer adds has none."""
+    check_bytes(model, [text])
+    tokenizer, special = model.tokenizer, model.policy.parse_special
     ids = encode(tokenizer, text, special)
     found = tokenizer(text, return_offsets_mapping=True, verbose=False, split_special_tokens=not special)
     rows = list(zip(found["input_ids"], found["offset_mapping"], strict=True))
@@ -396,11 +396,11 @@ def pieces(tokenizer: Any, text: str, special: bool) -> list[dict[str, Any]]:
 async def chat_tokenize(call: RouteCall) -> Response:
     """/chat_tokenize: the ids and the text of a rendered conversation."""
     body = await call.read(ChatBody)
-    check_bytes(call.model, [message.text() for message in body.messages])
     return await call.parse(answer, _rendered, call.model, body)
 
 
-def _rendered(model: ServedModel, body: ChatBody) -> dict[str, Any]:
+def _rendered(model: TextModel, body: ChatBody) -> dict[str, Any]:
+    check_bytes(model, [message.text() for message in body.messages])
     tokenizer = model.tokenizer
     tools = body.offered(model)
     ids = prompt_ids(model, body.messages, tools, body.continues, body.chat_template_kwargs)

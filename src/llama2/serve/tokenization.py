@@ -14,7 +14,7 @@ from llama2.serve.dialect import Dialect, Handler, post
 from llama2.serve.errors import Refusal
 from llama2.serve.json_response import answer
 from llama2.serve.numbers import Ids
-from llama2.serve.served_model import ServedModel
+from llama2.serve.served_model import TextModel
 from llama2.serve.service import RouteCall
 from llama2.serve.validation import Body, Text
 
@@ -31,11 +31,11 @@ class ContentBody(Body):
 
 async def _content(call: RouteCall) -> Response:
     body = await call.read(ContentBody)
-    tgi.check_bytes(call.model, [body.content])
     return await call.parse(answer, _of_content, call.model, body)
 
 
-def _of_content(model: ServedModel, body: ContentBody) -> dict[str, Any]:
+def _of_content(model: TextModel, body: ContentBody) -> dict[str, Any]:
+    tgi.check_bytes(model, [body.content])
     ids = vllm.encoded(model, body.content, bool(body.add_special), body.parse_special is not False)
     if not body.with_pieces:
         return {"tokens": ids}
@@ -87,11 +87,16 @@ async def detokenize(call: RouteCall) -> Response:
     """/detokenize: the text of ids."""
     body = await call.read(DetokenizeBody)
     ids = body.tokens if body.tokens is not None else body.ids or []
-    size = len(call.model.tokenizer)
+    text = await call.parse(_decoded, call.model, ids, bool(body.skip_special_tokens))
+    return JSONResponse({"prompt": text, "content": text, "text": text})
+
+
+def _decoded(model: TextModel, ids: list[int], skip_special: bool) -> str:
+    size = len(model.tokenizer)
     if bad := [i for i in ids if not 0 <= i < size]:
         raise Refusal("validation", f"id {bad[0]} does not exist; ids run from 0 to {size - 1}", "tokens")
-    text = await call.parse(call.model.tokenizer.decode, ids, bool(body.skip_special_tokens))
-    return JSONResponse({"prompt": text, "content": text, "text": text})
+    text: str = model.tokenizer.decode(ids, skip_special)
+    return text
 
 
 DIALECT = tgi.TGI(

@@ -2,9 +2,10 @@
 
 import difflib
 import json
+import pickle
 import re
 from itertools import islice, takewhile
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -20,6 +21,8 @@ MAX_CONTAINERS = 32_768  # lists and objects: each is made, and made again from 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"')
 _STRUCTURE = re.compile(rb'["\[\]{}]')
 Texts = Annotated[list[Text], Field(fail_fast=True)]
+PACKED = 4_096  # bytes of a pickled field, from which on it stays pickled
+_PACKED = " packed"  # no name of a field
 M = TypeVar("M", bound="Body")
 
 
@@ -38,6 +41,16 @@ class Body(BaseModel):
     model_config = ConfigDict(
         extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=(), json_schema_extra=_closed
     )
+
+    if not TYPE_CHECKING:  # it would give every misspelt field a type
+
+        def __getattr__(self, name: str) -> Any:
+            """A field that is still pickled, see `_lightened`; it stays unpickled from then on."""
+            packed = vars(self).get(_PACKED, {})
+            if name not in packed:
+                return super().__getattr__(name)
+            value = vars(self)[name] = pickle.loads(packed[name])
+            return value
 
     @property
     def asked_model(self) -> str | None:
@@ -87,7 +100,18 @@ def read(model: type[M], data: bytes, unknown: str = "refuse", warnings: list[st
 def read_apart(model: type[M], data: bytes, unknown: str) -> tuple[M, list[str]]:
     """As `read`, and the warnings; for another process, whose lists nobody here sees."""
     warnings: list[str] = []
-    return read(model, data, unknown, warnings), warnings
+    return _lightened(read(model, data, unknown, warnings)), warnings
+
+
+def _lightened(body: M) -> M:
+    """The body with its large lists and objects pickled, until somebody asks for them (`Body.__getattr__`): made again,
+    they would hold up the process that only sends them on."""
+    fields = vars(body)
+    for name, value in tuple(fields.items()):
+        if isinstance(value, (list, dict)) and len(data := pickle.dumps(value, pickle.HIGHEST_PROTOCOL)) > PACKED:
+            fields.setdefault(_PACKED, {})[name] = data
+            del fields[name]
+    return body
 
 
 def _near(name: str, names: list[str]) -> str:

@@ -18,7 +18,7 @@ from llama2.serve.errors import Refusal
 from llama2.serve.json_response import answer
 from llama2.serve.numbers import FIRST_FAULT, MAX_COUNT
 from llama2.serve.openai import OpenAI
-from llama2.serve.served_model import ServedModel
+from llama2.serve.served_model import TextModel
 from llama2.serve.service import RouteCall
 from llama2.serve.validation import Body, Text, Texts
 
@@ -72,7 +72,7 @@ class RerankBody(Body):
     return_text: bool | None = None
 
 
-def encoded(model: ServedModel, text: str, add: bool, special: bool) -> list[int]:
+def encoded(model: TextModel, text: str, add: bool, special: bool) -> list[int]:
     """The ids of a text, as generation has them where `add`; special: control tokens written in it are ones."""
     if add:
         return list(openai_completions.encode(model.tokenizer, text, special))
@@ -85,14 +85,14 @@ def encoded(model: ServedModel, text: str, add: bool, special: bool) -> list[int
 async def tokenize(call: RouteCall) -> Response:
     """/tokenize of a prompt or messages."""
     body = await call.read(TokenizeBody)
-    if body.prompt is None and not body.messages:
-        raise Refusal("validation", "messages is empty; give at least one", "messages")
-    texts = [body.prompt] if body.prompt is not None else [message.text() for message in body.messages or ()]
-    tgi.check_bytes(call.model, texts)
     return await call.parse(answer, _tokenized, call.model, body)
 
 
-def _tokenized(model: ServedModel, body: TokenizeBody) -> dict[str, Any]:
+def _tokenized(model: TextModel, body: TokenizeBody) -> dict[str, Any]:
+    if body.prompt is None and not body.messages:
+        raise Refusal("validation", "messages is empty; give at least one", "messages")
+    texts = [body.prompt] if body.prompt is not None else [message.text() for message in body.messages or ()]
+    tgi.check_bytes(model, texts)
     if body.prompt is not None:
         ids = encoded(model, body.prompt, body.add_special_tokens is not False, True)
     else:

@@ -5,6 +5,7 @@ Python, such as a template that loops; a thread that does not end even then is g
 The threads end with the process: none of them can keep it alive.
 """
 
+import _thread
 import asyncio
 import contextlib
 import ctypes
@@ -77,12 +78,13 @@ class _Task:
         self.result: Any = None
         self.error: BaseException | None = None
         self._done, self._work = done, [(task, args)]
-        self._lock, self._over = threading.Lock(), False
-        self._thread = threading.Thread(target=self._run, name="llama2-check", daemon=True)
-        self._thread.start()
+        self._lock, self._over, self._ident = threading.Lock(), False, 0
+        # Thread.start() would wait until the new thread has run, which on a busy machine holds up the event loop.
+        _thread.start_new_thread(self._run, ())
 
     def _run(self) -> None:
         _give_way()
+        self._ident = threading.get_ident()
         task, args = self._work.pop()  # timers keep this object, and would keep what it worked on
         try:
             try:
@@ -100,7 +102,7 @@ class _Task:
         """Raises TooLongError inside the task, where it still runs."""
         with self._lock:
             if not self._over:
-                ident = ctypes.c_ulong(self._thread.ident or 0)
+                ident = ctypes.c_ulong(self._ident)  # 0, which is no thread, where it has not even begun
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(TooLongError))
 
 
