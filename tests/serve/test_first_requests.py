@@ -292,6 +292,36 @@ def test_long_conversations_lose_their_oldest_turns(llama2: Path) -> None:
             served.close()
 
 
+def test_answers_go_on_beyond_the_context_where_they_may(llama2: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama2).eval()
+    tokenizer = AutoTokenizer.from_pretrained(llama2)
+    context = model.config.max_position_embeddings
+    raw = {"prompt": "x y ", "temperature": 0, "ignore_eos": True}
+    for overflow in ("refuse", "shift"):
+        served = Served(model, tokenizer, Policy(("tiny",), context_overflow=overflow), None, {})
+        try:
+            plain = post(served.port, "/v1/completions", raw | {"max_tokens": 2 * context}).json
+            fits = plain["usage"]["completion_tokens"]
+            assert fits == 2 * context if overflow == "shift" else fits < context and plain["warnings"]
+            own = raw | {"n_predict": context + 9, "n_keep": 2, "context_shift": True}
+            reply = post(served.port, "/completion", own).json
+            assert reply["tokens_predicted"] == context + 9 and reply["truncated"]
+            assert not post(served.port, "/completion", own | {"n_predict": 3}).json["truncated"]
+            off = post(served.port, "/completion", own | {"context_shift": False}).json
+            assert off["tokens_predicted"] < context and not off["truncated"]
+            smaller = post(
+                served.port, "/v1/completions", raw | {"max_tokens": 90, "num_ctx": 32, "context_shift": True}
+            )
+            assert smaller.json["usage"]["completion_tokens"] == 90
+            ollama = {"model": "tiny", "prompt": "x", "stream": False, "shift": True}
+            told = post(served.port, "/api/generate", ollama | {"options": {"num_predict": context + 9, "num_keep": 4}})
+            assert told.status == 200 and told.json["done"]
+            long = post(served.port, "/v1/completions", raw | {"prompt": "x y " * 600, "max_tokens": 3}).status
+            assert long == (200 if overflow == "shift" else 400)
+        finally:
+            served.close()
+
+
 def test_variables_of_the_template(served: Served) -> None:
     assert chat(served, chat_template_kwargs={"enable_thinking": False, "date_string": "1 May"}).status == 200
     for wrong in ({"safe": False}, {"messages": []}, {"x": served.engine.tokenizer.eos_token}):

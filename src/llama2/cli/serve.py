@@ -183,8 +183,10 @@ class ServeOptions(EngineOptions, RunOptions):
     strict_roles: bool = option(
         False, "refuse conversations that the chat template does not take as they are, which are merged else"
     )
-    context_overflow: Literal["refuse", "truncate"] | None = option(
-        None, "prompts that are too long: refused, or without their oldest turns or tokens (default: refuse)"
+    context_overflow: Literal["refuse", "truncate", "shift"] | None = option(
+        None,
+        "prompts that are too long: refused, or without their oldest turns or tokens; shift: these, and an answer "
+        "that fills the context goes on without the older half (default: refuse)",
     )
     literal_prompts: bool = option(False, "in raw prompts, text such as </s> is text and no control token")
     log_level: Literal["debug", "info", "warning", "error"] | None = option(None, "how much is logged (default: info)")

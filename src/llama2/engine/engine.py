@@ -56,13 +56,20 @@ class ActiveRequest:
     """A request in the engine."""
 
     def __init__(
-        self, ask: EngineRequest, limit: int, decoder: TextDecoder | None, sink: Callable[[TokenEvent], None]
+        self,
+        ask: EngineRequest,
+        limit: int,
+        decoder: TextDecoder | None,
+        sink: Callable[[TokenEvent], None],
+        window: int | None = None,
     ) -> None:
-        self.ask, self.sink = ask, sink
+        """limit: tokens at which it ends, window: those that its context holds, if that is less."""
+        self.ask, self.sink, self.limit = ask, sink, limit
         salt = f"{ask.tenant}\0{ask.adapter or ''}".encode()
         tokens = list(ask.prompt if ask.score_from is None else ask.prompt[:-1])
         scored = len(ask.prompt) - 1 if ask.rate_prompt or ask.score_from is not None else 0
-        self.sequence = Scheduled(tokens, limit, salt, scored, ask.owner, (ask.score_from or 1) - 1)
+        held = limit if window is None else min(limit, window)
+        self.sequence = Scheduled(tokens, held, salt, scored, ask.owner, (ask.score_from or 1) - 1)
         self.choice = TokenSampler(ask.config, ask.prompt, limit, ask.seed, ask.logprobs, ask.processors, ask.drawn)
         self.eos = frozenset(ask.config.eos_token_ids)
         if decoder is not None and ask.continues:
@@ -83,7 +90,7 @@ class ActiveRequest:
             finish = "eos"
         elif self.text is not None and self.text.stopped:
             finish = "stop"
-        elif self.choice.length == self.sequence.limit:
+        elif self.choice.length == self.limit:
             finish = "length"
         if finish is not None and self.text is not None:
             text += self.text.finish()
@@ -270,7 +277,7 @@ class Engine:
         decoder = None
         if self.tokenizer is not None and ask.score_from is None:
             decoder = self.tokenizer.stream_decoder(skip_special_tokens=ask.skip_special_tokens)
-        live = ActiveRequest(ask, limit, decoder, sink)
+        live = ActiveRequest(ask, limit, decoder, sink, self._window(ask) if ask.shift is not None else None)
         self._check(live.sequence, ask)
         with self._lock:
             if self._closing:
@@ -352,6 +359,8 @@ class Engine:
         new = ask.config.max_new_tokens
         if new is None and ask.config.is_set("max_length"):
             new = ask.config.value("max_length") - held
+        if ask.shift is not None:
+            most = self._window(ask)
         if held >= most:
             raise ContextLengthError(
                 f"the prompt has {held} tokens, but context and cache hold {most} together with the answer; shorten it",
@@ -359,6 +368,16 @@ class Engine:
                 most,
             )
         return most if new is None else held + new
+
+    def _window(self, ask: EngineRequest) -> int:
+        """Tokens that a request with a shift holds. Raises InputError where what it keeps leaves no room."""
+        assert ask.shift is not None
+        window = min(self.limit, self.scheduler.capacity() + 1, ask.shift.window)
+        if not 0 <= ask.shift.keep <= window - 2:
+            raise InputError(
+                f"keep is {ask.shift.keep} tokens of a context of {window}; it must be between 0 and {window - 2}"
+            )
+        return window
 
     def _check(self, sequence: Scheduled, ask: EngineRequest) -> None:
         size = self.model.config.vocab_size
@@ -486,6 +505,8 @@ class Engine:
             self.drafter.settle(chunk, len(new) - 1)
         if done:
             self._end(live)
+        elif live.ask.shift is not None and len(chunk.sequence.tokens) >= chunk.sequence.limit:
+            self.scheduler.shift(chunk.sequence, live.ask.shift.keep)
         else:
             chunk.sequence.draft = self._proposed(live, chunk.drafted, len(new) - 1)
 

@@ -58,6 +58,18 @@ class TokenEvent:
 
 
 @dataclass(frozen=True)
+class ContextShift:
+    """How a text goes on that has filled its context: its first `keep` tokens stay, and of those behind them the newer
+    half. What is left is computed anew, so that the next token is the one that follows that shorter text.
+
+    window: tokens of the context, where the engine's is larger.
+    """
+
+    keep: int
+    window: int
+
+
+@dataclass(frozen=True)
 class EngineRequest:
     """A request: a prompt of ids and how to continue it.
 
@@ -71,6 +83,7 @@ class EngineRequest:
     score_from: nothing is generated; the prompt's tokens from this index on are scored, in one event, and so is each of
     `endings` in place of the last one. What stands before may come from the prefix cache, and the last token is not
     computed, so that a prompt may be one token longer than the context.
+    shift: go on beyond the context, up to the number of new tokens; None to end there.
     """
 
     prompt: Sequence[int]
@@ -89,6 +102,7 @@ class EngineRequest:
     owner: str = ""
     score_from: int | None = None
     endings: tuple[int, ...] = ()
+    shift: ContextShift | None = None
     drawn: bool = False
 
 

@@ -43,6 +43,7 @@ class ScheduledSequence:
     computed: int = 0
     reused: int = 0  # positions that were found in the cache when it was first admitted
     preemptions: int = 0
+    shifts: int = 0  # times that its older half was dropped
     planned: int = 0  # the number of the last step that it was part of
     draft: list[int] = field(default_factory=list)  # guesses to be checked in the next step
     _keys: list[bytes] = field(default_factory=list)
@@ -147,6 +148,18 @@ class Scheduler:
             self._release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+
+    def shift(self, sequence: ScheduledSequence, keep: int) -> None:
+        """Drops the older half of what stands behind the first `keep` tokens of a running sequence, which waits then to
+        be computed anew; pages of what it keeps in front are found again."""
+        kept = sequence.tokens[:keep]
+        dropped = max((len(sequence.tokens) - keep) // 2, 1)
+        sequence.tokens = kept + sequence.tokens[keep + dropped :]
+        sequence.scored, sequence.shifts = 0, sequence.shifts + 1
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence._keys = self.pool.keys(sequence.tokens, sequence.salt)
+        self.waiting.appendleft(sequence)
 
     @property
     def idle(self) -> bool:

@@ -101,6 +101,8 @@ class Common(Body):
     cache_prompt: bool | None = None
     keep_alive: KeepAlive | None = None
     num_ctx: Positive | None = None
+    n_keep: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
+    context_shift: bool | None = None
     bad_words: Annotated[list[Annotated[str, Field(max_length=512)]], FIRST_FAULT, Field(max_length=1024)] | None = None
     allowed_token_ids: Ids | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
@@ -206,7 +208,8 @@ class Common(Body):
         if keep is not None:
             keep = bounds.max_input_tokens if keep < 0 else keep
             prompts = tuple(prompt[-keep:] if keep else () for prompt in prompts)
-        prompts, told = placed(prompts, bounds, new_tokens, overflow or model.policy.context_overflow)
+        overflow = self.overflow(model) if overflow is None else overflow
+        prompts, told = placed(prompts, bounds, new_tokens, overflow)
         if new_tokens is not None and self.max_tokens is None:  # a default, which nobody asked for
             told = [warning for warning in told if not warning.startswith(str(new_tokens))]
         if "" in self.stops:
@@ -216,6 +219,7 @@ class Common(Body):
             sampling=self.sampling(model),
             max_new_tokens=new_tokens,
             context=self.num_ctx,
+            keep=self._kept(model, prompts) if overflow == "shift" else None,
             seed=drawn(self.seed),
             stop=tuple(stop for stop in self.stops if stop),
             keep_stop=bool(self.include_stop_str_in_output),
@@ -227,6 +231,22 @@ class Common(Body):
             warnings=(*more.pop("warnings", ()), *told),
             **more,
         )
+
+    def overflow(self, model: TextModel) -> str:
+        """What happens at the end of the context: --context-overflow, unless the body says."""
+        policy = model.policy.context_overflow
+        if self.context_shift is None:
+            return policy
+        if self.context_shift:
+            return "shift"
+        return "truncate" if policy == "shift" else policy
+
+    def _kept(self, model: TextModel, prompts: tuple[tuple[int, ...], ...]) -> int:
+        """Tokens that stay in front when the context is full: llama.cpp's n_keep, -1 for the prompt, and a BOS."""
+        if self.n_keep == -1:
+            return min(map(len, prompts), default=0)
+        bos = model.tokenizer.bos_token_id
+        return (self.n_keep or 0) + all(prompt[:1] == (bos,) for prompt in prompts)
 
     @property
     def stops(self) -> tuple[str, ...]:

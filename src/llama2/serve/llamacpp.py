@@ -43,7 +43,7 @@ _GAP = (("▁<PRE>", "<PRE>", "<fim_prefix>", "<|fim_prefix|>"), ("▁<SUF>", "<
         ("▁<MID>", "<MID>", "<fim_middle>", "<|fim_middle|>"))  # fmt: skip
 _OTHER_NAMES = {"repeat_penalty": "repetition_penalty", "typ_p": "typical_p", "n_cmpl": "n"}
 # Where a request is kept and how much of its progress is told; both are decided here.
-_WITHOUT_EFFECT = ("id_slot", "n_keep", "n_cache_reuse", "cache_prompt", "return_progress")
+_WITHOUT_EFFECT = ("id_slot", "n_cache_reuse", "cache_prompt", "return_progress")
 
 
 class NativeBody(Body):
@@ -244,7 +244,7 @@ class NativeReply:
             "generation_settings": settings(self.request, self.body),
             "prompt": self.prompts[self.prompt(index)],
             "has_new_line": "\n" in text,
-            "truncated": False,
+            "truncated": index in session.shifted,
             "stop_type": _STOPS.get(answer.finish or "length", "none"),
             "stopping_word": answer.stop or "",
             "tokens_cached": len(prompt) + len(picked),

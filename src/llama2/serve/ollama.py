@@ -46,14 +46,14 @@ from llama2.serve.turn import ModelTurn
 from llama2.serve.validation import Body, Text
 
 DEFAULTS: Mapping[str, float] = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
-_RENAMED = {"repeat_penalty": "repetition_penalty"}
+_RENAMED = {"repeat_penalty": "repetition_penalty", "num_keep": "n_keep"}
 _AS_THEY_ARE = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "stop", "seed",
 )  # fmt: skip
 # How a model is loaded: decided when this server starts.
 _LOADING = (
     "num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "use_mlock", "num_thread", "draft_num_predict", "numa",
-    "low_vram", "f16_kv", "logits_all", "vocab_only", "embedding_only", "num_keep",
+    "low_vram", "f16_kv", "logits_all", "vocab_only", "embedding_only",
 )  # fmt: skip
 
 
@@ -108,6 +108,7 @@ class Prompted(Named):
             else:
                 found[_RENAMED.get(name, name)] = value
         found |= {"model": self.asked, "stream": self.streams}
+        found |= {"context_shift": self.shift} if self.shift is not None else {}
         if self.format:
             if isinstance(self.format, str) and self.format != "json":
                 raise Refusal("validation", f'format is {self.format[:40]!r}; give "json" or a JSON schema', "format")

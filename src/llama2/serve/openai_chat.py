@@ -107,9 +107,10 @@ def parse(model: TextModel, body: ChatBody, owner: str) -> tuple[GenerationReque
     n, warnings = body.n or 1, list[str]()
     if body.truncate_prompt_tokens is None:  # templates leave out much, but nothing that a user says
         model.check_texts(message.text() for message in body.messages if message.role == "user")
-    room = None
-    if model.policy.context_overflow != "refuse":
-        room = prompt_room(model.bounds.within(body.num_ctx), None if wanted is None or wanted < 0 else wanted)
+    room, overflow = None, body.overflow(model)
+    if overflow != "refuse":
+        beside = None if wanted is None or wanted < 0 or overflow == "shift" else wanted
+        room = prompt_room(model.bounds.within(body.num_ctx), beside)
     ids = fitting_ids(model, body.messages, tools, body.continues, room, body.chat_template_kwargs, warnings)
     request = body.request(
         model,

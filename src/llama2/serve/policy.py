@@ -9,7 +9,7 @@ class Policy:
 
     names: of the model, as it is shown; aliases: others that it answers to. unknown_fields: warn, refuse or ignore.
     strict_roles: conversations are refused that the template does not take as they are. context_overflow: what happens
-    to a prompt that is too long: refuse or truncate.
+    to a prompt that is too long: refuse or truncate; shift truncates it, and an answer goes on beyond the context.
     """
 
     names: tuple[str, ...] = ("llama2",)

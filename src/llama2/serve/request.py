@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llama2.engine.engine import Engine, EngineRequest
+from llama2.engine.engine import ContextShift, Engine, EngineRequest
 from llama2.generation.config import GenerationConfig
 from llama2.generation.samplers import SamplerSettings, chain
 from llama2.serve.constraint import Constrained, Constraint
@@ -12,6 +12,7 @@ from llama2.serve.errors import Refusal
 from llama2.serve.logits_processors import Bias, CountPenalty, Watermark
 
 SEED_BITS = 2**63 - 1
+MOST_CONTEXTS = 16  # contexts that one answer may fill, where it goes on beyond the first
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ class GenerationRequest:
     """Prompts of ids and how each is continued `best_of` times, of which `n` are told.
 
     max_new_tokens: None fills the context, as does a number beyond it. context: tokens of prompt and answer at most,
-    where the request asks for fewer than the server has. warnings: what of the body is not obeyed. prompt_logprobs,
-    logprobs, continues: see `engine.Ask`. keep_stop:
-    the text ends behind the stop string. salt: requests of another salt share no cached prefix. owner: whose limits
-    and whose share of the engine they take.
+    where the request asks for fewer than the server has. keep: the answer may go on beyond the context, from so many
+    tokens of the beginning and the newer half of the others; None ends it there. warnings: what of the body is not
+    obeyed. prompt_logprobs, logprobs, continues: see `engine.Ask`. keep_stop: the text ends behind the stop string.
+    salt: requests of another salt share no cached prefix. owner: whose limits and whose share of the engine they take.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -112,6 +113,7 @@ class GenerationRequest:
     stream: bool = False
     skip_special_tokens: bool = True
     context: int | None = None
+    keep: int | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -122,7 +124,9 @@ class GenerationRequest:
     def new_tokens(self, prompt: int, bounds: Bounds) -> int:
         """The most new tokens behind a prompt of so many, within bounds that hold for this request."""
         room = bounds.max_total_tokens - prompt
-        return room if self.max_new_tokens is None else min(self.max_new_tokens, room)
+        if self.max_new_tokens is None:
+            return room
+        return min(self.max_new_tokens, room if self.keep is None else MOST_CONTEXTS * bounds.max_total_tokens)
 
     def check(self, bounds: Bounds, vocabulary: int) -> None:
         """Raises Refusal for what the bounds forbid; the engine checks what it alone knows."""
@@ -199,6 +203,9 @@ class GenerationRequest:
                 skip_special_tokens=self.skip_special_tokens,
                 **settings,
             )
+            if self.keep is not None:
+                most = bounds.max_total_tokens
+                ask = replace(ask, shift=ContextShift(min(self.keep, max(most - 4, 0)), most))
             ask = replace(
                 ask, owner=self.owner, continues=self.continues, rate_prompt=self.prompt_logprobs and len(prompt) > 1
             )
@@ -233,12 +240,16 @@ def placed(
     """Prompts that leave room for an answer, and warnings of what that took.
 
     new_tokens: new tokens asked for, None for what there is room for. overflow: "refuse" leaves a prompt that is too
-    long to `GenerationRequest.check`, else its oldest tokens are left out."""
+    long to `GenerationRequest.check`, else its oldest tokens are left out; "shift": the answer needs no room beside it.
+    """
     warnings: list[str] = []
     found = tuple(prompts)
     if overflow != "refuse":
-        found = tuple(fitted(prompt, bounds, new_tokens, warnings) for prompt in found)
+        beside = None if overflow == "shift" else new_tokens
+        found = tuple(fitted(prompt, bounds, beside, warnings) for prompt in found)
     room = bounds.max_total_tokens - max(map(len, found), default=0)
+    if overflow == "shift" and room > 0:
+        room = MOST_CONTEXTS * bounds.max_total_tokens
     if new_tokens is not None and new_tokens > room > 0:
         warnings.append(f"{new_tokens} new tokens were asked for and {room} fit behind the prompt")
     return found, warnings

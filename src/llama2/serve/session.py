@@ -71,6 +71,7 @@ class Session:
         self.times = times
         self.open, self.failed = asks, False
         self.reused, self.tokens, self.gaps = 0, 0, list[float]()
+        self.shifted: set[int] = set()  # asks whose answer went on beyond the context
         self.model = ""  # its name
         self.owner, self._count = "", count
         self._engine, self._mailbox = engine, mailbox
@@ -119,7 +120,9 @@ class Session:
             self.open -= 1
             self.failed = self.failed or event.finish in ("error", "cancelled")
             self.times.ended = now
-            self.reused += self._lives[index].sequence.reused
+            sequence = self._lives[index].sequence
+            self.reused += sequence.reused
+            self.shifted |= {index} if sequence.shifts else set()
         self._arrived.append((index, event))
         self._news.set()
 
