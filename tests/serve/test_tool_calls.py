@@ -1,6 +1,7 @@
 """Calls of functions in every dialect: what a grammar lets through is read back, in any pieces."""
 
 import json
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from llama2.serve.tool_calls import (
     LLAMA3,
     MISTRAL,
     MISTRAL_ARGS,
+    PYTHONIC,
+    XML,
     CallReader,
     ToolDialect,
     dialect_of,
@@ -60,6 +63,20 @@ WRITTEN: list[tuple[ToolDialect, str, list[tuple[str, str]], str]] = [
     (FUNCTION_TAG, "<function=g></function>", [G], ""),
     (FUNCTION_TAG, "a <function=h>{}</function> b", [], "a <function=h>{}</function> b"),
     (FUNCTION_TAG, "x <function=f", [], "x <function=f"),
+    (PYTHONIC, """[f(a='x}"{', b=[1, {"c": 2}]), g()]""", [("f", '{"a": "x}\\"{", "b": [1, {"c": 2}]}'), G], ""),
+    (PYTHONIC, "<|python_start|>[g( )]<|python_end|>", [G], ""),
+    (PYTHONIC, ' [ f(a=True, b=None, c=[true, "),"], d=-1.5) ]', [
+        ("f", '{"a": true, "b": null, "c": [true, "),"], "d": -1.5}')], ""),
+    (PYTHONIC, "[1, 2] is a list of f(x)", [], "[1, 2] is a list of f(x)"),
+    (PYTHONIC, "[f", [], "[f"),
+    (PYTHONIC, "[h(a=1)]", [], "[h(a=1)]"),
+    (PYTHONIC, "Say f(a=1)", [], "Say f(a=1)"),
+    (PYTHONIC, "[f(a=some.thing, b='\\'')]", [("f", '{"a": "some.thing", "b": "\'"}')], ""),
+    (XML, "Well.\n<tool_call>\n<function=f>\n<parameter=a>\nx}\n<b>\n</parameter>\n<parameter=n>\n[1]\n</parameter>\n"
+     "</function>\n</tool_call>\n<tool_call>\n<function=g>\n</function>\n</tool_call>",
+     [("f", '{"a": "x}\\n<b>", "n": [1]}'), G], "Well.\n"),
+    (XML, "<tool_call><function=g></function></tool_call>", [G], ""),
+    (XML, "a <tool b", [], "a <tool b"),
     (MISTRAL_ARGS, "[TOOL_CALLS]f[ARGS]" + ARGUMENTS + "[TOOL_CALLS]g[ARGS]{}", [F, G], ""),
 ]  # fmt: skip
 
@@ -123,13 +140,25 @@ def test_control_tokens_are_hidden() -> None:
         ("{{ tools }}[TOOL_CALLS]x[ARGS]", MISTRAL_ARGS),
         ("{{ tools }}<|python_tag|>", LLAMA3),
         ("{{ tools }}<function=example>{...}</function>", FUNCTION_TAG),
-        ("{{ tools }}<tool_call><function=f><parameter=x>", HERMES),
+        ("{{ tools }}<tool_call><function=f><parameter=x>", XML),
+        ("{{ tools }} in the format of [func_name1(params_name1=params_value1)]", PYTHONIC),
+        ("{{ tools }}<|python_start|>", PYTHONIC),
         ("{{ tools }}", JSON),
         (None, JSON),
     ],
 )
 def test_the_template_chooses_the_dialect(template: str | None, dialect: ToolDialect) -> None:
     assert dialect_of(template) is dialect
+    assert pickle.loads(pickle.dumps(dialect)) is dialect  # it is compared by identity, also behind a reader process
+
+
+def test_arguments_of_python_and_xml_come_one_by_one_and_have_their_types() -> None:
+    reader = CallReader(PYTHONIC, ("f",), takes={"f": {"properties": {"x": {}, "y": {}}}})
+    assert reader.put("[f(1, y=")[1].arguments == '{"x": 1'
+    assert [piece.arguments for piece in reader.put("'é')]")] == [', "y": "é"', "}"]
+    reader = CallReader(XML, ("f",), takes={"f": {"properties": {"s": {"type": "string"}, "n": {"type": "integer"}}}})
+    said = reader.put("<tool_call><function=f><parameter=s>12</parameter><parameter=n>12</parameter></function>")
+    assert "".join(piece.arguments for piece in said) == '{"s": "12", "n": 12}'
 
 
 # -- grammars ----------------------------------------------------------------------------------------------------
@@ -144,7 +173,9 @@ TOOLS = [
 ]
 
 
-@pytest.mark.parametrize("dialect", [JSON, LLAMA3, HERMES, MISTRAL, MISTRAL_ARGS, FUNCTION_TAG], ids=lambda d: d.name)
+@pytest.mark.parametrize(
+    "dialect", [JSON, LLAMA3, HERMES, MISTRAL, MISTRAL_ARGS, FUNCTION_TAG, PYTHONIC, XML], ids=lambda d: d.name
+)
 def test_what_a_grammar_lets_through_is_read(parts: tuple[Any, Compiler], dialect: ToolDialect) -> None:
     tokenizer, numbers = parts[0], set()
     functions = tuple(tool.function for tool in TOOLS)
@@ -161,7 +192,7 @@ def test_what_a_grammar_lets_through_is_read(parts: tuple[Any, Compiler], dialec
 
 
 def test_auto_lets_words_through_too(parts: tuple[Any, Compiler]) -> None:
-    for dialect in (JSON, LLAMA3, HERMES, MISTRAL):
+    for dialect in (JSON, LLAMA3, HERMES, MISTRAL, PYTHONIC, XML):
         tools = Tools(tuple(tool.function for tool in TOOLS), "auto", dialect, True)
         said = [bool(read(tools, walk(*parts, tools.constraint(), seed), random.Random(seed))[1]) for seed in range(6)]
         assert any(said)

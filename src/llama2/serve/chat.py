@@ -119,7 +119,8 @@ class Tools:
 
     def reader(self) -> CallReader:
         """Reads one answer."""
-        return CallReader(self.dialect, (f.name for f in self.functions), self.hidden)
+        takes = {f.name: f.takes for f in self.functions}
+        return CallReader(self.dialect, takes, self.hidden, takes)
 
     def constraint(self, form: Constraint | None = None) -> Constraint:
         """A grammar of calls, or with "auto" also of any other text, or of a form that other answers have."""
@@ -132,7 +133,7 @@ class Tools:
         rules = call_grammar(self.dialect, functions, self.several, dict(self.marks))
         if self.choice == "required":
             rules.insert(0, "start: calls")
-        elif form is not None and form.kind == "json" and self.dialect.bare:
+        elif form is not None and form.kind == "json" and self.dialect.bare and self.dialect.form == "json":
             # One schema for both: a lexer that has read `{"` for a call does not go back to read it as a key.
             takes = [(name, json.loads(schema)) for name, schema in functions]
             rules = [f"start: %json {json.dumps(call_or_form(takes, self.dialect.key, json.loads(form.source)))}"]
@@ -153,7 +154,8 @@ class Tools:
         """Calls or any text that is none; in front of marks there may be text, too."""
         if self.dialect.bare:
             marked = "".join(f" | <[{token}]> calls" for mark, token in self.marks.items())
-            return [f"start: calls | TEXT{marked}", r"TEXT: /[ \n\t]*[^{ \n\t](.|\n)*/"]
+            first = "[" if self.dialect.form == "python" else "{"
+            return [f"start: calls | TEXT{marked}", rf"TEXT: /[ \n\t]*[^{re.escape(first)} \n\t](.|\n)*/"]
         mark = self.dialect.opening[0]
         other = "" if mark in self.marks else rf" & ~/(.|\n)*{re.escape(mark)}(.|\n)*/"
         return ["start: TEXT | calls | TEXT calls", rf"TEXT: /(.|\n)+/{other}"]

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llama2.engine.engine import ContextShift, Engine, EngineRequest
+from llama2.engine.engine import Engine, EngineRequest
+from llama2.engine.request import ContextShift
 from llama2.generation.config import GenerationConfig
 from llama2.generation.samplers import SamplerSettings, chain
 from llama2.serve.constraint import Constrained, Constraint

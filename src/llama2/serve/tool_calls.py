@@ -8,14 +8,26 @@
 | mistral | `[TOOL_CALLS] [{"name": "f", "arguments": {...}}]` | in the list |
 | mistral-args | `[TOOL_CALLS]f[ARGS]{...}` | one behind the other |
 | function-tag | `<function=f>{...}</function>` | one per line |
+| pythonic | `[f(a=1, b="x")]`, also between `<|python_start|>` and `<|python_end|>` | in the list |
+| xml | `<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>` | one behind the other |
 """
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from llama2.serve.tool_values import (
+    XML_TEXT,
+    python_arguments,
+    python_end,
+    python_value,
+    xml_arguments,
+    xml_value,
+)
+
+EMPTY = '""'
 MOST_CALLS = 16  # in one answer, where it is held to a grammar
 _PREFIX = re.compile(
     r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
@@ -26,7 +38,7 @@ _PREFIX = re.compile(
 class ToolDialect:
     """One way to write calls. opening: marks before calls; bare: a call may also begin the answer without one.
 
-    args: the mark between a name and its arguments, where calls are no JSON objects.
+    args: the mark between a name and its arguments, where calls are no JSON objects. form: how arguments are written.
     """
 
     name: str
@@ -39,6 +51,11 @@ class ToolDialect:
     bare: bool = False
     listed: bool = False
     args: str = ""
+    form: Literal["json", "python", "xml"] = "json"
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        """Dialects are compared by identity, also those that come from another process."""
+        return _named, (self.name,)
 
 
 JSON = ToolDialect("json", bare=True)
@@ -49,16 +66,34 @@ MISTRAL_ARGS = ToolDialect("mistral-args", opening=("[TOOL_CALLS]",), between=""
 FUNCTION_TAG = ToolDialect("function-tag", opening=("<function=",), closing="</function>", args=">")
 
 
+PYTHONIC = ToolDialect(
+    "pythonic", opening=("<|python_start|>",), between=", ", before="[", after="]", bare=True, form="python"
+)
+XML = ToolDialect("xml", opening=("<tool_call>",), closing="</tool_call>", before="\n", after="\n", form="xml")
+DIALECTS = (JSON, LLAMA3, HERMES, MISTRAL, MISTRAL_ARGS, FUNCTION_TAG, PYTHONIC, XML)
+_PYTHON_CALL, _PYTHON_BEGIN = re.compile(r"\s*\[?\s*([\w.\-]+)\s*\("), re.compile(r"\s*\[?\s*([\w.\-]*)\s*")
+_PYTHON_NAME = re.compile(r"[\s,]*([A-Za-z_]\w*)\s*=(?!=)\s*")
+_XML_CALL, _XML_VALUE = re.compile(r"\s*<function=([^>\n]+)>"), re.compile(r"\s*<parameter=([^>\n]+)>")
+
+
+def _named(name: str) -> ToolDialect:
+    return next(dialect for dialect in DIALECTS if dialect.name == name)
+
+
 def dialect_of(template: str | None) -> ToolDialect:
     """The dialect that a chat template has its model write."""
     if template is None or "tools" not in template:
         return JSON
     if "[TOOL_CALLS]" in template:
         return MISTRAL_ARGS if "[ARGS]" in template else MISTRAL
+    if "<function=" in template and "<parameter=" in template:
+        return XML
     if "<tool_call>" in template:
         return HERMES
-    if "<function=" in template and "<parameter=" not in template:  # with it arguments are XML
+    if "<function=" in template:
         return FUNCTION_TAG
+    if "[func_name1(" in template or "<|python_start|>" in template:  # Llama 3.2's and Llama 4's instructions
+        return PYTHONIC
     return LLAMA3 if "<|python_tag|>" in template or '"parameters": ' in template else JSON
 
 
@@ -78,6 +113,14 @@ def call_grammar(
 
     rules = [f"call: {' | '.join(f'call{i}' for i in range(len(functions)))}"]
     for i, (name, schema) in enumerate(functions):
+        if dialect.form == "python":
+            rules.append(f'call{i}: {json.dumps(f"{name}(")} arguments{i} ")"')
+            rules.append(f"arguments{i}: {python_arguments(json.loads(schema)) or EMPTY}")
+            continue
+        if dialect.form == "xml":
+            rules.append(f'call{i}: {json.dumps(f"<function={name}>{chr(10)}")} arguments{i} "</function>"')
+            rules.append(f"arguments{i}: {xml_arguments(json.loads(schema)) or EMPTY}")
+            continue
         if dialect.args:
             opening = "" if dialect.closing else text(dialect.opening[0])  # before each call, where there is a closing
             rules.append(f"call{i}: {opening} {json.dumps(name)} {text(dialect.args)} arguments{i}")
@@ -85,6 +128,8 @@ def call_grammar(
             begin = json.dumps(f'{{"name": {json.dumps(name)}, "{dialect.key}": ')
             rules.append(f'call{i}: {begin} arguments{i} "}}"')
         rules.append(f"arguments{i}: %json {schema}")
+    if dialect.form == "xml" and any("XML_TEXT" in rule for rule in rules):
+        rules.append(XML_TEXT)
     between = json.dumps(dialect.between) if dialect.between else ""
     tail = f"({between} call){{0,{MOST_CALLS - 1}}}" if several else ""
     if dialect.closing:  # each call between marks of its own
@@ -92,6 +137,8 @@ def call_grammar(
         rules.append(f"marked: {one}")
         tail = tail.replace(" call)", " marked)")
         return [f"calls: marked {tail}", *rules]
+    if dialect.form == "python":
+        return [f'calls: "[" call {tail} "]"', *rules]
     if dialect.listed:
         return [f"calls: {joined(dialect.opening[0], dialect.before)} call {tail} {joined(dialect.after)}", *rules]
     return [f"calls: call {tail}", *rules]
@@ -111,10 +158,19 @@ class CallReader:
     A JSON object is a call only where it names one of the functions; else it is text like any other.
     """
 
-    def __init__(self, dialect: ToolDialect = JSON, names: Iterable[str] = (), hidden: Iterable[str] = ()) -> None:
-        """names: of the functions; none for any. hidden: texts of control tokens, which are left out."""
+    def __init__(
+        self,
+        dialect: ToolDialect = JSON,
+        names: Iterable[str] = (),
+        hidden: Iterable[str] = (),
+        takes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """names: of the functions; none for any. hidden: texts of control tokens, which are left out. takes: schemas of
+        arguments by function, for dialects that write no types."""
         self.dialect, self.names = dialect, frozenset(names)
-        self._hidden = tuple(text for text in hidden if text and text not in (*dialect.opening, dialect.args))
+        self._takes, self._call = takes or {}, ""
+        shown = (*dialect.opening, dialect.args, dialect.closing if dialect.form == "xml" else "")
+        self._hidden = tuple(text for text in hidden if text and text not in shown)
         self._held, self._state = "", "start" if dialect.bare else "text"
         self._depth, self._in_string, self._escaped = 0, False, False
         self._marked = self._spoken = False
@@ -151,7 +207,7 @@ class CallReader:
             return []
         if any(mark.startswith(text) and mark != text for mark in self.dialect.opening):
             return []
-        self._state = "open" if text.startswith("{") else "text"
+        self._state = "open" if text.startswith("[" if self.dialect.form == "python" else "{") else "text"
         return []
 
     def _in_text(self) -> list[Said]:
@@ -177,6 +233,8 @@ class CallReader:
 
     def _in_open(self) -> list[Said]:
         """Behind a mark, or at a brace that may begin a call."""
+        if self.dialect.form != "json":
+            return self._in_open_form()
         if self.dialect.args:
             name, mark, rest = self._held.partition(self.dialect.args)
             if not mark:
@@ -203,6 +261,65 @@ class CallReader:
             return self._as_text()
         self._held, self._state = start[end:], "between"
         return said
+
+    def _in_open_form(self) -> list[Said]:
+        """As `_in_open`, where a call is no JSON object."""
+        python = self.dialect.form == "python"
+        found = (_PYTHON_CALL if python else _XML_CALL).match(self._held)
+        if found is not None and self._known(found[1].strip()):
+            self._call, self._held = found[1].strip(), self._held[found.end() :]
+            self._state, self._depth = self.dialect.form, 0
+            return [Said(name=self._call)]
+        begun = self._held.lstrip()
+        if python:
+            begin = _PYTHON_BEGIN.fullmatch(self._held)
+            coming = begin is not None and (not self.names or any(name.startswith(begin[1]) for name in self.names))
+        else:
+            coming = "<function=".startswith(begun) or (begun.startswith("<function=") and "\n" not in begun
+                                                       and ">" not in begun)  # fmt: skip
+        return [] if coming else self._as_text()
+
+    def _said_argument(self, name: str, value: str) -> Said:
+        self._depth += 1
+        return Said(arguments=f"{', ' if self._depth > 1 else '{'}{json.dumps(name, ensure_ascii=False)}: {value}")
+
+    def _properties(self) -> Mapping[str, Any]:
+        found = self._takes.get(self._call, {}).get("properties")
+        return found if isinstance(found, Mapping) else {}
+
+    def _ended(self, rest: str) -> list[Said]:
+        self._held, self._state = rest, "between"
+        return [Said(arguments="}" if self._depth else "{}")]
+
+    def _in_python(self) -> list[Said]:
+        """Inside the brackets of a call: one argument that is complete, or their end."""
+        text = self._held.lstrip(" \n\r\t,")
+        if text.startswith(")"):
+            return self._ended(text[1:])
+        named = _PYTHON_NAME.match(text)
+        at = named.end() if named is not None else 0
+        end = python_end(text, at)
+        if end < 0:
+            return []
+        places = list(self._properties())
+        place = places[self._depth] if self._depth < len(places) else str(self._depth)
+        self._held = text[end:]
+        return [self._said_argument(named[1] if named is not None else place, python_value(text[at:end]))]
+
+    def _in_xml(self) -> list[Said]:
+        """Inside a function's element: one parameter that is complete, or the end."""
+        text = self._held.lstrip()
+        if text.startswith("</function>"):
+            return self._ended(text.removeprefix("</function>"))
+        opening = _XML_VALUE.match(text)
+        if opening is None:
+            partial = any(mark.startswith(text[: len(mark)]) for mark in ("</function>", "<parameter="))
+            return [] if partial and "\n" not in text else self._ended(text)
+        value, mark, rest = text[opening.end() :].partition("</parameter>")
+        if not mark:
+            return []
+        self._held, name = rest, opening[1].strip()
+        return [self._said_argument(name, xml_value(value, self._properties().get(name)))]
 
     def _as_text(self) -> list[Said]:
         """Returns the held text, which is not a call after all."""
@@ -263,6 +380,8 @@ class CallReader:
     def _in_between(self) -> list[Said]:
         """Behind a call: its closing mark, then another call, or words."""
         text = self._held.lstrip(" \n\r\t;,]")
+        if self.dialect.form == "python":
+            return self._between_python(text)
         closing = self.dialect.closing
         if closing and text and (text.startswith(closing) or closing.startswith(text)):
             if text.startswith(closing):
@@ -272,6 +391,14 @@ class CallReader:
             return []
         self._held = text
         self._state = "open" if text.startswith("{") and not closing and not self.dialect.args else "text"
+        return []
+
+    def _between_python(self, text: str) -> list[Said]:
+        """Behind a call of Python: another one in the same list, or words; the closing mark says nothing."""
+        mark, listed = "<|python_end|>", "]" not in self._held[: len(self._held) - len(text)]
+        if not text or (mark.startswith(text) and text != mark):
+            return []
+        self._held, self._state = text.removeprefix(mark), "open" if listed else "text"
         return []
 
 
