@@ -184,10 +184,9 @@ class ServeOptions(EngineOptions, RunOptions):
         False, "refuse conversations that the chat template does not take as they are, which are merged else"
     )
     context_overflow: Literal["refuse", "truncate", "shift"] | None = option(
-        None,
-        "prompts that are too long: refused, or without their oldest turns or tokens; shift: these, and an answer "
-        "that fills the context goes on without the older half (default: refuse)",
-    )
+        None, "prompts that are too long: refused, or without their oldest turns or tokens (default: refuse); shift: "
+        "and full answers go on without the older half",
+    )  # fmt: skip
     literal_prompts: bool = option(False, "in raw prompts, text such as </s> is text and no control token")
     log_level: Literal["debug", "info", "warning", "error"] | None = option(None, "how much is logged (default: info)")
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ConfigDict
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.engine import Finish, TokenEvent
+from llama2.engine.request import Finish, TokenEvent
 from llama2.engine.sampler import SampledToken
 from llama2.serve import openai_chat, openai_completions, sse
 from llama2.serve.dialect import Dialect, Route, get, post

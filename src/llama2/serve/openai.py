@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from llama2.engine.engine import Finish
+from llama2.engine.request import Finish
 from llama2.engine.sampler import SampledToken
 from llama2.serve.dialect import Dialect, Route
 from llama2.serve.errors import KINDS, Refusal

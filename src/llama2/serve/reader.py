@@ -37,7 +37,7 @@ class Resident:
         return self._pickled
 
     def sent(self) -> Any:
-        """What is sent of it."""
+        """Returns the part of it that is sent."""
         raise NotImplementedError
 
 

@@ -21,7 +21,7 @@ _OF_THE_SERVER = ("engine", "compiler", "number", "_pickled")  # what other proc
 
 
 class TextModel:
-    """What reading a request takes of a model: tokenizer, bounds, names and settings. No weights, so that it can be
+    """All of a model that reading a request takes: tokenizer, bounds, names and settings. No weights, so that it can be
     sent to another process. Parsers of every dialect take one; its attributes do not change."""
 
     def __init__(
@@ -119,7 +119,7 @@ class ServedModel(TextModel, Resident):
         self.pickled()  # now: the tokenizer's library keeps the interpreter's lock for up to a tenth of a second
 
     def sent(self) -> TextModel:
-        """What other processes read requests with."""
+        """Returns the part that other processes read requests with."""
         found = TextModel.__new__(TextModel)
         own = {name: value for name, value in vars(self).items() if name not in _OF_THE_SERVER}
         found.__dict__.update(own)

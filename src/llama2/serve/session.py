@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from llama2.engine.engine import ActiveRequest, Engine, EngineBusyError, EngineRequest, Finish, TokenEvent
+from llama2.engine.active_request import ActiveRequest
+from llama2.engine.engine import Engine, EngineBusyError, EngineRequest, TokenEvent
+from llama2.engine.request import Finish
 from llama2.engine.sampler import SampledToken
 from llama2.errors import InputError, Llama2Error
 from llama2.serve.constraint import ConstraintError

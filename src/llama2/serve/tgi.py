@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from llama2.engine.engine import Finish, TokenEvent
+from llama2.engine.request import Finish, TokenEvent
 from llama2.engine.sampler import SampledToken
 from llama2.serve import sse
 from llama2.serve.chat import prompt_ids

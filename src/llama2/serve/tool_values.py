@@ -114,7 +114,7 @@ def _inside(schema: Mapping[str, Any], name: str) -> str:
 
 
 def _listed(schema: Mapping[str, Any], written: Mapping[str, str], between: str) -> str:
-    """What is required, in its order, and then as many of the rest as there are, in any."""
+    """Joins what is required, in its order, and then as many of the rest as there are, in any."""
     needed = [name for name in schema.get("required") or () if name in written]
     rest = [text for name, text in written.items() if name not in needed]
     first = f" {between} ".join(written[name] for name in needed)

@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llama2.engine.engine import Finish, TokenEvent
+from llama2.engine.request import Finish, TokenEvent
 from llama2.serve.chat import Tools
 from llama2.serve.session import Answer
 
