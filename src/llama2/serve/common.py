@@ -233,7 +233,7 @@ class Common(Body):
         )
 
     def overflow(self, model: TextModel) -> str:
-        """What happens at the end of the context: --context-overflow, unless the body says."""
+        """Returns the action at the end of the context: --context-overflow, unless the body says."""
         policy = model.policy.context_overflow
         if self.context_shift is None:
             return policy
