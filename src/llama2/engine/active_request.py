@@ -29,8 +29,8 @@ class ActiveRequest:
         salt = f"{ask.tenant}\0{ask.adapter or ''}".encode()
         tokens = list(ask.prompt if ask.score_from is None else ask.prompt[:-1])
         scored = len(ask.prompt) - 1 if ask.rate_prompt or ask.score_from is not None else 0
-        held = limit if window is None else min(limit, window)
-        self.sequence = Scheduled(tokens, held, salt, scored, ask.owner, (ask.score_from or 1) - 1)
+        most = limit if window is None else min(limit, window)
+        self.sequence = Scheduled(tokens, most, salt, scored, ask.owner, (ask.score_from or 1) - 1)
         self.choice = TokenSampler(ask.config, ask.prompt, limit, ask.seed, ask.logprobs, ask.processors, ask.drawn)
         self.eos = frozenset(ask.config.eos_token_ids)
         if decoder is not None and ask.continues:

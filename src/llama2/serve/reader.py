@@ -120,10 +120,10 @@ def main() -> None:
             residents.pop(number, None)
         else:
             try:
-                found = pickle.dumps(outcome(content, residents), pickle.HIGHEST_PROTOCOL)
+                reply = pickle.dumps(outcome(content, residents), pickle.HIGHEST_PROTOCOL)
             except Exception:  # a result that is no data
-                found = pickle.dumps(("failure", traceback.format_exc()))
-            write(answers, found)
+                reply = pickle.dumps(("failure", traceback.format_exc()))
+            write(answers, reply)
 
 
 if __name__ == "__main__":

@@ -120,10 +120,10 @@ class ServedModel(TextModel, Resident):
 
     def sent(self) -> TextModel:
         """Returns the part that other processes read requests with."""
-        found = TextModel.__new__(TextModel)
-        own = {name: value for name, value in vars(self).items() if name not in _OF_THE_SERVER}
-        found.__dict__.update(own)
-        return found
+        text_model = TextModel.__new__(TextModel)
+        fields = {name: value for name, value in vars(self).items() if name not in _OF_THE_SERVER}
+        text_model.__dict__.update(fields)
+        return text_model
 
     def engine_requests(self, request: GenerationRequest, compiled: Any) -> list[EngineRequest]:
         """A checked request as the engine takes it; compiled: its constraint, where it has one. Raises InputError."""

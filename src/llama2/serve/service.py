@@ -182,9 +182,9 @@ class Service:
 
     def submitted(self, session: Session, request: GenerationRequest, asks: Sequence[EngineRequest]) -> None:
         """Counts a request that the engine has."""
-        held = sum(map(len, request.prompts))
-        self.rate.charge(request.owner, held)
-        self.metrics.taken(held, asks[0].config.max_new_tokens or 0, "" if self.pool.fixed else session.model)
+        prompt_tokens = sum(map(len, request.prompts))
+        self.rate.charge(request.owner, prompt_tokens)
+        self.metrics.taken(prompt_tokens, asks[0].config.max_new_tokens or 0, "" if self.pool.fixed else session.model)
 
     def leave(self, session: Session) -> bool:
         """Closes a session and gives its place back, once; whether it was open."""

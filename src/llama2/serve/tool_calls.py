@@ -265,9 +265,9 @@ class CallReader:
     def _in_open_form(self) -> list[Said]:
         """As `_in_open`, where a call is no JSON object."""
         python = self.dialect.form == "python"
-        found = (_PYTHON_CALL if python else _XML_CALL).match(self._held)
-        if found is not None and self._known(found[1].strip()):
-            self._call, self._held = found[1].strip(), self._held[found.end() :]
+        call = (_PYTHON_CALL if python else _XML_CALL).match(self._held)
+        if call is not None and self._known(call[1].strip()):
+            self._call, self._held = call[1].strip(), self._held[call.end() :]
             self._state, self._depth = self.dialect.form, 0
             return [Said(name=self._call)]
         begun = self._held.lstrip()
@@ -284,8 +284,8 @@ class CallReader:
         return Said(arguments=f"{', ' if self._depth > 1 else '{'}{json.dumps(name, ensure_ascii=False)}: {value}")
 
     def _properties(self) -> Mapping[str, Any]:
-        found = self._takes.get(self._call, {}).get("properties")
-        return found if isinstance(found, Mapping) else {}
+        properties = self._takes.get(self._call, {}).get("properties")
+        return properties if isinstance(properties, Mapping) else {}
 
     def _ended(self, rest: str) -> list[Said]:
         self._held, self._state = rest, "between"
@@ -297,14 +297,14 @@ class CallReader:
         if text.startswith(")"):
             return self._ended(text[1:])
         named = _PYTHON_NAME.match(text)
-        at = named.end() if named is not None else 0
-        end = python_end(text, at)
+        start = named.end() if named is not None else 0
+        end = python_end(text, start)
         if end < 0:
             return []
         places = list(self._properties())
         place = places[self._depth] if self._depth < len(places) else str(self._depth)
         self._held = text[end:]
-        return [self._said_argument(named[1] if named is not None else place, python_value(text[at:end]))]
+        return [self._said_argument(named[1] if named is not None else place, python_value(text[start:end]))]
 
     def _in_xml(self) -> list[Said]:
         """Inside a function's element: one parameter that is complete, or the end."""

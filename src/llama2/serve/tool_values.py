@@ -13,14 +13,14 @@ _WORDS = {"true": True, "false": False, "null": None}
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
-def python_end(text: str, at: int) -> int:
-    """Where the value that begins at `at` ends, at the comma or bracket behind it; -1 where it does not yet."""
+def python_end(text: str, index: int) -> int:
+    """Where the value that begins at `index` ends, at the comma or bracket behind it; -1 where it does not yet."""
     depth, quote = 0, ""
-    while at < len(text):
-        character = text[at]
+    while index < len(text):
+        character = text[index]
         if quote:
             if character == "\\":
-                at += 1
+                index += 1
             elif character == quote:
                 quote = ""
         elif character in "\"'":
@@ -29,11 +29,11 @@ def python_end(text: str, at: int) -> int:
             depth += 1
         elif character in _CLOSING.values():
             if not depth:
-                return at
+                return index
             depth -= 1
         elif character == "," and not depth:
-            return at
-        at += 1
+            return index
+        index += 1
     return -1
 
 
@@ -102,8 +102,8 @@ XML_TEXT = r"XML_TEXT: /[^<]+/"  # a rule that `xml_arguments` may name; text wi
 
 
 def _properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = schema.get("properties")
-    return found if isinstance(found, Mapping) else {}
+    properties = schema.get("properties")
+    return properties if isinstance(properties, Mapping) else {}
 
 
 def _inside(schema: Mapping[str, Any], name: str) -> str:
