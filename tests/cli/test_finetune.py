@@ -12,6 +12,7 @@ import torch
 from cli.conftest import Run
 
 from llama2 import AutoModelForCausalLM, AutoTokenizer, InputError, LoraConfig, TrainingArguments
+from llama2.cli.finetune import before_torch
 from llama2.cli.progress import StepMeter
 from llama2.train import checkpoint_state, checkpoints
 from llama2.train.finetune import Finetune, Recipe
@@ -35,6 +36,14 @@ def learnt(out: Path) -> bool:
     third = len(losses) // 3
     assert third >= 4
     return sum(losses[-third:]) < 0.8 * sum(losses[:third])
+
+
+def test_threads_wait_asleep_unless_it_is_said_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, wanted in (({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
+        environment = dict(given)
+        monkeypatch.setattr("os.environ", environment)
+        before_torch()
+        assert environment.get("GOMP_SPINCOUNT") == wanted and environment["LRU_CACHE_CAPACITY"] == "128"
 
 
 @pytest.fixture

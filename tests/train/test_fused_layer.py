@@ -21,9 +21,10 @@ from llama2.compiled import available, instruction_sets, kernels, pool
 from llama2.lora_config import LoraConfig
 from llama2.quantization.int8 import Linear8bit
 from llama2.quantization_config import BitsAndBytesConfig
+from llama2.train import objectives
 from llama2.train.answers import Preferences
 from llama2.train.data import EncodedPair, Example
-from llama2.train.fused_layer import _Plan, ends_of, fused, plan_of
+from llama2.train.fused_layer import _Plan, fused, plan_of, texts_of
 from llama2.train.objectives import Classification, NextToken, hidden_of, packed_rows
 
 needs_kernels = pytest.mark.skipif(not available(), reason="the compiled module is not built")
@@ -98,6 +99,38 @@ def test_gradients_are_those_of_float64(sizes: dict[str, Any], prepare: Callable
     for name, grad in found.items():
         distance = (grad.double() - wanted[name]).norm() / wanted[name].norm()
         assert distance < FLOAT32, f"{name}: {distance:.1e}"
+
+
+def alike() -> list[Example]:
+    """Answers to two prompts and to none, and prompts that are alike in their first tokens."""
+    first, second = tiny_ids(1, 14, seed=50)[0].tolist(), tiny_ids(1, 9, seed=51)[0].tolist()
+    second[:3] = first[:3]
+    rows = [(first, 5), (first, 9), (second, 3), (first, 1), (second, 12), (second, 4), ([], 7)]
+    answers = [tiny_ids(1, n, seed=60 + i)[0].tolist() for i, (_, n) in enumerate(rows)]
+    return [Example([*p, *a], [*[-100] * len(p), *a]) for (p, _), a in zip(rows, answers, strict=True)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("sizes", [{}, {"head_dim": 24}, {"num_key_value_heads": 1}])
+@pytest.mark.parametrize("prepare", [lambda model: model, adapted, qlora], ids=["full", "lora", "qlora"])
+def test_what_rows_begin_with_is_computed_once(
+    sizes: dict[str, Any], prepare: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers to one prompt share its tokens, in the forward pass and in the gradients; the values are the same."""
+    model = prepare(tiny_model(torch.float32, **sizes)).train()
+    exact, rows = copy.deepcopy(model).double(), packed_rows(alike(), 60, False)
+    value, wanted = gradients(exact, rows)
+    widths, layout = [], objectives.one_row_shared
+    monkeypatch.setattr(
+        objectives, "one_row_shared", lambda *given: widths.append(len((r := layout(*given))[0][0])) or r
+    )
+    with fused(model):
+        loss, found = gradients(model, rows)
+    every = sum(len(row.input_ids) for row in rows)
+    assert widths == [-(-(every - 2 * 14 - 3 - 2 * 9) // 64) * 64]
+    assert loss == pytest.approx(value, rel=1e-6) and found.keys() == wanted.keys()
+    for name, grad in found.items():
+        assert (grad.double() - wanted[name]).norm() < FLOAT32 * wanted[name].norm(), name
 
 
 @pytest.mark.parametrize("prepare", [adapted, qlora, eight_bits], ids=["lora", "qlora", "int8"])
@@ -293,7 +326,7 @@ def test_what_the_kernels_do_not_know_runs_as_always() -> None:
 
 
 def test_ends_of_texts() -> None:
-    assert ends_of(Mask(None, causal=True), 2, 5).tolist() == [5, 10]  # type: ignore[union-attr]
+    assert texts_of(Mask(None, causal=True), 2, 5).ends.tolist() == [5, 10]  # type: ignore[union-attr]
     batch = NextToken().collate(packed_rows(examples(4), 30))
     mask = make_mask(batch["attention_mask"], 30, 0, 30, torch.device("cpu"))
     rows = packed_rows(examples(4), 30)
@@ -301,11 +334,28 @@ def test_ends_of_texts() -> None:
     wanted = []
     for i, row in enumerate(rows):
         wanted += [i * tokens + at for at in (*row.starts[1:], len(row.input_ids), tokens)]
-    assert ends_of(mask, len(rows), tokens).tolist() == sorted(set(wanted))  # type: ignore[union-attr]
+    assert texts_of(mask, len(rows), tokens).ends.tolist() == sorted(set(wanted))  # type: ignore[union-attr]
     left = torch.tensor([[0, 1, 1], [1, 1, 1]])  # padding that sees nothing
-    assert ends_of(make_mask(left, 3, 0, 3, torch.device("cpu")), 2, 3) is None
+    assert texts_of(make_mask(left, 3, 0, 3, torch.device("cpu")), 2, 3) is None
     window = torch.ones(4, 4, dtype=torch.bool).tril().triu(-1)
-    assert ends_of(Mask(window[None, None], causal=False), 1, 4) is None
+    assert texts_of(Mask(window[None, None], causal=False), 1, 4) is None
+
+
+def test_masks_that_are_no_beginnings_of_earlier_texts() -> None:
+    """The second text takes tokens from the middle of the first, of one that itself takes some, or not all alike."""
+    whole = torch.ones(6, 6, dtype=torch.bool).tril()
+    for own, tokens in (((4, 6), (1, 3)), ((2, 4, 6), (2, 4)), ((4, 6), None)):
+        mask, begin = torch.zeros_like(whole), 0
+        for end in own:
+            mask[begin:end, begin:end] = whole[begin:end, begin:end]
+            begin = end
+        if len(own) == 3:
+            mask[2:4, :1] = True  # the second takes one from the first, so the third cannot take from the second
+        last = own[-2]
+        mask[last:, slice(*(tokens or (0, 1)))] = True
+        if tokens is None:
+            mask[5, 1] = True
+        assert texts_of(Mask(mask[None, None], causal=False), 1, 6) is None
 
 
 @needs_kernels

@@ -157,7 +157,8 @@ class PolicyTrainer(Tuner):
         order = list(range(len(items)))
         if self.plan.steps > 1:
             random.Random(f"{self.args.seed}/answers/{index}/{turn}").shuffle(order)
-        return [items[i] for i in order[number * self.batch : (number + 1) * self.batch]]
+        # Answers to one prompt stand together: what they begin with is computed once.
+        return [items[i] for i in sorted(order[number * self.batch : (number + 1) * self.batch])]
 
     def _by_objective(self) -> Found:
         begin = time.perf_counter()

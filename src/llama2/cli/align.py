@@ -19,7 +19,7 @@ from llama2.cli.align_options import (
     RlooOptions,
     SynthesisOptions,
 )
-from llama2.cli.finetune import bound_caches
+from llama2.cli.finetune import before_torch
 from llama2.cli.progress import StepMeter
 from llama2.cli.recipes import set_values
 from llama2.errors import InputError
@@ -53,7 +53,7 @@ def words(arguments: Sequence[str]) -> list[str]:
 
 def run(options: Options) -> int:
     """Runs the command."""
-    bound_caches()
+    before_torch()
     runs: dict[str, Callable[[Any], int]] = {
         "_reject": _reject,
         "_optimize": _optimize,

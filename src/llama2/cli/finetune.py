@@ -176,17 +176,22 @@ def words(arguments: Sequence[str]) -> list[str]:
     return expanded(arguments, TASKS)
 
 
-def bound_caches() -> None:
-    """Torch and oneDNN each keep what they made for 1,024 shapes of products, half a megabyte a shape and more for wide
-    ones: rows of many lengths fill gigabytes. Both read their bound at the first product of the process.
+def before_torch() -> None:
+    """Sets what torch reads when it is imported, unless the user has.
+
+    Torch and oneDNN each keep what they made for 1,024 shapes of products, half a megabyte a shape and more for wide
+    ones: rows of many lengths fill gigabytes. And threads of OpenMP that wait for a late one turn for milliseconds: on
+    processors that others use just the time that the late one needs. Here it is some 20 us, and then they sleep.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def run(options: TaskOptions) -> int:
     """Runs the command."""
-    bound_caches()
+    before_torch()
     from llama2.train.distributed import shutdown
     from llama2.train.finetune import Finetune
 

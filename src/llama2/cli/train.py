@@ -88,7 +88,7 @@ def _fail(root: Path, said: str) -> None:
 
 
 def _train(root: Path) -> int:
-    finetune.bound_caches()
+    finetune.before_torch()
     from llama2.train.distributed import shutdown
     from llama2.train.finetune import Finetune
 

@@ -93,27 +93,68 @@ class TrainingLayers:
     def _places_of(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask) -> "_Places | None":
         if self._seen is None or self._seen[0] is not mask or self._seen[1] is not rotation[0]:
             batch, tokens = x_BTD.shape[:2]
-            ends = ends_of(mask, batch, tokens)
+            texts = texts_of(mask, batch, tokens)
             self._seen, self._places = (mask, rotation[0]), None
-            if ends is not None:
-                tables = [t.expand(batch, 1, tokens, -1).reshape(batch * tokens, -1).contiguous() for t in rotation]
-                self._places = _Places(tables[0], tables[1], ends)
+            if texts is not None:
+                tables = [t.expand(batch, 1, tokens, -1).reshape(batch * tokens, -1) for t in rotation]
+                cos, sin = (texts.spread(table).contiguous() for table in tables)
+                self._places = _Places(cos, sin, texts)
         return self._places
 
 
 @dataclass
+class PackedTexts:
+    """Texts among N tokens, one behind the other: where each ends (in S tokens, which are the N where index is None).
+
+    Where texts begin alike, their tokens stand once among the N: index (S,) is the place of each token of all texts,
+    shared the beginnings that are taken from another text (place, tokens, where they stand among the S)."""
+
+    ends: Tensor
+    index: Tensor | None = None
+    own: Tensor | None = None  # (N,): where each token of its own stands among the S
+    shared: tuple[tuple[int, int, int], ...] = ()
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(N, ...) as the tokens of all texts (S, ...)."""
+        return x if self.index is None else x[self.index]
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Values (N, ...) of each token itself, of those of all texts (S, ...)."""
+        return x if self.own is None else x[self.own]
+
+    def only_own(self, x: Tensor) -> Tensor:
+        """(N, ...) as (S, ...), with 0 for what is taken from another text."""
+        if self.index is None:
+            return x
+        spread = x[self.index]
+        for _, tokens, at in self.shared:
+            spread[at : at + tokens] = 0
+        return spread
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum over all that a token was taken for: (S, ...) to (N, ...), in float32 and rounded once."""
+        if self.own is None:
+            return x
+        total = x[self.own].to(torch.float32)
+        for place, tokens, at in self.shared:
+            total[place : place + tokens] += x[at : at + tokens]
+        return total.to(x.dtype)
+
+
+@dataclass
 class _Places:
-    """Rotations (N, E) float32, and where each text ends among the N tokens."""
+    """Rotations (S, E) float32 of the tokens of all texts, and the texts."""
 
     cos: Tensor
     sin: Tensor
-    ends: Tensor
+    texts: PackedTexts
 
 
-def ends_of(mask: Mask, batch: int, tokens: int) -> Tensor | None:
-    """The ends of texts among batch * tokens tokens, or None where tokens see anything but the text so far."""
+def texts_of(mask: Mask, batch: int, tokens: int) -> PackedTexts | None:
+    """The texts among batch * tokens tokens, or None where tokens see anything but the text so far: an unbroken row of
+    tokens up to themselves, which a beginning of an earlier text may precede."""
     if mask.allowed is None:
-        return torch.arange(1, batch + 1) * tokens if mask.causal or tokens == 1 else None
+        return PackedTexts(torch.arange(1, batch + 1) * tokens) if mask.causal or tokens == 1 else None
     allowed = mask.allowed
     if allowed.dtype != torch.bool or allowed.shape[1:] != (1, tokens, tokens) or allowed.is_cuda:
         return None
@@ -124,9 +165,43 @@ def ends_of(mask: Mask, batch: int, tokens: int) -> Tensor | None:
     begins = first == place
     joined = begins[:, 1:] | (first[:, 1:] == first[:, :-1])
     if not bool(whole.all()) or not bool(joined.all()):
-        return None
+        return _sharing(allowed[0, 0]) if len(allowed) == batch == 1 else None
     begins = begins.expand(batch, tokens).reshape(-1)
-    return torch.cat((begins.nonzero().squeeze(1)[1:], torch.tensor([batch * tokens])))
+    return PackedTexts(torch.cat((begins.nonzero().squeeze(1)[1:], torch.tensor([batch * tokens]))))
+
+
+def _sharing(allowed_NN: Tensor) -> PackedTexts | None:
+    """Texts of one row some of which begin with the first tokens of an earlier one; None where that is not all."""
+    count = len(allowed_NN)
+    place = torch.arange(count)
+    blocked = ~allowed_NN & (place <= place[:, None])
+    begin = torch.where(blocked.any(1), count - blocked.flip(1).to(torch.uint8).argmax(1), 0)  # of the unbroken row
+    fits = torch.equal(allowed_NN.diagonal(), torch.ones(count, dtype=torch.bool)) and not bool(
+        allowed_NN.triu(1).any()
+    )
+    starts = [i for i, b in enumerate(begin.tolist()) if i == b]
+    ends = [*starts[1:], count]
+    if not fits or starts[:1] != [0]:
+        return None
+    taken = allowed_NN.sum(1) - (place - begin + 1)
+    index, own, ended, shared = list[Tensor](), list[Tensor](), list[int](), list[tuple[int, int, int]]()
+    alone, at = dict[int, int](), 0
+    for start, end in zip(starts, ends, strict=True):
+        tokens = int(taken[start])
+        source = int(allowed_NN[start].to(torch.uint8).argmax())
+        if bool((begin[start:end] != start).any()) or bool((taken[start:end] != tokens).any()):
+            return None
+        if not tokens:
+            alone[start] = end
+        elif source + tokens > alone.get(source, 0) or not bool(allowed_NN[start:end, source : source + tokens].all()):
+            return None
+        else:
+            shared.append((source, tokens, at))
+        index += [torch.arange(source, source + tokens), torch.arange(start, end)]
+        own.append(torch.arange(at + tokens, at + tokens + end - start))
+        at += tokens + end - start
+        ended.append(at)
+    return PackedTexts(torch.tensor(ended), torch.cat(index), torch.cat(own), tuple(shared))
 
 
 # -- what a layer consists of ------------------------------------------------------------------------------------
@@ -342,10 +417,14 @@ class _Layer(torch.autograd.Function):
         assert places is not None
         plan.draw()
         (q, k, v), low = _forward(plan.qkv, _norm(x, plan.norms[0]))
-        o, lse = torch.empty_like(q), torch.empty((plan.heads, len(x)))
+        texts = places.texts
+        every = [texts.spread(t) for t in (q, k, v)]
+        of_every, lse = torch.empty_like(every[0]), torch.empty((plan.heads, len(places.cos)))
         kernels().texts(
-            pool(), *_heads(plan, q, k, v), places.cos, places.sin, places.ends, plan.scale, *_heads(plan, o), lse
+            pool(), *_heads(plan, *every), places.cos, places.sin, texts.ends, plan.scale, *_heads(plan, of_every), lse
         )
+        o = texts.kept(of_every)
+        del every, of_every
         (middle,), out_low = _forward(plan.out, o, x)
         (gate, up), wide_low = _forward(plan.wide, _norm(middle, plan.norms[1]))
         both = torch.empty_like(gate)
@@ -373,12 +452,16 @@ class _Layer(torch.autograd.Function):
         del to_gate, to_up
         grad = _norm_grad(middle, plan.norms[1], to_norm, grad, found)
         to_o = _backward(plan.out, o, out_low, [grad], found)
-        to_q, to_k, to_v = (torch.empty_like(t) for t in (q, k, v))
+        texts = places.texts
+        every = [texts.spread(t) for t in (q, k, v, o)]
+        to_every = [torch.empty_like(t) for t in every[:3]]
         kernels().texts_grad(
-            pool(), *_heads(plan, q, k, v), places.cos, places.sin, places.ends, plan.scale, *_heads(plan, o), lse,
-            *_heads(plan, to_o, to_q, to_k, to_v),
+            pool(), *_heads(plan, *every[:3]), places.cos, places.sin, texts.ends, plan.scale, *_heads(plan, every[3]),
+            lse, *_heads(plan, texts.only_own(to_o), *to_every),
         )  # fmt: skip
-        to_qkv, normed = [to_q, to_k, to_v], _norm(x, plan.norms[0])
+        to_qkv = [texts.kept(to_every[0]), texts.summed(to_every[1]), texts.summed(to_every[2])]
+        del every, to_every
+        normed = _norm(x, plan.norms[0])
         to_low = _to_low(plan.qkv, to_qkv)
         _weights(plan.qkv, normed, low, to_qkv, to_low, found)
         if not ctx.needs_input_grad[0] and not plan.norms[0].weight.requires_grad:  # the first layer over frozen tokens

@@ -84,12 +84,19 @@ def isolated(starts: Sequence[Sequence[int]], lengths: Sequence[int], longest: i
 def hidden_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """The decoder's hidden states (B, T, D) of a batch and the labels that belong to them.
 
-    On a CPU whose kernels run the layers the rows become one, which has no padding to compute.
+    On a CPU whose kernels run the layers the rows become one, which has no padding to compute, and where rows begin
+    alike, as the answers to one prompt do, that beginning is computed once.
     """
     ids, labels, positions, mask = (batch[name] for name in ("input_ids", "labels", "position_ids", "attention_mask"))
+    index = None
     if int(batch["lengths"].sum()) <= ONE_ROW and ids.device.type == "cpu" and fuses(model):
-        ids, labels, positions, mask = one_row(ids, labels, positions, batch["lengths"])
-    return model.model(ids, mask, positions, use_cache=False, return_dict=True).last_hidden_state, labels
+        index = shared_index(ids, positions, batch["lengths"])
+        if index is None:
+            ids, labels, positions, mask = one_row(ids, labels, positions, batch["lengths"])
+        else:
+            ids, labels, positions, mask = one_row_shared(ids, labels, positions, batch["lengths"], index)
+    hidden = model.model(ids, mask, positions, use_cache=False, return_dict=True).last_hidden_state
+    return hidden if index is None else hidden[:, index], labels
 
 
 def whole_rows(ids: Sequence[Sequence[int]]) -> Batch:
@@ -127,6 +134,53 @@ def one_row(
     labels = F.pad(labels_BT[real], (0, fill), value=IGNORED).masked_fill(positions == 0, IGNORED)
     ids, mask = F.pad(ids_BT[real], (0, fill)), within((positions == 0).cumsum(0)[None])
     return ids[None], labels[None], positions[None], mask
+
+
+def shared_index(ids_BT: Tensor, positions_BT: Tensor, lengths_B: Tensor) -> Tensor | None:
+    """Where rows begin alike: for each token of all rows (N,), one behind the other, its place in a row in which such a
+    beginning stands once; None where that would save less than a sixteenth.
+
+    A row takes its beginning from an earlier one that is whole there. It is whole itself where a later row is more like
+    it than any whole one before. Rows of several documents are left alone.
+    """
+    lengths, count = lengths_B.tolist(), len(lengths_B)
+    within_row = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
+    alike = (ids_BT[:, None] == ids_BT[None]) & within_row[:, None] & within_row[None]
+    common = alike.long().cumprod(-1).sum(-1).tolist()  # tokens that two rows have in common from their begin on
+    single = (positions_BT[torch.arange(count), lengths_B - 1] == lengths_B - 1).tolist()
+    whole, parts, places, saved = list[int](), list[Tensor](), dict[int, int](), 0
+    begin = 0
+    for row, length in enumerate(lengths):
+        from_row, most = max(((w, common[row][w]) for w in whole), key=lambda pair: pair[1], default=(row, 0))
+        later = max((common[row][w] for w in range(row + 1, count) if single[w]), default=0)
+        taken = min(most, length - 1) if single[row] and most >= later else 0
+        if not taken and single[row]:
+            whole.append(row)
+        places[row] = begin
+        parts += [torch.arange(taken) + places[from_row], torch.arange(begin, begin + length - taken)]
+        begin, saved = begin + length - taken, saved + taken
+    return torch.cat(parts) if 16 * saved > sum(lengths) else None
+
+
+def one_row_shared(
+    ids_BT: Tensor, labels_BT: Tensor, positions_BT: Tensor, lengths_B: Tensor, index_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `one_row`, of fewer tokens: ids, positions (1, M) and their mask (1, 1, M, M), with the labels (1, N) of what
+    `index_N` makes of them: all rows, one behind the other."""
+    real = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
+    ids, positions = ids_BT[real], positions_BT[real]
+    labels = labels_BT[real].masked_fill(positions == 0, IGNORED)
+    count = int(index_N.max()) + 1
+    own = torch.full((count,), len(index_N))
+    own.scatter_reduce_(0, index_N, torch.arange(len(index_N)), "amin")  # the first token at a place is the one kept
+    seen = within((positions == 0).cumsum(0)[None])[0, 0][own]  # (count, N)
+    at, place = seen.nonzero(as_tuple=True)
+    fill = -count % 64
+    mask = torch.zeros((count + fill, count + fill), dtype=torch.bool)
+    mask[at, index_N[place]] = True
+    mask[count:, count:] = torch.ones((fill, fill), dtype=torch.bool).tril()
+    ids, kept = F.pad(ids[own], (0, fill)), torch.cat((positions[own], torch.arange(fill)))
+    return ids[None], labels[None], kept[None], mask[None, None]
 
 
 class NextToken:
