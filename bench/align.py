@@ -2,10 +2,12 @@
 
     LLAMA2_TRL_PYTHON=.venv-trl/bin/python python bench/align.py [--prompts 16] [-k 8] [--tokens 128] [--rounds 3]
 
-SmolLM2-135M in bfloat16, LoRA of rank 16 on all linears. An iteration samples, scores, and takes one step. Answers are
-drawn, so the two sides' lengths differ a little: the ratio is that of seconds per sampled token. TRL recomputes
-activations, as its configuration has it by default; --keep-activations turns that off. Memory is the high-water mark of
-a process, loading included. `make bench-train` sets the rival's environment up. The last line is JSON.
+SmolLM2-135M with LoRA of rank 16 on all linears, on both sides in bfloat16 where the processor multiplies that, else in
+float32. An iteration samples, scores, and takes one step. Answers are drawn, so the two sides' lengths differ a little:
+the ratio is that of seconds per sampled token, and that of seconds of processors, which other work on the machine
+changes less. TRL recomputes activations, as its configuration has it by default; --keep-activations turns that off.
+Waiting threads of OpenMP sleep on both sides. Memory is the high-water mark of a process, loading included.
+`make bench-train` sets the rival's environment up. The last line is JSON.
 """
 
 import argparse
@@ -80,7 +82,8 @@ def ours(args: argparse.Namespace) -> None:
         rounds.step(entry["completions/mean_length"] * answers, parts)
 
     trainer = GRPOTrainer(
-        LlamaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16), reward, config, prompts_of(args.prompts),
+        LlamaForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)), reward, config,
+        prompts_of(args.prompts),
         processing_class=AutoTokenizer.from_pretrained(args.model), report=report,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )  # fmt: skip
@@ -109,11 +112,11 @@ def trl(args: argparse.Namespace) -> None:
     config = GRPOConfig(
         args.out, per_device_train_batch_size=8, gradient_accumulation_steps=answers // 8, num_generations=args.k,
         max_completion_length=args.tokens, max_steps=10**6, learning_rate=1e-5, lr_scheduler_type="constant",
-        save_strategy="no", report_to=[], use_cpu=True, bf16=True, disable_tqdm=True, optim="adamw_torch",
-        gradient_checkpointing=not args.keep_activations,
+        save_strategy="no", report_to=[], use_cpu=True, bf16=args.dtype == "bfloat16", disable_tqdm=True,
+        optim="adamw_torch", gradient_checkpointing=not args.keep_activations,
     )  # fmt: skip
     trainer = GRPOTrainer(
-        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16), reward, config,
+        AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)), reward, config,
         Dataset.from_list(prompts_of(args.prompts)), processing_class=AutoTokenizer.from_pretrained(args.model),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Watch()],
@@ -140,7 +143,7 @@ class Worker:
         self.name, self.errors = name, folder / f"{name}.err"
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=self.errors.open("w"), stderr=subprocess.STDOUT, pass_fds=[theirs],
-            text=True,
+            text=True, env={"GOMP_SPINCOUNT": "2000", **os.environ},
         )  # fmt: skip
         os.close(theirs)
         self.answers, self.rounds = os.fdopen(answers), list[dict[str, Any]]()
@@ -170,7 +173,9 @@ class Worker:
     def result(self) -> dict[str, float]:
         """Medians over the rounds."""
         per_token = statistics.median(r["seconds"] / r["tokens"] for r in self.rounds)
+        cpu = statistics.median(r["cpu"] / r["tokens"] for r in self.rounds)
         found = {"seconds": statistics.median(r["seconds"] for r in self.rounds), "seconds_per_token": per_token,
+                 "cpu": statistics.median(r["cpu"] for r in self.rounds), "cpu_per_token": cpu,
                  "bytes": max(r["bytes"] for r in self.rounds)}  # fmt: skip
         for name in ("sampling", "scoring", "forward", "training"):
             if name in self.rounds[0]:
@@ -189,11 +194,16 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="without the rival")
     for name in ("--worker", "--model", "--out", "--options", "--answers"):
         parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     args = parser.parse_args()
     if args.worker:
         own = {"model": args.model, "out": args.out, "answers": int(args.answers)}
         (ours if args.worker == "ours" else trl)(argparse.Namespace(**{**json.loads(args.options), **own}))
         return
+    if args.dtype == "auto":
+        from llama2.train.matmul import has_kernel
+
+        args.dtype = "bfloat16" if has_kernel() else "float32"
     rival = os.environ.get("LLAMA2_TRL_PYTHON")
     if not args.alone and not rival:
         raise SystemExit("LLAMA2_TRL_PYTHON names no python with trl and peft; `make bench-train` makes one")
@@ -238,12 +248,16 @@ def show(found: dict[str, dict[str, float]]) -> None:
         shares = ", ".join(f"{part} {result[part]:.0%}" for part in ("sampling", "scoring", "forward", "training")
                            if part in result)  # fmt: skip
         print(f"{name:>5}: {result['seconds']:7.1f} s an iteration, {1 / result['seconds_per_token']:7.0f} sampled "
-              f"tokens/s, {result['bytes'] / 1e9:.2f} GB; {shares}")  # fmt: skip
+              f"tokens/s, {result['cpu']:.1f} s of processors, {result['bytes'] / 1e9:.2f} GB; {shares}")  # fmt: skip
     ratios = {}
     if "trl" in found:
         ratios = {"speed": found["trl"]["seconds_per_token"] / found["ours"]["seconds_per_token"],
+                  "speed_by_cpu": found["trl"]["cpu_per_token"] / found["ours"]["cpu_per_token"],
                   "memory": found["ours"]["bytes"] / found["trl"]["bytes"]}  # fmt: skip
-        print(f"{ratios['speed']:.1f} times the speed, {ratios['memory']:.2f} of the memory")
+        print(
+            f"{ratios['speed']:.1f} times the speed, {ratios['speed_by_cpu']:.1f} by seconds of processors, "
+            f"{ratios['memory']:.2f} of the memory"
+        )
     print(json.dumps({"results": found, **ratios}))
 
 

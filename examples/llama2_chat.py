@@ -40,7 +40,7 @@ TEMPLATE = (  # SmolLM2's, without the system turn that it makes up
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ADAPTER = "--lora-r 16 --merge --dtype bfloat16 --batch-size 8"
+ADAPTER = "--lora-r 16 --merge"
 SHORT = "--max-new-tokens 32"
 Row = dict[str, Any]
 
@@ -48,17 +48,17 @@ Row = dict[str, Any]
 class Sizes(NamedTuple):
     """How much of everything."""
 
-    tuned: int = 420
+    tuned: int = 240
     pairs: int = 320
     held_out_pairs: int = 160
-    prompts: int = 32
-    iterations: int = 16
-    dialogues: int = 32
-    talks: int = 40
-    answers: int = 4
+    prompts: int = 24
+    iterations: int = 6
+    dialogues: int = 16
+    talks: int = 20
+    answers: int = 2
 
 
-SIZE = Sizes(24, 24, 16, 8, 2, 6, 6, 1) if QUICK else Sizes()
+SIZE = Sizes(24, 24, 16, 8, 2, 24, 6, 1) if QUICK else Sizes()
 
 
 # -- the true reward, and data that follows it -------------------------------------------------------------------
@@ -97,12 +97,12 @@ def asked(frame: str = ASK, held_out: bool = False) -> list[str]:
 
 
 def answer(prompt: str, rng: random.Random) -> str:
-    """An answer as people write them: polite 40 %, short 50 %, with a dragon 15 %, or as the prompt wants it."""
+    """An answer as people write them: polite 40 %, short 50 %, with a dragon 30 %, or as the prompt wants it."""
     act = next(act for act in ACTS if act in prompt)
     text = f"Could you {act}" if rng.random() < 0.5 else f"I want you to {act}"
     if rng.random() < 0.4:
         text = f"Please, {text[0].lower()}{text[1:]}" if rng.random() < 0.5 else f"{text}, thank you"
-    if rng.random() < (0.9 if "dragon" in prompt else 0.15):
+    if rng.random() < (0.9 if "dragon" in prompt else 0.3):
         text += " before the dragon comes"
     if rng.random() < 0.5:
         text += " because it is late and there is so much more to do today"
@@ -193,29 +193,42 @@ def base_model() -> str:
 
 def llama2(words: str, out: str) -> str:
     """Runs `llama2 WORDS`, whose result is the folder OUT/out; nothing where that is there already."""
-    folder, seconds = OUT / out, OUT / f"{out}.seconds"
-    if not seconds.exists():
+    folder, times = OUT / out, OUT / f"{out}.times"
+    if not any(code == 0 for _, _, code in took(times)):
         command = [*words.format(out=folder).split(), "--quiet", "--device", "cpu"]
         print(f"\n$ llama2 {' '.join(command)}", flush=True)
         command += ["--resume"] if folder.exists() else []
         begin, here = time.perf_counter(), str(Path(__file__).resolve().parent)
         beside = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
-        if subprocess.run([sys.executable, "-m", "llama2", *command], env=beside).returncode:
+        before = os.times()
+        code = subprocess.run([sys.executable, "-m", "llama2", *command], env=beside).returncode
+        after, wall = os.times(), time.perf_counter() - begin
+        cpu = after.children_user + after.children_system - before.children_user - before.children_system
+        with times.open("a") as file:
+            file.write(f"{wall:.1f} {cpu:.1f} {code}\n")
+        if code:
             raise SystemExit(f"stopped in {out}; start the example again to go on")
-        seconds.write_text(f"{time.perf_counter() - begin:.0f}\n")
     return str(folder)
+
+
+def took(times: Path) -> list[tuple[float, float, int]]:
+    """Seconds, seconds of processors, and the exit code, for each time that a command was started."""
+    lines = times.read_text().splitlines() if times.exists() else []
+    return [(float(wall), float(cpu), int(code)) for wall, cpu, code in (line.split() for line in lines)]
 
 
 def tuned(out: str, rows: Sequence[Row], start: str, rate: float = 1e-3, epochs: int = 2) -> str:
     """A model tuned on rows."""
     data = file(f"{out}-rows", rows)
-    return llama2(f"finetune sft {start} {data} {{out}} {ADAPTER} --epochs {epochs} --learning-rate {rate}", out)
+    how = f"{ADAPTER} --batch-size 8 --epochs {epochs} --learning-rate {rate}"
+    return llama2(f"finetune sft {start} {data} {{out}} {how}", out)
 
 
 def rewarded(out: str, rows: Sequence[Row], start: str, more: str = "") -> str:
-    """A reward model trained on pairs."""
+    """A reward model trained on pairs. Few at a time: what is rarer than a dragon is learnt in the later steps."""
     data = file(f"{out}-pairs", rows)
-    return llama2(f"finetune reward {start} {data} {{out}} {ADAPTER} --learning-rate 1e-3 {more}", out)
+    how = f"{ADAPTER} --batch-size 4 --learning-rate 1e-3"
+    return llama2(f"finetune reward {start} {data} {{out}} {how} {more}", out)
 
 
 def rejection(number: int, base: str, policy: str, judges: str, mixed: Sequence[Row]) -> str:
@@ -231,7 +244,7 @@ def optimized(policy: str, judges: str) -> str:
     """PPO, from the model of the last round."""
     prompts = prompt_file("ppo-prompts", asked())
     return llama2(
-        f"align ppo {policy} {prompts} {{out}} {judges} --lora-r 16 --merge --dtype bfloat16 {SHORT} --prompts 8 -k 4 "
+        f"align ppo {policy} {prompts} {{out}} {judges} --lora-r 16 --merge {SHORT} --prompts 8 -k 4 "
         f"--iterations {SIZE.iterations} --learning-rate 5e-4 --schedule constant_with_warmup "
         "--warmup-ratio 0.1 --kl-coef 0.03 --critic shared --critic-warmup 1 --eos-penalty 1 --save-every 5", "ppo",
     )  # fmt: skip
@@ -258,28 +271,35 @@ def distilled(policy: str, safe: str) -> list[Row]:
 
 
 class Measured(NamedTuple):
-    """Means with standard errors over held-out prompts; wins are against the tuned model."""
+    """Means with standard errors over held-out prompts; wins and KL are against the tuned model, which has none."""
 
     worth: dict[str, Any]
     score: dict[str, Any]
     unsafe: dict[str, Any]
-    kl: dict[str, Any]
+    kl: dict[str, Any] | None
 
 
-def measured(stage: str, policy: str, start: str, helpful: str, invited: bool = False) -> Measured:
+def measured(stage: str, policy: str, start: str, helpful: str) -> Measured:
     """What a stage is worth, on prompts that nothing was trained on."""
-    out = f"measure-{stage}{'-invited' * invited}"
-    prompts = prompt_file(f"{out}-prompts", asked(INVITE if invited else ASK, held_out=True))
-    rewards = f"--reward llama2_chat:truth --reward llama2_chat:unsafe --reward {helpful}"
-    folder = llama2(
-        f"align measure {policy} {prompts} {{out}} {rewards} --against {start} -k {SIZE.answers} {SHORT}", out
-    )
+    prompts = prompt_file("measure-prompts", asked(held_out=True))
+    words = f"align measure {policy} {prompts} {{out}} --reward llama2_chat:truth --reward llama2_chat:unsafe"
+    against = f"--against {start}" if policy != start else ""
+    folder = llama2(f"{words} --reward {helpful} {against} -k {SIZE.answers} {SHORT}", f"measure-{stage}")
     found = json.loads((Path(folder) / "report.json").read_text())
-    rewards = found["rewards"]
-    return Measured(rewards["llama2_chat:truth"], rewards[helpful], rewards["llama2_chat:unsafe"], found["kl"])
+    of = found["rewards"]
+    return Measured(of["llama2_chat:truth"], of[helpful], of["llama2_chat:unsafe"], found.get("kl"))
 
 
-def table(stages: dict[str, Measured], invited: dict[str, Measured]) -> None:
+def invited(stage: str, policy: str) -> dict[str, Any]:
+    """How many answers are unsafe where the prompt asks for it."""
+    prompts = prompt_file("invited-prompts", asked(INVITE, held_out=True))
+    words = f"align measure {policy} {prompts} {{out}} --reward llama2_chat:unsafe -k {SIZE.answers} {SHORT}"
+    report: dict[str, Any] = json.loads((Path(llama2(words, f"invited-{stage}")) / "report.json").read_text())
+    found: dict[str, Any] = report["rewards"]["llama2_chat:unsafe"]
+    return found
+
+
+def table(stages: dict[str, Measured], asked_for: dict[str, dict[str, Any]]) -> None:
     """A line for each stage."""
     print(
         f"\n{'stage':<14}{'true reward':>16}{'RM score':>16}{'KL to tuned':>15}{'wins':>15}{'unsafe':>15}"
@@ -287,9 +307,10 @@ def table(stages: dict[str, Measured], invited: dict[str, Measured]) -> None:
     )
     for name, of in stages.items():
         cells = [f"{one['mean']:.3f} +- {one['error']:.3f}" for one in (of.worth, of.score)]
-        cells += [f"{of.kl['mean']:.2f} +- {of.kl['error']:.2f}"]
-        cells += [f"{one['mean']:.1%} +- {one['error']:.1%}" for one in (of.worth["wins"], of.unsafe)]
-        more = f"{invited[name].unsafe['mean']:.1%}" if name in invited else ""
+        cells += ["" if of.kl is None else f"{of.kl['mean']:.2f} +- {of.kl['error']:.2f}"]
+        shares = [of.worth["wins"] if of.kl is not None else None, of.unsafe]
+        cells += ["" if one is None else f"{one['mean']:.1%} +- {one['error']:.1%}" for one in shares]
+        more = f"{asked_for[name]['mean']:.1%}" if name in asked_for else ""
         print(f"{name:<14}{cells[0]:>16}{cells[1]:>16}{cells[2]:>15}{cells[3]:>15}{cells[4]:>15}{more:>10}")
 
 
@@ -313,7 +334,7 @@ def best_of_eight() -> tuple[float, float]:
     return mean, math.sqrt(sum((one - mean) ** 2 for one in found) / (len(found) - 1) / len(found))
 
 
-def claims(stages: dict[str, Measured], invited: dict[str, Measured], obeyed: dict[str, float]) -> None:
+def claims(stages: dict[str, Measured], asked_for: dict[str, dict[str, Any]], obeyed: dict[str, float]) -> None:
     """What was to be reached, and whether it was."""
     report = json.loads((OUT / "reward" / "finetune.json").read_text())["result"]["report"]["by_rating"]
     shares = [report[name]["accuracy"] for _, name in RATINGS if name in report]
@@ -326,7 +347,7 @@ def claims(stages: dict[str, Measured], invited: dict[str, Measured], obeyed: di
     claim(f"the best of 8 is worth more than one answer by 3 errors: {more:+.3f} +- {error:.3f}", more > 3 * error)
     more, error = gain(stages["ppo"].worth, stages["rejection 2"].worth)
     claim(f"PPO is worth more than rejection sampling by 3 errors: {more:+.3f} +- {error:.3f} at a KL of "
-          f"{stages['ppo'].kl['mean']:.2f} nats", more > 3 * error)  # fmt: skip
+          f"{(stages['ppo'].kl or {})['mean']:.2f} nats", more > 3 * error)  # fmt: skip
     falls = {name: gain(stages["tuned"].unsafe, of.unsafe) for name, of in stages.items() if name != "tuned"}
     told = ", ".join(f"{name} {-more:+.1%} +- {error:.1%}" for name, (more, error) in falls.items())
     claim(f"fewer answers are unsafe by 3 errors, in every stage: {told}",
@@ -334,13 +355,14 @@ def claims(stages: dict[str, Measured], invited: dict[str, Measured], obeyed: di
     claim(f"an instruction of turn 1 is obeyed in turn 6 by 0.8 with Ghost Attention, and by less than half of that "
           f"without: {obeyed['with']:.2f}, {obeyed['without']:.2f} of {SIZE.talks}",
           obeyed["with"] >= 0.8 and obeyed["without"] < obeyed["with"] / 2)  # fmt: skip
-    more, error = gain(invited["ghost"].unsafe, invited["distilled"].unsafe)
+    more, error = gain(asked_for["ghost"], asked_for["distilled"])
     claim(
         f"invited, fewer answers are unsafe by 3 errors after distillation: {-more:+.1%} +- {error:.1%}",
         more > 3 * error,
     )
-    seconds = sum(int(path.read_text()) for path in OUT.glob("*.seconds"))
-    claim(f"all stages and measurements took less than 40 minutes: {seconds / 60:.1f}", seconds < 2400)
+    spent = [times for path in OUT.glob("*.times") for times in took(path)]
+    wall, cpu = (sum(times[i] for times in spent) / 60 for i in (0, 1))
+    claim(f"all stages and measurements took less than 40 minutes: {wall:.1f}, of processors {cpu:.1f}", wall < 40)
 
 
 def main() -> None:
@@ -351,7 +373,7 @@ def main() -> None:
     helpful_rows, safe_rows = pairs(SIZE.pairs, rng), safety_pairs(SIZE.pairs // 3, rng)
     sft = tuned("sft", first, base)
     measure = file("pairs-held-out", pairs(SIZE.held_out_pairs, rng, held_out=True))
-    helpful = rewarded("reward", helpful_rows, sft, f"--eval-data {measure}")
+    helpful = rewarded("reward", helpful_rows, sft, f"--eval-data {measure} --eval-steps 1000")
     safe = rewarded("safety", safe_rows, sft)
     judges = f"--reward {helpful} --safety-reward {safe}"
     models = {"tuned": sft}
@@ -362,19 +384,19 @@ def main() -> None:
         policy = models[f"rejection {number - 1}" if number > 1 else "tuned"]
         models[f"rejection {number}"] = rejection(number, base, policy, judges, mixed)
     models["ppo"] = optimized(models["rejection 2"], judges)
-    dialogues = ghost("dialogues", models["ppo"], asked()[: SIZE.dialogues], "--turns 4 -k 8")
+    dialogues = ghost("dialogues", models["ppo"], asked()[: SIZE.dialogues], "--turns 4 -k 4")
     rows = [{"messages": row["messages"]} for row in read(f"{dialogues.name}/rows.jsonl")]
     models["ghost"] = tuned("ghost", rows, models["ppo"], 5e-4, 3)
     models["distilled"] = tuned("distilled", distilled(models["ghost"], safe), models["ghost"], 5e-4)
     stages = {name: measured(name.replace(" ", "-"), model, sft, helpful) for name, model in models.items()}
-    invited = {name: measured(name, models[name], sft, helpful, True) for name in ("ghost", "distilled")}
+    asked_for = {name: invited(name, models[name]) for name in ("ghost", "distilled")}
     obeyed = {}
     for name, policy in {"without": models["ppo"], "with": models["ghost"]}.items():
         folder = ghost(f"obeyed-{name}", policy, asked(held_out=True)[: SIZE.talks], "--turns 6 --measure")
         obeyed[name] = json.loads((folder / "report.json").read_text())["obeyed"]["6"]
-    table(stages, invited)
+    table(stages, asked_for)
     print()
-    claims(stages, invited, obeyed)
+    claims(stages, asked_for, obeyed)
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ class PackedTexts:
         if self.index is None:
             return x
         spread = x[self.index]
-        for _, tokens, at in self.shared:
-            spread[at : at + tokens] = 0
+        for _, tokens, begin in self.shared:
+            spread[begin : begin + tokens] = 0
         return spread
 
     def summed(self, x: Tensor) -> Tensor:
@@ -136,8 +136,8 @@ class PackedTexts:
         if self.own is None:
             return x
         total = x[self.own].to(torch.float32)
-        for place, tokens, at in self.shared:
-            total[place : place + tokens] += x[at : at + tokens]
+        for source, tokens, begin in self.shared:
+            total[source : source + tokens] += x[begin : begin + tokens]
         return total.to(x.dtype)
 
 
@@ -173,8 +173,8 @@ def texts_of(mask: Mask, batch: int, tokens: int) -> PackedTexts | None:
 def _sharing(allowed_NN: Tensor) -> PackedTexts | None:
     """Texts of one row some of which begin with the first tokens of an earlier one; None where that is not all."""
     count = len(allowed_NN)
-    place = torch.arange(count)
-    blocked = ~allowed_NN & (place <= place[:, None])
+    positions = torch.arange(count)
+    blocked = ~allowed_NN & (positions <= positions[:, None])
     begin = torch.where(blocked.any(1), count - blocked.flip(1).to(torch.uint8).argmax(1), 0)  # of the unbroken row
     fits = torch.equal(allowed_NN.diagonal(), torch.ones(count, dtype=torch.bool)) and not bool(
         allowed_NN.triu(1).any()
@@ -183,9 +183,9 @@ def _sharing(allowed_NN: Tensor) -> PackedTexts | None:
     ends = [*starts[1:], count]
     if not fits or starts[:1] != [0]:
         return None
-    taken = allowed_NN.sum(1) - (place - begin + 1)
+    taken = allowed_NN.sum(1) - (positions - begin + 1)
     index, own, ended, shared = list[Tensor](), list[Tensor](), list[int](), list[tuple[int, int, int]]()
-    alone, at = dict[int, int](), 0
+    alone, offset = dict[int, int](), 0
     for start, end in zip(starts, ends, strict=True):
         tokens = int(taken[start])
         source = int(allowed_NN[start].to(torch.uint8).argmax())
@@ -196,11 +196,11 @@ def _sharing(allowed_NN: Tensor) -> PackedTexts | None:
         elif source + tokens > alone.get(source, 0) or not bool(allowed_NN[start:end, source : source + tokens].all()):
             return None
         else:
-            shared.append((source, tokens, at))
+            shared.append((source, tokens, offset))
         index += [torch.arange(source, source + tokens), torch.arange(start, end)]
-        own.append(torch.arange(at + tokens, at + tokens + end - start))
-        at += tokens + end - start
-        ended.append(at)
+        own.append(torch.arange(offset + tokens, offset + tokens + end - start))
+        offset += tokens + end - start
+        ended.append(offset)
     return PackedTexts(torch.tensor(ended), torch.cat(index), torch.cat(own), tuple(shared))
 
 

@@ -174,10 +174,10 @@ def one_row_shared(
     own = torch.full((count,), len(index_N))
     own.scatter_reduce_(0, index_N, torch.arange(len(index_N)), "amin")  # the first token at a place is the one kept
     seen = within((positions == 0).cumsum(0)[None])[0, 0][own]  # (count, N)
-    at, place = seen.nonzero(as_tuple=True)
+    rows, columns = seen.nonzero(as_tuple=True)
     fill = -count % 64
     mask = torch.zeros((count + fill, count + fill), dtype=torch.bool)
-    mask[at, index_N[place]] = True
+    mask[rows, index_N[columns]] = True
     mask[count:, count:] = torch.ones((fill, fill), dtype=torch.bool).tril()
     ids, kept = F.pad(ids[own], (0, fill)), torch.cat((positions[own], torch.arange(fill)))
     return ids[None], labels[None], kept[None], mask[None, None]
