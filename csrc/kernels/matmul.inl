@@ -42,83 +42,102 @@ struct W8 {
   INLINE F minimum(const uint8_t*, int) { return fzero(); }
 };
 
-// One span of 32 columns of NR tiles against MR tokens, added to acc.
-template <class W, int MR, int NR>
-INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, F (*acc)[MR]) {
+// A span is computed in parts whose integer sums fit into registers (SUMS of 16 rows, by instruction set): all NR tiles
+// against all MR tokens where they do, else one tile against PART tokens after the other. Integer sums are exact: the
+// parts change no bit.
+// What parts have in common is read and unpacked again by each: kept, it would push the sums out of their registers.
+INLINE void read_again() { __asm__ volatile("" ::: "memory"); }
+template <int PART, int NR>  // nor are the lines of later steps read before their time
+constexpr bool CROWDED = SUMS < MAX_MR && PART * NR >= SUMS - 1;
+constexpr int part_of(int mr) { return mr <= SUMS ? mr : mr % SUMS == 0 ? SUMS : SUMS - 1; }
+
+// One span of 32 columns of NR tiles against the tokens m0 to m0 + PART of MR, added to acc.
+template <class W, int MR, int NR, int PART>
+INLINE void span4(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, int m0, F (*acc)[MR]) {
   // Few tokens: low and high nibbles in two chains, so that one does not wait for the other's latency, and the high
   // ones stay 16 times too large until their sum is shifted (where bytes are unsigned), which saves a shift a line.
-  constexpr int CHAINS = MR * NR <= 4 ? 2 : 1, AHEAD = MR == 1 ? PREFETCH : PREFETCH_MANY;
+  constexpr int CHAINS = PART * NR <= 4 && 2 * PART * NR <= SUMS ? 2 : 1, AHEAD = MR == 1 ? PREFETCH : PREFETCH_MANY;
   constexpr bool LARGE = HIGH_IN_PLACE && CHAINS == 2;
-  D4 d[CHAINS][NR][MR];
-  I start[MR];
-  UNROLLED(8, m, MR) {
-    start[m] = W::MINIMUM ? izero() : iload1(x.negsum + g * MR + m);  // -128 sums: 8 of them 16 times too large
+  D4 d[CHAINS][NR][PART];
+  I start[PART];
+  UNROLLED(8, m, PART) {
+    start[m] = W::MINIMUM ? izero() : iload1(x.negsum + g * MR + m0 + m);  // -128 sums: 8 of them 16 times too large
     if (!LARGE && !W::MINIMUM) start[m] = sixteenth(start[m]);
   }
   UNROLLED(8, n, NR)
-    UNROLLED(8, m, MR) {
+    UNROLLED(8, m, PART) {
       d[0][n][m] = d4_begin(CHAINS == 1 ? start[m] : izero());
       if (CHAINS == 2) d[CHAINS - 1][n][m] = d4_begin(start[m]);
     }
   UNROLLED(4, j, 4) {
+    if (CROWDED<PART, NR>) read_again();
     B lo[NR], hi[NR];
     UNROLLED(8, n, NR) {
       const uint8_t* line = p[n] + W::HEAD + 256 * h + 64 * j;
       B v = bload(line);
-      if (AHEAD) prefetch(line + AHEAD);
+      if (AHEAD && m0 == 0) prefetch(line + AHEAD);
       lo[n] = low4(v);
       hi[n] = LARGE ? high4_large(v) : high4(v);
     }
-    UNROLLED(8, m, MR)
-      UNROLLED(8, n, NR) d[0][n][m] = d4_dot(d[0][n][m], lo[n], a + (j * MR + m) * 4);
-    UNROLLED(8, m, MR)
-      UNROLLED(8, n, NR) d[CHAINS - 1][n][m] = d4_dot(d[CHAINS - 1][n][m], hi[n], a + ((4 + j) * MR + m) * 4);
+    UNROLLED(8, m, PART)
+      UNROLLED(8, n, NR) d[0][n][m] = d4_dot(d[0][n][m], lo[n], a + (j * MR + m0 + m) * 4);
+    UNROLLED(8, m, PART)
+      UNROLLED(8, n, NR) d[CHAINS - 1][n][m] = d4_dot(d[CHAINS - 1][n][m], hi[n], a + ((4 + j) * MR + m0 + m) * 4);
   }
   UNROLLED(8, n, NR) {
     F s = W::scale(p[n], h), lowest = W::MINIMUM ? W::minimum(p[n], h) : fzero();
-    UNROLLED(8, m, MR) {
+    UNROLLED(8, m, PART) {
       I whole = d4_end(d[CHAINS - 1][n][m], start[m]);
       if (LARGE) whole = sixteenth(whole);
       if (CHAINS == 2) whole = iadd(whole, d4_end(d[0][n][m], izero()));
-      F t = mul(cvt(whole), s);
-      F r = fma(t, fset(x.scale[g * MR + m]), acc[n][m]);
-      acc[n][m] = W::MINIMUM ? fma(lowest, fset(x.sum[g * MR + m]), r) : r;
+      F t = mul(cvt(whole), s), &sum = acc[n][m0 + m];
+      sum = fma(t, fset(x.scale[g * MR + m0 + m]), sum);
+      if (W::MINIMUM) sum = fma(lowest, fset(x.sum[g * MR + m0 + m]), sum);
     }
   }
 }
 
-template <class W, int MR, int NR>
-INLINE void span8(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, F (*acc)[MR]) {
+template <class W, int MR, int NR, int PART>
+INLINE void span8(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, int m0, F (*acc)[MR]) {
   constexpr int LINES = W::SPAN / 4;
   const int32_t* negsum = W::SPAN == 32 ? x.negsum : x.negsum16;
-  constexpr int CHAINS = MR * NR <= 4 && LINES >= 8 ? 2 : 1, AHEAD = MR == 1 ? PREFETCH : PREFETCH_MANY;
-  D8 d[CHAINS][NR][MR];
+  constexpr int CHAINS = PART * NR <= 4 && 2 * PART * NR <= SUMS && LINES >= 8 ? 2 : 1;
+  constexpr int AHEAD = MR == 1 ? PREFETCH : PREFETCH_MANY;
+  D8 d[CHAINS][NR][PART];
   UNROLLED(8, n, NR)
-    UNROLLED(8, m, MR) {
-      d[0][n][m] = d8_begin(iload1(negsum + g * MR + m));
+    UNROLLED(8, m, PART) {
+      d[0][n][m] = d8_begin(iload1(negsum + g * MR + m0 + m));
       if (CHAINS == 2) d[CHAINS - 1][n][m] = d8_begin(izero());
     }
   UNROLLED(8, j, LINES) {
+    if (CROWDED<PART, NR>) read_again();
     B w[NR];
     UNROLLED(8, n, NR) {
       const uint8_t* line = p[n] + W::HEAD + 64 * LINES * h + 64 * j;
       w[n] = bload(line);
-      if (AHEAD) prefetch(line + AHEAD);
+      if (AHEAD && m0 == 0) prefetch(line + AHEAD);
     }
-    UNROLLED(8, m, MR)
-      UNROLLED(8, n, NR) d[j % CHAINS][n][m] = d8_dot(d[j % CHAINS][n][m], w[n], a + (j * MR + m) * 4);
+    UNROLLED(8, m, PART)
+      UNROLLED(8, n, NR) d[j % CHAINS][n][m] = d8_dot(d[j % CHAINS][n][m], w[n], a + (j * MR + m0 + m) * 4);
   }
   int64_t g32 = g * W::SPAN / 32;
   UNROLLED(8, n, NR) {
     F s = W::scale(p[n], h), lowest = W::MINIMUM ? W::minimum(p[n], h) : fzero();
-    UNROLLED(8, m, MR) {
+    UNROLLED(8, m, PART) {
       I whole = d8_end(d[0][n][m]);
       if (CHAINS == 2) whole = iadd(whole, d8_end(d[CHAINS - 1][n][m]));
-      F t = mul(cvt(whole), s);
-      F r = fma(t, fset(x.scale[g32 * MR + m]), acc[n][m]);
-      acc[n][m] = W::MINIMUM ? fma(lowest, fset(x.sum[g32 * MR + m]), r) : r;
+      F t = mul(cvt(whole), s), &sum = acc[n][m0 + m];
+      sum = fma(t, fset(x.scale[g32 * MR + m0 + m]), sum);
+      if (W::MINIMUM) sum = fma(lowest, fset(x.sum[g32 * MR + m0 + m]), sum);
     }
   }
+}
+
+template <class W, int MR, int NR, int PART>
+INLINE void packed_span(const uint8_t* const* p, int h, const int8_t* a, const Block& x, int64_t g, int m0,
+                        F (*acc)[MR]) {
+  if (W::BITS == 4) span4<W, MR, NR, PART>(p, h, a, x, g, m0, acc);
+  else span8<W, MR, NR, PART>(p, h, a, x, g, m0, acc);
 }
 
 template <class W, int MR, int NR>
@@ -136,8 +155,16 @@ __attribute__((noinline)) void packed_tile(const uint8_t* const* w, int64_t bloc
       if (AHEAD)
         for (int i = 0; i < W::HEAD; i += 64) prefetch(p[n] + AHEAD + i);
     for (int h = 0; h < SPANS; ++h, a += W::SPAN * MR) {
-      if (W::BITS == 4) span4<W, MR, NR>(p, h, a, x, b * SPANS + h, acc);
-      else span8<W, MR, NR>(p, h, a, x, b * SPANS + h, acc);
+      if constexpr (MR * NR <= SUMS) {
+        packed_span<W, MR, NR, MR>(p, h, a, x, b * SPANS + h, 0, acc);
+      } else {
+        constexpr int PART = part_of(MR);
+        UNROLLED(2, n, NR)
+          UNROLLED(4, i, MR / PART) {
+            read_again();
+            packed_span<W, MR, 1, PART>(p + n, h, a, x, b * SPANS + h, i * PART, acc + n);
+          }
+      }
     }
     UNROLLED(8, n, NR) p[n] += W::BYTES;
   }

@@ -171,20 +171,20 @@ struct DotOf<6> {
   using T = Dot6;
 };
 
-// Span g of the row, the s-th of its unit, of NR tiles against MR tokens, added to acc.
-template <class W, int MR, int NR>
+// Span g of the row, the s-th of its unit, of NR tiles against the tokens m0 to m0 + PART of MR, added to acc.
+template <class W, int MR, int NR, int PART>
 INLINE void stream_span(const uint8_t* const* p, const uint8_t* const* head, int s, int64_t g, const Block& x,
-                        const Codes& codes, F (*acc)[MR]) {
+                        const Codes& codes, int m0, F (*acc)[MR]) {
   using Dot = typename DotOf<W::BITS>::T;
-  constexpr int CHAINS = MR * NR <= 4 ? 2 : 1;
+  constexpr int CHAINS = PART * NR <= 4 && 2 * PART * NR <= SUMS ? 2 : 1;
   constexpr bool LARGE = W::LARGE && CHAINS == 2;
   const int32_t* negsum = W::SPAN == 32 ? x.negsum : x.negsum16;
   const int8_t* a = x.q + g * W::SPAN * MR;
-  typename Dot::D d[CHAINS][NR][MR];
-  I start[MR];
-  UNROLLED(8, m, MR) {
+  typename Dot::D d[CHAINS][NR][PART];
+  I start[PART];
+  UNROLLED(8, m, PART) {
     if (W::SHIFT >= 0) {
-      int32_t first = negsum[g * MR + m] >> (W::SHIFT < 0 ? 0 : W::SHIFT);
+      int32_t first = negsum[g * MR + m0 + m] >> (W::SHIFT < 0 ? 0 : W::SHIFT);
       start[m] = iload1(&first);
     } else {
       start[m] = izero();
@@ -194,14 +194,15 @@ INLINE void stream_span(const uint8_t* const* p, const uint8_t* const* head, int
   UNROLLED(8, n, NR) {
     if (W::PLANE) {
       plane[n] = bload(p[n]);
-      if (PREFETCH) prefetch(p[n] + PREFETCH);
+      if (PREFETCH && m0 == 0) prefetch(p[n] + PREFETCH);
     }
-    UNROLLED(8, m, MR) {
+    UNROLLED(8, m, PART) {
       d[0][n][m] = Dot::begin(start[m]);
       if (CHAINS == 2) d[CHAINS - 1][n][m] = Dot::begin(izero());
     }
   }
   UNROLLED(4, j, W::STEPS) {
+    if (CROWDED<PART, NR>) read_again();
     Quads q[NR];
     UNROLLED(8, n, NR) {
       constexpr int STEP = (W::LINES - W::PLANE) / W::STEPS;
@@ -211,18 +212,19 @@ INLINE void stream_span(const uint8_t* const* p, const uint8_t* const* head, int
       } else {
         q[n] = W::quads(p[n] + W::PLANE, plane[n], j, codes);
       }
-      if (PREFETCH)
+      if (PREFETCH && m0 == 0)
         for (int i = 0; i < STEP; i += 64) prefetch(p[n] + W::PLANE + STEP * j + i + PREFETCH);
     }
-    UNROLLED(8, m, MR)
-      UNROLLED(8, n, NR) d[0][n][m] = Dot::dot(d[0][n][m], q[n].a, a + (W::first(j) * MR + m) * 4);
-    UNROLLED(8, m, MR)
-      UNROLLED(8, n, NR) d[CHAINS - 1][n][m] = Dot::dot(d[CHAINS - 1][n][m], q[n].b, a + (W::second(j) * MR + m) * 4);
+    UNROLLED(8, m, PART)
+      UNROLLED(8, n, NR) d[0][n][m] = Dot::dot(d[0][n][m], q[n].a, a + (W::first(j) * MR + m0 + m) * 4);
+    UNROLLED(8, m, PART)
+      UNROLLED(8, n, NR)
+        d[CHAINS - 1][n][m] = Dot::dot(d[CHAINS - 1][n][m], q[n].b, a + (W::second(j) * MR + m0 + m) * 4);
   }
   int64_t g32 = g * W::SPAN / 32;
   UNROLLED(8, n, NR) {
     F scale = W::FLAT ? fzero() : W::scale(head[n], s, codes), lowest = W::MINIMUM ? W::minimum(head[n], s) : fzero();
-    UNROLLED(8, m, MR) {
+    UNROLLED(8, m, PART) {
       I whole = Dot::end(d[0][n][m], start[m]);
       if (CHAINS == 2) {
         I second = Dot::end(d[CHAINS - 1][n][m], izero());
@@ -230,8 +232,9 @@ INLINE void stream_span(const uint8_t* const* p, const uint8_t* const* head, int
       }
       F t = cvt(whole);
       if (!W::FLAT) t = mul(t, scale);
-      acc[n][m] = fma(t, fset(x.scale[g32 * MR + m]), acc[n][m]);
-      if (W::MINIMUM) acc[n][m] = fma(lowest, fset(x.sum[g32 * MR + m]), acc[n][m]);
+      F& sum = acc[n][m0 + m];
+      sum = fma(t, fset(x.scale[g32 * MR + m0 + m]), sum);
+      if (W::MINIMUM) sum = fma(lowest, fset(x.sum[g32 * MR + m0 + m]), sum);
     }
   }
 }
@@ -262,7 +265,16 @@ __attribute__((noinline)) void stream_tile(const uint8_t* const* w, const Plan& 
       touch(head[n], W::HEAD);
     }
     for (int s = 0; s < unit; ++s, ++g) {
-      stream_span<W, MR, NR>(p, head, s, g, x, codes, acc);
+      if constexpr (MR * NR <= SUMS) {
+        stream_span<W, MR, NR, MR>(p, head, s, g, x, codes, 0, acc);
+      } else {
+        constexpr int PART = part_of(MR);
+        UNROLLED(2, n, NR)
+          UNROLLED(4, i, MR / PART) {
+            read_again();
+            stream_span<W, MR, 1, PART>(p + n, head + n, s, g, x, codes, i * PART, acc + n);
+          }
+      }
       UNROLLED(8, n, NR) p[n] += W::LINES;
     }
   }

@@ -89,6 +89,9 @@ INLINE I iload1(const int32_t* p) { __m256i x = _mm256_set1_epi32(*p); return {x
 INLINE I iadd(I a, I b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
 INLINE I izero() { __m256i x = _mm256_setzero_si256(); return {x, x}; }
 INLINE I sixteenth(I v) { return {_mm256_srai_epi32(v.a, 4), _mm256_srai_epi32(v.b, 4)}; }
+// A sum that stays in its register: the compiler may not turn a chain of additions into a tree, whose products it would
+// have to keep in memory.
+INLINE __m256i pinned(__m256i d) { __asm__("" : "+x"(d)); return d; }
 INLINE __m256i quad(const int8_t* a) { return _mm256_set1_epi32(*(const int32_t*)a); }
 
 #ifdef __AVXVNNI__
@@ -106,7 +109,8 @@ constexpr bool HIGH_IN_PLACE = false;
 INLINE D4 d4_begin(I) { return izero(); }
 INLINE D4 d4_dot(D4 d, B w, const int8_t* a) {
   __m256i x = quad(a);
-  return {_mm256_add_epi16(d.a, _mm256_maddubs_epi16(w.a, x)), _mm256_add_epi16(d.b, _mm256_maddubs_epi16(w.b, x))};
+  return {pinned(_mm256_add_epi16(d.a, _mm256_maddubs_epi16(w.a, x))),
+          pinned(_mm256_add_epi16(d.b, _mm256_maddubs_epi16(w.b, x)))};
 }
 INLINE I d4_end(D4 d, I start) {
   __m256i one = _mm256_set1_epi16(1);
@@ -117,7 +121,7 @@ INLINE D8 d8_begin(I) { return izero(); }
 INLINE __m256i d8_half(__m256i d, __m256i stored, __m256i x) {  // |w| times sign(w) x: no 16-bit saturation
   __m256i w = _mm256_xor_si256(stored, _mm256_set1_epi8((char)0x80));
   __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-  return _mm256_add_epi32(d, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  return pinned(_mm256_add_epi32(d, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
 }
 INLINE D8 d8_dot(D8 d, B w, const int8_t* a) {
   __m256i x = quad(a);
@@ -125,7 +129,7 @@ INLINE D8 d8_dot(D8 d, B w, const int8_t* a) {
 }
 INLINE I d8_end(D8 d) { return d; }
 INLINE __m256i weight_half(__m256i d, __m256i w, __m256i x) {
-  return _mm256_add_epi32(d, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+  return pinned(_mm256_add_epi32(d, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1))));
 }
 INLINE I weight_dot(I d, B w, const int8_t* a) {
   __m256i x = quad(a);
@@ -158,7 +162,7 @@ INLINE D6 d6_begin(I start) { return start; }
 INLINE D6 d6_dot(D6 d, B w, const int8_t* a) { return d4_dot(d, w, a); }
 #else
 INLINE __m256i d6_half(__m256i d, __m256i w, __m256i x) {  // two products of 63 * 127 fit in 16 bits, four do not
-  return _mm256_add_epi32(d, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+  return pinned(_mm256_add_epi32(d, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1))));
 }
 INLINE D6 d6_dot(D6 d, B w, const int8_t* a) {
   __m256i x = quad(a);
@@ -208,3 +212,4 @@ INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0);
 INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // not into the first cache
 constexpr int PREFETCH = 8192;
 constexpr int PREFETCH_MANY = 8192;
+constexpr int SUMS = 4;  // sums of 16 rows, two registers each, that products keep in registers: half of 16

@@ -79,12 +79,17 @@ INLINE I d8_end(D8 d) { return d; }
 INLINE I weight_dot(I d, B w, const int8_t* a) { return _mm512_dpbusd_epi32(d, quad(a), w); }
 #else
 constexpr bool HIGH_IN_PLACE = false;
+// A sum that stays in its register: the compiler may not turn a chain of additions into a tree, whose products it would
+// have to keep in memory.
+INLINE __m512i pinned(__m512i d) { __asm__("" : "+v"(d)); return d; }
 INLINE __m512i pairs_to_32(__m512i d, __m512i pairs) {
-  return _mm512_add_epi32(d, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  return pinned(_mm512_add_epi32(d, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))));
 }
 // Sums of pairs in 16 bits, at most 8 dots of 15 * 127 * 2 = 30480.
 INLINE D4 d4_begin(I) { return izero(); }
-INLINE D4 d4_dot(D4 d, B w, const int8_t* a) { return _mm512_add_epi16(d, _mm512_maddubs_epi16(w, quad(a))); }
+INLINE D4 d4_dot(D4 d, B w, const int8_t* a) {
+  return pinned(_mm512_add_epi16(d, _mm512_maddubs_epi16(w, quad(a))));
+}
 INLINE I d4_end(D4 d, I start) { return pairs_to_32(start, d); }
 INLINE D8 d8_begin(I) { return izero(); }
 INLINE D8 d8_dot(D8 d, B stored, const int8_t* a) {  // |w| times sign(w) x: no 16-bit saturation
@@ -165,3 +170,4 @@ INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_
 // One token: the hardware's own prefetch alone keeps up with the memory (1.01 of a read; 0.96 with 8 kB).
 constexpr int PREFETCH = 0;
 constexpr int PREFETCH_MANY = 4096;  // several: loads are too far apart for it
+constexpr int SUMS = 16;  // sums of 16 rows that products keep in registers: half of 32

@@ -169,3 +169,4 @@ INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 constexpr int PREFETCH = 2048;
 constexpr int PREFETCH_MANY = 2048;
+constexpr int SUMS = 4;  // sums of 16 rows, four registers each, that products keep in registers: half of 32

@@ -106,3 +106,4 @@ INLINE void prefetch(const void*) {}
 INLINE void prefetch_far(const void*) {}
 constexpr int PREFETCH = 0;
 constexpr int PREFETCH_MANY = 0;
+constexpr int SUMS = 16;  // no registers to keep sums in: everything at once
