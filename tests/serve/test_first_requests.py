@@ -22,7 +22,11 @@ from serve.conftest import Served
 
 from llama2 import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from llama2.runners.native import NativeModel
+from llama2.serve import validation
+from llama2.serve.errors import Refusal
+from llama2.serve.known_fields import OFF, WITHOUT_EFFECT
 from llama2.serve.names import answers_to, names_of, short_name
+from llama2.serve.openai_completions import CompletionBody
 from llama2.serve.policy import Policy
 from llama2.serve.roles import legal, merged
 from llama2.tokenizer import LLAMA2_CHAT_TEMPLATE, LlamaTokenizerFast
@@ -111,6 +115,18 @@ def test_unknown_fields_are_told_of(served: Served) -> None:
         assert [i for i, event in enumerate(events) if "warnings" in event] == [0]
     reply = post(served.port, "/generate", {"inputs": "x", "parameters": {"max_new_tokens": 2, "foo": 1}})
     assert reply.status == 200 and "'foo'" in reply.json["warnings"][0]
+
+
+def test_many_unknown_fields_are_counted_and_none_slips_through_where_they_are_refused() -> None:
+    warnings: list[str] = []
+    body = RAW | {f"foo{i}": 1 for i in range(100)}
+    read = validation.read(CompletionBody, json.dumps(body).encode(), "warn", warnings)
+    assert warnings[0].startswith("36 more fields") and len(read.model_extra or {}) == 64
+    harmless = RAW | dict.fromkeys([*WITHOUT_EFFECT, *OFF])
+    assert len(harmless) > validation.LOOKED_AT + len(RAW)
+    validation.read(CompletionBody, json.dumps(harmless).encode(), "refuse")
+    with pytest.raises(Refusal, match="'foo'"):
+        validation.read(CompletionBody, json.dumps(harmless | {"foo": 1}).encode(), "refuse")
 
 
 def test_lengths_are_fitted(served: Served) -> None:

@@ -14,7 +14,7 @@ from llama2.serve.errors import Refusal
 from llama2.serve.known_fields import trouble
 
 MAX_WARNINGS = 16
-LOOKED_AT = 64  # unknown fields; the others are dropped
+LOOKED_AT = 64  # unknown fields; the others are counted in one warning, and dropped
 MAX_DEPTH = 64  # of JSON: no schema or message needs more, and nothing behind this bound recurses further
 Text = Annotated[str, Field(max_length=4_000_000)]
 MAX_VALUES = 300_000  # of JSON: the ids of 32 prompts of 8,192 fit
@@ -69,9 +69,11 @@ class Body(BaseModel):
         if not self.model_extra or self.open_ended:
             return self
         names = [field.alias or name for name, field in type(self).model_fields.items()]
-        for name in list(islice(self.model_extra, LOOKED_AT, None)):  # they would travel between processes
-            del self.model_extra[name]
         told: list[str] | None = (info.context or {}).get("warnings")
+        if told is not None and (beyond := list(islice(self.model_extra, LOOKED_AT, None))):
+            told.append(f"{len(beyond)} more fields that are not known here are ignored; {LOOKED_AT} are looked at")
+            for name in beyond:  # they would travel between processes
+                del self.model_extra[name]
         for name, value in self.model_extra.items():
             problem = trouble(name, value)
             if problem is None:
