@@ -50,7 +50,7 @@ def test_it_copies_what_the_build_reads() -> None:
     copied = {name for line in re.findall(r"^COPY (?!--from)(.*)$", FILE.read_text(), re.M) for name in line.split()}
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     cmake = (root / "CMakeLists.txt").read_text()
-    wanted = [project["readme"], *re.findall(r"install\(FILES (\S+)", cmake), *re.findall(r"csrc/[\w/.]+", cmake)]
+    wanted = [project["readme"], *re.findall(r"install\(FILES ([\w/.]+)", cmake), *re.findall(r"csrc/[\w/.]+", cmake)]
     assert len(wanted) > 10
     assert [name for name in wanted if not {name, name.partition("/")[0]} & copied] == []
     assert "llama2.compiled.available()" in FILE.read_text()  # an image without it is never made
