@@ -74,12 +74,12 @@ class Engine:
 class Program:
     """llama-bench and llama-batched-bench of one folder."""
 
-    def __init__(self, folder: Path, path: Path, threads: int) -> None:
+    def __init__(self, folder: Path, path: Path, threads: int, flash: bool) -> None:
         self.folder, self.common = folder, ["-m", str(path), "-t", str(threads)]
         if not (folder / "llama-bench").exists():
             raise SystemExit(f"{folder}: no llama-bench there; bench/rivals.sh builds it")
         usage = subprocess.run([folder / "llama-bench", "-h"], capture_output=True, text=True).stdout
-        self.more = (["-rtr", "1"] if "-rtr" in usage else []) + ["-fa", "1"]
+        self.more = (["-rtr", "1"] if "-rtr" in usage else []) + ["-fa", "1" if flash else "0"]
 
     def rate(self, test: str, steps: int) -> float:
         """Tokens per second of one test, in a process of its own."""
@@ -95,11 +95,8 @@ class Program:
     def _together(self, steps: int) -> float:
         more = ["-rtr"] if "-rtr" in self.more else []
         shape = ["-npp", "1", "-ntg", str(steps), "-npl", str(SEQUENCES), "-c", str(SEQUENCES * (steps + 64))]
-        command = [self.folder / "llama-batched-bench", *self.common, *more, "-fa", "on", *shape]
+        command = [self.folder / "llama-batched-bench", *self.common, *more, *shape]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode and "-fa" in command:
-            command.remove("on")
-            done = subprocess.run(command, capture_output=True, text=True)
         rows = [line.split("|") for line in done.stdout.splitlines() if re.match(r"\|\s+\d", line)]
         if done.returncode or not rows:
             raise SystemExit(f"{command[0]} ended with {done.returncode}: {done.stderr[-500:]}")
@@ -109,7 +106,9 @@ class Program:
 def measure(path: Path, rivals: dict[str, Path], args: argparse.Namespace) -> dict[str, object]:
     """Rounds of every program on one file; prints a line per test."""
     programs: dict[str, Engine | Program] = {"ours": Engine(path, args.threads)}
-    programs |= {name: Program(folder, path, args.threads) for name, folder in rivals.items()}
+    programs |= {
+        name: Program(folder, path, args.threads, not args.no_flash_attention) for name, folder in rivals.items()
+    }
     report: dict[str, object] = {}
     for test in args.only:
         rates: dict[str, list[float]] = {name: [] for name in programs}
@@ -138,6 +137,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16, help="tokens of decode and of 16 sequences")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--no-flash-attention", action="store_true", help="where it was not built, which takes the compiler most time"
+    )
     args = parser.parse_args()
     rivals = {name: Path(folder) for name, _, folder in (text.partition("=") for text in args.rivals)}
     if args.types:
