@@ -96,10 +96,10 @@ class Program:
         more = ["-rtr"] if "-rtr" in self.more else []
         shape = ["-npp", "1", "-ntg", str(steps), "-npl", str(SEQUENCES), "-c", str(SEQUENCES * (steps + 64))]
         command = [self.folder / "llama-batched-bench", *self.common, *more, *shape]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # some log it
         rows = [line.split("|") for line in done.stdout.splitlines() if re.match(r"\|\s+\d", line)]
         if done.returncode or not rows:
-            raise SystemExit(f"{command[0]} ended with {done.returncode}: {done.stderr[-500:]}")
+            raise SystemExit(f"{command[0]} ended with {done.returncode}: {done.stdout[-500:]}")
         return float(rows[-1][8])  # PP, TG, B, N_KV, T_PP, S_PP, T_TG, S_TG
 
 
